@@ -1,0 +1,70 @@
+# One command each: everything a target needs, it makes. `make help` lists them.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+NATIVE := $(shell find kernels comm placement -type f 2>/dev/null) CMakeLists.txt
+PROTOS := $(wildcard proto/moeserve/pb/*.proto)
+
+# The build happens in $(VENV) itself, with the pinned tools: nothing unpinned is ever fetched.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+BUILD_TOOLS := scikit-build-core nanobind cmake ninja
+# The version whose CPU build every platform of ours has; the library itself accepts a range.
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check bench proto lock hooks clean distclean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv, install the pinned dependencies, build the native half
+
+demo: $(STAMP) ## serve the shipped model, ask it over gRPC, print a story and a sum
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP) ## run the tests (ARGS="-k name" to choose)
+	$(BIN)/pytest $(ARGS)
+
+check: $(STAMP) ## lint, format, types, layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_layout.py
+
+bench: $(STAMP) ## measure the kernels on this machine
+	$(BIN)/python bench/kernels.py
+
+proto: $(STAMP) ## regenerate moeserve/pb from proto/
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. \
+	  --grpc_python_out=. $(PROTOS)
+
+lock: | $(BIN)/python ## resolve constraints.txt anew, in a fresh environment
+	rm -rf build/lock && $(BIN)/python -m venv build/lock
+	build/lock/bin/pip install --quiet $(BUILD_TOOLS)
+	build/lock/bin/pip install --quiet --no-build-isolation '.[dev]' '$(TORCH)'
+	{ sed -n '/^#/p' constraints.txt; build/lock/bin/pip freeze --all --exclude moeserve \
+	  --exclude pip | sed 's/+.*//'; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+hooks: $(STAMP) ## run `make check` on the changed files before every commit
+	$(BIN)/pre-commit install
+
+clean: ## remove what was built, keep .venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
+
+# PYTHON=... chooses another interpreter; it is checked the same way.
+$(BIN)/python:
+	@py=$$(PYTHON="$(PYTHON)" sh .ci/find-python) && echo "creating $(VENV) with $$py" \
+	  && "$$py" -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
+	@echo "installing the pinned dependencies and building the native half (minutes, once)"
+	$(PIP) $(BUILD_TOOLS)
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@

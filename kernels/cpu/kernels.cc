@@ -1,0 +1,61 @@
+// All kernels for one instruction set. CMake compiles this file once per set with ISA naming the
+// namespace. Nothing from the standard library may be instantiated here: the linker could keep a
+// copy made for a set that the machine lacks.
+//
+// Law 1 in this file: every output element is one chain of operations whose order depends on its
+// own row only. Work is divided by rows, columns and heads, never along a sum.
+#include "kernels.h"
+
+#include "pool.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace moeserve::ISA {
+namespace {
+
+#include "vec.h"
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
+
+// Fewer multiplications than this are done before another thread would have woken.
+constexpr int64_t kWorthSharing = 1 << 17;
+
+template <class Body>
+void each(int64_t count, int64_t work, const Body& body) {
+  if (work < kWorthSharing) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  const auto item = [](void* context, int64_t i) { (*static_cast<const Body*>(context))(i); };
+  run_items(count, item, const_cast<Body*>(&body));
+}
+
+template <class Body>
+void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
+  const int64_t grain = most(1, (kWorthSharing / 8) / most(1, work_per_row));
+  each(ceil_div(rows, grain), rows * work_per_row, [&](int64_t i) {
+    for (int64_t t = i * grain; t < least(rows, (i + 1) * grain); ++t) body(t);
+  });
+}
+
+#include "gemm.h"
+#include "attention.h"
+#include "rows.h"
+
+#define NAME_OF(x) #x
+#define NAME(x) NAME_OF(x)
+
+}  // namespace
+
+extern const Kernels kernels = {
+    NAME(ISA), linear, moe_ffn, rms_norm, glu, rope, route_topk, write_kv, paged_attention,
+};
+
+}  // namespace moeserve::ISA

@@ -1,0 +1,192 @@
+// moeserve.kernels._cpu: the kernels of the best instruction set this machine has, by raw pointers.
+// moeserve/kernels/cpu.py is the only caller and checks every shape.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+
+namespace moeserve {
+namespace {
+
+// Best first.
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    found.push_back(&avx512::kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    found.push_back(&avx2::kernels);
+#endif
+  found.push_back(&portable::kernels);
+  return found;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& table() { return *chosen.load(std::memory_order_relaxed); }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : runnable()) names.push_back(kernels->name);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  for (const Kernels* kernels : runnable())
+    if (name == kernels->name) return chosen.store(kernels);
+  throw std::invalid_argument("instruction set '" + name + "' is not one of _cpu.isas()");
+}
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+void pack_panel(const T* from, int64_t n, int64_t k_size, int64_t first, int64_t second,
+                int64_t first_end, T* to) {
+  const int64_t half = kPanel / 2;
+  for (int64_t lane = 0; lane < kPanel; ++lane) {
+    const int64_t row = lane < half ? first + lane : second + lane - half;
+    const bool real = row < (lane < half ? first_end : n);
+    for (int64_t k = 0; k < k_size; ++k) to[k * kPanel + lane] = real ? from[row * k_size + k] : T{};
+  }
+}
+
+// `count` matrices [n, k] into panels. `paired` puts 16 rows of the upper half of the matrix and
+// the 16 rows of the lower half that go with them into each panel.
+template <class T>
+void pack(uintptr_t from, int64_t count, int64_t n, int64_t k_size, bool paired, uintptr_t to) {
+  const int64_t half = kPanel / 2;
+  const int64_t panels = paired ? (n / 2 + half - 1) / half : (n + kPanel - 1) / kPanel;
+  const auto body = [=](int64_t item) {
+    const int64_t p = item % panels;
+    const int64_t first = paired ? p * half : p * kPanel;
+    const int64_t second = paired ? n / 2 + p * half : first + half;
+    pack_panel(at<const T>(from) + item / panels * n * k_size, n, k_size, first, second,
+               paired ? n / 2 : n, at<T>(to) + item * k_size * kPanel);
+  };
+  run_items(
+      count * panels,
+      [](void* context, int64_t item) { (*static_cast<decltype(body)*>(context))(item); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+void pack_any(uintptr_t from, int64_t count, int64_t n, int64_t k, bool paired, bool is_bf16,
+              uintptr_t to) {
+  is_bf16 ? pack<uint16_t>(from, count, n, k, paired, to)
+          : pack<uint32_t>(from, count, n, k, paired, to);
+}
+
+Matrix matrix(uintptr_t data, uintptr_t bias, int64_t n, int64_t k, bool is_bf16) {
+  return {at<const void>(data), at<const float>(bias), n, k, is_bf16};
+}
+
+void linear(uintptr_t x, int64_t rows, int64_t heads, uintptr_t data, uintptr_t bias, int64_t n,
+            int64_t k, bool is_bf16, uintptr_t out) {
+  table().linear(at<const float>(x), rows, heads, matrix(data, bias, n, k, is_bf16),
+                 at<float>(out));
+}
+
+bool moe_ffn(uintptr_t x, int64_t rows, uintptr_t gate_up, uintptr_t gate_up_bias, uintptr_t down,
+             uintptr_t down_bias, int64_t experts, int64_t hidden, int64_t inner, bool is_bf16,
+             bool clamped, uintptr_t ids, uintptr_t weights, int64_t per_row, uintptr_t out) {
+  const Experts packed{matrix(gate_up, gate_up_bias, 2 * inner, hidden, is_bf16),
+                       matrix(down, down_bias, hidden, inner, is_bf16), experts, clamped};
+  return table().moe_ffn(at<const float>(x), rows, packed, at<const int32_t>(ids),
+                         at<const float>(weights), per_row, at<float>(out));
+}
+
+void rms_norm(uintptr_t x, int64_t rows, int64_t size, uintptr_t weight, float eps,
+              uintptr_t out) {
+  table().rms_norm(at<const float>(x), rows, size, at<const float>(weight), eps, at<float>(out));
+}
+
+void glu(uintptr_t x, int64_t rows, int64_t inner, bool clamped, uintptr_t out) {
+  table().glu(at<const float>(x), rows, inner, clamped, at<float>(out));
+}
+
+void rope(uintptr_t x, int64_t rows, int64_t heads, int64_t size, uintptr_t cos, uintptr_t sin,
+          int64_t pairs, bool interleaved, uintptr_t out) {
+  table().rope(at<const float>(x), rows, heads, size, at<const float>(cos), at<const float>(sin),
+               pairs, interleaved, at<float>(out));
+}
+
+void route_topk(uintptr_t logits, int64_t rows, int64_t experts, int64_t top_k, int scoring,
+                bool normalise, float scale, int64_t groups, int64_t kept_groups, bool top2,
+                uintptr_t bias, uintptr_t ids, uintptr_t weights) {
+  const Routing spec{experts, top_k, groups, kept_groups, scoring, normalise, top2, scale};
+  table().route_topk(at<const float>(logits), rows, spec, at<const float>(bias), at<int32_t>(ids),
+                     at<float>(weights));
+}
+
+bool write_kv(uintptr_t cache, bool is_bf16, int64_t blocks, int64_t block_size,
+              int64_t block_stride, int64_t position_stride, int64_t head_stride, uintptr_t x,
+              int64_t rows, int64_t heads, int64_t size, uintptr_t slots) {
+  const Cache to{at<const void>(cache), block_stride, position_stride, head_stride, is_bf16};
+  return table().write_kv(to, blocks, block_size, at<const float>(x), rows, heads, size,
+                          at<const int64_t>(slots));
+}
+
+bool paged_attention(uintptr_t q, uintptr_t k, int64_t k_block, int64_t k_position, int64_t k_head,
+                     uintptr_t v, int64_t v_block, int64_t v_position, int64_t v_head,
+                     bool is_bf16, uintptr_t starts, uintptr_t context, uintptr_t blocks,
+                     int64_t sequences, int64_t table_width, int64_t num_blocks,
+                     int64_t block_size, int64_t heads, int64_t kv_heads, int64_t head_size,
+                     int64_t value_size, float scale, int64_t window, uintptr_t sinks,
+                     uintptr_t out) {
+  Attention batch{};
+  batch.q = at<const float>(q);
+  batch.k = {at<const void>(k), k_block, k_position, k_head, is_bf16};
+  batch.v = {at<const void>(v), v_block, v_position, v_head, is_bf16};
+  batch.out = at<float>(out);
+  batch.starts = at<const int32_t>(starts);
+  batch.context = at<const int32_t>(context);
+  batch.blocks = at<const int32_t>(blocks);
+  batch.sinks = at<const float>(sinks);
+  batch.sequences = sequences;
+  batch.table_width = table_width;
+  batch.block_size = block_size;
+  batch.num_blocks = num_blocks;
+  batch.heads = heads;
+  batch.kv_heads = kv_heads;
+  batch.head_size = head_size;
+  batch.value_size = value_size;
+  batch.window = window;
+  batch.scale = scale;
+  return table().paged_attention(batch);
+}
+
+}  // namespace
+}  // namespace moeserve
+
+NB_MODULE(_cpu, m) {
+  using namespace moeserve;
+  const nb::call_guard<nb::gil_scoped_release> unlocked;
+  chosen.store(runnable().front());
+  m.def("isas", isas);
+  m.def("isa", [] { return std::string(table().name); });
+  m.def("set_isa", set_isa);
+  m.def("threads", threads);
+  m.def("set_threads", set_threads);
+  m.def("pack", pack_any, unlocked);
+  m.def("linear", linear, unlocked);
+  m.def("moe_ffn", moe_ffn, unlocked);
+  m.def("rms_norm", rms_norm, unlocked);
+  m.def("glu", glu, unlocked);
+  m.def("rope", rope, unlocked);
+  m.def("route_topk", route_topk, unlocked);
+  m.def("write_kv", write_kv, unlocked);
+  m.def("paged_attention", paged_attention, unlocked);
+}

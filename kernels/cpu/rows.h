@@ -1,0 +1,154 @@
+// Kernels that treat each row by itself: norm, gate, rotation, routing, cache writes.
+#pragma once
+
+void rms_norm(const float* x, int64_t rows, int64_t size, const float* weight, float eps,
+              float* out) {
+  each_row(rows, 2 * size, [&](int64_t t) {
+    const float* in = x + t * size;
+    F16 squares[4] = {zero(), zero(), zero(), zero()};
+    for (int64_t h = 0; h < size; h += 4 * kLanes)
+      for (int64_t i = 0; i < 4 && h + i * kLanes < size; ++i) {
+        const F16 v = load(in + h + i * kLanes, size - h - i * kLanes);
+        squares[i] = fma(v, v, squares[i]);
+      }
+    const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const float factor = 1.0f / __builtin_sqrtf(total / static_cast<float>(size) + eps);
+    for (int64_t h = 0; h < size; ++h) out[t * size + h] = in[h] * factor * weight[h];
+  });
+}
+
+void glu(const float* x, int64_t rows, int64_t inner, bool clamped, float* out) {
+  each_row(rows, 16 * inner, [&](int64_t t) {
+    const float *gate = x + t * 2 * inner, *up = gate + inner;
+    for (int64_t i = 0; i < inner; i += kLanes) {
+      const int64_t left = inner - i;
+      store(out + t * inner + i, activate(load(gate + i, left), load(up + i, left), clamped), left);
+    }
+  });
+}
+
+void rope(const float* x, int64_t rows, int64_t heads, int64_t size, const float* cos,
+          const float* sin, int64_t pairs, bool interleaved, float* out) {
+  each_row(rows, 2 * heads * size, [&](int64_t t) {
+    const float *c = cos + t * pairs, *s = sin + t * pairs;
+    for (int64_t a = t * heads; a < (t + 1) * heads; ++a) {
+      const float* __restrict in = x + a * size;
+      float* __restrict to = out + a * size;
+      const int64_t step = interleaved ? 2 : 1, apart = interleaved ? 1 : pairs;
+      for (int64_t i = 0; i < pairs; ++i) {
+        const float first = in[i * step], second = in[i * step + apart];
+        to[i * step] = first * c[i] - second * s[i];
+        to[i * step + apart] = second * c[i] + first * s[i];
+      }
+      for (int64_t d = 2 * pairs; d < size; ++d) to[d] = in[d];
+    }
+  });
+}
+
+void softmax(const float* in, int64_t n, float* out) {
+  float highest = in[0];
+  for (int64_t i = 1; i < n; ++i) highest = in[i] > highest ? in[i] : highest;
+  F16 total = zero();
+  for (int64_t i = 0; i < n; i += kLanes) {
+    store(out + i, exp(load(in + i, n - i) - splat(highest)), n - i);
+    total = total + load(out + i, n - i);  // read back: the lanes past n must not count
+  }
+  const F16 all = splat(sum(total));
+  for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(out + i, n - i) / all, n - i);
+}
+
+// The index of the greatest among those not `taken`, the lowest one of equals.
+int64_t best_of(const float* value, const bool* taken, int64_t n) {
+  int64_t best = -1;
+  for (int64_t i = 0; i < n; ++i)
+    if (!taken[i] && (best < 0 || value[i] > value[best])) best = i;
+  return best;
+}
+
+// Experts outside the best groups can no longer be chosen.
+void keep_best_groups(const Routing& spec, float* choice, float* group_score, bool* taken) {
+  const int64_t size = spec.experts / spec.groups;
+  for (int64_t g = 0; g < spec.groups; ++g) {
+    float first = kNever, second = kNever;
+    for (int64_t i = g * size; i < (g + 1) * size; ++i) {
+      if (choice[i] > first) {
+        second = first;
+        first = choice[i];
+      } else if (choice[i] > second) {
+        second = choice[i];
+      }
+    }
+    group_score[g] = spec.top2 && size > 1 ? first + second : first;
+    taken[g] = false;
+  }
+  for (int64_t n = 0; n < spec.kept_groups; ++n)
+    taken[best_of(group_score, taken, spec.groups)] = true;
+  for (int64_t i = 0; i < spec.experts; ++i)
+    if (!taken[i / size]) choice[i] = kNever;
+}
+
+void weigh(const Routing& spec, float* weights) {
+  if (spec.scoring == 2) {
+    softmax(weights, spec.top_k, weights);
+  } else if (spec.normalise) {
+    float total = 0.0f;
+    for (int64_t c = 0; c < spec.top_k; ++c) total += weights[c];
+    for (int64_t c = 0; c < spec.top_k; ++c) weights[c] /= total + 1e-20f;
+  }
+  for (int64_t c = 0; c < spec.top_k; ++c) weights[c] *= spec.scale;
+}
+
+void route_topk(const float* logits, int64_t rows, Routing spec, const float* bias, int32_t* ids,
+                float* weights) {
+  const int64_t experts = spec.experts;
+  each_row(rows, experts * (16 + spec.top_k), [&](int64_t t) {
+    float* score = static_cast<float*>(scratch(1, experts * (3 * sizeof(float) + sizeof(bool))));
+    float *choice = score + experts, *group_score = choice + experts;
+    bool* taken = reinterpret_cast<bool*>(group_score + experts);
+    const float* logit = logits + t * experts;
+    if (spec.scoring == 0) softmax(logit, experts, score);
+    for (int64_t i = 0; spec.scoring == 1 && i < experts; i += kLanes)
+      store(score + i, sigmoid(load(logit + i, experts - i)), experts - i);
+    for (int64_t i = 0; spec.scoring == 2 && i < experts; ++i) score[i] = logit[i];
+    for (int64_t i = 0; i < experts; ++i) choice[i] = bias ? score[i] + bias[i] : score[i];
+    if (spec.groups > 1) keep_best_groups(spec, choice, group_score, taken);
+    for (int64_t i = 0; i < experts; ++i) taken[i] = false;
+    for (int64_t c = t * spec.top_k; c < (t + 1) * spec.top_k; ++c) {
+      const int64_t best = best_of(choice, taken, experts);
+      taken[best] = true;
+      ids[c] = static_cast<int32_t>(best);
+      weights[c] = score[best];
+    }
+    weigh(spec, weights + t * spec.top_k);
+  });
+}
+
+// To nearest, ties to even; NaN stays a (quiet) NaN.
+INLINE bf16 narrow(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  if (x != x) return static_cast<bf16>((bits >> 16) | 0x40);
+  return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+bool write_kv(const Cache& cache, int64_t num_blocks, int64_t block_size, const float* x,
+              int64_t rows, int64_t heads, int64_t size, const int64_t* slots) {
+  for (int64_t t = 0; t < rows; ++t)
+    if (slots[t] < 0 || slots[t] >= num_blocks * block_size) return false;
+  each_row(rows, heads * size, [&](int64_t t) {
+    const int64_t row = slots[t] / block_size * cache.block_stride +
+                        slots[t] % block_size * cache.position_stride;
+    for (int64_t g = 0; g < heads; ++g) {
+      const float* in = x + (t * heads + g) * size;
+      const int64_t at = row + g * cache.head_stride;
+      if (cache.is_bf16) {
+        bf16* out = static_cast<bf16*>(const_cast<void*>(cache.data)) + at;
+        for (int64_t d = 0; d < size; ++d) out[d] = narrow(in[d]);
+      } else {
+        __builtin_memcpy(static_cast<float*>(const_cast<void*>(cache.data)) + at, in,
+                         size * sizeof(float));
+      }
+    }
+  });
+  return true;
+}

@@ -1,0 +1,18 @@
+"""moeserve: serve Mixture-of-Experts language models.
+
+Imports run one way, and ``tests/test_layout.py`` holds it::
+
+    core  errors  config  pb  host            plain data, no torch
+      ^
+    kernels  placement                        op table; who holds which expert
+      ^
+    comm  models  observe                     moving tokens; checkpoint to decoder; counters
+      ^
+    engine  offload                           requests to tokens
+      ^
+    pools  doctor                             gRPC and HTTP over the engine; what this host can do
+      ^
+    cli
+"""
+
+__version__ = "0.1.0"

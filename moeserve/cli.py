@@ -1,0 +1,200 @@
+"""``moeserve serve | generate | doctor | place``: reads arguments, calls, prints.
+
+Exit status: 0 done, 1 it failed or found problems, 2 the command line or a setting is wrong, 130
+interrupted. ``--json`` prints one JSON object to standard output and nothing else there. Heavy
+modules are imported by the command that needs them: ``moeserve place`` loads no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import moeserve
+from moeserve.errors import ConfigError, MoeserveError
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # argparse has no public name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    args = parser().parse_args(argv)
+    try:
+        status = args.run(args)
+    except ConfigError as error:
+        print(f"moeserve: {error.message}", file=sys.stderr)
+        return 2
+    except MoeserveError as error:
+        print(f"moeserve: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return int(status)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="moeserve", description="Serve Mixture-of-Experts language models."
+    )
+    top.add_argument("--version", action="version", version=f"moeserve {moeserve.__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_generate(commands)
+    _add_doctor(commands)
+    return top
+
+
+def _add_serve(commands: Commands) -> None:
+    from moeserve.config import add_options
+
+    command = commands.add_parser(
+        "serve",
+        help="serve a model over gRPC and OpenAI HTTP",
+        description="Serve a model over gRPC and OpenAI HTTP until SIGTERM, which drains.",
+        epilog="example: moeserve serve --model demo --http-port 8000 --max-num-seqs 16",
+    )
+    add_options(command)
+    command.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from moeserve.config import config_from_args, to_yaml
+
+    config = config_from_args(args, os.environ)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    from moeserve.pools.server import serve
+
+    return serve(config)
+
+
+def _add_generate(commands: Commands) -> None:
+    from moeserve.config import add_options
+
+    command = commands.add_parser(
+        "generate",
+        help="answer one prompt without a server",
+        description="Load a model, answer one prompt, and end.",
+        epilog='example: moeserve generate --model demo --prompt "Once upon a time" '
+        "--max-tokens 64 --temperature 0",
+    )
+    asked = command.add_argument_group("what to generate")
+    prompt = asked.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    prompt.add_argument(
+        "--prompt-ids", metavar="IDS", help="token ids instead of text, separated by commas"
+    )
+    for name, (kind, text) in SAMPLING.items():
+        asked.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+    asked.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+    asked.add_argument("--ignore-eos", action="store_true", help="go on after end-of-text")
+    asked.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(command, only=GENERATE_SETTINGS)
+    command.set_defaults(run=_generate)
+
+
+SAMPLING: Mapping[str, tuple[type, str]] = {
+    "max_tokens": (int, "tokens to make at most [16]"),
+    "min_tokens": (int, "no end-of-text before so many [0]"),
+    "temperature": (float, "0 is greedy [1]"),
+    "top_k": (int, "keep the k likeliest; 0 keeps all [0]"),
+    "top_p": (float, "keep the likeliest of this probability mass [1]"),
+    "min_p": (float, "drop what is less likely than this share of the likeliest [0]"),
+    "repetition_penalty": (float, "divides logits of tokens that occurred [1]"),
+    "presence_penalty": (float, "subtracted once from logits of generated tokens [0]"),
+    "frequency_penalty": (float, "subtracted for each occurrence [0]"),
+    "seed": (int, "the same seed gives the same tokens; default: drawn"),
+}
+GENERATE_SETTINGS = (
+    "model",
+    "dtype",
+    "max_model_len",
+    "block_size",
+    "num_blocks",
+    "kv_memory",
+    "max_num_batched_tokens",
+    "threads",
+)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from moeserve.config import config_from_args, to_yaml
+
+    config = config_from_args(args, os.environ)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    if args.prompt is None and args.prompt_ids is None:
+        raise ConfigError("nothing to answer: give --prompt TEXT or --prompt-ids IDS")
+    prompt = args.prompt if args.prompt is not None else _token_ids(args.prompt_ids)
+    params: dict[str, object] = {
+        name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None
+    }
+    if args.stop:
+        params["stop"] = args.stop
+    if args.ignore_eos:
+        params["ignore_eos"] = True
+    from moeserve.pools.offline import generate
+
+    show = None if args.json else _show
+    answer = generate(config, prompt, params, show)
+    if args.json:
+        print(json.dumps(answer.to_json()))
+    else:
+        print()
+        print(
+            f"[{len(answer.token_ids)} tokens, TTFT {answer.ttft_s * 1e3:.1f} ms, "
+            f"TPOT {answer.tpot_s * 1e3:.2f} ms, ended by {answer.finish_reason}]",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _token_ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"--prompt-ids={text!r}: expected integers separated by commas, such as 1,2,3"
+        ) from error
+
+
+def _add_doctor(commands: Commands) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="would this host serve, and what would bind it",
+        description="Look at this host, this installation and a model; change nothing.",
+        epilog="example: moeserve doctor --model demo   (exit status 1: something stands in the way)",
+    )
+    command.add_argument("--model", help="a checkpoint folder, or 'demo'")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from moeserve.doctor import render, run_doctor
+
+    report = run_doctor(args.model)
+    if args.json:
+        print(json.dumps(report.to_json()))
+    else:
+        render(report, Console())
+    return report.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

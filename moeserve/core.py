@@ -1,0 +1,192 @@
+"""The data that scheduler, executor and doors exchange. Imports nothing of ours, no torch.
+
+A request goes ``Request`` -> (scheduler) ``StepPlan`` of ``Chunk`` -> (executor) ``StepResult``
+of ``Sampled`` -> (engine loop) ``Event`` to whoever asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+RequestId = NewType("RequestId", str)
+BlockId = NewType("BlockId", int)
+
+
+class FinishReason(StrEnum):
+    """Why a stream ended. ``STOP`` and ``LENGTH`` are successes; the rest end with an error."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    DEADLINE = "deadline"
+    UNAVAILABLE = "unavailable"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Bounds are checked at the doors (``pools.limits``), not here.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 are off. Penalties follow
+    OpenAI (presence, frequency: on generated tokens) and CTRL (repetition: prompt and generated).
+    ``logprobs`` None is off; N asks for the chosen token's and the N best tokens'.
+    ``seed`` None lets the door draw one; the same seed gives the same tokens whatever the batch.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate; ``n`` > 1 at a door is n of these with different seeds.
+
+    Times are seconds of the caller's monotonic clock. ``salt`` separates tenants in the prefix
+    cache. ``domain`` only labels recorded routing.
+    """
+
+    id: RequestId
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    arrival: float = 0.0
+    deadline: float | None = None
+    salt: str = ""
+    domain: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one request to run in this step.
+
+    ``token_ids`` sit at positions ``start .. start + len - 1``; the KV of everything before
+    ``start`` is already in ``blocks``, which also hold room for these tokens. Where ``sample`` is
+    true the last token's logits choose the next one, from ``prompt_ids`` + ``output_ids`` as
+    history; those sequences are the scheduler's own and valid only during the step.
+    """
+
+    request: Request
+    token_ids: tuple[int, ...]
+    start: int
+    blocks: tuple[BlockId, ...]
+    sample: bool
+    output_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one forward pass runs. ``expired`` hit their deadline and are already freed.
+
+    ``ended`` are all requests that ended, for whatever reason, since the last plan that had
+    chunks: an executor forgets them before it looks at the chunks, for their ids may return.
+    """
+
+    chunks: tuple[Chunk, ...]
+    expired: tuple[RequestId, ...] = ()
+    preempted: tuple[RequestId, ...] = ()
+    ended: tuple[RequestId, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(c.token_ids) for c in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities before temperature and filters; ``top`` is best first."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The token that followed a chunk with ``sample``."""
+
+    request_id: RequestId
+    token_id: int
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One entry per chunk with ``sample``, in the plan's order, less those that ``failed``.
+
+    A failure belongs to one request alone (its logits are not numbers): id and explanation.
+    """
+
+    sampled: tuple[Sampled, ...]
+    failed: tuple[tuple[RequestId, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOut:
+    """A token that the scheduler accepted; ``finish`` set on the last of a request."""
+
+    request_id: RequestId
+    token_id: int
+    logprobs: Logprobs | None
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a client's stream receives.
+
+    ``text`` is ready to show: whole UTF-8 characters, nothing that may still become a stop
+    string. ``token_ids`` and ``logprobs`` are those since the last event, also where their text
+    is still held back. The last event has ``finish``; ``error`` explains unsuccessful ends.
+    """
+
+    request_id: RequestId
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[Logprobs, ...] = ()
+    finish: FinishReason | None = None
+    error: str = ""
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one request, in seconds since it was submitted; None for what it did not reach."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    scheduled_s: float | None
+    first_token_s: float | None
+    elapsed_s: float
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counted where it happens (law 8); read by metrics and tests, never reset."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    evicted_blocks: int = 0
+    finished: dict[FinishReason, int] = field(default_factory=dict)

@@ -1,0 +1,350 @@
+"""Would ``moeserve serve`` start here now, how far would it get, and what would bind it?
+
+``run_doctor`` looks and changes nothing: tensors are compared by name and shape from the files'
+headers, weights are not read. Exit status: 0 when ``serve`` would start, 1 when a problem stands
+in its way; notes never change it. It must also speak where torch or the native half is broken,
+hence the imports inside functions. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import moeserve
+from moeserve.config import ServeConfig, flag_of, load_config
+from moeserve.errors import ConfigError, MoeserveError, TokenizerError
+from moeserve.host import read_cpu, read_memory
+
+if TYPE_CHECKING:
+    from moeserve.models.survey import Survey
+
+SLOW_TWIN = "reference"
+REBUILD = "run make setup in a checkout, or install moeserve again where gcc is present"
+EXTRAS = {"mpi": "mpi4py", "deepspeed": "deepspeed", "highs": "highspy", "ascend": "torch_npu"}
+PROBE_BYTES = 64 << 20
+PROBE_SECONDS = 0.3
+MOST_THREADS = 32
+# Below this, a step's arithmetic and fixed costs are as large as reading the weights.
+BOUND_TOKENS_PER_S = 1000
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Advice:
+    """Something found and what to do about it, where the finding does not say so itself."""
+
+    found: str
+    remedy: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostReport:
+    """``bandwidth`` is bytes read and written per second when all usable cores copy memory."""
+
+    cpu: str
+    cores: int
+    quota: float | None
+    memory_total: int
+    memory_available: int
+    memory_limit: int | None
+    bandwidth: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SoftwareReport:
+    """``kernels`` names the op table in use, ``isa`` its instruction set; None is absent."""
+
+    moeserve: str
+    python: str
+    torch: str | None
+    kernels: str | None
+    native: bool
+    isa: str | None
+    extras: dict[str, str | None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelReport:
+    """``active_bytes`` are the weights that one token reads; ``binding`` is one sentence."""
+
+    path: str
+    architecture: str
+    layers: int
+    moe_layers: int
+    weight_bytes: int
+    active_bytes: int
+    kv_bytes_per_token: int
+    max_positions: int
+    fits: bool
+    kv_tokens: int
+    binding: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Port:
+    number: int
+    free: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """What was found; ``ports`` are those that ``serve`` would take without flags."""
+
+    host: HostReport
+    software: SoftwareReport
+    ports: dict[str, Port]
+    model: ModelReport | None
+    problems: tuple[Advice, ...]
+    notes: tuple[Advice, ...]
+
+    @property
+    def exit_status(self) -> int:
+        return 1 if self.problems else 0
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"exit_status": self.exit_status}
+
+
+def run_doctor(model: str | None = None) -> Report:
+    """Looks at this host, this installation and, where named, the model; takes about a second."""
+    problems: list[Advice] = []
+    notes: list[Advice] = []
+    host = examine_host()
+    software = examine_software(problems, notes)
+    ports: dict[str, Port] = {}
+    try:
+        ports = examine_ports(load_config({}, os.environ), problems)
+    except ConfigError as wrong:
+        problems.append(Advice(wrong.message))
+    report = None
+    if model is not None and software.torch is not None:
+        try:
+            report = examine_model(model, host, notes)
+        except MoeserveError as refused:
+            problems.append(Advice(refused.message))
+    if report is not None and not report.fits:
+        problems.append(Advice(report.binding, "free memory, or serve a smaller model"))
+    return Report(host, software, ports, report, tuple(problems), tuple(notes))
+
+
+def examine_host() -> HostReport:
+    cpu, memory = read_cpu(), read_memory()
+    bandwidth = copy_bandwidth(min(cpu.usable, MOST_THREADS))
+    return HostReport(
+        cpu=cpu.model,
+        cores=cpu.cores,
+        quota=cpu.quota,
+        memory_total=memory.total,
+        memory_available=memory.available,
+        memory_limit=memory.limit,
+        bandwidth=bandwidth,
+    )
+
+
+def copy_bandwidth(
+    threads: int, bytes_copied: int = PROBE_BYTES, seconds: float = PROBE_SECONDS
+) -> float:
+    """Bytes read and written per second; the best of several copies, as others only slow it."""
+    part = bytes_copied // threads
+    pairs = [(np.ones(part, np.uint8), np.zeros(part, np.uint8)) for _ in range(threads)]
+    best, end = 0.0, time.perf_counter() + seconds
+    with ThreadPoolExecutor(threads) as pool:
+        while not best or time.perf_counter() < end:
+            start = time.perf_counter()
+            list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs))
+            best = max(best, 2 * part * threads / (time.perf_counter() - start))
+    return best
+
+
+def examine_software(problems: list[Advice], notes: list[Advice]) -> SoftwareReport:
+    torch = version_of("torch")
+    kernels, isa = None, None
+    if torch is None:
+        problems.append(Advice("torch is not installed", "install moeserve with its dependencies"))
+    else:
+        kernels, isa = examine_kernels(problems, notes)
+    return SoftwareReport(
+        moeserve=moeserve.__version__,
+        python=platform.python_version(),
+        torch=torch,
+        kernels=kernels,
+        native=kernels is not None and kernels != SLOW_TWIN,
+        isa=isa,
+        extras={extra: extra_version(module) for extra, module in EXTRAS.items()},
+    )
+
+
+def examine_kernels(problems: list[Advice], notes: list[Advice]) -> tuple[str | None, str | None]:
+    """The name of the op table that ``serve`` would use, and its instruction set."""
+    from moeserve.kernels.select import choose_ops
+
+    try:
+        ops = choose_ops("cpu")
+    except MoeserveError as missing:
+        problems.append(Advice(missing.message))
+        return None, None
+    if ops.name == SLOW_TWIN:
+        notes.append(Advice("the native kernels are missing: the slow twin serves", REBUILD))
+        return ops.name, None
+    from moeserve.kernels import _cpu
+
+    return ops.name, _cpu.isa()
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def extra_version(module: str) -> str | None:
+    """Found without importing it: torch_npu fails to import where CANN is absent."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    return version_of(module) or "unknown"
+
+
+def examine_ports(config: ServeConfig, problems: list[Advice]) -> dict[str, Port]:
+    """The open doors' ports, tried by binding them as ``serve`` would."""
+    found = {}
+    for name, number in (("grpc_port", config.grpc_port), ("http_port", config.http_port)):
+        if number is None:
+            continue
+        found[name] = Port(number, is_free(config.host, number))
+        if not found[name].free:
+            remedy = f"end who holds it, or serve with {flag_of(name)} 0 or another"
+            problems.append(Advice(f"{config.host} port {number} is taken", remedy))
+    return found
+
+
+def is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        # As servers do: a connection that lingers after its server is no obstacle.
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def examine_model(name: str, host: HostReport, notes: list[Advice]) -> ModelReport:
+    """Raises what ``serve`` would raise about this folder."""
+    from moeserve.models.library import resolve_model
+    from moeserve.models.survey import survey
+    from moeserve.models.tokenizer import Tokenizer
+
+    path = resolve_model(name)
+    try:
+        Tokenizer.load(path)
+    except TokenizerError as absent:
+        notes.append(Advice(absent.message))
+    found = survey(path)
+    spec = found.spec
+    room = max(0, host.memory_available - found.weight_bytes)
+    kv_tokens = room // found.kv_bytes_per_token
+    return ModelReport(
+        path=str(path),
+        architecture=spec.architecture,
+        layers=len(spec.layers),
+        moe_layers=len(spec.moe_layers),
+        weight_bytes=found.weight_bytes,
+        active_bytes=found.active_bytes,
+        kv_bytes_per_token=found.kv_bytes_per_token,
+        max_positions=spec.max_positions,
+        fits=kv_tokens > 0,
+        kv_tokens=kv_tokens,
+        binding=binding_resource(found, host, kv_tokens),
+    )
+
+
+def binding_resource(found: Survey, host: HostReport, kv_tokens: int) -> str:
+    """One sentence: what would have to grow first for more tokens, or longer ones."""
+    weights, available = size(found.weight_bytes), size(host.memory_available)
+    if not kv_tokens:
+        return f"memory: the weights take {weights} and {available} are available"
+    longest = found.spec.max_positions
+    if kv_tokens < longest:
+        return f"memory for KV: {kv_tokens} of the model's {longest} positions fit"
+    speed, active = host.bandwidth / found.active_bytes, size(found.active_bytes)
+    if speed > BOUND_TOKENS_PER_S:
+        return (
+            f"compute: a token reads only {active} of weights, which memory could deliver "
+            f"{speed:.0f} times a second"
+        )
+    return (
+        f"memory bandwidth: a token reads {active} of weights, so that one stream gets at most "
+        f"{speed:.3g} tokens/s; more streams share the reads"
+    )
+
+
+def size(number: float) -> str:
+    """``3221225472`` -> ``3.0 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def render(report: Report, console: Console) -> None:
+    """For people; ``Report.to_json`` says the same to programs."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in rows(report):
+        table.add_row(name, Text(text))
+    console.print(table)
+    for word, style, advices in (
+        ("problem", "bold red", report.problems),
+        ("note", "yellow", report.notes),
+    ):
+        for advice in advices:
+            remedy = f"; {advice.remedy}" if advice.remedy else ""
+            line = Text.assemble((word, style), f": {advice.found}{remedy}")
+            console.print(line, soft_wrap=True)
+    if not report.problems:
+        console.print(Text("moeserve serve would start", style="green"))
+
+
+def rows(report: Report) -> list[tuple[str, str]]:
+    host, software, model = report.host, report.software, report.model
+    quota = "" if host.quota is None else f", limited to {host.quota:g} by the control group"
+    limit = "" if host.memory_limit is None else f", limited to {size(host.memory_limit)}"
+    available = f"{size(host.memory_available)} available"
+    torch = f"torch {software.torch or 'absent'}"
+    isa = f", {software.isa}" if software.isa else ""
+    extras = [f"{name} ({version})" for name, version in software.extras.items() if version]
+    ports = [f"{p.number} {'free' if p.free else 'taken'}" for p in report.ports.values()]
+    found = [
+        ("processor", f"{host.cpu}, {host.cores} cores{quota}"),
+        ("memory", f"{available} of {size(host.memory_total)}{limit}"),
+        ("bandwidth", f"{host.bandwidth / 1e9:.1f} GB/s, read and written by a copy"),
+        ("software", f"moeserve {software.moeserve}, Python {software.python}, {torch}"),
+        ("kernels", f"{software.kernels or 'none'}{isa}"),
+        ("extras", ", ".join(extras) or "none installed"),
+        ("ports", ", ".join(ports)),
+    ]
+    if model is not None:
+        layers = f"{model.layers} layers, {model.moe_layers} of them MoE"
+        active, token = size(model.active_bytes), size(model.kv_bytes_per_token)
+        found += [
+            ("model", f"{model.path}: {model.architecture}, {layers}"),
+            ("weights", f"{size(model.weight_bytes)}, {active} of them read per token"),
+            ("KV", f"{token} per token, room for {model.kv_tokens} tokens"),
+            ("binding", model.binding),
+        ]
+    return found

@@ -1,0 +1,134 @@
+"""Who holds which KV block, and which blocks can be shared.
+
+The pool owns block ids. A block is *held* (one or more references) or *free*; a free block may
+still carry the KV of a finished request and be found again by its key, until it is needed and
+evicted, least recently used first. Only full blocks have keys. A key is the SHA-256 of the
+parent's key and the block's tokens, and starts from the tenant's salt: equal keys mean equal
+tokens from position 0 on, within one tenant.
+
+Pure: no clock, no tensors. Wrong use (double free, sharing a block nobody wrote) is an
+assertion, for it can only be our own bug.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from typing import NewType
+
+from moeserve.core import BlockId, Counters
+
+BlockKey = NewType("BlockKey", bytes)
+
+
+def root_key(salt: str) -> BlockKey:
+    """The parent of a tenant's first blocks."""
+    return BlockKey(sha256(b"moeserve.block.v1:" + salt.encode()).digest())
+
+
+def child_key(parent: BlockKey, token_ids: Sequence[int]) -> BlockKey:
+    """The key of a full block that follows ``parent``."""
+    return BlockKey(sha256(parent + array("q", token_ids).tobytes()).digest())
+
+
+class BlockPool:
+    """``num_blocks`` blocks of ``block_size`` tokens each."""
+
+    def __init__(self, num_blocks: int, block_size: int, counters: Counters) -> None:
+        assert num_blocks > 0, num_blocks
+        assert block_size > 0, block_size
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._counters = counters
+        self._refs = [0] * num_blocks
+        self._free: OrderedDict[BlockId, None] = OrderedDict.fromkeys(
+            BlockId(b) for b in range(num_blocks)
+        )
+        self._block_of: dict[BlockKey, BlockId] = {}
+        self._key_of: dict[BlockId, BlockKey] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks nobody holds, whether or not they still carry something."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that can be found by key, held or free."""
+        return len(self._block_of)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def is_free(self, block: BlockId) -> bool:
+        return self._refs[block] == 0
+
+    def find(self, keys: Iterable[BlockKey]) -> list[BlockId]:
+        """The blocks of the longest prefix of ``keys`` that is cached. Takes no reference."""
+        found = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def share(self, blocks: Iterable[BlockId]) -> None:
+        """Take one more reference to each; they must be cached."""
+        for block in blocks:
+            assert block in self._key_of, f"block {block} is not cached"
+            if self._refs[block] == 0:
+                del self._free[block]
+            self._refs[block] += 1
+
+    def allocate(self, count: int) -> list[BlockId]:
+        """Take ``count`` blocks to write to, evicting what was used least recently."""
+        assert 0 <= count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
+        taken = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in taken:
+            self._refs[block] = 1
+            if block in self._key_of:
+                self._forget(block)
+                self._counters.evicted_blocks += 1
+        return taken
+
+    def publish(self, block: BlockId, key: BlockKey) -> None:
+        """Let others find a full block whose KV has been computed.
+
+        If another block has the key already this one stays private: both hold the same.
+        """
+        assert self._refs[block] > 0, f"block {block} is not held"
+        assert self._key_of.get(block, key) == key, f"block {block} already has another key"
+        if key not in self._block_of:
+            self._block_of[key] = block
+            self._key_of[block] = key
+
+    def release(self, blocks: Sequence[BlockId], *, forget: bool = False) -> None:
+        """Give one reference back to each block of a sequence, listed from position 0 on.
+
+        Ends of sequences become free, and thus are evicted, before their beginnings, which more
+        requests can share. ``forget`` when the contents cannot be trusted.
+        """
+        for block in reversed(blocks):
+            assert self._refs[block] > 0, f"block {block} is freed twice"
+            self._refs[block] -= 1
+            if forget and block in self._key_of:
+                self._forget(block)
+            if self._refs[block] == 0:
+                self._free[block] = None
+                if block not in self._key_of:
+                    self._free.move_to_end(block, last=False)
+
+    def check(self) -> None:
+        """Every invariant, slowly; for tests."""
+        free = {BlockId(b) for b, refs in enumerate(self._refs) if refs == 0}
+        assert free == set(self._free), "free list and reference counts disagree"
+        assert all(refs >= 0 for refs in self._refs), "negative reference count"
+        assert len(self._block_of) == len(self._key_of), "keys are not one to one"
+        for key, block in self._block_of.items():
+            assert self._key_of[block] == key, f"block {block} and its key disagree"
+
+    def _forget(self, block: BlockId) -> None:
+        del self._block_of[self._key_of.pop(block)]

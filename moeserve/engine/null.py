@@ -1,0 +1,81 @@
+"""An executor without a model: tokens are hashes of what the KV blocks hold.
+
+Its "KV" of a position is a digest of all tokens up to it, written to the slot that the plan
+assigns and read back through the block table in later steps, just as attention would. The next
+token is drawn from the digest of the last position. So tokens depend on the request alone, as
+long as blocks are shared, freed and preempted correctly; a wrong slot changes them or is found
+here at once. It also asserts that a request's positions come in order and none is left out.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+from moeserve.core import Chunk, RequestId, Sampled, StepPlan, StepResult
+
+
+class NullExecutor:
+    """Remembers digests for ``num_blocks * block_size`` slots, and where each request stands."""
+
+    def __init__(self, num_blocks: int, block_size: int, vocab_size: int) -> None:
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._slots: list[bytes | None] = [None] * (num_blocks * block_size)
+        self._next_position: dict[RequestId, int] = {}
+
+    def run(self, plan: StepPlan) -> StepResult:
+        for request_id in plan.preempted + plan.ended:
+            self._next_position.pop(request_id, None)
+        # All reads of a step see what the steps before wrote: attention of one request never
+        # depends on what another writes in the same step.
+        starts = [self._past(c) for c in plan.chunks]
+        written: dict[int, RequestId] = {}
+        sampled = []
+        for chunk, digest in zip(plan.chunks, starts, strict=True):
+            for position, token in enumerate(chunk.token_ids, chunk.start):
+                slot = self._slot(chunk, position)
+                assert slot not in written, (
+                    f"slot {slot} is written by {written[slot]} and {chunk.request.id}"
+                )
+                written[slot] = chunk.request.id
+                digest = extend(digest, token)
+                self._slots[slot] = digest
+            self._next_position[chunk.request.id] = chunk.start + len(chunk.token_ids)
+            if chunk.sample:
+                token = draw(digest, chunk.request.params.seed, self._vocab_size)
+                sampled.append(Sampled(chunk.request.id, token))
+        return StepResult(tuple(sampled))
+
+    def _past(self, chunk: Chunk) -> bytes:
+        """The digest before the chunk's first token, read from its blocks and verified."""
+        expected = self._next_position.get(chunk.request.id)
+        assert expected is None or chunk.start == expected, (
+            f"request {chunk.request.id} stands at {expected}, the chunk starts at {chunk.start}"
+        )
+        history = chunk.request.prompt_ids + tuple(chunk.output_ids)
+        stop = chunk.start + len(chunk.token_ids)
+        assert chunk.token_ids == history[chunk.start : stop], "the chunk's tokens are not its own"
+        assert chunk.token_ids, "an empty chunk"
+        assert chunk.sample == (stop == len(history)), "sampled elsewhere than at the end"
+        assert len(set(chunk.blocks)) == len(chunk.blocks), "a block twice in one table"
+        digest = b""
+        for position, token in enumerate(history[: chunk.start]):
+            digest = extend(digest, token)
+            found = self._slots[self._slot(chunk, position)]
+            assert found == digest, f"position {position} of {chunk.request.id} is not in its slot"
+        return digest
+
+    def _slot(self, chunk: Chunk, position: int) -> int:
+        block = chunk.blocks[position // self._block_size]
+        return block * self._block_size + position % self._block_size
+
+
+def extend(digest: bytes, token: int) -> bytes:
+    """The digest after one more token."""
+    return sha256(digest + token.to_bytes(8, "little")).digest()
+
+
+def draw(digest: bytes, seed: int, vocab_size: int) -> int:
+    """The token that follows a sequence."""
+    drawn = sha256(digest + seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(drawn[:8], "little") % vocab_size

@@ -1,0 +1,182 @@
+"""The op table in plain torch: the oracle of every other backend (law 7).
+
+Slow and obvious. Every row is computed by itself, so that the result cannot depend on the batch:
+a torch matmul of many rows may add in another order than that of one row, and a vectorised
+``exp`` may round differently in the tail of a tensor. Letters: see ``ops``.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from moeserve.kernels.ops import Activation, AttentionBatch, Experts, Linear, RouterSpec
+
+
+class ReferenceOps:
+    """Plain torch, one row at a time."""
+
+    name = "reference"
+
+    def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear:
+        out, into = weight_NK.shape
+        bias = None if bias_N is None else bias_N.float()
+        # Copies are aligned: off a boundary, torch may add in another order.
+        weight = weight_NK.float().clone(memory_format=torch.contiguous_format)
+        return Linear(out, into, (weight, bias))
+
+    def pack_experts(
+        self,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
+        gate_up_bias_E2I: Tensor | None = None,
+        down_bias_EH: Tensor | None = None,
+        activation: Activation = Activation.SWIGLU,
+    ) -> Experts:
+        num, hidden, inner = down_EHI.shape
+        ups = [
+            self.pack_linear(w, None if gate_up_bias_E2I is None else gate_up_bias_E2I[e])
+            for e, w in enumerate(gate_up_E2IH)
+        ]
+        downs = [
+            self.pack_linear(w, None if down_bias_EH is None else down_bias_EH[e])
+            for e, w in enumerate(down_EHI)
+        ]
+        return Experts(num, hidden, inner, activation, (ups, downs))
+
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        rows = x_TH.float().reshape(-1, x_TH.shape[-1])
+        if not len(rows):
+            return x_TH.float()
+        weight = weight_H.float()
+        out = [row * torch.rsqrt(row.square().mean() + eps) * weight for row in rows]
+        return torch.stack(out).view(x_TH.shape)
+
+    def linear(self, x_TK: Tensor, weight: Linear) -> Tensor:
+        matrix, bias = cast("tuple[Tensor, Tensor | None]", weight.data)
+        out = x_TK.new_empty(len(x_TK), weight.out_features)
+        for t, row in enumerate(x_TK):
+            product = torch.mv(matrix, row.clone())
+            out[t] = product if bias is None else product + bias
+        return out
+
+    def pack_heads(self, weight_ANK: Tensor) -> Linear:
+        _, out, into = weight_ANK.shape
+        return Linear(out, into, [self.pack_linear(w) for w in weight_ANK])
+
+    def linear_heads(self, x_TAK: Tensor, weight: Linear) -> Tensor:
+        heads = cast("list[Linear]", weight.data)
+        columns = [self.linear(x_TAK[:, a].contiguous(), w) for a, w in enumerate(heads)]
+        return torch.stack(columns, 1)
+
+    def glu(self, gate_up_T2I: Tensor, activation: Activation) -> Tensor:
+        inner = gate_up_T2I.shape[-1] // 2
+        out = gate_up_T2I.new_empty(len(gate_up_T2I), inner)
+        for t, row in enumerate(gate_up_T2I):
+            gate, up = row[:inner].clone(), row[inner:].clone()
+            if activation is Activation.CLAMPED:
+                gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+                out[t] = (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+            else:
+                out[t] = gate * torch.sigmoid(gate) * up
+        return out
+
+    def rope(self, x_TAD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
+        pairs = cos_TR.shape[-1]
+        out = x_TAD.clone()
+        turned = x_TAD[..., : 2 * pairs]
+        cos, sin = cos_TR[:, None], sin_TR[:, None]
+        if interleaved:
+            a, b = turned[..., 0::2], turned[..., 1::2]
+            both = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        else:
+            a, b = turned[..., :pairs], turned[..., pairs:]
+            both = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        out[..., : 2 * pairs] = both
+        return out
+
+    def route_topk(
+        self, logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        ids = torch.empty(len(logits_TE), spec.top_k, dtype=torch.int32)
+        weights = torch.empty(len(logits_TE), spec.top_k)
+        for t, row in enumerate(logits_TE):
+            ids[t], weights[t] = route_row(row.clone(), spec, bias_E)
+        return ids, weights
+
+    def moe_ffn(
+        self, x_TH: Tensor, experts: Experts, ids_TC: Tensor, weights_TC: Tensor
+    ) -> Tensor:
+        ups, downs = cast("tuple[list[Linear], list[Linear]]", experts.data)
+        out = torch.zeros(len(x_TH), experts.hidden)
+        for t, (ids, weights) in enumerate(zip(ids_TC.tolist(), weights_TC, strict=True)):
+            for e, weight in zip(ids, weights, strict=True):
+                inner = self.glu(self.linear(x_TH[t : t + 1], ups[e]), experts.activation)
+                out[t] += weight * self.linear(inner, downs[e])[0]
+        return out
+
+    def write_kv(self, kv_BPGD: Tensor, x_TGD: Tensor, slot_T: Tensor) -> None:
+        slot, size = slot_T.long(), kv_BPGD.shape[1]
+        kv_BPGD[slot // size, slot % size] = x_TGD.to(kv_BPGD.dtype)
+
+    def paged_attention(
+        self,
+        q_TAD: Tensor,
+        k_BPGD: Tensor,
+        v_BPGV: Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        sinks_A: Tensor | None = None,
+    ) -> Tensor:
+        heads, kv_heads, size = q_TAD.shape[1], k_BPGD.shape[2], k_BPGD.shape[1]
+        out = torch.empty(len(q_TAD), heads, v_BPGV.shape[-1])
+        starts, contexts = batch.query_start_S1.tolist(), batch.context_S.tolist()
+        for s, context in enumerate(contexts):
+            blocks = batch.blocks_SM[s, : -(-context // size)].long()
+            k = k_BPGD[blocks].flatten(0, 1).float()
+            v = v_BPGV[blocks].flatten(0, 1).float()
+            for t in range(starts[s], starts[s + 1]):
+                last = context - (starts[s + 1] - t)
+                first = 0 if window is None else max(0, last - window + 1)
+                for a in range(heads):
+                    g = a // (heads // kv_heads)
+                    keys = k[first : last + 1, g].contiguous()
+                    score = torch.mv(keys, q_TAD[t, a].clone()) * scale
+                    if sinks_A is not None:
+                        score = torch.cat((score, sinks_A[a : a + 1].float()))
+                    share = score.softmax(0)[: len(keys)]
+                    out[t, a] = torch.mv(v[first : last + 1, g].T.contiguous(), share)
+        return out
+
+
+def route_row(
+    logits_E: Tensor, spec: RouterSpec, bias_E: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """ids [C] and weights [C] of one token."""
+    if spec.scoring == "softmax":
+        score = logits_E.softmax(-1)
+    elif spec.scoring == "sigmoid":
+        score = logits_E.sigmoid()
+    else:
+        score = logits_E
+    choice = score if bias_E is None else score + bias_E
+    if spec.num_groups > 1:
+        grouped = choice.view(spec.num_groups, -1)
+        best_of_group = grouped.sort(-1, descending=True).values
+        width = 2 if spec.group_score == "top2" else 1
+        groups = best_of_group[:, :width].sum(-1)
+        keep = groups.sort(descending=True, stable=True).indices[: spec.topk_groups]
+        mask = torch.full_like(grouped, -torch.inf)
+        mask[keep] = 0.0
+        choice = choice + mask.flatten()
+    ids = choice.sort(descending=True, stable=True).indices[: spec.top_k]
+    weights = score[ids]
+    if spec.scoring == "topk_softmax":
+        weights = weights.softmax(-1)
+    elif spec.normalise:
+        weights = weights / (weights.sum() + 1e-20)
+    return ids.int(), weights * spec.scale

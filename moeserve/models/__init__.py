@@ -1,0 +1,1 @@
+"""From a checkpoint folder to logits: reader, one decoder, and a short file per family."""

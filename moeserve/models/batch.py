@@ -1,0 +1,75 @@
+"""One forward pass as tensors: which tokens, at which positions, reading and writing which slots.
+
+Pure packing of ``Span``; knows nothing of requests. Letters: T tokens, S sequences, M blocks of
+the longest, R rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeserve.kernels.ops import AttentionBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of one sequence, from position ``start``.
+
+    ``blocks`` hold the KV of everything before, and have room for these tokens. Logits are wanted
+    of the last ``logits`` of them.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    logits: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """All int64, but for those in ``attention``. ``slot`` is block * block_size + offset."""
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    slot_T: Tensor
+    attention: AttentionBatch
+    logit_rows_R: Tensor
+
+
+def pack_spans(spans: Sequence[Span], block_size: int) -> StepBatch:
+    """Sequences one after the other, each with its tokens in order."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    rows: list[int] = []
+    starts, contexts = [0], []
+    for span in spans:
+        end = span.start + len(span.token_ids)
+        ids.extend(span.token_ids)
+        positions.extend(range(span.start, end))
+        slots.extend(
+            span.blocks[p // block_size] * block_size + p % block_size
+            for p in range(span.start, end)
+        )
+        rows.extend(range(len(ids) - span.logits, len(ids)))
+        starts.append(len(ids))
+        contexts.append(end)
+    blocks_SM = torch.zeros(len(spans), max(len(s.blocks) for s in spans), dtype=torch.int32)
+    for s, span in enumerate(spans):
+        blocks_SM[s, : len(span.blocks)] = torch.tensor(span.blocks, dtype=torch.int32)
+    attention = AttentionBatch(
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(contexts, dtype=torch.int32),
+        blocks_SM,
+    )
+    return StepBatch(
+        torch.tensor(ids),
+        torch.tensor(positions),
+        torch.tensor(slots),
+        attention,
+        torch.tensor(rows, dtype=torch.int64),
+    )

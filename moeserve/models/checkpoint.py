@@ -1,0 +1,160 @@
+"""Read a model folder: ``config.json`` and memory-mapped safetensors.
+
+Nothing in the folder is executed and pickle is never read. Every tensor that is asked for is
+checked (present, shape, dtype) and counted; ``unread`` lists what nobody asked for, so that a
+tensor we do not understand cannot be dropped in silence. Files must not change while open.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moeserve.errors import CheckpointError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Checkpoint:
+    """An open model folder; owns the file mappings and the counters."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        generation_config: dict[str, Any],
+        files: dict[Path, Any],
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.generation_config = generation_config
+        self.bytes_read = 0
+        self.total_bytes = sum(file.stat().st_size for file in files)
+        self._home = {name: (file, f) for file, f in files.items() for name in f.keys()}  # noqa: SIM118
+        self._read: set[str] = set()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The folder, its files checked for truncation; tensors are read when asked for."""
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; give the path of a model folder")
+        config = read_json(folder / "config.json", required=True)
+        _refuse_quantised(folder / "config.json", config)
+        files = {file: _map(file) for file in _weight_files(folder)}
+        generation = read_json(folder / "generation_config.json", required=False)
+        checkpoint = cls(folder, config, generation, files)
+        checkpoint._check_index()
+        return checkpoint
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._home)
+
+    def has(self, name: str) -> bool:
+        return name in self._home
+
+    def get(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor, a view of the mapped file; of exactly this shape where one is given."""
+        if name not in self._home:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        file, mapped = self._home[name]
+        try:
+            tensor: Tensor = mapped.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from error
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{file}: tensor {name} has dtype {tensor.dtype}, expected float32, float16 or "
+                f"bfloat16; quantised weights are not supported yet"
+            )
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{file}: tensor {name} has shape {list(tensor.shape)}, "
+                f"config.json implies {list(shape)}"
+            )
+        self._read.add(name)
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+    def unread(self) -> tuple[str, ...]:
+        """Tensors that nobody asked for, sorted."""
+        return tuple(sorted(self.names - self._read))
+
+    def _check_index(self) -> None:
+        index = read_json(self.path / _INDEX, required=False)
+        for name, shard in index.get("weight_map", {}).items():
+            if name not in self._home or self._home[name][0].name != shard:
+                raise CheckpointError(
+                    f"{self.path / _INDEX}: tensor {name} should be in {shard} but is not"
+                )
+
+
+def read_json(file: Path, *, required: bool) -> dict[str, Any]:
+    """The JSON object in a file; empty where an optional one is absent."""
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        if not required:
+            return {}
+        raise CheckpointError(f"{file}: missing; every model folder has one") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if index.exists():
+        shards = read_json(index, required=True).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise CheckpointError(f"{index}: weight_map is missing or empty")
+        return [_shard(index, shard) for shard in dict.fromkeys(map(str, shards.values()))]
+    if (folder / _SINGLE).exists():
+        return [folder / _SINGLE]
+    pickles = sorted(f.name for pattern in _PICKLES for f in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: only {', '.join(pickles[:3])} found; pickle is never read, "
+            f"convert the weights to safetensors"
+        )
+    raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} found")
+
+
+def _shard(index: Path, name: str) -> Path:
+    file = index.parent / name
+    if Path(name).name != name or name == "..":
+        raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
+    if not file.is_file():
+        raise CheckpointError(f"{index}: shard {name} is missing; download it again")
+    return file
+
+
+def _map(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: truncated or not safetensors ({error}); download it again"
+        ) from error
+
+
+def _refuse_quantised(file: Path, config: dict[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config"):
+        found = config.get(key)
+        if found is not None:
+            method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
+            raise CheckpointError(
+                f"{file}: {key} names the method {method!r}, which is not supported yet; "
+                f"use a float32, float16 or bfloat16 copy of the model"
+            )

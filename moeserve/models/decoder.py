@@ -1,0 +1,279 @@
+"""The one decoder: token ids in, logits out, over a paged cache and an op table.
+
+Every row's logits depend only on its own sequence (law 1): all arithmetic goes through ``Ops``,
+whose rows are independent; in between there are gathers, copies and exact elementwise adds. The
+residual stream is fp32. Letters as in ``kernels.ops``, R wanted rows, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeserve.errors import CheckpointError
+from moeserve.kernels.ops import Linear, Ops
+from moeserve.models.attention import (
+    Attention,
+    LayerCache,
+    kv_values_per_token,
+    load_attention,
+    new_layer_cache,
+)
+from moeserve.models.batch import StepBatch
+from moeserve.models.checkpoint import Checkpoint
+from moeserve.models.families import read_spec
+from moeserve.models.moe import DenseMlp, MoeMlp, RoutingObserver, load_mlp
+from moeserve.models.names import TensorNames
+from moeserve.models.rope import RopeRows, RopeTables, rope_tables
+from moeserve.models.spec import LayerSpec, ModelSpec
+from moeserve.models.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """One ``LayerCache`` per decoder layer, and the MTP block's last if it was asked for."""
+
+    layers: tuple[LayerCache, ...]
+    num_blocks: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Attention and MLP, each behind its norm, added to the residual stream."""
+
+    layer: int
+    eps: float
+    input_norm_H: Tensor
+    attention: Attention
+    post_norm_H: Tensor
+    mlp: DenseMlp | MoeMlp
+
+    def run(
+        self,
+        x_TH: Tensor,
+        step: StepBatch,
+        rope: RopeRows,
+        cache: LayerCache,
+        ops: Ops,
+        observer: RoutingObserver | None,
+    ) -> Tensor:
+        normed_TH = ops.rms_norm(x_TH, self.input_norm_H, self.eps)
+        x_TH = x_TH + self.attention.run(normed_TH, step, rope, cache, ops)
+        normed_TH = ops.rms_norm(x_TH, self.post_norm_H, self.eps)
+        if isinstance(self.mlp, MoeMlp):
+            return x_TH + self.mlp.run(normed_TH, ops, self.layer, observer)
+        return x_TH + self.mlp.run(normed_TH, ops)
+
+
+@dataclass(frozen=True, slots=True)
+class Mtp:
+    """DeepSeek-V3's multi-token prediction module: one more block that looks one token ahead."""
+
+    embedding_WH: Tensor
+    embedding_norm_H: Tensor
+    hidden_norm_H: Tensor
+    project: Linear
+    block: Block
+    norm_H: Tensor
+    head: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A loaded model. ``unread`` lists tensors that were left aside on purpose."""
+
+    spec: ModelSpec
+    ops: Ops
+    dtype: torch.dtype
+    embedding_WH: Tensor
+    blocks: tuple[Block, ...]
+    norm_H: Tensor
+    head: Linear
+    rope: RopeTables
+    mtp: Mtp | None
+    unread: tuple[str, ...]
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of all decoder layers, without the MTP block."""
+        values = sum(kv_values_per_token(layer.attention) for layer in self.spec.layers)
+        return values * self.kv_dtype.itemsize
+
+    def new_cache(self, num_blocks: int, block_size: int, *, mtp: bool = False) -> KVCache:
+        specs = [layer.attention for layer in self.spec.layers]
+        if mtp and self.spec.mtp is not None:
+            specs.append(self.spec.mtp.attention)
+        layers = (new_layer_cache(s, num_blocks, block_size, self.kv_dtype) for s in specs)
+        return KVCache(tuple(layers), num_blocks, block_size)
+
+    def forward(
+        self, step: StepBatch, cache: KVCache, observer: RoutingObserver | None = None
+    ) -> Tensor:
+        """Runs the step's tokens, writes their KV, and returns logits_RW of the wanted rows."""
+        hidden_TH = self.trunk(step, cache, observer)
+        return self.logits(hidden_TH.index_select(0, step.logit_rows_R))
+
+    def trunk(
+        self, step: StepBatch, cache: KVCache, observer: RoutingObserver | None = None
+    ) -> Tensor:
+        """The residual stream after the last block, before the final norm: [T, H]."""
+        rope = self.rope.rows(step.positions_T)
+        x_TH = self.embedding_WH.index_select(0, step.token_ids_T).float()
+        for block in self.blocks:
+            x_TH = block.run(x_TH, step, rope, cache.layers[block.layer], self.ops, observer)
+        return x_TH
+
+    def final_norm(self, hidden_RH: Tensor) -> Tensor:
+        return self.ops.rms_norm(hidden_RH, self.norm_H, self.spec.norm_eps)
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """Final norm and head."""
+        if not len(hidden_RH):
+            return torch.empty(0, self.spec.vocab)
+        return self.ops.linear(self.final_norm(hidden_RH), self.head)
+
+    def mtp_forward(self, normed_TH: Tensor, step: StepBatch, cache: KVCache) -> Tensor:
+        """Draft logits_RW of the token after next.
+
+        Row t joins the trunk's state at position p, after the final norm, with the token at p + 1:
+        ``step.token_ids_T`` are those next tokens, ``step.positions_T`` their states' positions.
+        """
+        mtp, eps, ops = self.mtp, self.spec.norm_eps, self.ops
+        if mtp is None:
+            raise CheckpointError(f"{self.spec.architecture}: this checkpoint has no MTP module")
+        token_TH = mtp.embedding_WH.index_select(0, step.token_ids_T).float()
+        pair_T2H = torch.cat(
+            (
+                ops.rms_norm(token_TH, mtp.embedding_norm_H, eps),
+                ops.rms_norm(normed_TH, mtp.hidden_norm_H, eps),
+            ),
+            -1,
+        )
+        rope = self.rope.rows(step.positions_T)
+        x_TH = ops.linear(pair_T2H, mtp.project)
+        x_TH = mtp.block.run(x_TH, step, rope, cache.layers[mtp.block.layer], ops, None)
+        wanted_RH = x_TH.index_select(0, step.logit_rows_R)
+        return ops.linear(ops.rms_norm(wanted_RH, mtp.norm_H, eps), mtp.head)
+
+
+def load_decoder(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    ops: Ops,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """The model in a folder, its matrices in ``dtype``: float32, bfloat16, or the checkpoint's.
+
+    A float16 checkpoint is held as float32, which is exact. Tensors that the model does not
+    explain are an error.
+    """
+    return assemble(Checkpoint.open(path), dtype=dtype, ops=ops, progress=progress)
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None,
+    ops: Ops,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """``load_decoder`` of an open folder."""
+    spec, names = read_spec(checkpoint)
+    embedding = checkpoint.get("model.embed_tokens.weight", (spec.vocab, spec.hidden))
+    held = dtype or embedding.dtype
+    w = Weights(
+        checkpoint, ops, torch.bfloat16 if held is torch.bfloat16 else torch.float32, progress
+    )
+    embedding_WH = embedding.to(w.dtype, copy=True)
+    if spec.tied_embeddings:
+        head = ops.pack_linear(embedding_WH)
+    else:
+        head = w.linear("lm_head", spec.vocab, spec.hidden)
+    blocks = tuple(_load_block(w, i, layer, names, spec) for i, layer in enumerate(spec.layers))
+    decoder = Decoder(
+        spec=spec,
+        ops=ops,
+        dtype=w.dtype,
+        embedding_WH=embedding_WH,
+        blocks=blocks,
+        norm_H=w.vector("model.norm.weight", spec.hidden),
+        head=head,
+        rope=rope_tables(spec.rope, spec.max_positions),
+        mtp=_load_mtp(w, names, spec, embedding_WH, head),
+        unread=_explained(checkpoint, spec),
+    )
+    if progress is not None:
+        progress(checkpoint.total_bytes, checkpoint.total_bytes)
+    return decoder
+
+
+def _load_block(
+    w: Weights, index: int, layer: LayerSpec, names: TensorNames, spec: ModelSpec
+) -> Block:
+    prefix = f"model.layers.{index}"
+    return Block(
+        layer=index,
+        eps=spec.norm_eps,
+        input_norm_H=w.vector(f"{prefix}.input_layernorm.weight", spec.hidden),
+        attention=load_attention(
+            w, f"{prefix}.self_attn", layer.attention, spec.hidden, spec.norm_eps
+        ),
+        post_norm_H=w.vector(f"{prefix}.post_attention_layernorm.weight", spec.hidden),
+        mlp=load_mlp(w, prefix, layer.mlp, names, spec.hidden),
+    )
+
+
+def _load_mtp(
+    w: Weights, names: TensorNames, spec: ModelSpec, embedding_WH: Tensor, head: Linear
+) -> Mtp | None:
+    prefix = f"model.layers.{len(spec.layers)}"
+    if spec.mtp is None or not w.has(f"{prefix}.eh_proj.weight"):
+        return None
+    own_embedding, own_head = f"{prefix}.embed_tokens.weight", f"{prefix}.shared_head.head"
+    if w.has(own_embedding):
+        embedding_WH = w.matrix(own_embedding, spec.vocab, spec.hidden)
+    if w.has(f"{own_head}.weight"):
+        head = w.linear(own_head, spec.vocab, spec.hidden)
+    return Mtp(
+        embedding_WH=embedding_WH,
+        embedding_norm_H=w.vector(f"{prefix}.enorm.weight", spec.hidden),
+        hidden_norm_H=w.vector(f"{prefix}.hnorm.weight", spec.hidden),
+        project=w.linear(f"{prefix}.eh_proj", spec.hidden, 2 * spec.hidden),
+        block=_load_block(w, len(spec.layers), spec.mtp, names, spec),
+        norm_H=w.vector(f"{prefix}.shared_head.norm.weight", spec.hidden),
+        head=head,
+    )
+
+
+def _explained(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
+    """The tensors nobody read, if each has a reason: else an error that names them."""
+    unread = checkpoint.unread()
+    strange = [name for name in unread if not _needless(name, spec)]
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: {spec.architecture} does not explain the tensors "
+            f"{', '.join(strange[:3])}{more}; results without them would be wrong"
+        )
+    return unread
+
+
+def _needless(name: str, spec: ModelSpec) -> bool:
+    """Rotary buffers, the copy of a tied head, and modules beyond the last decoder layer."""
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
+    if name == "lm_head.weight":
+        return spec.tied_embeddings
+    parts = name.split(".")
+    beyond = parts[:2] == ["model", "layers"] and parts[2].isdigit()
+    return beyond and int(parts[2]) >= len(spec.layers)

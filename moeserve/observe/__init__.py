@@ -1,0 +1,1 @@
+"""What is watched while serving: metrics and recorded routing."""

@@ -1,0 +1,175 @@
+"""What Prometheus sees.
+
+Counts come from the engine's counters and a load snapshot at the moment of scraping; only
+durations are kept here, as histograms that the engine feeds (it calls the ``on_`` methods). Every
+metric that vLLM has too is also served under vLLM's name, so that existing dashboards work. The
+registry is this object's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from moeserve.core import Counters, FinishReason, StepPlan, Timing
+
+LABEL = "model_name"
+PREFIX = "moeserve_"
+# Ours -> vLLM's, without prefixes and without the _total of counters.
+ALIASES = {
+    "num_requests_running": "num_requests_running",
+    "num_requests_waiting": "num_requests_waiting",
+    "kv_cache_usage_ratio": "kv_cache_usage_perc",
+    "prefix_cache_queries": "prefix_cache_queries",
+    "prefix_cache_hits": "prefix_cache_hits",
+    "prompt_tokens": "prompt_tokens",
+    "generated_tokens": "generation_tokens",
+    "preemptions": "num_preemptions",
+    "requests_finished": "request_success",
+    "time_to_first_token_seconds": "time_to_first_token_seconds",
+    "inter_token_latency_seconds": "inter_token_latency_seconds",
+    "e2e_latency_seconds": "e2e_request_latency_seconds",
+    "queue_time_seconds": "request_queue_time_seconds",
+    "prefill_time_seconds": "request_prefill_time_seconds",
+    "decode_time_seconds": "request_decode_time_seconds",
+}
+_FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_SIZES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+
+
+class LoadView(Protocol):
+    """The part of an engine's load that is shown."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def total_blocks(self) -> int: ...
+    @property
+    def free_blocks(self) -> int: ...
+
+
+class Metrics:
+    """Observes one engine and renders its page; ``bind`` says whose numbers to show."""
+
+    def __init__(self) -> None:
+        self._model = ""
+        self._counters = Counters()
+        self._load: Callable[[], LoadView] | None = None
+        self._ttft = _histogram("time_to_first_token_seconds", "arrival to first token", _SLOW)
+        self._itl = _histogram("inter_token_latency_seconds", "token to token", _FAST)
+        self._e2e = _histogram("e2e_latency_seconds", "arrival to end of a request", _SLOW)
+        self._queue = _histogram("queue_time_seconds", "arrival to first step", _SLOW)
+        self._prefill = _histogram("prefill_time_seconds", "first step to first token", _SLOW)
+        self._decode = _histogram("decode_time_seconds", "first token to end", _SLOW)
+        self._step = _histogram("step_seconds", "one forward pass", _FAST)
+        self._step_tokens = _histogram("step_tokens", "tokens in a forward pass", _SIZES)
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_Page(self.collect))
+
+    def bind(self, model: str, counters: Counters, load: Callable[[], LoadView]) -> None:
+        self._model, self._counters, self._load = model, counters, load
+
+    def render(self) -> tuple[bytes, str]:
+        """The page and its content type."""
+        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+
+    def on_step(self, plan: StepPlan, seconds: float) -> None:
+        self._step.labels(self._model).observe(seconds)
+        self._step_tokens.labels(self._model).observe(plan.num_tokens)
+
+    def on_first_token(self, timing: Timing) -> None:
+        if timing.first_token_s is None:
+            return
+        self._ttft.labels(self._model).observe(timing.first_token_s)
+        if timing.scheduled_s is not None:
+            self._queue.labels(self._model).observe(timing.scheduled_s)
+            self._prefill.labels(self._model).observe(timing.first_token_s - timing.scheduled_s)
+
+    def on_token(self, seconds: float) -> None:
+        self._itl.labels(self._model).observe(seconds)
+
+    def on_finish(self, reason: FinishReason, timing: Timing) -> None:
+        self._e2e.labels(self._model).observe(timing.elapsed_s)
+        if timing.first_token_s is not None:
+            self._decode.labels(self._model).observe(timing.elapsed_s - timing.first_token_s)
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric, each followed by its alias."""
+        for metric in self._ours():
+            yield metric
+            alias = ALIASES.get(metric.name.removeprefix(PREFIX))
+            if alias is not None:
+                yield _renamed(metric, f"vllm:{alias}")
+
+    def _ours(self) -> Iterator[Metric]:
+        if self._load is not None:
+            load = self._load()
+            used = load.total_blocks - load.free_blocks
+            yield self._gauge("num_requests_running", "in the running batch", load.running)
+            yield self._gauge("num_requests_waiting", "in the queue", load.waiting)
+            yield self._gauge("kv_blocks", "KV blocks in all", load.total_blocks)
+            yield self._gauge(
+                "kv_cache_usage_ratio", "KV blocks in use, of 1", used / max(1, load.total_blocks)
+            )
+        count = self._counters
+        yield self._counter("steps", "forward passes", count.steps)
+        yield self._counter("prompt_tokens", "tokens of admitted prompts", count.prompt_tokens)
+        yield self._counter("generated_tokens", "tokens made", count.generated_tokens)
+        yield self._counter("computed_tokens", "tokens run", count.computed_tokens)
+        yield self._counter("recomputed_tokens", "of these, once more", count.recomputed_tokens)
+        yield self._counter("prefix_cache_queries", "tokens looked up", count.prefix_queried_tokens)
+        yield self._counter("prefix_cache_hits", "tokens found", count.prefix_hit_tokens)
+        yield self._counter("preemptions", "requests put back for room", count.preemptions)
+        yield self._counter("evicted_blocks", "cached KV blocks given up", count.evicted_blocks)
+        finished = CounterMetricFamily(
+            f"{PREFIX}requests_finished", "ended requests", labels=[LABEL, "finished_reason"]
+        )
+        for reason in FinishReason:
+            finished.add_metric([self._model, reason.value], count.finished.get(reason, 0))
+        yield finished
+        for histogram in self._histograms():
+            yield from histogram.collect()
+
+    def _histograms(self) -> tuple[Histogram, ...]:
+        return (
+            *(self._ttft, self._itl, self._e2e, self._queue),
+            *(self._prefill, self._decode, self._step, self._step_tokens),
+        )
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(PREFIX + name, text, labels=[LABEL])
+        family.add_metric([self._model], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, text, labels=[LABEL])
+        family.add_metric([self._model], value)
+        return family
+
+
+class _Page(Collector):
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterable[Metric]:
+        return self._collect()
+
+
+def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(PREFIX + name, text, labelnames=[LABEL], buckets=buckets, registry=None)
+
+
+def _renamed(metric: Metric, name: str) -> Metric:
+    alias = Metric(name, f"{metric.documentation} (as {metric.name})", metric.type)
+    for sample in metric.samples:
+        alias.samples.append(sample._replace(name=name + sample.name.removeprefix(metric.name)))
+    return alias

@@ -1,0 +1,187 @@
+"""Record which experts each token chose, while serving, into one safetensors file.
+
+Tensors of the file; sequences in order of first computation, tokens of each by position::
+
+    topk_ids     [tokens, layers, k]  uint8, or int16 above 256 experts; best first
+    positions    [tokens]             int32, within the token's sequence
+    seq_lens     [sequences]          int32, tokens recorded
+    prompt_lens  [sequences]          int32, so a token at position >= prompt_lens was generated
+    cached_lens  [sequences]          int32, positions left out, see below
+    domain_ids   [sequences]          int32, into the metadata's ``domains``
+
+A token whose KV came from the prefix cache was never routed for this request: it is left out, and
+counted in ``cached_lens``. What a preemption computes again is recorded once. Metadata (strings,
+lists as JSON): ``format``, ``model``, ``num_experts``, ``moe_layers`` (decoder layer of each entry
+of the second dimension), ``domains``, ``dropped_tokens`` (computed after ``max_tokens`` were
+recorded).
+
+Memory stays small: rows are appended to ``FILE.spool`` and put in order by ``close``, which writes
+FILE in one piece or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moeserve.core import Request, RequestId, StepPlan
+from moeserve.errors import ConfigError
+
+FORMAT = "moeserve.routing.v1"
+ROWS_PER_WRITE = 65536
+
+
+class RoutingRecorder:
+    """A step observer. ``close`` after the last step; ``max_tokens`` bounds the file."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        model: str,
+        moe_layers: Sequence[int],
+        num_experts: int,
+        top_k: int,
+        max_tokens: int = 10_000_000,
+    ) -> None:
+        self._path = path
+        self._model = model
+        self._column = {layer: column for column, layer in enumerate(moe_layers)}
+        self._num_experts = num_experts
+        self._max_tokens = max_tokens
+        ids = np.uint8 if num_experts <= 256 else np.int16
+        self._row = np.dtype(
+            [("sequence", "<i4"), ("position", "<i4"), ("ids", ids, (len(moe_layers), top_k))]
+        )
+        self._spool_path = path.with_name(path.name + ".spool")
+        try:
+            self._spool = self._spool_path.open("wb")
+        except OSError as error:
+            raise ConfigError(
+                f"record_routing={str(path)!r}: cannot write there ({error.strerror})"
+            ) from error
+        self._live: dict[RequestId, int] = {}
+        self._domains: dict[str, int] = {}
+        self._prompt_lens: list[int] = []
+        self._domain_ids: list[int] = []
+        self._reached: list[int] = []  # positions below are recorded, or were cached
+        self._rows = np.empty(0, self._row)
+        self._fresh: list[tuple[int, int, NDArray[np.void]]] = []  # sequence, end, new rows
+        self._seen: set[int] = set()
+        self.recorded_tokens = 0
+        self.dropped_tokens = 0
+
+    def begin(self, plan: StepPlan) -> None:
+        for request_id in plan.ended:
+            self._live.pop(request_id, None)
+        self._rows = np.empty(plan.num_tokens, self._row)
+        self._fresh = []
+        self._seen = set()
+        row = 0
+        for chunk in plan.chunks:
+            sequence, stop = self._sequence_of(chunk.request), chunk.start + len(chunk.token_ids)
+            rows = self._rows[row : row + len(chunk.token_ids)]
+            rows["sequence"] = sequence
+            rows["position"] = np.arange(chunk.start, stop)
+            again = min(max(0, self._reached[sequence] - chunk.start), len(rows))
+            self._fresh.append((sequence, stop, rows[again:]))
+            row += len(rows)
+
+    def record(self, layer: int, ids_TC: Tensor) -> None:
+        self._rows["ids"][:, self._column[layer]] = ids_TC.numpy()
+        self._seen.add(layer)
+
+    def end(self) -> None:
+        assert self._seen == set(self._column), f"layers seen: {sorted(self._seen)}"
+        for sequence, stop, _ in self._fresh:
+            self._reached[sequence] = max(self._reached[sequence], stop)
+        rows = np.concatenate([rows for _, _, rows in self._fresh])
+        room = self._max_tokens - self.recorded_tokens
+        if len(rows) > room and not self.dropped_tokens:
+            logging.getLogger("moeserve.routing").warning(
+                "%s is full with %d tokens: what follows is not recorded",
+                self._path,
+                self._max_tokens,
+            )
+        kept = rows[:room]
+        self.recorded_tokens += len(kept)
+        self.dropped_tokens += len(rows) - len(kept)
+        self._spool.write(kept.tobytes())
+
+    def close(self) -> None:
+        """Put the file together; it appears complete."""
+        self._spool.close()
+        rows = (
+            np.memmap(self._spool_path, self._row, "r")
+            if self.recorded_tokens
+            else np.empty(0, self._row)
+        )
+        order = np.lexsort((rows["position"], rows["sequence"]))
+        sequence, position = rows["sequence"][order], rows["position"][order]
+        recorded = np.bincount(sequence, minlength=len(self._reached))
+        spans = np.zeros(len(self._reached), np.int64)
+        np.maximum.at(spans, sequence, position + 1)
+        small = {
+            "positions": position,
+            "seq_lens": recorded,
+            "prompt_lens": self._prompt_lens,
+            "cached_lens": spans - recorded,
+            "domain_ids": self._domain_ids,
+        }
+        tensors = {name: np.asarray(values, np.int32) for name, values in small.items()}
+        temporary = self._path.with_name(self._path.name + ".part")
+        with temporary.open("wb") as file:
+            file.write(self._header(tensors, rows["ids"]))
+            for values in tensors.values():
+                file.write(values.tobytes())
+            for part in slices(len(order), ROWS_PER_WRITE):
+                file.write(rows["ids"][order[part]].tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._path)
+        self._spool_path.unlink()
+
+    def _sequence_of(self, request: Request) -> int:
+        """The index of a request's sequence, made when it is first seen."""
+        if request.id not in self._live:
+            self._live[request.id] = len(self._reached)
+            self._reached.append(0)
+            self._prompt_lens.append(len(request.prompt_ids))
+            self._domain_ids.append(self._domains.setdefault(request.domain, len(self._domains)))
+        return self._live[request.id]
+
+    def _header(self, tensors: dict[str, NDArray[np.int32]], ids: NDArray[np.generic]) -> bytes:
+        header: dict[str, object] = {
+            "__metadata__": {
+                "format": FORMAT,
+                "model": self._model,
+                "num_experts": str(self._num_experts),
+                "moe_layers": json.dumps(list(self._column)),
+                "domains": json.dumps(list(self._domains)),
+                "dropped_tokens": str(self.dropped_tokens),
+            }
+        }
+        kinds = {np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8", np.dtype(np.int16): "I16"}
+        offset = 0
+        for name, values in {**tensors, "topk_ids": ids}.items():
+            header[name] = {
+                "dtype": kinds[values.dtype],
+                "shape": list(values.shape),
+                "data_offsets": [offset, offset + values.nbytes],
+            }
+            offset += values.nbytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """Consecutive parts of ``range(count)``."""
+    return (slice(at, min(at + size, count)) for at in range(0, count, size))

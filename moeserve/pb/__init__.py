@@ -1,0 +1,1 @@
+"""Generated from ``proto/moeserve/pb/*.proto`` by ``make proto``; a test holds the two together."""

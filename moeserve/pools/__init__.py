@@ -1,0 +1,1 @@
+"""Peers that serve each other; here the doors through which clients come in."""

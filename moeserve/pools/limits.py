@@ -1,0 +1,248 @@
+"""Every bound on a request, in one table, and the one way from client fields to SamplingParams.
+
+Both doors pass what a client gave as ``{field: value}``, so both refuse the same things with the
+same words. Knows the model only by the numbers in ``ModelLimits``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moeserve.core import SamplingParams
+from moeserve.errors import InvalidRequestError
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+MAX_BODY_BYTES = 16 * 2**20
+MAX_PROMPT_BYTES = 4 * 2**20
+MAX_PROMPTS = 64
+MAX_MESSAGES = 1024
+MAX_N = 16
+MAX_STOP = 16
+MAX_STOP_BYTES = 256
+MAX_STOP_IDS = 64
+MAX_LOGIT_BIAS = 1024
+MAX_ID_CHARS = 128
+MAX_SALT_BYTES = 128
+MAX_DOMAIN_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """``low <= value <= high``; ``above`` leaves ``low`` itself out."""
+
+    low: float
+    high: float
+    integer: bool = False
+    above: bool = False
+
+    def check(self, name: str, value: object) -> Any:
+        expected = f"expected {self}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidRequestError(f"{name}={_shown(value)}: {expected}", param=name)
+        if self.integer and not isinstance(value, int):
+            raise InvalidRequestError(f"{name}={value!r}: {expected}", param=name)
+        # NaN compares false with everything, so it is refused here too.
+        inside = self.low < value if self.above else self.low <= value
+        if not (inside and value <= self.high):
+            raise InvalidRequestError(f"{name}={_shown(value)}: {expected}", param=name)
+        return value if self.integer else float(value)
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.integer else "a number"
+        low = f"above {self.low:g} and" if self.above else f"from {self.low:g}"
+        return f"{kind} {low} up to {self.high:.19g}"
+
+
+BOUNDS: Mapping[str, Bound] = {
+    "n": Bound(1, MAX_N, integer=True),
+    "max_tokens": Bound(1, 2**31 - 1, integer=True),
+    "min_tokens": Bound(0, 2**31 - 1, integer=True),
+    "temperature": Bound(0, 2),
+    "top_k": Bound(0, 2**31 - 1, integer=True),
+    "top_p": Bound(0, 1, above=True),
+    "min_p": Bound(0, 1),
+    "repetition_penalty": Bound(0, 2, above=True),
+    "presence_penalty": Bound(-2, 2),
+    "frequency_penalty": Bound(-2, 2),
+    "seed": Bound(0, 2**63 - 1, integer=True),
+    "logprobs": Bound(0, 20, integer=True),
+}
+SWITCHES = frozenset({"ignore_eos", "include_stop", "skip_special_tokens"})
+LOGIT_BIAS = Bound(-100, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What the served model adds: ids below ``vocab_size``, prompt and answer in ``max_len``."""
+
+    vocab_size: int
+    max_len: int
+
+
+def sampling_params(given: Mapping[str, object], model: ModelLimits) -> SamplingParams:
+    """Checks everything but what depends on the prompt; absent fields get their defaults."""
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in BOUNDS:
+            values[name] = BOUNDS[name].check(name, value)
+        elif name in SWITCHES:
+            values[name] = _switch(name, value)
+        elif name == "stop":
+            values[name] = _stop(value)
+        elif name == "stop_token_ids":
+            values[name] = token_ids(value, model, name, MAX_STOP_IDS)
+        elif name == "logit_bias":
+            values[name] = _logit_bias(value, model)
+        else:
+            raise InvalidRequestError(f"{name}: unknown sampling parameter", param=name)
+    if "max_tokens" in values and values["max_tokens"] > model.max_len:
+        raise InvalidRequestError(
+            f"max_tokens={values['max_tokens']}: the model holds {model.max_len} tokens of prompt "
+            "and answer together",
+            param="max_tokens",
+        )
+    params = SamplingParams(**values)
+    if "max_tokens" in values and params.min_tokens > params.max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}",
+            param="min_tokens",
+        )
+    return params
+
+
+def room_for_answer(prompt_len: int, model: ModelLimits) -> int:
+    """Tokens that fit after the prompt; at least one, or the prompt is refused."""
+    if prompt_len < 1:
+        raise InvalidRequestError("the prompt is empty: send at least one token", param="prompt")
+    if prompt_len >= model.max_len:
+        raise InvalidRequestError(
+            f"the prompt has {prompt_len} tokens, but the model holds {model.max_len} of prompt "
+            f"and answer together: send at most {model.max_len - 1}",
+            param="prompt",
+        )
+    return model.max_len - prompt_len
+
+
+def require_fits(prompt_len: int, max_tokens: int, model: ModelLimits) -> None:
+    if max_tokens > room_for_answer(prompt_len, model):
+        raise InvalidRequestError(
+            f"the prompt has {prompt_len} tokens and max_tokens={max_tokens}, together more than "
+            f"the {model.max_len} that the model holds: ask for at most "
+            f"{model.max_len - prompt_len}",
+            param="max_tokens",
+        )
+
+
+def token_ids(
+    value: object, model: ModelLimits, name: str = "prompt", most: int | None = None
+) -> tuple[int, ...]:
+    """A sequence of ids of the vocabulary."""
+    if not isinstance(value, list | tuple):
+        raise InvalidRequestError(f"{name}: expected a list of token ids", param=name)
+    if most is not None and len(value) > most:
+        raise InvalidRequestError(f"{name}: {len(value)} ids, at most {most}", param=name)
+    for token in value:
+        if type(token) is not int or not 0 <= token < model.vocab_size:
+            raise InvalidRequestError(
+                f"{name}: {_shown(token)} is no token id; ids are integers from 0 to "
+                f"{model.vocab_size - 1}",
+                param=name,
+            )
+    return tuple(value)
+
+
+def prompt_text(text: str, name: str = "prompt") -> str:
+    """Non-empty, bounded, and encodable: JSON can spell lone surrogates, UTF-8 cannot."""
+    if not text:
+        raise InvalidRequestError("the prompt is empty: send at least one character", param=name)
+    size = _utf8_len(text, name)
+    if size > MAX_PROMPT_BYTES:
+        raise InvalidRequestError(
+            f"{name} has {size} bytes, at most {MAX_PROMPT_BYTES}", param=name
+        )
+    return text
+
+
+def label(name: str, value: str, most: int) -> str:
+    """A short text that only tells requests apart."""
+    if (size := _utf8_len(value, name)) > most:
+        raise InvalidRequestError(f"{name} has {size} bytes, at most {most}", param=name)
+    return value
+
+
+def request_id(value: str) -> str:
+    if len(value) > MAX_ID_CHARS or not all(" " < char <= "~" for char in value):
+        raise InvalidRequestError(
+            f"request_id={_shown(value)}: expected at most {MAX_ID_CHARS} printable ASCII "
+            "characters without spaces",
+            param="request_id",
+        )
+    return value
+
+
+def _switch(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequestError(f"{name}={_shown(value)}: expected true or false", param=name)
+    return value
+
+
+def _stop(value: object) -> tuple[str, ...]:
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list | tuple) or not all(isinstance(s, str) for s in strings):
+        raise InvalidRequestError("stop: expected a string or a list of strings", param="stop")
+    if len(strings) > MAX_STOP:
+        raise InvalidRequestError(f"stop: {len(strings)} strings, at most {MAX_STOP}", param="stop")
+    for string in strings:
+        if not 1 <= _utf8_len(string, "stop") <= MAX_STOP_BYTES:
+            raise InvalidRequestError(
+                f"stop: {_shown(string)} has {_utf8_len(string, 'stop')} bytes, expected 1 to "
+                f"{MAX_STOP_BYTES}",
+                param="stop",
+            )
+    return tuple(dict.fromkeys(strings))
+
+
+def _logit_bias(value: object, model: ModelLimits) -> tuple[tuple[int, float], ...]:
+    """Keys are ids, or their decimal digits as JSON spells them."""
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError("logit_bias: expected {token id: bias}", param="logit_bias")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise InvalidRequestError(
+            f"logit_bias: {len(value)} entries, at most {MAX_LOGIT_BIAS}", param="logit_bias"
+        )
+    ids = token_ids([_as_id(key) for key in value], model, "logit_bias")
+    biases = [LOGIT_BIAS.check("logit_bias", bias) for bias in value.values()]
+    if len(set(ids)) < len(ids):
+        raise InvalidRequestError("logit_bias: a token id is given twice", param="logit_bias")
+    return tuple(sorted(zip(ids, biases, strict=True)))
+
+
+def _as_id(key: object) -> object:
+    plain = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12
+    return int(str(key)) if plain else key
+
+
+def _utf8_len(text: str, name: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"{name}: not valid Unicode (a lone surrogate at character {error.start})", param=name
+        ) from error
+
+
+def _shown(value: object) -> str:
+    """As the client wrote it, cut short: an answer must not grow with what was sent."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, int) and value.bit_length() > 128:
+        return "an integer of more than 128 bits"
+    text = (
+        ascii(value)
+        if not isinstance(value, Iterable) or isinstance(value, str)
+        else (f"a {type(value).__name__}")
+    )
+    return text if len(text) <= 60 else text[:57] + "..."

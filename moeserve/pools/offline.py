@@ -1,0 +1,71 @@
+"""One answer without a server: the service and engine of the doors, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moeserve.config import ServeConfig
+from moeserve.engine.build import LoadedModel
+from moeserve.observe.metrics import Metrics
+from moeserve.pools.mailbox import Mailbox
+from moeserve.pools.server import load_model, served_of, shown_progress
+from moeserve.pools.service import Ask, InferenceService
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Seconds: submission to first token, and the mean between tokens after it."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    ttft_s: float
+    tpot_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def generate(
+    config: ServeConfig,
+    prompt: str | tuple[int, ...],
+    params: Mapping[str, object],
+    show: Callable[[str], None] | None = None,
+) -> Answer:
+    """Loads the model, answers, and ends; ``show`` gets the text as it comes.
+
+    Raises what the doors would answer with: InvalidRequestError, TokenizerError and so on.
+    """
+    with shown_progress() as tell:
+        loaded = load_model(config, Metrics(), tell)
+    try:
+        return asyncio.run(_answer(loaded, Ask((prompt,), params), show or (lambda text: None)))
+    finally:
+        loaded.close()
+
+
+async def _answer(loaded: LoadedModel, ask: Ask, show: Callable[[str], None]) -> Answer:
+    service = InferenceService(Mailbox(asyncio.get_running_loop()))
+    service.serve(served_of(loaded))
+    text: list[str] = []
+    ids: list[int] = []
+    async with await service.open(ask) as stream:
+        async for delta in stream:
+            text.append(delta.text)
+            ids += delta.token_ids
+            show(delta.text)
+            if delta.finish is not None:
+                assert delta.usage is not None and delta.timing is not None
+                return Answer(
+                    token_ids=tuple(ids),
+                    text="".join(text),
+                    finish_reason=str(delta.finish),
+                    prompt_tokens=delta.usage.prompt_tokens,
+                    ttft_s=delta.timing.ttft_s,
+                    tpot_s=delta.timing.tpot_s,
+                )
+    raise AssertionError("a stream ended without a finish")

@@ -1,0 +1,71 @@
+"""The runner packs a plan, runs it, and samples each row by itself."""
+
+from __future__ import annotations
+
+import torch
+
+from moeserve.core import BlockId, Chunk, Request, RequestId, SamplingParams, StepPlan
+from moeserve.engine.runner import LocalExecutor
+from moeserve.models.batch import StepBatch
+
+GREEDY = SamplingParams(temperature=0)
+V = 8
+
+
+class Echo:
+    """A decoder that answers each token with itself; after token 3 its logits are no numbers."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepBatch] = []
+
+    def new_cache(self, num_blocks: int, block_size: int) -> None:
+        return None
+
+    def forward(self, step: StepBatch, cache: None, observer: object = None) -> torch.Tensor:
+        self.steps.append(step)
+        last_R = step.token_ids_T[step.logit_rows_R]
+        logits_RV = torch.nn.functional.one_hot(last_R, V).float()
+        logits_RV[last_R == 3, 5] = torch.nan
+        return logits_RV
+
+
+def chunk(name: str, token_ids: list[int], start: int, blocks: list[int], sample: bool) -> Chunk:
+    request = Request(RequestId(name), tuple(range(start)) + tuple(token_ids), GREEDY)
+    return Chunk(request, tuple(token_ids), start, tuple(map(BlockId, blocks)), sample)
+
+
+def test_chunks_of_prefill_and_decode_share_a_batch() -> None:
+    decoder = Echo()
+    plan = StepPlan((chunk("a", [1, 2], 3, [5, 0], False), chunk("b", [4], 6, [2, 7], True)))
+    result = LocalExecutor(decoder, 8, 4).run(plan)
+    (step,) = decoder.steps
+    assert step.token_ids_T.tolist() == [1, 2, 4]
+    assert step.positions_T.tolist() == [3, 4, 6]
+    assert step.slot_T.tolist() == [23, 0, 30]
+    assert step.attention.query_start_S1.tolist() == [0, 2, 3]
+    assert step.attention.context_S.tolist() == [5, 7]
+    assert step.logit_rows_R.tolist() == [2]
+    assert [(s.request_id, s.token_id) for s in result.sampled] == [("b", 4)]
+
+
+def test_logits_that_are_no_numbers_fail_one_request_of_the_step() -> None:
+    seen: list[str] = []
+    executor = LocalExecutor(Echo(), 4, 4, on_logits=lambda c, _: seen.append(c.request.id))
+    plan = StepPlan(
+        tuple(
+            chunk(n, [t], 0, [i], True)
+            for i, (n, t) in enumerate(zip("abc", [1, 3, 6], strict=True))
+        )
+    )
+    result = executor.run(plan)
+    assert [(s.request_id, s.token_id) for s in result.sampled] == [("a", 1), ("c", 6)]
+    assert result.failed == (("b", "request b: the logits after position 0 hold nan at token 5"),)
+    assert seen == ["a", "b", "c"]
+
+
+def test_end_tokens_are_banned_before_min_tokens() -> None:
+    params = SamplingParams(temperature=0, min_tokens=1)
+    request = Request(RequestId("a"), (6,), params)
+    plan = StepPlan((Chunk(request, (6,), 0, (BlockId(0),), True),))
+    result = LocalExecutor(Echo(), 4, 4, eos_ids=frozenset({6})).run(plan)
+    assert [s.token_id for s in result.sampled] == [0]

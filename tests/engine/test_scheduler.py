@@ -1,0 +1,431 @@
+"""The scheduler, run by the null executor: whatever it decides, tokens stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeserve.core import Counters, FinishReason, Request, RequestId, SamplingParams, StepPlan
+from moeserve.engine.blocks import BlockPool
+from moeserve.engine.null import NullExecutor
+from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
+
+BLOCK = 4
+VOCAB = 50
+EOS = 7
+
+
+def request(
+    name: str,
+    prompt: Sequence[int],
+    max_tokens: int = 8,
+    deadline: float | None = None,
+    salt: str = "",
+    **params: object,
+) -> Request:
+    return Request(
+        RequestId(name),
+        tuple(prompt),
+        SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
+        deadline=deadline,
+        salt=salt,
+    )
+
+
+@dataclass
+class House:
+    """A scheduler with its pool and executor, stepped by hand."""
+
+    num_blocks: int = 64
+    config: SchedulerConfig = field(
+        default_factory=lambda: SchedulerConfig(
+            max_model_len=64, max_num_seqs=4, max_num_batched_tokens=16, eos_ids=frozenset({EOS})
+        )
+    )
+
+    def __post_init__(self) -> None:
+        self.counters = Counters()
+        self.pool = BlockPool(self.num_blocks, BLOCK, self.counters)
+        self.scheduler = Scheduler(self.config, self.pool, self.counters)
+        self.executor = NullExecutor(self.num_blocks, BLOCK, VOCAB)
+        self.tokens: dict[RequestId, list[int]] = {}
+        self.finish: dict[RequestId, FinishReason | None] = {}
+        self.now = 0.0
+
+    def add(self, *requests: Request) -> None:
+        for r in requests:
+            self.scheduler.add(r)
+            self.tokens[r.id] = []
+            self.finish[r.id] = None
+
+    def step(self) -> StepPlan:
+        self.now += 1
+        plan = self.scheduler.plan(self.now)
+        for request_id in plan.expired:
+            self.finish[request_id] = FinishReason.DEADLINE
+        if plan.chunks:
+            for out in self.scheduler.apply(self.executor.run(plan)):
+                self.tokens[out.request_id].append(out.token_id)
+                self.finish[out.request_id] = out.finish
+        return plan
+
+    def run(self, most: int = 2000) -> None:
+        for _ in range(most):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError(f"still running after {most} steps")
+
+    def abort(self, name: str, reason: FinishReason = FinishReason.ABORT) -> bool:
+        found = self.scheduler.abort(RequestId(name), reason)
+        if found:
+            self.finish[RequestId(name)] = reason
+        return found
+
+    def assert_nothing_leaked(self) -> None:
+        self.pool.check()
+        assert self.pool.num_free == self.pool.num_blocks
+        assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
+
+
+def alone(r: Request, config: SchedulerConfig) -> list[int]:
+    """The tokens a request gets when nobody else is there, in one piece."""
+    roomy = replace(config, max_num_batched_tokens=1024)
+    house = House(64, roomy)
+    house.add(replace(r, deadline=None))
+    house.run()
+    return house.tokens[r.id]
+
+
+def test_a_request_gets_its_tokens_and_leaves_nothing_behind() -> None:
+    house = House()
+    house.add(request("a", range(10), max_tokens=5, ignore_eos=True))
+    house.run()
+    assert len(house.tokens[RequestId("a")]) == 5
+    assert house.finish[RequestId("a")] is FinishReason.LENGTH
+    assert house.counters.finished == {FinishReason.LENGTH: 1}
+    assert house.counters.computed_tokens == 10 + 4
+    house.assert_nothing_leaked()
+
+
+def test_decodes_come_before_prompts_and_prompts_fill_the_budget() -> None:
+    house = House()
+    house.add(request("a", range(5), ignore_eos=True), request("b", range(40, 70)))
+    sizes = [[(c.request.id, len(c.token_ids)) for c in house.step().chunks] for _ in range(3)]
+    assert sizes == [
+        [("a", 5), ("b", 11)],
+        [("a", 1), ("b", 15)],
+        [("a", 1), ("b", 4)],
+    ]
+
+
+def test_a_common_beginning_is_computed_once() -> None:
+    house = House()
+    shared = list(range(20))
+    house.add(request("a", [*shared, 1], max_tokens=1))
+    house.run()
+    house.add(request("b", [*shared, 2], max_tokens=1))
+    house.run()
+    assert house.counters.prefix_hit_tokens == 20
+    assert house.counters.computed_tokens == 21 + 1
+
+
+def test_the_last_prompt_token_is_always_computed() -> None:
+    house = House()
+    for name in "ab":
+        house.add(request(name, range(8), max_tokens=1))
+        house.run()
+    assert house.counters.prefix_hit_tokens == 4
+    assert house.tokens[RequestId("a")] == house.tokens[RequestId("b")]
+
+
+def test_a_block_is_shared_only_when_all_its_tokens_are_computed() -> None:
+    config = SchedulerConfig(64, max_num_seqs=2, max_num_batched_tokens=6)
+    house = House(config=config)
+    house.add(request("a", range(21), 1), request("b", range(21), 1))
+    starts = [[(c.request.id, c.start) for c in house.step().chunks] for _ in range(4)]
+    assert starts[2:] == [[("a", 12)], [("a", 18), ("b", 16)]]
+
+
+def test_tenants_do_not_see_each_others_prefixes() -> None:
+    house = House()
+    for name in "ab":
+        house.add(request(name, range(20), max_tokens=1, salt=name))
+        house.run()
+    assert house.counters.prefix_hit_tokens == 0
+
+
+def test_the_prefix_cache_can_be_off() -> None:
+    house = House(config=SchedulerConfig(64, prefix_cache=False))
+    for name in "ab":
+        house.add(request(name, range(20), max_tokens=1))
+        house.run()
+    assert house.counters.prefix_hit_tokens == 0
+    assert house.pool.num_cached == 0
+
+
+def test_the_latest_admitted_yields_when_blocks_run_out() -> None:
+    house = House(num_blocks=6)
+    house.add(
+        request("a", range(8), max_tokens=12, ignore_eos=True),
+        request("b", range(20, 28), max_tokens=12, ignore_eos=True),
+    )
+    preempted = [p for _ in range(8) for p in house.step().preempted]
+    house.run()
+    assert preempted[0] == "b"
+    assert house.counters.preemptions >= 1
+    assert len(house.tokens[RequestId("b")]) == 12
+    house.assert_nothing_leaked()
+
+
+def test_recomputed_tokens_are_counted() -> None:
+    house = House(num_blocks=6, config=SchedulerConfig(64, prefix_cache=False))
+    requests = [
+        request(name, range(at, at + 8), max_tokens=12, ignore_eos=True)
+        for name, at in (("a", 0), ("b", 20))
+    ]
+    house.add(*requests)
+    house.run()
+    assert house.counters.recomputed_tokens > 0
+    assert house.counters.computed_tokens == 2 * 19 + house.counters.recomputed_tokens
+
+
+@pytest.mark.parametrize(
+    ("params", "stop_token", "count", "reason"),
+    [
+        ({}, None, 4, FinishReason.STOP),
+        ({"ignore_eos": True}, None, 20, FinishReason.LENGTH),
+        ({"min_tokens": 3}, None, 4, FinishReason.STOP),
+        ({"min_tokens": 4}, None, 20, FinishReason.LENGTH),
+        ({"ignore_eos": True}, 5, 6, FinishReason.STOP),
+        ({"ignore_eos": True, "min_tokens": 6}, 5, 20, FinishReason.LENGTH),
+    ],
+)
+def test_what_ends_a_request(
+    params: dict[str, object], stop_token: int | None, count: int, reason: FinishReason
+) -> None:
+    """EOS is what the request makes fourth, a stop token what it makes sixth, and only then."""
+    free = alone(request("x", [1, 2], 20, seed=4), SchedulerConfig(64))
+    assert free.count(free[3]) == free.count(free[5]) == 1
+    stops = () if stop_token is None else (free[stop_token],)
+    house = House(config=SchedulerConfig(64, eos_ids=frozenset({free[3]})))
+    house.add(request("x", [1, 2], 20, seed=4, stop_token_ids=stops, **params))
+    house.run()
+    assert house.tokens[RequestId("x")] == free[:count]
+    assert house.finish[RequestId("x")] is reason
+
+
+def test_a_request_ends_at_max_model_len() -> None:
+    house = House(config=SchedulerConfig(12))
+    house.add(request("x", range(8), 100))
+    house.run()
+    assert len(house.tokens[RequestId("x")]) == 4
+    assert house.finish[RequestId("x")] is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("refused", "error", "message"),
+    [
+        (request("x", []), InvalidRequestError, "no tokens"),
+        (request("x", range(64)), InvalidRequestError, "64 tokens, and the model serves 64"),
+        (request("x", [1], 0), InvalidRequestError, "max_tokens=0"),
+        (request("x", range(50), 14), ExhaustedError, "need 16 KV blocks, and there are 15"),
+        (request("busy", [1]), InvalidRequestError, "'busy' is in use"),
+    ],
+)
+def test_what_can_never_run_is_refused_up_front(
+    refused: Request, error: type[Exception], message: str
+) -> None:
+    house = House(num_blocks=15)
+    house.add(request("busy", [1, 2, 3]))
+    with pytest.raises(error, match=message):
+        house.scheduler.add(refused)
+    house.run()
+    house.assert_nothing_leaked()
+
+
+def test_the_largest_request_that_fits_alone_runs() -> None:
+    house = House(num_blocks=15)
+    house.add(request("x", range(50), 11, ignore_eos=True), request("y", range(50), 11))
+    house.run()
+    assert len(house.tokens[RequestId("x")]) == 11
+    house.assert_nothing_leaked()
+
+
+def test_a_full_queue_refuses() -> None:
+    house = House(config=SchedulerConfig(64, max_queue=2))
+    house.add(request("a", [1]), request("b", [1]))
+    with pytest.raises(ExhaustedError, match="2 requests are waiting"):
+        house.scheduler.add(request("c", [1]))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"max_model_len": 1}, "max_model_len=1"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
+        ({"max_queue": 0}, "max_queue=0"),
+        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "one token for each running"),
+    ],
+)
+def test_contradictory_bounds_are_refused(bounds: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SchedulerConfig(**{"max_model_len": 64, **bounds})
+
+
+def test_a_late_request_is_freed_by_the_next_plan() -> None:
+    house = House()
+    house.add(
+        request("a", range(8), 50, deadline=3.0, ignore_eos=True), request("b", [1], deadline=0.5)
+    )
+    assert house.step().expired == ("b",)
+    house.step()
+    assert house.pool.num_free < house.pool.num_blocks
+    assert house.step().expired == ("a",)
+    house.assert_nothing_leaked()
+    assert house.counters.finished == {FinishReason.DEADLINE: 2}
+
+
+def test_an_abort_frees_at_once_also_while_the_step_runs() -> None:
+    house = House()
+    house.add(request("a", range(8)), request("b", range(5)))
+    plan = house.scheduler.plan(1.0)
+    assert house.abort("a")
+    assert not house.abort("a")
+    outs = house.scheduler.apply(house.executor.run(plan))
+    assert [o.request_id for o in outs] == ["b"]
+    house.abort("b")
+    house.assert_nothing_leaked()
+
+
+def test_an_id_can_be_used_again_when_its_request_has_ended() -> None:
+    house = House()
+    house.add(request("a", range(8), 4, ignore_eos=True))
+    house.step()
+    house.abort("a")
+    house.add(request("a", range(30, 38), 4, ignore_eos=True))
+    house.run()
+    assert house.tokens[RequestId("a")] == alone(
+        request("a", range(30, 38), 4, ignore_eos=True), house.config
+    )
+
+
+def test_what_failed_is_not_offered_to_others() -> None:
+    house = House()
+    house.add(request("a", range(8), 4, ignore_eos=True))
+    house.step()
+    house.abort("a", FinishReason.ERROR)
+    assert house.pool.num_cached == 0
+
+
+def test_first_come_first_served() -> None:
+    house = House(num_blocks=8)
+    house.add(*(request(f"r{i}", [i] * 12, 3, ignore_eos=True) for i in range(6)))
+    ended: list[RequestId] = []
+    while house.scheduler.has_work:
+        house.step()
+        ended += [r for r, f in house.finish.items() if f is not None and r not in ended]
+    assert ended == [f"r{i}" for i in range(6)]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    step: int
+    request: Request
+    abort_at: int | None
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> list[Arrival]:
+    """Requests over time; prompts come from few beginnings, so that prefixes are shared."""
+    beginnings = [[b] * 8 for b in range(3)]
+    found = []
+    for i in range(draw(st.integers(1, 8))):
+        prompt = [
+            *draw(st.sampled_from(beginnings)),
+            *draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)),
+        ][draw(st.integers(0, 8)) :]
+        r = request(
+            f"r{i}",
+            prompt,
+            draw(st.integers(1, 12)),
+            draw(st.none() | st.integers(1, 60)),
+            draw(st.sampled_from(["", "tenant"])),
+            seed=draw(st.integers(0, 2)),
+            min_tokens=draw(st.integers(0, 3)),
+        )
+        at = draw(st.integers(0, 20))
+        abort_at = draw(st.none() | st.integers(at, at + 20))
+        found.append(Arrival(at, r, abort_at))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    arrivals=arrivals(),
+    num_blocks=st.integers(8, 20),
+    max_num_seqs=st.integers(1, 5),
+    spare=st.integers(0, 20),
+    prefix_cache=st.booleans(),
+)
+def test_scheduling_never_changes_tokens(
+    arrivals: list[Arrival], num_blocks: int, max_num_seqs: int, spare: int, prefix_cache: bool
+) -> None:
+    config = SchedulerConfig(
+        max_model_len=40,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + spare,
+        eos_ids=frozenset({EOS}),
+        prefix_cache=prefix_cache,
+    )
+    house = House(num_blocks, config)
+    last = max(max(a.step, a.abort_at or 0) for a in arrivals)
+    for now in range(2000):
+        house.add(*(a.request for a in arrivals if a.step == now))
+        for a in arrivals:
+            if a.abort_at == now:
+                house.abort(a.request.id)
+        if now > last and not house.scheduler.has_work:
+            break
+        plan = house.step()
+        assert plan.num_tokens <= config.max_num_batched_tokens
+        assert len(plan.chunks) <= max_num_seqs
+        assert plan.chunks or not house.scheduler.has_work, "work is left and nothing is planned"
+        house.pool.check()
+    house.assert_nothing_leaked()
+    for a in arrivals:
+        expected, got = alone(a.request, config), house.tokens[a.request.id]
+        if house.finish[a.request.id] in (FinishReason.STOP, FinishReason.LENGTH):
+            assert got == expected
+        else:
+            assert got == expected[: len(got)]
+            assert house.finish[a.request.id] in (FinishReason.ABORT, FinishReason.DEADLINE)
+    assert sum(house.counters.finished.values()) == len(arrivals)
+    computed = house.counters.computed_tokens
+    assert house.counters.generated_tokens == sum(map(len, house.tokens.values()))
+    assert computed <= len(arrivals) * 40 + house.counters.recomputed_tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_blocks=st.integers(10, 16), count=st.integers(2, 12))
+def test_nobody_starves(num_blocks: int, count: int) -> None:
+    """While anyone is served, whoever was admitted first advances in every step."""
+    config = SchedulerConfig(40, max_num_seqs=4, max_num_batched_tokens=6)
+    house = House(num_blocks, config)
+    house.add(*(request(f"r{i}", [i] * 20, 20) for i in range(count)))
+    admitted: list[RequestId] = []
+    while house.scheduler.has_work:
+        plan = house.step()
+        admitted += [c.request.id for c in plan.chunks if c.request.id not in admitted]
+        oldest = next(r for r in admitted if house.finish[r] is None or r in ran(plan))
+        assert oldest in ran(plan)
+    assert admitted == [f"r{i}" for i in range(count)]
+
+
+def ran(plan: StepPlan) -> list[RequestId]:
+    return [c.request.id for c in plan.chunks]

@@ -1,0 +1,122 @@
+"""Which backend an engine gets, and what the native one needs of its process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from moeserve.errors import ConfigError
+from moeserve.kernels import _cpu
+from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.select import choose_ops
+
+NO_NATIVE = 'import sys; sys.modules["moeserve.kernels._cpu"] = None\n'
+CHOOSE = "from moeserve.kernels.select import choose_ops; print(choose_ops().name)"
+
+
+def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MOESERVE_")}
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_cpu_gets_the_native_kernels() -> None:
+    assert isinstance(choose_ops(), CpuOps)
+
+
+def test_a_device_without_a_backend_is_named() -> None:
+    with pytest.raises(ConfigError, match="device='abacus': expected 'cpu'"):
+        choose_ops("abacus")
+
+
+def test_without_its_native_half_torch_serves_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "moeserve.kernels.cpu", None)
+    monkeypatch.delenv("MOESERVE_REQUIRE_NATIVE", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(choose_ops(), ReferenceOps)
+    assert "no native kernels" in caplog.text
+    assert "pip install" in caplog.text
+
+
+def test_without_its_native_half_a_process_that_requires_it_fails() -> None:
+    required = python(NO_NATIVE + CHOOSE, MOESERVE_REQUIRE_NATIVE="1")
+    assert required.returncode != 0
+    assert "ConfigError: MOESERVE_REQUIRE_NATIVE is set" in required.stderr
+    assert python(NO_NATIVE + CHOOSE).stdout == "reference\n"
+    assert python(CHOOSE, MOESERVE_REQUIRE_NATIVE="1").stdout == "cpu\n"
+
+
+def test_the_environment_may_only_lower_the_number_of_threads() -> None:
+    count = "from moeserve.kernels import _cpu; print(_cpu.threads())"
+    assert python(count, MOESERVE_THREADS="1").stdout == "1\n"
+    cores = int(python(count).stdout)
+    assert 1 <= cores <= len(os.sched_getaffinity(0))
+    assert python(count, MOESERVE_THREADS="1000").stdout == f"{cores}\n"
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    before = _cpu.isa()
+    assert before in _cpu.isas()
+    with pytest.raises(ValueError, match="'mmx' is not one of"):
+        _cpu.set_isa("mmx")
+    assert _cpu.isa() == before
+
+
+def test_callers_at_the_same_time_do_not_disturb_each_other() -> None:
+    ops, before = CpuOps(), _cpu.threads()
+    _cpu.set_threads(3)
+    weight = ops.pack_linear(torch.randn(400, 200))
+    inputs = [torch.randn(9, 200) for _ in range(4)]
+    alone = [ops.linear(x, weight) for x in inputs]
+    wrong: list[int] = []
+
+    def repeat(i: int) -> None:
+        for _ in range(200):
+            if not torch.equal(ops.linear(inputs[i], weight), alone[i]):
+                wrong.append(i)
+
+    callers = [threading.Thread(target=repeat, args=(i,), daemon=True) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=60)
+    _cpu.set_threads(before)
+    assert not any(caller.is_alive() for caller in callers)
+    assert not wrong
+
+
+FORK = """
+import os, torch
+from moeserve.kernels import _cpu
+from moeserve.kernels.cpu import CpuOps
+_cpu.set_threads(3)
+ops = CpuOps()
+weight, x = ops.pack_linear(torch.randn(500, 300)), torch.randn(8, 300)
+before = ops.linear(x, weight)
+child = os.fork()
+same = torch.equal(ops.linear(x, weight), before) and _cpu.threads() == 3
+if child == 0:
+    os._exit(0 if same else 1)
+assert same and os.waitpid(child, 0)[1] == 0
+print("both")
+"""
+
+
+def test_a_forked_child_computes_and_both_exit() -> None:
+    """A child has none of its parent's threads; a pool that waited for them would hang."""
+    done = python(FORK)
+    assert (done.stdout, done.returncode) == ("both\n", 0), done.stderr

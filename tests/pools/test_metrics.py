@@ -1,0 +1,116 @@
+"""The page shows what was counted, under our names and vLLM's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from moeserve.core import Counters, FinishReason, StepPlan, Timing
+from moeserve.observe.metrics import ALIASES, Metrics
+
+
+@dataclass
+class Load:
+    running: int = 3
+    waiting: int = 4
+    total_blocks: int = 10
+    free_blocks: int = 4
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    page, kind = metrics.render()
+    assert kind.startswith("text/plain")
+    return {
+        (s.name, tuple(sorted((k, v) for k, v in s.labels.items() if k != "model_name"))): s.value
+        for family in text_string_to_metric_families(page.decode())
+        for s in family.samples
+    }
+
+
+def bound() -> tuple[Metrics, Counters]:
+    metrics, counters = Metrics(), Counters()
+    metrics.bind("tiny", counters, Load)
+    return metrics, counters
+
+
+def test_counters_are_read_when_asked() -> None:
+    metrics, counters = bound()
+    assert samples(metrics)["moeserve_generated_tokens_total", ()] == 0
+    counters.generated_tokens = 42
+    counters.finished[FinishReason.STOP] = 5
+    found = samples(metrics)
+    assert found["moeserve_generated_tokens_total", ()] == 42
+    assert found["vllm:generation_tokens_total", ()] == 42
+    assert found["vllm:request_success_total", (("finished_reason", "stop"),)] == 5
+    assert found["moeserve_requests_finished_total", (("finished_reason", "abort"),)] == 0
+
+
+def test_load_is_a_gauge() -> None:
+    found = samples(bound()[0])
+    assert found["moeserve_num_requests_running", ()] == 3
+    assert found["vllm:num_requests_waiting", ()] == 4
+    assert found["vllm:kv_cache_usage_perc", ()] == 0.6
+
+
+def test_durations_fill_histograms() -> None:
+    metrics, _ = bound()
+    metrics.on_step(StepPlan(()), 0.02)
+    timing = Timing(5, 0, 3, scheduled_s=0.1, first_token_s=0.3, elapsed_s=1.3)
+    metrics.on_first_token(timing)
+    metrics.on_token(0.5)
+    metrics.on_token(0.5)
+    metrics.on_finish(FinishReason.STOP, timing)
+    found = samples(metrics)
+    sums = {
+        name: round(found[f"vllm:{name}_sum", ()], 6)
+        for name in (
+            "time_to_first_token_seconds",
+            "inter_token_latency_seconds",
+            "e2e_request_latency_seconds",
+            "request_queue_time_seconds",
+            "request_prefill_time_seconds",
+            "request_decode_time_seconds",
+        )
+    }
+    assert list(sums.values()) == [0.3, 1.0, 1.3, 0.1, 0.2, 1.0]
+    assert found["moeserve_inter_token_latency_seconds_count", ()] == 2
+    assert found["moeserve_step_seconds_count", ()] == 1
+
+
+def test_requests_that_never_ran_have_no_token_times() -> None:
+    metrics, _ = bound()
+    never = Timing(5, 0, 0, scheduled_s=None, first_token_s=None, elapsed_s=0.2)
+    metrics.on_finish(FinishReason.DEADLINE, never)
+    found = samples(metrics)
+    assert found["moeserve_e2e_latency_seconds_count", ()] == 1
+    assert ("moeserve_decode_time_seconds_count", ()) not in found
+
+
+def test_every_alias_is_served_with_the_value_of_ours() -> None:
+    metrics, _ = bound()
+    timing = Timing(5, 0, 3, scheduled_s=0.1, first_token_s=0.3, elapsed_s=1.3)
+    metrics.on_first_token(timing)
+    metrics.on_token(0.5)
+    metrics.on_finish(FinishReason.STOP, timing)
+    found = samples(metrics)
+    for ours, theirs in ALIASES.items():
+        pairs = [
+            (value, found[name.replace(f"moeserve_{ours}", f"vllm:{theirs}"), labels])
+            for (name, labels), value in found.items()
+            if name.startswith(f"moeserve_{ours}") and not name.endswith("_created")
+        ]
+        assert pairs, ours
+        assert all(a == b for a, b in pairs)
+
+
+def test_two_of_them_share_nothing() -> None:
+    one, counters = bound()
+    other, _ = bound()
+    counters.steps = 7
+    assert samples(one)["moeserve_steps_total", ()] == 7
+    assert samples(other)["moeserve_steps_total", ()] == 0
+
+
+def test_before_a_model_is_there_the_page_has_no_load() -> None:
+    assert not any("requests_running" in name for name, _ in samples(Metrics()))

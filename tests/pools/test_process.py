@@ -1,0 +1,140 @@
+"""``moeserve serve`` as a process of its own: signals, exit statuses, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from moeserve.pb import inference_pb2 as pb
+from moeserve.pb.inference_pb2_grpc import InferenceStub
+
+PATIENCE_S = 90
+SERVE = [sys.executable, "-m", "moeserve.cli", "serve", "--grpc-port", "0", "--http-port", "0"]
+REQUEST = pb.GenerateRequest(
+    token_ids=pb.TokenIds(ids=[72, 105]),
+    sampling=pb.SamplingParams(max_tokens=480, temperature=0, ignore_eos=True),
+    n=16,
+)
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@contextmanager
+def serving(model: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Any]]:
+    """The process, ready, and a channel to it."""
+    process = subprocess.Popen(
+        [*SERVE, "--model", str(model), "--threads", "1", "--num-blocks", "512", *flags],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        found = re.fullmatch(r"ready: model=\S+ grpc=(\S+) http=http://\S+\n", ready)
+        assert found is not None, ready
+        with grpc.insecure_channel(found[1]) as channel:
+            yield process, channel
+        assert process.stdout.read() == "", "one line is all that goes to stdout"
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(PATIENCE_S)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def nobody_left(group: int) -> bool:
+    """Whether the process group, which held the server and all it started, is empty."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_sigterm_lets_a_running_stream_finish_and_exits_0(tiny: Path) -> None:
+    with serving(tiny, "--drain-timeout-s", "60") as (process, channel):
+        stream = iter(InferenceStub(channel).Generate(REQUEST, timeout=PATIENCE_S))
+        made = len(next(stream).token_ids)
+        process.send_signal(signal.SIGTERM)
+        made += sum(len(chunk.token_ids) for chunk in stream)
+        assert made == 16 * 480
+        assert process.wait(PATIENCE_S) == 0
+        assert nobody_left(process.pid)
+
+
+@pytest.mark.parametrize(
+    ("drain_s", "signals"),
+    [("0.1", [signal.SIGINT]), ("3600", [signal.SIGTERM, signal.SIGTERM])],
+    ids=["too long", "hurried"],
+)
+def test_streams_that_may_not_finish_end_with_unavailable(
+    tiny: Path, drain_s: str, signals: list[signal.Signals]
+) -> None:
+    with serving(tiny, "--drain-timeout-s", drain_s) as (process, channel):
+        stream = iter(InferenceStub(channel).Generate(REQUEST, timeout=PATIENCE_S))
+        next(stream)
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        process.send_signal(signals[0])
+        # Two signals of a kind at once are one: the second waits until the first has worked.
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        for number in signals[1:]:
+            process.send_signal(number)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert process.wait(PATIENCE_S) == 0
+        assert nobody_left(process.pid)
+
+
+def test_start_up_failures_are_one_line_and_a_status(tiny: Path, tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated"
+    shutil.copytree(tiny, truncated)
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    malformed = tmp_path / "malformed"
+    shutil.copytree(tiny, malformed)
+    (malformed / "config.json").write_text("[]")
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = str(holder.getsockname()[1])
+        cases: list[tuple[list[str], int, str]] = [
+            (["--model", str(truncated)], 1, "model.safetensors"),
+            (["--model", str(malformed)], 1, "config.json"),
+            (["--model", str(tmp_path / "nowhere")], 1, "nowhere"),
+            (["--model", str(tiny), "--http-port", port], 2, f"http_port={port}"),
+            (["--model", str(tiny), "--host", "0.0.0.0"], 2, "set api_key"),
+        ]
+        started = [
+            subprocess.Popen(
+                [*SERVE, *flags],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            for flags, _, _ in cases
+        ]
+        said = [process.communicate(timeout=PATIENCE_S) for process in started]
+    for process, (out, err), (_, status, says) in zip(started, said, cases, strict=True):
+        assert process.returncode == status, err
+        assert out == ""
+        assert err.splitlines()[-1].startswith("moeserve: ")
+        assert says in err.splitlines()[-1]
+        assert "Traceback" not in err
+        assert nobody_left(process.pid)

@@ -1,0 +1,229 @@
+"""Flags, environment, file and defaults say the same things, in this order of precedence."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeserve.config import (
+    ServeConfig,
+    add_options,
+    config_from_args,
+    flag_of,
+    load_config,
+    parse_bytes,
+    to_yaml,
+)
+from moeserve.errors import ConfigError
+
+# One valid value for each field, none of them the default.
+OTHER: dict[str, Any] = {
+    "model": "some/folder",
+    "served_model_name": "name",
+    "host": "::1",
+    "grpc_port": 1234,
+    "http_port": 0,
+    "api_key": "secret-secret",
+    "dtype": "bfloat16",
+    "max_model_len": 99,
+    "block_size": 8,
+    "num_blocks": 77,
+    "kv_memory": 2**31,
+    "max_num_seqs": 3,
+    "max_num_batched_tokens": 128,
+    "max_queue": 5,
+    "prefix_cache": False,
+    "chat_template": "chat.jinja",
+    "threads": 2,
+    "record_routing": "trace.safetensors",
+    "drain_timeout_s": 1.5,
+    "reflection": True,
+    "log_level": "debug",
+}
+each_field = pytest.mark.parametrize("name", ServeConfig.model_fields)
+Writer = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Writer:
+    def as_yaml(text: str = "", **settings: Any) -> Path:
+        path = tmp_path / "serve.yaml"
+        path.write_text(text or yaml.safe_dump(settings))
+        return path
+
+    return as_yaml
+
+
+def by_flags(*words: str, environ: dict[str, str] | None = None) -> ServeConfig:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser)
+    return config_from_args(parser.parse_args(words), environ or {})
+
+
+def flag_words(name: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [flag_of(name) if value else "--no-" + flag_of(name)[2:]]
+    return [flag_of(name), str(value)]
+
+
+def plain(config: ServeConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def test_every_field_is_tried_here() -> None:
+    assert OTHER.keys() == ServeConfig.model_fields.keys()
+
+
+@each_field
+def test_a_flag_a_variable_and_a_line_say_the_same(name: str, write: Writer) -> None:
+    value = OTHER[name]
+    expected = plain(ServeConfig()) | {name: value}
+    assert plain(by_flags(*flag_words(name, value))) == expected
+    assert plain(load_config({}, {f"MOESERVE_{name.upper()}": str(value)})) == expected
+    assert plain(load_config({}, {}, write(**{name: value}))) == expected
+
+
+@each_field
+def test_every_field_explains_itself(name: str) -> None:
+    assert ServeConfig.model_fields[name].description
+
+
+def test_flags_win_over_environment_over_file_over_defaults(write: Writer) -> None:
+    file = write(max_queue=2, block_size=4, threads=6)
+    environ = {"MOESERVE_MAX_QUEUE": "3", "MOESERVE_BLOCK_SIZE": "5"}
+    config = load_config({"max_queue": "4"}, environ, file)
+    assert (config.max_queue, config.block_size, config.threads) == (4, 5, 6)
+    assert config.max_num_seqs == ServeConfig().max_num_seqs
+
+
+@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"num_blocks"}))
+def test_what_is_printed_loads_back_to_the_same(name: str, write: Writer) -> None:
+    config = ServeConfig.model_validate({name: OTHER[name]})
+    assert load_config({}, {}, write(to_yaml(config))) == config
+
+
+def test_all_settings_at_once_load_back_to_the_same(write: Writer) -> None:
+    config = ServeConfig.model_validate({k: v for k, v in OTHER.items() if k != "num_blocks"})
+    assert load_config({}, {}, write(to_yaml(config))) == config
+    assert "keep private" in to_yaml(config)
+    assert "secret-secret" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("give", "says"),
+    [
+        ({"flags": {"max_queue": "0"}}, "--max-queue='0': .*greater than or equal to 1"),
+        ({"environ": {"MOESERVE_HTTP_PORT": "65536"}}, "MOESERVE_HTTP_PORT='65536': "),
+        ({"file": {"dtype": "int3"}}, "serve.yaml: dtype='int3': .*'float32' or 'bfloat16'"),
+        ({"file": {"threads": True}}, "serve.yaml: threads=True: .*not a boolean"),
+        ({"file": {"drain_timeout_s": float("nan")}}, "drain_timeout_s=nan"),
+        ({"file": {"max_que": 3}}, "max_que: unknown setting; did you mean .*max_queue"),
+        ({"environ": {"MOESERVE_GRPC_PRT": "1"}}, "did you mean MOESERVE_GRPC_PORT"),
+        ({"environ": {"MOESERVE_XYZZY": "1"}}, "MOESERVE_XYZZY: unknown setting; see --help"),
+        ({"flags": {"kv_memory": "2 lbs"}}, "--kv-memory='2 lbs': not a size"),
+        ({"flags": {"num_blocks": 1, "kv_memory": 1}}, "set one"),
+        ({"flags": {"grpc_port": "none", "http_port": "none"}}, "at least one door"),
+        ({"flags": {"grpc_port": "99", "http_port": "99"}}, "both 99"),
+        ({"flags": {"model": ""}}, "--model=''"),
+        ({"flags": {"max_num_batched_tokens": 7, "max_num_seqs": 8}}, "is less than"),
+    ],
+)
+def test_wrong_settings_name_source_key_and_remedy(
+    give: dict[str, Any], says: str, write: Writer
+) -> None:
+    file = write(**give["file"]) if "file" in give else None
+    with pytest.raises(ConfigError, match=says):
+        load_config(give.get("flags", {}), give.get("environ", {}), file)
+
+
+def test_a_wrong_key_is_not_shown() -> None:
+    with pytest.raises(ConfigError, match=r"--api-key=\.\.\.") as caught:
+        load_config({"api_key": "hunter2"}, {})
+    assert "hunter2" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: [", "is not YAML"),
+        ("- model", "expected 'name: value' lines"),
+        ("model: a\nmodel: b", "model is given twice"),
+        ("max-queue: 3\nmax_queue: 4", "max_queue is given twice"),
+        ("model: !!python/object/apply:os.getcwd []", "is not YAML"),
+    ],
+)
+def test_files_that_are_no_settings(text: str, says: str, write: Writer) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config({}, {}, write(text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot be read: No such file"):
+        load_config({}, {}, tmp_path / "nowhere.yaml")
+
+
+def test_an_empty_file_sets_nothing(write: Writer) -> None:
+    assert load_config({}, {}, write("# nothing\n")) == ServeConfig()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org"])
+def test_other_hosts_need_a_key(host: str) -> None:
+    with pytest.raises(ConfigError, match="set api_key, or keep 127"):
+        load_config({"host": host}, {})
+    assert load_config({"host": host, "api_key": "long enough"}, {}).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    assert load_config({"host": host}, {}).loopback
+
+
+def test_variables_of_others_are_left_alone() -> None:
+    environ = {
+        "MOESERVE_REQUIRE_NATIVE": "1",
+        "MOESERVE_SERVICE_HOST": "10.0.0.1",
+        "MOESERVE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "PATH": "/bin",
+    }
+    assert load_config({}, environ) == ServeConfig()
+
+
+def test_none_takes_a_setting_back(write: Writer) -> None:
+    file = write(max_model_len=9, http_port=3)
+    config = load_config({"max_model_len": "none", "http_port": "none"}, {}, file)
+    assert (config.max_model_len, config.http_port) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("7", 7), ("2GiB", 2**31), ("1.5 kib", 1536), ("3MB", 3_000_000), ("1TiB", 2**40), ("8b", 8)],
+)
+def test_sizes_have_units(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@given(st.integers(1, 2**50))
+def test_plain_bytes_are_themselves(size: int) -> None:
+    assert parse_bytes(size) == parse_bytes(str(size)) == size
+
+
+def test_help_names_every_flag() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    text = parser.format_help()
+    assert all(flag_of(name) in text for name in ServeConfig.model_fields)
+
+
+def test_a_verb_may_take_only_some_settings() -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser, only=["model", "threads"])
+    config = config_from_args(parser.parse_args(["--model", "m"]), {})
+    assert config.model == "m"
+    assert "--http-port" not in parser.format_help()

@@ -1,0 +1,224 @@
+"""Law 1 on one machine: where and with whom a token is computed never changes what is computed.
+
+Real checkpoints, the real scheduler, the ops of this machine. The oracle is each request alone, in
+one chunk, in a fresh cache. Everything else must give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moeserve.core import Chunk, Counters, Request, RequestId, SamplingParams
+from moeserve.engine.blocks import BlockPool
+from moeserve.engine.runner import LocalExecutor
+from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.kernels.ops import Linear
+from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.select import choose_ops
+from moeserve.models.decoder import Decoder, load_decoder
+
+MODELS = [
+    ("deepseek_v3", torch.float32),
+    ("deepseek_v3", torch.bfloat16),
+    ("qwen3_moe", torch.float32),
+    ("qwen3_moe", torch.bfloat16),
+    ("gpt_oss", torch.float32),
+    ("gpt_oss", torch.bfloat16),
+]
+VOCAB = 256
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=8, ignore_eos=True, seed=3)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Of every generated token: its id, and the logits it was chosen from."""
+
+    tokens: dict[str, list[int]]
+    logits: dict[str, list[Tensor]]
+    counters: Counters
+
+
+def run(
+    decoder: Decoder,
+    waves: Sequence[Sequence[Request]],
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    chunk: int = 1024,
+    max_num_seqs: int = 8,
+    prefix_cache: bool = True,
+) -> Ran:
+    """Each wave is added when the one before has ended."""
+    counters = Counters()
+    tokens: dict[str, list[int]] = {r.id: [] for wave in waves for r in wave}
+    logits: dict[str, list[Tensor]] = {r.id: [] for wave in waves for r in wave}
+
+    def keep(chunk: Chunk, logits_V: Tensor) -> None:
+        logits[chunk.request.id].append(logits_V.clone())
+
+    config = SchedulerConfig(
+        max_model_len=128,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(chunk, max_num_seqs),
+        prefix_cache=prefix_cache,
+    )
+    scheduler = Scheduler(config, BlockPool(num_blocks, block_size, counters), counters)
+    executor = LocalExecutor(decoder, num_blocks, block_size, on_logits=keep)
+    for wave in waves:
+        for request in wave:
+            scheduler.add(request)
+        while scheduler.has_work:
+            for out in scheduler.apply(executor.run(scheduler.plan(0.0))):
+                tokens[out.request_id].append(out.token_id)
+    return Ran(tokens, logits, counters)
+
+
+def ask(name: str, prompt: Sequence[int], params: SamplingParams = GREEDY) -> Request:
+    return Request(RequestId(name), tuple(prompt), params)
+
+
+class Alone:
+    """A model, and what it answers to a request by itself."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self._known: dict[tuple[tuple[int, ...], SamplingParams], Ran] = {}
+
+    def answer(self, request: Request) -> tuple[list[int], list[Tensor]]:
+        key = (request.prompt_ids, request.params)
+        if key not in self._known:
+            self._known[key] = run(self.decoder, [[ask("r", *key)]])
+        ran = self._known[key]
+        return ran.tokens["r"], ran.logits["r"]
+
+    def assert_same(self, requests: Sequence[Request], ran: Ran) -> None:
+        for request in requests:
+            tokens, logits = self.answer(request)
+            assert ran.tokens[request.id] == tokens
+            for step, (a, b) in enumerate(zip(ran.logits[request.id], logits, strict=True)):
+                assert torch.equal(a, b), f"{request.id}, token {step}: other bits"
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda m: f"{m[0]}-{str(m[1])[6:]}")
+def alone(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]) -> Alone:
+    family, dtype = request.param
+    return Alone(load_decoder(tiny_checkpoint(family), dtype=dtype, ops=choose_ops()))
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCAB, (length,), generator=draw).tolist()
+
+
+def test_logits_are_real_and_differ_between_tokens(alone: Alone) -> None:
+    """The comparisons below compare something."""
+    tokens, logits = alone.answer(ask("r", prompt(1, 9)))
+    assert len(tokens) == len(logits) == 8
+    assert len({tuple(row.tolist()) for row in logits}) == 8
+    assert all(row.isfinite().all() for row in logits)
+
+
+def test_a_batch_changes_nothing(alone: Alone) -> None:
+    requests = [ask(f"r{i}", prompt(i, 1 + 7 * i % 23)) for i in range(8)]
+    alone.assert_same(requests, run(alone.decoder, [requests]))
+
+
+def test_a_batch_that_changes_one_bit_would_be_noticed(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    """The oracle's own test: ops whose results depend on the number of rows, ever so slightly."""
+
+    class Leaky(ReferenceOps):
+        def linear(self, x_TK: Tensor, weight: Linear) -> Tensor:
+            out_TN = super().linear(x_TK, weight)
+            return out_TN if len(x_TK) == 1 else out_TN * (1 + 2**-23)
+
+    leaky = Alone(load_decoder(tiny_checkpoint("qwen3_moe"), dtype=None, ops=Leaky()))
+    requests = [ask("a", [1]), ask("b", [2])]
+    ran = run(leaky.decoder, [requests])
+    with pytest.raises(AssertionError, match=r"other bits"):
+        leaky.assert_same(requests, ran)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 16, 31])
+def test_the_size_of_chunks_changes_nothing(alone: Alone, chunk: int) -> None:
+    requests = [ask("r", prompt(2, 41))]
+    ran = run(alone.decoder, [requests], chunk=chunk, max_num_seqs=1)
+    assert ran.counters.steps == -(-41 // chunk) + 7
+    alone.assert_same(requests, ran)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16, 64])
+def test_the_size_of_blocks_changes_nothing(alone: Alone, block_size: int) -> None:
+    requests = [ask("a", prompt(3, 37)), ask("b", prompt(4, 20))]
+    alone.assert_same(requests, run(alone.decoder, [requests], block_size=block_size))
+
+
+def test_a_prefix_hit_changes_nothing(alone: Alone) -> None:
+    common = prompt(5, 26)
+    first = [ask("a", [*common, 1, 2, 3])]
+    then = [ask("b", [*common, 9]), ask("c", common[:25]), ask("d", [*common, 1, 2, 3])]
+    ran = run(alone.decoder, [first, then])
+    assert ran.counters.prefix_hit_tokens == 24 + 24 + 28
+    alone.assert_same(first + then, ran)
+
+
+def test_a_preemption_changes_nothing(alone: Alone) -> None:
+    requests = [ask(f"r{i}", prompt(10 + i, 12)) for i in range(5)]
+    for prefix_cache in (True, False):
+        ran = run(alone.decoder, [requests], num_blocks=13, prefix_cache=prefix_cache)
+        assert ran.counters.preemptions > 0
+        assert ran.counters.recomputed_tokens > 0
+        alone.assert_same(requests, ran)
+
+
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(
+    drawn=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(1, 40), st.sampled_from([GREEDY, SAMPLED])),
+        min_size=1,
+        max_size=6,
+    ),
+    num_blocks=st.integers(17, 40),
+    block_size=st.integers(3, 6),
+    chunk=st.integers(1, 40),
+    max_num_seqs=st.integers(1, 6),
+    prefix_cache=st.booleans(),
+    second_wave=st.integers(0, 6),
+)
+def test_nothing_the_scheduler_may_do_changes_anything(
+    alone: Alone,
+    drawn: list[tuple[int, int, SamplingParams]],
+    num_blocks: int,
+    block_size: int,
+    chunk: int,
+    max_num_seqs: int,
+    prefix_cache: bool,
+    second_wave: int,
+) -> None:
+    requests = [
+        ask(f"r{i}", prompt(seed, length), params) for i, (seed, length, params) in enumerate(drawn)
+    ]
+    ran = run(
+        alone.decoder,
+        [requests[:second_wave], requests[second_wave:]],
+        num_blocks=num_blocks,
+        block_size=block_size,
+        chunk=chunk,
+        max_num_seqs=max_num_seqs,
+        prefix_cache=prefix_cache,
+    )
+    alone.assert_same(requests, ran)
