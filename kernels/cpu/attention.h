@@ -106,30 +106,16 @@ void add_values(Query* query, const T* const* v, int64_t low, int64_t high, int6
   }
 }
 
-// Where the positions of one step lie in the cache.
 template <class T>
-struct Places {
-  const T *k[kStep], *v[kStep];
-
-  void find(const Attention& b, const int32_t* blocks, int64_t head, int64_t step, int64_t low,
-            int64_t high) {
-    const T* keys = static_cast<const T*>(b.k.data) + head * b.k.head_stride;
-    const T* values = static_cast<const T*>(b.v.data) + head * b.v.head_stride;
-    int64_t index = (step + low) / b.block_size, offset = (step + low) % b.block_size;
-    for (int64_t p = low; p < high; ++p) {
-      const int64_t block = blocks[index];
-      k[p] = keys + block * b.k.block_stride + offset * b.k.position_stride;
-      v[p] = values + block * b.v.block_stride + offset * b.v.position_stride;
-      if (++offset == b.block_size) ++index, offset = 0;
-    }
+void find_positions(const Cache& cache, const int32_t* blocks, int64_t block_size, int64_t head,
+                    int64_t first, int64_t from, int64_t to, const T** at) {
+  const T* data = static_cast<const T*>(cache.data) + head * cache.head_stride;
+  int64_t block = from / block_size, offset = from % block_size;
+  for (int64_t p = from; p < to; ++p) {
+    at[p - first] = data + blocks[block] * cache.block_stride + offset * cache.position_stride;
+    if (++offset == block_size) ++block, offset = 0;
   }
-
-  void fetch(const Attention& b, int64_t p) const {
-    for (int64_t d = 0; d < b.head_size; d += 64 / sizeof(T)) __builtin_prefetch(k[p] + d, 0, 2);
-    if (v[p] >= k[p] && v[p] < k[p] + b.head_size) return;
-    for (int64_t d = 0; d < b.value_size; d += 64 / sizeof(T)) __builtin_prefetch(v[p] + d, 0, 2);
-  }
-};
+}
 
 void finish(const Attention& b, Query& query, const float* acc) {
   float shrink = 1.0f;
@@ -168,19 +154,11 @@ void attend(const Attention& b, Tile tile) {
   }
   const int32_t* blocks = b.blocks + tile.sequence * b.table_width;
   const int64_t from = query[0].from, to = query[Q - 1].to;
-  // What few queries read comes from memory, far apart: ask for the next step early.
-  const bool ahead = (b.starts[tile.sequence + 1] - start) * group <= 4 * kQueries;
-  Places<T> places[2];
-  int now = 0;
-  const int64_t begin = from / kStep * kStep;
-  places[now].find(b, blocks, tile.kv_head, begin, from - begin, least(to - begin, kStep));
-  for (int64_t step = begin; step < to; step += kStep, now ^= 1) {
+  const T *k[kStep], *v[kStep];
+  for (int64_t step = from / kStep * kStep; step < to; step += kStep) {
     const int64_t low = most(from - step, 0), high = least(to - step, kStep);
-    const int64_t coming = most(0, least(to - step - kStep, kStep));
-    const T *const *k = places[now].k, *const *v = places[now].v;
-    const Places<T>& next = places[now ^ 1];
-    places[now ^ 1].find(b, blocks, tile.kv_head, step + kStep, 0, coming);
-    for (int64_t p = 0; ahead && p < coming; ++p) next.fetch(b, p);
+    find_positions(b.k, blocks, b.block_size, tile.kv_head, step, step + low, step + high, k);
+    find_positions(b.v, blocks, b.block_size, tile.kv_head, step, step + low, step + high, v);
     int64_t p = low;
     for (; p + kKeys <= high; p += kKeys)
       scores_of<Q, kKeys>(q, k + p, b.head_size, b.scale, query, p);

@@ -108,7 +108,8 @@ def build_engine(
         max_num_seqs=max_num_seqs,
         available=read_memory().available if num_blocks is None and kv_memory is None else 0,
     )
-    eos_ids = frozenset(decoder.spec.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
+    named = (*decoder.spec.eos_ids, *(tokenizer.eos_ids if tokenizer else ()))
+    eos_ids = frozenset(i for i in named if i < decoder.spec.vocab)
     config = SchedulerConfig(
         max_model_len=size.max_model_len,
         max_num_seqs=max_num_seqs,

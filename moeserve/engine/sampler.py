@@ -20,6 +20,7 @@ from moeserve.core import Chunk, Logprobs, Sampled, SamplingParams
 from moeserve.errors import InternalError
 
 Floats = NDArray[np.float64]
+Ids = NDArray[np.int64]
 
 # Most distributions reach top-p within so many tokens: only those are sorted.
 FEW = 64
@@ -81,38 +82,48 @@ def shift(
 
 def draw(logits_V: Floats, params: SamplingParams, u: float) -> int:
     """The token at quantile ``u`` of the filtered distribution, in order of token ids."""
+    ids = None  # all
+    # Top-k and min-p each keep the upper part of one order: which goes first does not matter.
+    if 0 < params.top_k < len(logits_V):
+        ids = greatest(logits_V, params.top_k)
+    weight = (logits_V if ids is None else logits_V[ids]) - logits_V.max()
     with np.errstate(over="ignore"):  # a tiny temperature makes the others infinitely unlikely
-        weight_V = np.exp((logits_V - logits_V.max()) / params.temperature)
-    kept = np.flatnonzero(weight_V >= params.min_p) if params.min_p > 0 else None
-    ids = np.arange(len(weight_V)) if kept is None else kept
-    ids = keep_top_k(logits_V, ids, params.top_k)
-    ids = keep_top_p(weight_V, ids, params.top_p)
-    cumulative = weight_V[ids].cumsum()
-    chosen = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
-    return int(ids[min(chosen, len(ids) - 1)])
+        weight /= params.temperature
+    np.exp(weight, out=weight)
+    if params.min_p > 0:
+        kept = np.flatnonzero(weight >= params.min_p)
+        weight, ids = weight[kept], kept if ids is None else ids[kept]
+    if params.top_p < 1:
+        kept = likeliest(weight, params.top_p)
+        weight, ids = weight[kept], kept if ids is None else ids[kept]
+    cumulative = weight.cumsum()
+    chosen = np.searchsorted(cumulative, u * cumulative[-1], side="right")
+    last = np.searchsorted(cumulative, cumulative[-1])  # the end, less what has no weight
+    at = int(min(chosen, last))
+    return at if ids is None else int(ids[at])
 
 
-def keep_top_k(value_V: Floats, ids: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """The ``k`` greatest of ``ids``, which ascend; all of them for k = 0."""
-    if k == 0 or k >= len(ids):
-        return ids
-    value = value_V[ids]
-    threshold = np.partition(value, len(ids) - k)[len(ids) - k]
-    above, level = ids[value > threshold], ids[value == threshold]
+def greatest(values: NDArray[np.floating], k: int) -> Ids:
+    """Positions of the ``k`` greatest, ascending; of equals the first."""
+    if k >= len(values):
+        return np.arange(len(values))
+    threshold = np.partition(values, len(values) - k)[len(values) - k]
+    above = np.flatnonzero(values > threshold)
+    level = np.flatnonzero(values == threshold)
     return np.sort(np.concatenate((above, level[: k - len(above)])))
 
 
-def keep_top_p(weight_V: Floats, ids: NDArray[np.int64], p: float) -> NDArray[np.int64]:
-    """The fewest heaviest of ``ids``, which ascend, whose share reaches ``p``."""
-    if p >= 1:
-        return ids
-    enough = p * weight_V[ids].sum()
+def likeliest(weight: Floats, p: float) -> Ids:
+    """Positions of the fewest greatest whose share reaches ``p``, ascending."""
+    total = weight.sum()
+    # All that are lighter than this weigh less than 1 - p together: the rest can do without.
+    heavy = np.flatnonzero(weight >= (1 - p) * total / len(weight) * 0.999)
     size = FEW
     while True:
-        some = keep_top_k(weight_V, ids, size)
-        order = some[np.argsort(-weight_V[some], kind="stable")]
-        reached = weight_V[order].cumsum() >= enough
-        if reached.any() or len(some) == len(ids):
+        some = heavy[greatest(weight[heavy], size)]
+        order = some[np.argsort(-weight[some], kind="stable")]
+        reached = weight[order].cumsum() >= p * total
+        if reached.any() or len(some) == len(heavy):
             count = int(reached.argmax()) + 1 if reached.any() else len(order)
             return np.sort(order[:count])
         size *= FEW
@@ -127,12 +138,15 @@ def uniform(seed: int, position: int) -> float:
 
 def score(logits_V: NDArray[np.float32], token: int, count: int) -> Logprobs:
     """The model's log-probability of ``token`` and of the ``count`` best."""
+    top = greatest(logits_V, count) if count else np.arange(0)
+    best = top[np.argsort(-logits_V[top], kind="stable")]
     x_V = logits_V.astype(np.float64)
-    top = keep_top_k(x_V, np.arange(len(x_V)), count) if count else np.arange(0)
-    best = top[np.argsort(-x_V[top], kind="stable")]
-    x_V -= x_V.max()
-    x_V -= np.log(np.exp(x_V).sum())
-    return Logprobs(float(x_V[token]), tuple((int(i), float(x_V[i])) for i in best))
+    highest = x_V.max()
+    x_V -= highest
+    np.exp(x_V, out=x_V)
+    total = highest + np.log(x_V.sum())
+    logprobs = [float(logits_V[i] - total) for i in (token, *best.tolist())]
+    return Logprobs(logprobs[0], tuple(zip(best.tolist(), logprobs[1:], strict=True)))
 
 
 def _shifts_logits(params: SamplingParams) -> bool:

@@ -106,9 +106,7 @@ class ReferenceOps:
             ids[t], weights[t] = route_row(row.clone(), spec, bias_E)
         return ids, weights
 
-    def moe_ffn(
-        self, x_TH: Tensor, experts: Experts, ids_TC: Tensor, weights_TC: Tensor
-    ) -> Tensor:
+    def moe_ffn(self, x_TH: Tensor, experts: Experts, ids_TC: Tensor, weights_TC: Tensor) -> Tensor:
         ups, downs = cast("tuple[list[Linear], list[Linear]]", experts.data)
         out = torch.zeros(len(x_TH), experts.hidden)
         for t, (ids, weights) in enumerate(zip(ids_TC.tolist(), weights_TC, strict=True)):
@@ -153,14 +151,13 @@ class ReferenceOps:
         return out
 
 
-def route_row(
-    logits_E: Tensor, spec: RouterSpec, bias_E: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def route_row(logits_E: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
     """ids [C] and weights [C] of one token."""
+    # In fp64: in fp32 equal logits may get unequal scores, where one lies in the row's vector tail.
     if spec.scoring == "softmax":
-        score = logits_E.softmax(-1)
+        score = logits_E.double().softmax(-1).float()
     elif spec.scoring == "sigmoid":
-        score = logits_E.sigmoid()
+        score = logits_E.double().sigmoid().float()
     else:
         score = logits_E
     choice = score if bias_E is None else score + bias_E

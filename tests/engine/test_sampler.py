@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from moeserve.core import Chunk, Request, RequestId, SamplingParams
 from moeserve.engine.sampler import (
     draw,
-    keep_top_k,
-    keep_top_p,
+    greatest,
+    likeliest,
     sample,
     score,
     shift,
@@ -54,11 +54,10 @@ def test_greedy_takes_the_best_and_of_equals_the_lowest(logits: Row) -> None:
     assert token(logits, GREEDY) == best
 
 
-@given(rows, st.integers(0, V + 2))
-def test_top_k_keeps_the_k_heaviest(logits: Row, k: int) -> None:
+@given(rows, st.integers(1, V + 2))
+def test_the_k_greatest_are_found_and_of_equals_the_first(logits: Row, k: int) -> None:
     order = sorted(range(V), key=lambda i: (-logits[i], i))
-    expected = sorted(order[:k] if k else order)
-    assert keep_top_k(logits.astype(np.float64), np.arange(V), k).tolist() == expected
+    assert greatest(logits, k).tolist() == sorted(order[:k])
 
 
 def most_likely(weight: NDArray[np.float64], p: float) -> list[int]:
@@ -72,7 +71,7 @@ def most_likely(weight: NDArray[np.float64], p: float) -> list[int]:
 @given(rows, st.floats(0.01, 0.99), st.integers(1, V))
 def test_top_p_keeps_the_fewest_that_reach_p(logits: Row, p: float, count: int) -> None:
     weight = weights(logits)[:count]
-    assert keep_top_p(weight, np.arange(count), p).tolist() == most_likely(weight, p)
+    assert likeliest(weight, p).tolist() == most_likely(weight, p)
 
 
 @settings(max_examples=20)
@@ -80,19 +79,36 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits: Row, p: float, count: int) 
 def test_top_p_of_a_large_vocabulary_is_the_same(seed: int, p: float, spread: float) -> None:
     logits = np.random.Generator(np.random.Philox(seed)).normal(0, spread, 5000)
     weight = weights(logits.round(1).astype(np.float32))
-    assert keep_top_p(weight, np.arange(5000), p).tolist() == most_likely(weight, p)
+    assert likeliest(weight, p).tolist() == most_likely(weight, p)
 
 
-def test_top_p_of_one_keeps_all() -> None:
-    assert keep_top_p(np.ones(V), np.arange(V), 1.0).tolist() == list(range(V))
-
-
-@given(rows, st.floats(0.01, 1.0), st.floats(0, 1, exclude_max=True))
-def test_min_p_keeps_what_is_not_much_lighter_than_the_best(
-    logits: Row, min_p: float, u: float
+@settings(max_examples=300)
+@given(
+    rows,
+    st.floats(0, 1, exclude_max=True),
+    st.sampled_from([0, 1, 3, V]),
+    st.sampled_from([0.3, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.05, 1.0]),
+    st.sampled_from([0.3, 1.0, 2.0]),
+)
+def test_a_draw_is_what_the_filters_leave_by_their_definition(
+    logits: Row, u: float, top_k: int, top_p: float, min_p: float, temperature: float
 ) -> None:
-    params = SamplingParams(min_p=min_p)
-    assert weights(logits)[draw(logits.astype(np.float64), params, u)] >= min_p
+    weight = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    ids = [i for i in range(V) if weight[i] >= min_p]
+    if top_k:
+        ids = sorted(sorted(ids, key=lambda i: (-logits[i], i))[:top_k])
+    if top_p < 1:
+        ids = [ids[j] for j in most_likely(weight[ids], top_p)]
+    reached = np.cumsum(weight[ids])
+    expected = ids[sum(r <= u * reached[-1] for r in reached[:-1])]
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert draw(logits.astype(np.float64), params, u) == expected
+
+
+def test_what_has_no_weight_is_never_drawn() -> None:
+    logits = np.array([-np.inf, 0.0, -np.inf])
+    assert {draw(logits, SamplingParams(), u) for u in (0.0, 0.5, 1 - 2**-53, 1.0)} == {1}
 
 
 @given(rows, st.floats(0, 1, exclude_max=True), st.floats(0.1, 3))
