@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
-from rich.console import Console
 
 READY_S = 60.0
 ANSWER_S = 120.0

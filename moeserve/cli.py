@@ -57,6 +57,7 @@ def _add_serve(commands: Commands) -> None:
         help="serve a model over gRPC and OpenAI HTTP",
         description="Serve a model over gRPC and OpenAI HTTP until SIGTERM, which drains.",
         epilog="example: moeserve serve --model demo --http-port 8000 --max-num-seqs 16",
+        allow_abbrev=False,
     )
     add_options(command)
     command.set_defaults(run=_serve)
@@ -83,6 +84,7 @@ def _add_generate(commands: Commands) -> None:
         description="Load a model, answer one prompt, and end.",
         epilog='example: moeserve generate --model demo --prompt "Once upon a time" '
         "--max-tokens 64 --temperature 0",
+        allow_abbrev=False,
     )
     asked = command.add_argument_group("what to generate")
     prompt = asked.add_mutually_exclusive_group()
@@ -176,7 +178,8 @@ def _add_doctor(commands: Commands) -> None:
         "doctor",
         help="would this host serve, and what would bind it",
         description="Look at this host, this installation and a model; change nothing.",
-        epilog="example: moeserve doctor --model demo   (exit status 1: something stands in the way)",
+        epilog="example: moeserve doctor --model demo   (exit status 1: it would not serve)",
+        allow_abbrev=False,
     )
     command.add_argument("--model", help="a checkpoint folder, or 'demo'")
     command.add_argument("--json", action="store_true", help="print one JSON object")

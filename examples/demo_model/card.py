@@ -80,7 +80,7 @@ would be right almost never.
 | arithmetic | problems | exact match |
 |---|---|---|
 {arithmetic_rows}
-"""
+"""  # noqa: E501
 
 
 def main() -> None:
@@ -125,7 +125,8 @@ def main() -> None:
         late_from=LATE_FROM,
         data_rows="\n".join(
             f"| {d} | {SOURCES[d][0]} | {SOURCES[d][1]} | "
-            f"{measured['domains'][d]['train_tokens']:,} | {MIXTURE[d]:.2f} | {LATE_MIXTURE[d]:.2f} |"
+            f"{measured['domains'][d]['train_tokens']:,} | "
+            f"{MIXTURE[d]:.2f} | {LATE_MIXTURE[d]:.2f} |"
             for d in MIXTURE
         ),
         domain_rows="\n".join(

@@ -20,6 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import MIXTURE
+from numpy.typing import NDArray
+from rich.progress import track
+
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.runner import LocalExecutor
@@ -28,8 +31,6 @@ from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.tokenizer import Tokenizer
-from numpy.typing import NDArray
-from rich.progress import track
 
 WINDOW = 512
 MAX_WINDOWS = 48

@@ -56,9 +56,7 @@ def mlp_tensors(mlp: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
 
 def block_tensors(block: Block, prefix: str) -> dict[str, Tensor]:
     plain = {
-        f"{prefix}.{name}": p
-        for name, p in block.named_parameters()
-        if not name.startswith("mlp.")
+        f"{prefix}.{name}": p for name, p in block.named_parameters() if not name.startswith("mlp.")
     }
     return plain | mlp_tensors(block.mlp, f"{prefix}.mlp")
 
@@ -76,10 +74,9 @@ def checkpoint_tensors(model: DemoModel) -> dict[str, Tensor]:
     out[f"{mtp}.hnorm.weight"] = model.hnorm.weight
     out[f"{mtp}.eh_proj.weight"] = model.eh_proj.weight
     out[f"{mtp}.shared_head.norm.weight"] = model.mtp_norm.weight
-    return {
-        name: t.detach().to(torch.float32 if name.endswith("_bias") else torch.bfloat16).contiguous()
-        for name, t in out.items()
-    }
+    dtypes = dict.fromkeys(out, torch.bfloat16)
+    dtypes |= {name: torch.float32 for name in out if name.endswith("_bias")}
+    return {name: t.detach().to(dtypes[name]).contiguous() for name, t in out.items()}
 
 
 def hf_config(c: Config) -> dict[str, object]:

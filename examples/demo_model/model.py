@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # Expert segments are padded to a multiple of this many tokens.
 ROUND = 64
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 from data import MIXTURE
+
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+import matplotlib.pyplot as plt
 
 
 def read(path: Path) -> tuple[NDArray[np.float64], list[str], list[int]]:
@@ -51,9 +51,7 @@ def information_L(counts_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
     return terms.sum(-1).mean(0)
 
 
-def draw(
-    counts_DLE: NDArray[np.float64], names: list[str], layers: list[int], out: Path
-) -> None:
+def draw(counts_DLE: NDArray[np.float64], names: list[str], layers: list[int], out: Path) -> None:
     lift = counts_DLE / counts_DLE.sum(-1, keepdims=True) * counts_DLE.shape[-1]
     bits = information_L(counts_DLE)
     rows = -(-len(layers) // 2)
@@ -84,7 +82,8 @@ def main() -> None:
     counts, names, layers = read(args.routing)
     if args.out:
         draw(counts, names, layers, args.out)
-    bits = {str(layer): round(float(b), 3) for layer, b in zip(layers, information_L(counts), strict=True)}
+    bits_L = [round(float(b), 3) for b in information_L(counts)]
+    bits = dict(zip(map(str, layers), bits_L, strict=True))
     tokens = {n: int(c) for n, c in zip(names, counts[:, 0].sum(-1), strict=True)}
     if args.json:
         print(json.dumps({"bits_by_layer": bits, "choices_by_domain": tokens}))

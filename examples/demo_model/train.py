@@ -3,7 +3,8 @@
 Reproducible from ``--seed``: the batch of a step depends only on (seed, step), and the learning
 rate is constant until the last fifth of ``--steps``, so a run may be stopped at any time, resumed
 by the same command, and shortened or prolonged while it is still in the constant part. Progress
-goes to the terminal and to ``log.jsonl``.
+goes to the terminal and to ``log.jsonl``. On a machine that others use too, run it with
+``OMP_WAIT_POLICY=PASSIVE``: threads that spin while they wait slow each other down many times.
 
 Optimisers: Muon (K. Jordan, 2024; scaled as in Moonlight, 2502.16982, section 2.2) for matrices,
 AdamW for embeddings, router, head and norms. Balance: DeepSeek-V3 section 2.1.2, a bias that is
@@ -17,6 +18,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -85,7 +88,7 @@ def orthogonalise(g: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    decay = int(steps * DECAY_SHARE)
+    decay = max(1, int(steps * DECAY_SHARE))
     rise = min(1.0, (step + 1) / WARMUP)
     fall = min(1.0, (steps - step) / decay)
     return peak * rise * fall
@@ -166,6 +169,7 @@ class Trainer:
         tensors |= {f"muon.{i}": b for i, b in enumerate(self.muon.buffers)}
         for i, state in self.adam.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
+        tensors |= {f"load.{i}": m.load_E for i, m in enumerate(self.model.moe_layers())}
         partial = path.with_suffix(".partial")
         tensors = {k: v.contiguous() for k, v in tensors.items()}
         save_file(tensors, partial, metadata={"step": str(self.step_no)})
@@ -179,6 +183,8 @@ class Trainer:
         )
         for i in range(len(self.muon.buffers)):
             self.muon.buffers[i].copy_(tensors[f"muon.{i}"])
+        for i, layer in enumerate(self.model.moe_layers()):
+            layer.load_E.copy_(tensors[f"load.{i}"])
         state = self.adam.state_dict()
         for key, value in tensors.items():
             if key.startswith("adam."):
@@ -188,7 +194,7 @@ class Trainer:
         self.step_no = step_no
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder written by data.py")
     parser.add_argument("--out", type=Path, required=True)
@@ -197,15 +203,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--stop-after", type=int, help="stop after this many steps of this run")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint, log = args.out / "checkpoint.safetensors", args.out / "log.jsonl"
 
     trainer, windows = Trainer(args.seed), Windows(args.data, args.seed)
     if checkpoint.exists():
-        from safetensors import safe_open
-
         with safe_open(checkpoint, "pt") as file:
             step_no = int(file.metadata()["step"])
         trainer.load(checkpoint, step_no)

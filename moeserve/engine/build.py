@@ -36,7 +36,10 @@ SHARE_OF_AVAILABLE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model being served. Where ``tokenizer`` is None, ``no_tokenizer`` says why."""
+    """A model being served. Where ``tokenizer`` is None, ``no_tokenizer`` says why.
+
+    ``context`` is the longest sequence asked for, ``max_model_len`` what KV memory leaves of it.
+    """
 
     name: str
     path: Path
@@ -48,6 +51,7 @@ class LoadedModel:
     block_size: int
     num_blocks: int
     kv_bytes: int
+    context: int
     recorder: RoutingRecorder | None
 
     @property
@@ -136,6 +140,7 @@ def build_engine(
         block_size=block_size,
         num_blocks=size.num_blocks,
         kv_bytes=size.num_blocks * block_size * decoder.kv_bytes_per_token,
+        context=max_model_len or decoder.spec.max_positions,
         recorder=recorder,
     )
 

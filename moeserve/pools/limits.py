@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeserve.core import SamplingParams
-from moeserve.errors import InvalidRequestError
+from moeserve.errors import ExhaustedError, InvalidRequestError, MoeserveError
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_BODY_BYTES = 16 * 2**20
@@ -76,10 +76,14 @@ LOGIT_BIAS = Bound(-100, 100)
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What the served model adds: ids below ``vocab_size``, prompt and answer in ``max_len``."""
+    """What the served model adds: ids below ``vocab_size``, prompt and answer in ``max_len``.
+
+    ``context`` is what they could be with more KV memory, where that is more.
+    """
 
     vocab_size: int
     max_len: int
+    context: int = 0
 
 
 def sampling_params(given: Mapping[str, object], model: ModelLimits) -> SamplingParams:
@@ -99,10 +103,12 @@ def sampling_params(given: Mapping[str, object], model: ModelLimits) -> Sampling
         else:
             raise InvalidRequestError(f"{name}: unknown sampling parameter", param=name)
     if "max_tokens" in values and values["max_tokens"] > model.max_len:
-        raise InvalidRequestError(
+        raise _too_long(
+            values["max_tokens"],
+            model,
             f"max_tokens={values['max_tokens']}: the model holds {model.max_len} tokens of prompt "
             "and answer together",
-            param="max_tokens",
+            "max_tokens",
         )
     params = SamplingParams(**values)
     if "max_tokens" in values and params.min_tokens > params.max_tokens:
@@ -118,22 +124,37 @@ def room_for_answer(prompt_len: int, model: ModelLimits) -> int:
     if prompt_len < 1:
         raise InvalidRequestError("the prompt is empty: send at least one token", param="prompt")
     if prompt_len >= model.max_len:
-        raise InvalidRequestError(
+        raise _too_long(
+            prompt_len + 1,
+            model,
             f"the prompt has {prompt_len} tokens, but the model holds {model.max_len} of prompt "
             f"and answer together: send at most {model.max_len - 1}",
-            param="prompt",
+            "prompt",
         )
     return model.max_len - prompt_len
 
 
 def require_fits(prompt_len: int, max_tokens: int, model: ModelLimits) -> None:
     if max_tokens > room_for_answer(prompt_len, model):
-        raise InvalidRequestError(
+        raise _too_long(
+            prompt_len + max_tokens,
+            model,
             f"the prompt has {prompt_len} tokens and max_tokens={max_tokens}, together more than "
             f"the {model.max_len} that the model holds: ask for at most "
             f"{model.max_len - prompt_len}",
-            param="max_tokens",
+            "max_tokens",
         )
+
+
+def _too_long(tokens: int, model: ModelLimits, message: str, param: str) -> MoeserveError:
+    """RESOURCE_EXHAUSTED where only this server's KV memory stands in the way."""
+    if tokens <= model.context:
+        return ExhaustedError(
+            f"out of KV memory: {message}, or serve with more --kv-memory "
+            f"(the model itself allows {model.context} tokens)",
+            param=param,
+        )
+    return InvalidRequestError(message, param=param)
 
 
 def token_ids(

@@ -93,7 +93,7 @@ def served_of(loaded: LoadedModel) -> Served:
         name=loaded.name,
         engine=loaded.engine,
         tokenizer=loaded.tokenizer,
-        limits=ModelLimits(loaded.spec.vocab, loaded.max_model_len),
+        limits=ModelLimits(loaded.spec.vocab, loaded.max_model_len, loaded.context),
         architecture=loaded.spec.architecture,
         eos_ids=tuple(sorted(loaded.config.eos_ids)),
     )

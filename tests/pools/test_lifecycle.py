@@ -244,14 +244,22 @@ def test_a_full_queue_exhausts_and_keeps_nothing(tiny: Path, open_house: OpenHou
         assert len(house.tokens([72], 2, ignore_eos=True)) == 2
 
 
-def test_prompts_beyond_the_kv_memory_are_refused_with_both_numbers(
+def test_out_of_kv_memory_is_an_error_of_its_own_and_serving_goes_on(
     tiny: Path, open_house: OpenHouse
 ) -> None:
     with open_house(tiny, num_blocks=4) as house:  # 64 tokens
         with pytest.raises(grpc.RpcError) as caught:
             house.tokens([1] * 100, 5)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "out of KV memory: the prompt has 100 tokens" in caught.value.details()
+        assert "--kv-memory (the model itself allows 512 tokens)" in caught.value.details()
+        body = {"prompt": [1] * 60, "max_tokens": 10}
+        full = httpx.post(f"{house.url}/v1/completions", json=body, timeout=60)
+        assert full.status_code == 429, full.text
+        assert "out of KV memory: the prompt has 60 tokens" in full.json()["error"]["message"]
+        with pytest.raises(grpc.RpcError) as caught:
+            house.tokens([1] * 600, 5)  # more than the model takes, whatever the memory
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert "100 tokens, but the model holds 64" in caught.value.details()
         many = [pb.GenerateRequest(token_ids=pb.TokenIds(ids=[i] * 40), n=3) for i in range(3)]
         for future in [house.stub.GenerateUnary.future(r, timeout=60) for r in many]:
             assert len(future.result(60).outputs) == 3  # by turns, however little memory
