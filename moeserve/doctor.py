@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 SLOW_TWIN = "reference"
 REBUILD = "run make setup in a checkout, or install moeserve again where gcc is present"
 EXTRAS = {"mpi": "mpi4py", "deepspeed": "deepspeed", "highs": "highspy", "ascend": "torch_npu"}
-PROBE_BYTES = 64 << 20
+PROBE_BYTES = 128 << 20  # more than a cache holds
+PROBE_SLICE = 2 << 20
 PROBE_SECONDS = 0.3
 MOST_THREADS = 32
 # Below this, a step's arithmetic and fixed costs are as large as reading the weights.
@@ -51,7 +52,7 @@ class Advice:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostReport:
-    """``bandwidth`` is bytes read and written per second when all usable cores copy memory."""
+    """``bandwidth`` is what ``copy_bandwidth`` of all usable cores measured."""
 
     cpu: str
     cores: int
@@ -141,7 +142,9 @@ def run_doctor(model: str | None = None) -> Report:
 
 def examine_host() -> HostReport:
     cpu, memory = read_cpu(), read_memory()
-    bandwidth = copy_bandwidth(min(cpu.usable, MOST_THREADS))
+    # Where memory is short, the probe must not be what exceeds it.
+    probe = min(PROBE_BYTES, memory.available // 16)
+    bandwidth = copy_bandwidth(min(cpu.usable, MOST_THREADS), probe)
     return HostReport(
         cpu=cpu.model,
         cores=cpu.cores,
@@ -156,16 +159,27 @@ def examine_host() -> HostReport:
 def copy_bandwidth(
     threads: int, bytes_copied: int = PROBE_BYTES, seconds: float = PROBE_SECONDS
 ) -> float:
-    """Bytes read and written per second; the best of several copies, as others only slow it."""
-    part = bytes_copied // threads
-    pairs = [(np.ones(part, np.uint8), np.zeros(part, np.uint8)) for _ in range(threads)]
-    best, end = 0.0, time.perf_counter() + seconds
+    """Bytes read and written per second by all threads, as if nobody else were running.
+
+    Each thread copies slices that mostly fit between two interruptions; a high quantile of their
+    rates is the undisturbed one.
+    """
+    part = max(1, bytes_copied // threads)
+
+    def walk(_: int) -> float:
+        source, target = np.ones(part, np.uint8), np.ones(part, np.uint8)  # no page faults later
+        rates: list[float] = []
+        end = time.perf_counter() + seconds
+        while not rates or time.perf_counter() < end:
+            for at in range(0, part, PROBE_SLICE):
+                piece = source[at : at + PROBE_SLICE]
+                start = time.perf_counter()
+                np.copyto(target[at : at + PROBE_SLICE], piece)
+                rates.append(2 * piece.nbytes / (time.perf_counter() - start))
+        return float(np.quantile(rates, 0.9))
+
     with ThreadPoolExecutor(threads) as pool:
-        while not best or time.perf_counter() < end:
-            start = time.perf_counter()
-            list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs))
-            best = max(best, 2 * part * threads / (time.perf_counter() - start))
-    return best
+        return sum(pool.map(walk, range(threads)))
 
 
 def examine_software(problems: list[Advice], notes: list[Advice]) -> SoftwareReport:

@@ -39,8 +39,9 @@ from torch import Tensor, nn
 
 WARMUP = 60
 DECAY_SHARE = 0.2
+LONG_SHARE = 0.1
 TOKENS_PER_STEP = 4096
-# Long windows come last, with the falling learning rate: they cost more per token.
+# Long windows come last: they cost more per token.
 WINDOW, LONG_WINDOW = 256, 1024
 # Language first; then more of what can be checked, which is slow to learn.
 LATE_FROM = 1000
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = progress.add_task("training", total=args.steps, completed=trainer.step_no)
         while trainer.step_no < min(args.steps, last):
             step, began = trainer.step_no, time.monotonic()
-            long = step >= args.steps * (1 - DECAY_SHARE)
+            long = step >= args.steps * (1 - LONG_SHARE)
             ids = windows.batch(step, LONG_WINDOW if long else WINDOW)
             main_loss, mtp_loss = trainer.step(ids, learning_rate(step, args.steps, args.lr))
             row = {"step": step, "loss": round(main_loss, 4), "mtp_loss": round(mtp_loss, 4)}

@@ -48,6 +48,11 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument("instruction set '" + name + "' is not one of _cpu.isas()");
 }
 
+void share_among(int count) {
+  if (count < 1) throw std::invalid_argument("threads must be at least 1");
+  set_threads(count);
+}
+
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -179,7 +184,7 @@ NB_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(table().name); });
   m.def("set_isa", set_isa);
   m.def("threads", threads);
-  m.def("set_threads", set_threads);
+  m.def("set_threads", share_among);
   m.def("pack", pack_any, unlocked);
   m.def("linear", linear, unlocked);
   m.def("moe_ffn", moe_ffn, unlocked);

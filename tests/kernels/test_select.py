@@ -76,6 +76,13 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     assert _cpu.isa() == before
 
 
+def test_no_threads_at_all_is_refused() -> None:
+    before = _cpu.threads()
+    with pytest.raises(ValueError, match="at least 1"):
+        _cpu.set_threads(0)
+    assert _cpu.threads() == before
+
+
 def test_callers_at_the_same_time_do_not_disturb_each_other() -> None:
     ops, before = CpuOps(), _cpu.threads()
     _cpu.set_threads(3)
