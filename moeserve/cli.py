@@ -11,19 +11,22 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import moeserve
 from moeserve.errors import ConfigError, MoeserveError
+from moeserve.placement.cli import add_parser as add_place
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # argparse has no public name
+    # argparse has no public name for what ``add_subparsers`` gives.
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = parser(words).parse_args(words)
     try:
         status = args.run(args)
     except ConfigError as error:
@@ -37,15 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(status)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Of all commands, the one that ``words`` name has its options: theirs take time to import."""
+    named = next((word for word in words if not word.startswith("-")), "")
     top = argparse.ArgumentParser(
         prog="moeserve", description="Serve Mixture-of-Experts language models."
     )
     top.add_argument("--version", action="version", version=f"moeserve {moeserve.__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_serve(commands)
-    _add_generate(commands)
-    _add_doctor(commands)
+    for command, (text, add) in COMMANDS.items():
+        if command == named:
+            add(commands)
+        else:
+            commands.add_parser(command, help=text)
     return top
 
 
@@ -54,7 +61,7 @@ def _add_serve(commands: Commands) -> None:
 
     command = commands.add_parser(
         "serve",
-        help="serve a model over gRPC and OpenAI HTTP",
+        help=COMMANDS["serve"][0],
         description="Serve a model over gRPC and OpenAI HTTP until SIGTERM, which drains.",
         epilog="example: moeserve serve --model demo --http-port 8000 --max-num-seqs 16",
         allow_abbrev=False,
@@ -80,7 +87,7 @@ def _add_generate(commands: Commands) -> None:
 
     command = commands.add_parser(
         "generate",
-        help="answer one prompt without a server",
+        help=COMMANDS["generate"][0],
         description="Load a model, answer one prompt, and end.",
         epilog='example: moeserve generate --model demo --prompt "Once upon a time" '
         "--max-tokens 64 --temperature 0",
@@ -176,7 +183,7 @@ def _token_ids(text: str) -> tuple[int, ...]:
 def _add_doctor(commands: Commands) -> None:
     command = commands.add_parser(
         "doctor",
-        help="would this host serve, and what would bind it",
+        help=COMMANDS["doctor"][0],
         description="Look at this host, this installation and a model; change nothing.",
         epilog="example: moeserve doctor --model demo   (exit status 1: it would not serve)",
         allow_abbrev=False,
@@ -197,6 +204,14 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         render(report, Console())
     return report.exit_status
+
+
+COMMANDS: Mapping[str, tuple[str, Callable[[Commands], None]]] = {
+    "serve": ("serve a model over gRPC and OpenAI HTTP", _add_serve),
+    "generate": ("answer one prompt without a server", _add_generate),
+    "doctor": ("would this host serve, and what would bind it", _add_doctor),
+    "place": ("decide which device holds which expert", add_place),
+}
 
 
 if __name__ == "__main__":

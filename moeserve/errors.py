@@ -15,7 +15,7 @@
     |-- ConfigError               (start-up)
     |-- CheckpointError           (start-up)
     |-- PlacementError            (`moeserve place`; start-up with a plan)
-    `-- TokenizerError            (start-up; INVALID_ARGUMENT where text is asked of a model without one)
+    `-- TokenizerError            (start-up; INVALID_ARGUMENT where text needs one)
 
 A message names the value and the remedy. ``param`` names the request field where there is one.
 """

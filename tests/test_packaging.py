@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import moeserve
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {"deepspeed", "ascend", "mpi", "highs", "dev"}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def pyproject() -> dict[str, Any]:
@@ -88,18 +91,40 @@ def test_torch_is_pinned_but_the_library_takes_a_range() -> None:
     assert torch.specifier.contains("2.20.0")
 
 
-def test_the_package_imports_only_what_it_declares() -> None:
-    """Development dependencies and optional extras are not there for a user."""
-    providers = importlib.metadata.packages_distributions()
-    declared_names = {canonicalize_name(r.name) for r in declared()}
-    for path in sorted((ROOT / "moeserve").rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        nodes = list(ast.walk(tree))
-        tops = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-        tops |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
-        for top in {name.partition(".")[0] for name in tops} - sys.stdlib_module_names:
-            names = {canonicalize_name(d) for d in providers.get(top, [])}
-            assert top == "moeserve" or names & declared_names, f"{path}: {top} is not declared"
+def optional() -> set[str]:
+    extras = pyproject()["project"]["optional-dependencies"].items()
+    return {canonicalize_name(Requirement(r).name) for e, rs in extras if e != "dev" for r in rs}
+
+
+def modules_imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """Top-level names of third parties."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module or "")
+    return {name.partition(".")[0] for name in found} - sys.stdlib_module_names - {"moeserve"}
+
+
+@functools.cache
+def providers() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
+def not_provided(modules: set[str], by: set[str]) -> set[str]:
+    """Names like ``google`` come from several distributions: one of them is enough."""
+    found = {m: {canonicalize_name(d) for d in providers().get(m, [m])} for m in modules}
+    return {m for m, distributions in found.items() if not distributions & by}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "moeserve").rglob("*.py")), ids=lambda p: p.stem)
+def test_a_module_imports_what_is_declared_and_extras_only_when_asked(path: Path) -> None:
+    nodes = set(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    inside = {n for f in nodes if isinstance(f, FUNCTIONS) for n in ast.walk(f)}
+    required: set[str] = {canonicalize_name(r.name) for r in declared()}
+    assert not not_provided(modules_imported(nodes - inside), by=required)
+    assert not not_provided(modules_imported(inside), by=required | optional())
 
 
 def test_generated_messages_accept_the_oldest_declared_runtime() -> None:

@@ -1,0 +1,261 @@
+"""The verbs of ``moeserve place``: parsed arguments in, the object that ``--json`` prints out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeserve.errors import PlacementError
+from moeserve.placement import exchange, inputs
+from moeserve.placement import plan as plans
+from moeserve.placement.plan import Plan
+from moeserve.placement.problem import Moves, Problem
+from moeserve.placement.report import CopyBytes, figures
+from moeserve.placement.routing import Routing, split
+from moeserve.placement.solve import Budget, Progress, Solver
+from moeserve.placement.solve import solve as find
+from moeserve.placement.topology import Dataflow, Phase, Topology
+
+SHOW_AFTER = 2.0  # seconds of silence before a progress bar appears
+
+
+def record(arguments: argparse.Namespace) -> dict[str, Any]:
+    from safetensors.numpy import save
+
+    routing = _read(arguments)
+    if not routing.has_tokens:
+        raise PlacementError("record needs per-token routing; counts can be used as they are")
+    domain_C = [
+        np.full(len(w.lengths), i) if w.domain_C is None else w.domain_C
+        for i, w in enumerate(routing.workloads)
+    ]
+    names = [w.name for w in routing.workloads]
+    raw = save(
+        {
+            "topk_ids": routing.tokens_TLK.astype(np.int16),
+            "seq_lens": routing.seq_lens_C,
+            "domain_ids": np.concatenate(domain_C).astype(np.int64),
+        },
+        metadata={
+            "format": "moeserve.routing.v1",
+            "moe_layers": json.dumps(routing.moe_layers),
+            "num_experts": str(routing.num_experts),
+            "domains": json.dumps(names),
+        },
+    )
+    _write_bytes(Path(arguments.out), raw)
+    return {
+        "out": arguments.out,
+        "tokens": len(routing.tokens_TLK),
+        "sequences": len(routing.seq_lens_C),
+        "layers": routing.num_layers,
+        "experts": routing.num_experts,
+    }
+
+
+def solve(arguments: argparse.Namespace) -> dict[str, Any]:
+    routing = _read(arguments)
+    problem = _problem(arguments, routing)
+    if arguments.previous is not None:
+        problem = replace(problem, moves=_moves(arguments))
+    fitted, held = split(routing, arguments.held_out)
+    budget = Budget(arguments.time_limit, arguments.threads, arguments.seed)
+    began = time.monotonic()
+    with _progress(arguments.json) as progress:
+        plan = find(problem, fitted, Solver(arguments.solver), budget, progress)
+    seconds = time.monotonic() - began
+    result = _figures(plan, routing, problem.topology, arguments)
+    result["seconds"] = seconds
+    result["solver"] = arguments.solver
+    if held is not None:
+        result["held_out"] = _figures(plan, held, problem.topology, arguments)
+    if problem.moves is not None:
+        result["moved_experts"] = plans.moved_slots(problem.moves.previous, plan)
+    plans.write_whole(Path(arguments.out), plans.dump(replace(plan, figures=result)))
+    return result | {"out": arguments.out}
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    plan = plans.load(Path(arguments.plan))
+    if arguments.dataflow is not None:
+        plan = replace(plan, dataflow=Dataflow(arguments.dataflow))
+    arguments.experts = arguments.experts or plan.num_experts
+    routing = _read(arguments)
+    topology = _plan_topology(plan, arguments)
+    began = time.monotonic()
+    result = _figures(plan, routing, topology, arguments)
+    result["seconds"] = time.monotonic() - began
+    return result
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    routing = _read(arguments)
+    problem = _problem(arguments, routing)
+    fitted, held = split(routing, arguments.held_out)
+    budget = Budget(arguments.time_limit, arguments.threads, arguments.seed)
+    rows = {}
+    for name in arguments.solvers:
+        began = time.monotonic()
+        with _progress(arguments.json) as progress:
+            plan = find(problem, fitted, Solver(name), budget, progress)
+        seconds = time.monotonic() - began
+        row = _figures(plan, held or fitted, problem.topology, arguments)
+        rows[name] = row | {"seconds": seconds}
+    return {"evaluated_on": "held out" if held else "all", "solvers": rows}
+
+
+def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    path, out = Path(arguments.plan), Path(arguments.out)
+    if arguments.importing:
+        if arguments.experts is None or arguments.devices is None:
+            raise PlacementError("--import needs --experts and --devices: the file lacks them")
+        plan = exchange.load(
+            path,
+            arguments.format,
+            num_experts=arguments.experts,
+            num_devices=arguments.devices,
+            num_nodes=arguments.nodes,
+            moe_layers=None if arguments.layers is None else tuple(arguments.layers),
+        )
+        plans.write_whole(out, plans.dump(plan))
+    else:
+        plan = plans.load(path)
+        plans.write_whole(out, exchange.export(plan, arguments.format))
+    return {"out": arguments.out, "layers": plan.num_layers, "slots": plan.num_slots}
+
+
+def plot(arguments: argparse.Namespace) -> dict[str, Any]:
+    from moeserve.placement import pictures
+
+    plan = plans.load(Path(arguments.plan))
+    arguments.experts = arguments.experts or plan.num_experts
+    routing = _read(arguments)
+    result = figures(plan, routing, _plan_topology(plan, arguments))
+    files = pictures.write(Path(arguments.out), plan, routing, result, arguments.layer)
+    return {"out": arguments.out, "files": files}
+
+
+def show(verb: str, result: dict[str, Any]) -> None:
+    """The result for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if verb not in ("solve", "evaluate", "compare"):
+        for key, value in result.items():
+            console.print(f"{key}: {value}")
+        return
+    table = Table()
+    for heading in ("", "imbalance", "worst", "copies", "cross-node", "objective", "bound", "gap",
+                    "seconds"):  # fmt: skip
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = result["solvers"] if verb == "compare" else {verb: result}
+    if "held_out" in result:
+        rows = rows | {"held out": result["held_out"]}
+    for name, row in rows.items():
+        cells = (
+            row["imbalance"]["mean"], row["imbalance"]["worst"], row["copies_per_token_layer"],
+            row["cross_node_copies_per_token_layer"], row["objective"], row["bound"], row["gap"],
+            row.get("seconds"),
+        )  # fmt: skip
+        table.add_row(name, *("-" if cell is None else f"{cell:.4f}" for cell in cells))
+    console.print(table)
+
+
+def _read(arguments: argparse.Namespace) -> Routing:
+    return inputs.read_all(arguments.routing, num_experts=arguments.experts)
+
+
+def _pairs(texts: Sequence[str], option: str) -> tuple[tuple[int, int], ...]:
+    pairs = []
+    for text in texts:
+        try:
+            a, b = text.split(",")
+            pairs.append((int(a), int(b)))
+        except ValueError as cause:
+            raise PlacementError(f"{option} {text!r}: expected two experts, as in 3,17") from cause
+    return tuple(pairs)
+
+
+def _problem(arguments: argparse.Namespace, routing: Routing) -> Problem:
+    topology = Topology(
+        arguments.devices,
+        arguments.nodes,
+        arguments.node_ratio,
+        tuple(arguments.speeds),
+        arguments.memory,
+    )
+    if topology.memory and not arguments.expert_bytes:
+        raise PlacementError("--memory needs --expert-bytes, to know what a slot takes")
+    return Problem(
+        topology,
+        routing.num_experts if arguments.slots is None else arguments.slots,
+        Dataflow(arguments.dataflow),
+        Phase(arguments.phase),
+        arguments.max_imbalance,
+        arguments.max_workload_imbalance,
+        arguments.batch,
+        arguments.expert_bytes,
+        _pairs(arguments.apart, "--apart"),
+        _pairs(arguments.together, "--together"),
+        groups=arguments.groups,
+    )
+
+
+def _moves(arguments: argparse.Namespace) -> Moves:
+    return Moves(
+        plans.load(Path(arguments.previous)),
+        arguments.expert_bytes,
+        (arguments.dispatch_bytes + arguments.combine_bytes) // 2,
+        arguments.horizon_tokens,
+        arguments.cost_per_moved_byte,
+    )
+
+
+def _plan_topology(plan: Plan, arguments: argparse.Namespace) -> Topology:
+    return Topology(plan.num_devices, plan.num_nodes, arguments.node_ratio, tuple(arguments.speeds))
+
+
+def _figures(
+    plan: Plan, routing: Routing, topology: Topology, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    return figures(
+        plan,
+        routing,
+        topology,
+        batch=arguments.batch,
+        homes=arguments.homes,
+        copy_bytes=CopyBytes(arguments.dispatch_bytes, arguments.combine_bytes),
+    )
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    """A bar on standard error for work that takes longer than two seconds."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    began = time.monotonic()
+    with Bar(console=Console(stderr=True), transient=True, disable=quiet, expand=False) as bar:
+        task = bar.add_task("solving", total=None, visible=False)
+
+        def advance(stage: str, done: int, total: int) -> None:
+            visible = time.monotonic() - began > SHOW_AFTER
+            bar.update(task, description=stage, completed=done, total=total, visible=visible)
+
+        yield advance
+
+
+def _write_bytes(path: Path, raw: bytes) -> None:
+    try:
+        path.write_bytes(raw)
+    except OSError as cause:
+        raise PlacementError(f"cannot write {path}: {cause.strerror}") from cause

@@ -1,0 +1,254 @@
+"""The plan: which expert lies in which slot of every layer, as data and as a versioned JSON file.
+
+File, version 1::
+
+    {"format": "moeserve-plan", "version": 1,
+     "num_experts": E, "num_devices": D, "num_nodes": N, "moe_layers": [L model layer numbers],
+     "dataflow": "home-dedup", "phase": "prefill",
+     "expert_of_slot": [L rows of S expert ids],        slot s lies on device s // (S / D)
+     "guide": null | {"shape": [L, E, D], "uint8": base64},   only for dataflow "migrate"
+     "figures": {...}}                                   what `solve` reported; not read back
+
+``guide[l, e, d]`` is how likely (of 255) a token that uses expert e in layer l uses device d in
+the layer after: a migrating token stays on the device of its own with the largest sum.
+A token with index t in its trace uses copy ``t % copies`` of each expert, in slot order.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.errors import PlacementError
+from moeserve.placement.topology import Dataflow, Phase
+
+FORMAT = "moeserve-plan"
+VERSION = 1
+_KEYS = {
+    "format", "version", "num_experts", "num_devices", "num_nodes", "moe_layers", "dataflow",
+    "phase", "expert_of_slot", "guide", "figures",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    expert_LS: NDArray[np.int32]
+    num_experts: int
+    num_devices: int
+    num_nodes: int
+    moe_layers: tuple[int, ...]
+    dataflow: Dataflow = Dataflow.HOME_DEDUP
+    phase: Phase = Phase.PREFILL
+    guide_LED: NDArray[np.uint8] | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.expert_LS.ndim != 2 or not self.expert_LS.size:
+            raise PlacementError("a plan needs one row of slots per layer")
+        layers, slots = self.expert_LS.shape
+        if self.num_devices < 1 or slots % self.num_devices:
+            raise PlacementError(
+                f"{slots} slots do not divide over {self.num_devices} devices; "
+                f"the next count that does is {-(-slots // max(1, self.num_devices)) * max(1, self.num_devices)}"  # noqa: E501
+            )
+        if self.num_nodes < 1 or self.num_devices % self.num_nodes:
+            raise PlacementError(
+                f"{self.num_devices} devices do not divide over {self.num_nodes} nodes"
+            )
+        if len(self.moe_layers) != layers:
+            raise PlacementError(f"{len(self.moe_layers)} layer numbers for {layers} rows of slots")
+        if self.expert_LS.min() < 0 or self.expert_LS.max() >= self.num_experts:
+            l, s = np.argwhere((self.expert_LS < 0) | (self.expert_LS >= self.num_experts))[0]
+            raise PlacementError(
+                f"layer {l}, slot {s}: unknown expert {self.expert_LS[l, s]}; "
+                f"the model has {self.num_experts}"
+            )
+        missing_LE = self.copies_LE == 0
+        if missing_LE.any():
+            l, e = np.argwhere(missing_LE)[0]
+            raise PlacementError(f"layer {l}: expert {e} has no slot; every expert needs one")
+        shape = (layers, self.num_experts, self.num_devices)
+        if self.guide_LED is not None and self.guide_LED.shape != shape:
+            raise PlacementError(f"guide has shape {self.guide_LED.shape}, expected {shape}")
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.expert_LS.shape[0])
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.expert_LS.shape[1])
+
+    @property
+    def slots_per_device(self) -> int:
+        return self.num_slots // self.num_devices
+
+    @property
+    def copies_LE(self) -> NDArray[np.int64]:
+        layers = self.expert_LS.shape[0]
+        flat_LS = self.expert_LS + np.arange(layers, dtype=np.int64)[:, None] * self.num_experts
+        counts = np.bincount(flat_LS.ravel(), minlength=layers * self.num_experts)
+        return counts.reshape(layers, self.num_experts)
+
+    @property
+    def device_S(self) -> NDArray[np.int32]:
+        slots = np.arange(self.num_slots, dtype=np.int32)
+        return slots // np.int32(self.slots_per_device)
+
+    @property
+    def node_D(self) -> NDArray[np.int32]:
+        devices = np.arange(self.num_devices, dtype=np.int32)
+        return devices // np.int32(self.num_devices // self.num_nodes)
+
+    def sorted(self) -> Plan:
+        """The same plan with each device's experts in ascending order."""
+        return with_slots(self, tidy(self.expert_LS, self.num_devices))
+
+
+def tidy(expert_LS: NDArray[np.int32], devices: int) -> NDArray[np.int32]:
+    """Experts ascending inside each device: equal plans become equal arrays."""
+    layers, slots = expert_LS.shape
+    by_device = np.sort(expert_LS.reshape(layers, devices, slots // devices), axis=2)
+    return np.ascontiguousarray(by_device.reshape(layers, slots), dtype=np.int32)
+
+
+def with_slots(plan: Plan, expert_LS: NDArray[np.int32]) -> Plan:
+    return Plan(
+        expert_LS, plan.num_experts, plan.num_devices, plan.num_nodes, plan.moe_layers,
+        plan.dataflow, plan.phase, plan.guide_LED, plan.figures,
+    )  # fmt: skip
+
+
+def contiguous(
+    *, layers: int, experts: int, slots: int, devices: int, nodes: int = 1
+) -> NDArray[np.int32]:
+    """Experts in their own order; slots beyond them start again from expert 0."""
+    if slots < experts or slots % devices or devices % nodes:
+        raise PlacementError(
+            f"{experts} experts in {slots} slots on {devices} devices of {nodes} nodes: "
+            "slots must be at least the experts and a multiple of the devices"
+        )
+    row_S = np.arange(slots, dtype=np.int32) % np.int32(experts)
+    return np.tile(row_S, (layers, 1))
+
+
+def moved_slots(old: Plan, new: Plan) -> int:
+    """How many experts a change of plan must copy to a device that lacks them."""
+    if (old.num_layers, old.num_experts, old.num_devices) != (
+        new.num_layers, new.num_experts, new.num_devices,
+    ):  # fmt: skip
+        raise PlacementError("the two plans differ in layers, experts or devices")
+    held_LDE = held(old)
+    layer_LS = np.arange(new.num_layers)[:, None]
+    return int((~held_LDE[layer_LS, new.device_S[None, :], new.expert_LS]).sum())
+
+
+def held(plan: Plan) -> NDArray[np.bool_]:
+    """[L, D, E]: does the device hold the expert."""
+    held_LDE = np.zeros((plan.num_layers, plan.num_devices, plan.num_experts), np.bool_)
+    layer_LS = np.arange(plan.num_layers)[:, None]
+    held_LDE[layer_LS, plan.device_S[None, :], plan.expert_LS] = True
+    return held_LDE
+
+
+def dump(plan: Plan) -> str:
+    guide = None
+    if plan.guide_LED is not None:
+        packed = base64.b64encode(np.ascontiguousarray(plan.guide_LED).tobytes()).decode("ascii")
+        guide = {"shape": list(plan.guide_LED.shape), "uint8": packed}
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_experts": plan.num_experts,
+        "num_devices": plan.num_devices,
+        "num_nodes": plan.num_nodes,
+        "moe_layers": list(plan.moe_layers),
+        "dataflow": str(plan.dataflow),
+        "phase": str(plan.phase),
+        "expert_of_slot": plan.expert_LS.tolist(),
+        "guide": guide,
+        "figures": dict(plan.figures),
+    }
+    return json.dumps(document) + "\n"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of the file or none of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as cause:
+        beside.unlink(missing_ok=True)
+        raise PlacementError(f"cannot write {path}: {cause.strerror}") from cause
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise PlacementError(f"cannot read {path}: {cause.strerror}") from cause
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
+        raise PlacementError(f"{path} is not JSON: {cause}") from cause
+
+
+def load(path: Path) -> Plan:
+    document = read_json(path)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise PlacementError(f'{path} is not a plan of ours: "format" must be "{FORMAT}"')
+    if document.get("version") != VERSION:
+        raise PlacementError(
+            f"{path} is plan version {document.get('version')!r}; this reads version {VERSION}"
+        )
+    if document.keys() != _KEYS:
+        raise PlacementError(f"{path}: keys differ in {sorted(document.keys() ^ _KEYS)}")
+    try:
+        return Plan(
+            slot_table(document["expert_of_slot"]),
+            _count(document, "num_experts"),
+            _count(document, "num_devices"),
+            _count(document, "num_nodes"),
+            tuple(int(l) for l in document["moe_layers"]),
+            Dataflow(document["dataflow"]),
+            Phase(document["phase"]),
+            _guide(document["guide"]),
+            dict(document["figures"]),
+        )
+    except PlacementError as cause:
+        raise PlacementError(f"{path}: {cause.message}") from cause
+    except (TypeError, ValueError, KeyError, binascii.Error) as cause:
+        raise PlacementError(f"{path}: malformed plan: {cause}") from cause
+
+
+def slot_table(rows: Any) -> NDArray[np.int32]:
+    """[L, S] from nested lists of whole numbers of equal length."""
+    if not isinstance(rows, list) or not rows or not all(isinstance(r, list) for r in rows):
+        raise PlacementError("expert ids must be a list with one list per layer")
+    if len({len(r) for r in rows}) > 1:
+        raise PlacementError("layers differ in their number of slots; all must have the same")
+    if not all(type(e) is int and abs(e) < 2**31 for r in rows for e in r):
+        raise PlacementError("expert ids must be whole numbers")
+    return np.array(rows, np.int32)
+
+
+def _count(document: Mapping[str, Any], key: str) -> int:
+    value = document[key]
+    if type(value) is not int or value < 1:
+        raise PlacementError(f"{key}={value!r}: must be a positive whole number")
+    return value
+
+
+def _guide(packed: Any) -> NDArray[np.uint8] | None:
+    if packed is None:
+        return None
+    raw = base64.b64decode(packed["uint8"], validate=True)
+    return np.frombuffer(raw, np.uint8).reshape([int(n) for n in packed["shape"]])

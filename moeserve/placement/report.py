@@ -1,0 +1,149 @@
+"""The figures of a plan on given routing: what ``evaluate`` prints and ``solve`` writes down.
+
+``objective`` and ``bound`` are of one kind: priced copies per token-layer where grouping moves
+anything (home-dedup, migrate, with tokens at hand), else the mean imbalance. ``gap`` is
+objective / bound - 1, and None where the bound is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.errors import PlacementError
+from moeserve.placement.bounds import copies_bound, mean_balance_bound
+from moeserve.placement.cost import (
+    Traffic,
+    histogram_homes,
+    imbalance,
+    phase_loads,
+    priced,
+    traffic,
+)
+from moeserve.placement.plan import Plan
+from moeserve.placement.routing import Routing
+from moeserve.placement.topology import Dataflow, Topology
+
+
+@dataclass(frozen=True, slots=True)
+class CopyBytes:
+    """What one copy weighs on its way out and back; 0 leaves bytes out of the report."""
+
+    dispatch: int = 0
+    combine: int = 0
+
+
+def loads(plan: Plan, routing: Routing, batch: int) -> NDArray[np.float64]:
+    """[L, E, W] shares, or in decode the chances that experts are read."""
+    k = max(w.topk_TLK.shape[2] if w.topk_TLK is not None else 1 for w in routing.workloads)
+    shares = routing.share_LEW
+    return np.stack(
+        [
+            phase_loads(shares[:, :, w], plan.phase, batch=batch, k=k)
+            for w in range(shares.shape[2])
+        ],
+        axis=2,
+    )
+
+
+def check_fits(plan: Plan, routing: Routing) -> None:
+    if (routing.num_layers, routing.num_experts) != (plan.num_layers, plan.num_experts):
+        raise PlacementError(
+            f"the routing has {routing.num_layers} layers of {routing.num_experts} experts, the "
+            f"plan {plan.num_layers} of {plan.num_experts}; they must be of one model"
+        )
+
+
+def figures(
+    plan: Plan,
+    routing: Routing,
+    topology: Topology,
+    *,
+    batch: int = 256,
+    homes: str = "uniform",
+    copy_bytes: CopyBytes | None = None,
+    with_bound: bool = True,
+) -> dict[str, Any]:
+    """Everything about ``plan`` on ``routing``, except how long it took to find."""
+    check_fits(plan, routing)
+    load_LEW = loads(plan, routing, batch)
+    share_W = routing.mix_W
+    by_workload_WL = np.stack(
+        [imbalance(plan, load_LEW[:, :, w], topology.speed_D) for w in range(len(share_W))]
+    )
+    mixed_L = imbalance(plan, load_LEW @ share_W, topology.speed_D)
+    moves = traffic_of(plan, routing, homes)
+    report: dict[str, Any] = {
+        "imbalance": {
+            "mean": float(mixed_L.mean()),
+            "worst": float(mixed_L.max()),
+            "per_layer": [round(float(x), 6) for x in mixed_L],
+            "per_workload": {
+                w.name: {"mean": float(row.mean()), "worst": float(row.max())}
+                for w, row in zip(routing.workloads, by_workload_WL, strict=True)
+            },
+        },
+        "copies_per_token_layer": None if moves is None else moves.copies,
+        "cross_node_copies_per_token_layer": None if moves is None else moves.cross,
+    }
+    report |= _bytes(moves, plan, copy_bytes or CopyBytes())
+    report |= _objective(plan, routing, topology, moves, load_LEW @ share_W, with_bound)
+    return report
+
+
+def traffic_of(plan: Plan, routing: Routing, homes: str = "uniform") -> Traffic | None:
+    """None where only counts are known and the dataflow depends on tokens."""
+    if plan.dataflow is Dataflow.REPLICATED:
+        return traffic(plan, np.zeros((0, plan.num_layers, 1), np.int32))
+    if not routing.has_tokens:
+        return None
+    home_T = None
+    if homes == "histogram":
+        home_T = histogram_homes(plan, routing, prefix=0.25)
+    elif homes != "uniform":
+        raise PlacementError(f"homes={homes!r}: expected 'uniform' or 'histogram'")
+    return traffic(plan, routing.tokens_TLK, weight_T=routing.token_weight_T, home_T=home_T)
+
+
+def _bytes(moves: Traffic | None, plan: Plan, weigh: CopyBytes) -> Mapping[str, Any]:
+    if moves is None or weigh.dispatch + weigh.combine == 0:
+        return {}
+    per_copy = (weigh.dispatch + weigh.combine) / 2
+    return {
+        "bytes_per_token": {
+            "inside_nodes": (moves.copies - moves.cross) * per_copy * plan.num_layers,
+            "across_nodes": moves.cross * per_copy * plan.num_layers,
+        }
+    }
+
+
+def _objective(
+    plan: Plan,
+    routing: Routing,
+    topology: Topology,
+    moves: Traffic | None,
+    load_LE: NDArray[np.float64],
+    with_bound: bool,
+) -> dict[str, Any]:
+    bound = None
+    if plan.dataflow.moved_by_grouping and moves is not None:
+        kind = "priced copies per token-layer"
+        objective = priced(moves.copies, moves.cross, topology.node_ratio)
+        if with_bound:
+            bound = copies_bound(
+                plan,
+                routing.tokens_TLK,
+                node_ratio=topology.node_ratio,
+                weight_T=routing.token_weight_T,
+            )
+    else:
+        kind = "mean imbalance"
+        objective = float(imbalance(plan, load_LE, topology.speed_D).mean())
+        if with_bound:
+            bound = mean_balance_bound(load_LE, topology.speed_D, plan.num_slots)
+    gap = objective / bound - 1 if bound else None
+    return {"objective": objective, "objective_is": kind, "bound": bound, "gap": gap}
