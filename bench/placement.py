@@ -175,12 +175,14 @@ def bench_copies(data: Path, limit: float) -> None:
 
 
 def synthetic(tokens: int, layers: int, experts: int, k: int, topics: int = 16) -> Routing:
-    """Sequences of one topic each; topics prefer experts, differently in every layer."""
+    """Sequences of one topic each; topics like hidden clusters of experts, others in each layer."""
     random = np.random.default_rng(11)
     topk = np.empty((tokens, layers, k), np.int32)
     topic_T = np.arange(tokens) * topics * 4 // tokens % topics
     for l in range(layers):
-        taste = random.normal(size=(topics, experts)) * 2.5 + random.normal(size=experts) * 0.5
+        cluster_E = random.permutation(experts) // max(1, experts // 32)
+        liking = random.normal(size=(topics, int(cluster_E.max()) + 1)) * 1.5
+        taste = liking[:, cluster_E] + random.normal(size=experts) * 0.5
         score = taste[topic_T] + random.gumbel(size=(tokens, experts))
         topk[:, l] = np.argpartition(-score, k, axis=1)[:, :k]
     lens = np.full(topics * 4, tokens // (topics * 4))

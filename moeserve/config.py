@@ -42,6 +42,7 @@ ENV_ELSEWHERE = re.compile(
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{unit}iB": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
 _UNITS |= {f"{unit}B": 1000 ** (i + 1) for i, unit in enumerate("KMGT")}
+_MOST_BYTES = 1 << 60
 
 
 def parse_bytes(text: object) -> object:
@@ -52,7 +53,10 @@ def parse_bytes(text: object) -> object:
     units = {name.lower(): factor for name, factor in _UNITS.items()}
     if not found or found[2].lower() not in units:
         raise ValueError(f"not a size; write bytes or a number with one of {', '.join(_UNITS)[2:]}")
-    return int(float(found[1]) * units[found[2].lower()])
+    size = float(found[1]) * units[found[2].lower()]
+    if size > _MOST_BYTES:
+        raise ValueError("more than any machine has")
+    return int(size)
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]

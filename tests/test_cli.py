@@ -57,6 +57,24 @@ def test_text_and_its_token_ids_generate_the_same(
     assert answers[0] == answers[1]
 
 
+def test_a_reader_that_leaves_ends_the_answer_quietly(tiny_checkpoint: Checkpoint) -> None:
+    asked = ["--prompt", "hello", "--max-tokens", "200", "--ignore-eos", "--threads", "1"]
+    command = ["generate", "--model", str(tiny_checkpoint("qwen3_moe")), *asked]
+    with subprocess.Popen(
+        [sys.executable, "-m", "moeserve.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        told = process.stderr.read()
+        assert process.wait(110) == 1
+    assert "Traceback" not in told
+    assert "BrokenPipe" not in told
+
+
 def test_a_seed_repeats_an_answer(
     tiny_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:

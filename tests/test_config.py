@@ -128,6 +128,7 @@ def test_all_settings_at_once_load_back_to_the_same(write: Writer) -> None:
         ({"environ": {"MOESERVE_GRPC_PRT": "1"}}, "did you mean MOESERVE_GRPC_PORT"),
         ({"environ": {"MOESERVE_XYZZY": "1"}}, "MOESERVE_XYZZY: unknown setting; see --help"),
         ({"flags": {"kv_memory": "2 lbs"}}, "--kv-memory='2 lbs': not a size"),
+        ({"flags": {"kv_memory": "9" * 400}}, "--kv-memory='999.*more than any machine has"),
         ({"flags": {"num_blocks": 1, "kv_memory": 1}}, "set one"),
         ({"flags": {"grpc_port": "none", "http_port": "none"}}, "at least one door"),
         ({"flags": {"grpc_port": "99", "http_port": "99"}}, "both 99"),

@@ -110,7 +110,7 @@ def build_engine(
         num_blocks=num_blocks,
         kv_memory=kv_memory,
         max_num_seqs=max_num_seqs,
-        available=read_memory().available if num_blocks is None and kv_memory is None else 0,
+        available=read_memory().available,
     )
     named = (*decoder.spec.eos_ids, *(tokenizer.eos_ids if tokenizer else ()))
     eos_ids = frozenset(i for i in named if i < decoder.spec.vocab)
@@ -182,7 +182,7 @@ def size_kv(
     max_num_seqs: int,
     available: int,
 ) -> KvSize:
-    """Pure; ``available`` counts only where neither ``num_blocks`` nor ``kv_memory`` is given."""
+    """Pure; refuses what is not ``available``."""
     if max_model_len is not None and max_model_len > max_positions:
         raise ConfigError(
             f"max_model_len={max_model_len}: the checkpoint was made for {max_positions} positions"
@@ -195,6 +195,11 @@ def size_kv(
         usual = max_num_seqs * -(-min(longest, USUAL_LEN) // block_size)
         wanted = max(usual, -(-longest // block_size))
         num_blocks = min(wanted, int(available * SHARE_OF_AVAILABLE) // bytes_per_block)
+    if num_blocks * bytes_per_block > available:
+        raise ConfigError(
+            f"{num_blocks} KV blocks of {bytes_per_block} bytes do not fit in the {available} "
+            f"bytes of memory available: lower num_blocks or kv_memory"
+        )
     fits = num_blocks * block_size
     if fits < 2 or (max_model_len is not None and fits < max_model_len):
         raise ConfigError(

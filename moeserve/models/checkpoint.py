@@ -64,9 +64,9 @@ class Checkpoint:
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor, a view of the mapped file; of exactly this shape where one is given."""
-        if name not in self._home:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        file, mapped = self._home[name]
+        if shape is not None:
+            self.require(name, shape)
+        file, mapped = self._find(name)
         try:
             tensor: Tensor = mapped.get_tensor(name)
         except SafetensorError as error:
@@ -76,18 +76,30 @@ class Checkpoint:
                 f"{file}: tensor {name} has dtype {tensor.dtype}, expected float32, float16 or "
                 f"bfloat16; quantised weights are not supported yet"
             )
-        if shape is not None and tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{file}: tensor {name} has shape {list(tensor.shape)}, "
-                f"config.json implies {list(shape)}"
-            )
         self._read.add(name)
         self.bytes_read += tensor.nbytes
         return tensor
 
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuses a tensor that is missing or of another shape; reads the header only."""
+        file, mapped = self._find(name)
+        try:
+            found = list(mapped.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from error
+        if found != list(shape):
+            raise CheckpointError(
+                f"{file}: tensor {name} has shape {found}, config.json implies {list(shape)}"
+            )
+
     def unread(self) -> tuple[str, ...]:
         """Tensors that nobody asked for, sorted."""
         return tuple(sorted(self.names - self._read))
+
+    def _find(self, name: str) -> tuple[Path, Any]:
+        if name not in self._home:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        return self._home[name]
 
     def _check_index(self) -> None:
         index = read_json(self.path / _INDEX, required=False)

@@ -5,12 +5,13 @@ Keys come from strangers, so sizes are bounded. ``null`` counts as absent, as tr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from moeserve.errors import CheckpointError
 
 _MOST = 1 << 31
+# Far inside fp32, so that no formula of a few such numbers overflows.
+_GREATEST = 1e30
 
 
 class Fields:
@@ -32,7 +33,7 @@ class Fields:
         return None if self._find(names)[1] is None else self.size(*names)
 
     def number(self, *names: str, default: float | None = None) -> float:
-        """A finite number."""
+        """A number of at most 1e30 either way."""
         name, value = self._find(names)
         if value is None:
             if default is None:
@@ -40,8 +41,8 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(name, value, "a number")
-        if not math.isfinite(value):
-            raise self.wrong(name, value, "a finite number")
+        if not abs(value) <= _GREATEST:  # so also NaN
+            raise self.wrong(name, value, f"a finite number of at most {_GREATEST:g}")
         return float(value)
 
     def optional_number(self, *names: str) -> float | None:
@@ -118,4 +119,6 @@ class Fields:
         return CheckpointError(f"{self.where}: key {' or '.join(names)} is missing")
 
     def wrong(self, name: str, value: object, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {name}={value!r}: expected {expected}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else shown[:197] + "..."
+        return CheckpointError(f"{self.where}: {name}={shown}: expected {expected}")

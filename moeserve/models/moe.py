@@ -93,6 +93,7 @@ def _moe_prefix(w: Weights, prefix: str, names: TensorNames) -> str:
 
 
 def _load_dense(w: Weights, prefix: str, inner: int, hidden: int) -> DenseMlp:
+    w.require(f"{prefix}.gate_proj.weight", inner, hidden)
     gate_up_2IH = torch.empty(2 * inner, hidden, dtype=w.dtype)
     w.copy_into(gate_up_2IH[:inner], f"{prefix}.gate_proj.weight")
     w.copy_into(gate_up_2IH[inner:], f"{prefix}.up_proj.weight")
@@ -100,6 +101,7 @@ def _load_dense(w: Weights, prefix: str, inner: int, hidden: int) -> DenseMlp:
 
 
 def _load_gated(w: Weights, prefix: str, gate: str, inner: int, hidden: int) -> RoutedMlp:
+    w.require(f"{prefix}.gate_proj.weight", inner, hidden)
     gate_up_12IH = torch.empty(1, 2 * inner, hidden, dtype=w.dtype)
     w.copy_into(gate_up_12IH[0, :inner], f"{prefix}.gate_proj.weight")
     w.copy_into(gate_up_12IH[0, inner:], f"{prefix}.up_proj.weight")
@@ -150,9 +152,10 @@ def _load_experts(
 def _stack_experts(
     w: Weights, prefix: str, names: TensorNames, num: int, inner: int, hidden: int
 ) -> tuple[Tensor, Tensor]:
+    gate, up, down = names.expert_parts
+    w.require(f"{prefix}.0.{gate}.weight", inner, hidden)
     gate_up_E2IH = torch.empty(num, 2 * inner, hidden, dtype=w.dtype)
     down_EHI = torch.empty(num, hidden, inner, dtype=w.dtype)
-    gate, up, down = names.expert_parts
     for e in range(num):
         w.copy_into(gate_up_E2IH[e, :inner], f"{prefix}.{e}.{gate}.weight")
         w.copy_into(gate_up_E2IH[e, inner:], f"{prefix}.{e}.{up}.weight")

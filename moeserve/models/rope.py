@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moeserve.errors import CheckpointError
 from moeserve.models.fields import Fields
-from moeserve.models.spec import RopeScaling, RopeSpec
+from moeserve.models.spec import LEAST, RopeScaling, RopeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,10 @@ def _yarn_magnitude(scaling: Fields, factor: float) -> float:
     mscale = scaling.number("mscale", default=0.0)
     all_dim = scaling.number("mscale_all_dim", default=0.0)
     if mscale and all_dim:
-        return _mscale(factor, mscale) / _mscale(factor, all_dim)
+        whole = _mscale(factor, all_dim)
+        if whole < LEAST:
+            raise scaling.wrong("mscale_all_dim", all_dim, "one that scales by more than 0")
+        return _mscale(factor, mscale) / whole
     return _mscale(factor)
 
 

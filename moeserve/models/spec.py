@@ -12,6 +12,9 @@ from enum import StrEnum
 from moeserve.errors import CheckpointError
 from moeserve.kernels.ops import Activation, RouterSpec
 
+# Of factors that divide: less would overflow fp32.
+LEAST = 1e-6
+
 
 class QkNorm(StrEnum):
     """RMS norm of queries and keys: none, of each head (Qwen3), of the whole row (OLMoE)."""
@@ -53,13 +56,18 @@ class RopeSpec:
         _require(self.dim > 0 and self.dim % 2 == 0, f"rotary size {self.dim} is not even")
         _require(self.theta > 1, f"rope_theta={self.theta} must be above 1")
         if self.scaling is not RopeScaling.DEFAULT:
-            _require(self.factor > 0, f"rope factor {self.factor} must be positive")
+            _require(self.factor >= LEAST, f"rope factor={self.factor} is not at least {LEAST:g}")
         if self.scaling in (RopeScaling.YARN, RopeScaling.LLAMA3):
             _require(
                 self.original_positions > 0,
                 f"rope {self.scaling} needs original_max_position_embeddings, "
                 f"got {self.original_positions}",
             )
+        fast, slow = self.betas
+        _require(
+            min(fast, slow) >= LEAST,
+            f"rope beta_fast={fast} and beta_slow={slow} are not at least {LEAST:g}",
+        )
         low, high = self.bands
         _require(low < high, f"rope low_freq_factor={low} is not below high_freq_factor={high}")
 

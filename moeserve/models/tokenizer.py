@@ -123,8 +123,7 @@ class Tokenizer:
             )
         try:
             return self._template.render(
-                **self._specials,
-                **kwargs,
+                **{**self._specials, **kwargs},
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
             )

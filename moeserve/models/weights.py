@@ -28,6 +28,10 @@ class Weights:
     def has(self, name: str) -> bool:
         return self.checkpoint.has(name)
 
+    def require(self, name: str, *shape: int) -> None:
+        """Before memory is taken for it: a config alone can claim any size."""
+        self.checkpoint.require(name, shape)
+
     def matrix(self, name: str, *shape: int) -> Tensor:
         return self._get(name, shape).to(self.dtype)
 

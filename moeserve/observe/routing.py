@@ -16,7 +16,8 @@ of the second dimension), ``domains``, ``dropped_tokens`` (computed after ``max_
 recorded).
 
 Memory stays small: rows are appended to ``FILE.spool`` and put in order by ``close``, which writes
-FILE in one piece or not at all.
+FILE in one piece or not at all. A disk that fails ends the recording and is logged; serving goes
+on.
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ class RoutingRecorder:
             [("sequence", "<i4"), ("position", "<i4"), ("ids", ids, (len(moe_layers), top_k))]
         )
         self._spool_path = path.with_name(path.name + ".spool")
+        if path.is_dir():
+            raise ConfigError(f"record_routing={str(path)!r}: is a folder; name a file in it")
         try:
-            self._spool = self._spool_path.open("wb")
+            self._spool = self._spool_path.open("wb", buffering=0)
         except OSError as error:
             raise ConfigError(
                 f"record_routing={str(path)!r}: cannot write there ({error.strerror})"
@@ -75,12 +78,17 @@ class RoutingRecorder:
         self._rows = np.empty(0, self._row)
         self._fresh: list[tuple[int, int, NDArray[np.void]]] = []  # sequence, end, new rows
         self._seen: set[int] = set()
+        self._log = logging.getLogger("moeserve.routing")
+        self._recording = True
         self.recorded_tokens = 0
         self.dropped_tokens = 0
 
     def begin(self, plan: StepPlan) -> None:
         for request_id in plan.ended:
             self._live.pop(request_id, None)
+        if not self._recording:
+            self.dropped_tokens += plan.num_tokens
+            return
         self._rows = np.empty(plan.num_tokens, self._row)
         self._fresh = []
         self._seen = set()
@@ -95,31 +103,54 @@ class RoutingRecorder:
             row += len(rows)
 
     def record(self, layer: int, ids_TC: Tensor) -> None:
-        self._rows["ids"][:, self._column[layer]] = ids_TC.numpy()
-        self._seen.add(layer)
+        if self._recording:
+            self._rows["ids"][:, self._column[layer]] = ids_TC.numpy()
+            self._seen.add(layer)
 
     def end(self) -> None:
+        if not self._recording:
+            return
         assert self._seen == set(self._column), f"layers seen: {sorted(self._seen)}"
         for sequence, stop, _ in self._fresh:
             self._reached[sequence] = max(self._reached[sequence], stop)
         rows = np.concatenate([rows for _, _, rows in self._fresh])
-        room = self._max_tokens - self.recorded_tokens
-        if len(rows) > room and not self.dropped_tokens:
-            logging.getLogger("moeserve.routing").warning(
+        kept = rows[: self._max_tokens - self.recorded_tokens]
+        try:
+            self._append(kept.tobytes())
+        except OSError as error:
+            self._log.error("%s: recording ends here (%s)", self._spool_path, error.strerror)
+            self._recording, kept = False, kept[:0]
+        self.recorded_tokens += len(kept)
+        self.dropped_tokens += len(rows) - len(kept)
+        if len(kept) < len(rows) and self._recording:
+            self._log.warning(
                 "%s is full with %d tokens: what follows is not recorded",
                 self._path,
                 self._max_tokens,
             )
-        kept = rows[:room]
-        self.recorded_tokens += len(kept)
-        self.dropped_tokens += len(rows) - len(kept)
-        self._spool.write(kept.tobytes())
+            self._recording = False
 
     def close(self) -> None:
-        """Put the file together; it appears complete."""
+        """Put the file together; it appears complete, or the log says why it does not."""
         self._spool.close()
+        try:
+            self._write()
+        except OSError as error:
+            self._log.error(
+                "record_routing=%r: cannot be written (%s); its rows are left in %s",
+                str(self._path),
+                error.strerror,
+                self._spool_path,
+            )
+
+    def _append(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self._spool.write(left) :]
+
+    def _write(self) -> None:
         rows = (
-            np.memmap(self._spool_path, self._row, "r")
+            np.memmap(self._spool_path, self._row, "r", shape=(self.recorded_tokens,))
             if self.recorded_tokens
             else np.empty(0, self._row)
         )

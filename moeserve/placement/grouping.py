@@ -27,6 +27,7 @@ U8 = NDArray[np.uint8]
 
 _NONE = np.zeros((0, 0), np.int64)
 _FORBIDDEN = 1 << 40
+_PENALTY = 8  # per unit of load above a cap; less, and few arrangements met are allowed
 _DEAREST = 120  # prices are bytes; token weights may double them
 
 
@@ -125,7 +126,7 @@ def layer_problem(
         token_prices(node, topology.nodes, weight_T),
         load_SW,
         caps(problem, load_SW, device_S),
-        2 * (device + node),
+        _PENALTY * (device + node),
         bonds(problem, expert_S),
         moving_prices(problem, expert_S, layer, len(topk_TK)),
     )

@@ -36,7 +36,7 @@ I32 = NDArray[np.int32]
 Progress = Callable[[str, int, int], None]
 MOST_TOKENS = 16384  # more are thinned out evenly for the search; figures use all
 _PROBE, _DEEPEST = 60, 2400  # swaps tried per slot
-_HEAT = 0.15
+_HEAT = 0.3
 
 
 class Solver(StrEnum):

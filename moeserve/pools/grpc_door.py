@@ -82,8 +82,8 @@ class GrpcDoor:
             self.port = int(self._server.add_insecure_port(address))
         except RuntimeError as error:
             raise ConfigError(
-                f"grpc_port={port}: cannot listen on {address}; it may be taken: choose another "
-                "--grpc-port, or 0 for any free one"
+                f"grpc_port={port}: cannot listen on {address}; taken, or not of this machine: "
+                "choose another --grpc-port (0 for any free one) or --host"
             ) from error
 
     async def open(self) -> None:

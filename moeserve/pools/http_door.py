@@ -30,6 +30,7 @@ from moeserve.errors import (
     InternalError,
     MoeserveError,
     UnauthenticatedError,
+    UnavailableError,
 )
 from moeserve.pools import http_bodies as bodies
 from moeserve.pools.http_shapes import Json, Writer, error_body, error_object
@@ -247,6 +248,8 @@ def _framed(endpoint: Endpoint) -> Endpoint:
             return await _plain(request, error)
         except ClientDisconnect:
             return Response(status_code=499)
+        except asyncio.CancelledError:  # uvicorn closes, and a body is still on its way
+            return _failed(UnavailableError("the server stopped: send the request elsewhere"))
         except Exception:
             log.exception("a bug in %s", request.url.path)
             return _failed(InternalError("internal error; the server's log tells more"))

@@ -42,10 +42,15 @@ def generate(
     """
     with shown_progress() as tell:
         loaded = load_model(config, Metrics(), tell)
+    return asyncio.run(_run(loaded, Ask((prompt,), params), show or (lambda text: None)))
+
+
+async def _run(loaded: LoadedModel, ask: Ask, show: Callable[[str], None]) -> Answer:
     try:
-        return asyncio.run(_answer(loaded, Ask((prompt,), params), show or (lambda text: None)))
+        return await _answer(loaded, ask, show)
     finally:
-        loaded.close()
+        # While the loop still runs, for the engine's last events go through it.
+        await asyncio.to_thread(loaded.close)
 
 
 async def _answer(loaded: LoadedModel, ask: Ask, show: Callable[[str], None]) -> Answer:

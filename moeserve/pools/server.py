@@ -2,13 +2,15 @@
 
 Ports are bound before the model is loaded, so that a taken one costs nothing; while loading, both
 doors answer UNAVAILABLE. The first SIGTERM or SIGINT drains, the second ends what still runs.
-Either way every stream gets an end, and the exit status is 0.
+Either way every stream gets an end, and the exit status is 0. Should the engine die, the server
+ends with status 1, for whoever started it to start it again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 # What the doors get to send the last events after the engine has stopped.
 FAREWELL_S = 5.0
 STOP_S = 30.0
+# How soon a dead engine is noticed.
+PULSE_S = 1.0
 
 Tell = Callable[[int, int], None]
 Load = Callable[[ServeConfig, Metrics, Tell], LoadedModel]
@@ -60,7 +64,8 @@ async def _serve(config: ServeConfig) -> int:
                 log.info("%s", stopped.message)
                 return 0
             print(f"ready: {server}", flush=True)
-            await signals.first.wait()
+            if not await server.outlived_by(signals.first):
+                return 1
             log.info("draining %d requests", server.service.running)
             await server.drain(config.drain_timeout_s, signals.second)
     return 0
@@ -187,6 +192,15 @@ class Server:
         if self._grpc is not None:
             await self._grpc.announce(True)
 
+    async def outlived_by(self, stop: asyncio.Event) -> bool:
+        """Waits for ``stop``; False as soon as the engine has died."""
+        while self.loaded is not None and self.loaded.engine.alive:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), PULSE_S)
+                return True
+        log.critical("the engine has died: the server ends")
+        return False
+
     async def drain(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
         """Refuses new requests and waits for running ones, no longer than until ``hurry``."""
         self.service.drain()
@@ -211,9 +225,13 @@ class _HttpDoor:
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=1024)
         except OSError as error:
+            taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
             raise ConfigError(
                 f"http_port={port}: cannot listen on {_address(host, port)} ({error.strerror}): "
                 "choose another --http-port, or 0 for any free one"
+                if taken
+                else f"host={host!r}: cannot listen on {_address(host, port)} ({error.strerror}): "
+                "give an address of this machine"
             ) from error
         self.port = int(self._socket.getsockname()[1])
         self._server = _Uvicorn(

@@ -24,7 +24,7 @@ from moeserve.errors import (
 )
 from moeserve.pools.mailbox import Mailbox
 
-# A stream that hears nothing for so long has lost its engine.
+# An engine that ends no step for so long, while a stream waits, is lost.
 SILENCE_S = 600.0
 # What the engine gets to report a passed deadline itself.
 DEADLINE_GRACE_S = 5.0
@@ -156,9 +156,9 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta:
-        if not self._unread and not self._aborted:
-            if all(s.done for s in self._sequences):
-                raise StopAsyncIteration
+        if not self._unread and all(s.done for s in self._sequences) and not self._aborted:
+            raise StopAsyncIteration
+        while not self._unread and not self._aborted:
             await self._wait()
         if self._aborted:
             raise CancelledError(f"request {self.request_id} was aborted")
@@ -169,7 +169,9 @@ class Stream:
         return self._delta(index, events)
 
     async def _wait(self) -> None:
+        """For an event; without a deadline, returns with none where others take their turn."""
         self._arrived.clear()
+        steps = self._engine.counters.steps
         deadline = self._sequences[0].request.deadline
         wait_s = SILENCE_S
         if deadline is not None:
@@ -180,7 +182,8 @@ class Stream:
         except TimeoutError as late:
             if deadline is not None:
                 raise DeadlineError(f"request {self.request_id} passed its deadline") from late
-            raise InternalError(f"the engine was silent for {SILENCE_S:g} s") from late
+            if self._engine.counters.steps == steps:
+                raise InternalError(f"the engine ended no step for {SILENCE_S:g} s") from late
 
     def _delta(self, index: int, events: list[Event]) -> Delta:
         sequence, last = self._sequences[index], events[-1]

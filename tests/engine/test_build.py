@@ -95,6 +95,8 @@ def test_routing_is_recorded_while_serving(tiny_checkpoint: MakeCheckpoint, tmp_
         ({"max_model_len": 513}, "made for 512 positions"),
         ({"max_model_len": 512, "num_blocks": 31}, "holds 496 tokens"),
         ({"num_blocks": None, "kv_memory": 10}, "holds 0 tokens"),
+        ({"num_blocks": 10**30}, "bytes of memory available: lower num_blocks"),
+        ({"num_blocks": None, "kv_memory": 2**60}, "bytes of memory available: lower num_blocks"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

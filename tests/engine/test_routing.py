@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
+from io import RawIOBase
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +225,61 @@ def test_an_empty_trace_is_a_file_too(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"record_routing=.*missing/t.*No such file"):
         recorder(tmp_path / "missing" / "t")
+
+
+def test_a_folder_is_no_place_for_a_trace(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; name a file in it"):
+        recorder(tmp_path)
+
+
+class FullDisk:
+    """Takes ``room`` bytes, then no more."""
+
+    def __init__(self, file: RawIOBase, room: int) -> None:
+        self._file = file
+        self._room = room
+
+    def write(self, data: memoryview) -> int | None:
+        if not self._room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self._file.write(data[: self._room])
+        self._room -= written or 0
+        return written
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def test_a_full_disk_ends_the_trace_and_not_the_serving(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded = recorder(tmp_path / "t")
+    one_row = 4 + 4 + len(LAYERS) * TOP_K
+    recorded._spool = FullDisk(recorded._spool, 5 * one_row + 3)  # type: ignore[assignment]
+    waves = [[request("a", range(5), 1)], [request("b", range(50, 55), 3)], [request("c", [1], 1)]]
+    tokens, _ = serve(recorded, waves, 16, 64)
+    recorded.close()
+    assert [len(tokens[RequestId(name)]) for name in "abc"] == [6, 8, 2]
+    trace = load_file(tmp_path / "t")
+    assert trace["topk_ids"].tolist() == [[chosen(p, p, x) for x in LAYERS] for p in range(5)]
+    assert trace["seq_lens"].tolist() == [5, 0]
+    assert metadata(tmp_path / "t")["dropped_tokens"] == "8"
+    assert caplog.text.count("recording ends here (No space left on device)") == 1
+
+
+def test_a_trace_that_cannot_be_completed_keeps_its_rows_and_says_where(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded = recorder(tmp_path / "t")
+    serve(recorded, [[request("a", range(5), 1)]], 16, 64)
+    (tmp_path / "t").mkdir()
+    recorded.close()
+    assert f"its rows are left in {tmp_path / 't.spool'}" in caplog.text
+    assert (tmp_path / "t.spool").stat().st_size == 5 * (4 + 4 + len(LAYERS) * TOP_K)
+
+
+def test_what_comes_after_a_full_trace_takes_no_memory(tmp_path: Path) -> None:
+    recorded = recorder(tmp_path / "t", max_tokens=3)
+    serve(recorded, [[request(f"r{i}", range(5), 1)] for i in range(9)], 16, 64)
+    recorded.close()
+    assert load_file(tmp_path / "t")["seq_lens"].tolist() == [3]

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -238,6 +240,38 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder: Path, ops: Ops) -> None
     name = "model.layers.2.self_attn.k_proj.weight"
     edit_tensors(folder, lambda t: t.update({name: torch.zeros(5, 64)}))
     refused(folder, ops, name, "[5, 64]", "[64, 64]")
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("qwen3_moe", "moe_intermediate_size"),
+        ("qwen2_moe", "shared_expert_intermediate_size"),
+        ("deepseek_v3", "intermediate_size"),
+    ],
+)
+def test_a_size_that_no_tensor_has_takes_no_memory(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, ops: Ops, family: str, key: str
+) -> None:
+    shutil.copytree(tiny_checkpoint(family), tmp_path / family)
+    edit_config(tmp_path / family, **{key: (1 << 31) - 1})
+    refused(tmp_path / family, ops, "config.json implies [2147483647")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bits_of_a_header_load_or_are_refused_in_one_line(
+    folder: Path, tiny_checkpoint: Callable[[str], Path], ops: Ops, data: st.DataObject
+) -> None:
+    whole = bytearray((tiny_checkpoint("qwen3_moe") / "model.safetensors").read_bytes())
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, header - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (folder / "model.safetensors").write_bytes(whole)
+    try:
+        load_decoder(folder, dtype=None, ops=ops)
+    except CheckpointError as error:
+        assert "\n" not in error.message  # noqa: PT017 - a lucky flip may load
 
 
 def test_an_unexpected_dtype_is_named(folder: Path, ops: Ops) -> None:

@@ -325,6 +325,10 @@ def test_a_size_that_is_none_is_named(config: dict[str, Any], value: object) -> 
         spec_of({**config, "hidden_size": value})
 
 
+def yarn(**changes: float) -> dict[str, object]:
+    return {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64, **changes}
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "said"),
     [
@@ -358,6 +362,17 @@ def test_a_size_that_is_none_is_named(config: dict[str, Any], value: object) -> 
         (GLM_4_5_AIR, {"partial_rotary_factor": 2.0}, "rotary size 256 is larger than"),
         (DEEPSEEK_V3, {"num_hidden_layers": 1 << 20}, "num_hidden_layers=.*expected an integer"),
         (DEEPSEEK_V3, {"q_lora_rank": "none"}, "q_lora_rank='none': expected an integer"),
+        (MIXTRAL_8X7B, {"rope_theta": 10**400}, r"rope_theta=10+\.{3}: expected a finite number"),
+        (MIXTRAL_8X7B, {"hidden_size": 3}, "num_attention_heads=32: .*divisor of hidden_size=3"),
+        (GLM_4_5_AIR, {"partial_rotary_factor": 1e308}, "partial_rotary_factor=1e.308: expected"),
+        (GPT_OSS_20B, {"rope_scaling": yarn(beta_fast=0)}, "beta_fast=0.0 and beta_slow=1.0"),
+        (GPT_OSS_20B, {"rope_scaling": yarn(beta_slow=-1)}, "beta_fast=32.0 and beta_slow=-1.0"),
+        (GPT_OSS_20B, {"rope_scaling": yarn(factor=1e-320)}, "rope factor=1e-320 is not at least"),
+        (
+            DEEPSEEK_V3,
+            {"rope_scaling": yarn(mscale=1, mscale_all_dim=-10)},
+            "mscale_all_dim=-10.0: expected",
+        ),
     ],
     ids=str,
 )

@@ -147,6 +147,11 @@ def test_a_template_file_wins_over_the_config(folder: Path) -> None:
     assert Tokenizer.load(folder).render_chat(TALK, mood="calm") == "Hi|calm|<|endoftext|>"
 
 
+def test_a_chat_may_set_what_the_template_calls_a_special_token(folder: Path) -> None:
+    tokenizer = with_template(folder, "{{ eos_token }}")
+    assert tokenizer.render_chat(TALK, eos_token="<stop>") == "<stop>"
+
+
 def test_of_several_templates_the_default_is_taken(folder: Path) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
 

@@ -143,6 +143,47 @@ async def test_a_taken_port_is_named_before_anything_is_loaded(door: str) -> Non
                 raise AssertionError("it started")
 
 
+def test_a_body_that_never_ends_is_answered_when_the_server_stops(
+    tiny: Path,
+    open_house: OpenHouse,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("moeserve.pools.server.FAREWELL_S", 1.0)
+    with open_house(tiny, num_blocks=64) as house:
+        address = ("127.0.0.1", house.server.http_port)
+        client = socket.create_connection(address, timeout=60)
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        client.sendall(f'{head}content-length: 99\r\n\r\n{{"prompt"'.encode())
+        house.http.get("/health")
+    with client:
+        assert client.recv(4096).startswith(b"HTTP/1.1 503")
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("door", ["grpc", "http"])
+async def test_an_address_of_another_machine_is_named(door: str) -> None:
+    ports: dict[str, Any] = {"grpc_port": None, "http_port": None, f"{door}_port": 0}
+    # Of a net that is set aside for documents, so no machine has it.
+    config = ServeConfig.model_validate({"host": "192.0.2.1", "api_key": "sesame-sesame"} | ports)
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1.*(--host|address of this machine)"):
+        async with Server(config):
+            raise AssertionError("it started")
+
+
+def test_a_server_does_not_outlive_its_engine(
+    tiny: Path, open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_house(tiny, num_blocks=64) as house:
+        ended = asyncio.run_coroutine_threadsafe(
+            house.server.outlived_by(asyncio.Event()), house.loop
+        )
+        monkeypatch.setattr(house.engine, "_step", lambda: 1 // 0)
+        with pytest.raises(grpc.RpcError):
+            house.stub.GenerateUnary(pb.GenerateRequest(token_ids=HI, sampling=SHORT), timeout=60)
+        assert not ended.result(60)
+
+
 def break_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 

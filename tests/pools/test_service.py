@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.core import Event, FinishReason, Request, RequestId
+from moeserve.core import Counters, Event, FinishReason, Request, RequestId
 from moeserve.engine.loop import Engine
 from moeserve.errors import (
     CancelledError,
@@ -41,6 +41,10 @@ class FakeEngine:
     requests: list[Request] = field(default_factory=list)
     aborted: list[RequestId] = field(default_factory=list)
 
+    @property
+    def counters(self) -> Counters:
+        return Counters()
+
     def submit(self, request: Request, sink: Callable[[Event], None]) -> None:
         if len(self.requests) >= self.room:
             raise ExhaustedError("full")
@@ -53,6 +57,21 @@ class FakeEngine:
     def say(self, index: int, *tokens: int, **event: Any) -> None:
         request = self.requests[index]
         self.sinks[request.id](Event(request.id, tokens, **event))
+
+
+class BusyEngine(FakeEngine):
+    """Steps whenever it is looked at; the first request has its turn after ``turn`` looks."""
+
+    def __init__(self, turn: int) -> None:
+        super().__init__()
+        self._turn = turn
+
+    @property
+    def counters(self) -> Counters:
+        self._turn -= 1
+        if not self._turn:
+            self.say(0, 7)
+        return Counters(steps=-self._turn)
 
 
 def served_by(engine: FakeEngine) -> InferenceService:
@@ -199,11 +218,20 @@ async def test_a_silent_engine_is_reported_and_not_waited_for(
     monkeypatch.setattr(stream_module, "DEADLINE_GRACE_S", 0.0)
     service = served_by(FakeEngine())
     async with await service.open(Ask(prompts=((1,),))) as stream:
-        with pytest.raises(InternalError, match="silent"):
+        with pytest.raises(InternalError, match="ended no step"):
             await anext(stream)
     async with await service.open(Ask(prompts=((1,),), timeout_s=0.01)) as stream:
         with pytest.raises(DeadlineError, match="passed its deadline"):
             await anext(stream)
+
+
+async def test_a_long_queue_is_waited_for_while_the_engine_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream_module, "SILENCE_S", 0.01)
+    engine = BusyEngine(turn=5)
+    async with await served_by(engine).open(Ask(((1,),))) as stream:
+        assert (await anext(stream)).token_ids == (7,)
 
 
 async def test_a_deadline_that_has_passed_is_refused_at_once() -> None:

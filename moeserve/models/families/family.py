@@ -29,7 +29,13 @@ def num_layers(c: Fields) -> int:
 
 def head_dim(c: Fields) -> int:
     """Given, or hidden_size / num_attention_heads."""
-    return c.size("head_dim", default=c.size("hidden_size") // c.size("num_attention_heads"))
+    given = c.optional_size("head_dim")
+    if given is not None:
+        return given
+    hidden, heads = c.size("hidden_size"), c.size("num_attention_heads")
+    if hidden % heads:
+        raise c.wrong("num_attention_heads", heads, f"a divisor of hidden_size={hidden}")
+    return hidden // heads
 
 
 def model(
