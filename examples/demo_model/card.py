@@ -11,7 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+from data import GENERATED, MIXTURE
 from safetensors import safe_open
+from train import FINISH_MIXTURE, LATE_FROM, LATE_MIXTURE
 
 SOURCES = {
     "stories_en": ("English short stories (TinyStories samples)", "CDLA-Sharing-1.0"),
@@ -49,7 +52,7 @@ stepping. Muon and AdamW, bf16 autocast, no auxiliary balancing loss: at the end
 
 ```bash
 python examples/demo_model/data.py --corpus CORPUS --out data
-python examples/demo_model/train.py --data data --out run --steps {steps}
+python examples/demo_model/train.py --data data --out run --steps {main_steps} --finish {finish}
 python examples/demo_model/export.py --data data --run run --out demo
 python examples/demo_model/evaluate.py --model demo --data data --out evaluation.json
 python examples/demo_model/card.py --evaluation evaluation.json --run run --data data --model demo
@@ -58,10 +61,10 @@ python examples/demo_model/card.py --evaluation evaluation.json --run run --data
 ## Data
 
 One document in fifty was held out of everything, the tokenizer included. Shares are of the
-training windows, before and from step {late_from} on.
+training windows: before step {late_from}, from there on, and in the finish of {finish} steps.
 
-| domain | text | licence | tokens | early share | late share |
-|---|---|---|---|---|---|
+| domain | text | licence | tokens | early | late | finish |
+|---|---|---|---|---|---|---|
 {data_rows}
 
 ## Held-out results
@@ -89,9 +92,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--finish", type=int, default=550, help="as given to train.py")
     args = parser.parse_args()
-
-    from train import LATE_FROM, LATE_MIXTURE, MIXTURE
 
     measured = json.loads(args.evaluation.read_text())
     config = json.loads((args.model / "config.json").read_text())
@@ -119,16 +121,21 @@ def main() -> None:
         context=config["max_position_embeddings"],
         megabytes=(args.model / "model.safetensors").stat().st_size / 1e6,
         steps=len(log),
+        main_steps=len(log) - args.finish,
         tokens=len(log) * 4096 / 1e6,
         hours=sum(r["seconds"] for r in log.values()) / 3600,
         imbalance=[r["imbalance"] for r in log.values() if "imbalance" in r][-1],
         late_from=LATE_FROM,
+        finish=args.finish,
         data_rows="\n".join(
             f"| {d} | {SOURCES[d][0]} | {SOURCES[d][1]} | "
             f"{measured['domains'][d]['train_tokens']:,} | "
-            f"{MIXTURE[d]:.2f} | {LATE_MIXTURE[d]:.2f} |"
+            f"{MIXTURE[d]:.2f} | {LATE_MIXTURE[d]:.2f} | {FINISH_MIXTURE[d]:.2f} |"
             for d in MIXTURE
-        ),
+        )
+        + f"\n| {GENERATED} | sums drawn by `data.py`, none of them held out | own work | "
+        f"{len(np.load(args.data / f'{GENERATED}.train.npy', mmap_mode='r')):,} | 0 | 0 | "
+        f"{FINISH_MIXTURE[GENERATED]:.2f} |",
         domain_rows="\n".join(
             f"| {d} | {row['loss_nats_per_token']:.3f} | {row['bits_per_byte']:.3f} | "
             f"{row['mtp_acceptance']:.2f} |"

@@ -15,6 +15,7 @@ import hashlib
 import json
 import lzma
 import platform
+import random
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,9 @@ MIXTURE = {
     "technical_zh": 0.06,
 }
 TOKENIZER_CHARS = 8_000_000
+# Sums drawn anew, for the finish of training; none of them is a held-out problem.
+GENERATED = "math_generated"
+GENERATED_DOCUMENTS = 9000
 
 
 def documents(corpus: Path, domain: str) -> Iterator[str]:
@@ -73,6 +77,39 @@ def is_held_out(piece: str) -> bool:
     """Decided by content, so that equal pieces never straddle the split."""
     digest = hashlib.sha256(piece.encode()).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
+
+
+def generated_sums(held_out: set[str]) -> Iterator[str]:
+    """Documents of short sums, and of sums written out digit by digit; the same every time."""
+    draw = random.Random(1)
+    for i in range(GENERATED_DOCUMENTS):
+        lines: list[str] = []
+        digits = (1, 3) if i % 2 else (2, 5)
+        while len(lines) < 24:
+            a, b = (draw.randrange(10 ** draw.randint(*digits)) for _ in range(2))
+            if i % 3:
+                text = written_out(a, b)
+            else:
+                a, b = max(a, b), min(a, b)
+                text = f"{a} + {b} = {a + b}" if draw.random() < 0.5 else f"{a} - {b} = {a - b}"
+            problem, *working = text.splitlines()
+            if problem not in held_out:
+                lines += [problem, *working]
+        yield "\n".join(lines) + "\n"
+
+
+def written_out(a: int, b: int) -> str:
+    """``a + b`` as the corpus writes it: from the lowest digit up, with carries."""
+    lines, carry, place = [f"Compute {a} + {b}."], 0, 0
+    while place < max(len(str(a)), len(str(b))) or carry:
+        x, y = (n // 10**place % 10 for n in (a, b))
+        total = x + y + carry
+        lines.append(
+            f"digit {place}: {x} + {y} + carry {carry} = {total}, "
+            f"write {total % 10}, carry {total // 10}"
+        )
+        carry, place = total // 10, place + 1
+    return "\n".join([*lines, f"answer: {a + b}"])
 
 
 def train_tokenizer(texts: dict[str, list[str]]) -> Tokenizer:
@@ -125,6 +162,10 @@ def main() -> None:
         print(f"{domain}: {len(train[domain])} pieces, {len(held[domain])} held out", flush=True)
 
     tokenizer = train_tokenizer(train)
+    held_out = {line for piece in held["math_arithmetic"] for line in piece.splitlines()}
+    sums = [np.array(e.ids, np.uint16) for e in tokenizer.encode_batch(generated_sums(held_out))]
+    np.save(args.out / f"{GENERATED}.train.npy", np.concatenate(sums))
+    print(f"{GENERATED}: {sum(map(len, sums))} tokens", flush=True)
     tokenizer.save(str(args.out / "tokenizer.json"))
     stats: dict[str, object] = {"python": platform.python_version(), "domains": {}}
     for domain in MIXTURE:

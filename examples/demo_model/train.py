@@ -2,7 +2,8 @@
 
 Reproducible from ``--seed``: the batch of a step depends only on (seed, step), and the learning
 rate is constant until the last fifth of ``--steps``, so a run may be stopped at any time, resumed
-by the same command, and shortened or prolonged while it is still in the constant part. Progress
+by the same command, and shortened or prolonged while it is still in the constant part. ``--finish``
+steps on mostly sums follow, from half the rate down to nothing. Progress
 goes to the terminal and to ``log.jsonl``. On a machine that others use too, run it with
 ``OMP_WAIT_POLICY=PASSIVE``: threads that spin while they wait slow each other down many times.
 
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import MIXTURE
+from data import GENERATED, MIXTURE
 from model import Config, DemoModel
 from rich.progress import (
     BarColumn,
@@ -58,6 +59,20 @@ BIAS_SPEED = 0.003
 MTP_WEIGHT, MTP_ROWS_ONE_IN = 0.3, 4
 
 
+# After ``--steps``: what answers can be checked by, from half the peak rate down to nothing.
+FINISH_MIXTURE = {
+    GENERATED: 0.50,
+    "math_arithmetic": 0.14,
+    "stories_en": 0.20,
+    "novels_en": 0.03,
+    "code_py": 0.04,
+    "math_wordproblems": 0.04,
+    "novels_fr": 0.03,
+    "technical_zh": 0.02,
+}
+FINISH_RISE = 20
+
+
 class Muon:
     """Momentum, orthogonalised by five Newton-Schulz steps; batched over leading dimensions."""
 
@@ -88,7 +103,10 @@ def orthogonalise(g: Tensor) -> Tensor:
     return (x if wide else x.mT).to(g.dtype)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
+def learning_rate(step: int, steps: int, finish: int, peak: float) -> float:
+    if step >= steps:
+        done = step - steps
+        return peak / 2 * min((done + 1) / FINISH_RISE, (finish - done) / finish)
     decay = max(1, int(steps * DECAY_SHARE))
     rise = min(1.0, (step + 1) / WARMUP)
     fall = min(1.0, (steps - step) / decay)
@@ -98,14 +116,18 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 class Windows:
     """Random windows over the token arrays, drawn by (seed, step)."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.seed = seed
-        self.arrays = [np.load(folder / f"{d}.train.npy", mmap_mode="r") for d in MIXTURE]
-        self.early, self.late = ([m[d] for d in MIXTURE] for m in (MIXTURE, LATE_MIXTURE))
+    def __init__(self, folder: Path, seed: int, steps: int) -> None:
+        self.seed, self.steps = seed, steps
+        domains = [*MIXTURE, GENERATED]
+        self.arrays = [np.load(folder / f"{d}.train.npy", mmap_mode="r") for d in domains]
+        self.shares = [
+            [mixture.get(d, 0.0) for d in domains]
+            for mixture in (MIXTURE, LATE_MIXTURE, FINISH_MIXTURE)
+        ]
 
     def batch(self, step: int, window: int) -> Tensor:
         rng = np.random.default_rng((self.seed, step))
-        shares = self.early if step < LATE_FROM else self.late
+        shares = self.shares[(step >= LATE_FROM) + (step >= self.steps)]
         rows = []
         for _ in range(TOKENS_PER_STEP // window):
             array = self.arrays[rng.choice(len(self.arrays), p=shares)]
@@ -199,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder written by data.py")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=2700)
+    parser.add_argument("--finish", type=int, default=550, help="steps of the finish after them")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -209,14 +232,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint, log = args.out / "checkpoint.safetensors", args.out / "log.jsonl"
 
-    trainer, windows = Trainer(args.seed), Windows(args.data, args.seed)
+    trainer, windows = Trainer(args.seed), Windows(args.data, args.seed, args.steps)
     if checkpoint.exists():
         with safe_open(checkpoint, "pt") as file:
             step_no = int(file.metadata()["step"])
         trainer.load(checkpoint, step_no)
         print(f"resumed at step {step_no}")
     size = sum(p.numel() for p in trainer.model.parameters())
-    print(f"{size / 1e6:.2f} M parameters, {args.steps} steps of {TOKENS_PER_STEP} tokens")
+    total = args.steps + args.finish
+    print(f"{size / 1e6:.2f} M parameters, {total} steps of {TOKENS_PER_STEP} tokens")
 
     columns = (
         TextColumn("{task.description}"),
@@ -225,19 +249,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    last = trainer.step_no + (args.stop_after or args.steps)
+    last = trainer.step_no + (args.stop_after or total)
     with Progress(*columns) as progress, log.open("a") as log_file:
-        task = progress.add_task("training", total=args.steps, completed=trainer.step_no)
-        while trainer.step_no < min(args.steps, last):
+        task = progress.add_task("training", total=total, completed=trainer.step_no)
+        while trainer.step_no < min(total, last):
             step, began = trainer.step_no, time.monotonic()
-            long = step >= args.steps * (1 - LONG_SHARE)
+            long = args.steps * (1 - LONG_SHARE) <= step < args.steps
             ids = windows.batch(step, LONG_WINDOW if long else WINDOW)
-            main_loss, mtp_loss = trainer.step(ids, learning_rate(step, args.steps, args.lr))
+            main_loss, mtp_loss = trainer.step(
+                ids, learning_rate(step, args.steps, args.finish, args.lr)
+            )
             row = {"step": step, "loss": round(main_loss, 4), "mtp_loss": round(mtp_loss, 4)}
             row["seconds"] = round(time.monotonic() - began, 3)
             if (step + 1) % 10 == 0:
                 row["imbalance"] = round(trainer.imbalance(), 3)
-            if (step + 1) % 250 == 0 or step + 1 == args.steps:
+            if (step + 1) % 250 == 0 or step + 1 == total:
                 row["held_out"] = held_out_loss(trainer.model, args.data)
                 trainer.save(checkpoint)
             log_file.write(json.dumps(row) + "\n")
