@@ -1,7 +1,9 @@
 """The figures of a plan on given routing: what ``evaluate`` prints and ``solve`` writes down.
 
 ``objective`` and ``bound`` are of one kind: priced copies per token-layer where grouping moves
-anything (home-dedup, migrate, with tokens at hand), else the mean imbalance. ``gap`` is
+anything (home-dedup, migrate, with tokens at hand), else the mean imbalance: of the mixture where
+workloads are traces, which are served together; of the worst where they are counts, which are
+alternatives. ``gap`` is
 objective / bound - 1, and None where the bound is 0.
 """
 
@@ -91,7 +93,8 @@ def figures(
         "cross_node_copies_per_token_layer": None if moves is None else moves.cross,
     }
     report |= _bytes(moves, plan, copy_bytes or CopyBytes())
-    report |= _objective(plan, routing, topology, moves, load_LEW @ share_W, with_bound)
+    alternatives = load_LEW if not routing.has_tokens else (load_LEW @ share_W)[:, :, None]
+    report |= _objective(plan, routing, topology, moves, alternatives, with_bound)
     return report
 
 
@@ -121,12 +124,18 @@ def _bytes(moves: Traffic | None, plan: Plan, weigh: CopyBytes) -> Mapping[str, 
     }
 
 
+def worst_imbalance(plan: Plan, load_LEW: NDArray[np.float64], topology: Topology) -> float:
+    """Mean over layers, of the worst workload."""
+    means = [imbalance(plan, w, topology.speed_D).mean() for w in np.moveaxis(load_LEW, 2, 0)]
+    return float(max(means))
+
+
 def _objective(
     plan: Plan,
     routing: Routing,
     topology: Topology,
     moves: Traffic | None,
-    load_LE: NDArray[np.float64],
+    load_LEW: NDArray[np.float64],
     with_bound: bool,
 ) -> dict[str, Any]:
     bound = None
@@ -141,9 +150,12 @@ def _objective(
                 weight_T=routing.token_weight_T,
             )
     else:
-        kind = "mean imbalance"
-        objective = float(imbalance(plan, load_LE, topology.speed_D).mean())
+        kind = "mean imbalance" if load_LEW.shape[2] == 1 else "mean imbalance, worst workload"
+        objective = worst_imbalance(plan, load_LEW, topology)
         if with_bound:
-            bound = mean_balance_bound(load_LE, topology.speed_D, plan.num_slots)
+            bound = max(
+                mean_balance_bound(load_LE, topology.speed_D, plan.num_slots)
+                for load_LE in np.moveaxis(load_LEW, 2, 0)
+            )
     gap = objective / bound - 1 if bound else None
     return {"objective": objective, "objective_is": kind, "bound": bound, "gap": gap}

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from moeserve.errors import PlacementError
 from moeserve.placement import align, dp, moetuner
 from moeserve.placement.balance import balance_layers
-from moeserve.placement.cost import imbalance, priced, traffic
+from moeserve.placement.cost import priced, traffic
 from moeserve.placement.eplb import eplb
 from moeserve.placement.exchange import lightllm_rows
 from moeserve.placement.grouping import Effort, each_layer, group_layer
 from moeserve.placement.plan import Plan, contiguous, tidy, with_slots
 from moeserve.placement.polish import polish
 from moeserve.placement.problem import Problem, check
-from moeserve.placement.report import loads
+from moeserve.placement.report import loads, worst_imbalance
 from moeserve.placement.routing import Routing
 from moeserve.placement.topology import Dataflow
 
@@ -91,6 +91,11 @@ class _Work:
             raise PlacementError("this solver needs per-token routing, not counts")
         return self.topk_TLK
 
+    @property
+    def alternatives(self) -> F64:
+        """The loads to balance: traces are served together, counts are alternatives."""
+        return self.load_LEW[:, :, :1] if self.topk_TLK is not None else self.load_LEW
+
     def plan(self, expert_LS: I32) -> Plan:
         return with_slots(self.blank, tidy(expert_LS, self.problem.topology.devices))
 
@@ -151,7 +156,7 @@ def _balance(work: _Work) -> Plan:
     limited = work.budget.seconds is not None
     rows = balance_layers(
         work.problem,
-        work.load_LEW,
+        work.alternatives,
         recounts=40 if few and limited else 0,
         deadline=work.deadline - 0.2 * (work.budget.seconds or 0),
     )
@@ -174,7 +179,7 @@ def _auto(work: _Work) -> Plan:
     grouped = work.problem.dataflow.moved_by_grouping and work.topk_TLK is not None
     if not grouped:
         pairs = work.problem.apart or work.problem.together
-        return _paired(work) if pairs else _balance(work)
+        return _paired(work) if pairs else _better_balanced(work, _balance(work))
     plan = _grouped(work)
     if work.problem.dataflow is Dataflow.MIGRATE:
         plan = _aligned(work, plan)
@@ -185,6 +190,13 @@ def _auto(work: _Work) -> Plan:
     worse = objective(work, plan) > objective(work, base)
     free = not (work.problem.apart or work.problem.together or work.problem.moves)
     return base if worse and free else plan
+
+
+def _better_balanced(work: _Work, plan: Plan) -> Plan:
+    """The plan, or the baseline where several workloads leave that ahead."""
+    base, topology = _eplb(work), work.problem.topology
+    values = [worst_imbalance(p, work.alternatives, topology) for p in (plan, base)]
+    return base if values[1] < values[0] else plan
 
 
 def _or_exact(work: _Work, plan: Plan) -> Plan:
@@ -223,7 +235,7 @@ def _group_with(work: _Work, start_LS: I32, effort: Effort, stage: str) -> tuple
 
 
 def _grouped(work: _Work) -> Plan:
-    start_LS = balance_layers(work.problem, work.load_LEW[:, :, :1])
+    start_LS = balance_layers(work.problem, work.alternatives)
     began = time.monotonic()
     probe = Effort(_PROBE, 2, _HEAT, work.budget.seed)
     best_LS, whole = _group_with(work, start_LS, probe, "grouping")
@@ -331,11 +343,6 @@ def _check_pairs(problem: Problem, plan: Plan) -> None:
                     f"experts {a} and {b} could not be kept {what} in layer "
                     f"{int(np.flatnonzero(both_L != wanted)[0])}; ask for fewer pairs"
                 )
-
-
-def worst_imbalance(plan: Plan, load_LEW: F64) -> float:
-    """Mean over layers, the worst workload's."""
-    return max(float(imbalance(plan, load_LEW[:, :, w]).mean()) for w in range(load_LEW.shape[2]))
 
 
 _SOLVERS: dict[Solver, Callable[[_Work], Plan]] = {
