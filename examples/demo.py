@@ -49,8 +49,8 @@ STORY = Prompt(
 )
 SUMS = (
     Prompt("35 + 48 =", 8, stop="\n", answer="83"),
-    Prompt("907 - 421 =", 8, stop="\n", answer="486"),
-    Prompt("Compute 688 + 947.\n", 120, stop="\nCompute", answer="answer: 1635"),
+    Prompt("62 - 27 =", 8, stop="\n", answer="35"),
+    Prompt("240 + 135 =", 8, stop="\n", answer="375"),
 )
 
 

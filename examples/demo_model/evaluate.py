@@ -3,7 +3,8 @@
 ``python examples/demo_model/evaluate.py --model DIR --data DIR --out evaluation.json`` prints and
 writes, by domain: next-token loss (nats per token, bits per byte), acceptance of the MTP module's
 greedy draft, and, by kind of arithmetic, the share of held-out problems whose greedy answer is
-exactly right. Problems that also occur in the training text are left out. ``card.py`` turns the
+exactly right, for the corpus's problems and for small ones drawn here. Problems that also occur in
+the training text are left out. ``card.py`` turns the
 file into the model card.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import MIXTURE
+from data import GENERATED, MIXTURE
 from numpy.typing import NDArray
 from rich.progress import track
 
@@ -88,9 +90,25 @@ def problems_of(piece: str) -> list[Problem]:
     return found
 
 
-def held_out_problems(data: Path, train_text: str) -> list[Problem]:
+def drawn_problems(known: set[str]) -> list[Problem]:
+    """Small sums and differences, drawn here; no line of training has any of them."""
+    draw = random.Random(5)
+    found = []
+    for limit, name in ((100, "two digits"), (1000, "three digits")):
+        for sign, kind in (("+", "addition"), ("-", "subtraction")):
+            problems: dict[str, Problem] = {}
+            while len(problems) < PROBLEMS_PER_KIND:
+                b, a = sorted(draw.randrange(limit // 10, limit) for _ in range(2))
+                answer = str(a + b if sign == "+" else a - b)
+                prompt = f"{a} {sign} {b} ="
+                if f"{prompt} {answer}" not in known:
+                    problems[prompt] = Problem(f"{kind}, {name} (drawn)", prompt, answer)
+            found += problems.values()
+    return found
+
+
+def held_out_problems(data: Path, known: set[str]) -> list[Problem]:
     """At most ``PROBLEMS_PER_KIND`` of each kind, none of them known from training."""
-    known = set(train_text.splitlines())
     kept: dict[str, list[Problem]] = defaultdict(list)
     for piece in json.loads((data / "math_arithmetic.held.json").read_text()):
         for problem in problems_of(piece):
@@ -191,10 +209,11 @@ def main() -> None:
             "mtp_acceptance": round(sum(h for h, _ in hits) / sum(n for _, n in hits), 4),
         }
 
-    train_text = tokenizer.decode(
-        np.load(args.data / "math_arithmetic.train.npy").tolist(), skip_special_tokens=True
-    )
-    problems = held_out_problems(args.data, train_text)
+    known: set[str] = set()
+    for domain in ("math_arithmetic", GENERATED):
+        ids = np.load(args.data / f"{domain}.train.npy")
+        known.update(tokenizer.decode(ids.tolist(), skip_special_tokens=True).splitlines())
+    problems = held_out_problems(args.data, known) + drawn_problems(known)
     answers = complete(
         decoder,
         [tokenizer.encode(p.prompt) for p in problems],

@@ -113,6 +113,7 @@ def test_a_missing_native_half_is_an_error_where_it_is_required(
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(search.importlib, "import_module", missing)
+    monkeypatch.delenv("MOESERVE_REQUIRE_NATIVE", raising=False)
     assert search.core() is twin
     monkeypatch.setenv("MOESERVE_REQUIRE_NATIVE", "1")
     with pytest.raises(PlacementError, match="not built"):
