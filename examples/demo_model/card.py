@@ -38,7 +38,7 @@ It is for demonstrations and tests. It knows nothing, and must not be used for a
 |---|---|
 | parameters | {total:.2f} M stored; about {active:.1f} M used per token |
 | layers | {layers} ({dense} dense, {moe} MoE), hidden size {hidden}, {heads} heads, MLA with a latent of {latent} |
-| experts | {experts} routed, top-{top_k} from {topk_group} of {n_group} groups, sigmoid scores with balancing bias; 1 shared expert |
+| experts | {experts} routed, top-{top_k} from {topk_group} of {n_group} groups, sigmoid scores with balancing bias; {shared} shared |
 | multi-token prediction | 1 module, sharing embedding and head |
 | vocabulary | {vocab} tokens, byte-level BPE, every digit its own token |
 | context | {context} tokens |
@@ -116,6 +116,7 @@ def main() -> None:
         latent=config["kv_lora_rank"],
         experts=config["n_routed_experts"],
         top_k=config["num_experts_per_tok"],
+        shared=config["n_shared_experts"],
         topk_group=config["topk_group"],
         n_group=config["n_group"],
         vocab=config["vocab_size"],

@@ -127,7 +127,7 @@ class Windows:
 
     def batch(self, step: int, window: int) -> Tensor:
         rng = np.random.default_rng((self.seed, step))
-        shares = self.shares[(step >= LATE_FROM) + (step >= self.steps)]
+        shares = self.shares[2 if step >= self.steps else int(step >= LATE_FROM)]
         rows = []
         for _ in range(TOKENS_PER_STEP // window):
             array = self.arrays[rng.choice(len(self.arrays), p=shares)]

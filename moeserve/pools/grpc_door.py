@@ -228,7 +228,7 @@ async def _call(
         failed: MoeserveError = error
     except grpc.aio.AbortError:
         raise
-    except Exception:
+    except Exception:  # a bug of ours: the log has it, the client gets INTERNAL, serving goes on
         log.exception("a bug in %s", kind.DESCRIPTOR.name)
         failed = InternalError("internal error; the server's log tells more")
     await _abort(context, failed)

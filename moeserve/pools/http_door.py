@@ -155,7 +155,7 @@ class _Generation(Response):
             answer = JSONResponse(writer.whole())
         except MoeserveError as error:
             failed = error
-        except Exception:
+        except Exception:  # a bug of ours: the log has it, the client gets 500, serving goes on
             log.exception("a bug while answering")
             failed = InternalError("internal error; the server's log tells more")
         else:
@@ -250,7 +250,7 @@ def _framed(endpoint: Endpoint) -> Endpoint:
             return Response(status_code=499)
         except asyncio.CancelledError:  # uvicorn closes, and a body is still on its way
             return _failed(UnavailableError("the server stopped: send the request elsewhere"))
-        except Exception:
+        except Exception:  # as in _Generation: one request fails, not the server
             log.exception("a bug in %s", request.url.path)
             return _failed(InternalError("internal error; the server's log tells more"))
 

@@ -140,7 +140,7 @@ class Server:
                 self._grpc = GrpcDoor(self.service, config.host, config.grpc_port, key, reflected)
                 self.grpc_port = self._grpc.port
                 await self._grpc.open()
-        except BaseException:
+        except BaseException:  # whatever it is goes on up; the port must not stay taken
             if self._http is not None:
                 self._http.release()
             raise
