@@ -1,9 +1,20 @@
 """The op table: every tensor operation a decoder may use, once per backend.
 
-Activations are fp32 in and out; weights are fp32 or bf16 and converted exactly as they are read;
-every reduction has a fixed order per output element, so a row's result never depends on the rows
-beside it (law 1). Backends may repack weights: whoever holds a ``Linear`` or ``Experts`` only
-passes it back to the table that made it.
+Activations are fp32 in and out. What a product does follows from its weights:
+
+- fp32: fp32 activations, one chain of fused multiply-adds per output, K ascending.
+- bf16: activations rounded to bf16 (to nearest, ties to even), products exact, fp32 accumulation
+  in a fixed order: features 2i + 1 then 2i of each pair, pairs ascending, denormals as zero. That
+  is what one VDPBF16PS does, and what every instruction set can do.
+- int8: activations quantised per token (``matrix.quantize_rows``), exact integer sums, then
+  float(sum) * activation scale * weight scale, multiplied in this order, plus the bias.
+- int4: the same activations, exact integer sums within a group, then
+  total = fma(float(sum - zero * sum of codes), group scale, total) with groups ascending, and
+  total * activation scale, plus the bias.
+
+Every reduction has a fixed order per output element, or is exact, so a row's result never depends
+on the rows beside it (law 1). Backends may repack weights: whoever holds a ``Linear``,
+``Experts`` or ``KvCache`` only passes it back to the table that made it.
 
 Letters: T tokens, K input features, N output features, H hidden, A query heads, G KV heads,
 D head size, V value size, E experts, I expert intermediate size, C experts per token,
@@ -16,7 +27,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from moeserve.kernels.matrix import Matrix
 
 
 class Activation(StrEnum):
@@ -84,17 +98,42 @@ class AttentionBatch:
     blocks_SM: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """The KV of one layer. ``latent`` (MLA): one head, and the value is the key's first
+    ``value_size`` features. ``dtype`` is float32, bfloat16 or int8; int8 keeps an fp32 scale
+    beside every head of every position (for a latent: one for the value part, one for the rest).
+    """
+
+    num_blocks: int
+    block_size: int
+    kv_heads: int
+    head_size: int
+    value_size: int
+    dtype: torch.dtype
+    latent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """Blocks of one layer; ``data`` belongs to the backend, ``nbytes`` is all it takes."""
+
+    shape: KvShape
+    nbytes: int
+    data: Any
+
+
 class Ops(Protocol):
     """One backend. Tensors are contiguous unless said otherwise."""
 
     name: str
 
-    def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear: ...
+    def pack_linear(self, weight_NK: Matrix, bias_N: Tensor | None = None) -> Linear: ...
 
     def pack_experts(
         self,
-        gate_up_E2IH: Tensor,
-        down_EHI: Tensor,
+        gate_up_E2IH: Matrix,
+        down_EHI: Matrix,
         gate_up_bias_E2I: Tensor | None = None,
         down_bias_EH: Tensor | None = None,
         activation: Activation = Activation.SWIGLU,
@@ -108,7 +147,11 @@ class Ops(Protocol):
         """[T, N]."""
         ...
 
-    def pack_heads(self, weight_ANK: Tensor) -> Linear:
+    def quantize_per_token(self, x_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """codes int8 [T, K] and scale fp32 [T], as ``matrix.quantize_rows``, to the bit."""
+        ...
+
+    def pack_heads(self, weight_ANK: Matrix) -> Linear:
         """One matrix per head, for ``linear_heads``; ``out_features`` is N, ``in_features`` K."""
         ...
 
@@ -138,15 +181,23 @@ class Ops(Protocol):
         """[T, H]: sum over c of weights[t, c] * expert[ids[t, c]](x[t]), added in order of c."""
         ...
 
-    def write_kv(self, kv_BPGD: Tensor, x_TGD: Tensor, slot_T: Tensor) -> None:
-        """Row t goes to block slot // P, offset slot % P, rounded to the cache's dtype."""
+    def new_kv(self, shape: KvShape) -> KvCache: ...
+
+    def kv_bytes_per_block(self, shape: KvShape) -> int:
+        """What one more block costs; known before memory is taken."""
+        ...
+
+    def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
+        """Row t goes to block slot // P, offset slot % P, rounded to the cache's dtype.
+
+        ``v_TGV`` is None where the cache is latent.
+        """
         ...
 
     def paged_attention(
         self,
         q_TAD: Tensor,
-        k_BPGD: Tensor,
-        v_BPGV: Tensor,
+        cache: KvCache,
         batch: AttentionBatch,
         *,
         scale: float,
@@ -155,8 +206,7 @@ class Ops(Protocol):
     ) -> Tensor:
         """[T, A, V]: causal softmax attention over the paged cache.
 
-        Query head a reads KV head a // (A / G). ``v`` may be a view into ``k`` (MLA, absorbed:
-        the latent is both). With ``window`` w a query at p sees positions p - w + 1 .. p. A sink
-        is one more logit in the softmax with no value (GPT-OSS).
+        Query head a reads KV head a // (A / G). With ``window`` w a query at p sees positions
+        p - w + 1 .. p. A sink is one more logit in the softmax with no value (GPT-OSS).
         """
         ...

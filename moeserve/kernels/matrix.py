@@ -1,0 +1,133 @@
+"""Matrices in 8 and 4 bits, and how floats become them: the formats between loader and op table.
+
+A row (one output feature) has its own scale. Rounding is to nearest, ties to even; codes are
+symmetric (-127..127), so that negating a weight negates its code. Letters: ``...`` any leading
+dimensions (experts, heads), N output features, K input features, g features per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROUP = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Matrix:
+    """``codes`` int8 [..., N, K] times ``scale`` fp32 [..., N]."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Matrix:
+    """(code - zero) * scale, where feature k belongs to group k // ``group``.
+
+    ``packed`` uint8 [..., N, K / 2] holds feature 2i in the low nibble of byte i and 2i + 1 in
+    the high one. ``scale`` is fp32 and ``zero`` uint8, both [..., N, ceil(K / g)]. A code stands
+    for itself, or for ``levels[code]`` (16 values of int8, then ``zero`` is all 0): MXFP4.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+    group: int = GROUP
+    levels: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.packed.shape[:-1], 2 * self.packed.shape[-1]))
+
+
+Matrix = Tensor | Int8Matrix | Int4Matrix
+
+
+def to_int8(weight_NK: Tensor) -> Int8Matrix:
+    """Round to nearest, one scale per row: the greatest magnitude becomes 127."""
+    w = weight_NK.float()
+    scale = w.abs().amax(-1) / 127
+    codes = (w / scale.where(scale > 0, 1.0)[..., None]).round().clamp(-127, 127)
+    return Int8Matrix(codes.to(torch.int8), scale)
+
+
+def to_int4(weight_NK: Tensor, group: int = GROUP) -> Int4Matrix:
+    """Round to nearest, symmetric (zero is 8), one scale per group of a row."""
+    w = weight_NK.float()
+    pad = -w.shape[-1] % group
+    grouped = torch.nn.functional.pad(w, (0, pad)).unflatten(-1, (-1, group))
+    scale = grouped.abs().amax(-1) / 7
+    codes = (grouped / scale.where(scale > 0, 1.0)[..., None]).round().clamp(-7, 7) + 8
+    codes = codes.flatten(-2)[..., : w.shape[-1]].to(torch.uint8)
+    zero = torch.full(scale.shape, 8, dtype=torch.uint8)
+    return Int4Matrix(pack_nibbles(codes), scale, zero, group)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 0..15 [..., K] to [..., K / 2], the even feature low."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def to_float(matrix: Matrix) -> Tensor:
+    """What the codes stand for, in fp32; a plain tensor as it is, in fp32."""
+    if isinstance(matrix, Tensor):
+        return matrix.float()
+    if isinstance(matrix, Int8Matrix):
+        return matrix.codes.float() * matrix.scale[..., None]
+    codes = unpack_nibbles(matrix.packed)
+    value = codes.int() if matrix.levels is None else torch.tensor(matrix.levels)[codes.long()]
+    spread = matrix.group
+    zero = matrix.zero.int().repeat_interleave(spread, -1)[..., : codes.shape[-1]]
+    scale = matrix.scale.repeat_interleave(spread, -1)[..., : codes.shape[-1]]
+    return (value - zero).float() * scale
+
+
+def rows_of(parts: Sequence[Matrix]) -> Matrix:
+    """Matrices of one kind and width, one under the other: the rows of all of them."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat([p for p in parts if isinstance(p, Tensor)], -2)
+    if isinstance(first, Int8Matrix):
+        same = [p for p in parts if isinstance(p, Int8Matrix)]
+        assert len(same) == len(parts), "matrices of several kinds"
+        return Int8Matrix(
+            torch.cat([p.codes for p in same], -2), torch.cat([p.scale for p in same], -1)
+        )
+    fours = [p for p in parts if isinstance(p, Int4Matrix)]
+    assert len(fours) == len(parts), "matrices of several kinds"
+    assert {(p.group, p.levels) for p in fours} == {(first.group, first.levels)}, "groups differ"
+    return Int4Matrix(
+        torch.cat([p.packed for p in fours], -2),
+        torch.cat([p.scale for p in fours], -2),
+        torch.cat([p.zero for p in fours], -2),
+        first.group,
+        first.levels,
+    )
+
+
+def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations per token: codes int8 [T, K] and scale fp32 [T], the oracle of every backend.
+
+    scale = max|x| / 127 and code = round(x * (127 / max|x|)), both in fp32. A row of zeros has
+    scale 0 and codes 0; a row that holds NaN or an infinity has scale NaN and codes 0, so that
+    everything computed from it is NaN.
+    """
+    most_T1 = x_TK.abs().amax(-1, keepdim=True)
+    sound = most_T1.isfinite()
+    factor = torch.where(sound & (most_T1 > 0), 127 / most_T1, torch.zeros_like(most_T1))
+    finite = torch.where(sound, x_TK, torch.zeros_like(x_TK))
+    codes = (finite * factor).round().clamp(-127, 127).to(torch.int8)
+    scale = torch.where(sound, most_T1 / 127, torch.full_like(most_T1, torch.nan))
+    return codes, scale[:, 0]
