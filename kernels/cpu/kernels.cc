@@ -55,7 +55,8 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 }  // namespace
 
 extern const Kernels kernels = {
-    NAME(ISA), linear, moe_ffn, rms_norm, glu, rope, route_topk, write_kv, paged_attention,
+    NAME(ISA), linear, moe_ffn, quantize_per_token, rms_norm, glu, rope, route_topk, write_kv,
+    paged_attention,
 };
 
 }  // namespace moeserve::ISA
