@@ -11,9 +11,18 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...
+def packed_bytes(kind: int, n: int, k: int, group: int, paired: bool, /) -> int:
+    """Of one matrix [n, k]; ``group`` is int4's."""
+
 def pack(
-    source: int, count: int, n: int, k: int, paired: bool, is_bf16: bool, target: int, /
+    kind: int, source: int, count: int, n: int, k: int, group: int, paired: bool, target: int, /
 ) -> None: ...
+def pack_floats(
+    source: int, count: int, n: int, columns: int, paired: bool, target: int, /
+) -> None:
+    """[count, n, columns] to [count, panels, columns, 32 lanes]."""
+
+def use_huge_pages(data: int, nbytes: int, /) -> None: ...
 
 class Matrix:
     """One packed matrix, or a stack of them: addresses and sizes. ``kind`` counts fp32, bf16,
