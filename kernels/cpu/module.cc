@@ -185,6 +185,7 @@ NB_MODULE(_cpu, m) {
   m.def("set_isa", set_isa);
   m.def("threads", threads);
   m.def("set_threads", share_among);
+  m.def("cpus_of_nodes", cpus_of_nodes);
   m.def("pack", pack_any, unlocked);
   m.def("linear", linear, unlocked);
   m.def("moe_ffn", moe_ffn, unlocked);
