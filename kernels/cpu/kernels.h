@@ -51,6 +51,82 @@ struct Routing {
   float scale;
 };
 
+struct Norm {
+  const float* weight;
+  float eps;
+};
+
+// The cache of one layer. Latent: `v` is the key's first features, and is not written.
+struct Kv {
+  Cache k, v;
+  int64_t num_blocks, block_size, value_size;
+  bool latent;
+};
+
+// What all layers of a forward pass share.
+struct Step {
+  int64_t rows;
+  const float *cos, *sin;  // [T, R]
+  int64_t pairs;
+  bool interleaved;
+  const int64_t* slots;                      // [T]
+  const int32_t *starts, *context, *blocks;  // [S + 1], [S], [S, M]
+  int64_t sequences, table_width;
+};
+
+// The parts of a layer; moeserve/kernels/fused.py says what they compute.
+struct Gqa {
+  Norm norm;
+  Matrix qkv, o;
+  int64_t heads, kv_heads, head_size;
+  float scale;
+  Norm q_norm, k_norm;                // no weight: none
+  int64_t q_norm_size, k_norm_size;  // of a head or of the row
+  float clip;                         // infinity: none
+  int64_t window;
+  const float* sinks;
+};
+
+struct Mla {
+  Norm norm;
+  Matrix down;
+  Norm q_norm;
+  Matrix q_up;  // no data: `down` has the queries themselves
+  Norm latent_norm;
+  Matrix into_latent, out_of_latent, o;  // the first two one per head
+  int64_t heads, nope, rotated, latent;
+  float scale;
+};
+
+struct Mlp {
+  Matrix gate_up, down;  // no data: none
+};
+
+struct Dense {
+  Norm norm;
+  Mlp mlp;
+};
+
+struct Router {
+  Norm norm;
+  Matrix matrix;
+  Routing spec;
+  const float* bias;
+};
+
+struct Moe {
+  Experts experts;
+  int64_t chosen;
+  Mlp shared;
+  Matrix gate;  // no data: no gated shared expert
+  Experts gated;
+};
+
+struct Head {
+  Norm norm;
+  Matrix matrix;
+};
+
 struct Kernels {
   const char* name;
   // One matrix per head, packed one after the other; a plain linear has one head.
@@ -70,6 +146,16 @@ struct Kernels {
                    int64_t rows, int64_t heads, int64_t size, const int64_t* slots);
   // False if a sequence needs a block that its table does not name, or a row it does not have.
   bool (*paged_attention)(const Attention& batch);
+  // These add to x. False as the kernels that they are made of.
+  bool (*attend_gqa)(float* x, const Gqa& w, const Step& step, const Kv& cache);
+  bool (*attend_mla)(float* x, const Mla& w, const Step& step, const Kv& cache);
+  void (*dense)(float* x, int64_t rows, const Dense& w);
+  void (*route)(const float* x, int64_t rows, const Router& w, float* normed, int32_t* ids,
+                float* weights);
+  bool (*mix)(float* x, int64_t rows, const Moe& w, const float* normed, const int32_t* ids,
+              const float* weights);
+  // Of the wanted rows of x, all of which exist.
+  void (*head)(const float* x, const int64_t* wanted, int64_t rows, const Head& w, float* out);
 };
 
 namespace portable {
