@@ -43,32 +43,23 @@ void bound(float* row, int64_t size, float clip) {
   }
 }
 
-bool keep(const Kv& cache, const Step& step, const float* k, const float* v, int64_t heads,
-          int64_t size) {
-  return write_kv(cache.k, cache.num_blocks, cache.block_size, k, step.rows, heads, size,
-                  step.slots) &&
-         (cache.latent || write_kv(cache.v, cache.num_blocks, cache.block_size, v, step.rows,
-                                   heads, cache.value_size, step.slots));
-}
-
-Attention attention_of(const Kv& cache, const Step& step, const float* q, float* out) {
+Attention attention_of(const Cache& cache, const Step& step, const float* q, int64_t heads,
+                       float scale, float* out) {
   Attention batch{};
   batch.q = q;
-  batch.k = cache.k;
-  batch.v = cache.v;
+  batch.kv = cache;
   batch.out = out;
   batch.starts = step.starts;
   batch.context = step.context;
   batch.blocks = step.blocks;
   batch.sequences = step.sequences;
   batch.table_width = step.table_width;
-  batch.block_size = cache.block_size;
-  batch.num_blocks = cache.num_blocks;
-  batch.value_size = cache.value_size;
+  batch.heads = heads;
+  batch.scale = scale;
   return batch;
 }
 
-bool attend_gqa(float* x, const Gqa& w, const Step& step, const Kv& cache) {
+bool attend_gqa(float* x, const Gqa& w, const Step& step, const Cache& cache) {
   const int64_t rows = step.rows, hidden = w.qkv.k, all = w.qkv.n, size = w.head_size;
   const int64_t wide = w.heads * size, narrow = w.kv_heads * size;
   Room room(rows * (hidden + 2 * all));
@@ -86,13 +77,9 @@ bool attend_gqa(float* x, const Gqa& w, const Step& step, const Kv& cache) {
     rope_row(row + wide, w.kv_heads, size, c, s, step.pairs, step.interleaved, k + t * narrow);
     copy(v + t * narrow, row + wide + narrow, narrow);
   });
-  if (!keep(cache, step, k, v, w.kv_heads, size)) return false;
+  if (!write_kv(cache, k, v, rows, step.slots)) return false;
   float *attended = qkv, *out = normed;
-  Attention batch = attention_of(cache, step, q, attended);
-  batch.heads = w.heads;
-  batch.kv_heads = w.kv_heads;
-  batch.head_size = size;
-  batch.scale = w.scale;
+  Attention batch = attention_of(cache, step, q, w.heads, w.scale, attended);
   batch.window = w.window;
   batch.sinks = w.sinks;
   if (!paged_attention(batch)) return false;
@@ -101,7 +88,7 @@ bool attend_gqa(float* x, const Gqa& w, const Step& step, const Kv& cache) {
   return true;
 }
 
-bool attend_mla(float* x, const Mla& w, const Step& step, const Kv& cache) {
+bool attend_mla(float* x, const Mla& w, const Step& step, const Cache& cache) {
   const int64_t rows = step.rows, hidden = w.down.k, all = w.down.n, heads = w.heads;
   const int64_t key = w.latent + w.rotated, low = all - key, head = w.nope + w.rotated;
   Room room(rows * (hidden + all + key + low +
@@ -138,13 +125,8 @@ bool attend_mla(float* x, const Mla& w, const Step& step, const Kv& cache) {
                step.sin + t * step.pairs, step.pairs, step.interleaved, wide + a * key + w.latent);
     }
   });
-  if (!keep(cache, step, k, nullptr, 1, key)) return false;
-  Attention batch = attention_of(cache, step, wide, latent);
-  batch.heads = heads;
-  batch.kv_heads = 1;
-  batch.head_size = key;
-  batch.scale = w.scale;
-  if (!paged_attention(batch)) return false;
+  if (!write_kv(cache, k, nullptr, rows, step.slots)) return false;
+  if (!paged_attention(attention_of(cache, step, wide, heads, w.scale, latent))) return false;
   linear(latent, rows, heads, w.out_of_latent, value);
   linear(value, rows, 1, w.o, normed);
   add_to(x, normed, rows, hidden);
@@ -179,11 +161,11 @@ void route(const float* x, int64_t rows, const Router& w, float* normed, int32_t
 }
 
 bool mix(float* x, int64_t rows, const Moe& w, const float* normed, const int32_t* ids,
-         const float* weights) {
+         int64_t chosen, const float* weights) {
   const int64_t hidden = w.experts.down.n, inner = w.shared.down.data ? w.shared.down.k : 0;
   Room room(rows * (2 * hidden + 3 * inner + 3));
   float *out = room.take(rows * hidden), *shared = room.take(rows * hidden);
-  if (!moe_ffn(normed, rows, w.experts, ids, weights, w.chosen, out)) return false;
+  if (!moe_ffn(normed, rows, w.experts, ids, weights, chosen, out)) return false;
   if (inner) {
     mlp_of(normed, rows, w.shared, room.take(3 * rows * inner), shared);
     add_to(out, shared, rows, hidden);

@@ -17,27 +17,34 @@ def cpus_of_nodes() -> list[list[int]]:
 def pack(
     source: int, count: int, n: int, k: int, paired: bool, is_bf16: bool, target: int, /
 ) -> None: ...
-def linear(
-    x: int, rows: int, heads: int, data: int, bias: int, n: int, k: int, is_bf16: bool, out: int, /
-) -> None: ...
+
+class Matrix:
+    """One packed matrix, or a stack of them: addresses and sizes. ``kind`` counts fp32, bf16,
+    int8, int4 from 0. Whoever holds it holds the memory too."""
+
+    def __init__(
+        self,
+        kind: int,
+        n: int,
+        k: int,
+        data: int,
+        scale: int,
+        bias: int,
+        zero: int,
+        levels: int,
+        group: int,
+        same_zero: int,
+        /,
+    ) -> None: ...
+
+class Experts:
+    def __init__(self, gate_up: Matrix, down: Matrix, count: int, clamped: bool, /) -> None: ...
+
+def linear(x: int, rows: int, heads: int, weight: Matrix, out: int, /) -> None: ...
 def moe_ffn(
-    x: int,
-    rows: int,
-    gate_up: int,
-    gate_up_bias: int,
-    down: int,
-    down_bias: int,
-    experts: int,
-    hidden: int,
-    intermediate: int,
-    is_bf16: bool,
-    clamped: bool,
-    ids: int,
-    weights: int,
-    chosen: int,
-    out: int,
-    /,
+    x: int, rows: int, experts: Experts, ids: int, weights: int, chosen: int, out: int, /
 ) -> bool: ...
+def quantize_per_token(x: int, rows: int, k: int, codes: int, scale: int, /) -> None: ...
 def rms_norm(x: int, rows: int, size: int, weight: int, eps: float, out: int, /) -> None: ...
 def glu(x: int, rows: int, intermediate: int, clamped: bool, out: int, /) -> None: ...
 def rope(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeserve.kernels.ops import (
     Activation,
+    AttentionBatch,
     DenseWeights,
     GatedWeights,
     GqaWeights,
@@ -19,11 +20,51 @@ from moeserve.kernels.ops import (
     MlpWeights,
     MoeWeights,
     Ops,
+    Part,
     Routed,
     RouterSpec,
     RouterWeights,
     Step,
+    W,
 )
+
+
+class Composed:
+    """The fused half of an op table whose primitives ``self`` has."""
+
+    def prepare(self, weights: W) -> Part[W]:
+        return Part(weights, None)
+
+    def new_step(
+        self,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        interleaved: bool,
+        slot_T: Tensor,
+        attention: AttentionBatch,
+    ) -> Step:
+        return Step(len(cos_TR), cos_TR, sin_TR, interleaved, slot_T, attention, None)
+
+    def attend(
+        self: Ops, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache
+    ) -> None:
+        attend(self, x_TH, part.weights, step, cache)
+
+    def dense(self: Ops, x_TH: Tensor, part: Part[DenseWeights]) -> None:
+        dense(self, x_TH, part.weights)
+
+    def route(self: Ops, x_TH: Tensor, part: Part[RouterWeights], step: Step) -> Routed:
+        return route(self, x_TH, part.weights)
+
+    def mix(self: Ops, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
+        mix(self, x_TH, part.weights, routed)
+
+    def embed(self, table_WH: Tensor, ids_T: Tensor) -> Tensor:
+        return table_WH.index_select(0, ids_T).float()
+
+    def head(self: Ops, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
+        return head(self, x_TH, rows_R, part.weights)
+
 
 GATE = RouterSpec(1, 1, "sigmoid", normalise=False)
 

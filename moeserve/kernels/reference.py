@@ -12,10 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from moeserve.kernels.fused import Composed
 from moeserve.kernels.ops import Activation, AttentionBatch, Experts, Linear, RouterSpec
 
 
-class ReferenceOps:
+class ReferenceOps(Composed):
     """Plain torch, one row at a time."""
 
     name = "reference"
