@@ -46,6 +46,7 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 }
 
 #include "gemm.h"
+#include "kv.h"
 #include "attention.h"
 #include "rows.h"
 
@@ -55,7 +56,8 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 }  // namespace
 
 extern const Kernels kernels = {
-    NAME(ISA), linear, moe_ffn, rms_norm, glu, rope, route_topk, write_kv, paged_attention,
+    NAME(ISA), linear, moe_ffn, rms_norm, glu, rope, route_topk,
+    kv_bytes_per_block, write_kv, paged_attention,
 };
 
 }  // namespace moeserve::ISA

@@ -13,36 +13,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeserve.kernels.ops import Linear, Ops
+from moeserve.kernels.ops import KvCache, KvShape, Linear, Ops
 from moeserve.models.batch import StepBatch
 from moeserve.models.rope import RopeRows
 from moeserve.models.spec import AttentionSpec, GqaSpec, MlaSpec, QkNorm
 from moeserve.models.weights import Weights
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """The KV of one layer. MLA's ``v`` is a view of ``k``: its latent columns."""
-
-    k_BPGD: Tensor
-    v_BPGV: Tensor
-
-
-def new_layer_cache(
-    spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype
-) -> LayerCache:
+def kv_shape(spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype) -> KvShape:
+    """MLA's value is the first part of its key: the latent."""
     if isinstance(spec, MlaSpec):
         width = spec.kv_lora + spec.rope
-        latent = torch.zeros(num_blocks, block_size, 1, width, dtype=dtype)
-        return LayerCache(latent, latent[..., : spec.kv_lora])
-    shape = (num_blocks, block_size, spec.kv_heads, spec.head_dim)
-    return LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
-
-
-def kv_values_per_token(spec: AttentionSpec) -> int:
-    if isinstance(spec, MlaSpec):
-        return spec.kv_lora + spec.rope
-    return 2 * spec.kv_heads * spec.head_dim
+        return KvShape(num_blocks, block_size, 1, width, spec.kv_lora, dtype, latent=True)
+    size = spec.head_dim
+    return KvShape(num_blocks, block_size, spec.kv_heads, size, size, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +44,7 @@ class Gqa:
     sinks_A: Tensor | None
 
     def run(
-        self, x_TH: Tensor, step: StepBatch, rope: RopeRows, cache: LayerCache, ops: Ops
+        self, x_TH: Tensor, step: StepBatch, rope: RopeRows, cache: KvCache, ops: Ops
     ) -> Tensor:
         s, tokens = self.spec, len(x_TH)
         q_TX = self._bounded(self._normed(ops.linear(x_TH, self.q), self.q_norm, ops))
@@ -68,12 +52,10 @@ class Gqa:
         v_TX = self._bounded(ops.linear(x_TH, self.v))
         q_TAD = _rotate(q_TX.view(tokens, s.heads, s.head_dim), rope, ops)
         k_TGD = _rotate(k_TX.view(tokens, s.kv_heads, s.head_dim), rope, ops)
-        ops.write_kv(cache.k_BPGD, k_TGD, step.slot_T)
-        ops.write_kv(cache.v_BPGV, v_TX.view(tokens, s.kv_heads, s.head_dim), step.slot_T)
+        ops.write_kv(cache, k_TGD, v_TX.view(tokens, s.kv_heads, s.head_dim), step.slot_T)
         out_TAD = ops.paged_attention(
             q_TAD,
-            cache.k_BPGD,
-            cache.v_BPGV,
+            cache,
             step.attention,
             scale=s.scale,
             window=s.window,
@@ -109,7 +91,7 @@ class Mla:
     o: Linear
 
     def run(
-        self, x_TH: Tensor, step: StepBatch, rope: RopeRows, cache: LayerCache, ops: Ops
+        self, x_TH: Tensor, step: StepBatch, rope: RopeRows, cache: KvCache, ops: Ops
     ) -> Tensor:
         s = self.spec
         q_TAD = self._queries(x_TH, ops).view(len(x_TH), s.heads, s.nope + s.rope)
@@ -119,13 +101,9 @@ class Mla:
         latent_TL = down_TX[:, : s.kv_lora].contiguous()
         latent_TL = ops.rms_norm(latent_TL, self.kv_a_norm, s.latent_eps)
         key_T1R = _rotate(down_TX[:, None, s.kv_lora :].contiguous(), rope, ops)
-        ops.write_kv(cache.k_BPGD, torch.cat((latent_TL[:, None], key_T1R), -1), step.slot_T)
+        ops.write_kv(cache, torch.cat((latent_TL[:, None], key_T1R), -1), None, step.slot_T)
         out_TAL = ops.paged_attention(
-            torch.cat((q_TAL, q_TAR), -1),
-            cache.k_BPGD,
-            cache.v_BPGV,
-            step.attention,
-            scale=s.scale,
+            torch.cat((q_TAL, q_TAR), -1), cache, step.attention, scale=s.scale
         )
         out_TAV = ops.linear_heads(out_TAL, self.out_of_latent)
         return ops.linear(out_TAV.flatten(1), self.o)
