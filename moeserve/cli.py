@@ -132,6 +132,7 @@ SAMPLING: Mapping[str, tuple[type, str]] = {
 GENERATE_SETTINGS = (
     "model",
     "dtype",
+    "kv_dtype",
     "max_model_len",
     "block_size",
     "num_blocks",

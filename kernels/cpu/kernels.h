@@ -33,20 +33,24 @@ struct Experts {
   bool clamped;  // GPT-OSS's activation instead of SwiGLU
 };
 
+enum class KvType : int { kFloat32, kBfloat16, kInt8 };
+
+// The KV of one layer: `num_blocks` blocks of kv_bytes_per_block bytes. kv.h has their layout.
+// `latent`: one head, and the value is the key's first value_size features.
 struct Cache {
-  const void* data;
-  int64_t block_stride, position_stride, head_stride;  // in elements
-  bool is_bf16;
+  void* data;
+  int64_t num_blocks, block_size, kv_heads, head_size, value_size;
+  KvType type;
+  bool latent;
 };
 
 struct Attention {
   const float* q;  // [T, A, D]
-  Cache k, v;
-  float* out;                            // [T, A, V]
+  Cache kv;
+  float* out;                                // [T, A, V]
   const int32_t *starts, *context, *blocks;  // [S + 1], [S], [S, M]
-  const float* sinks;                    // [A] or null
-  int64_t sequences, table_width, block_size, num_blocks;
-  int64_t heads, kv_heads, head_size, value_size;
+  const float* sinks;                        // [A] or null
+  int64_t sequences, table_width, heads;
   int64_t window;  // 0: all
   float scale;
 };
@@ -142,9 +146,11 @@ struct Kernels {
                const float* sin, int64_t pairs, bool interleaved, float* out);
   void (*route_topk)(const float* logits, int64_t rows, Routing spec, const float* bias,
                      int32_t* ids, float* weights);
-  // False if a slot is outside the cache.
-  bool (*write_kv)(const Cache& cache, int64_t num_blocks, int64_t block_size, const float* x,
-                   int64_t rows, int64_t heads, int64_t size, const int64_t* slots);
+  int64_t (*kv_bytes_per_block)(const Cache& cache);
+  // k is [rows, G, D], v [rows, G, V] or null where the cache is latent. False if a slot is
+  // outside the cache.
+  bool (*write_kv)(const Cache& cache, const float* k, const float* v, int64_t rows,
+                   const int64_t* slots);
   // False if a sequence needs a block that its table does not name, or a row it does not have.
   bool (*paged_attention)(const Attention& batch);
   // These add to x. False as the kernels that they are made of.

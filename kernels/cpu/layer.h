@@ -62,6 +62,9 @@ Attention attention_of(const Cache& cache, const Step& step, const float* q, int
 bool attend_gqa(float* x, const Gqa& w, const Step& step, const Cache& cache) {
   const int64_t rows = step.rows, hidden = w.qkv.k, all = w.qkv.n, size = w.head_size;
   const int64_t wide = w.heads * size, narrow = w.kv_heads * size;
+  if (cache.latent || cache.kv_heads != w.kv_heads || cache.head_size != size ||
+      cache.value_size != size || 2 * step.pairs > size)
+    return false;
   Room room(rows * (hidden + 2 * all));
   float *normed = room.take(rows * hidden), *qkv = room.take(rows * all);
   float *q = room.take(rows * wide), *k = room.take(rows * narrow), *v = room.take(rows * narrow);
@@ -91,6 +94,9 @@ bool attend_gqa(float* x, const Gqa& w, const Step& step, const Cache& cache) {
 bool attend_mla(float* x, const Mla& w, const Step& step, const Cache& cache) {
   const int64_t rows = step.rows, hidden = w.down.k, all = w.down.n, heads = w.heads;
   const int64_t key = w.latent + w.rotated, low = all - key, head = w.nope + w.rotated;
+  if (!cache.latent || cache.head_size != key || cache.value_size != w.latent ||
+      2 * step.pairs > w.rotated)
+    return false;
   Room room(rows * (hidden + all + key + low +
                     heads * (head + w.nope + w.latent + key + w.out_of_latent.n)),
             10);

@@ -153,38 +153,43 @@ void route_topk(uintptr_t logits, int64_t rows, int64_t experts, int64_t top_k, 
                      at<float>(weights));
 }
 
-bool write_kv(uintptr_t cache, bool is_bf16, int64_t blocks, int64_t block_size,
-              int64_t block_stride, int64_t position_stride, int64_t head_stride, uintptr_t x,
-              int64_t rows, int64_t heads, int64_t size, uintptr_t slots) {
-  const Cache to{at<const void>(cache), block_stride, position_stride, head_stride, is_bf16};
-  return table().write_kv(to, blocks, block_size, at<const float>(x), rows, heads, size,
-                          at<const int64_t>(slots));
+Cache cache(uintptr_t data, int64_t blocks, int64_t block_size, int64_t kv_heads,
+            int64_t head_size, int64_t value_size, int type, bool latent) {
+  return {at<void>(data), blocks,     block_size,
+          kv_heads,       head_size,  value_size,
+          static_cast<KvType>(type),  latent};
 }
 
-bool paged_attention(uintptr_t q, uintptr_t k, int64_t k_block, int64_t k_position, int64_t k_head,
-                     uintptr_t v, int64_t v_block, int64_t v_position, int64_t v_head,
-                     bool is_bf16, uintptr_t starts, uintptr_t context, uintptr_t blocks,
-                     int64_t sequences, int64_t table_width, int64_t num_blocks,
-                     int64_t block_size, int64_t heads, int64_t kv_heads, int64_t head_size,
-                     int64_t value_size, float scale, int64_t window, uintptr_t sinks,
-                     uintptr_t out) {
+int64_t kv_bytes_per_block(int64_t block_size, int64_t kv_heads, int64_t head_size,
+                           int64_t value_size, int type, bool latent) {
+  return table().kv_bytes_per_block(
+      cache(0, 0, block_size, kv_heads, head_size, value_size, type, latent));
+}
+
+bool write_kv(uintptr_t data, int64_t blocks, int64_t block_size, int64_t kv_heads,
+              int64_t head_size, int64_t value_size, int type, bool latent, uintptr_t k,
+              uintptr_t v, int64_t rows, uintptr_t slots) {
+  return table().write_kv(
+      cache(data, blocks, block_size, kv_heads, head_size, value_size, type, latent),
+      at<const float>(k), at<const float>(v), rows, at<const int64_t>(slots));
+}
+
+bool paged_attention(uintptr_t data, int64_t blocks, int64_t block_size, int64_t kv_heads,
+                     int64_t head_size, int64_t value_size, int type, bool latent, uintptr_t q,
+                     int64_t heads, uintptr_t starts, uintptr_t context, uintptr_t tables,
+                     int64_t sequences, int64_t table_width, float scale, int64_t window,
+                     uintptr_t sinks, uintptr_t out) {
   Attention batch{};
   batch.q = at<const float>(q);
-  batch.k = {at<const void>(k), k_block, k_position, k_head, is_bf16};
-  batch.v = {at<const void>(v), v_block, v_position, v_head, is_bf16};
+  batch.kv = cache(data, blocks, block_size, kv_heads, head_size, value_size, type, latent);
   batch.out = at<float>(out);
   batch.starts = at<const int32_t>(starts);
   batch.context = at<const int32_t>(context);
-  batch.blocks = at<const int32_t>(blocks);
+  batch.blocks = at<const int32_t>(tables);
   batch.sinks = at<const float>(sinks);
   batch.sequences = sequences;
   batch.table_width = table_width;
-  batch.block_size = block_size;
-  batch.num_blocks = num_blocks;
   batch.heads = heads;
-  batch.kv_heads = kv_heads;
-  batch.head_size = head_size;
-  batch.value_size = value_size;
   batch.window = window;
   batch.scale = scale;
   return table().paged_attention(batch);
@@ -224,6 +229,7 @@ NB_MODULE(_cpu, m) {
   m.def("glu", glu, unlocked);
   m.def("rope", rope, unlocked);
   m.def("route_topk", route_topk, unlocked);
+  m.def("kv_bytes_per_block", kv_bytes_per_block);
   m.def("write_kv", write_kv, unlocked);
   m.def("paged_attention", paged_attention, unlocked);
   bind_parts(m);

@@ -1,4 +1,4 @@
-// Kernels that treat each row by itself: norm, gate, rotation, routing, cache writes.
+// Kernels that treat each row by itself: norm, gate, rotation, routing.
 #pragma once
 
 // `out` may be `in`.
@@ -133,34 +133,4 @@ void route_topk(const float* logits, int64_t rows, Routing spec, const float* bi
     }
     weigh(spec, weights + t * spec.top_k);
   });
-}
-
-// To nearest, ties to even; NaN stays a (quiet) NaN.
-INLINE bf16 narrow(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<bf16>((bits >> 16) | 0x40);
-  return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-bool write_kv(const Cache& cache, int64_t num_blocks, int64_t block_size, const float* x,
-              int64_t rows, int64_t heads, int64_t size, const int64_t* slots) {
-  for (int64_t t = 0; t < rows; ++t)
-    if (slots[t] < 0 || slots[t] >= num_blocks * block_size) return false;
-  each_row(rows, heads * size, [&](int64_t t) {
-    const int64_t row = slots[t] / block_size * cache.block_stride +
-                        slots[t] % block_size * cache.position_stride;
-    for (int64_t g = 0; g < heads; ++g) {
-      const float* in = x + (t * heads + g) * size;
-      const int64_t at = row + g * cache.head_stride;
-      if (cache.is_bf16) {
-        bf16* out = static_cast<bf16*>(const_cast<void*>(cache.data)) + at;
-        for (int64_t d = 0; d < size; ++d) out[d] = narrow(in[d]);
-      } else {
-        __builtin_memcpy(static_cast<float*>(const_cast<void*>(cache.data)) + at, in,
-                         size * sizeof(float));
-      }
-    }
-  });
-  return true;
 }

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moeserve.errors import InternalError
-from moeserve.kernels import _cpu
+from moeserve.kernels import _cpu, kv
+from moeserve.kernels.kv import fp32, int32
 from moeserve.kernels.matrix import Matrix
 from moeserve.kernels.ops import (
     Activation,
@@ -24,6 +25,8 @@ from moeserve.kernels.ops import (
     Experts,
     GqaWeights,
     HeadWeights,
+    KvCache,
+    KvShape,
     Linear,
     MlaWeights,
     MoeWeights,
@@ -171,88 +174,26 @@ class CpuOps:
         )
         return ids, weights
 
-    def write_kv(self, kv_BPGD: Tensor, x_TGD: Tensor, slot_T: Tensor) -> None:
-        blocks, size, heads, width = kv_BPGD.shape
-        rows = len(slot_T)
-        assert x_TGD.shape == (rows, heads, width), (x_TGD.shape, kv_BPGD.shape)
-        x, slots = fp32(x_TGD), slot_T.to(torch.int64).contiguous()
-        block_stride, position_stride, head_stride, _ = kv_BPGD.stride()
-        if not _cpu.write_kv(
-            kv_BPGD.data_ptr(),
-            is_bf16_cache(kv_BPGD),
-            blocks,
-            size,
-            block_stride,
-            position_stride,
-            head_stride,
-            x.data_ptr(),
-            rows,
-            heads,
-            width,
-            slots.data_ptr(),
-        ):
-            raise InternalError(f"write_kv: a slot is not in 0..{blocks * size - 1}")
+    def new_kv(self, shape: KvShape) -> KvCache:
+        return kv.new_cache(shape)
+
+    def kv_bytes_per_block(self, shape: KvShape) -> int:
+        return kv.bytes_per_block(shape)
+
+    def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
+        kv.write(cache, k_TGD, v_TGV, slot_T)
 
     def paged_attention(
         self,
         q_TAD: Tensor,
-        k_BPGD: Tensor,
-        v_BPGV: Tensor,
+        cache: KvCache,
         batch: AttentionBatch,
         *,
         scale: float,
         window: int | None = None,
         sinks_A: Tensor | None = None,
     ) -> Tensor:
-        rows, heads, size = q_TAD.shape
-        blocks, block_size, kv_heads, _ = k_BPGD.shape
-        sequences, width = batch.blocks_SM.shape
-        assert k_BPGD.shape[3] == size, (q_TAD.shape, k_BPGD.shape)
-        assert heads % kv_heads == 0, (heads, kv_heads)
-        assert v_BPGV.shape[:3] == k_BPGD.shape[:3], (v_BPGV.shape, k_BPGD.shape)
-        assert v_BPGV.dtype == k_BPGD.dtype, (v_BPGV.dtype, k_BPGD.dtype)
-        assert batch.query_start_S1.shape == (sequences + 1,), batch
-        assert batch.context_S.shape == (sequences,), batch
-        assert int(batch.query_start_S1[-1]) == rows, (batch.query_start_S1, rows)
-        assert window is None or window > 0, window
-        assert sinks_A is None or sinks_A.shape == (heads,), sinks_A
-        q, starts, context, table = (
-            fp32(q_TAD),
-            int32(batch.query_start_S1),
-            int32(batch.context_S),
-            int32(batch.blocks_SM),
-        )
-        sinks = None if sinks_A is None else sinks_A.float().contiguous()
-        out = torch.empty(rows, heads, v_BPGV.shape[3])
-        if not _cpu.paged_attention(
-            q.data_ptr(),
-            k_BPGD.data_ptr(),
-            k_BPGD.stride(0),
-            k_BPGD.stride(1),
-            k_BPGD.stride(2),
-            v_BPGV.data_ptr(),
-            v_BPGV.stride(0),
-            v_BPGV.stride(1),
-            v_BPGV.stride(2),
-            is_bf16_cache(k_BPGD) and is_bf16_cache(v_BPGV),
-            starts.data_ptr(),
-            context.data_ptr(),
-            table.data_ptr(),
-            sequences,
-            width,
-            blocks,
-            block_size,
-            heads,
-            kv_heads,
-            size,
-            v_BPGV.shape[3],
-            scale,
-            window or 0,
-            0 if sinks is None else sinks.data_ptr(),
-            out.data_ptr(),
-        ):
-            raise InternalError(f"paged_attention: rows, contexts or blocks do not fit: {batch}")
-        return out
+        return kv.attend(q_TAD, cache, batch, scale, window, sinks_A)
 
     def prepare(self, weights: W) -> Part[W]:
         return Part(weights, native_of(weights))
@@ -346,22 +287,6 @@ def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:
     out = torch.empty(rows, heads, weight.out_features)
     _cpu.linear(x.data_ptr(), rows, heads, panels.handle, out.data_ptr())
     return out
-
-
-def fp32(x: Tensor) -> Tensor:
-    assert x.dtype is torch.float32, x.dtype
-    return x.contiguous()
-
-
-def int32(x: Tensor) -> Tensor:
-    assert x.dtype is torch.int32, x.dtype
-    return x.contiguous()
-
-
-def is_bf16_cache(cache: Tensor) -> bool:
-    assert cache.stride(3) == 1 or cache.shape[3] == 1, cache.stride()
-    assert cache.dtype in (torch.float32, torch.bfloat16), cache.dtype
-    return cache.dtype is torch.bfloat16
 
 
 def rows_at(x: Tensor, rows: int, size: int) -> int:

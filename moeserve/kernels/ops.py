@@ -12,6 +12,18 @@ Activations are fp32 in and out. What a product does follows from its weights:
   total = fma(float(sum - zero * sum of codes), group scale, total) with groups ascending, and
   total * activation scale, plus the bias.
 
+Attention over an fp32 cache is all fp32. Over the others the past is cut, by absolute position,
+into segments of ``ATTENTION_SEGMENT`` and these into steps of ``ATTENTION_STEP``: a running softmax
+goes over the steps of a segment, and segments are merged in ascending order.
+
+- bf16: queries are rounded to bf16, and so are the probabilities of a step, relative to the
+  highest score of the segment so far; products as above, in pairs of positions 2i and 2i + 1. The
+  rounded probabilities also make the denominator, so that they add up to one.
+- int8: keys and values are codes with one scale per position and head. Queries are quantised per
+  row and head (a latent's two parts each by itself); probabilities times value scales are quantised
+  to 0..255 per step, relative to the step's greatest. The denominator adds the probabilities as
+  they are: one whose value is tiny has code 0 and yet counts.
+
 Every reduction has a fixed order per output element, or is exact, so a row's result never depends
 on the rows beside it (law 1). Backends may repack weights: whoever holds a ``Linear``,
 ``Experts`` or ``KvCache`` only passes it back to the table that made it.
@@ -31,6 +43,9 @@ import torch
 from torch import Tensor
 
 from moeserve.kernels.matrix import Matrix
+
+ATTENTION_SEGMENT = 512
+ATTENTION_STEP = 64
 
 
 class Activation(StrEnum):

@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from moeserve.kernels.matrix import rows_of
-from moeserve.kernels.ops import GqaWeights, MlaWeights
+from moeserve.kernels.ops import GqaWeights, KvShape, MlaWeights
 from moeserve.models.spec import AttentionSpec, GqaSpec, MlaSpec, QkNorm
 from moeserve.models.weights import Weights
 
 
 AttentionWeights = GqaWeights | MlaWeights
+
+
+def kv_shape(spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype) -> KvShape:
+    """MLA's value is the first part of its key: the latent."""
+    if isinstance(spec, MlaSpec):
+        width = spec.kv_lora + spec.rope
+        return KvShape(num_blocks, block_size, 1, width, spec.kv_lora, dtype, latent=True)
+    size = spec.head_dim
+    return KvShape(num_blocks, block_size, spec.kv_heads, size, size, dtype)
 
 
 def load_attention(

@@ -16,13 +16,7 @@ from torch import Tensor
 
 from moeserve.errors import CheckpointError
 from moeserve.kernels.ops import HeadWeights, KvCache, Linear, Ops, Part, Step
-from moeserve.models.attention import (
-    Attention,
-    LayerCache,
-    kv_values_per_token,
-    load_attention,
-    new_layer_cache,
-)
+from moeserve.models.attention import AttentionWeights, kv_shape, load_attention
 from moeserve.models.batch import StepBatch
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.families import read_spec
@@ -35,9 +29,9 @@ from moeserve.models.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """One ``LayerCache`` per decoder layer, and the MTP block's last if it was asked for."""
+    """One ``KvCache`` per decoder layer, and the MTP block's last if it was asked for."""
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[KvCache, ...]
     num_blocks: int
     block_size: int
 
@@ -81,6 +75,7 @@ class Decoder:
     spec: ModelSpec
     ops: Ops
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     embedding_WH: Tensor
     blocks: tuple[Block, ...]
     head: Part[HeadWeights]
@@ -89,21 +84,17 @@ class Decoder:
     unread: tuple[str, ...]
 
     @property
-    def kv_dtype(self) -> torch.dtype:
-        return self.dtype
-
-    @property
     def kv_bytes_per_token(self) -> int:
-        """Of all decoder layers, without the MTP block."""
-        values = sum(kv_values_per_token(layer.attention) for layer in self.spec.layers)
-        return values * self.kv_dtype.itemsize
+        """Of all decoder layers, without the MTP block; a block costs as much for each token."""
+        shapes = (kv_shape(layer.attention, 1, 1, self.kv_dtype) for layer in self.spec.layers)
+        return sum(self.ops.kv_bytes_per_block(shape) for shape in shapes)
 
     def new_cache(self, num_blocks: int, block_size: int, *, mtp: bool = False) -> KVCache:
         specs = [layer.attention for layer in self.spec.layers]
         if mtp and self.spec.mtp is not None:
             specs.append(self.spec.mtp.attention)
-        layers = (new_layer_cache(s, num_blocks, block_size, self.kv_dtype) for s in specs)
-        return KVCache(tuple(layers), num_blocks, block_size)
+        shapes = (kv_shape(s, num_blocks, block_size, self.kv_dtype) for s in specs)
+        return KVCache(tuple(self.ops.new_kv(s) for s in shapes), num_blocks, block_size)
 
     def forward(
         self, step: StepBatch, cache: KVCache, observer: RoutingObserver | None = None
@@ -160,14 +151,16 @@ def load_decoder(
     *,
     dtype: torch.dtype | None,
     ops: Ops,
+    kv_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """The model in a folder, its matrices in ``dtype``: float32, bfloat16, or the checkpoint's.
 
-    A float16 checkpoint is held as float32, which is exact. Tensors that the model does not
-    explain are an error.
+    A float16 checkpoint is held as float32, which is exact. ``kv_dtype`` is float32, bfloat16,
+    int8, or that of the matrices. Tensors that the model does not explain are an error.
     """
-    return assemble(Checkpoint.open(path), dtype=dtype, ops=ops, progress=progress)
+    checkpoint = Checkpoint.open(path)
+    return assemble(checkpoint, dtype=dtype, ops=ops, kv_dtype=kv_dtype, progress=progress)
 
 
 def assemble(
@@ -175,6 +168,7 @@ def assemble(
     *,
     dtype: torch.dtype | None,
     ops: Ops,
+    kv_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """``load_decoder`` of an open folder."""
@@ -194,6 +188,7 @@ def assemble(
         spec=spec,
         ops=ops,
         dtype=w.dtype,
+        kv_dtype=kv_dtype or w.dtype,
         embedding_WH=embedding_WH,
         blocks=blocks,
         head=ops.prepare(
