@@ -69,9 +69,7 @@ class Composed:
 GATE = RouterSpec(1, 1, "sigmoid", normalise=False)
 
 
-def attend(
-    ops: Ops, x_TH: Tensor, w: GqaWeights | MlaWeights, step: Step, cache: KvCache
-) -> None:
+def attend(ops: Ops, x_TH: Tensor, w: GqaWeights | MlaWeights, step: Step, cache: KvCache) -> None:
     normed_TH = ops.rms_norm(x_TH, w.norm_H, w.eps)
     if isinstance(w, GqaWeights):
         x_TH += _gqa(ops, normed_TH, w, step, cache)
@@ -81,7 +79,7 @@ def attend(
 
 def _gqa(ops: Ops, x_TH: Tensor, w: GqaWeights, step: Step, cache: KvCache) -> Tensor:
     rows, wide, narrow = len(x_TH), w.heads * w.head_size, w.kv_heads * w.head_size
-    q_TX, k_TX, v_TX = ops.linear(x_TH, w.qkv).split((wide, narrow, narrow), -1)
+    q_TX, k_TX, v_TX = torch.split(ops.linear(x_TH, w.qkv), [wide, narrow, narrow], -1)
     q_TX = _bounded(_normed(ops, q_TX.contiguous(), w.q_norm, w.eps), w.clip)
     k_TX = _bounded(_normed(ops, k_TX.contiguous(), w.k_norm, w.eps), w.clip)
     v_TX = _bounded(v_TX.contiguous(), w.clip)
@@ -97,8 +95,8 @@ def _gqa(ops: Ops, x_TH: Tensor, w: GqaWeights, step: Step, cache: KvCache) -> T
 def _mla(ops: Ops, x_TH: Tensor, w: MlaWeights, step: Step, cache: KvCache) -> Tensor:
     rows, keys = len(x_TH), w.latent + w.rotated
     down_TX = ops.linear(x_TH, w.down)
-    q_TX, latent_TL, key_TR = down_TX.split(
-        (down_TX.shape[1] - keys, w.latent, w.rotated), -1
+    q_TX, latent_TL, key_TR = torch.split(
+        down_TX, [down_TX.shape[1] - keys, w.latent, w.rotated], -1
     )
     q_TX = q_TX.contiguous()
     if w.q_up is not None:

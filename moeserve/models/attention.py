@@ -16,7 +16,6 @@ from moeserve.kernels.ops import GqaWeights, KvShape, MlaWeights
 from moeserve.models.spec import AttentionSpec, GqaSpec, MlaSpec, QkNorm
 from moeserve.models.weights import Weights
 
-
 AttentionWeights = GqaWeights | MlaWeights
 
 
