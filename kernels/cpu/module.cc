@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "probe.h"
 
 namespace nb = nanobind;
 
@@ -185,6 +186,8 @@ NB_MODULE(_cpu, m) {
   m.def("set_isa", set_isa);
   m.def("threads", threads);
   m.def("set_threads", share_among);
+  m.def("probe_ways", probe_ways);
+  m.def("probe", probe, unlocked);
   m.def("pack", pack_any, unlocked);
   m.def("linear", linear, unlocked);
   m.def("moe_ffn", moe_ffn, unlocked);

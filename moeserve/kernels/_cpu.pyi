@@ -11,6 +11,17 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...
+def probe_ways(what: str, /) -> list[str]:
+    """Ways of ``probe`` that run here, best first; ``what`` is read, int8, bf16 or fp32."""
+
+def probe(
+    what: str, way: str, threads: int, rounds: int, seconds: float, size: int, /
+) -> list[float]:
+    """Bytes or operations per second of all threads, one figure per round of so many seconds.
+
+    ``size`` is the memory in bytes that "read" walks through.
+    """
+
 def pack(
     source: int, count: int, n: int, k: int, paired: bool, is_bf16: bool, target: int, /
 ) -> None: ...
