@@ -12,6 +12,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "probe.h"
 
 namespace nb = nanobind;
 
@@ -221,6 +222,8 @@ NB_MODULE(_cpu, m) {
   nb::class_<Experts>(m, "Experts")
       .def("__init__", [](Experts* self, const Matrix& gate_up, const Matrix& down, int64_t count,
                           bool clamped) { new (self) Experts{gate_up, down, count, clamped}; });
+  m.def("probe_ways", probe_ways);
+  m.def("probe", probe, unlocked);
   m.def("pack", pack_any, unlocked);
   m.def("linear", linear, unlocked);
   m.def("moe_ffn", moe_ffn, unlocked);
