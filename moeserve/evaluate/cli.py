@@ -25,6 +25,9 @@ Subparsers = Any  # argparse's own type for these is private
 
 DTYPES = ("auto", "float32", "bfloat16")
 WINDOW = 512
+PROBE = (
+    "One text, 2 tokenizers? They differ (if they do) in words, digits such as 345, or  spaces.\n"
+)
 
 
 def add_parser(subparsers: Subparsers, text: str) -> None:
@@ -119,11 +122,7 @@ def _evaluate(args: argparse.Namespace, bar: Progress) -> Report:
     tokenizer, no_tokenizer = load_tokenizer(resolve_model(tested_as.model))
     reference = _load(reference_as, ops, bar)
     tested = _load(tested_as, ops, bar)
-    if reference.spec.vocab != tested.spec.vocab:
-        raise ConfigError(
-            f"--against {reference_as.model}: a vocabulary of {reference.spec.vocab} tokens, and "
-            f"{tested_as.model} has {tested.spec.vocab}: distributions over them do not compare"
-        )
+    _require_same_tokens(args, reference, tested, tokenizer)
     windows = _windows(args, reference, tested, tokenizer, no_tokenizer, bar)
     task = bar.add_task("comparing", total=sum(w.scored for w in windows))
     comparison = compare(reference, tested, windows, lambda n: bar.advance(task, n))
@@ -155,6 +154,28 @@ def _load(variant: Variant, ops: Ops, bar: Progress) -> Decoder:
         ops=ops,
         progress=lambda done, total: bar.update(task, completed=done, total=total),
     )
+
+
+def _require_same_tokens(
+    args: argparse.Namespace, reference: Decoder, tested: Decoder, tokenizer: Tokenizer | None
+) -> None:
+    """Distributions compare over one vocabulary only, each id meaning the same."""
+    if args.against is None:
+        return
+    if reference.spec.vocab != tested.spec.vocab:
+        raise ConfigError(
+            f"--against {args.against}: has {reference.spec.vocab} tokens and {args.model} "
+            f"{tested.spec.vocab}: compare models of one vocabulary"
+        )
+    from moeserve.engine.build import load_tokenizer
+    from moeserve.models.library import resolve_model
+
+    other, _ = load_tokenizer(resolve_model(args.against))
+    if tokenizer and other and tokenizer.encode(PROBE) != other.encode(PROBE):
+        raise ConfigError(
+            f"--against {args.against}: its tokenizer splits text otherwise than that of "
+            f"{args.model}: compare models of one vocabulary"
+        )
 
 
 def _windows(

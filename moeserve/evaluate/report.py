@@ -121,11 +121,14 @@ def render(report: Report, console: Console) -> None:
     else:
         lines.append(f"arithmetic  none: {report.no_exams}")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    console.print(_texts_table(report.comparison))
+    tables = [_texts_table(report.comparison)]
     if report.comparison.routing:
-        console.print(_routing_table(report.comparison))
+        tables.append(_routing_table(report.comparison))
     if exams:
-        console.print(_exams_table(exams[1:]))
+        tables.append(_exams_table(exams[1:]))
+    for table in tables:
+        console.print()
+        console.print(table)
 
 
 def _texts_table(c: Comparison) -> Table:
@@ -163,7 +166,7 @@ def _exams_table(exams: Sequence[Exam]) -> Table:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), title="")
+    table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column(first, no_wrap=True)
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
