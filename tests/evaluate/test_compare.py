@@ -11,6 +11,7 @@ import torch
 
 from moeserve.core import Request, RequestId, SamplingParams
 from moeserve.errors import ConfigError
+from moeserve.evaluate import answers as answering
 from moeserve.evaluate import compare as comparing
 from moeserve.evaluate.answers import BLOCK, answer
 from moeserve.evaluate.arithmetic import draw_problems
@@ -134,6 +135,19 @@ def test_answers_come_in_the_order_of_requests(tiny_decoder: Tiny) -> None:
     assert [len(ids) for ids in together] == [3, 9, 1]
     assert together == [answer(decoder, [r], frozenset())[0] for r in requests]
     assert answer(decoder, [], frozenset()) == []
+
+
+def test_answers_are_the_same_where_memory_holds_one_at_a_time(
+    tiny_decoder: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, heard = tiny_decoder("qwen3_moe"), list[int]()
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=3, ignore_eos=True)
+    requests = [Request(RequestId(str(i)), (5 + i,), params) for i in range(3)]
+    together = answer(decoder, requests, frozenset())
+    monkeypatch.setattr(answering, "KV_BYTES", 1)
+    assert answer(decoder, requests, frozenset(), heard.append) == together
+    assert set(heard) == {1}
+    assert sum(heard) == 18
 
 
 def test_written_windows_repeat_with_their_seed(tiny_decoder: Tiny) -> None:
