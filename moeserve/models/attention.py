@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeserve.kernels.matrix import to_float
 from moeserve.kernels.ops import Linear, Ops
 from moeserve.models.batch import StepBatch
 from moeserve.models.rope import RopeRows
@@ -178,7 +179,9 @@ def _load_mla(w: Weights, prefix: str, s: MlaSpec, hidden: int) -> Mla:
         q_a_norm = w.vector(f"{prefix}.q_a_layernorm.weight", s.q_lora)
         q_b = w.linear(f"{prefix}.q_b_proj", queries, s.q_lora)
     rows = s.heads * (s.nope + s.value)
-    up_AXL = w.matrix(f"{prefix}.kv_b_proj.weight", rows, s.kv_lora).view(s.heads, -1, s.kv_lora)
+    # In floats: one of its halves is needed transposed, where scales per row cannot follow.
+    up_XL = to_float(w.stored.linear(f"{prefix}.kv_b_proj", rows, s.kv_lora)).to(w.dtype)
+    up_AXL = up_XL.view(s.heads, -1, s.kv_lora)
     return Mla(
         spec=s,
         q_a=q_a,

@@ -20,7 +20,17 @@ from moeserve.errors import CheckpointError
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 class Checkpoint:
@@ -48,7 +58,6 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; give the path of a model folder")
         config = read_json(folder / "config.json", required=True)
-        _refuse_quantised(folder / "config.json", config)
         files = {file: _map(file) for file in _weight_files(folder)}
         generation = read_json(folder / "generation_config.json", required=False)
         checkpoint = cls(folder, config, generation, files)
@@ -62,39 +71,63 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         return name in self._home
 
-    def get(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    def get(
+        self,
+        name: str,
+        shape: tuple[int, ...] | None = None,
+        kinds: tuple[torch.dtype, ...] = FLOATS,
+    ) -> Tensor:
         """The tensor, a view of the mapped file; of exactly this shape where one is given."""
         if shape is not None:
             self.require(name, shape)
         file, mapped = self._find(name)
+        if self.dtype(name) not in kinds:
+            expected = " or ".join(_shown(kind) for kind in kinds)
+            raise CheckpointError(
+                f"{file}: tensor {name} has dtype {_shown(self.dtype(name))}, expected {expected}"
+                + ("; is it quantised in a way that config.json does not name?" * (kinds == FLOATS))
+            )
         try:
             tensor: Tensor = mapped.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from error
-        if tensor.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"{file}: tensor {name} has dtype {tensor.dtype}, expected float32, float16 or "
-                f"bfloat16; quantised weights are not supported yet"
-            )
         self._read.add(name)
         self.bytes_read += tensor.nbytes
         return tensor
 
+    def dtype(self, name: str) -> torch.dtype:
+        """From the header."""
+        file, _ = self._find(name)
+        kind = str(self._header(name).get_dtype())
+        if kind not in _DTYPES:
+            raise CheckpointError(
+                f"{file}: tensor {name} has dtype {kind}, expected one of {', '.join(_DTYPES)}"
+            )
+        return _DTYPES[kind]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the header."""
+        return tuple(self._header(name).get_shape())
+
     def require(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuses a tensor that is missing or of another shape; reads the header only."""
-        file, mapped = self._find(name)
-        try:
-            found = list(mapped.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from error
-        if found != list(shape):
+        found = self.shape(name)
+        if found != shape:
+            file, _ = self._find(name)
             raise CheckpointError(
-                f"{file}: tensor {name} has shape {found}, config.json implies {list(shape)}"
+                f"{file}: tensor {name} has shape {list(found)}, config.json implies {list(shape)}"
             )
 
     def unread(self) -> tuple[str, ...]:
         """Tensors that nobody asked for, sorted."""
         return tuple(sorted(self.names - self._read))
+
+    def _header(self, name: str) -> Any:
+        file, mapped = self._find(name)
+        try:
+            return mapped.get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from error
 
     def _find(self, name: str) -> tuple[Path, Any]:
         if name not in self._home:
@@ -161,12 +194,5 @@ def _map(file: Path) -> Any:
         ) from error
 
 
-def _refuse_quantised(file: Path, config: dict[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        found = config.get(key)
-        if found is not None:
-            method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
-            raise CheckpointError(
-                f"{file}: {key} names the method {method!r}, which is not supported yet; "
-                f"use a float32, float16 or bfloat16 copy of the model"
-            )
+def _shown(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")

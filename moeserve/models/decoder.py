@@ -7,6 +7,7 @@ residual stream is fp32. Letters as in ``kernels.ops``, R wanted rows, W vocabul
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,14 @@ from moeserve.models.attention import (
 from moeserve.models.batch import StepBatch
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.families import read_spec
+from moeserve.models.fields import Fields
+from moeserve.models.formats.layouts import Stored
+from moeserve.models.formats.method import read_method
 from moeserve.models.moe import DenseMlp, MoeMlp, RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
 from moeserve.models.rope import RopeRows, RopeTables, rope_tables
 from moeserve.models.spec import LayerSpec, ModelSpec
-from moeserve.models.weights import Weights
+from moeserve.models.weights import AS_STORED, Rounding, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +174,16 @@ def load_decoder(
     *,
     dtype: torch.dtype | None,
     ops: Ops,
+    rounding: Rounding = AS_STORED,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """The model in a folder, its matrices in ``dtype``: float32, bfloat16, or the checkpoint's.
+    """The model in a folder, its floats in ``dtype``: float32, bfloat16, or the checkpoint's.
 
-    A float16 checkpoint is held as float32, which is exact. Tensors that the model does not
-    explain are an error.
+    A float16 checkpoint is held as float32, which is exact. Quantised matrices stay as they are
+    stored unless ``rounding`` says otherwise. Tensors that the model does not explain are an error.
     """
-    return assemble(Checkpoint.open(path), dtype=dtype, ops=ops, progress=progress)
+    checkpoint = Checkpoint.open(path)
+    return assemble(checkpoint, dtype=dtype, ops=ops, rounding=rounding, progress=progress)
 
 
 def assemble(
@@ -185,18 +191,25 @@ def assemble(
     *,
     dtype: torch.dtype | None,
     ops: Ops,
+    rounding: Rounding = AS_STORED,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """``load_decoder`` of an open folder."""
     spec, names = read_spec(checkpoint)
+    path = checkpoint.path
     embedding = checkpoint.get("model.embed_tokens.weight", (spec.vocab, spec.hidden))
     held = dtype or embedding.dtype
     w = Weights(
-        checkpoint, ops, torch.bfloat16 if held is torch.bfloat16 else torch.float32, progress
+        checkpoint,
+        Stored(checkpoint, read_method(Fields(checkpoint.config, str(path / "config.json")))),
+        ops,
+        torch.bfloat16 if held is torch.bfloat16 else torch.float32,
+        rounding,
+        progress,
     )
     embedding_WH = embedding.to(w.dtype, copy=True)
     if spec.tied_embeddings:
-        head = ops.pack_linear(embedding_WH)
+        head = ops.pack_linear(w.held("lm_head", embedding_WH))
     else:
         head = w.linear("lm_head", spec.vocab, spec.hidden)
     blocks = tuple(_load_block(w, i, layer, names, spec) for i, layer in enumerate(spec.layers))
@@ -210,8 +223,12 @@ def assemble(
         head=head,
         rope=rope_tables(spec.rope, spec.max_positions),
         mtp=_load_mtp(w, names, spec, embedding_WH, head),
-        unread=_explained(checkpoint, spec),
+        unread=_explained(checkpoint, spec, w.stored),
     )
+    for why, count in w.stored.rounded.items():
+        logging.getLogger("moeserve.models").info(
+            "%s: %d matrices rounded to int8: stored as %s", path, count, why
+        )
     if progress is not None:
         progress(checkpoint.total_bytes, checkpoint.total_bytes)
     return decoder
@@ -241,7 +258,8 @@ def _load_mtp(
         return None
     own_embedding, own_head = f"{prefix}.embed_tokens.weight", f"{prefix}.shared_head.head"
     if w.has(own_embedding):
-        embedding_WH = w.matrix(own_embedding, spec.vocab, spec.hidden)
+        embedding = w.checkpoint.get(own_embedding, (spec.vocab, spec.hidden))
+        embedding_WH = embedding.to(w.dtype, copy=True)
     if w.has(f"{own_head}.weight"):
         head = w.linear(own_head, spec.vocab, spec.hidden)
     return Mtp(
@@ -255,10 +273,10 @@ def _load_mtp(
     )
 
 
-def _explained(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
+def _explained(checkpoint: Checkpoint, spec: ModelSpec, stored: Stored) -> tuple[str, ...]:
     """The tensors nobody read, if each has a reason: else an error that names them."""
     unread = checkpoint.unread()
-    strange = [name for name in unread if not _needless(name, spec)]
+    strange = [name for name in unread if not (_needless(name, spec) or stored.needless(name))]
     if strange:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise CheckpointError(

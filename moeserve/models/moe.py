@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from moeserve.errors import CheckpointError
+from moeserve.kernels.matrix import Matrix
 from moeserve.kernels.ops import Activation, Experts, Linear, Ops, RouterSpec
 from moeserve.models.names import TensorNames
 from moeserve.models.spec import DenseSpec, MoeSpec
-from moeserve.models.weights import Weights
+from moeserve.models.weights import Weights, pick, stack
 
 
 class RoutingObserver(Protocol):
@@ -78,7 +79,7 @@ def load_mlp(
         return MoeMlp(routed, None)
     shared = f"{mlp}.{names.shared}"
     if spec.shared_gate:
-        gate = f"{mlp}.{names.shared_gate}.weight"
+        gate = f"{mlp}.{names.shared_gate}"
         return MoeMlp(routed, _load_gated(w, shared, gate, spec.shared, hidden))
     return MoeMlp(routed, _load_dense(w, shared, spec.shared, hidden))
 
@@ -93,24 +94,18 @@ def _moe_prefix(w: Weights, prefix: str, names: TensorNames) -> str:
 
 
 def _load_dense(w: Weights, prefix: str, inner: int, hidden: int) -> DenseMlp:
-    w.require(f"{prefix}.gate_proj.weight", inner, hidden)
-    gate_up_2IH = torch.empty(2 * inner, hidden, dtype=w.dtype)
-    w.copy_into(gate_up_2IH[:inner], f"{prefix}.gate_proj.weight")
-    w.copy_into(gate_up_2IH[inner:], f"{prefix}.up_proj.weight")
+    gate_up_2IH = w.rows([f"{prefix}.gate_proj", f"{prefix}.up_proj"], [inner, inner], hidden)
     return DenseMlp(w.ops.pack_linear(gate_up_2IH), w.linear(f"{prefix}.down_proj", hidden, inner))
 
 
 def _load_gated(w: Weights, prefix: str, gate: str, inner: int, hidden: int) -> RoutedMlp:
-    w.require(f"{prefix}.gate_proj.weight", inner, hidden)
-    gate_up_12IH = torch.empty(1, 2 * inner, hidden, dtype=w.dtype)
-    w.copy_into(gate_up_12IH[0, :inner], f"{prefix}.gate_proj.weight")
-    w.copy_into(gate_up_12IH[0, inner:], f"{prefix}.up_proj.weight")
-    down_1HI = w.matrix(f"{prefix}.down_proj.weight", hidden, inner)[None]
+    gate_up_2IH = w.rows([f"{prefix}.gate_proj", f"{prefix}.up_proj"], [inner, inner], hidden)
+    down_HI = w.matrix(f"{prefix}.down_proj", hidden, inner)
     return RoutedMlp(
-        router=w.ops.pack_linear(w.exact(gate, 1, hidden)),
+        router=w.ops.pack_linear(w.floats(gate, 1, hidden)),
         spec=RouterSpec(1, 1, "sigmoid", normalise=False),
         bias_E=None,
-        experts=w.ops.pack_experts(gate_up_12IH, down_1HI),
+        experts=w.ops.pack_experts(pick(gate_up_2IH, None), pick(down_HI, None)),
     )
 
 
@@ -120,7 +115,7 @@ def _load_routed(w: Weights, mlp: str, spec: MoeSpec, names: TensorNames, hidden
     selection = f"{router}.{names.selection_bias}"
     return RoutedMlp(
         router=w.ops.pack_linear(
-            w.exact(f"{router}.weight", num, hidden),
+            w.floats(router, num, hidden),
             w.vector(f"{router}.bias", num) if spec.router_bias else None,
         ),
         spec=spec.router,
@@ -132,37 +127,31 @@ def _load_routed(w: Weights, mlp: str, spec: MoeSpec, names: TensorNames, hidden
 def _load_experts(
     w: Weights, prefix: str, spec: MoeSpec, names: TensorNames, hidden: int
 ) -> Experts:
-    num, inner = spec.router.num_experts, spec.intermediate
-    if not w.has(f"{prefix}.gate_up_proj"):
-        gate_up_E2IH, down_EHI = _stack_experts(w, prefix, names, num, inner, hidden)
-    elif names.transposed:
-        gate_up_E2IH = _apart(w.matrix(f"{prefix}.gate_up_proj", num, hidden, 2 * inner).mT)
-        down_EHI = w.matrix(f"{prefix}.down_proj", num, inner, hidden).mT.contiguous()
+    num, inner, turned = spec.router.num_experts, spec.intermediate, names.transposed
+    up, down = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+    if w.has_experts(up):
+        gate_up_E2IH = w.experts(up, num, 2 * inner, hidden, transposed=turned, paired=turned)
+        down_EHI = w.experts(down, num, hidden, inner, transposed=turned)
     else:
-        gate_up_E2IH = w.matrix(f"{prefix}.gate_up_proj", num, 2 * inner, hidden)
-        down_EHI = w.matrix(f"{prefix}.down_proj", num, hidden, inner)
+        gate_up_E2IH, down_EHI = _stack_experts(w, prefix, names, num, inner, hidden)
     gate_up_bias = down_bias = None
     if spec.expert_bias:
-        gate_up_bias = w.exact(f"{prefix}.gate_up_proj_bias", num, 2 * inner)
-        gate_up_bias = _apart(gate_up_bias) if names.transposed else gate_up_bias
-        down_bias = w.exact(f"{prefix}.down_proj_bias", num, hidden)
+        gate_up_bias = w.exact(f"{up}_bias", num, 2 * inner)
+        if turned:
+            gate_up_bias = torch.cat((gate_up_bias[:, 0::2], gate_up_bias[:, 1::2]), 1)
+        down_bias = w.exact(f"{down}_bias", num, hidden)
     return w.ops.pack_experts(gate_up_E2IH, down_EHI, gate_up_bias, down_bias, spec.activation)
 
 
 def _stack_experts(
     w: Weights, prefix: str, names: TensorNames, num: int, inner: int, hidden: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Matrix, Matrix]:
     gate, up, down = names.expert_parts
-    w.require(f"{prefix}.0.{gate}.weight", inner, hidden)
-    gate_up_E2IH = torch.empty(num, 2 * inner, hidden, dtype=w.dtype)
-    down_EHI = torch.empty(num, hidden, inner, dtype=w.dtype)
-    for e in range(num):
-        w.copy_into(gate_up_E2IH[e, :inner], f"{prefix}.{e}.{gate}.weight")
-        w.copy_into(gate_up_E2IH[e, inner:], f"{prefix}.{e}.{up}.weight")
-        w.copy_into(down_EHI[e], f"{prefix}.{e}.{down}.weight")
-    return gate_up_E2IH, down_EHI
 
+    def gate_up(e: int) -> Matrix:
+        return w.rows([f"{prefix}.{e}.{gate}", f"{prefix}.{e}.{up}"], [inner, inner], hidden)
 
-def _apart(x: Tensor) -> Tensor:
-    """GPT-OSS alternates gate and up rows (dimension 1); we want all gates first."""
-    return torch.cat((x[:, 0::2], x[:, 1::2]), 1)
+    return (
+        stack(num, gate_up),
+        stack(num, lambda e: w.matrix(f"{prefix}.{e}.{down}", hidden, inner)),
+    )
