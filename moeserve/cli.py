@@ -132,6 +132,8 @@ SAMPLING: Mapping[str, tuple[type, str]] = {
 GENERATE_SETTINGS = (
     "model",
     "dtype",
+    "quantization",
+    "quantize_attention",
     "max_model_len",
     "block_size",
     "num_blocks",

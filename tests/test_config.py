@@ -32,6 +32,8 @@ OTHER: dict[str, Any] = {
     "http_port": 0,
     "api_key": "secret-secret",
     "dtype": "bfloat16",
+    "quantization": "int8",
+    "quantize_attention": False,
     "max_model_len": 99,
     "block_size": 8,
     "num_blocks": 77,

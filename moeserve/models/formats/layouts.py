@@ -32,6 +32,8 @@ from moeserve.models.formats.method import AWQ, COMPRESSED, FP8, GPTQ, MXFP4, Me
 _AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
 # E2M1, doubled to be whole.
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+# Powers of two, halved as the codes are doubled.
+_E8M0_HALVES = tuple(2.0 ** (e - 128) for e in range(256))
 _MX_GROUP = 32
 
 
@@ -65,7 +67,7 @@ class Stored:
         blocks = self._get(f"{name}_blocks", (num, out, groups, 16), torch.uint8)
         power = self._get(f"{name}_scales", (num, out, groups), torch.uint8)
         self._sound(f"{name}_scales", power != 255, "holds NaN")
-        scale = torch.ldexp(torch.tensor(0.5), power.int() - 127)
+        scale = torch.tensor(_E8M0_HALVES)[power.long()]
         packed = blocks.flatten(-2)[..., : into // 2]
         zero = torch.zeros(scale.shape, dtype=torch.uint8)
         return Int4Matrix(packed, scale, zero, _MX_GROUP, _E2M1)
