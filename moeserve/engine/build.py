@@ -27,7 +27,7 @@ from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
 from moeserve.models.spec import ModelSpec, MoeSpec
 from moeserve.models.tokenizer import Tokenizer
-from moeserve.models.weights import QUANTIZATIONS, Rounding
+from moeserve.models.weights import QUANTIZATIONS
 from moeserve.observe.routing import RoutingRecorder
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,13 +102,17 @@ def build_engine(
         raise ConfigError(f"dtype={dtype!r}: expected one of {sorted(DTYPES)}")
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization={quantization!r}: expected one of {QUANTIZATIONS}")
-    rounding = Rounding(quantization, quantize_attention)
     if threads is not None:
         torch.set_num_threads(threads)
     ops = choose_ops(threads=threads)
     tokenizer, no_tokenizer = load_tokenizer(path, chat_template)
     decoder = load_decoder(
-        path, dtype=DTYPES[dtype], ops=ops, rounding=rounding, progress=progress
+        path,
+        dtype=DTYPES[dtype],
+        ops=ops,
+        quantization=quantization,
+        quantize_attention=quantize_attention,
+        progress=progress,
     )
     size = size_kv(
         decoder.kv_bytes_per_token,

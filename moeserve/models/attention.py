@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeserve.kernels.matrix import to_float
 from moeserve.kernels.ops import Linear, Ops
 from moeserve.models.batch import StepBatch
 from moeserve.models.rope import RopeRows
@@ -180,7 +179,7 @@ def _load_mla(w: Weights, prefix: str, s: MlaSpec, hidden: int) -> Mla:
         q_b = w.linear(f"{prefix}.q_b_proj", queries, s.q_lora)
     rows = s.heads * (s.nope + s.value)
     # In floats: one of its halves is needed transposed, where scales per row cannot follow.
-    up_XL = to_float(w.stored.linear(f"{prefix}.kv_b_proj", rows, s.kv_lora)).to(w.dtype)
+    up_XL = w.floats(f"{prefix}.kv_b_proj", rows, s.kv_lora).to(w.dtype)
     up_AXL = up_XL.view(s.heads, -1, s.kv_lora)
     return Mla(
         spec=s,

@@ -2,12 +2,16 @@
 
 Nothing in the folder is executed and pickle is never read. Every tensor that is asked for is
 checked (present, shape, dtype) and counted; ``unread`` lists what nobody asked for, so that a
-tensor we do not understand cannot be dropped in silence. Files must not change while open.
+tensor we do not understand cannot be dropped in silence. Files must not change while open. Pages
+that were read stay resident until ``release``, so that a model need not be in memory twice.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +25,8 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Linux has the flag everywhere; Python names it from 3.13 on.
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -33,6 +39,18 @@ _DTYPES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a tensor lies: bytes ``start`` to ``end`` of a mapped file."""
+
+    file: Path
+    mapping: mmap.mmap
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
 class Checkpoint:
     """An open model folder; owns the file mappings and the counters."""
 
@@ -41,14 +59,14 @@ class Checkpoint:
         path: Path,
         config: dict[str, Any],
         generation_config: dict[str, Any],
-        files: dict[Path, Any],
+        files: dict[Path, dict[str, Entry]],
     ) -> None:
         self.path = path
         self.config = config
         self.generation_config = generation_config
         self.bytes_read = 0
         self.total_bytes = sum(file.stat().st_size for file in files)
-        self._home = {name: (file, f) for file, f in files.items() for name in f.keys()}  # noqa: SIM118
+        self._entries = {name: entry for found in files.values() for name, entry in found.items()}
         self._read: set[str] = set()
 
     @classmethod
@@ -66,10 +84,10 @@ class Checkpoint:
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self._home)
+        return frozenset(self._entries)
 
     def has(self, name: str) -> bool:
-        return name in self._home
+        return name in self._entries
 
     def get(
         self,
@@ -80,64 +98,63 @@ class Checkpoint:
         """The tensor, a view of the mapped file; of exactly this shape where one is given."""
         if shape is not None:
             self.require(name, shape)
-        file, mapped = self._find(name)
-        if self.dtype(name) not in kinds:
-            expected = " or ".join(_shown(kind) for kind in kinds)
+        entry, kind = self._find(name), self.dtype(name)
+        if kind not in kinds:
+            expected = " or ".join(_shown(k) for k in kinds)
+            remedy = "; quantised weights need a quantization_config in config.json"
             raise CheckpointError(
-                f"{file}: tensor {name} has dtype {_shown(self.dtype(name))}, expected {expected}"
-                + ("; is it quantised in a way that config.json does not name?" * (kinds == FLOATS))
+                f"{entry.file}: tensor {name} has dtype {_shown(kind)}, expected {expected}"
+                f"{remedy if kinds == FLOATS else ''}"
             )
-        try:
-            tensor: Tensor = mapped.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from error
         self._read.add(name)
-        self.bytes_read += tensor.nbytes
-        return tensor
+        self.bytes_read += entry.end - entry.start
+        if entry.start == entry.end:
+            return torch.empty(entry.shape, dtype=kind)
+        count = (entry.end - entry.start) // kind.itemsize
+        flat = torch.frombuffer(entry.mapping, dtype=kind, count=count, offset=entry.start)
+        return flat.view(entry.shape)
+
+    def release(self) -> None:
+        """Gives back the memory of pages read so far; tensors stay valid and are read again."""
+        for mapping in {id(e.mapping): e.mapping for e in self._entries.values()}.values():
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def dtype(self, name: str) -> torch.dtype:
         """From the header."""
-        file, _ = self._find(name)
-        kind = str(self._header(name).get_dtype())
-        if kind not in _DTYPES:
+        entry = self._find(name)
+        if entry.kind not in _DTYPES:
             raise CheckpointError(
-                f"{file}: tensor {name} has dtype {kind}, expected one of {', '.join(_DTYPES)}"
+                f"{entry.file}: tensor {name} has dtype {entry.kind}, expected one of "
+                f"{', '.join(_DTYPES)}"
             )
-        return _DTYPES[kind]
+        return _DTYPES[entry.kind]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header."""
-        return tuple(self._header(name).get_shape())
+        return self._find(name).shape
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuses a tensor that is missing or of another shape; reads the header only."""
         found = self.shape(name)
         if found != shape:
-            file, _ = self._find(name)
             raise CheckpointError(
-                f"{file}: tensor {name} has shape {list(found)}, config.json implies {list(shape)}"
+                f"{self._find(name).file}: tensor {name} has shape {list(found)}, "
+                f"config.json implies {list(shape)}"
             )
 
     def unread(self) -> tuple[str, ...]:
         """Tensors that nobody asked for, sorted."""
         return tuple(sorted(self.names - self._read))
 
-    def _header(self, name: str) -> Any:
-        file, mapped = self._find(name)
-        try:
-            return mapped.get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from error
-
-    def _find(self, name: str) -> tuple[Path, Any]:
-        if name not in self._home:
+    def _find(self, name: str) -> Entry:
+        if name not in self._entries:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        return self._home[name]
+        return self._entries[name]
 
     def _check_index(self) -> None:
         index = read_json(self.path / _INDEX, required=False)
         for name, shard in index.get("weight_map", {}).items():
-            if name not in self._home or self._home[name][0].name != shard:
+            if not self.has(name) or self._find(name).file.name != shard:
                 raise CheckpointError(
                     f"{self.path / _INDEX}: tensor {name} should be in {shard} but is not"
                 )
@@ -185,13 +202,38 @@ def _shard(index: Path, name: str) -> Path:
     return file
 
 
-def _map(file: Path) -> Any:
+def _map(file: Path) -> dict[str, Entry]:
+    """What is in a file, by name. The library checks the header; data is mapped here, where pages
+    can be given back."""
     try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+        with safe_open(file, framework="pt", device="cpu"):
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+            # Private, since torch wants memory it could write; nobody does, so reserve none.
+            mapping = mmap.mmap(
+                opened.fileno(),
+                0,
+                flags=mmap.MAP_PRIVATE | _NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{file}: truncated or not safetensors ({error}); download it again"
         ) from error
+    first = 8 + length
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(
+            file,
+            mapping,
+            told["dtype"],
+            tuple(told["shape"]),
+            *(first + offset for offset in told["data_offsets"]),
+        )
+        for name, told in header.items()
+    }
 
 
 def _shown(kind: torch.dtype) -> str:

@@ -34,7 +34,7 @@ from moeserve.models.moe import DenseMlp, MoeMlp, RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
 from moeserve.models.rope import RopeRows, RopeTables, rope_tables
 from moeserve.models.spec import LayerSpec, ModelSpec
-from moeserve.models.weights import AS_STORED, Rounding, Weights
+from moeserve.models.weights import Rounding, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,16 +174,25 @@ def load_decoder(
     *,
     dtype: torch.dtype | None,
     ops: Ops,
-    rounding: Rounding = AS_STORED,
+    quantization: str = "auto",
+    quantize_attention: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """The model in a folder, its floats in ``dtype``: float32, bfloat16, or the checkpoint's.
 
     A float16 checkpoint is held as float32, which is exact. Quantised matrices stay as they are
-    stored unless ``rounding`` says otherwise. Tensors that the model does not explain are an error.
+    stored, unless ``quantization`` says otherwise (see ``weights.Rounding``). Tensors that the
+    model does not explain are an error.
     """
     checkpoint = Checkpoint.open(path)
-    return assemble(checkpoint, dtype=dtype, ops=ops, rounding=rounding, progress=progress)
+    return assemble(
+        checkpoint,
+        dtype=dtype,
+        ops=ops,
+        quantization=quantization,
+        quantize_attention=quantize_attention,
+        progress=progress,
+    )
 
 
 def assemble(
@@ -191,31 +200,59 @@ def assemble(
     *,
     dtype: torch.dtype | None,
     ops: Ops,
-    rounding: Rounding = AS_STORED,
+    quantization: str = "auto",
+    quantize_attention: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """``load_decoder`` of an open folder."""
-    spec, names = read_spec(checkpoint)
-    path = checkpoint.path
-    embedding = checkpoint.get("model.embed_tokens.weight", (spec.vocab, spec.hidden))
-    held = dtype or embedding.dtype
-    w = Weights(
+    rounding = Rounding(quantization, quantize_attention)
+    w = open_weights(checkpoint, dtype, ops, rounding, progress)
+    decoder = build_decoder(w)
+    for method, count in w.stored.rounded.items():
+        logging.getLogger("moeserve.models").info(
+            "%s: %d matrices of %s rounded to int8, which holds them best",
+            checkpoint.path,
+            count,
+            method,
+        )
+    if progress is not None:
+        progress(checkpoint.total_bytes, checkpoint.total_bytes)
+    return decoder
+
+
+def open_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    ops: Ops,
+    rounding: Rounding,
+    progress: Callable[[int, int], None] | None = None,
+) -> Weights:
+    """``dtype`` None is that of the embedding, which no method quantises."""
+    held = dtype or checkpoint.dtype("model.embed_tokens.weight")
+    where = str(checkpoint.path / "config.json")
+    return Weights(
         checkpoint,
-        Stored(checkpoint, read_method(Fields(checkpoint.config, str(path / "config.json")))),
+        Stored(checkpoint, read_method(Fields(checkpoint.config, where))),
         ops,
         torch.bfloat16 if held is torch.bfloat16 else torch.float32,
         rounding,
         progress,
     )
-    embedding_WH = embedding.to(w.dtype, copy=True)
+
+
+def build_decoder(w: Weights) -> Decoder:
+    """Reads every tensor of the model, and accounts for the others."""
+    spec, names = read_spec(w.checkpoint)
+    embedding_WH = w.embedding("model.embed_tokens", spec.vocab, spec.hidden)
     if spec.tied_embeddings:
-        head = ops.pack_linear(w.held("lm_head", embedding_WH))
+        head = w.ops.pack_linear(w.held("lm_head", embedding_WH))
     else:
         head = w.linear("lm_head", spec.vocab, spec.hidden)
+    w.checkpoint.release()
     blocks = tuple(_load_block(w, i, layer, names, spec) for i, layer in enumerate(spec.layers))
-    decoder = Decoder(
+    return Decoder(
         spec=spec,
-        ops=ops,
+        ops=w.ops,
         dtype=w.dtype,
         embedding_WH=embedding_WH,
         blocks=blocks,
@@ -223,22 +260,15 @@ def assemble(
         head=head,
         rope=rope_tables(spec.rope, spec.max_positions),
         mtp=_load_mtp(w, names, spec, embedding_WH, head),
-        unread=_explained(checkpoint, spec, w.stored),
+        unread=_explained(w.checkpoint, spec, w.stored),
     )
-    for why, count in w.stored.rounded.items():
-        logging.getLogger("moeserve.models").info(
-            "%s: %d matrices rounded to int8: stored as %s", path, count, why
-        )
-    if progress is not None:
-        progress(checkpoint.total_bytes, checkpoint.total_bytes)
-    return decoder
 
 
 def _load_block(
     w: Weights, index: int, layer: LayerSpec, names: TensorNames, spec: ModelSpec
 ) -> Block:
     prefix = f"model.layers.{index}"
-    return Block(
+    block = Block(
         layer=index,
         eps=spec.norm_eps,
         input_norm_H=w.vector(f"{prefix}.input_layernorm.weight", spec.hidden),
@@ -248,6 +278,8 @@ def _load_block(
         post_norm_H=w.vector(f"{prefix}.post_attention_layernorm.weight", spec.hidden),
         mlp=load_mlp(w, prefix, layer.mlp, names, spec.hidden),
     )
+    w.checkpoint.release()
+    return block
 
 
 def _load_mtp(
@@ -256,10 +288,9 @@ def _load_mtp(
     prefix = f"model.layers.{len(spec.layers)}"
     if spec.mtp is None or not w.has(f"{prefix}.eh_proj.weight"):
         return None
-    own_embedding, own_head = f"{prefix}.embed_tokens.weight", f"{prefix}.shared_head.head"
-    if w.has(own_embedding):
-        embedding = w.checkpoint.get(own_embedding, (spec.vocab, spec.hidden))
-        embedding_WH = embedding.to(w.dtype, copy=True)
+    own_embedding, own_head = f"{prefix}.embed_tokens", f"{prefix}.shared_head.head"
+    if w.has(f"{own_embedding}.weight"):
+        embedding_WH = w.embedding(own_embedding, spec.vocab, spec.hidden)
     if w.has(f"{own_head}.weight"):
         head = w.linear(own_head, spec.vocab, spec.hidden)
     return Mtp(

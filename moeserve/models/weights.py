@@ -39,6 +39,9 @@ class Rounding:
     to: str = "auto"
     attention: bool = True
 
+    def __post_init__(self) -> None:
+        assert self.to in QUANTIZATIONS, self.to
+
     def of(self, module: str) -> str:
         high = not self.attention and ".self_attn." in module
         return "none" if high and self.to in ("int8", "int4") else self.to
@@ -63,7 +66,9 @@ class Weights:
 
     def matrix(self, module: str, out: int, into: int) -> Matrix:
         """[N, K] of ``module``, as it will be packed."""
-        matrix = self.stored.linear(module, out, into)
+        as_stored = self.rounding.of(module) == "auto"
+        read = self.stored.linear if as_stored else self.stored.exactly
+        matrix = read(module, out, into)
         self._heard()
         return self.held(module, matrix)
 
@@ -73,10 +78,16 @@ class Weights:
         return rows_of(alike(parts))
 
     def floats(self, module: str, out: int, into: int) -> Tensor:
-        """In fp32, however it is stored: routers."""
-        matrix = to_float(self.stored.linear(module, out, into))
+        """In fp32, however it is stored: routers, and what is never rounded."""
+        matrix = self.stored.exactly(module, out, into)
         self._heard()
-        return matrix
+        return to_float(matrix)
+
+    def embedding(self, module: str, vocab: int, hidden: int) -> Tensor:
+        """A copy: rows are looked up as long as the model serves."""
+        table = self.checkpoint.get(f"{module}.weight", (vocab, hidden))
+        self._heard()
+        return table.to(self.dtype, copy=True)
 
     def vector(self, name: str, size: int) -> Tensor:
         return self.exact(name, size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from moeserve.models.fields import Fields
 from moeserve.models.formats.layouts import Stored
 from moeserve.models.formats.method import read_method
 from moeserve.models.survey import survey
-from moeserve.models.weights import Rounding
 
 Config = dict[str, Any]
 
@@ -71,12 +70,20 @@ class FloatOps(ReferenceOps):
 
 @dataclass
 class Written:
-    """A matrix [N, K] in some format: what is in the file, and what it stands for."""
+    """A matrix [N, K] in some format: what is in the file, and what it stands for.
+
+    ``rounded`` formats are int8 per row in memory, unless floats are asked for.
+    """
 
     tensors: dict[str, Tensor]
-    value: Tensor
-    kind: type = Int8Matrix
-    config: Config = field(default_factory=dict)
+    exact: Tensor
+    kind: type
+    config: Config
+    rounded: bool = False
+
+    @property
+    def value(self) -> Tensor:
+        return to_float(to_int8(self.exact)) if self.rounded else self.exact
 
 
 def words(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -152,9 +159,8 @@ def write_fp8(w: np.ndarray, seed: int) -> Written:
     spread = spread[: w.shape[0], : w.shape[1]]
     codes = (torch.from_numpy(w) / spread).to(torch.float8_e4m3fn)
     stored = {"weight": codes, "weight_scale_inv": inverse}
-    value = to_float(to_int8(codes.float() * spread))
     config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
-    return Written(stored, value, Int8Matrix, config)
+    return Written(stored, codes.float() * spread, Int8Matrix, config, rounded=True)
 
 
 def write_gptq(w: np.ndarray, seed: int, version: str = "gptq", order: bool = False) -> Written:
@@ -171,11 +177,10 @@ def write_gptq(w: np.ndarray, seed: int, version: str = "gptq", order: bool = Fa
         "g_idx": put(index.astype(np.int32)),
     }
     value = values(codes, scale, zero, index)
-    if order and len(np.unique(index)) > 1:
-        value = to_float(to_int8(value))
-    kind = Int8Matrix if order and len(np.unique(index)) > 1 else Int4Matrix
+    rounded = bool((index != np.arange(w.shape[1]) // group).any())
+    kind = Int8Matrix if rounded else Int4Matrix
     config = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": order}
-    return Written(stored, value, kind, config | {"checkpoint_format": version})
+    return Written(stored, value, kind, config | {"checkpoint_format": version}, rounded)
 
 
 def write_gptq8(w: np.ndarray, seed: int) -> Written:
@@ -210,7 +215,8 @@ def write_awq(w: np.ndarray, seed: int) -> Written:
     return Written(stored, values(codes, scale, zero, index), Int4Matrix, config)
 
 
-WRITERS: dict[str, Callable[[np.ndarray, int], Written]] = {
+Writer = Callable[[np.ndarray, int], Written]
+WRITERS: dict[str, Writer] = {
     "int8": write_int8,
     "packed": write_packed,
     "fp8": write_fp8,
@@ -254,6 +260,8 @@ def test_a_matrix_is_read_to_its_exact_values(
     assert isinstance(found, written.kind)
     assert found.shape == shape
     assert torch.equal(to_float(found), written.value)
+    assert torch.equal(to_float(stored.exactly("a.b", *shape)), written.exact)
+    assert stored.rounded.total() == written.rounded
     assert stored.checkpoint.unread() == ()
 
 
@@ -262,16 +270,16 @@ def is_matrix(name: str, tensor: Tensor) -> bool:
     return tensor.ndim == 2 and not any(word in name for word in plain)
 
 
-def convert(folder: Path, write: Callable[[np.ndarray, int], Written]) -> dict[str, Tensor]:
+def convert(folder: Path, write: Writer, *, exact: bool = False) -> dict[str, Tensor]:
     """Rewrites the folder's matrices in a format; returns the floats they stand for."""
     tensors, floats, quantised = load_file(folder / "model.safetensors"), {}, {}
     settings: Config = {}
-    for seed, (name, tensor) in enumerate(sorted(tensors.items())):
+    for name, tensor in tensors.items():
         if not is_matrix(name, tensor):
             floats[name] = quantised[name] = tensor
             continue
-        written = write(tensor.numpy(), 0 if "attn" in name else seed % 3 * 0)
-        floats[name] = written.value
+        written = write(tensor.numpy(), 0)
+        floats[name] = written.exact if exact else written.value
         module = name.removesuffix(".weight")
         quantised |= {f"{module}.{part}": t for part, t in written.tensors.items()}
         settings = written.config
@@ -294,14 +302,16 @@ def test_a_model_of_codes_equals_the_model_of_their_values(
     codes, plain = tmp_path / "codes", tmp_path / "plain"
     shutil.copytree(tiny_checkpoint(family), codes)
     shutil.copytree(tiny_checkpoint(family), plain)
+    exact = convert(codes, WRITERS[name], exact=True)
+    save_file(exact, plain / "model.safetensors")
+    floats = logits(plain, FloatOps())
+    assert torch.equal(logits(codes, FloatOps(), quantization="none"), floats)
+
+    shutil.copy(tiny_checkpoint(family) / "model.safetensors", codes)
     save_file(convert(codes, WRITERS[name]), plain / "model.safetensors")
     ops = FloatOps()
-
-    ours = logits(codes, ops)
-
-    assert torch.equal(ours, logits(plain, FloatOps()))
+    assert torch.equal(logits(codes, ops), logits(plain, FloatOps()))
     assert sum(not isinstance(m, Tensor) for m in ops.packed) > 10
-    assert torch.equal(logits(codes, FloatOps(), rounding=Rounding("none")), ours)
 
 
 def test_modules_of_several_schemes_live_in_one_checkpoint(

@@ -2,7 +2,7 @@
 
 Shapes come from the model's config and are checked against every header before data is read;
 scales must be finite and not negative. What our formats cannot hold exactly (fp8, several groups
-of 8 bits, groups in any order) is rounded to int8 per row and counted under ``rounded``.
+of 8 bits, groups in any order) is read as floats, and rounded to int8 where codes are wanted.
 Letters: N output features, K input features, G groups in a row, B bytes in a row, E experts.
 """
 
@@ -39,26 +39,41 @@ _MX_GROUP = 32
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The matrices of a checkpoint. ``rounded`` counts those that were rounded anew, by reason."""
+    """The matrices of a checkpoint. ``rounded`` counts those that were rounded anew, by method."""
 
     checkpoint: Checkpoint
     method: Method
     rounded: Counter[str] = field(default_factory=Counter)
 
     def linear(self, module: str, out: int, into: int) -> Matrix:
-        """[N, K] of ``module``, however it is stored; a plain tensor is a view of the file."""
-        c = self.checkpoint
-        for suffix, methods, read in _BY_TENSOR:
-            if c.has(f"{module}.{suffix}"):
-                self._belongs(f"{module}.{suffix}", methods)
-                return read(self, module, out, into)
+        """[N, K] of ``module``, in codes if stored so; plain floats are a view of the file."""
+        matrix = self.exactly(module, out, into)
+        if not isinstance(matrix, Tensor) or self._reader(module) is None:
+            return matrix
+        self.rounded[self.method.name] += 1
+        return to_int8(matrix)
+
+    def exactly(self, module: str, out: int, into: int) -> Matrix:
+        """As ``linear``, but codes that no format of ours holds are read as fp32."""
+        read = self._reader(module)
+        if read is None:
+            return self.checkpoint.get(f"{module}.weight", (out, into))
+        return read(self, module, out, into)
+
+    def _reader(self, module: str) -> _Reader | None:
+        """None for plain floats."""
+        for part, methods, read in _BY_TENSOR:
+            name = f"{module}.{part}"
+            if self.checkpoint.has(name):
+                self._belongs(name, methods)
+                return read
         name = f"{module}.weight"
-        kind = c.dtype(name)
-        if kind in _BY_DTYPE:
-            methods, read = _BY_DTYPE[kind]
-            self._belongs(name, methods)
-            return read(self, module, out, into)
-        return c.get(name, (out, into))
+        kind = self.checkpoint.dtype(name)
+        if kind not in _BY_DTYPE:
+            return None
+        methods, read = _BY_DTYPE[kind]
+        self._belongs(name, methods)
+        return read
 
     def experts(self, name: str, num: int, out: int, into: int) -> Int4Matrix:
         """[E, N, K] of a stack in MXFP4: e2m1 codes, one power of two per 32 of them."""
@@ -107,8 +122,7 @@ class Stored:
         else:
             values *= self._per_row(name, self._scale(name, shape), out)
         self._sound(f"{module}.weight", values.isfinite(), "holds NaN or overflows")
-        self.rounded["fp8"] += 1
-        return to_int8(values)
+        return values
 
     def _packed(self, module: str, out: int, into: int) -> Matrix:
         """compressed-tensors: codes along the row, 8 of 4 bits or 4 of 8 in an int32."""
@@ -176,20 +190,18 @@ class Stored:
             return self._bytes(signed, scale, shifted, group)
         if index is None and into % 2 == 0:
             return grouped.int4(packed[:, : into // 2], scale, zero, group)
-        self.rounded["groups out of order" if into % 2 == 0 else "rows of odd length"] += 1
         order = torch.arange(into) // group if index is None else index.long()
         codes = packed if bits == 8 else unpack_nibbles(packed)
         values = codes[:, :into].float() - zero.float()[:, order]
-        return to_int8(values.mul_(scale[:, order]))
+        return values.mul_(scale[:, order])
 
-    def _bytes(self, codes: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> Int8Matrix:
+    def _bytes(self, codes: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> Matrix:
         if scale.shape[1] == 1 and (zero is None or not _any(zero)):
             return Int8Matrix(codes, scale[:, 0].contiguous())
-        self.rounded["int8 with groups or zero points"] += 1
         values, width = codes.float(), codes.shape[1]
         if zero is not None:
             values -= grouped.spread(zero.float(), group, width)
-        return to_int8(values.mul_(grouped.spread(scale, group, width)))
+        return values.mul_(grouped.spread(scale, group, width))
 
     def _scales(
         self, name: str, out: int, into: int, *, transposed: bool = False
