@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -35,11 +36,24 @@ std::vector<const Kernels*> runnable() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-// Kernels called from Python since the process began.
-std::atomic<uint64_t> calls{0};
+// Kernels called from Python since the process began; the time inside them while it is measured.
+std::atomic<uint64_t> calls{0}, nanoseconds{0};
+std::atomic<bool> timed{false};
 
-struct Counted {
-  Counted() { calls.fetch_add(1, std::memory_order_relaxed); }
+class Counted {
+ public:
+  Counted() : timed_(timed.load(std::memory_order_relaxed)) {
+    calls.fetch_add(1, std::memory_order_relaxed);
+    if (timed_) began_ = Clock::now();
+  }
+  ~Counted() {
+    if (timed_) nanoseconds.fetch_add(std::chrono::nanoseconds(Clock::now() - began_).count());
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  bool timed_;
+  Clock::time_point began_;
 };
 
 const Kernels& table() { return *chosen.load(std::memory_order_relaxed); }
@@ -211,6 +225,8 @@ NB_MODULE(_cpu, m) {
   m.def("set_threads", share_among);
   m.def("cpus_of_nodes", cpus_of_nodes);
   m.def("calls", [] { return calls.load(); });
+  m.def("measure", [](bool on) { timed.store(on); });
+  m.def("nanoseconds", [] { return nanoseconds.load(); });
   nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int kind, int64_t n, int64_t k,
                                                      uintptr_t data, uintptr_t scale,
                                                      uintptr_t bias, uintptr_t zero,

@@ -17,6 +17,10 @@ def set_threads(count: int) -> None: ...
 def calls() -> int:
     """Kernels called since the process began, by any thread."""
 
+def measure(on: bool) -> None: ...
+def nanoseconds() -> int:
+    """Spent in calls while they were measured."""
+
 def cpus_of_nodes() -> list[list[int]]:
     """The CPUs this process may use, by NUMA node; empty where the system does not tell."""
 
