@@ -45,7 +45,11 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
   });
 }
 
+#include "dot.h"
+#include "form.h"
+#include "prepare.h"
 #include "gemm.h"
+#include "moe.h"
 #include "kv.h"
 #include "attention.h"
 #include "rows.h"
@@ -57,7 +61,9 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 }  // namespace
 
 extern const Kernels kernels = {
-    NAME(ISA),  linear,     moe_ffn,
+    NAME(ISA),
+    packed_bytes, pack, pack_floats,
+    linear,     moe_ffn,
     quantize_per_token,
     rms_norm,   glu,        rope,
     route_topk, kv_bytes_per_block,

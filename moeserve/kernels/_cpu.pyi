@@ -24,9 +24,18 @@ def nanoseconds() -> int:
 def cpus_of_nodes() -> list[list[int]]:
     """The CPUs this process may use, by NUMA node; empty where the system does not tell."""
 
+def packed_bytes(kind: int, n: int, k: int, group: int, paired: bool, /) -> int:
+    """Of one matrix [n, k]; ``group`` is int4's."""
+
 def pack(
-    source: int, count: int, n: int, k: int, paired: bool, is_bf16: bool, target: int, /
+    kind: int, source: int, count: int, n: int, k: int, group: int, paired: bool, target: int, /
 ) -> None: ...
+def pack_floats(
+    source: int, count: int, n: int, columns: int, paired: bool, target: int, /
+) -> None:
+    """[count, n, columns] to [count, panels, columns, 32 lanes]."""
+
+def use_huge_pages(data: int, nbytes: int, /) -> None: ...
 
 class Matrix:
     """One packed matrix, or a stack of them: addresses and sizes. ``kind`` counts fp32, bf16,
