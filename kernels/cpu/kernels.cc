@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__x86_64__)
+#include <xmmintrin.h>
 #endif
 
 namespace moeserve::ISA {
@@ -46,8 +48,13 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 }
 
 #include "gemm.h"
+namespace paged {
+#include "units.h"
 #include "kv.h"
+#include "attend32.h"
+#include "attend.h"
 #include "attention.h"
+}  // namespace paged
 #include "rows.h"
 
 #define NAME_OF(x) #x
@@ -57,7 +64,7 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 
 extern const Kernels kernels = {
     NAME(ISA), linear, moe_ffn, rms_norm, glu, rope, route_topk,
-    kv_bytes_per_block, write_kv, paged_attention,
+    paged::kv_bytes_per_block, paged::write_kv, paged::paged_attention,
 };
 
 }  // namespace moeserve::ISA
