@@ -237,7 +237,7 @@ class Router:
         /,
     ) -> None: ...
 
-class Moe:
+class Mixture:
     """No shared expert, one that every token passes, or one behind a gate."""
 
     @overload
@@ -255,7 +255,7 @@ def attend_mla(x: int, weights: Mla, step: Step, cache: Cache, /) -> bool: ...
 def dense(x: int, rows: int, weights: Dense, /) -> None: ...
 def route(x: int, rows: int, weights: Router, normed: int, ids: int, shares: int, /) -> None: ...
 def mix(
-    x: int, rows: int, weights: Moe, normed: int, ids: int, chosen: int, shares: int, /
+    x: int, rows: int, weights: Mixture, normed: int, ids: int, chosen: int, shares: int, /
 ) -> bool: ...
 def embed(
     table: int, is_bf16: bool, vocabulary: int, size: int, ids: int, rows: int, out: int, /
