@@ -133,6 +133,8 @@ GENERATE_SETTINGS = (
     "model",
     "dtype",
     "kv_dtype",
+    "quantization",
+    "quantize_attention",
     "max_model_len",
     "block_size",
     "num_blocks",
