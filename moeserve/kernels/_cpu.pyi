@@ -34,6 +34,7 @@ def probe(
 
     ``size`` is the memory in bytes that "read" walks through.
     """
+
 def packed_bytes(kind: int, n: int, k: int, group: int, paired: bool, /) -> int:
     """Of one matrix [n, k]; ``group`` is int4's."""
 
