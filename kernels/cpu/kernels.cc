@@ -45,7 +45,11 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
   });
 }
 
+#include "dot.h"
+#include "form.h"
+#include "prepare.h"
 #include "gemm.h"
+#include "moe.h"
 #include "attention.h"
 #include "rows.h"
 
@@ -55,7 +59,8 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 }  // namespace
 
 extern const Kernels kernels = {
-    NAME(ISA), linear, moe_ffn, rms_norm, glu, rope, route_topk, write_kv, paged_attention,
+    NAME(ISA), packed_bytes, pack, pack_floats, linear, moe_ffn, quantize_per_token, rms_norm, glu, rope, route_topk, write_kv,
+    paged_attention,
 };
 
 }  // namespace moeserve::ISA

@@ -11,30 +11,46 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...
+def packed_bytes(kind: int, n: int, k: int, group: int, paired: bool, /) -> int:
+    """Of one matrix [n, k]; ``group`` is int4's."""
+
 def pack(
-    source: int, count: int, n: int, k: int, paired: bool, is_bf16: bool, target: int, /
+    kind: int, source: int, count: int, n: int, k: int, group: int, paired: bool, target: int, /
 ) -> None: ...
-def linear(
-    x: int, rows: int, heads: int, data: int, bias: int, n: int, k: int, is_bf16: bool, out: int, /
-) -> None: ...
+def pack_floats(
+    source: int, count: int, n: int, columns: int, paired: bool, target: int, /
+) -> None:
+    """[count, n, columns] to [count, panels, columns, 32 lanes]."""
+
+def use_huge_pages(data: int, nbytes: int, /) -> None: ...
+
+class Matrix:
+    """One packed matrix, or a stack of them: addresses and sizes. ``kind`` counts fp32, bf16,
+    int8, int4 from 0. Whoever holds it holds the memory too."""
+
+    def __init__(
+        self,
+        kind: int,
+        n: int,
+        k: int,
+        data: int,
+        scale: int,
+        bias: int,
+        zero: int,
+        levels: int,
+        group: int,
+        same_zero: int,
+        /,
+    ) -> None: ...
+
+class Experts:
+    def __init__(self, gate_up: Matrix, down: Matrix, count: int, clamped: bool, /) -> None: ...
+
+def linear(x: int, rows: int, heads: int, weight: Matrix, out: int, /) -> None: ...
 def moe_ffn(
-    x: int,
-    rows: int,
-    gate_up: int,
-    gate_up_bias: int,
-    down: int,
-    down_bias: int,
-    experts: int,
-    hidden: int,
-    intermediate: int,
-    is_bf16: bool,
-    clamped: bool,
-    ids: int,
-    weights: int,
-    chosen: int,
-    out: int,
-    /,
+    x: int, rows: int, experts: Experts, ids: int, weights: int, chosen: int, out: int, /
 ) -> bool: ...
+def quantize_per_token(x: int, rows: int, k: int, codes: int, scale: int, /) -> None: ...
 def rms_norm(x: int, rows: int, size: int, weight: int, eps: float, out: int, /) -> None: ...
 def glu(x: int, rows: int, intermediate: int, clamped: bool, out: int, /) -> None: ...
 def rope(

@@ -16,22 +16,20 @@ from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels import _cpu
+from moeserve.kernels.matrix import Matrix
 from moeserve.kernels.ops import Activation, AttentionBatch, Experts, Linear, RouterSpec
+from moeserve.kernels.packing import Panels, pack
 
-PANEL = 32
 SCORING = {"softmax": 0, "sigmoid": 1, "topk_softmax": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Panels:
-    """``count`` matrices in the kernels' layout, and one bias per lane. Addresses are of these."""
+class PackedExperts:
+    """The native handle, and the memory it points to."""
 
-    count: int
-    data: Tensor
-    bias: Tensor | None
-    data_at: int
-    bias_at: int
-    is_bf16: bool
+    handle: _cpu.Experts
+    gate_up: Panels
+    down: Panels
 
 
 class CpuOps:
@@ -39,30 +37,28 @@ class CpuOps:
 
     name = "cpu"
 
-    def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear:
+    def pack_linear(self, weight_NK: Matrix, bias_N: Tensor | None = None) -> Linear:
         out, into = weight_NK.shape
-        bias = None if bias_N is None else bias_N[None]
-        return Linear(out, into, pack(weight_NK[None], bias, paired=False))
+        return Linear(out, into, pack(weight_NK, bias_N))
 
     def pack_experts(
         self,
-        gate_up_E2IH: Tensor,
-        down_EHI: Tensor,
+        gate_up_E2IH: Matrix,
+        down_EHI: Matrix,
         gate_up_bias_E2I: Tensor | None = None,
         down_bias_EH: Tensor | None = None,
         activation: Activation = Activation.SWIGLU,
     ) -> Experts:
         num, hidden, inner = down_EHI.shape
         assert gate_up_E2IH.shape == (num, 2 * inner, hidden), gate_up_E2IH.shape
-        if gate_up_E2IH.dtype != down_EHI.dtype:
-            gate_up_E2IH, down_EHI = gate_up_E2IH.float(), down_EHI.float()
-        ups = pack(gate_up_E2IH, gate_up_bias_E2I, paired=True)
-        downs = pack(down_EHI, down_bias_EH, paired=False)
-        return Experts(num, hidden, inner, activation, (ups, downs))
+        up = pack(gate_up_E2IH, gate_up_bias_E2I, paired=True)
+        down = pack(down_EHI, down_bias_EH)
+        handle = _cpu.Experts(up.handle, down.handle, num, activation is Activation.CLAMPED)
+        return Experts(num, hidden, inner, activation, PackedExperts(handle, up, down))
 
-    def pack_heads(self, weight_ANK: Tensor) -> Linear:
+    def pack_heads(self, weight_ANK: Matrix) -> Linear:
         _, out, into = weight_ANK.shape
-        return Linear(out, into, pack(weight_ANK, None, paired=False))
+        return Linear(out, into, pack(weight_ANK))
 
     def linear(self, x_TK: Tensor, weight: Linear) -> Tensor:
         return multiply(x_TK, weight, heads=1).view(len(x_TK), weight.out_features)
@@ -71,7 +67,7 @@ class CpuOps:
         return multiply(x_TAK, weight, heads=x_TAK.shape[1])
 
     def moe_ffn(self, x_TH: Tensor, experts: Experts, ids_TC: Tensor, weights_TC: Tensor) -> Tensor:
-        ups, downs = cast("tuple[Panels, Panels]", experts.data)
+        packed = cast("PackedExperts", experts.data)
         rows, chosen = ids_TC.shape
         assert x_TH.shape == (rows, experts.hidden), x_TH.shape
         assert weights_TC.shape == ids_TC.shape, weights_TC.shape
@@ -80,15 +76,7 @@ class CpuOps:
         if not _cpu.moe_ffn(
             x.data_ptr(),
             rows,
-            ups.data_at,
-            ups.bias_at,
-            downs.data_at,
-            downs.bias_at,
-            experts.num_experts,
-            experts.hidden,
-            experts.intermediate,
-            ups.is_bf16,
-            experts.activation is Activation.CLAMPED,
+            packed.handle,
             ids.data_ptr(),
             weights.data_ptr(),
             chosen,
@@ -96,6 +84,13 @@ class CpuOps:
         ):
             raise InternalError(f"moe_ffn: an expert id is not in 0..{experts.num_experts - 1}")
         return out
+
+    def quantize_per_token(self, x_TK: Tensor) -> tuple[Tensor, Tensor]:
+        rows, size = x_TK.shape
+        x = fp32(x_TK)
+        codes, scale = torch.empty(rows, size, dtype=torch.int8), torch.empty(rows)
+        _cpu.quantize_per_token(x.data_ptr(), rows, size, codes.data_ptr(), scale.data_ptr())
+        return codes, scale
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         size = x_TH.shape[-1]
@@ -248,28 +243,6 @@ class CpuOps:
         return out
 
 
-def pack(weight_ENK: Tensor, bias_EN: Tensor | None, *, paired: bool) -> Panels:
-    """``paired`` puts row i and row N/2 + i into the same panel: gate and up of one feature."""
-    count, out, into = weight_ENK.shape
-    is_bf16 = weight_ENK.dtype is torch.bfloat16
-    source = (weight_ENK if is_bf16 else weight_ENK.float()).contiguous()
-    data = torch.empty(count, lanes(out, paired), into, dtype=source.dtype)
-    _cpu.pack(source.data_ptr(), count, out, into, paired, is_bf16, data.data_ptr())
-    if bias_EN is None:
-        return Panels(count, data, None, data.data_ptr(), 0, is_bf16)
-    assert bias_EN.shape == (count, out), bias_EN.shape
-    bias = torch.empty(count, lanes(out, paired))
-    flat = bias_EN.float().contiguous()
-    _cpu.pack(flat.data_ptr(), count, out, 1, paired, False, bias.data_ptr())
-    return Panels(count, data, bias, data.data_ptr(), bias.data_ptr(), is_bf16)
-
-
-def lanes(out: int, paired: bool) -> int:
-    """Rows with padding: whole panels of 32, or of 16 pairs."""
-    rows, panel = (out // 2, PANEL // 2) if paired else (out, PANEL)
-    return -(-rows // panel) * PANEL
-
-
 def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:
     """[T, heads, N]; ``x`` is [T, K] or [T, heads, K]."""
     panels = cast("Panels", weight.data)
@@ -277,17 +250,7 @@ def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:
     assert heads == panels.count, (heads, panels.count)
     x, rows = fp32(x), len(x)
     out = torch.empty(rows, heads, weight.out_features)
-    _cpu.linear(
-        x.data_ptr(),
-        rows,
-        heads,
-        panels.data_at,
-        panels.bias_at,
-        weight.out_features,
-        weight.in_features,
-        panels.is_bf16,
-        out.data_ptr(),
-    )
+    _cpu.linear(x.data_ptr(), rows, heads, panels.handle, out.data_ptr())
     return out
 
 
