@@ -178,9 +178,10 @@ def _load_mla(w: Weights, prefix: str, s: MlaSpec, hidden: int) -> Mla:
         q_a_norm = w.vector(f"{prefix}.q_a_layernorm.weight", s.q_lora)
         q_b = w.linear(f"{prefix}.q_b_proj", queries, s.q_lora)
     rows = s.heads * (s.nope + s.value)
-    # In floats: one of its halves is needed transposed, where scales per row cannot follow.
-    up_XL = w.floats(f"{prefix}.kv_b_proj", rows, s.kv_lora).to(w.dtype)
-    up_AXL = up_XL.view(s.heads, -1, s.kv_lora)
+    # Read as floats: one of its halves is needed transposed, where scales per row cannot follow.
+    kv_b = f"{prefix}.kv_b_proj"
+    up_AXL = w.floats(kv_b, rows, s.kv_lora).view(s.heads, -1, s.kv_lora)
+    into_latent_ALN = up_AXL[:, : s.nope].transpose(1, 2).contiguous()
     return Mla(
         spec=s,
         q_a=q_a,
@@ -188,8 +189,8 @@ def _load_mla(w: Weights, prefix: str, s: MlaSpec, hidden: int) -> Mla:
         q_b=q_b,
         kv_a=w.linear(f"{prefix}.kv_a_proj_with_mqa", s.kv_lora + s.rope, hidden, bias=s.bias),
         kv_a_norm=w.vector(f"{prefix}.kv_a_layernorm.weight", s.kv_lora),
-        into_latent=w.ops.pack_heads(up_AXL[:, : s.nope].transpose(1, 2).contiguous()),
-        out_of_latent=w.ops.pack_heads(up_AXL[:, s.nope :].contiguous()),
+        into_latent=w.ops.pack_heads(w.held(kv_b, into_latent_ALN)),
+        out_of_latent=w.ops.pack_heads(w.held(kv_b, up_AXL[:, s.nope :].contiguous())),
         o=w.linear(f"{prefix}.o_proj", hidden, s.heads * s.value, bias=s.bias),
     )
 
