@@ -1,4 +1,4 @@
-"""``moeserve serve | generate | doctor | place``: reads arguments, calls, prints.
+"""``moeserve serve | generate | bench | doctor | place``: reads arguments, calls, prints.
 
 Exit status: 0 done, 1 it failed or found problems, 2 the command line or a setting is wrong, 130
 interrupted. ``--json`` prints one JSON object to standard output and nothing else there. Heavy
@@ -213,9 +213,23 @@ def _doctor(args: argparse.Namespace) -> int:
     return report.exit_status
 
 
+def _add_bench(commands: Commands) -> None:
+    from moeserve.bench.cli import add_arguments
+
+    command = commands.add_parser(
+        "bench",
+        help=COMMANDS["bench"][0],
+        description="Measure prefill, decode or the experts' kernel, beside the roofline.",
+        epilog="example: moeserve bench decode --model demo --batch 1,16 --rounds 5",
+        allow_abbrev=False,
+    )
+    add_arguments(command)
+
+
 COMMANDS: Mapping[str, tuple[str, Callable[[Commands], None]]] = {
     "serve": ("serve a model over gRPC and OpenAI HTTP", _add_serve),
     "generate": ("answer one prompt without a server", _add_generate),
+    "bench": ("how fast is it here, and how fast could it be", _add_bench),
     "doctor": ("would this host serve, and what would bind it", _add_doctor),
     "place": ("decide which device holds which expert", add_place),
 }
