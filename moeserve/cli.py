@@ -1,4 +1,4 @@
-"""``moeserve serve | generate | bench | doctor | place``: reads arguments, calls, prints.
+"""``moeserve serve | generate | bench | doctor | evaluate | place``: reads, calls, prints.
 
 Exit status: 0 done, 1 it failed or found problems, 2 the command line or a setting is wrong, 130
 interrupted. ``--json`` prints one JSON object to standard output and nothing else there. Heavy
@@ -132,6 +132,7 @@ SAMPLING: Mapping[str, tuple[type, str]] = {
 GENERATE_SETTINGS = (
     "model",
     "dtype",
+    "kv_dtype",
     "max_model_len",
     "block_size",
     "num_blocks",
@@ -226,11 +227,18 @@ def _add_bench(commands: Commands) -> None:
     add_arguments(command)
 
 
+def _add_evaluate(commands: Commands) -> None:
+    from moeserve.evaluate.cli import add_parser
+
+    add_parser(commands, COMMANDS["evaluate"][0])
+
+
 COMMANDS: Mapping[str, tuple[str, Callable[[Commands], None]]] = {
     "serve": ("serve a model over gRPC and OpenAI HTTP", _add_serve),
     "generate": ("answer one prompt without a server", _add_generate),
     "bench": ("how fast is it here, and how fast could it be", _add_bench),
     "doctor": ("would this host serve, and what would bind it", _add_doctor),
+    "evaluate": ("how far a run of a model lies from a reference run", _add_evaluate),
     "place": ("decide which device holds which expert", add_place),
 }
 

@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "http_port": 0,
     "api_key": "secret-secret",
     "dtype": "bfloat16",
+    "kv_dtype": "int8",
     "max_model_len": 99,
     "block_size": 8,
     "num_blocks": 77,

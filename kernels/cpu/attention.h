@@ -107,13 +107,13 @@ void add_values(Query* query, const T* const* v, int64_t low, int64_t high, int6
 }
 
 template <class T>
-void find_positions(const Cache& cache, const int32_t* blocks, int64_t block_size, int64_t head,
-                    int64_t first, int64_t from, int64_t to, const T** at) {
-  const T* data = static_cast<const T*>(cache.data) + head * cache.head_stride;
-  int64_t block = from / block_size, offset = from % block_size;
+void find_positions(const Rows<T>& rows, const int32_t* blocks, int64_t head, int64_t first,
+                    int64_t from, int64_t to, const T** at) {
+  const T* data = rows.data + head * rows.head_stride;
+  int64_t block = from / rows.block_size, offset = from % rows.block_size;
   for (int64_t p = from; p < to; ++p) {
-    at[p - first] = data + blocks[block] * cache.block_stride + offset * cache.position_stride;
-    if (++offset == block_size) ++block, offset = 0;
+    at[p - first] = data + blocks[block] * rows.block_stride + offset * rows.position_stride;
+    if (++offset == rows.block_size) ++block, offset = 0;
   }
 }
 
@@ -125,20 +125,22 @@ void finish(const Attention& b, Query& query, const float* acc) {
     shrink = exp1(query.highest - highest);
     query.total = query.total * shrink + exp1(sink - highest);
   }
-  float* out = b.out + (query.row * b.heads + query.head) * b.value_size;
-  for (int64_t d = 0; d < b.value_size; d += kLanes) {
+  const int64_t size = b.kv.value_size;
+  float* out = b.out + (query.row * b.heads + query.head) * size;
+  for (int64_t d = 0; d < size; d += kLanes) {
     const F16 share = load(acc + d) * splat(shrink) / splat(query.total);
-    store(out + d, share, b.value_size - d);
+    store(out + d, share, size - d);
   }
 }
 
 // Q queries of one sequence and KV head, all of them or one at a time where their ranges differ.
 template <int Q, class T>
 void attend(const Attention& b, Tile tile) {
-  const int64_t v_room = padded(b.value_size);
+  const int64_t size = b.kv.head_size, value_size = b.kv.value_size, v_room = padded(value_size);
+  const Rows<T> keys = rows_of<T>(b.kv, false), values = rows_of<T>(b.kv, true);
   float* acc = static_cast<float*>(scratch(1, 4 * Q * v_room));
   for (int64_t i = 0; i < Q * v_room; ++i) acc[i] = 0.0f;
-  const int64_t group = b.heads / b.kv_heads, start = b.starts[tile.sequence];
+  const int64_t group = b.heads / b.kv.kv_heads, start = b.starts[tile.sequence];
   const int64_t past = b.context[tile.sequence] - (b.starts[tile.sequence + 1] - start);
   Query query[Q];
   const float* q[Q];
@@ -150,19 +152,19 @@ void attend(const Attention& b, Tile tile) {
     query[i].to = to;
     query[i].highest = kNever;
     query[i].total = 0.0f;
-    q[i] = b.q + (query[i].row * b.heads + query[i].head) * b.head_size;
+    q[i] = b.q + (query[i].row * b.heads + query[i].head) * size;
   }
   const int32_t* blocks = b.blocks + tile.sequence * b.table_width;
   const int64_t from = query[0].from, to = query[Q - 1].to;
   const T *k[kStep], *v[kStep];
   for (int64_t step = from / kStep * kStep; step < to; step += kStep) {
     const int64_t low = most(from - step, 0), high = least(to - step, kStep);
-    find_positions(b.k, blocks, b.block_size, tile.kv_head, step, step + low, step + high, k);
-    find_positions(b.v, blocks, b.block_size, tile.kv_head, step, step + low, step + high, v);
+    find_positions(keys, blocks, tile.kv_head, step, step + low, step + high, k);
+    find_positions(values, blocks, tile.kv_head, step, step + low, step + high, v);
     int64_t p = low;
     for (; p + kKeys <= high; p += kKeys)
-      scores_of<Q, kKeys>(q, k + p, b.head_size, b.scale, query, p);
-    for (; p < high; ++p) scores_of<Q, 1>(q, k + p, b.head_size, b.scale, query, p);
+      scores_of<Q, kKeys>(q, k + p, size, b.scale, query, p);
+    for (; p < high; ++p) scores_of<Q, 1>(q, k + p, size, b.scale, query, p);
 
     const bool together = query[Q - 1].from - step <= low && query[0].to - step >= high;
     for (int i = 0; i < Q; ++i) {
@@ -170,9 +172,9 @@ void attend(const Attention& b, Tile tile) {
       if (mine >= end) continue;
       soften(query[i], mine, end);
       if (!together)
-        add_values<1>(query + i, v, mine, end, b.value_size, acc + i * v_room, v_room);
+        add_values<1>(query + i, v, mine, end, value_size, acc + i * v_room, v_room);
     }
-    if (together) add_values<Q>(query, v, low, high, b.value_size, acc, v_room);
+    if (together) add_values<Q>(query, v, low, high, value_size, acc, v_room);
   }
   for (int i = 0; i < Q; ++i) finish(b, query[i], acc + i * v_room);
 }
@@ -180,7 +182,7 @@ void attend(const Attention& b, Tile tile) {
 template <class T>
 void attend_tile(const Attention& b, Tile tile) {
   const int64_t rows = b.starts[tile.sequence + 1] - b.starts[tile.sequence];
-  switch (least(kQueries, rows * (b.heads / b.kv_heads) - tile.first)) {
+  switch (least(kQueries, rows * (b.heads / b.kv.kv_heads) - tile.first)) {
     case 1: return attend<1, T>(b, tile);
     case 2: return attend<2, T>(b, tile);
     case 3: return attend<3, T>(b, tile);
@@ -192,11 +194,11 @@ void attend_tile(const Attention& b, Tile tile) {
 bool readable(const Attention& b) {
   for (int64_t s = 0; s < b.sequences; ++s) {
     const int64_t rows = b.starts[s + 1] - b.starts[s], needed = b.context[s];
-    if (rows < 0 || needed < rows || ceil_div(needed, b.block_size) > b.table_width) return false;
+    if (rows < 0 || needed < rows || ceil_div(needed, b.kv.block_size) > b.table_width) return false;
     const int64_t seen = b.window ? most(0, needed - rows + 1 - b.window) : 0;
-    for (int64_t p = seen / b.block_size; rows && p < ceil_div(needed, b.block_size); ++p) {
+    for (int64_t p = seen / b.kv.block_size; rows && p < ceil_div(needed, b.kv.block_size); ++p) {
       const int32_t block = b.blocks[s * b.table_width + p];
-      if (block < 0 || block >= b.num_blocks) return false;
+      if (block < 0 || block >= b.kv.num_blocks) return false;
     }
   }
   return true;
@@ -204,21 +206,21 @@ bool readable(const Attention& b) {
 
 bool paged_attention(const Attention& b) {
   if (!readable(b)) return false;
-  const int64_t group = b.heads / b.kv_heads;
+  const int64_t group = b.heads / b.kv.kv_heads;
   int64_t count = 0, work = 0;
   for (int64_t s = 0; s < b.sequences; ++s) {
     const int64_t rows = b.starts[s + 1] - b.starts[s];
-    count += b.kv_heads * ceil_div(rows * group, kQueries);
-    work += rows * b.context[s] * b.heads * (b.head_size + b.value_size);
+    count += b.kv.kv_heads * ceil_div(rows * group, kQueries);
+    work += rows * b.context[s] * b.heads * (b.kv.head_size + b.kv.value_size);
   }
   Tile* tiles = static_cast<Tile*>(scratch(0, sizeof(Tile) * count));
   int64_t n = 0;
   for (int32_t s = 0; s < b.sequences; ++s)
-    for (int32_t g = 0; g < b.kv_heads; ++g)
+    for (int32_t g = 0; g < b.kv.kv_heads; ++g)
       for (int32_t i = 0; i < (b.starts[s + 1] - b.starts[s]) * group; i += kQueries)
         tiles[n++] = {s, g, i};
   each(count, work, [&](int64_t i) {
-    b.k.is_bf16 ? attend_tile<bf16>(b, tiles[i]) : attend_tile<float>(b, tiles[i]);
+    b.kv.type == KvType::kBfloat16 ? attend_tile<bf16>(b, tiles[i]) : attend_tile<float>(b, tiles[i]);
   });
   return true;
 }

@@ -46,8 +46,10 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 }
 
 #include "gemm.h"
+#include "kv.h"
 #include "attention.h"
 #include "rows.h"
+#include "layer.h"
 
 #define NAME_OF(x) #x
 #define NAME(x) NAME_OF(x)
@@ -55,7 +57,13 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 }  // namespace
 
 extern const Kernels kernels = {
-    NAME(ISA), linear, moe_ffn, rms_norm, glu, rope, route_topk, write_kv, paged_attention,
+    NAME(ISA),  linear,     moe_ffn,
+    quantize_per_token,
+    rms_norm,   glu,        rope,
+    route_topk, kv_bytes_per_block,
+    write_kv,   paged_attention,
+    attend_gqa, attend_mla, dense,
+    route,      mix,        head,
 };
 
 }  // namespace moeserve::ISA

@@ -30,6 +30,7 @@ from moeserve.models.tokenizer import Tokenizer
 from moeserve.observe.routing import RoutingRecorder
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+KV_DTYPES = DTYPES | {"int8": torch.int8}
 USUAL_LEN = 2048
 SHARE_OF_AVAILABLE = 0.5
 
@@ -79,6 +80,7 @@ def build_engine(
     *,
     name: str | None = None,
     dtype: str = "auto",
+    kv_dtype: str = "auto",
     max_model_len: int | None = None,
     block_size: int = 16,
     num_blocks: int | None = None,
@@ -97,11 +99,15 @@ def build_engine(
     path = resolve_model(model)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: expected one of {sorted(DTYPES)}")
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype={kv_dtype!r}: expected one of {sorted(KV_DTYPES)}")
     if threads is not None:
         torch.set_num_threads(threads)
     ops = choose_ops(threads=threads)
     tokenizer, no_tokenizer = load_tokenizer(path, chat_template)
-    decoder = load_decoder(path, dtype=DTYPES[dtype], ops=ops, progress=progress)
+    decoder = load_decoder(
+        path, dtype=DTYPES[dtype], ops=ops, kv_dtype=KV_DTYPES[kv_dtype], progress=progress
+    )
     size = size_kv(
         decoder.kv_bytes_per_token,
         decoder.spec.max_positions,
