@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moeserve.bench.roofline import LoadCounter, Roofline, step_seconds
@@ -56,20 +57,26 @@ def prompts(case: Case, vocab: int) -> list[tuple[int, ...]]:
 
 
 def run_case(decoder: Decoder, case: Case, observer: StepObserver | None = None) -> Timing:
+    return run_prompts(decoder, prompts(case, decoder.spec.vocab), case.answer, observer)
+
+
+def run_prompts(
+    decoder: Decoder,
+    asked: Sequence[tuple[int, ...]],
+    answer: int,
+    observer: StepObserver | None = None,
+) -> Timing:
+    """All of them at once, each with so many tokens for an answer."""
     counters = Counters()
-    blocks = case.streams * ((case.prompt + case.answer) // BLOCK + 2)
-    config = SchedulerConfig(
-        case.prompt + case.answer,
-        max(case.streams, 1),
-        max(STEP_TOKENS, case.streams),
-        prefix_cache=False,
-    )
+    longest = max(map(len, asked)) + answer
+    blocks = len(asked) * (longest // BLOCK + 2)
+    config = SchedulerConfig(longest, len(asked), max(STEP_TOKENS, len(asked)), prefix_cache=False)
     scheduler = Scheduler(config, BlockPool(blocks, BLOCK, counters), counters)
     executor = LocalExecutor(decoder, blocks, BLOCK, observer=observer)
-    params = SamplingParams(max_tokens=case.answer, temperature=0, ignore_eos=True)
-    for s, prompt in enumerate(prompts(case, decoder.spec.vocab)):
+    params = SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
+    silent = {RequestId(str(s)) for s in range(len(asked))}
+    for s, prompt in enumerate(asked):
         scheduler.add(Request(RequestId(str(s)), prompt, params))
-    silent = {RequestId(str(s)) for s in range(case.streams)}
     steps = decoded = 0
     begun = first = time.perf_counter()
     while scheduler.has_work:
@@ -83,7 +90,7 @@ def run_case(decoder: Decoder, case: Case, observer: StepObserver | None = None)
         if not silent:
             first = time.perf_counter()
     took = time.perf_counter() - first
-    return Timing(first - begun, took, case.streams * case.prompt, decoded, steps)
+    return Timing(first - begun, took, sum(map(len, asked)), decoded, steps)
 
 
 def bounds(decoder: Decoder, case: Case, limit: Roofline) -> Timing:

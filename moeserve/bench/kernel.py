@@ -47,6 +47,7 @@ class Contender:
     precision: str
     command: tuple[str, ...]
     most_threads: int = 1 << 10
+    more_cores: int = 0  # for threads that spin beside those which compute
     absent: str = ""
 
 
@@ -72,10 +73,10 @@ def other_runtimes(peers: Path) -> list[Contender]:
     """ggml and kt-kernel, where ``bench/peers/install.py`` has put them into ``peers``."""
     scripts = Path(__file__).resolve().parents[2] / "bench" / "peers"
     found = []
-    for peer, venv, script, kind, precision, most in (
-        ("ggml Q8_0", "llamacpp", "ggml_experts.py", "q8_0", "int8", 1 << 10),
-        ("ggml Q4_0", "llamacpp", "ggml_experts.py", "q4_0", "int4", 1 << 10),
-        ("kt-kernel int8", "kt", "kt_experts.py", "int8", "int8", 1),
+    for peer, venv, script, kind, precision, most, more in (
+        ("ggml Q8_0", "llamacpp", "ggml_experts.py", "q8_0", "int8", 1 << 10, 0),
+        ("ggml Q4_0", "llamacpp", "ggml_experts.py", "q4_0", "int4", 1 << 10, 0),
+        ("kt-kernel int8", "kt", "kt_experts.py", "int8", "int8", 1, 1),
     ):
         python, worker = peers / venv / "bin" / "python", scripts / script
         absent = ""
@@ -83,7 +84,8 @@ def other_runtimes(peers: Path) -> list[Contender]:
             absent = f"absent: python bench/peers/install.py {venv}"
         elif not worker.exists():
             absent = "absent: its worker is in a checkout, under bench/peers"
-        found.append(Contender(peer, precision, (str(python), str(worker), kind), most, absent))
+        command = (str(python), str(worker), kind)
+        found.append(Contender(peer, precision, command, most, more, absent))
     return found
 
 
@@ -166,7 +168,7 @@ def start(
     worker = Worker(
         contender.peer,
         (*contender.command, str(threads)),
-        cpus=threads,
+        cpus=threads + contender.more_cores,
         log=folder / f"{contender.peer.replace(' ', '-')}.log",
         env={"OMP_NUM_THREADS": str(threads)},
         deadline=START_S,
@@ -178,6 +180,7 @@ def start(
         experts=layer.experts,
         hidden=layer.hidden,
         inner=layer.inner,
+        per_token=layer.per_token,
     )
     return worker
 

@@ -31,7 +31,7 @@ def main() -> None:
         several = one.repeat(num, 1, 1)
         return to_int8(several) if kind == "int8" else to_int4(several)
 
-    def prepare(experts: int, hidden: int, inner: int) -> dict[str, Any]:
+    def prepare(experts: int, hidden: int, inner: int, per_token: int) -> dict[str, Any]:
         gate_up, down = drawn(experts, 2 * inner, hidden), drawn(experts, hidden, inner)
         held["experts"] = ops.pack_experts(gate_up, down)
         return {"name": ops.name}

@@ -51,7 +51,7 @@ def main() -> None:
 
     made = {"bf16": bf16, "int_mm": int_mm, "fbgemm": fbgemm}[kind]
 
-    def prepare(experts: int, hidden: int, inner: int) -> dict[str, Any]:
+    def prepare(experts: int, hidden: int, inner: int, per_token: int) -> dict[str, Any]:
         up = torch.randn(2 * inner, hidden) / hidden**0.5
         down = torch.randn(hidden, inner) / inner**0.5
         held.extend((made(up.clone()), made(down.clone())) for _ in range(experts))
