@@ -19,7 +19,7 @@ def calls() -> int:
 
 def measure(on: bool) -> None: ...
 def nanoseconds() -> int:
-    """Spent in calls while they were measured."""
+    """CPU time of the callers' threads in calls, while they were measured."""
 
 def cpus_of_nodes() -> list[list[int]]:
     """The CPUs this process may use, by NUMA node; empty where the system does not tell."""
