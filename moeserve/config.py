@@ -82,6 +82,9 @@ class ServeConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="weights in memory; auto keeps the checkpoint's"
     )
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        "auto", description="KV in memory; auto is as the weights"
+    )
     quantization: Literal["auto", "none", "int8", "int4"] = Field(
         "auto", description="bits of the matrices; auto as stored, none as floats"
     )

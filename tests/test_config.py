@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "http_port": 0,
     "api_key": "secret-secret",
     "dtype": "bfloat16",
+    "kv_dtype": "int8",
     "quantization": "int8",
     "quantize_attention": False,
     "max_model_len": 99,

@@ -33,20 +33,24 @@ struct Experts {
   bool clamped;  // GPT-OSS's activation instead of SwiGLU
 };
 
+enum class KvType : int { kFloat32, kBfloat16, kInt8 };
+
+// The KV of one layer: `num_blocks` blocks of kv_bytes_per_block bytes. kv.h has their layout.
+// `latent`: one head, and the value is the key's first value_size features.
 struct Cache {
-  const void* data;
-  int64_t block_stride, position_stride, head_stride;  // in elements
-  bool is_bf16;
+  void* data;
+  int64_t num_blocks, block_size, kv_heads, head_size, value_size;
+  KvType type;
+  bool latent;
 };
 
 struct Attention {
   const float* q;  // [T, A, D]
-  Cache k, v;
-  float* out;                            // [T, A, V]
+  Cache kv;
+  float* out;                                // [T, A, V]
   const int32_t *starts, *context, *blocks;  // [S + 1], [S], [S, M]
-  const float* sinks;                    // [A] or null
-  int64_t sequences, table_width, block_size, num_blocks;
-  int64_t heads, kv_heads, head_size, value_size;
+  const float* sinks;                        // [A] or null
+  int64_t sequences, table_width, heads;
   int64_t window;  // 0: all
   float scale;
 };
@@ -56,6 +60,74 @@ struct Routing {
   int scoring;  // 0 softmax, 1 sigmoid, 2 topk_softmax
   bool normalise, top2;
   float scale;
+};
+
+struct Norm {
+  const float* weight;
+  float eps;
+};
+
+// What all layers of a forward pass share.
+struct Step {
+  int64_t rows;
+  const float *cos, *sin;  // [T, R]
+  int64_t pairs;
+  bool interleaved;
+  const int64_t* slots;                      // [T]
+  const int32_t *starts, *context, *blocks;  // [S + 1], [S], [S, M]
+  int64_t sequences, table_width;
+};
+
+// The parts of a layer; moeserve/kernels/fused.py says what they compute.
+struct Gqa {
+  Norm norm;
+  Matrix qkv, o;
+  int64_t heads, kv_heads, head_size;
+  float scale;
+  Norm q_norm, k_norm;                // no weight: none
+  int64_t q_norm_size, k_norm_size;  // of a head or of the row
+  float clip;                         // infinity: none
+  int64_t window;
+  const float* sinks;
+};
+
+struct Mla {
+  Norm norm;
+  Matrix down;
+  Norm q_norm;
+  Matrix q_up;  // no data: `down` has the queries themselves
+  Norm latent_norm;
+  Matrix into_latent, out_of_latent, o;  // the first two one per head
+  int64_t heads, nope, rotated, latent;
+  float scale;
+};
+
+struct Mlp {
+  Matrix gate_up, down;  // no data: none
+};
+
+struct Dense {
+  Norm norm;
+  Mlp mlp;
+};
+
+struct Router {
+  Norm norm;
+  Matrix matrix;
+  Routing spec;
+  const float* bias;
+};
+
+struct Mixture {
+  Experts experts;
+  Mlp shared;
+  Matrix gate;  // no data: no gated shared expert
+  Experts gated;
+};
+
+struct Head {
+  Norm norm;
+  Matrix matrix;
 };
 
 struct Kernels {
@@ -83,11 +155,23 @@ struct Kernels {
                const float* sin, int64_t pairs, bool interleaved, float* out);
   void (*route_topk)(const float* logits, int64_t rows, Routing spec, const float* bias,
                      int32_t* ids, float* weights);
-  // False if a slot is outside the cache.
-  bool (*write_kv)(const Cache& cache, int64_t num_blocks, int64_t block_size, const float* x,
-                   int64_t rows, int64_t heads, int64_t size, const int64_t* slots);
+  int64_t (*kv_bytes_per_block)(const Cache& cache);
+  // k is [rows, G, D], v [rows, G, V] or null where the cache is latent. False if a slot is
+  // outside the cache.
+  bool (*write_kv)(const Cache& cache, const float* k, const float* v, int64_t rows,
+                   const int64_t* slots);
   // False if a sequence needs a block that its table does not name, or a row it does not have.
   bool (*paged_attention)(const Attention& batch);
+  // These add to x. False as the kernels that they are made of.
+  bool (*attend_gqa)(float* x, const Gqa& w, const Step& step, const Cache& cache);
+  bool (*attend_mla)(float* x, const Mla& w, const Step& step, const Cache& cache);
+  void (*dense)(float* x, int64_t rows, const Dense& w);
+  void (*route)(const float* x, int64_t rows, const Router& w, float* normed, int32_t* ids,
+                float* weights);
+  bool (*mix)(float* x, int64_t rows, const Mixture& w, const float* normed, const int32_t* ids,
+              int64_t chosen, const float* weights);
+  // Of the wanted rows of x, all of which exist.
+  void (*head)(const float* x, const int64_t* wanted, int64_t rows, const Head& w, float* out);
 };
 
 namespace portable {

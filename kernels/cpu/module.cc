@@ -10,12 +10,15 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <cstring>
+#include <ctime>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "pool.h"
+#include "probe.h"
 
 namespace nb = nanobind;
 
@@ -50,6 +53,32 @@ std::vector<const Kernels*> runnable() {
 }
 
 std::atomic<const Kernels*> chosen{nullptr};
+
+// Kernels called from Python since the process began; the CPU time of their callers inside them
+// while it is measured: that of others who share the machine is not in it.
+std::atomic<uint64_t> calls{0}, nanoseconds{0};
+std::atomic<bool> timed{false};
+
+uint64_t thread_time() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
+}
+
+class Counted {
+ public:
+  Counted() : timed_(timed.load(std::memory_order_relaxed)) {
+    calls.fetch_add(1, std::memory_order_relaxed);
+    if (timed_) began_ = thread_time();
+  }
+  ~Counted() {
+    if (timed_) nanoseconds.fetch_add(thread_time() - began_);
+  }
+
+ private:
+  bool timed_;
+  uint64_t began_ = 0;
+};
 
 const Kernels& table() { return *chosen.load(std::memory_order_relaxed); }
 
@@ -150,55 +179,66 @@ void route_topk(uintptr_t logits, int64_t rows, int64_t experts, int64_t top_k, 
                      at<float>(weights));
 }
 
-bool write_kv(uintptr_t cache, bool is_bf16, int64_t blocks, int64_t block_size,
-              int64_t block_stride, int64_t position_stride, int64_t head_stride, uintptr_t x,
-              int64_t rows, int64_t heads, int64_t size, uintptr_t slots) {
-  const Cache to{at<const void>(cache), block_stride, position_stride, head_stride, is_bf16};
-  return table().write_kv(to, blocks, block_size, at<const float>(x), rows, heads, size,
-                          at<const int64_t>(slots));
+Cache cache(uintptr_t data, int64_t blocks, int64_t block_size, int64_t kv_heads,
+            int64_t head_size, int64_t value_size, int type, bool latent) {
+  return {at<void>(data), blocks,     block_size,
+          kv_heads,       head_size,  value_size,
+          static_cast<KvType>(type),  latent};
 }
 
-bool paged_attention(uintptr_t q, uintptr_t k, int64_t k_block, int64_t k_position, int64_t k_head,
-                     uintptr_t v, int64_t v_block, int64_t v_position, int64_t v_head,
-                     bool is_bf16, uintptr_t starts, uintptr_t context, uintptr_t blocks,
-                     int64_t sequences, int64_t table_width, int64_t num_blocks,
-                     int64_t block_size, int64_t heads, int64_t kv_heads, int64_t head_size,
-                     int64_t value_size, float scale, int64_t window, uintptr_t sinks,
-                     uintptr_t out) {
+int64_t kv_bytes_per_block(int64_t block_size, int64_t kv_heads, int64_t head_size,
+                           int64_t value_size, int type, bool latent) {
+  return table().kv_bytes_per_block(
+      cache(0, 0, block_size, kv_heads, head_size, value_size, type, latent));
+}
+
+bool write_kv(uintptr_t data, int64_t blocks, int64_t block_size, int64_t kv_heads,
+              int64_t head_size, int64_t value_size, int type, bool latent, uintptr_t k,
+              uintptr_t v, int64_t rows, uintptr_t slots) {
+  return table().write_kv(
+      cache(data, blocks, block_size, kv_heads, head_size, value_size, type, latent),
+      at<const float>(k), at<const float>(v), rows, at<const int64_t>(slots));
+}
+
+bool paged_attention(uintptr_t data, int64_t blocks, int64_t block_size, int64_t kv_heads,
+                     int64_t head_size, int64_t value_size, int type, bool latent, uintptr_t q,
+                     int64_t heads, uintptr_t starts, uintptr_t context, uintptr_t tables,
+                     int64_t sequences, int64_t table_width, float scale, int64_t window,
+                     uintptr_t sinks, uintptr_t out) {
   Attention batch{};
   batch.q = at<const float>(q);
-  batch.k = {at<const void>(k), k_block, k_position, k_head, is_bf16};
-  batch.v = {at<const void>(v), v_block, v_position, v_head, is_bf16};
+  batch.kv = cache(data, blocks, block_size, kv_heads, head_size, value_size, type, latent);
   batch.out = at<float>(out);
   batch.starts = at<const int32_t>(starts);
   batch.context = at<const int32_t>(context);
-  batch.blocks = at<const int32_t>(blocks);
+  batch.blocks = at<const int32_t>(tables);
   batch.sinks = at<const float>(sinks);
   batch.sequences = sequences;
   batch.table_width = table_width;
-  batch.block_size = block_size;
-  batch.num_blocks = num_blocks;
   batch.heads = heads;
-  batch.kv_heads = kv_heads;
-  batch.head_size = head_size;
-  batch.value_size = value_size;
   batch.window = window;
   batch.scale = scale;
   return table().paged_attention(batch);
 }
+
+#include "parts.h"
 
 }  // namespace
 }  // namespace moeserve
 
 NB_MODULE(_cpu, m) {
   using namespace moeserve;
-  const nb::call_guard<nb::gil_scoped_release> unlocked;
+  const nb::call_guard<Counted, nb::gil_scoped_release> unlocked;
   chosen.store(runnable().front());
   m.def("isas", isas);
   m.def("isa", [] { return std::string(table().name); });
   m.def("set_isa", set_isa);
   m.def("threads", threads);
   m.def("set_threads", share_among);
+  m.def("cpus_of_nodes", cpus_of_nodes);
+  m.def("calls", [] { return calls.load(); });
+  m.def("measure", [](bool on) { timed.store(on); });
+  m.def("nanoseconds", [] { return nanoseconds.load(); });
   nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int kind, int64_t n, int64_t k,
                                                      uintptr_t data, uintptr_t scale,
                                                      uintptr_t bias, uintptr_t zero,
@@ -209,6 +249,8 @@ NB_MODULE(_cpu, m) {
   nb::class_<Experts>(m, "Experts")
       .def("__init__", [](Experts* self, const Matrix& gate_up, const Matrix& down, int64_t count,
                           bool clamped) { new (self) Experts{gate_up, down, count, clamped}; });
+  m.def("probe_ways", probe_ways);
+  m.def("probe", probe, unlocked);
   m.def("packed_bytes", packed_bytes);
   m.def("pack", pack, unlocked);
   m.def("pack_floats", pack_floats, unlocked);
@@ -220,6 +262,8 @@ NB_MODULE(_cpu, m) {
   m.def("glu", glu, unlocked);
   m.def("rope", rope, unlocked);
   m.def("route_topk", route_topk, unlocked);
+  m.def("kv_bytes_per_block", kv_bytes_per_block);
   m.def("write_kv", write_kv, unlocked);
   m.def("paged_attention", paged_attention, unlocked);
+  bind_parts(m);
 }

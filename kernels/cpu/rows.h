@@ -1,20 +1,26 @@
-// Kernels that treat each row by itself: norm, gate, rotation, routing, cache writes.
+// Kernels that treat each row by itself: norm, gate, rotation, routing.
 #pragma once
+
+// `out` may be `in`.
+INLINE void norm_row(const float* in, int64_t size, const float* weight, float eps, float* out) {
+  F16 squares[4] = {zero(), zero(), zero(), zero()};
+  for (int64_t h = 0; h < size; h += 4 * kLanes)
+    for (int64_t i = 0; i < 4 && h + i * kLanes < size; ++i) {
+      const F16 v = load(in + h + i * kLanes, size - h - i * kLanes);
+      squares[i] = fma(v, v, squares[i]);
+    }
+  const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  const F16 factor = splat(1.0f / __builtin_sqrtf(total / static_cast<float>(size) + eps));
+  for (int64_t h = 0; h < size; h += kLanes) {
+    const int64_t left = size - h;
+    store(out + h, load(in + h, left) * factor * load(weight + h, left), left);
+  }
+}
 
 void rms_norm(const float* x, int64_t rows, int64_t size, const float* weight, float eps,
               float* out) {
-  each_row(rows, 2 * size, [&](int64_t t) {
-    const float* in = x + t * size;
-    F16 squares[4] = {zero(), zero(), zero(), zero()};
-    for (int64_t h = 0; h < size; h += 4 * kLanes)
-      for (int64_t i = 0; i < 4 && h + i * kLanes < size; ++i) {
-        const F16 v = load(in + h + i * kLanes, size - h - i * kLanes);
-        squares[i] = fma(v, v, squares[i]);
-      }
-    const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    const float factor = 1.0f / __builtin_sqrtf(total / static_cast<float>(size) + eps);
-    for (int64_t h = 0; h < size; ++h) out[t * size + h] = in[h] * factor * weight[h];
-  });
+  each_row(rows, 2 * size,
+           [&](int64_t t) { norm_row(x + t * size, size, weight, eps, out + t * size); });
 }
 
 void glu(const float* x, int64_t rows, int64_t inner, bool clamped, float* out) {
@@ -27,21 +33,27 @@ void glu(const float* x, int64_t rows, int64_t inner, bool clamped, float* out) 
   });
 }
 
+// The heads of one token; `c` and `s` are its cos and sin.
+INLINE void rope_row(const float* x, int64_t heads, int64_t size, const float* c, const float* s,
+                     int64_t pairs, bool interleaved, float* out) {
+  for (int64_t a = 0; a < heads; ++a) {
+    const float* __restrict in = x + a * size;
+    float* __restrict to = out + a * size;
+    const int64_t step = interleaved ? 2 : 1, apart = interleaved ? 1 : pairs;
+    for (int64_t i = 0; i < pairs; ++i) {
+      const float first = in[i * step], second = in[i * step + apart];
+      to[i * step] = first * c[i] - second * s[i];
+      to[i * step + apart] = second * c[i] + first * s[i];
+    }
+    for (int64_t d = 2 * pairs; d < size; ++d) to[d] = in[d];
+  }
+}
+
 void rope(const float* x, int64_t rows, int64_t heads, int64_t size, const float* cos,
           const float* sin, int64_t pairs, bool interleaved, float* out) {
   each_row(rows, 2 * heads * size, [&](int64_t t) {
-    const float *c = cos + t * pairs, *s = sin + t * pairs;
-    for (int64_t a = t * heads; a < (t + 1) * heads; ++a) {
-      const float* __restrict in = x + a * size;
-      float* __restrict to = out + a * size;
-      const int64_t step = interleaved ? 2 : 1, apart = interleaved ? 1 : pairs;
-      for (int64_t i = 0; i < pairs; ++i) {
-        const float first = in[i * step], second = in[i * step + apart];
-        to[i * step] = first * c[i] - second * s[i];
-        to[i * step + apart] = second * c[i] + first * s[i];
-      }
-      for (int64_t d = 2 * pairs; d < size; ++d) to[d] = in[d];
-    }
+    rope_row(x + t * heads * size, heads, size, cos + t * pairs, sin + t * pairs, pairs,
+             interleaved, out + t * heads * size);
   });
 }
 
@@ -121,34 +133,4 @@ void route_topk(const float* logits, int64_t rows, Routing spec, const float* bi
     }
     weigh(spec, weights + t * spec.top_k);
   });
-}
-
-// To nearest, ties to even; NaN stays a (quiet) NaN.
-INLINE bf16 narrow(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<bf16>((bits >> 16) | 0x40);
-  return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-bool write_kv(const Cache& cache, int64_t num_blocks, int64_t block_size, const float* x,
-              int64_t rows, int64_t heads, int64_t size, const int64_t* slots) {
-  for (int64_t t = 0; t < rows; ++t)
-    if (slots[t] < 0 || slots[t] >= num_blocks * block_size) return false;
-  each_row(rows, heads * size, [&](int64_t t) {
-    const int64_t row = slots[t] / block_size * cache.block_stride +
-                        slots[t] % block_size * cache.position_stride;
-    for (int64_t g = 0; g < heads; ++g) {
-      const float* in = x + (t * heads + g) * size;
-      const int64_t at = row + g * cache.head_stride;
-      if (cache.is_bf16) {
-        bf16* out = static_cast<bf16*>(const_cast<void*>(cache.data)) + at;
-        for (int64_t d = 0; d < size; ++d) out[d] = narrow(in[d]);
-      } else {
-        __builtin_memcpy(static_cast<float*>(const_cast<void*>(cache.data)) + at, in,
-                         size * sizeof(float));
-      }
-    }
-  });
-  return true;
 }

@@ -31,6 +31,7 @@ from moeserve.models.weights import QUANTIZATIONS
 from moeserve.observe.routing import RoutingRecorder
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+KV_DTYPES = DTYPES | {"int8": torch.int8}
 USUAL_LEN = 2048
 SHARE_OF_AVAILABLE = 0.5
 
@@ -80,6 +81,7 @@ def build_engine(
     *,
     name: str | None = None,
     dtype: str = "auto",
+    kv_dtype: str = "auto",
     quantization: str = "auto",
     quantize_attention: bool = True,
     max_model_len: int | None = None,
@@ -100,6 +102,8 @@ def build_engine(
     path = resolve_model(model)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: expected one of {sorted(DTYPES)}")
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype={kv_dtype!r}: expected one of {sorted(KV_DTYPES)}")
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization={quantization!r}: expected one of {QUANTIZATIONS}")
     if threads is not None:
@@ -110,6 +114,7 @@ def build_engine(
         path,
         dtype=DTYPES[dtype],
         ops=ops,
+        kv_dtype=KV_DTYPES[kv_dtype],
         quantization=quantization,
         quantize_attention=quantize_attention,
         progress=progress,

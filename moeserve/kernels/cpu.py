@@ -15,12 +15,30 @@ import torch
 from torch import Tensor
 
 from moeserve.errors import InternalError
-from moeserve.kernels import _cpu
+from moeserve.kernels import _cpu, kv
+from moeserve.kernels.kv import fp32, int32
 from moeserve.kernels.matrix import Matrix
-from moeserve.kernels.ops import Activation, AttentionBatch, Experts, Linear, RouterSpec
+from moeserve.kernels.ops import (
+    Activation,
+    AttentionBatch,
+    DenseWeights,
+    Experts,
+    GqaWeights,
+    HeadWeights,
+    KvCache,
+    KvShape,
+    Linear,
+    MlaWeights,
+    MoeWeights,
+    Part,
+    Routed,
+    RouterSpec,
+    RouterWeights,
+    Step,
+    W,
+)
 from moeserve.kernels.packing import Panels, pack
-
-SCORING = {"softmax": 0, "sigmoid": 1, "topk_softmax": 2}
+from moeserve.kernels.parts import SCORING, Native, check_spec, native_of, new_step, room_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +151,7 @@ class CpuOps:
     ) -> tuple[Tensor, Tensor]:
         rows, num = logits_TE.shape
         assert num == spec.num_experts, (num, spec)
-        assert 0 < spec.top_k <= num, spec
-        assert num % spec.num_groups == 0, spec
-        assert 0 < spec.topk_groups <= spec.num_groups, spec
-        assert spec.group_score in ("top2", "max"), spec
+        check_spec(spec)
         assert bias_E is None or bias_E.shape == (num,), bias_E
         logits = fp32(logits_TE)
         bias = None if bias_E is None else bias_E.float().contiguous()
@@ -159,87 +174,107 @@ class CpuOps:
         )
         return ids, weights
 
-    def write_kv(self, kv_BPGD: Tensor, x_TGD: Tensor, slot_T: Tensor) -> None:
-        blocks, size, heads, width = kv_BPGD.shape
-        rows = len(slot_T)
-        assert x_TGD.shape == (rows, heads, width), (x_TGD.shape, kv_BPGD.shape)
-        x, slots = fp32(x_TGD), slot_T.to(torch.int64).contiguous()
-        block_stride, position_stride, head_stride, _ = kv_BPGD.stride()
-        if not _cpu.write_kv(
-            kv_BPGD.data_ptr(),
-            is_bf16_cache(kv_BPGD),
-            blocks,
-            size,
-            block_stride,
-            position_stride,
-            head_stride,
-            x.data_ptr(),
-            rows,
-            heads,
-            width,
-            slots.data_ptr(),
-        ):
-            raise InternalError(f"write_kv: a slot is not in 0..{blocks * size - 1}")
+    def new_kv(self, shape: KvShape) -> KvCache:
+        return kv.new_cache(shape)
+
+    def kv_bytes_per_block(self, shape: KvShape) -> int:
+        return kv.bytes_per_block(shape)
+
+    def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
+        kv.write(cache, k_TGD, v_TGV, slot_T)
 
     def paged_attention(
         self,
         q_TAD: Tensor,
-        k_BPGD: Tensor,
-        v_BPGV: Tensor,
+        cache: KvCache,
         batch: AttentionBatch,
         *,
         scale: float,
         window: int | None = None,
         sinks_A: Tensor | None = None,
     ) -> Tensor:
-        rows, heads, size = q_TAD.shape
-        blocks, block_size, kv_heads, _ = k_BPGD.shape
-        sequences, width = batch.blocks_SM.shape
-        assert k_BPGD.shape[3] == size, (q_TAD.shape, k_BPGD.shape)
-        assert heads % kv_heads == 0, (heads, kv_heads)
-        assert v_BPGV.shape[:3] == k_BPGD.shape[:3], (v_BPGV.shape, k_BPGD.shape)
-        assert v_BPGV.dtype == k_BPGD.dtype, (v_BPGV.dtype, k_BPGD.dtype)
-        assert batch.query_start_S1.shape == (sequences + 1,), batch
-        assert batch.context_S.shape == (sequences,), batch
-        assert int(batch.query_start_S1[-1]) == rows, (batch.query_start_S1, rows)
-        assert window is None or window > 0, window
-        assert sinks_A is None or sinks_A.shape == (heads,), sinks_A
-        q, starts, context, table = (
-            fp32(q_TAD),
-            int32(batch.query_start_S1),
-            int32(batch.context_S),
-            int32(batch.blocks_SM),
-        )
-        sinks = None if sinks_A is None else sinks_A.float().contiguous()
-        out = torch.empty(rows, heads, v_BPGV.shape[3])
-        if not _cpu.paged_attention(
-            q.data_ptr(),
-            k_BPGD.data_ptr(),
-            k_BPGD.stride(0),
-            k_BPGD.stride(1),
-            k_BPGD.stride(2),
-            v_BPGV.data_ptr(),
-            v_BPGV.stride(0),
-            v_BPGV.stride(1),
-            v_BPGV.stride(2),
-            is_bf16_cache(k_BPGD) and is_bf16_cache(v_BPGV),
-            starts.data_ptr(),
-            context.data_ptr(),
-            table.data_ptr(),
-            sequences,
-            width,
-            blocks,
-            block_size,
-            heads,
-            kv_heads,
-            size,
-            v_BPGV.shape[3],
-            scale,
-            window or 0,
-            0 if sinks is None else sinks.data_ptr(),
+        return kv.attend(q_TAD, cache, batch, scale, window, sinks_A)
+
+    def prepare(self, weights: W) -> Part[W]:
+        return Part(weights, native_of(weights))
+
+    def new_step(
+        self,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        interleaved: bool,
+        slot_T: Tensor,
+        attention: AttentionBatch,
+    ) -> Step:
+        return new_step(cos_TR, sin_TR, interleaved, slot_T, attention)
+
+    def attend(
+        self, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache
+    ) -> None:
+        native: Native = part.data
+        assert native.run is not None, part
+        x_at = rows_at(x_TH, step.rows, native.hidden)
+        if not native.run(x_at, native.handle, step.data.handle, cache.data.handle):
+            raise InternalError(
+                f"attend: slots, contexts or blocks of {step.attention} do not fit {cache.shape}"
+            )
+
+    def dense(self, x_TH: Tensor, part: Part[DenseWeights]) -> None:
+        native: Native = part.data
+        rows = len(x_TH)
+        _cpu.dense(rows_at(x_TH, rows, native.hidden), rows, native.handle)
+
+    def route(self, x_TH: Tensor, part: Part[RouterWeights], step: Step) -> Routed:
+        native: Native = part.data
+        room = room_of(step, native.hidden, part.weights.spec.top_k)
+        x_at = rows_at(x_TH, step.rows, native.hidden)
+        _cpu.route(x_at, step.rows, native.handle, *room.at)
+        return room.routed
+
+    def mix(self, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
+        native: Native = part.data
+        normed, ids, weights = routed.normed_TH, routed.ids_TC, routed.weights_TC
+        rows, chosen = ids.shape
+        assert ids.dtype is torch.int32, ids.dtype
+        assert ids.is_contiguous(), ids.stride()
+        if not _cpu.mix(
+            rows_at(x_TH, rows, native.hidden),
+            rows,
+            native.handle,
+            rows_at(normed, rows, native.hidden),
+            ids.data_ptr(),
+            chosen,
+            rows_at(weights, rows, chosen),
+        ):
+            raise InternalError(f"mix: an expert id is not one of {part.weights.experts}")
+
+    def embed(self, table_WH: Tensor, ids_T: Tensor) -> Tensor:
+        size, hidden = table_WH.shape
+        assert table_WH.dtype in (torch.float32, torch.bfloat16), table_WH.dtype
+        assert table_WH.is_contiguous(), table_WH.stride()
+        assert ids_T.dtype is torch.int64, ids_T.dtype
+        ids, out = ids_T.contiguous(), torch.empty(len(ids_T), hidden)
+        is_bf16 = table_WH.dtype is torch.bfloat16
+        if not _cpu.embed(
+            table_WH.data_ptr(), is_bf16, size, hidden, ids.data_ptr(), len(ids), out.data_ptr()
+        ):
+            raise InternalError(f"embed: a token id is not in 0..{size - 1}")
+        return out
+
+    def head(self, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
+        native: Native = part.data
+        assert rows_R.dtype is torch.int64, rows_R.dtype
+        rows, wanted = len(x_TH), rows_R.contiguous()
+        out = torch.empty(len(wanted), part.weights.head.out_features)
+        if not _cpu.head(
+            rows_at(x_TH, rows, native.hidden),
+            rows,
+            wanted.data_ptr(),
+            len(wanted),
+            native.handle,
             out.data_ptr(),
         ):
-            raise InternalError(f"paged_attention: rows, contexts or blocks do not fit: {batch}")
+            raise InternalError(f"head: a row of {rows_R.tolist()} is not in 0..{rows - 1}")
         return out
 
 
@@ -254,17 +289,9 @@ def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:
     return out
 
 
-def fp32(x: Tensor) -> Tensor:
+def rows_at(x: Tensor, rows: int, size: int) -> int:
+    """Where an activation of this shape lies; for calls that are made in every layer."""
     assert x.dtype is torch.float32, x.dtype
-    return x.contiguous()
-
-
-def int32(x: Tensor) -> Tensor:
-    assert x.dtype is torch.int32, x.dtype
-    return x.contiguous()
-
-
-def is_bf16_cache(cache: Tensor) -> bool:
-    assert cache.stride(3) == 1 or cache.shape[3] == 1, cache.stride()
-    assert cache.dtype in (torch.float32, torch.bfloat16), cache.dtype
-    return cache.dtype is torch.bfloat16
+    assert x.shape == (rows, size), (x.shape, rows, size)
+    assert x.is_contiguous(), x.stride()
+    return x.data_ptr()

@@ -12,12 +12,22 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from moeserve.kernels import reference_kv
+from moeserve.kernels.fused import Composed
 from moeserve.kernels.matrix import Matrix, part_of, quantize_rows
-from moeserve.kernels.ops import Activation, AttentionBatch, Experts, Linear, RouterSpec
+from moeserve.kernels.ops import (
+    Activation,
+    AttentionBatch,
+    Experts,
+    KvCache,
+    KvShape,
+    Linear,
+    RouterSpec,
+)
 from moeserve.kernels.products import product
 
 
-class ReferenceOps:
+class ReferenceOps(Composed):
     """Plain torch, one row at a time."""
 
     name = "reference"
@@ -117,40 +127,26 @@ class ReferenceOps:
                 out[t] += weight * self.linear(inner, downs[e])[0]
         return out
 
-    def write_kv(self, kv_BPGD: Tensor, x_TGD: Tensor, slot_T: Tensor) -> None:
-        slot, size = slot_T.long(), kv_BPGD.shape[1]
-        kv_BPGD[slot // size, slot % size] = x_TGD.to(kv_BPGD.dtype)
+    def new_kv(self, shape: KvShape) -> KvCache:
+        return reference_kv.new_cache(shape)
+
+    def kv_bytes_per_block(self, shape: KvShape) -> int:
+        return reference_kv.bytes_per_block(shape)
+
+    def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
+        reference_kv.write(cache, k_TGD, v_TGV, slot_T)
 
     def paged_attention(
         self,
         q_TAD: Tensor,
-        k_BPGD: Tensor,
-        v_BPGV: Tensor,
+        cache: KvCache,
         batch: AttentionBatch,
         *,
         scale: float,
         window: int | None = None,
         sinks_A: Tensor | None = None,
     ) -> Tensor:
-        heads, kv_heads, size = q_TAD.shape[1], k_BPGD.shape[2], k_BPGD.shape[1]
-        out = torch.empty(len(q_TAD), heads, v_BPGV.shape[-1])
-        starts, contexts = batch.query_start_S1.tolist(), batch.context_S.tolist()
-        for s, context in enumerate(contexts):
-            blocks = batch.blocks_SM[s, : -(-context // size)].long()
-            k = k_BPGD[blocks].flatten(0, 1).float()
-            v = v_BPGV[blocks].flatten(0, 1).float()
-            for t in range(starts[s], starts[s + 1]):
-                last = context - (starts[s + 1] - t)
-                first = 0 if window is None else max(0, last - window + 1)
-                for a in range(heads):
-                    g = a // (heads // kv_heads)
-                    keys = k[first : last + 1, g].contiguous()
-                    score = torch.mv(keys, q_TAD[t, a].clone()) * scale
-                    if sinks_A is not None:
-                        score = torch.cat((score, sinks_A[a : a + 1].float()))
-                    share = score.softmax(0)[: len(keys)]
-                    out[t, a] = torch.mv(v[first : last + 1, g].T.contiguous(), share)
-        return out
+        return reference_kv.attend(q_TAD, cache, batch, scale, window, sinks_A)
 
 
 def route_row(logits_E: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:

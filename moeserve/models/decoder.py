@@ -16,14 +16,8 @@ import torch
 from torch import Tensor
 
 from moeserve.errors import CheckpointError
-from moeserve.kernels.ops import Linear, Ops
-from moeserve.models.attention import (
-    Attention,
-    LayerCache,
-    kv_values_per_token,
-    load_attention,
-    new_layer_cache,
-)
+from moeserve.kernels.ops import HeadWeights, KvCache, Linear, Ops, Part, Step
+from moeserve.models.attention import AttentionWeights, kv_shape, load_attention
 from moeserve.models.batch import StepBatch
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.families import read_spec
@@ -32,46 +26,38 @@ from moeserve.models.formats.layouts import Stored
 from moeserve.models.formats.method import read_method
 from moeserve.models.moe import DenseMlp, MoeMlp, RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
-from moeserve.models.rope import RopeRows, RopeTables, rope_tables
+from moeserve.models.rope import RopeTables, rope_tables
 from moeserve.models.spec import LayerSpec, ModelSpec
 from moeserve.models.weights import Rounding, Weights
 
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """One ``LayerCache`` per decoder layer, and the MTP block's last if it was asked for."""
+    """One ``KvCache`` per decoder layer, and the MTP block's last if it was asked for."""
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[KvCache, ...]
     num_blocks: int
     block_size: int
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Attention and MLP, each behind its norm, added to the residual stream."""
+    """Attention and MLP, each behind its norm, added to the residual stream in place."""
 
     layer: int
-    eps: float
-    input_norm_H: Tensor
-    attention: Attention
-    post_norm_H: Tensor
+    attention: Part[AttentionWeights]
     mlp: DenseMlp | MoeMlp
 
     def run(
         self,
         x_TH: Tensor,
-        step: StepBatch,
-        rope: RopeRows,
-        cache: LayerCache,
+        step: Step,
+        cache: KVCache,
         ops: Ops,
         observer: RoutingObserver | None,
-    ) -> Tensor:
-        normed_TH = ops.rms_norm(x_TH, self.input_norm_H, self.eps)
-        x_TH = x_TH + self.attention.run(normed_TH, step, rope, cache, ops)
-        normed_TH = ops.rms_norm(x_TH, self.post_norm_H, self.eps)
-        if isinstance(self.mlp, MoeMlp):
-            return x_TH + self.mlp.run(normed_TH, ops, self.layer, observer)
-        return x_TH + self.mlp.run(normed_TH, ops)
+    ) -> None:
+        ops.attend(x_TH, self.attention, step, cache.layers[self.layer])
+        self.mlp.run(x_TH, step, ops, self.layer, observer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +69,7 @@ class Mtp:
     hidden_norm_H: Tensor
     project: Linear
     block: Block
-    norm_H: Tensor
-    head: Linear
+    head: Part[HeadWeights]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,56 +79,54 @@ class Decoder:
     spec: ModelSpec
     ops: Ops
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     embedding_WH: Tensor
     blocks: tuple[Block, ...]
-    norm_H: Tensor
-    head: Linear
+    head: Part[HeadWeights]
     rope: RopeTables
     mtp: Mtp | None
     unread: tuple[str, ...]
 
     @property
-    def kv_dtype(self) -> torch.dtype:
-        return self.dtype
-
-    @property
     def kv_bytes_per_token(self) -> int:
-        """Of all decoder layers, without the MTP block."""
-        values = sum(kv_values_per_token(layer.attention) for layer in self.spec.layers)
-        return values * self.kv_dtype.itemsize
+        """Of all decoder layers, without the MTP block; a block costs as much for each token."""
+        shapes = (kv_shape(layer.attention, 1, 1, self.kv_dtype) for layer in self.spec.layers)
+        return sum(self.ops.kv_bytes_per_block(shape) for shape in shapes)
 
     def new_cache(self, num_blocks: int, block_size: int, *, mtp: bool = False) -> KVCache:
         specs = [layer.attention for layer in self.spec.layers]
         if mtp and self.spec.mtp is not None:
             specs.append(self.spec.mtp.attention)
-        layers = (new_layer_cache(s, num_blocks, block_size, self.kv_dtype) for s in specs)
-        return KVCache(tuple(layers), num_blocks, block_size)
+        shapes = (kv_shape(s, num_blocks, block_size, self.kv_dtype) for s in specs)
+        return KVCache(tuple(self.ops.new_kv(s) for s in shapes), num_blocks, block_size)
 
     def forward(
         self, step: StepBatch, cache: KVCache, observer: RoutingObserver | None = None
     ) -> Tensor:
         """Runs the step's tokens, writes their KV, and returns logits_RW of the wanted rows."""
         hidden_TH = self.trunk(step, cache, observer)
-        return self.logits(hidden_TH.index_select(0, step.logit_rows_R))
+        return self.ops.head(hidden_TH, step.logit_rows_R, self.head)
 
     def trunk(
         self, step: StepBatch, cache: KVCache, observer: RoutingObserver | None = None
     ) -> Tensor:
         """The residual stream after the last block, before the final norm: [T, H]."""
-        rope = self.rope.rows(step.positions_T)
-        x_TH = self.embedding_WH.index_select(0, step.token_ids_T).float()
+        ops, shared = self.ops, self._shared(step)
+        x_TH = ops.embed(self.embedding_WH, step.token_ids_T)
         for block in self.blocks:
-            x_TH = block.run(x_TH, step, rope, cache.layers[block.layer], self.ops, observer)
+            block.run(x_TH, shared, cache, ops, observer)
         return x_TH
 
     def final_norm(self, hidden_RH: Tensor) -> Tensor:
-        return self.ops.rms_norm(hidden_RH, self.norm_H, self.spec.norm_eps)
+        weights = self.head.weights
+        return self.ops.rms_norm(hidden_RH, weights.norm_H, weights.eps)
 
-    def logits(self, hidden_RH: Tensor) -> Tensor:
-        """Final norm and head."""
-        if not len(hidden_RH):
-            return torch.empty(0, self.spec.vocab)
-        return self.ops.linear(self.final_norm(hidden_RH), self.head)
+    def _shared(self, step: StepBatch) -> Step:
+        """What all layers need of the step."""
+        rope = self.rope.rows(step.positions_T)
+        return self.ops.new_step(
+            rope.cos_TR, rope.sin_TR, rope.interleaved, step.slot_T, step.attention
+        )
 
     def mtp_forward(self, normed_TH: Tensor, step: StepBatch, cache: KVCache) -> Tensor:
         """Draft logits_RW of the token after next.
@@ -154,7 +137,7 @@ class Decoder:
         mtp, eps, ops = self.mtp, self.spec.norm_eps, self.ops
         if mtp is None:
             raise CheckpointError(f"{self.spec.architecture}: this checkpoint has no MTP module")
-        token_TH = mtp.embedding_WH.index_select(0, step.token_ids_T).float()
+        token_TH = ops.embed(mtp.embedding_WH, step.token_ids_T)
         pair_T2H = torch.cat(
             (
                 ops.rms_norm(token_TH, mtp.embedding_norm_H, eps),
@@ -162,11 +145,9 @@ class Decoder:
             ),
             -1,
         )
-        rope = self.rope.rows(step.positions_T)
         x_TH = ops.linear(pair_T2H, mtp.project)
-        x_TH = mtp.block.run(x_TH, step, rope, cache.layers[mtp.block.layer], ops, None)
-        wanted_RH = x_TH.index_select(0, step.logit_rows_R)
-        return ops.linear(ops.rms_norm(wanted_RH, mtp.norm_H, eps), mtp.head)
+        mtp.block.run(x_TH, self._shared(step), cache, ops, None)
+        return ops.head(x_TH, step.logit_rows_R, mtp.head)
 
 
 def load_decoder(
@@ -174,6 +155,7 @@ def load_decoder(
     *,
     dtype: torch.dtype | None,
     ops: Ops,
+    kv_dtype: torch.dtype | None = None,
     quantization: str = "auto",
     quantize_attention: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -181,14 +163,16 @@ def load_decoder(
     """The model in a folder, its floats in ``dtype``: float32, bfloat16, or the checkpoint's.
 
     A float16 checkpoint is held as float32, which is exact. Quantised matrices stay as they are
-    stored, unless ``quantization`` says otherwise (see ``weights.Rounding``). Tensors that the
-    model does not explain are an error.
+    stored, unless ``quantization`` says otherwise (see ``weights.Rounding``). ``kv_dtype`` is
+    float32, bfloat16, int8, or that of the floats. Tensors that the model does not explain are an
+    error.
     """
     checkpoint = Checkpoint.open(path)
     return assemble(
         checkpoint,
         dtype=dtype,
         ops=ops,
+        kv_dtype=kv_dtype,
         quantization=quantization,
         quantize_attention=quantize_attention,
         progress=progress,
@@ -200,6 +184,7 @@ def assemble(
     *,
     dtype: torch.dtype | None,
     ops: Ops,
+    kv_dtype: torch.dtype | None = None,
     quantization: str = "auto",
     quantize_attention: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -207,7 +192,7 @@ def assemble(
     """``load_decoder`` of an open folder."""
     rounding = Rounding(quantization, quantize_attention)
     w = open_weights(checkpoint, dtype, ops, rounding, progress)
-    decoder = build_decoder(w)
+    decoder = build_decoder(w, kv_dtype)
     for method, count in w.stored.rounded.items():
         logging.getLogger("moeserve.models").info(
             "%s: %d matrices of %s rounded to int8, which holds them best",
@@ -240,7 +225,7 @@ def open_weights(
     )
 
 
-def build_decoder(w: Weights) -> Decoder:
+def build_decoder(w: Weights, kv_dtype: torch.dtype | None = None) -> Decoder:
     """Reads every tensor of the model, and accounts for the others."""
     spec, names = read_spec(w.checkpoint)
     embedding_WH = w.embedding("model.embed_tokens", spec.vocab, spec.hidden)
@@ -254,10 +239,12 @@ def build_decoder(w: Weights) -> Decoder:
         spec=spec,
         ops=w.ops,
         dtype=w.dtype,
+        kv_dtype=kv_dtype or w.dtype,
         embedding_WH=embedding_WH,
         blocks=blocks,
-        norm_H=w.vector("model.norm.weight", spec.hidden),
-        head=head,
+        head=w.ops.prepare(
+            HeadWeights(w.vector("model.norm.weight", spec.hidden), spec.norm_eps, head)
+        ),
         rope=rope_tables(spec.rope, spec.max_positions),
         mtp=_load_mtp(w, names, spec, embedding_WH, head),
         unread=_explained(w.checkpoint, spec, w.stored),
@@ -268,15 +255,15 @@ def _load_block(
     w: Weights, index: int, layer: LayerSpec, names: TensorNames, spec: ModelSpec
 ) -> Block:
     prefix = f"model.layers.{index}"
+    input_norm_H = w.vector(f"{prefix}.input_layernorm.weight", spec.hidden)
+    post_norm_H = w.vector(f"{prefix}.post_attention_layernorm.weight", spec.hidden)
+    attention = load_attention(
+        w, f"{prefix}.self_attn", layer.attention, input_norm_H, spec.norm_eps
+    )
     block = Block(
         layer=index,
-        eps=spec.norm_eps,
-        input_norm_H=w.vector(f"{prefix}.input_layernorm.weight", spec.hidden),
-        attention=load_attention(
-            w, f"{prefix}.self_attn", layer.attention, spec.hidden, spec.norm_eps
-        ),
-        post_norm_H=w.vector(f"{prefix}.post_attention_layernorm.weight", spec.hidden),
-        mlp=load_mlp(w, prefix, layer.mlp, names, spec.hidden),
+        attention=w.ops.prepare(attention),
+        mlp=load_mlp(w, prefix, layer.mlp, names, post_norm_H, spec.norm_eps),
     )
     w.checkpoint.release()
     return block
@@ -299,8 +286,11 @@ def _load_mtp(
         hidden_norm_H=w.vector(f"{prefix}.hnorm.weight", spec.hidden),
         project=w.linear(f"{prefix}.eh_proj", spec.hidden, 2 * spec.hidden),
         block=_load_block(w, len(spec.layers), spec.mtp, names, spec),
-        norm_H=w.vector(f"{prefix}.shared_head.norm.weight", spec.hidden),
-        head=head,
+        head=w.ops.prepare(
+            HeadWeights(
+                w.vector(f"{prefix}.shared_head.norm.weight", spec.hidden), spec.norm_eps, head
+            )
+        ),
     )
 
 

@@ -76,6 +76,7 @@ def load_model(config: ServeConfig, observer: Metrics, tell: Tell) -> LoadedMode
         config.model,
         name=config.served_model_name,
         dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
         quantization=config.quantization,
         quantize_attention=config.quantize_attention,
         max_model_len=config.max_model_len,

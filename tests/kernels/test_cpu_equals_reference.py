@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels.cpu import CpuOps
-from moeserve.kernels.ops import Activation, AttentionBatch, RouterSpec
+from moeserve.kernels.ops import Activation, RouterSpec
 from moeserve.kernels.reference import ReferenceOps
 
 REFERENCE = ReferenceOps()
@@ -179,150 +177,6 @@ def test_of_equal_experts_the_lower_ids_win(native: CpuOps) -> None:
     ids, weights = native.route_topk(torch.zeros(1, 40), RouterSpec(40, 3))
     assert ids.tolist() == [[0, 1, 2]]
     close(weights, torch.full((1, 3), 1 / 3))
-
-
-@FEW
-@given(seeds, dtypes, st.integers(1, 7), st.integers(1, 3), st.integers(1, 40), st.booleans())
-def test_write_kv_rounds_as_torch_does(
-    native: CpuOps, seed: int, dtype: torch.dtype, size: int, heads: int, width: int, view: bool
-) -> None:
-    torch.manual_seed(seed)
-    whole = torch.zeros(5, size, heads, 2 * width if view else width, dtype=dtype)
-    twin = whole.clone()
-    slots = torch.randperm(5 * size)[: size + 1]
-    x = normal(len(slots), heads, width)
-    x.view(-1)[:1] = 1 + 2**-8  # halfway between two bf16: even wins
-    native.write_kv(whole[..., -width:], x, slots)
-    REFERENCE.write_kv(twin[..., -width:], x, slots)
-    assert torch.equal(whole, twin)
-
-
-def test_write_kv_keeps_infinity_and_nan(native: CpuOps) -> None:
-    cache = torch.zeros(1, 1, 1, 4, dtype=torch.bfloat16)
-    x = torch.tensor([[[torch.inf, -torch.inf, torch.nan, 3.4e38]]])
-    native.write_kv(cache, x, torch.tensor([0]))
-    torch.testing.assert_close(cache[0, 0], x[0].bfloat16(), equal_nan=True)
-
-
-@pytest.mark.parametrize("slot", [-1, 6])
-def test_write_kv_refuses_a_slot_outside_the_cache(native: CpuOps, slot: int) -> None:
-    cache = torch.zeros(3, 2, 1, 4)
-    with pytest.raises(InternalError, match=r"0\.\.5"):
-        native.write_kv(cache, normal(1, 1, 4), torch.tensor([slot]))
-    assert not cache.any()
-
-
-@dataclass(frozen=True)
-class Attention:
-    """A drawn case: (context, new tokens) per sequence, and what the cache looks like."""
-
-    sequences: tuple[tuple[int, int], ...]
-    block_size: int
-    kv_heads: int
-    group: int
-    head_size: int
-    value_size: int
-    layout: str
-    dtype: torch.dtype
-    window: int | None
-    sinks: bool
-
-    def caches(self, blocks: int) -> tuple[Tensor, Tensor]:
-        """Never-written positions hold NaN: whoever reads one shows it."""
-        shape = (blocks, self.block_size, self.kv_heads)
-        if self.layout == "latent":
-            k = torch.full((*shape, self.head_size), torch.nan, dtype=self.dtype)
-            return k, k[..., : self.value_size]
-        if self.layout == "blockwise":
-            both = torch.full((blocks, 2, self.kv_heads, self.block_size, 80), torch.nan)
-            k, v = both.to(self.dtype).transpose(2, 3).unbind(1)
-            return k[..., : self.head_size], v[..., 80 - self.value_size :]
-        return (
-            torch.full((*shape, self.head_size), torch.nan, dtype=self.dtype),
-            torch.full((*shape, self.value_size), torch.nan, dtype=self.dtype),
-        )
-
-
-@st.composite
-def attentions(draw: st.DrawFn) -> Attention:
-    layout = draw(st.sampled_from(["separate", "latent", "blockwise"]))
-    head_size = draw(st.integers(1, 80))
-    new = st.integers(0, 7)
-    past = st.sampled_from([0, 1, 15, 63, 64, 70, 130])
-    pairs = draw(st.lists(st.tuples(past, new), max_size=3))
-    return Attention(
-        sequences=tuple((before + n, n) for before, n in pairs),
-        block_size=draw(st.sampled_from([1, 3, 16, 64, 100])),
-        kv_heads=draw(st.integers(1, 3)),
-        group=draw(st.integers(1, 6)),
-        head_size=head_size,
-        value_size=draw(st.integers(1, head_size if layout == "latent" else 80)),
-        layout=layout,
-        dtype=draw(dtypes),
-        window=draw(st.sampled_from([None, None, 1, 5, 64, 100])),
-        sinks=draw(st.booleans()),
-    )
-
-
-MLA = Attention(((130, 2), (5, 5)), 16, 1, 5, 576, 512, "latent", torch.bfloat16, None, False)
-GPT_OSS = Attention(((200, 1), (9, 9)), 16, 2, 8, 64, 64, "separate", torch.float32, 128, True)
-WIDEST = Attention(((66, 3),), 16, 1, 1, 1024, 1024, "separate", torch.float32, None, False)
-
-
-@FEW
-@given(seeds, attentions())
-@example(0, MLA)
-@example(0, GPT_OSS)
-@example(0, WIDEST)
-def test_paged_attention(native: CpuOps, seed: int, case: Attention) -> None:
-    torch.manual_seed(seed)
-    width = max((-(-context // case.block_size) for context, _ in case.sequences), default=0) + 1
-    free = torch.randperm(width * len(case.sequences) + 1).int().tolist()
-    k, v = case.caches(len(free))
-    # Past a sequence's last block the table names none that exists.
-    table = torch.full((len(case.sequences), width), 10**6, dtype=torch.int32)
-    starts = [0]
-    for s, (context, new) in enumerate(case.sequences):
-        starts.append(starts[-1] + new)
-        for block in range(-(-context // case.block_size)):
-            table[s, block] = free.pop()
-        for p in range(context):
-            block, offset = int(table[s, p // case.block_size]), p % case.block_size
-            v[block, offset] = normal(case.kv_heads, case.value_size)
-            k[block, offset] = normal(case.kv_heads, case.head_size)
-    heads = case.kv_heads * case.group
-    q = normal(starts[-1], heads, case.head_size)
-    contexts = torch.tensor([context for context, _ in case.sequences], dtype=torch.int32)
-    batch = AttentionBatch(torch.tensor(starts, dtype=torch.int32), contexts, table)
-    sinks = normal(heads) if case.sinks else None
-    ours, theirs = (
-        ops.paged_attention(
-            q, k, v, batch, scale=case.head_size**-0.5, window=case.window, sinks_A=sinks
-        )
-        for ops in (native, REFERENCE)
-    )
-    assert not theirs.isnan().any()
-    close(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("context", "table"),
-    [
-        pytest.param(1, [[0, 1]], id="more rows than tokens"),
-        pytest.param(9, [[0, 1]], id="more tokens than the table holds"),
-        pytest.param(8, [[0, 2]], id="a block the cache does not have"),
-        pytest.param(8, [[-1, 1]], id="a block nobody allocated"),
-    ],
-)
-def test_paged_attention_refuses(native: CpuOps, context: int, table: list[list[int]]) -> None:
-    cache = normal(2, 4, 1, 8)
-    batch = AttentionBatch(
-        torch.tensor([0, 2], dtype=torch.int32),
-        torch.tensor([context], dtype=torch.int32),
-        torch.tensor(table, dtype=torch.int32),
-    )
-    with pytest.raises(InternalError, match="do not fit"):
-        native.paged_attention(normal(2, 1, 8), cache, cache, batch, scale=1.0)
 
 
 def test_a_strided_activation_is_read_as_it_is_seen(native: CpuOps) -> None:

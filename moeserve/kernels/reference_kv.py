@@ -1,0 +1,180 @@
+"""The paged cache in plain torch, and attention over it one query head at a time.
+
+An fp32 cache is one softmax over the whole past. The others are walked in the steps and segments
+that ``ops`` tells of, because what is rounded there depends on them. Letters: see ``ops``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from moeserve.kernels.matrix import quantize_rows
+from moeserve.kernels.ops import ATTENTION_SEGMENT, ATTENTION_STEP, AttentionBatch, KvCache, KvShape
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some features of every head and position; ``scale_BPG`` where ``x_BPGD`` are codes."""
+
+    x_BPGD: Tensor
+    scale_BPG: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.x_BPGD.nbytes + (0 if self.scale_BPG is None else self.scale_BPG.nbytes)
+
+    def write(self, x_TGD: Tensor, block_T: Tensor, offset_T: Tensor) -> None:
+        if self.scale_BPG is None:
+            self.x_BPGD[block_T, offset_T] = x_TGD.to(self.x_BPGD.dtype)
+            return
+        codes, scale = quantize_rows(x_TGD.flatten(0, 1))
+        self.x_BPGD[block_T, offset_T] = codes.view(x_TGD.shape)
+        self.scale_BPG[block_T, offset_T] = scale.view(x_TGD.shape[:2])
+
+    def of(self, blocks_M: Tensor, head: int, length: int) -> tuple[Tensor, Tensor]:
+        """x [length, D] in fp32, and scale [length]."""
+        x = self.x_BPGD[blocks_M][:, :, head].flatten(0, 1)[:length].float()
+        if self.scale_BPG is None:
+            return x, torch.ones(length)
+        return x, self.scale_BPG[blocks_M][:, :, head].flatten()[:length]
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """``keys`` are one part, or two where the cache is latent; the first is then ``values`` too."""
+
+    keys: tuple[Part, ...]
+    values: Part
+
+
+def bytes_per_block(shape: KvShape) -> int:
+    width = shape.head_size + (0 if shape.latent else shape.value_size)
+    parts = len(part_sizes(shape)) + (0 if shape.latent else 1)
+    scales = 4 * parts if shape.dtype is torch.int8 else 0
+    return shape.block_size * shape.kv_heads * (width * shape.dtype.itemsize + scales)
+
+
+def new_cache(shape: KvShape) -> KvCache:
+    place = (shape.num_blocks, shape.block_size, shape.kv_heads)
+
+    def part(width: int) -> Part:
+        scale = torch.zeros(place) if shape.dtype is torch.int8 else None
+        return Part(torch.zeros(*place, width, dtype=shape.dtype), scale)
+
+    values = part(shape.value_size)
+    apart = part_sizes(shape)[1:] if shape.latent else part_sizes(shape)
+    keys = tuple(part(size) for size in apart)
+    nbytes = values.nbytes + sum(key.nbytes for key in keys)
+    return KvCache(shape, nbytes, Pages((values, *keys) if shape.latent else keys, values))
+
+
+def write(cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
+    pages, shape = cast("Pages", cache.data), cache.shape
+    place = slot_T.long() // shape.block_size, slot_T.long() % shape.block_size
+    if v_TGV is not None:
+        pages.values.write(v_TGV, *place)
+        pages.keys[0].write(k_TGD, *place)
+        return
+    for part, x_TGD in zip(pages.keys, k_TGD.split(part_sizes(shape), -1), strict=True):
+        part.write(x_TGD, *place)
+
+
+def part_sizes(shape: KvShape) -> list[int]:
+    """Of a key: a latent's value comes first."""
+    rest = shape.head_size - shape.value_size
+    return [shape.value_size, rest] if shape.latent and rest else [shape.head_size]
+
+
+def attend(
+    q_TAD: Tensor,
+    cache: KvCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    sinks_A: Tensor | None,
+) -> Tensor:
+    pages, shape = cast("Pages", cache.data), cache.shape
+    heads, group = q_TAD.shape[1], q_TAD.shape[1] // shape.kv_heads
+    out = torch.empty(len(q_TAD), heads, shape.value_size)
+    starts, contexts = batch.query_start_S1.tolist(), batch.context_S.tolist()
+    for s, context in enumerate(contexts):
+        blocks = batch.blocks_SM[s, : -(-context // shape.block_size)].long()
+        for g in range(shape.kv_heads):
+            keys = [part.of(blocks, g, context) for part in pages.keys]
+            values = pages.values.of(blocks, g, context)
+            for t in range(starts[s], starts[s + 1]):
+                end = context - (starts[s + 1] - t) + 1
+                first = 0 if window is None else max(0, end - window)
+                for a in range(g * group, (g + 1) * group):
+                    score_P = scores(q_TAD[t, a], keys, shape, first, end) * scale
+                    sink = None if sinks_A is None else sinks_A[a : a + 1].float()
+                    out[t, a] = weigh(score_P, values, shape.dtype, first, end, sink)
+    return out
+
+
+def scores(
+    q_D: Tensor, keys: list[tuple[Tensor, Tensor]], shape: KvShape, first: int, end: int
+) -> Tensor:
+    total = torch.zeros(end - first)
+    for q, (key, key_scale) in zip(q_D.split(part_sizes(shape)), keys, strict=True):
+        rounded, factor = q.to(shape.dtype).float() if shape.dtype.is_floating_point else q, None
+        if shape.dtype is torch.int8:
+            codes, scale = quantize_rows(q[None])
+            rounded, factor = codes[0].float(), scale[0] * key_scale[first:end]
+        dot = torch.mv(key[first:end].contiguous(), rounded.clone())
+        total = total + (dot if factor is None else dot * factor)
+    return total
+
+
+def weigh(
+    score_P: Tensor,
+    values: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    first: int,
+    end: int,
+    sink: Tensor | None,
+) -> Tensor:
+    """The softmax's mean of positions first .. end - 1."""
+    v_PV, v_scale_P = values
+    if dtype is torch.float32:
+        logits = score_P if sink is None else torch.cat((score_P, sink))
+        return torch.mv(v_PV[first:end].T.contiguous(), logits.softmax(0)[: end - first])
+    highest, total, mean = torch.tensor(-torch.inf), torch.tensor(0.0), torch.zeros(v_PV.shape[1])
+    for segment in range(first // ATTENTION_SEGMENT * ATTENTION_SEGMENT, end, ATTENTION_SEGMENT):
+        stop = min(segment + ATTENTION_SEGMENT, end)
+        here, count, part = torch.tensor(-torch.inf), torch.tensor(0.0), torch.zeros_like(mean)
+        for step in range(segment, stop, ATTENTION_STEP):
+            low, high = max(step, first), min(step + ATTENTION_STEP, stop)
+            if low >= high:
+                continue
+            score = score_P[low - first : high - first]
+            most = torch.maximum(here, score.amax())
+            share = (score - most).exp()
+            shrink = (here - most).exp()
+            rounded, counted = round_share(share, v_scale_P[low:high], dtype)
+            part = part * shrink + torch.mv(v_PV[low:high].T.contiguous(), rounded)
+            here, count = most, count * shrink + counted.sum()
+        most = torch.maximum(highest, here)
+        mean = mean * (highest - most).exp() + part * (here - most).exp()
+        total = total * (highest - most).exp() + count * (here - most).exp()
+        highest = most
+    if sink is not None:
+        most = torch.maximum(highest, sink[0])
+        mean, total = mean * (highest - most).exp(), total * (highest - most).exp()
+        total = total + (sink[0] - most).exp()
+    return mean / total
+
+
+def round_share(share_P: Tensor, v_scale_P: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What multiplies the values (or their codes), and what is added up below the line."""
+    if dtype is torch.bfloat16:
+        rounded = share_P.bfloat16().float()
+        return rounded, rounded
+    scaled = share_P * v_scale_P
+    unit = scaled.amax() / 255
+    codes = (scaled / unit).round() if unit > 0 else torch.zeros_like(scaled)
+    return codes * unit, share_P + scaled * 0
