@@ -1,4 +1,4 @@
-"""``moeserve serve | generate | doctor | evaluate | quantize | place``: reads, calls, prints.
+"""The commands of ``moeserve``: reads arguments, calls, prints.
 
 Exit status: 0 done, 1 it failed or found problems, 2 the command line or a setting is wrong, 130
 interrupted. ``--json`` prints one JSON object to standard output and nothing else there. Heavy
@@ -217,6 +217,25 @@ def _doctor(args: argparse.Namespace) -> int:
     return report.exit_status
 
 
+def _add_bench(commands: Commands) -> None:
+    from moeserve.bench.cli import add_arguments
+
+    command = commands.add_parser(
+        "bench",
+        help=COMMANDS["bench"][0],
+        description="Measure prefill, decode or the experts' kernel, beside the roofline.",
+        epilog="example: moeserve bench decode --model demo --batch 1,16 --rounds 5",
+        allow_abbrev=False,
+    )
+    add_arguments(command)
+
+
+def _add_evaluate(commands: Commands) -> None:
+    from moeserve.evaluate.cli import add_parser
+
+    add_parser(commands, COMMANDS["evaluate"][0])
+
+
 def _add_quantize(commands: Commands) -> None:
     command = commands.add_parser(
         "quantize",
@@ -277,18 +296,13 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_evaluate(commands: Commands) -> None:
-    from moeserve.evaluate.cli import add_parser
-
-    add_parser(commands, COMMANDS["evaluate"][0])
-
-
 COMMANDS: Mapping[str, tuple[str, Callable[[Commands], None]]] = {
     "serve": ("serve a model over gRPC and OpenAI HTTP", _add_serve),
     "generate": ("answer one prompt without a server", _add_generate),
+    "bench": ("how fast is it here, and how fast could it be", _add_bench),
     "doctor": ("would this host serve, and what would bind it", _add_doctor),
-    "quantize": ("write a copy of a model in 8 or 4 bits", _add_quantize),
     "evaluate": ("how far a run of a model lies from a reference run", _add_evaluate),
+    "quantize": ("write a copy of a model in 8 or 4 bits", _add_quantize),
     "place": ("decide which device holds which expert", add_place),
 }
 
