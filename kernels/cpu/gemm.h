@@ -112,7 +112,7 @@ int64_t panels_per_item(int64_t panels, int64_t others) {
 
 // One matrix for each of `heads` (1 for a plain linear): out[t, a] = w[a] x[t, a].
 template <class T>
-void linear_of(const float* x, int64_t rows, int64_t heads, Matrix w, float* out) {
+void linear_of(const float* x, int64_t rows, int64_t heads, const Matrix& w, float* out) {
   const int64_t panels = ceil_div(w.n, kPanel), row_blocks = ceil_div(rows, kRowBlock);
   const int64_t step = panels_per_item(panels, heads * row_blocks);
   const int64_t steps = ceil_div(panels, step);
@@ -130,8 +130,8 @@ void linear_of(const float* x, int64_t rows, int64_t heads, Matrix w, float* out
   });
 }
 
-void linear(const float* x, int64_t rows, int64_t heads, Matrix w, float* out) {
-  w.is_bf16 ? linear_of<bf16>(x, rows, heads, w, out) : linear_of<float>(x, rows, heads, w, out);
+void linear(const float* x, int64_t rows, int64_t heads, const Matrix& w, float* out) {
+  w.kind == Kind::bf16 ? linear_of<bf16>(x, rows, heads, w, out) : linear_of<float>(x, rows, heads, w, out);
 }
 
 INLINE F16 activate(F16 gate, F16 up, bool clamped) {
@@ -172,7 +172,7 @@ bool group_by_expert(const int32_t* ids, int64_t pairs, int64_t experts, int32_t
 
 // Every group times its expert's matrix: `row(pair)`, `emit(pair, panel, low, high)`.
 template <class T, class Row, class Emit>
-void each_group(const Groups& groups, Matrix w, const Row& row, const Emit& emit) {
+void each_group(const Groups& groups, const Matrix& w, const Row& row, const Emit& emit) {
   const int64_t panels = ceil_div(w.n, kPanel);
   const int64_t step = panels_per_item(panels, groups.count);
   const int64_t steps = ceil_div(panels, step);
@@ -223,8 +223,26 @@ bool moe_of(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
   return true;
 }
 
-bool moe_ffn(const float* x, int64_t rows, Experts w, const int32_t* ids, const float* weights,
+bool moe_ffn(const float* x, int64_t rows, const Experts& w, const int32_t* ids, const float* weights,
              int64_t chosen, float* out) {
-  return w.down.is_bf16 ? moe_of<bf16>(x, rows, w, ids, weights, chosen, out)
+  return w.down.kind == Kind::bf16 ? moe_of<bf16>(x, rows, w, ids, weights, chosen, out)
                         : moe_of<float>(x, rows, w, ids, weights, chosen, out);
+}
+
+void quantize_per_token(const float* x, int64_t rows, int64_t k, int8_t* codes, float* scale) {
+  constexpr float kTiny = 7.8886090522101181e-31f;  // 2^-100
+  each_row(rows, 2 * k, [&](int64_t t) {
+    const float* in = x + t * k;
+    float most = 0.0f;
+    bool sound = true;
+    for (int64_t i = 0; i < k; ++i) {
+      const float size = __builtin_fabsf(in[i]);
+      sound = sound && size <= 3.4028234663852886e38f;
+      most = size > most ? size : most;
+    }
+    const float factor = sound && most >= kTiny ? 127.0f / most : 0.0f;
+    for (int64_t i = 0; i < k; ++i)
+      codes[t * k + i] = sound ? static_cast<int8_t>(__builtin_rintf(in[i] * factor)) : 0;
+    scale[t] = !sound ? __builtin_nanf("") : most >= kTiny ? most / 127.0f : 0.0f;
+  });
 }

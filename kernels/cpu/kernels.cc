@@ -55,7 +55,11 @@ namespace paged {
 #include "attend.h"
 #include "attention.h"
 }  // namespace paged
+using paged::kv_bytes_per_block;
+using paged::paged_attention;
+using paged::write_kv;
 #include "rows.h"
+#include "layer.h"
 
 #define NAME_OF(x) #x
 #define NAME(x) NAME_OF(x)
@@ -63,8 +67,13 @@ namespace paged {
 }  // namespace
 
 extern const Kernels kernels = {
-    NAME(ISA), linear, moe_ffn, rms_norm, glu, rope, route_topk,
-    paged::kv_bytes_per_block, paged::write_kv, paged::paged_attention,
+    NAME(ISA),  linear,     moe_ffn,
+    quantize_per_token,
+    rms_norm,   glu,        rope,
+    route_topk, kv_bytes_per_block,
+    write_kv,   paged_attention,
+    attend_gqa, attend_mla, dense,
+    route,      mix,        head,
 };
 
 }  // namespace moeserve::ISA

@@ -6,21 +6,28 @@
 
 namespace moeserve {
 
-// A matrix [N, K] in panels of 32 rows of it, K-major: panel p, feature k, lane j at
-// data[(p * K + k) * 32 + j]. The lanes past N are zero. `bias` has one float per lane, or is null.
+// What a weight is kept as; moeserve/kernels/ops.py says what a product of each does.
+enum class Kind : int { fp32, bf16, int8, int4 };
+
+// A matrix [N, K], or several one after the other, in panels of 32 rows (lanes); the layout of a
+// panel is in gemm.h. Lanes past N are zero. Where `paired`, panel p holds rows 16 p .. of the
+// matrix's first half and the rows of its second half that go with them: gate and up.
 struct Matrix {
+  Kind kind;
   const void* data;
-  const float* bias;
+  const float* scale;    // int8: one per lane; int4: [panels][groups][32]; else null
+  const float* bias;     // one per lane, or null
+  const uint8_t* zero;   // int4: as scale, or null where every zero is `same_zero`
+  const int8_t* levels;  // int4: what its 16 codes stand for, or null
   int64_t n, k;
-  bool is_bf16;
+  int64_t group;      // int4: features per group
+  int32_t same_zero;  // int4
 };
 
 constexpr int kPanel = 32;
 
-// Experts' gate/up panels hold 16 gate rows and the 16 up rows that go with them, so that one
-// panel ends in 16 finished activations. Expert e starts at e * panels * K * 32.
 struct Experts {
-  Matrix gate_up;  // n = 2 I, k = H
+  Matrix gate_up;  // n = 2 I, k = H, paired: a panel ends in 16 finished activations
   Matrix down;     // n = H, k = I
   int64_t count;
   bool clamped;  // GPT-OSS's activation instead of SwiGLU
@@ -55,13 +62,83 @@ struct Routing {
   float scale;
 };
 
+struct Norm {
+  const float* weight;
+  float eps;
+};
+
+// What all layers of a forward pass share.
+struct Step {
+  int64_t rows;
+  const float *cos, *sin;  // [T, R]
+  int64_t pairs;
+  bool interleaved;
+  const int64_t* slots;                      // [T]
+  const int32_t *starts, *context, *blocks;  // [S + 1], [S], [S, M]
+  int64_t sequences, table_width;
+};
+
+// The parts of a layer; moeserve/kernels/fused.py says what they compute.
+struct Gqa {
+  Norm norm;
+  Matrix qkv, o;
+  int64_t heads, kv_heads, head_size;
+  float scale;
+  Norm q_norm, k_norm;                // no weight: none
+  int64_t q_norm_size, k_norm_size;  // of a head or of the row
+  float clip;                         // infinity: none
+  int64_t window;
+  const float* sinks;
+};
+
+struct Mla {
+  Norm norm;
+  Matrix down;
+  Norm q_norm;
+  Matrix q_up;  // no data: `down` has the queries themselves
+  Norm latent_norm;
+  Matrix into_latent, out_of_latent, o;  // the first two one per head
+  int64_t heads, nope, rotated, latent;
+  float scale;
+};
+
+struct Mlp {
+  Matrix gate_up, down;  // no data: none
+};
+
+struct Dense {
+  Norm norm;
+  Mlp mlp;
+};
+
+struct Router {
+  Norm norm;
+  Matrix matrix;
+  Routing spec;
+  const float* bias;
+};
+
+struct Moe {
+  Experts experts;
+  Mlp shared;
+  Matrix gate;  // no data: no gated shared expert
+  Experts gated;
+};
+
+struct Head {
+  Norm norm;
+  Matrix matrix;
+};
+
 struct Kernels {
   const char* name;
   // One matrix per head, packed one after the other; a plain linear has one head.
-  void (*linear)(const float* x, int64_t rows, int64_t heads, Matrix w, float* out);
+  void (*linear)(const float* x, int64_t rows, int64_t heads, const Matrix& w, float* out);
   // False if an id is not an expert.
-  bool (*moe_ffn)(const float* x, int64_t rows, Experts w, const int32_t* ids,
+  bool (*moe_ffn)(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
                   const float* weights, int64_t chosen, float* out);
+  // codes [rows][k] and one scale per row.
+  void (*quantize_per_token)(const float* x, int64_t rows, int64_t k, int8_t* codes, float* scale);
   void (*rms_norm)(const float* x, int64_t rows, int64_t size, const float* weight, float eps,
                    float* out);
   void (*glu)(const float* x, int64_t rows, int64_t inner, bool clamped, float* out);
@@ -76,6 +153,16 @@ struct Kernels {
                    const int64_t* slots);
   // False if a sequence needs a block that its table does not name, or a row it does not have.
   bool (*paged_attention)(const Attention& batch);
+  // These add to x. False as the kernels that they are made of.
+  bool (*attend_gqa)(float* x, const Gqa& w, const Step& step, const Cache& cache);
+  bool (*attend_mla)(float* x, const Mla& w, const Step& step, const Cache& cache);
+  void (*dense)(float* x, int64_t rows, const Dense& w);
+  void (*route)(const float* x, int64_t rows, const Router& w, float* normed, int32_t* ids,
+                float* weights);
+  bool (*mix)(float* x, int64_t rows, const Moe& w, const float* normed, const int32_t* ids,
+              int64_t chosen, const float* weights);
+  // Of the wanted rows of x, all of which exist.
+  void (*head)(const float* x, const int64_t* wanted, int64_t rows, const Head& w, float* out);
 };
 
 namespace portable {
@@ -87,7 +174,7 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
-namespace avx512_bf16 {
+namespace avx512bf16 {
 extern const Kernels kernels;
 }
 

@@ -5,12 +5,14 @@
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "pool.h"
+#include "probe.h"
 
 namespace nb = nanobind;
 
@@ -25,7 +27,7 @@ std::vector<const Kernels*> runnable() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-      found.push_back(&avx512_bf16::kernels);
+      found.push_back(&avx512bf16::kernels);
     found.push_back(&avx512::kernels);
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
@@ -36,6 +38,13 @@ std::vector<const Kernels*> runnable() {
 }
 
 std::atomic<const Kernels*> chosen{nullptr};
+
+// Kernels called from Python since the process began.
+std::atomic<uint64_t> calls{0};
+
+struct Counted {
+  Counted() { calls.fetch_add(1, std::memory_order_relaxed); }
+};
 
 const Kernels& table() { return *chosen.load(std::memory_order_relaxed); }
 
@@ -97,23 +106,32 @@ void pack_any(uintptr_t from, int64_t count, int64_t n, int64_t k, bool paired, 
           : pack<uint32_t>(from, count, n, k, paired, to);
 }
 
-Matrix matrix(uintptr_t data, uintptr_t bias, int64_t n, int64_t k, bool is_bf16) {
-  return {at<const void>(data), at<const float>(bias), n, k, is_bf16};
+Matrix matrix(int kind, int64_t n, int64_t k, uintptr_t data, uintptr_t scale, uintptr_t bias,
+              uintptr_t zero, uintptr_t levels, int64_t group, int same_zero) {
+  return {static_cast<Kind>(kind),
+          at<const void>(data),
+          at<const float>(scale),
+          at<const float>(bias),
+          at<const uint8_t>(zero),
+          at<const int8_t>(levels),
+          n,
+          k,
+          group,
+          same_zero};
 }
 
-void linear(uintptr_t x, int64_t rows, int64_t heads, uintptr_t data, uintptr_t bias, int64_t n,
-            int64_t k, bool is_bf16, uintptr_t out) {
-  table().linear(at<const float>(x), rows, heads, matrix(data, bias, n, k, is_bf16),
-                 at<float>(out));
+void linear(uintptr_t x, int64_t rows, int64_t heads, const Matrix& w, uintptr_t out) {
+  table().linear(at<const float>(x), rows, heads, w, at<float>(out));
 }
 
-bool moe_ffn(uintptr_t x, int64_t rows, uintptr_t gate_up, uintptr_t gate_up_bias, uintptr_t down,
-             uintptr_t down_bias, int64_t experts, int64_t hidden, int64_t inner, bool is_bf16,
-             bool clamped, uintptr_t ids, uintptr_t weights, int64_t per_row, uintptr_t out) {
-  const Experts packed{matrix(gate_up, gate_up_bias, 2 * inner, hidden, is_bf16),
-                       matrix(down, down_bias, hidden, inner, is_bf16), experts, clamped};
-  return table().moe_ffn(at<const float>(x), rows, packed, at<const int32_t>(ids),
-                         at<const float>(weights), per_row, at<float>(out));
+bool moe_ffn(uintptr_t x, int64_t rows, const Experts& w, uintptr_t ids, uintptr_t weights,
+             int64_t chosen, uintptr_t out) {
+  return table().moe_ffn(at<const float>(x), rows, w, at<const int32_t>(ids),
+                         at<const float>(weights), chosen, at<float>(out));
+}
+
+void quantize_per_token(uintptr_t x, int64_t rows, int64_t k, uintptr_t codes, uintptr_t scale) {
+  table().quantize_per_token(at<const float>(x), rows, k, at<int8_t>(codes), at<float>(scale));
 }
 
 void rms_norm(uintptr_t x, int64_t rows, int64_t size, uintptr_t weight, float eps,
@@ -181,21 +199,38 @@ bool paged_attention(uintptr_t data, int64_t blocks, int64_t block_size, int64_t
   return table().paged_attention(batch);
 }
 
+#include "parts.h"
+
 }  // namespace
 }  // namespace moeserve
 
 NB_MODULE(_cpu, m) {
   using namespace moeserve;
-  const nb::call_guard<nb::gil_scoped_release> unlocked;
+  const nb::call_guard<Counted, nb::gil_scoped_release> unlocked;
   chosen.store(runnable().front());
   m.def("isas", isas);
   m.def("isa", [] { return std::string(table().name); });
   m.def("set_isa", set_isa);
   m.def("threads", threads);
   m.def("set_threads", share_among);
+  m.def("cpus_of_nodes", cpus_of_nodes);
+  m.def("calls", [] { return calls.load(); });
+  nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int kind, int64_t n, int64_t k,
+                                                     uintptr_t data, uintptr_t scale,
+                                                     uintptr_t bias, uintptr_t zero,
+                                                     uintptr_t levels, int64_t group,
+                                                     int same_zero) {
+    new (self) Matrix(matrix(kind, n, k, data, scale, bias, zero, levels, group, same_zero));
+  });
+  nb::class_<Experts>(m, "Experts")
+      .def("__init__", [](Experts* self, const Matrix& gate_up, const Matrix& down, int64_t count,
+                          bool clamped) { new (self) Experts{gate_up, down, count, clamped}; });
+  m.def("probe_ways", probe_ways);
+  m.def("probe", probe, unlocked);
   m.def("pack", pack_any, unlocked);
   m.def("linear", linear, unlocked);
   m.def("moe_ffn", moe_ffn, unlocked);
+  m.def("quantize_per_token", quantize_per_token, unlocked);
   m.def("rms_norm", rms_norm, unlocked);
   m.def("glu", glu, unlocked);
   m.def("rope", rope, unlocked);
@@ -203,4 +238,5 @@ NB_MODULE(_cpu, m) {
   m.def("kv_bytes_per_block", kv_bytes_per_block);
   m.def("write_kv", write_kv, unlocked);
   m.def("paged_attention", paged_attention, unlocked);
+  bind_parts(m);
 }

@@ -1,12 +1,15 @@
 #include "pool.h"
 
+#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
+#include <climits>
 #include <cstdlib>
 #include <fstream>
 #include <memory>
@@ -23,7 +26,8 @@ namespace moeserve {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kSpin = std::chrono::microseconds(30);
+constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr int kMostNodes = 64;
 
 void relax() {
 #if defined(__x86_64__)
@@ -35,6 +39,10 @@ void relax() {
 
 template <class Ready>
 bool spin_until(Ready ready) {
+  for (int i = 0; i < 256; ++i) {  // a clock costs more than most waits
+    if (ready()) return true;
+    relax();
+  }
   for (auto end = Clock::now() + kSpin; Clock::now() < end;)
     for (int i = 0; i < 32; ++i) {
       if (ready()) return true;
@@ -43,6 +51,48 @@ bool spin_until(Ready ready) {
   return ready();
 }
 
+// True on whoever is within a loop: workers always, a caller while it takes part.
+thread_local bool inside = false;
+
+cpu_set_t allowed_cpus() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  sched_getaffinity(0, sizeof allowed, &allowed);
+  return allowed;
+}
+
+// Threads take turns over the nodes and stay on theirs, so that all memory channels are used and
+// what a thread touched first remains near. Within a node the system may move them: pinned to one
+// core, a worker would wait there behind another process while this one's cores lie idle.
+void stay_on_node(int thread) {
+  const auto nodes = cpus_of_nodes();
+  if (nodes.size() < 2) return;
+  cpu_set_t mine;
+  CPU_ZERO(&mine);
+  for (int cpu : nodes[thread % nodes.size()]) CPU_SET(cpu, &mine);
+  sched_setaffinity(0, sizeof mine, &mine);
+}
+
+// A loop in one word, so that finding work, learning its size and claiming an item is one atomic
+// addition: helpers (10 bits), count (27), and the next item (27), which runs past count by one
+// for each thread that came too late.
+struct Ticket {
+  uint64_t word;
+  static constexpr int kBits = 27;
+  static constexpr uint64_t kMask = (1u << kBits) - 1;
+  static constexpr int64_t kMostItems = 1 << (kBits - 1);
+  static constexpr int kMostHelpers = 1023;
+
+  static uint64_t of(int64_t helpers, int64_t count) {
+    return static_cast<uint64_t>(helpers) << 2 * kBits | static_cast<uint64_t>(count) << kBits;
+  }
+  int64_t next() const { return static_cast<int64_t>(word & kMask); }
+  int64_t count() const { return static_cast<int64_t>(word >> kBits & kMask); }
+  bool wants(int worker) const {
+    return next() < count() && worker < static_cast<int>(word >> 2 * kBits);
+  }
+};
+
 class Pool {
  public:
   explicit Pool(int threads) : threads_(threads) {}
@@ -50,40 +100,43 @@ class Pool {
   int threads() const { return threads_.load(std::memory_order_relaxed); }
   void set_threads(int count) { threads_.store(count, std::memory_order_relaxed); }
 
+  void rouse() {
+    if (threads() > 1 && asleep_.load(std::memory_order_seq_cst)) wake_all();
+  }
+
+  // At most Ticket::kMostItems.
   void run(int64_t count, Item item, void* context) {
-    const int helpers = static_cast<int>(std::min<int64_t>(threads(), count)) - 1;
-    if (helpers < 1 || !callers_.try_lock()) {
+    const int helpers =
+        static_cast<int>(std::min<int64_t>({threads(), count, Ticket::kMostHelpers + 1})) - 1;
+    if (helpers < 1 || busy_.exchange(true, std::memory_order_acquire)) {
       for (int64_t i = 0; i < count; ++i) item(context, i);
       return;
     }
-    std::lock_guard<std::mutex> caller(callers_, std::adopt_lock);
     while (started_ < helpers && start_worker()) {
     }
+    // The loop before is used up and nobody is in it, so nobody reads these.
     item_ = item;
     context_ = context;
-    count_ = count;
-    next_.store(0, std::memory_order_relaxed);
-    places_.store(helpers, std::memory_order_relaxed);
-    gate_.store(kOpen, std::memory_order_release);
-    epoch_.fetch_add(1, std::memory_order_seq_cst);
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_); }
-      wake_.notify_all();
-    }
-    take_items();
-    // Nobody may enter from here on; wait for those inside.
-    gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
-    const auto left = [this] { return gate_.load(std::memory_order_acquire) == 0; };
-    while (!spin_until(left)) std::this_thread::yield();
+    done_.store(0, std::memory_order_relaxed);
+    ticket_.store(Ticket::of(helpers, count), std::memory_order_seq_cst);
+    if (asleep_.load(std::memory_order_seq_cst)) wake_all();
+    inside = true;
+    const int64_t others = count - take_items();
+    inside = false;
+    const auto finished = [&] { return done_.load(std::memory_order_acquire) == others; };
+    // Past the spin a worker has lost its core: perhaps to us.
+    while (!spin_until(finished)) std::this_thread::yield();
+    busy_.store(false, std::memory_order_release);
   }
 
  private:
-  static constexpr uint32_t kOpen = 1u << 31;
-
   // False where the system has no more threads to give: the loop then runs on those there are.
   bool start_worker() {
     try {
-      std::thread([this] { work(); }).detach();
+      std::thread([this, worker = started_] {
+        stay_on_node(worker + 1);
+        work(worker);
+      }).detach();
     } catch (const std::system_error&) {
       return false;
     }
@@ -91,57 +144,56 @@ class Pool {
     return true;
   }
 
-  void take_items() {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;)
-      item_(context_, i);
-  }
-
-  // True if the gate was open: the caller then waits for this worker to leave.
-  bool enter() {
-    uint32_t gate = gate_.load(std::memory_order_acquire);
-    while (gate & kOpen)
-      if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) return true;
-    return false;
-  }
-
-  void work() {
-    uint64_t seen = 0;
-    for (;;) {
-      const auto called = [&] { return epoch_.load(std::memory_order_seq_cst) != seen; };
-      if (!spin_until(called)) {
-        std::unique_lock<std::mutex> lock(sleep_);
-        sleepers_.fetch_add(1, std::memory_order_seq_cst);
-        wake_.wait(lock, called);
-        sleepers_.fetch_sub(1, std::memory_order_relaxed);
-      }
-      seen = epoch_.load(std::memory_order_seq_cst);
-      if (!enter()) continue;
-      if (places_.fetch_sub(1, std::memory_order_relaxed) > 0) take_items();
-      gate_.fetch_sub(1, std::memory_order_acq_rel);
+  // How many this thread ran. Whoever claimed an item keeps the loop open until it says so in
+  // `done_`; until then `item_` and `context_` are those of the claim.
+  int64_t take_items() {
+    int64_t taken = 0;
+    for (;; ++taken) {
+      const Ticket claimed{ticket_.fetch_add(1, std::memory_order_acq_rel)};
+      if (claimed.next() >= claimed.count()) return taken;
+      item_(context_, claimed.next());
     }
   }
 
-  std::atomic<int> threads_;
-  std::mutex callers_;
-  int started_ = 0;
+  void work(int worker) {
+    inside = true;
+    const auto called = [&] {
+      return Ticket{ticket_.load(std::memory_order_acquire)}.wants(worker);
+    };
+    for (;;) {
+      if (!spin_until(called)) {
+        const uint32_t seen = wakes_.load(std::memory_order_seq_cst);
+        asleep_.store(true, std::memory_order_seq_cst);
+        if (!Ticket{ticket_.load(std::memory_order_seq_cst)}.wants(worker))
+          syscall(SYS_futex, &wakes_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+        continue;
+      }
+      if (const int64_t taken = take_items()) done_.fetch_add(taken, std::memory_order_release);
+    }
+  }
 
+  // A worker that set `asleep_` too late to be seen here has read `wakes_` too early to sleep.
+  void wake_all() {
+    asleep_.store(false, std::memory_order_seq_cst);
+    wakes_.fetch_add(1, std::memory_order_seq_cst);
+    syscall(SYS_futex, &wakes_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+  }
+
+  // What a loop needs, in one cache line.
+  alignas(64) std::atomic<uint64_t> ticket_{0};
   Item item_ = nullptr;
   void* context_ = nullptr;
-  int64_t count_ = 0;
-  std::atomic<int> places_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<uint32_t> gate_{0};
-  alignas(64) std::atomic<uint64_t> epoch_{0};
-  std::atomic<int> sleepers_{0};
-  std::mutex sleep_;
-  std::condition_variable wake_;
+  alignas(64) std::atomic<int64_t> done_{0};
+  alignas(64) std::atomic<bool> asleep_{false};
+  std::atomic<uint32_t> wakes_{0};
+  alignas(64) std::atomic<bool> busy_{false};
+  int started_ = 0;
+  std::atomic<int> threads_;
 };
 
 // Physical cores among the CPUs this process may use: two threads of one core share its FMA units.
 int available_cores() {
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0)
-    return std::max(1u, std::thread::hardware_concurrency());
+  const cpu_set_t allowed = allowed_cpus();
   std::set<std::string> cores;
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
     if (!CPU_ISSET(cpu, &allowed)) continue;
@@ -178,20 +230,6 @@ Pool& pool() {
   return *found;
 }
 
-thread_local bool inside = false;
-
-struct Nested {
-  Item item;
-  void* context;
-};
-
-void run_inside(void* context, int64_t index) {
-  const auto* nested = static_cast<Nested*>(context);
-  const bool before = std::exchange(inside, true);
-  nested->item(nested->context, index);
-  inside = before;
-}
-
 struct Buffer {
   void* data = nullptr;
   std::size_t bytes = 0;
@@ -205,8 +243,44 @@ void run_items(int64_t count, Item item, void* context) {
     for (int64_t i = 0; i < count; ++i) item(context, i);
     return;
   }
-  Nested nested{item, context};
-  pool().run(count, run_inside, &nested);
+  struct Shifted {
+    Item item;
+    void* context;
+    int64_t first;
+  };
+  if (count <= Ticket::kMostItems) return pool().run(count, item, context);
+  for (int64_t first = 0; first < count; first += Ticket::kMostItems) {
+    Shifted shifted{item, context, first};
+    pool().run(
+        std::min(count - first, Ticket::kMostItems),
+        [](void* of, int64_t i) {
+          const auto* s = static_cast<Shifted*>(of);
+          s->item(s->context, s->first + i);
+        },
+        &shifted);
+  }
+}
+
+void rouse_threads() { pool().rouse(); }
+
+std::vector<std::vector<int>> cpus_of_nodes() {
+  const cpu_set_t allowed = allowed_cpus();
+  std::vector<std::vector<int>> nodes;
+  for (int node = 0; node < kMostNodes; ++node) {
+    std::ifstream file("/sys/devices/system/node/node" + std::to_string(node) + "/cpulist");
+    std::vector<int> cpus;
+    int first, last;
+    for (char after = ','; after == ',' && file >> first;) {
+      last = first;
+      if (file.peek() == '-') file.get(), file >> last;
+      for (int cpu = first; cpu <= last && cpu < CPU_SETSIZE; ++cpu)
+        if (CPU_ISSET(cpu, &allowed)) cpus.push_back(cpu);
+      after = 0;
+      file >> after;
+    }
+    if (!cpus.empty()) nodes.push_back(cpus);
+  }
+  return nodes;
 }
 
 int threads() { return pool().threads(); }
@@ -217,7 +291,7 @@ void set_threads(int count) {
 }
 
 void* scratch(int slot, std::size_t bytes) {
-  static thread_local Buffer buffers[2];
+  static thread_local Buffer buffers[3];
   Buffer& buffer = buffers[slot];
   if (buffer.bytes < bytes) {
     std::free(std::exchange(buffer.data, nullptr));

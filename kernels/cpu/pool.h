@@ -1,12 +1,19 @@
 // A small pool of threads that runs a counted loop.
 //
 // Items are handed out one at a time to whoever is free, the caller included, so the loop ends
-// even if no worker ever wakes. Which thread runs an item must not matter to its result.
-// A second caller that finds the pool busy, and a call from inside an item, run their loop alone.
+// even if no worker ever wakes; the caller waits only for items that somebody has begun. Which
+// thread runs an item must not matter to its result. A second caller that finds the pool busy, and
+// a call from inside an item, run their loop alone.
+//
+// A worker that finds nothing spins for some tens of microseconds, then sleeps. While it spins a
+// loop costs about half a microsecond, as much as a barrier would: phases are loops of their own.
+// Workers are bound to a NUMA node where there are several, never to one core: that gained nothing
+// here when idle, and under load lost what the system's balancing gives.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace moeserve {
 
@@ -14,12 +21,19 @@ using Item = void (*)(void* context, int64_t index);
 
 void run_items(int64_t count, Item item, void* context);
 
+// Wake who sleeps, without waiting: a loop is to follow soon.
+void rouse_threads();
+
 // Threads that share a loop, the caller included.
 int threads();
 void set_threads(int count);
 
+// The CPUs this process may use, by NUMA node; empty where the system does not tell.
+std::vector<std::vector<int>> cpus_of_nodes();
+
 // At least `bytes` of memory of the calling thread, 64-byte aligned, valid until the thread's next
-// call with the same slot. Slot 0 is for whoever starts a loop, slot 1 for its items.
+// call with the same slot. Slot 0 is for whoever starts a loop, slot 1 for its items, slot 2 for
+// who calls kernels that use the other two.
 void* scratch(int slot, std::size_t bytes);
 
 }  // namespace moeserve

@@ -1,20 +1,26 @@
 // Kernels that treat each row by itself: norm, gate, rotation, routing.
 #pragma once
 
+// `out` may be `in`.
+INLINE void norm_row(const float* in, int64_t size, const float* weight, float eps, float* out) {
+  F16 squares[4] = {zero(), zero(), zero(), zero()};
+  for (int64_t h = 0; h < size; h += 4 * kLanes)
+    for (int64_t i = 0; i < 4 && h + i * kLanes < size; ++i) {
+      const F16 v = load(in + h + i * kLanes, size - h - i * kLanes);
+      squares[i] = fma(v, v, squares[i]);
+    }
+  const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  const F16 factor = splat(1.0f / __builtin_sqrtf(total / static_cast<float>(size) + eps));
+  for (int64_t h = 0; h < size; h += kLanes) {
+    const int64_t left = size - h;
+    store(out + h, load(in + h, left) * factor * load(weight + h, left), left);
+  }
+}
+
 void rms_norm(const float* x, int64_t rows, int64_t size, const float* weight, float eps,
               float* out) {
-  each_row(rows, 2 * size, [&](int64_t t) {
-    const float* in = x + t * size;
-    F16 squares[4] = {zero(), zero(), zero(), zero()};
-    for (int64_t h = 0; h < size; h += 4 * kLanes)
-      for (int64_t i = 0; i < 4 && h + i * kLanes < size; ++i) {
-        const F16 v = load(in + h + i * kLanes, size - h - i * kLanes);
-        squares[i] = fma(v, v, squares[i]);
-      }
-    const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    const float factor = 1.0f / __builtin_sqrtf(total / static_cast<float>(size) + eps);
-    for (int64_t h = 0; h < size; ++h) out[t * size + h] = in[h] * factor * weight[h];
-  });
+  each_row(rows, 2 * size,
+           [&](int64_t t) { norm_row(x + t * size, size, weight, eps, out + t * size); });
 }
 
 void glu(const float* x, int64_t rows, int64_t inner, bool clamped, float* out) {
@@ -27,21 +33,27 @@ void glu(const float* x, int64_t rows, int64_t inner, bool clamped, float* out) 
   });
 }
 
+// The heads of one token; `c` and `s` are its cos and sin.
+INLINE void rope_row(const float* x, int64_t heads, int64_t size, const float* c, const float* s,
+                     int64_t pairs, bool interleaved, float* out) {
+  for (int64_t a = 0; a < heads; ++a) {
+    const float* __restrict in = x + a * size;
+    float* __restrict to = out + a * size;
+    const int64_t step = interleaved ? 2 : 1, apart = interleaved ? 1 : pairs;
+    for (int64_t i = 0; i < pairs; ++i) {
+      const float first = in[i * step], second = in[i * step + apart];
+      to[i * step] = first * c[i] - second * s[i];
+      to[i * step + apart] = second * c[i] + first * s[i];
+    }
+    for (int64_t d = 2 * pairs; d < size; ++d) to[d] = in[d];
+  }
+}
+
 void rope(const float* x, int64_t rows, int64_t heads, int64_t size, const float* cos,
           const float* sin, int64_t pairs, bool interleaved, float* out) {
   each_row(rows, 2 * heads * size, [&](int64_t t) {
-    const float *c = cos + t * pairs, *s = sin + t * pairs;
-    for (int64_t a = t * heads; a < (t + 1) * heads; ++a) {
-      const float* __restrict in = x + a * size;
-      float* __restrict to = out + a * size;
-      const int64_t step = interleaved ? 2 : 1, apart = interleaved ? 1 : pairs;
-      for (int64_t i = 0; i < pairs; ++i) {
-        const float first = in[i * step], second = in[i * step + apart];
-        to[i * step] = first * c[i] - second * s[i];
-        to[i * step + apart] = second * c[i] + first * s[i];
-      }
-      for (int64_t d = 2 * pairs; d < size; ++d) to[d] = in[d];
-    }
+    rope_row(x + t * heads * size, heads, size, cos + t * pairs, sin + t * pairs, pairs,
+             interleaved, out + t * heads * size);
   });
 }
 

@@ -1,8 +1,11 @@
 """The native kernels by raw pointers; ``cpu`` is the only caller and checks everything.
 
 Addresses are of contiguous memory; 0 stands for an absent tensor. Every call gives the GIL back
-while it runs. Those that return a bool do nothing and return False on an index out of range.
+while it runs, but for a ``route`` of few rows. Those that return a bool do nothing and return
+False on an index out of range.
 """
+
+from typing import overload
 
 def isas() -> list[str]:
     """Instruction sets that this machine can run, best first."""
@@ -11,30 +14,54 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...
+def calls() -> int:
+    """Kernels called since the process began, by any thread."""
+
+def cpus_of_nodes() -> list[list[int]]:
+    """The CPUs this process may use, by NUMA node; empty where the system does not tell."""
+
+def probe_ways(what: str, /) -> list[str]:
+    """Ways of ``probe`` that run here, best first; ``what`` is read, int8, bf16 or fp32."""
+
+def probe(
+    what: str, way: str, threads: int, rounds: int, seconds: float, size: int, /
+) -> list[float]:
+    """Bytes or operations per second of all threads, one figure per round of so many seconds.
+
+    ``size`` is the memory in bytes that "read" walks through.
+    """
+
 def pack(
     source: int, count: int, n: int, k: int, paired: bool, is_bf16: bool, target: int, /
 ) -> None: ...
-def linear(
-    x: int, rows: int, heads: int, data: int, bias: int, n: int, k: int, is_bf16: bool, out: int, /
-) -> None: ...
+
+class Matrix:
+    """One packed matrix, or a stack of them: addresses and sizes. ``kind`` counts fp32, bf16,
+    int8, int4 from 0. Whoever holds it holds the memory too."""
+
+    def __init__(
+        self,
+        kind: int,
+        n: int,
+        k: int,
+        data: int,
+        scale: int,
+        bias: int,
+        zero: int,
+        levels: int,
+        group: int,
+        same_zero: int,
+        /,
+    ) -> None: ...
+
+class Experts:
+    def __init__(self, gate_up: Matrix, down: Matrix, count: int, clamped: bool, /) -> None: ...
+
+def linear(x: int, rows: int, heads: int, weight: Matrix, out: int, /) -> None: ...
 def moe_ffn(
-    x: int,
-    rows: int,
-    gate_up: int,
-    gate_up_bias: int,
-    down: int,
-    down_bias: int,
-    experts: int,
-    hidden: int,
-    intermediate: int,
-    is_bf16: bool,
-    clamped: bool,
-    ids: int,
-    weights: int,
-    chosen: int,
-    out: int,
-    /,
+    x: int, rows: int, experts: Experts, ids: int, weights: int, chosen: int, out: int, /
 ) -> bool: ...
+def quantize_per_token(x: int, rows: int, k: int, codes: int, scale: int, /) -> None: ...
 def rms_norm(x: int, rows: int, size: int, weight: int, eps: float, out: int, /) -> None: ...
 def glu(x: int, rows: int, intermediate: int, clamped: bool, out: int, /) -> None: ...
 def rope(
@@ -105,3 +132,130 @@ def paged_attention(
     out: int,
     /,
 ) -> bool: ...
+
+# What a decoder calls in every step: handles made once, then a call passes one and a few numbers.
+# ``fused`` says what is computed. An absent norm has address 0.
+
+class Cache:
+    """A KV cache; the arguments are those that ``write_kv`` begins with."""
+
+    def __init__(
+        self,
+        data: int,
+        blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_size: int,
+        value_size: int,
+        kind: int,
+        latent: bool,
+        /,
+    ) -> None: ...
+
+class Step:
+    """Making one wakes the threads."""
+
+    def __init__(
+        self,
+        rows: int,
+        cos: int,
+        sin: int,
+        pairs: int,
+        interleaved: bool,
+        slots: int,
+        starts: int,
+        context: int,
+        blocks: int,
+        sequences: int,
+        table_width: int,
+        /,
+    ) -> None: ...
+
+class Norm:
+    def __init__(self, weight: int, eps: float, /) -> None: ...
+
+class Gqa:
+    def __init__(
+        self,
+        norm: Norm,
+        qkv: Matrix,
+        o: Matrix,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        scale: float,
+        q_norm: Norm,
+        q_norm_size: int,
+        k_norm: Norm,
+        k_norm_size: int,
+        clip: float,
+        window: int,
+        sinks: int,
+        /,
+    ) -> None: ...
+
+class Mla:
+    def __init__(
+        self,
+        norm: Norm,
+        down: Matrix,
+        q_norm: Norm,
+        q_up: Matrix | None,
+        latent_norm: Norm,
+        into_latent: Matrix,
+        out_of_latent: Matrix,
+        o: Matrix,
+        heads: int,
+        nope: int,
+        rotated: int,
+        latent: int,
+        scale: float,
+        /,
+    ) -> None: ...
+
+class Mlp:
+    def __init__(self, gate_up: Matrix, down: Matrix, /) -> None: ...
+
+class Dense:
+    def __init__(self, norm: Norm, mlp: Mlp, /) -> None: ...
+
+class Router:
+    def __init__(
+        self,
+        norm: Norm,
+        matrix: Matrix,
+        top_k: int,
+        scoring: int,
+        normalise: bool,
+        scale: float,
+        groups: int,
+        kept_groups: int,
+        top2: bool,
+        bias: int,
+        /,
+    ) -> None: ...
+
+class Moe:
+    """No shared expert, one that every token passes, or one behind a gate."""
+
+    @overload
+    def __init__(self, experts: Experts, /) -> None: ...
+    @overload
+    def __init__(self, experts: Experts, shared: Mlp, /) -> None: ...
+    @overload
+    def __init__(self, experts: Experts, gate: Matrix, gated: Experts, /) -> None: ...
+
+class Head:
+    def __init__(self, norm: Norm, matrix: Matrix, /) -> None: ...
+
+def attend_gqa(x: int, weights: Gqa, step: Step, cache: Cache, /) -> bool: ...
+def attend_mla(x: int, weights: Mla, step: Step, cache: Cache, /) -> bool: ...
+def dense(x: int, rows: int, weights: Dense, /) -> None: ...
+def route(x: int, rows: int, weights: Router, normed: int, ids: int, shares: int, /) -> None: ...
+def mix(
+    x: int, rows: int, weights: Moe, normed: int, ids: int, chosen: int, shares: int, /
+) -> bool: ...
+def embed(
+    table: int, is_bf16: bool, vocabulary: int, size: int, ids: int, rows: int, out: int, /
+) -> bool: ...
+def head(x: int, rows: int, wanted: int, count: int, weights: Head, out: int, /) -> bool: ...

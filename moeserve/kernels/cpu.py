@@ -17,30 +17,37 @@ from torch import Tensor
 from moeserve.errors import InternalError
 from moeserve.kernels import _cpu, kv
 from moeserve.kernels.kv import fp32, int32
+from moeserve.kernels.matrix import Matrix
 from moeserve.kernels.ops import (
     Activation,
     AttentionBatch,
+    DenseWeights,
     Experts,
+    GqaWeights,
+    HeadWeights,
     KvCache,
     KvShape,
     Linear,
+    MlaWeights,
+    MoeWeights,
+    Part,
+    Routed,
     RouterSpec,
+    RouterWeights,
+    Step,
+    W,
 )
-
-PANEL = 32
-SCORING = {"softmax": 0, "sigmoid": 1, "topk_softmax": 2}
+from moeserve.kernels.packing import Panels, pack
+from moeserve.kernels.parts import SCORING, Native, check_spec, native_of, new_step, room_of
 
 
 @dataclass(frozen=True, slots=True)
-class Panels:
-    """``count`` matrices in the kernels' layout, and one bias per lane. Addresses are of these."""
+class PackedExperts:
+    """The native handle, and the memory it points to."""
 
-    count: int
-    data: Tensor
-    bias: Tensor | None
-    data_at: int
-    bias_at: int
-    is_bf16: bool
+    handle: _cpu.Experts
+    gate_up: Panels
+    down: Panels
 
 
 class CpuOps:
@@ -48,30 +55,28 @@ class CpuOps:
 
     name = "cpu"
 
-    def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear:
+    def pack_linear(self, weight_NK: Matrix, bias_N: Tensor | None = None) -> Linear:
         out, into = weight_NK.shape
-        bias = None if bias_N is None else bias_N[None]
-        return Linear(out, into, pack(weight_NK[None], bias, paired=False))
+        return Linear(out, into, pack(weight_NK, bias_N))
 
     def pack_experts(
         self,
-        gate_up_E2IH: Tensor,
-        down_EHI: Tensor,
+        gate_up_E2IH: Matrix,
+        down_EHI: Matrix,
         gate_up_bias_E2I: Tensor | None = None,
         down_bias_EH: Tensor | None = None,
         activation: Activation = Activation.SWIGLU,
     ) -> Experts:
         num, hidden, inner = down_EHI.shape
         assert gate_up_E2IH.shape == (num, 2 * inner, hidden), gate_up_E2IH.shape
-        if gate_up_E2IH.dtype != down_EHI.dtype:
-            gate_up_E2IH, down_EHI = gate_up_E2IH.float(), down_EHI.float()
-        ups = pack(gate_up_E2IH, gate_up_bias_E2I, paired=True)
-        downs = pack(down_EHI, down_bias_EH, paired=False)
-        return Experts(num, hidden, inner, activation, (ups, downs))
+        up = pack(gate_up_E2IH, gate_up_bias_E2I, paired=True)
+        down = pack(down_EHI, down_bias_EH)
+        handle = _cpu.Experts(up.handle, down.handle, num, activation is Activation.CLAMPED)
+        return Experts(num, hidden, inner, activation, PackedExperts(handle, up, down))
 
-    def pack_heads(self, weight_ANK: Tensor) -> Linear:
+    def pack_heads(self, weight_ANK: Matrix) -> Linear:
         _, out, into = weight_ANK.shape
-        return Linear(out, into, pack(weight_ANK, None, paired=False))
+        return Linear(out, into, pack(weight_ANK))
 
     def linear(self, x_TK: Tensor, weight: Linear) -> Tensor:
         return multiply(x_TK, weight, heads=1).view(len(x_TK), weight.out_features)
@@ -80,7 +85,7 @@ class CpuOps:
         return multiply(x_TAK, weight, heads=x_TAK.shape[1])
 
     def moe_ffn(self, x_TH: Tensor, experts: Experts, ids_TC: Tensor, weights_TC: Tensor) -> Tensor:
-        ups, downs = cast("tuple[Panels, Panels]", experts.data)
+        packed = cast("PackedExperts", experts.data)
         rows, chosen = ids_TC.shape
         assert x_TH.shape == (rows, experts.hidden), x_TH.shape
         assert weights_TC.shape == ids_TC.shape, weights_TC.shape
@@ -89,15 +94,7 @@ class CpuOps:
         if not _cpu.moe_ffn(
             x.data_ptr(),
             rows,
-            ups.data_at,
-            ups.bias_at,
-            downs.data_at,
-            downs.bias_at,
-            experts.num_experts,
-            experts.hidden,
-            experts.intermediate,
-            ups.is_bf16,
-            experts.activation is Activation.CLAMPED,
+            packed.handle,
             ids.data_ptr(),
             weights.data_ptr(),
             chosen,
@@ -105,6 +102,13 @@ class CpuOps:
         ):
             raise InternalError(f"moe_ffn: an expert id is not in 0..{experts.num_experts - 1}")
         return out
+
+    def quantize_per_token(self, x_TK: Tensor) -> tuple[Tensor, Tensor]:
+        rows, size = x_TK.shape
+        x = fp32(x_TK)
+        codes, scale = torch.empty(rows, size, dtype=torch.int8), torch.empty(rows)
+        _cpu.quantize_per_token(x.data_ptr(), rows, size, codes.data_ptr(), scale.data_ptr())
+        return codes, scale
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         size = x_TH.shape[-1]
@@ -147,10 +151,7 @@ class CpuOps:
     ) -> tuple[Tensor, Tensor]:
         rows, num = logits_TE.shape
         assert num == spec.num_experts, (num, spec)
-        assert 0 < spec.top_k <= num, spec
-        assert num % spec.num_groups == 0, spec
-        assert 0 < spec.topk_groups <= spec.num_groups, spec
-        assert spec.group_score in ("top2", "max"), spec
+        check_spec(spec)
         assert bias_E is None or bias_E.shape == (num,), bias_E
         logits = fp32(logits_TE)
         bias = None if bias_E is None else bias_E.float().contiguous()
@@ -194,27 +195,87 @@ class CpuOps:
     ) -> Tensor:
         return kv.attend(q_TAD, cache, batch, scale, window, sinks_A)
 
+    def prepare(self, weights: W) -> Part[W]:
+        return Part(weights, native_of(weights))
 
-def pack(weight_ENK: Tensor, bias_EN: Tensor | None, *, paired: bool) -> Panels:
-    """``paired`` puts row i and row N/2 + i into the same panel: gate and up of one feature."""
-    count, out, into = weight_ENK.shape
-    is_bf16 = weight_ENK.dtype is torch.bfloat16
-    source = (weight_ENK if is_bf16 else weight_ENK.float()).contiguous()
-    data = torch.empty(count, lanes(out, paired), into, dtype=source.dtype)
-    _cpu.pack(source.data_ptr(), count, out, into, paired, is_bf16, data.data_ptr())
-    if bias_EN is None:
-        return Panels(count, data, None, data.data_ptr(), 0, is_bf16)
-    assert bias_EN.shape == (count, out), bias_EN.shape
-    bias = torch.empty(count, lanes(out, paired))
-    flat = bias_EN.float().contiguous()
-    _cpu.pack(flat.data_ptr(), count, out, 1, paired, False, bias.data_ptr())
-    return Panels(count, data, bias, data.data_ptr(), bias.data_ptr(), is_bf16)
+    def new_step(
+        self,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        interleaved: bool,
+        slot_T: Tensor,
+        attention: AttentionBatch,
+    ) -> Step:
+        return new_step(cos_TR, sin_TR, interleaved, slot_T, attention)
 
+    def attend(
+        self, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache
+    ) -> None:
+        native: Native = part.data
+        assert native.run is not None, part
+        x_at = rows_at(x_TH, step.rows, native.hidden)
+        if not native.run(x_at, native.handle, step.data.handle, cache.data.handle):
+            raise InternalError(
+                f"attend: slots, contexts or blocks of {step.attention} do not fit {cache.shape}"
+            )
 
-def lanes(out: int, paired: bool) -> int:
-    """Rows with padding: whole panels of 32, or of 16 pairs."""
-    rows, panel = (out // 2, PANEL // 2) if paired else (out, PANEL)
-    return -(-rows // panel) * PANEL
+    def dense(self, x_TH: Tensor, part: Part[DenseWeights]) -> None:
+        native: Native = part.data
+        rows = len(x_TH)
+        _cpu.dense(rows_at(x_TH, rows, native.hidden), rows, native.handle)
+
+    def route(self, x_TH: Tensor, part: Part[RouterWeights], step: Step) -> Routed:
+        native: Native = part.data
+        room = room_of(step, native.hidden, part.weights.spec.top_k)
+        x_at = rows_at(x_TH, step.rows, native.hidden)
+        _cpu.route(x_at, step.rows, native.handle, *room.at)
+        return room.routed
+
+    def mix(self, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
+        native: Native = part.data
+        normed, ids, weights = routed.normed_TH, routed.ids_TC, routed.weights_TC
+        rows, chosen = ids.shape
+        assert ids.dtype is torch.int32, ids.dtype
+        assert ids.is_contiguous(), ids.stride()
+        if not _cpu.mix(
+            rows_at(x_TH, rows, native.hidden),
+            rows,
+            native.handle,
+            rows_at(normed, rows, native.hidden),
+            ids.data_ptr(),
+            chosen,
+            rows_at(weights, rows, chosen),
+        ):
+            raise InternalError(f"mix: an expert id is not one of {part.weights.experts}")
+
+    def embed(self, table_WH: Tensor, ids_T: Tensor) -> Tensor:
+        size, hidden = table_WH.shape
+        assert table_WH.dtype in (torch.float32, torch.bfloat16), table_WH.dtype
+        assert table_WH.is_contiguous(), table_WH.stride()
+        assert ids_T.dtype is torch.int64, ids_T.dtype
+        ids, out = ids_T.contiguous(), torch.empty(len(ids_T), hidden)
+        is_bf16 = table_WH.dtype is torch.bfloat16
+        if not _cpu.embed(
+            table_WH.data_ptr(), is_bf16, size, hidden, ids.data_ptr(), len(ids), out.data_ptr()
+        ):
+            raise InternalError(f"embed: a token id is not in 0..{size - 1}")
+        return out
+
+    def head(self, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
+        native: Native = part.data
+        assert rows_R.dtype is torch.int64, rows_R.dtype
+        rows, wanted = len(x_TH), rows_R.contiguous()
+        out = torch.empty(len(wanted), part.weights.head.out_features)
+        if not _cpu.head(
+            rows_at(x_TH, rows, native.hidden),
+            rows,
+            wanted.data_ptr(),
+            len(wanted),
+            native.handle,
+            out.data_ptr(),
+        ):
+            raise InternalError(f"head: a row of {rows_R.tolist()} is not in 0..{rows - 1}")
+        return out
 
 
 def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:
@@ -224,15 +285,13 @@ def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:
     assert heads == panels.count, (heads, panels.count)
     x, rows = fp32(x), len(x)
     out = torch.empty(rows, heads, weight.out_features)
-    _cpu.linear(
-        x.data_ptr(),
-        rows,
-        heads,
-        panels.data_at,
-        panels.bias_at,
-        weight.out_features,
-        weight.in_features,
-        panels.is_bf16,
-        out.data_ptr(),
-    )
+    _cpu.linear(x.data_ptr(), rows, heads, panels.handle, out.data_ptr())
     return out
+
+
+def rows_at(x: Tensor, rows: int, size: int) -> int:
+    """Where an activation of this shape lies; for calls that are made in every layer."""
+    assert x.dtype is torch.float32, x.dtype
+    assert x.shape == (rows, size), (x.shape, rows, size)
+    assert x.is_contiguous(), x.stride()
+    return x.data_ptr()

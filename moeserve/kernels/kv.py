@@ -26,6 +26,7 @@ class Blocks:
 
     data: Tensor
     head: Head
+    handle: _cpu.Cache
 
 
 def bytes_per_block(shape: KvShape) -> int:
@@ -53,7 +54,7 @@ def new_cache(shape: KvShape) -> KvCache:
         KINDS[shape.dtype],
         shape.latent,
     )
-    return KvCache(shape, nbytes, Blocks(data, head))
+    return KvCache(shape, nbytes, Blocks(data, head, _cpu.Cache(*head)))
 
 
 def write(cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:

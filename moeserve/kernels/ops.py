@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -138,8 +138,149 @@ class KvCache:
     data: Any
 
 
+@dataclass(frozen=True, slots=True)
+class GqaWeights:
+    """x + o(attention(rope(clip(norm(qkv(rms_norm(x))))))), k and v written to the cache before.
+
+    ``qkv`` has A * D rows of queries, then G * D of keys and of values. ``q_norm`` and ``k_norm``
+    are of one head's size, or of the whole row's (OLMoE); v has none. ``clip`` bounds all three.
+    """
+
+    norm_H: Tensor
+    eps: float
+    heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+    qkv: Linear
+    o: Linear
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    clip: float | None = None
+    window: int | None = None
+    sinks_A: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MlaWeights:
+    """Absorbed latent attention, added to x; L is the latent's size, R' the rotated part's.
+
+    ``down`` has the rows of the queries (low-rank ones where ``q_up`` is there, else A heads of
+    nope + R'), then L of the latent and R' of the rotated key. ``into_latent`` [A, L, nope] and
+    ``out_of_latent`` [A, V, L] are of ``pack_heads``.
+    """
+
+    norm_H: Tensor
+    eps: float
+    heads: int
+    nope: int
+    rotated: int
+    latent: int
+    scale: float
+    latent_eps: float
+    down: Linear
+    latent_norm: Tensor
+    into_latent: Linear
+    out_of_latent: Linear
+    o: Linear
+    q_norm: Tensor | None = None
+    q_up: Linear | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MlpWeights:
+    """down(silu(gate x) * up x); ``gate_up`` has the gate's rows first."""
+
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeights:
+    """x + mlp(rms_norm(x))."""
+
+    norm_H: Tensor
+    eps: float
+    mlp: MlpWeights
+
+
+@dataclass(frozen=True, slots=True)
+class RouterWeights:
+    """route_topk(router(rms_norm(x)))."""
+
+    norm_H: Tensor
+    eps: float
+    router: Linear
+    spec: RouterSpec
+    bias_E: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GatedWeights:
+    """A shared expert weighed by a gate (Qwen2): a group of one under a sigmoid router of one."""
+
+    gate: Linear
+    experts: Experts
+
+
+@dataclass(frozen=True, slots=True)
+class MoeWeights:
+    """x + (routed + shared), both of the normed row that was routed."""
+
+    experts: Experts
+    shared: MlpWeights | GatedWeights | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadWeights:
+    """head(rms_norm(x))."""
+
+    norm_H: Tensor
+    eps: float
+    head: Linear
+
+
+PartWeights = GqaWeights | MlaWeights | DenseWeights | RouterWeights | MoeWeights | HeadWeights
+W = TypeVar("W", bound=PartWeights)
+W_co = TypeVar("W_co", bound=PartWeights, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Generic[W_co]):
+    """A piece of a layer, ready to run; ``data`` belongs to the backend."""
+
+    weights: W_co
+    data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers of one forward pass share; ``data`` belongs to the backend."""
+
+    rows: int
+    cos_TR: Tensor
+    sin_TR: Tensor
+    interleaved: bool
+    slot_T: Tensor
+    attention: AttentionBatch
+    data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Where rows go. Valid until the next ``route`` of the same step."""
+
+    normed_TH: Tensor
+    ids_TC: Tensor
+    weights_TC: Tensor
+
+
 class Ops(Protocol):
-    """One backend. Tensors are contiguous unless said otherwise."""
+    """One backend. Tensors are contiguous unless said otherwise.
+
+    A decoder calls the fused ones at the end, each of which is the composition that ``fused``
+    spells out, to the bit.
+    """
 
     name: str
 
@@ -224,4 +365,43 @@ class Ops(Protocol):
         Query head a reads KV head a // (A / G). With ``window`` w a query at p sees positions
         p - w + 1 .. p. A sink is one more logit in the softmax with no value (GPT-OSS).
         """
+        ...
+
+    def prepare(self, weights: W) -> Part[W]:
+        """Once, when a model is loaded."""
+        ...
+
+    def new_step(
+        self,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        interleaved: bool,
+        slot_T: Tensor,
+        attention: AttentionBatch,
+    ) -> Step:
+        """Once per forward pass; the tensors must stay as they are meanwhile."""
+        ...
+
+    def attend(
+        self, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache
+    ) -> None:
+        """The attention half of a layer, added to ``x_TH``."""
+        ...
+
+    def dense(self, x_TH: Tensor, part: Part[DenseWeights]) -> None:
+        """The other half where nothing is routed, added to ``x_TH``."""
+        ...
+
+    def route(self, x_TH: Tensor, part: Part[RouterWeights], step: Step) -> Routed: ...
+
+    def mix(self, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
+        """Experts and shared expert, added to ``x_TH``."""
+        ...
+
+    def embed(self, table_WH: Tensor, ids_T: Tensor) -> Tensor:
+        """Rows of an fp32 or bf16 table as fp32; ids int64."""
+        ...
+
+    def head(self, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
+        """[R, N] of the rows (int64) that are wanted."""
         ...

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moeserve.kernels import reference_kv
+from moeserve.kernels.fused import Composed
 from moeserve.kernels.ops import (
     Activation,
     AttentionBatch,
@@ -24,7 +25,7 @@ from moeserve.kernels.ops import (
 )
 
 
-class ReferenceOps:
+class ReferenceOps(Composed):
     """Plain torch, one row at a time."""
 
     name = "reference"

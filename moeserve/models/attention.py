@@ -1,23 +1,22 @@
-"""Attention over a paged cache: grouped queries (GQA) and multi-head latent attention (MLA).
+"""Attention of one layer: which tensors of a checkpoint make it, and the cache it needs.
 
 MLA is always absorbed: the cache holds one latent and one rotated key per token, shared by all
 heads; queries are carried into the latent space and results out of it by small per-head matrices.
-Prefill and decode take the same path, so that chunking cannot change a bit. Between ops there are
-only copies. Letters as in ``kernels.ops``, L latent size.
+Prefill and decode take the same path, so that chunking cannot change a bit. What is computed
+stands in ``kernels.fused``. Letters as in ``kernels.ops``, L latent size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from moeserve.kernels.ops import KvCache, KvShape, Linear, Ops
-from moeserve.models.batch import StepBatch
-from moeserve.models.rope import RopeRows
+from moeserve.kernels.matrix import rows_of
+from moeserve.kernels.ops import GqaWeights, KvShape, MlaWeights
 from moeserve.models.spec import AttentionSpec, GqaSpec, MlaSpec, QkNorm
 from moeserve.models.weights import Weights
+
+AttentionWeights = GqaWeights | MlaWeights
 
 
 def kv_shape(spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype) -> KvShape:
@@ -29,146 +28,75 @@ def kv_shape(spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch
     return KvShape(num_blocks, block_size, spec.kv_heads, size, size, dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Gqa:
-    """Grouped-query attention of one layer; norms and sinks are there where the spec says so."""
-
-    spec: GqaSpec
-    eps: float
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    sinks_A: Tensor | None
-
-    def run(
-        self, x_TH: Tensor, step: StepBatch, rope: RopeRows, cache: KvCache, ops: Ops
-    ) -> Tensor:
-        s, tokens = self.spec, len(x_TH)
-        q_TX = self._bounded(self._normed(ops.linear(x_TH, self.q), self.q_norm, ops))
-        k_TX = self._bounded(self._normed(ops.linear(x_TH, self.k), self.k_norm, ops))
-        v_TX = self._bounded(ops.linear(x_TH, self.v))
-        q_TAD = _rotate(q_TX.view(tokens, s.heads, s.head_dim), rope, ops)
-        k_TGD = _rotate(k_TX.view(tokens, s.kv_heads, s.head_dim), rope, ops)
-        ops.write_kv(cache, k_TGD, v_TX.view(tokens, s.kv_heads, s.head_dim), step.slot_T)
-        out_TAD = ops.paged_attention(
-            q_TAD,
-            cache,
-            step.attention,
-            scale=s.scale,
-            window=s.window,
-            sinks_A=self.sinks_A,
-        )
-        return ops.linear(out_TAD.flatten(1), self.o)
-
-    def _normed(self, x_TX: Tensor, weight: Tensor | None, ops: Ops) -> Tensor:
-        if weight is None:
-            return x_TX
-        if self.spec.qk_norm is QkNorm.ROW:
-            return ops.rms_norm(x_TX, weight, self.eps)
-        heads = x_TX.view(len(x_TX), -1, self.spec.head_dim)
-        return ops.rms_norm(heads, weight, self.eps).flatten(1)
-
-    def _bounded(self, x_TX: Tensor) -> Tensor:
-        clip = self.spec.clip
-        return x_TX if clip is None else x_TX.clamp(-clip, clip)
-
-
-@dataclass(frozen=True, slots=True)
-class Mla:
-    """Absorbed latent attention of one layer; ``q_a`` and its norm only with low-rank queries."""
-
-    spec: MlaSpec
-    q_a: Linear | None
-    q_a_norm: Tensor | None
-    q_b: Linear
-    kv_a: Linear
-    kv_a_norm: Tensor
-    into_latent: Linear
-    out_of_latent: Linear
-    o: Linear
-
-    def run(
-        self, x_TH: Tensor, step: StepBatch, rope: RopeRows, cache: KvCache, ops: Ops
-    ) -> Tensor:
-        s = self.spec
-        q_TAD = self._queries(x_TH, ops).view(len(x_TH), s.heads, s.nope + s.rope)
-        q_TAL = ops.linear_heads(q_TAD[..., : s.nope].contiguous(), self.into_latent)
-        q_TAR = _rotate(q_TAD[..., s.nope :].contiguous(), rope, ops)
-        down_TX = ops.linear(x_TH, self.kv_a)
-        latent_TL = down_TX[:, : s.kv_lora].contiguous()
-        latent_TL = ops.rms_norm(latent_TL, self.kv_a_norm, s.latent_eps)
-        key_T1R = _rotate(down_TX[:, None, s.kv_lora :].contiguous(), rope, ops)
-        ops.write_kv(cache, torch.cat((latent_TL[:, None], key_T1R), -1), None, step.slot_T)
-        out_TAL = ops.paged_attention(
-            torch.cat((q_TAL, q_TAR), -1), cache, step.attention, scale=s.scale
-        )
-        out_TAV = ops.linear_heads(out_TAL, self.out_of_latent)
-        return ops.linear(out_TAV.flatten(1), self.o)
-
-    def _queries(self, x_TH: Tensor, ops: Ops) -> Tensor:
-        if self.q_a is None or self.q_a_norm is None:
-            return ops.linear(x_TH, self.q_b)
-        low = ops.rms_norm(ops.linear(x_TH, self.q_a), self.q_a_norm, self.spec.latent_eps)
-        return ops.linear(low, self.q_b)
-
-
-Attention = Gqa | Mla
-
-
 def load_attention(
-    w: Weights, prefix: str, spec: AttentionSpec, hidden: int, eps: float
-) -> Attention:
+    w: Weights, prefix: str, spec: AttentionSpec, norm_H: Tensor, eps: float
+) -> AttentionWeights:
+    """``norm_H`` is the norm before it."""
     if isinstance(spec, MlaSpec):
-        return _load_mla(w, prefix, spec, hidden)
-    return _load_gqa(w, prefix, spec, hidden, eps)
+        return _load_mla(w, prefix, spec, norm_H, eps)
+    return _load_gqa(w, prefix, spec, norm_H, eps)
 
 
-def _load_gqa(w: Weights, prefix: str, s: GqaSpec, hidden: int, eps: float) -> Gqa:
-    wide, narrow = s.heads * s.head_dim, s.kv_heads * s.head_dim
+def _load_gqa(w: Weights, prefix: str, s: GqaSpec, norm_H: Tensor, eps: float) -> GqaWeights:
+    hidden, wide, narrow = len(norm_H), s.heads * s.head_dim, s.kv_heads * s.head_dim
     q_norm = k_norm = None
     if s.qk_norm is not QkNorm.NONE:
         by_head = s.qk_norm is QkNorm.HEAD
         q_norm = w.vector(f"{prefix}.q_norm.weight", s.head_dim if by_head else wide)
         k_norm = w.vector(f"{prefix}.k_norm.weight", s.head_dim if by_head else narrow)
-    return Gqa(
-        spec=s,
+    sizes = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow}
+    qkv = rows_of([w.matrix(f"{prefix}.{n}.weight", size, hidden) for n, size in sizes.items()])
+    bias = None
+    if s.qkv_bias:
+        bias = torch.cat([w.vector(f"{prefix}.{n}.bias", size) for n, size in sizes.items()])
+    return GqaWeights(
+        norm_H=norm_H,
         eps=eps,
-        q=w.linear(f"{prefix}.q_proj", wide, hidden, bias=s.qkv_bias),
-        k=w.linear(f"{prefix}.k_proj", narrow, hidden, bias=s.qkv_bias),
-        v=w.linear(f"{prefix}.v_proj", narrow, hidden, bias=s.qkv_bias),
+        heads=s.heads,
+        kv_heads=s.kv_heads,
+        head_size=s.head_dim,
+        scale=s.scale,
+        qkv=w.ops.pack_linear(qkv, bias),
         o=w.linear(f"{prefix}.o_proj", hidden, wide, bias=s.out_bias),
         q_norm=q_norm,
         k_norm=k_norm,
+        clip=s.clip,
+        window=s.window,
         sinks_A=w.vector(f"{prefix}.sinks", s.heads) if s.sinks else None,
     )
 
 
-def _load_mla(w: Weights, prefix: str, s: MlaSpec, hidden: int) -> Mla:
-    queries = s.heads * (s.nope + s.rope)
-    q_a = q_a_norm = None
+def _load_mla(w: Weights, prefix: str, s: MlaSpec, norm_H: Tensor, eps: float) -> MlaWeights:
+    hidden, queries, keys = len(norm_H), s.heads * (s.nope + s.rope), s.kv_lora + s.rope
+    kv_a, q_up, q_norm = f"{prefix}.kv_a_proj_with_mqa", None, None
     if s.q_lora is None:
-        q_b = w.linear(f"{prefix}.q_proj", queries, hidden)
+        first, low = f"{prefix}.q_proj", queries
+        q_bias = torch.zeros(queries)
     else:
-        q_a = w.linear(f"{prefix}.q_a_proj", s.q_lora, hidden, bias=s.bias)
-        q_a_norm = w.vector(f"{prefix}.q_a_layernorm.weight", s.q_lora)
-        q_b = w.linear(f"{prefix}.q_b_proj", queries, s.q_lora)
+        first, low = f"{prefix}.q_a_proj", s.q_lora
+        q_bias = w.vector(f"{first}.bias", low) if s.bias else torch.zeros(low)
+        q_norm = w.vector(f"{prefix}.q_a_layernorm.weight", low)
+        q_up = w.linear(f"{prefix}.q_b_proj", queries, low)
+    down = rows_of(
+        [w.matrix(f"{first}.weight", low, hidden), w.matrix(f"{kv_a}.weight", keys, hidden)]
+    )
+    bias = torch.cat((q_bias, w.vector(f"{kv_a}.bias", keys))) if s.bias else None
     rows = s.heads * (s.nope + s.value)
     up_AXL = w.matrix(f"{prefix}.kv_b_proj.weight", rows, s.kv_lora).view(s.heads, -1, s.kv_lora)
-    return Mla(
-        spec=s,
-        q_a=q_a,
-        q_a_norm=q_a_norm,
-        q_b=q_b,
-        kv_a=w.linear(f"{prefix}.kv_a_proj_with_mqa", s.kv_lora + s.rope, hidden, bias=s.bias),
-        kv_a_norm=w.vector(f"{prefix}.kv_a_layernorm.weight", s.kv_lora),
+    return MlaWeights(
+        norm_H=norm_H,
+        eps=eps,
+        heads=s.heads,
+        nope=s.nope,
+        rotated=s.rope,
+        latent=s.kv_lora,
+        scale=s.scale,
+        latent_eps=s.latent_eps,
+        down=w.ops.pack_linear(down, bias),
+        latent_norm=w.vector(f"{prefix}.kv_a_layernorm.weight", s.kv_lora),
         into_latent=w.ops.pack_heads(up_AXL[:, : s.nope].transpose(1, 2).contiguous()),
         out_of_latent=w.ops.pack_heads(up_AXL[:, s.nope :].contiguous()),
         o=w.linear(f"{prefix}.o_proj", hidden, s.heads * s.value, bias=s.bias),
+        q_norm=q_norm,
+        q_up=q_up,
     )
-
-
-def _rotate(x_TAD: Tensor, rope: RopeRows, ops: Ops) -> Tensor:
-    return ops.rope(x_TAD, rope.cos_TR, rope.sin_TR, rope.interleaved)

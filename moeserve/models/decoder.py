@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from moeserve.errors import CheckpointError
-from moeserve.kernels.ops import KvCache, Linear, Ops
-from moeserve.models.attention import Attention, kv_shape, load_attention
+from moeserve.kernels.ops import HeadWeights, KvCache, Linear, Ops, Part, Step
+from moeserve.models.attention import AttentionWeights, kv_shape, load_attention
 from moeserve.models.batch import StepBatch
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.families import read_spec
 from moeserve.models.moe import DenseMlp, MoeMlp, RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
-from moeserve.models.rope import RopeRows, RopeTables, rope_tables
+from moeserve.models.rope import RopeTables, rope_tables
 from moeserve.models.spec import LayerSpec, ModelSpec
 from moeserve.models.weights import Weights
 
@@ -38,30 +38,22 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Attention and MLP, each behind its norm, added to the residual stream."""
+    """Attention and MLP, each behind its norm, added to the residual stream in place."""
 
     layer: int
-    eps: float
-    input_norm_H: Tensor
-    attention: Attention
-    post_norm_H: Tensor
+    attention: Part[AttentionWeights]
     mlp: DenseMlp | MoeMlp
 
     def run(
         self,
         x_TH: Tensor,
-        step: StepBatch,
-        rope: RopeRows,
-        cache: KvCache,
+        step: Step,
+        cache: KVCache,
         ops: Ops,
         observer: RoutingObserver | None,
-    ) -> Tensor:
-        normed_TH = ops.rms_norm(x_TH, self.input_norm_H, self.eps)
-        x_TH = x_TH + self.attention.run(normed_TH, step, rope, cache, ops)
-        normed_TH = ops.rms_norm(x_TH, self.post_norm_H, self.eps)
-        if isinstance(self.mlp, MoeMlp):
-            return x_TH + self.mlp.run(normed_TH, ops, self.layer, observer)
-        return x_TH + self.mlp.run(normed_TH, ops)
+    ) -> None:
+        ops.attend(x_TH, self.attention, step, cache.layers[self.layer])
+        self.mlp.run(x_TH, step, ops, self.layer, observer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +65,7 @@ class Mtp:
     hidden_norm_H: Tensor
     project: Linear
     block: Block
-    norm_H: Tensor
-    head: Linear
+    head: Part[HeadWeights]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +78,7 @@ class Decoder:
     kv_dtype: torch.dtype
     embedding_WH: Tensor
     blocks: tuple[Block, ...]
-    norm_H: Tensor
-    head: Linear
+    head: Part[HeadWeights]
     rope: RopeTables
     mtp: Mtp | None
     unread: tuple[str, ...]
@@ -111,26 +101,28 @@ class Decoder:
     ) -> Tensor:
         """Runs the step's tokens, writes their KV, and returns logits_RW of the wanted rows."""
         hidden_TH = self.trunk(step, cache, observer)
-        return self.logits(hidden_TH.index_select(0, step.logit_rows_R))
+        return self.ops.head(hidden_TH, step.logit_rows_R, self.head)
 
     def trunk(
         self, step: StepBatch, cache: KVCache, observer: RoutingObserver | None = None
     ) -> Tensor:
         """The residual stream after the last block, before the final norm: [T, H]."""
-        rope = self.rope.rows(step.positions_T)
-        x_TH = self.embedding_WH.index_select(0, step.token_ids_T).float()
+        ops, shared = self.ops, self._shared(step)
+        x_TH = ops.embed(self.embedding_WH, step.token_ids_T)
         for block in self.blocks:
-            x_TH = block.run(x_TH, step, rope, cache.layers[block.layer], self.ops, observer)
+            block.run(x_TH, shared, cache, ops, observer)
         return x_TH
 
     def final_norm(self, hidden_RH: Tensor) -> Tensor:
-        return self.ops.rms_norm(hidden_RH, self.norm_H, self.spec.norm_eps)
+        weights = self.head.weights
+        return self.ops.rms_norm(hidden_RH, weights.norm_H, weights.eps)
 
-    def logits(self, hidden_RH: Tensor) -> Tensor:
-        """Final norm and head."""
-        if not len(hidden_RH):
-            return torch.empty(0, self.spec.vocab)
-        return self.ops.linear(self.final_norm(hidden_RH), self.head)
+    def _shared(self, step: StepBatch) -> Step:
+        """What all layers need of the step."""
+        rope = self.rope.rows(step.positions_T)
+        return self.ops.new_step(
+            rope.cos_TR, rope.sin_TR, rope.interleaved, step.slot_T, step.attention
+        )
 
     def mtp_forward(self, normed_TH: Tensor, step: StepBatch, cache: KVCache) -> Tensor:
         """Draft logits_RW of the token after next.
@@ -141,7 +133,7 @@ class Decoder:
         mtp, eps, ops = self.mtp, self.spec.norm_eps, self.ops
         if mtp is None:
             raise CheckpointError(f"{self.spec.architecture}: this checkpoint has no MTP module")
-        token_TH = mtp.embedding_WH.index_select(0, step.token_ids_T).float()
+        token_TH = ops.embed(mtp.embedding_WH, step.token_ids_T)
         pair_T2H = torch.cat(
             (
                 ops.rms_norm(token_TH, mtp.embedding_norm_H, eps),
@@ -149,11 +141,9 @@ class Decoder:
             ),
             -1,
         )
-        rope = self.rope.rows(step.positions_T)
         x_TH = ops.linear(pair_T2H, mtp.project)
-        x_TH = mtp.block.run(x_TH, step, rope, cache.layers[mtp.block.layer], ops, None)
-        wanted_RH = x_TH.index_select(0, step.logit_rows_R)
-        return ops.linear(ops.rms_norm(wanted_RH, mtp.norm_H, eps), mtp.head)
+        mtp.block.run(x_TH, self._shared(step), cache, ops, None)
+        return ops.head(x_TH, step.logit_rows_R, mtp.head)
 
 
 def load_decoder(
@@ -201,8 +191,9 @@ def assemble(
         kv_dtype=kv_dtype or w.dtype,
         embedding_WH=embedding_WH,
         blocks=blocks,
-        norm_H=w.vector("model.norm.weight", spec.hidden),
-        head=head,
+        head=ops.prepare(
+            HeadWeights(w.vector("model.norm.weight", spec.hidden), spec.norm_eps, head)
+        ),
         rope=rope_tables(spec.rope, spec.max_positions),
         mtp=_load_mtp(w, names, spec, embedding_WH, head),
         unread=_explained(checkpoint, spec),
@@ -216,15 +207,15 @@ def _load_block(
     w: Weights, index: int, layer: LayerSpec, names: TensorNames, spec: ModelSpec
 ) -> Block:
     prefix = f"model.layers.{index}"
+    input_norm_H = w.vector(f"{prefix}.input_layernorm.weight", spec.hidden)
+    post_norm_H = w.vector(f"{prefix}.post_attention_layernorm.weight", spec.hidden)
+    attention = load_attention(
+        w, f"{prefix}.self_attn", layer.attention, input_norm_H, spec.norm_eps
+    )
     return Block(
         layer=index,
-        eps=spec.norm_eps,
-        input_norm_H=w.vector(f"{prefix}.input_layernorm.weight", spec.hidden),
-        attention=load_attention(
-            w, f"{prefix}.self_attn", layer.attention, spec.hidden, spec.norm_eps
-        ),
-        post_norm_H=w.vector(f"{prefix}.post_attention_layernorm.weight", spec.hidden),
-        mlp=load_mlp(w, prefix, layer.mlp, names, spec.hidden),
+        attention=w.ops.prepare(attention),
+        mlp=load_mlp(w, prefix, layer.mlp, names, post_norm_H, spec.norm_eps),
     )
 
 
@@ -245,8 +236,11 @@ def _load_mtp(
         hidden_norm_H=w.vector(f"{prefix}.hnorm.weight", spec.hidden),
         project=w.linear(f"{prefix}.eh_proj", spec.hidden, 2 * spec.hidden),
         block=_load_block(w, len(spec.layers), spec.mtp, names, spec),
-        norm_H=w.vector(f"{prefix}.shared_head.norm.weight", spec.hidden),
-        head=head,
+        head=w.ops.prepare(
+            HeadWeights(
+                w.vector(f"{prefix}.shared_head.norm.weight", spec.hidden), spec.norm_eps, head
+            )
+        ),
     )
 
 

@@ -1,7 +1,7 @@
 """The feed-forward half of a block: dense SwiGLU, or routed experts with a shared one beside them.
 
-A gated shared expert (Qwen2) is a group of one expert under a sigmoid router of one: the same two
-ops compute it. Letters as in ``kernels.ops``.
+Routing and mixing are two calls: between them ids are seen, and later sent to other devices.
+Letters as in ``kernels.ops``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from moeserve.errors import CheckpointError
-from moeserve.kernels.ops import Activation, Experts, Linear, Ops, RouterSpec
+from moeserve.kernels.ops import (
+    DenseWeights,
+    Experts,
+    GatedWeights,
+    MlpWeights,
+    MoeWeights,
+    Ops,
+    Part,
+    RouterWeights,
+    Step,
+)
 from moeserve.models.names import TensorNames
 from moeserve.models.spec import DenseSpec, MoeSpec
 from moeserve.models.weights import Weights
@@ -26,61 +36,56 @@ class RoutingObserver(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DenseMlp:
-    """down(silu(gate x) * up x)."""
+class MoeMlp:
+    """Experts chosen by a router, and what every token passes through; ids go to an observer."""
 
-    gate_up: Linear
-    down: Linear
-
-    def run(self, x_TH: Tensor, ops: Ops) -> Tensor:
-        return ops.linear(ops.glu(ops.linear(x_TH, self.gate_up), Activation.SWIGLU), self.down)
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedMlp:
-    """Experts chosen by a router; ``bias`` steers the choice only."""
-
-    router: Linear
-    spec: RouterSpec
-    bias_E: Tensor | None
-    experts: Experts
+    router: Part[RouterWeights]
+    experts: Part[MoeWeights]
 
     def run(
-        self, x_TH: Tensor, ops: Ops, layer: int = 0, observer: RoutingObserver | None = None
-    ) -> Tensor:
-        logits_TE = ops.linear(x_TH, self.router)
-        ids_TC, weights_TC = ops.route_topk(logits_TE, self.spec, self.bias_E)
+        self, x_TH: Tensor, step: Step, ops: Ops, layer: int, observer: RoutingObserver | None
+    ) -> None:
+        routed = ops.route(x_TH, self.router, step)
         if observer is not None:
-            observer.record(layer, ids_TC)
-        return ops.moe_ffn(x_TH, self.experts, ids_TC, weights_TC)
+            observer.record(layer, routed.ids_TC)
+        ops.mix(x_TH, self.experts, routed)
 
 
 @dataclass(frozen=True, slots=True)
-class MoeMlp:
-    """Routed experts plus what every token passes through."""
+class DenseMlp:
+    """One SwiGLU for every token."""
 
-    routed: RoutedMlp
-    shared: DenseMlp | RoutedMlp | None
+    part: Part[DenseWeights]
 
-    def run(self, x_TH: Tensor, ops: Ops, layer: int, observer: RoutingObserver | None) -> Tensor:
-        out_TH = self.routed.run(x_TH, ops, layer, observer)
-        return out_TH if self.shared is None else out_TH + self.shared.run(x_TH, ops)
+    def run(
+        self, x_TH: Tensor, step: Step, ops: Ops, layer: int, observer: RoutingObserver | None
+    ) -> None:
+        ops.dense(x_TH, self.part)
 
 
 def load_mlp(
-    w: Weights, prefix: str, spec: DenseSpec | MoeSpec, names: TensorNames, hidden: int
+    w: Weights,
+    prefix: str,
+    spec: DenseSpec | MoeSpec,
+    names: TensorNames,
+    norm_H: Tensor,
+    eps: float,
 ) -> DenseMlp | MoeMlp:
+    """``norm_H`` is the norm before it."""
+    hidden = len(norm_H)
     if isinstance(spec, DenseSpec):
-        return _load_dense(w, f"{prefix}.mlp", spec.intermediate, hidden)
-    mlp = _moe_prefix(w, prefix, names)
-    routed = _load_routed(w, mlp, spec, names, hidden)
-    if not spec.shared:
-        return MoeMlp(routed, None)
-    shared = f"{mlp}.{names.shared}"
-    if spec.shared_gate:
-        gate = f"{mlp}.{names.shared_gate}.weight"
-        return MoeMlp(routed, _load_gated(w, shared, gate, spec.shared, hidden))
-    return MoeMlp(routed, _load_dense(w, shared, spec.shared, hidden))
+        mlp = _load_dense(w, f"{prefix}.mlp", spec.intermediate, hidden)
+        return DenseMlp(w.ops.prepare(DenseWeights(norm_H, eps, mlp)))
+    block = _moe_prefix(w, prefix, names)
+    router = _load_router(w, f"{block}.{names.router}", spec, names, norm_H, eps)
+    experts = _load_experts(w, f"{block}.experts", spec, names, hidden)
+    shared: MlpWeights | GatedWeights | None = None
+    if spec.shared and spec.shared_gate:
+        gate = f"{block}.{names.shared_gate}.weight"
+        shared = _load_gated(w, f"{block}.{names.shared}", gate, spec.shared, hidden)
+    elif spec.shared:
+        shared = _load_dense(w, f"{block}.{names.shared}", spec.shared, hidden)
+    return MoeMlp(w.ops.prepare(router), w.ops.prepare(MoeWeights(experts, shared)))
 
 
 def _moe_prefix(w: Weights, prefix: str, names: TensorNames) -> str:
@@ -92,40 +97,40 @@ def _moe_prefix(w: Weights, prefix: str, names: TensorNames) -> str:
     raise CheckpointError(f"{w.checkpoint.path}: tensor {listed} is missing")
 
 
-def _load_dense(w: Weights, prefix: str, inner: int, hidden: int) -> DenseMlp:
+def _load_dense(w: Weights, prefix: str, inner: int, hidden: int) -> MlpWeights:
     w.require(f"{prefix}.gate_proj.weight", inner, hidden)
     gate_up_2IH = torch.empty(2 * inner, hidden, dtype=w.dtype)
     w.copy_into(gate_up_2IH[:inner], f"{prefix}.gate_proj.weight")
     w.copy_into(gate_up_2IH[inner:], f"{prefix}.up_proj.weight")
-    return DenseMlp(w.ops.pack_linear(gate_up_2IH), w.linear(f"{prefix}.down_proj", hidden, inner))
+    down = w.linear(f"{prefix}.down_proj", hidden, inner)
+    return MlpWeights(w.ops.pack_linear(gate_up_2IH), down)
 
 
-def _load_gated(w: Weights, prefix: str, gate: str, inner: int, hidden: int) -> RoutedMlp:
+def _load_gated(w: Weights, prefix: str, gate: str, inner: int, hidden: int) -> GatedWeights:
     w.require(f"{prefix}.gate_proj.weight", inner, hidden)
     gate_up_12IH = torch.empty(1, 2 * inner, hidden, dtype=w.dtype)
     w.copy_into(gate_up_12IH[0, :inner], f"{prefix}.gate_proj.weight")
     w.copy_into(gate_up_12IH[0, inner:], f"{prefix}.up_proj.weight")
     down_1HI = w.matrix(f"{prefix}.down_proj.weight", hidden, inner)[None]
-    return RoutedMlp(
-        router=w.ops.pack_linear(w.exact(gate, 1, hidden)),
-        spec=RouterSpec(1, 1, "sigmoid", normalise=False),
-        bias_E=None,
+    return GatedWeights(
+        gate=w.ops.pack_linear(w.exact(gate, 1, hidden)),
         experts=w.ops.pack_experts(gate_up_12IH, down_1HI),
     )
 
 
-def _load_routed(w: Weights, mlp: str, spec: MoeSpec, names: TensorNames, hidden: int) -> RoutedMlp:
-    router = f"{mlp}.{names.router}"
+def _load_router(
+    w: Weights, prefix: str, spec: MoeSpec, names: TensorNames, norm_H: Tensor, eps: float
+) -> RouterWeights:
     num = spec.router.num_experts
-    selection = f"{router}.{names.selection_bias}"
-    return RoutedMlp(
+    return RouterWeights(
+        norm_H=norm_H,
+        eps=eps,
         router=w.ops.pack_linear(
-            w.exact(f"{router}.weight", num, hidden),
-            w.vector(f"{router}.bias", num) if spec.router_bias else None,
+            w.exact(f"{prefix}.weight", num, len(norm_H)),
+            w.vector(f"{prefix}.bias", num) if spec.router_bias else None,
         ),
         spec=spec.router,
-        bias_E=w.vector(selection, num) if spec.selection_bias else None,
-        experts=_load_experts(w, f"{mlp}.experts", spec, names, hidden),
+        bias_E=w.vector(f"{prefix}.{names.selection_bias}", num) if spec.selection_bias else None,
     )
 
 

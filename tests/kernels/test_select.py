@@ -76,6 +76,14 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     assert _cpu.isa() == before
 
 
+def test_nodes_share_out_the_cpus_of_this_process() -> None:
+    nodes = _cpu.cpus_of_nodes()
+    cpus = [cpu for node in nodes for cpu in node]
+    assert len(cpus) == len(set(cpus))
+    assert not cpus or set(cpus) == os.sched_getaffinity(0)
+    assert all(nodes)
+
+
 def test_no_threads_at_all_is_refused() -> None:
     before = _cpu.threads()
     with pytest.raises(ValueError, match="at least 1"):

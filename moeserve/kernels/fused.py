@@ -1,0 +1,156 @@
+"""The fused operations spelled out in primitive ones: their meaning, and the oracle of natives.
+
+Between primitives there are only copies, clamps and exact elementwise adds. Letters: see ``ops``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeserve.kernels.ops import (
+    Activation,
+    AttentionBatch,
+    DenseWeights,
+    GatedWeights,
+    GqaWeights,
+    HeadWeights,
+    KvCache,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+    Ops,
+    Part,
+    Routed,
+    RouterSpec,
+    RouterWeights,
+    Step,
+    W,
+)
+
+
+class Composed:
+    """The fused half of an op table whose primitives ``self`` has."""
+
+    def prepare(self, weights: W) -> Part[W]:
+        return Part(weights, None)
+
+    def new_step(
+        self,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        interleaved: bool,
+        slot_T: Tensor,
+        attention: AttentionBatch,
+    ) -> Step:
+        return Step(len(cos_TR), cos_TR, sin_TR, interleaved, slot_T, attention, None)
+
+    def attend(
+        self: Ops, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache
+    ) -> None:
+        attend(self, x_TH, part.weights, step, cache)
+
+    def dense(self: Ops, x_TH: Tensor, part: Part[DenseWeights]) -> None:
+        dense(self, x_TH, part.weights)
+
+    def route(self: Ops, x_TH: Tensor, part: Part[RouterWeights], step: Step) -> Routed:
+        return route(self, x_TH, part.weights)
+
+    def mix(self: Ops, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
+        mix(self, x_TH, part.weights, routed)
+
+    def embed(self, table_WH: Tensor, ids_T: Tensor) -> Tensor:
+        return table_WH.index_select(0, ids_T).float()
+
+    def head(self: Ops, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
+        return head(self, x_TH, rows_R, part.weights)
+
+
+GATE = RouterSpec(1, 1, "sigmoid", normalise=False)
+
+
+def attend(ops: Ops, x_TH: Tensor, w: GqaWeights | MlaWeights, step: Step, cache: KvCache) -> None:
+    normed_TH = ops.rms_norm(x_TH, w.norm_H, w.eps)
+    if isinstance(w, GqaWeights):
+        x_TH += _gqa(ops, normed_TH, w, step, cache)
+    else:
+        x_TH += _mla(ops, normed_TH, w, step, cache)
+
+
+def _gqa(ops: Ops, x_TH: Tensor, w: GqaWeights, step: Step, cache: KvCache) -> Tensor:
+    rows, wide, narrow = len(x_TH), w.heads * w.head_size, w.kv_heads * w.head_size
+    q_TX, k_TX, v_TX = torch.split(ops.linear(x_TH, w.qkv), [wide, narrow, narrow], -1)
+    q_TX = _bounded(_normed(ops, q_TX.contiguous(), w.q_norm, w.eps), w.clip)
+    k_TX = _bounded(_normed(ops, k_TX.contiguous(), w.k_norm, w.eps), w.clip)
+    v_TX = _bounded(v_TX.contiguous(), w.clip)
+    q_TAD = _rotate(ops, q_TX.view(rows, w.heads, w.head_size), step)
+    k_TGD = _rotate(ops, k_TX.view(rows, w.kv_heads, w.head_size), step)
+    ops.write_kv(cache, k_TGD, v_TX.view(rows, w.kv_heads, w.head_size), step.slot_T)
+    out_TAD = ops.paged_attention(
+        q_TAD, cache, step.attention, scale=w.scale, window=w.window, sinks_A=w.sinks_A
+    )
+    return ops.linear(out_TAD.flatten(1), w.o)
+
+
+def _mla(ops: Ops, x_TH: Tensor, w: MlaWeights, step: Step, cache: KvCache) -> Tensor:
+    rows, keys = len(x_TH), w.latent + w.rotated
+    down_TX = ops.linear(x_TH, w.down)
+    q_TX, latent_TL, key_TR = torch.split(
+        down_TX, [down_TX.shape[1] - keys, w.latent, w.rotated], -1
+    )
+    q_TX = q_TX.contiguous()
+    if w.q_up is not None:
+        assert w.q_norm is not None
+        q_TX = ops.linear(ops.rms_norm(q_TX, w.q_norm, w.latent_eps), w.q_up)
+    q_TAD = q_TX.view(rows, w.heads, w.nope + w.rotated)
+    q_TAL = ops.linear_heads(q_TAD[..., : w.nope].contiguous(), w.into_latent)
+    q_TAR = _rotate(ops, q_TAD[..., w.nope :].contiguous(), step)
+    latent_TL = ops.rms_norm(latent_TL.contiguous(), w.latent_norm, w.latent_eps)
+    key_T1R = _rotate(ops, key_TR[:, None].contiguous(), step)
+    ops.write_kv(cache, torch.cat((latent_TL[:, None], key_T1R), -1), None, step.slot_T)
+    out_TAL = ops.paged_attention(
+        torch.cat((q_TAL, q_TAR), -1), cache, step.attention, scale=w.scale
+    )
+    return ops.linear(ops.linear_heads(out_TAL, w.out_of_latent).flatten(1), w.o)
+
+
+def dense(ops: Ops, x_TH: Tensor, w: DenseWeights) -> None:
+    x_TH += mlp(ops, ops.rms_norm(x_TH, w.norm_H, w.eps), w.mlp)
+
+
+def mlp(ops: Ops, x_TH: Tensor, w: MlpWeights) -> Tensor:
+    return ops.linear(ops.glu(ops.linear(x_TH, w.gate_up), Activation.SWIGLU), w.down)
+
+
+def route(ops: Ops, x_TH: Tensor, w: RouterWeights) -> Routed:
+    normed_TH = ops.rms_norm(x_TH, w.norm_H, w.eps)
+    return Routed(normed_TH, *ops.route_topk(ops.linear(normed_TH, w.router), w.spec, w.bias_E))
+
+
+def mix(ops: Ops, x_TH: Tensor, w: MoeWeights, routed: Routed) -> None:
+    normed_TH = routed.normed_TH
+    out_TH = ops.moe_ffn(normed_TH, w.experts, routed.ids_TC, routed.weights_TC)
+    if isinstance(w.shared, MlpWeights):
+        out_TH += mlp(ops, normed_TH, w.shared)
+    elif isinstance(w.shared, GatedWeights):
+        ids_T1, weights_T1 = ops.route_topk(ops.linear(normed_TH, w.shared.gate), GATE)
+        out_TH += ops.moe_ffn(normed_TH, w.shared.experts, ids_T1, weights_T1)
+    x_TH += out_TH
+
+
+def head(ops: Ops, x_TH: Tensor, rows_R: Tensor, w: HeadWeights) -> Tensor:
+    return ops.linear(ops.rms_norm(x_TH.index_select(0, rows_R), w.norm_H, w.eps), w.head)
+
+
+def _normed(ops: Ops, x_TX: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return x_TX
+    return ops.rms_norm(x_TX.view(len(x_TX), -1, len(weight)), weight, eps).flatten(1)
+
+
+def _bounded(x_TX: Tensor, clip: float | None) -> Tensor:
+    return x_TX if clip is None else x_TX.clamp(-clip, clip)
+
+
+def _rotate(ops: Ops, x_TAD: Tensor, step: Step) -> Tensor:
+    return ops.rope(x_TAD, step.cos_TR, step.sin_TR, step.interleaved)

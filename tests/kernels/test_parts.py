@@ -1,0 +1,357 @@
+"""A part of a layer is one native call, and the bits are those of the primitives it is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moeserve.errors import InternalError
+from moeserve.kernels import fused
+from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.ops import (
+    AttentionBatch,
+    DenseWeights,
+    GatedWeights,
+    GqaWeights,
+    HeadWeights,
+    KvCache,
+    KvShape,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+    RouterSpec,
+    RouterWeights,
+    Step,
+)
+from moeserve.kernels.reference import ReferenceOps
+
+FEW = settings(max_examples=25, deadline=None)
+BLOCK = 4
+
+seeds = st.integers(0, 2**31)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+sizes = st.integers(1, 40)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Sequences as (tokens before, tokens of this step), each with blocks of its own."""
+
+    pairs: list[tuple[int, int]]
+
+    @property
+    def rows(self) -> int:
+        return sum(new for _, new in self.pairs)
+
+    def step(self, ops: CpuOps | ReferenceOps, cos: Tensor, sin: Tensor, inter: bool) -> Step:
+        width = max(-(-(old + new) // BLOCK) for old, new in self.pairs)
+        blocks = torch.randperm(width * len(self.pairs)).int().view(-1, width)
+        starts, contexts, slots = [0], [], []
+        for s, (old, new) in enumerate(self.pairs):
+            starts.append(starts[-1] + new)
+            contexts.append(old + new)
+            slots += [int(blocks[s, p // BLOCK]) * BLOCK + p % BLOCK for p in range(old, old + new)]
+        batch = AttentionBatch(
+            torch.tensor(starts, dtype=torch.int32),
+            torch.tensor(contexts, dtype=torch.int32),
+            blocks,
+        )
+        return ops.new_step(cos, sin, inter, torch.tensor(slots), batch)
+
+
+spans = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1, max_size=4).map(Spans)
+
+
+def linear(ops: Any, n: int, k: int, dtype: torch.dtype, bias: bool = False) -> Any:
+    weight = (torch.randn(n, k) / k**0.5).to(dtype)
+    return ops.pack_linear(weight, torch.randn(n) if bias else None)
+
+
+def filled(ops: CpuOps, shape: KvShape) -> KvCache:
+    """Every slot of it written."""
+    cache, slots = ops.new_kv(shape), shape.num_blocks * BLOCK
+    k = torch.randn(slots, shape.kv_heads, shape.head_size)
+    v = None if shape.latent else torch.randn(slots, shape.kv_heads, shape.value_size)
+    ops.write_kv(cache, k, v, torch.arange(slots))
+    return cache
+
+
+def attends_alike(
+    ops: CpuOps, weights: GqaWeights | MlaWeights, step: Step, shape: KvShape, hidden: int
+) -> None:
+    """Also what is left in the cache: a second step reads what the first one wrote."""
+    seed = int(torch.randint(2**31, ()))
+    torch.manual_seed(seed)
+    mine = filled(ops, shape)
+    torch.manual_seed(seed)
+    theirs = filled(ops, shape)
+    part = ops.prepare(weights)
+    x = torch.randn(step.rows, hidden)
+    y = x.clone()
+    for _ in range(2):
+        ops.attend(x, part, step, mine)
+        fused.attend(ops, y, weights, step, theirs)
+        assert x.isfinite().all()
+        assert same_bits(x, y)
+
+
+@FEW
+@given(
+    seed=seeds,
+    batch=spans,
+    hidden=sizes,
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    pairs=st.integers(0, 12),
+    rest=st.integers(1, 9),
+    norm=st.sampled_from(["none", "head", "row"]),
+    clip=st.sampled_from([None, 0.5]),
+    window=st.sampled_from([None, 3]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    dtype=dtypes,
+)
+@pytest.mark.usefixtures("two_threads")
+def test_grouped_query_attention_is_its_composition(
+    native: CpuOps,
+    seed: int,
+    batch: Spans,
+    hidden: int,
+    kv_heads: int,
+    group: int,
+    pairs: int,
+    rest: int,
+    norm: str,
+    clip: float | None,
+    window: int | None,
+    flags: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(seed)
+    bias, sinks, interleaved = flags
+    heads, size = kv_heads * group, 2 * pairs + rest
+    of = {"none": (0, 0), "head": (size, size), "row": (heads * size, kv_heads * size)}[norm]
+    weights = GqaWeights(
+        norm_H=torch.randn(hidden),
+        eps=1e-6,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=size,
+        scale=size**-0.5,
+        qkv=linear(native, (heads + 2 * kv_heads) * size, hidden, dtype, bias),
+        o=linear(native, hidden, heads * size, dtype, bias),
+        q_norm=torch.randn(of[0]) if of[0] else None,
+        k_norm=torch.randn(of[1]) if of[1] else None,
+        clip=clip,
+        window=window,
+        sinks_A=torch.randn(heads) if sinks else None,
+    )
+    cos, sin = torch.randn(batch.rows, pairs), torch.randn(batch.rows, pairs)
+    step = batch.step(native, cos, sin, interleaved)
+    blocks = step.attention.blocks_SM.numel()
+    attends_alike(
+        native, weights, step, KvShape(blocks, BLOCK, kv_heads, size, size, dtype), hidden
+    )
+
+
+@FEW
+@given(
+    seed=seeds,
+    batch=spans,
+    hidden=sizes,
+    heads=st.integers(1, 5),
+    nope=st.integers(1, 20),
+    pairs=st.integers(1, 8),
+    latent=st.integers(1, 40),
+    value=st.integers(1, 20),
+    low=st.integers(0, 30),
+    flags=st.tuples(st.booleans(), st.booleans()),
+    dtype=dtypes,
+)
+@pytest.mark.usefixtures("two_threads")
+def test_latent_attention_is_its_composition(
+    native: CpuOps,
+    seed: int,
+    batch: Spans,
+    hidden: int,
+    heads: int,
+    nope: int,
+    pairs: int,
+    latent: int,
+    value: int,
+    low: int,
+    flags: tuple[bool, bool],
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(seed)
+    bias, interleaved = flags
+    rotated, queries = 2 * pairs, heads * (nope + 2 * pairs)
+    weights = MlaWeights(
+        norm_H=torch.randn(hidden),
+        eps=1e-6,
+        heads=heads,
+        nope=nope,
+        rotated=rotated,
+        latent=latent,
+        scale=(nope + rotated) ** -0.5,
+        latent_eps=1e-5,
+        down=linear(native, (low or queries) + latent + rotated, hidden, dtype, bias),
+        latent_norm=torch.randn(latent),
+        into_latent=native.pack_heads(torch.randn(heads, latent, nope).to(dtype)),
+        out_of_latent=native.pack_heads(torch.randn(heads, value, latent).to(dtype)),
+        o=linear(native, hidden, heads * value, dtype, bias),
+        q_norm=torch.randn(low) if low else None,
+        q_up=linear(native, queries, low, dtype) if low else None,
+    )
+    cos, sin = torch.randn(batch.rows, pairs), torch.randn(batch.rows, pairs)
+    step = batch.step(native, cos, sin, interleaved)
+    blocks, width = step.attention.blocks_SM.numel(), latent + rotated
+    shape = KvShape(blocks, BLOCK, 1, width, latent, dtype, latent=True)
+    attends_alike(native, weights, step, shape, hidden)
+
+
+@FEW
+@given(seeds, st.integers(1, 40), sizes, sizes, dtypes)
+@pytest.mark.usefixtures("two_threads")
+def test_a_dense_half_is_its_composition(
+    native: CpuOps, seed: int, rows: int, hidden: int, inner: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(seed)
+    mlp = MlpWeights(linear(native, 2 * inner, hidden, dtype), linear(native, hidden, inner, dtype))
+    weights = DenseWeights(torch.randn(hidden), 1e-6, mlp)
+    x = torch.randn(rows, hidden)
+    y = x.clone()
+    native.dense(x, native.prepare(weights))
+    fused.dense(native, y, weights)
+    assert same_bits(x, y)
+
+
+@FEW
+@given(
+    seed=seeds,
+    rows=st.integers(1, 40),
+    hidden=sizes,
+    inner=sizes,
+    experts=st.integers(1, 9),
+    shared=st.sampled_from(["none", "plain", "gated"]),
+    scoring=st.sampled_from(["softmax", "sigmoid", "topk_softmax"]),
+    bias=st.booleans(),
+    dtype=dtypes,
+)
+@pytest.mark.usefixtures("two_threads")
+def test_routing_and_mixing_are_their_composition(
+    native: CpuOps,
+    seed: int,
+    rows: int,
+    hidden: int,
+    inner: int,
+    experts: int,
+    shared: str,
+    scoring: str,
+    bias: bool,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(seed)
+    beside: MlpWeights | GatedWeights | None = None
+    if shared == "plain":
+        beside = MlpWeights(
+            linear(native, 2 * inner + 2, hidden, dtype), linear(native, hidden, inner + 1, dtype)
+        )
+    elif shared == "gated":
+        beside = GatedWeights(
+            linear(native, 1, hidden, torch.float32),
+            native.pack_experts(
+                torch.randn(1, 2 * inner, hidden).to(dtype), torch.randn(1, hidden, inner).to(dtype)
+            ),
+        )
+    spec = RouterSpec(experts, min(3, experts), scoring, scale=2.5)
+    router = RouterWeights(
+        torch.randn(hidden),
+        1e-6,
+        linear(native, experts, hidden, torch.float32, bias),
+        spec,
+        torch.randn(experts) if bias else None,
+    )
+    mixture = MoeWeights(
+        native.pack_experts(
+            torch.randn(experts, 2 * inner, hidden).to(dtype),
+            torch.randn(experts, hidden, inner).to(dtype),
+        ),
+        beside,
+    )
+    x = torch.randn(rows, hidden)
+    y = x.clone()
+    step = decode_step(native, rows)
+    mine = native.route(x, native.prepare(router), step)
+    theirs = fused.route(native, y, router)
+    assert same_bits(mine.normed_TH, theirs.normed_TH)
+    assert torch.equal(mine.ids_TC, theirs.ids_TC)
+    assert same_bits(mine.weights_TC, theirs.weights_TC)
+    native.mix(x, native.prepare(mixture), mine)
+    fused.mix(native, y, mixture, theirs)
+    assert same_bits(x, y)
+
+
+@FEW
+@given(seeds, st.integers(1, 20), sizes, sizes, dtypes, st.data())
+def test_embedding_and_head_are_their_composition(
+    native: CpuOps,
+    seed: int,
+    rows: int,
+    hidden: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    data: st.DataObject,
+) -> None:
+    torch.manual_seed(seed)
+    table = torch.randn(vocabulary, hidden).to(dtype)
+    ids = torch.randint(vocabulary, (rows,))
+    x = native.embed(table, ids)
+    assert same_bits(x, table[ids].float())
+    wanted = data.draw(st.lists(st.integers(0, rows - 1), max_size=5))
+    rows_R = torch.tensor(wanted, dtype=torch.int64)
+    weights = HeadWeights(torch.randn(hidden), 1e-6, linear(native, vocabulary, hidden, dtype))
+    logits = native.head(x, rows_R, native.prepare(weights))
+    assert logits.shape == (len(wanted), vocabulary)
+    assert same_bits(logits, fused.head(native, x, rows_R, weights))
+
+
+def decode_step(ops: CpuOps, rows: int) -> Step:
+    """One token of each sequence, at position 0 of a block of its own."""
+    return Spans([(0, 1)] * rows).step(ops, torch.ones(rows, 1), torch.zeros(rows, 1), False)
+
+
+def test_wrong_indices_are_errors_and_touch_no_memory(native: CpuOps) -> None:
+    x = torch.randn(3, 8)
+    head = native.prepare(HeadWeights(torch.ones(8), 1e-6, linear(native, 5, 8, torch.float32)))
+    with pytest.raises(InternalError, match=r"head: a row of \[0, 3\] is not in 0\.\.2"):
+        native.head(x, torch.tensor([0, 3]), head)
+    with pytest.raises(InternalError, match=r"embed: a token id is not in 0\.\.4"):
+        native.embed(torch.randn(5, 8), torch.tensor([5]))
+    weights = GqaWeights(
+        norm_H=torch.ones(8),
+        eps=1e-6,
+        heads=2,
+        kv_heads=1,
+        head_size=4,
+        scale=1.0,
+        qkv=linear(native, 16, 8, torch.float32),
+        o=linear(native, 8, 8, torch.float32),
+    )
+    step, part = decode_step(native, 3), native.prepare(weights)
+    small = native.new_kv(KvShape(2, BLOCK, 1, 4, 4, torch.float32))
+    other = native.new_kv(KvShape(3, BLOCK, 1, 6, 6, torch.float32))
+    for cache in (small, other):
+        before = x.clone()
+        with pytest.raises(InternalError, match="do not fit"):
+            native.attend(x, part, step, cache)
+        assert same_bits(x, before)
