@@ -10,7 +10,7 @@ Imports run one way, and ``tests/test_layout.py`` holds it::
       ^
     engine  offload                           requests to tokens
       ^
-    pools  doctor                             gRPC and HTTP over the engine; what this host can do
+    pools  doctor  evaluate  bench            doors over the engine; this host; accuracy; speed
       ^
     cli
 """

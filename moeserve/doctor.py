@@ -14,11 +14,8 @@ import importlib.util
 import os
 import platform
 import socket
-import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,7 +23,8 @@ from rich.text import Text
 import moeserve
 from moeserve.config import ServeConfig, flag_of, load_config
 from moeserve.errors import ConfigError, MoeserveError, TokenizerError
-from moeserve.host import read_cpu, read_memory
+from moeserve.host import Cpu, read_cpu, read_memory
+from moeserve.kernels.probe import PROBE_BYTES, Machine, native_half, probe_machine
 
 if TYPE_CHECKING:
     from moeserve.models.survey import Survey
@@ -34,10 +32,6 @@ if TYPE_CHECKING:
 SLOW_TWIN = "reference"
 REBUILD = "run make setup in a checkout, or install moeserve again where gcc is present"
 EXTRAS = {"mpi": "mpi4py", "deepspeed": "deepspeed", "highs": "highspy", "ascend": "torch_npu"}
-PROBE_BYTES = 128 << 20  # more than a cache holds
-PROBE_SLICE = 2 << 20
-PROBE_SECONDS = 0.3
-MOST_THREADS = 32
 # Below this, a step's arithmetic and fixed costs are as large as reading the weights.
 BOUND_TOKENS_PER_S = 1000
 
@@ -52,7 +46,7 @@ class Advice:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostReport:
-    """``bandwidth`` is what ``copy_bandwidth`` of all usable cores measured."""
+    """``speeds`` are of one thread and of ``threads``, all cores there are or ``--threads``."""
 
     cpu: str
     cores: int
@@ -60,7 +54,13 @@ class HostReport:
     memory_total: int
     memory_available: int
     memory_limit: int | None
-    bandwidth: float
+    threads: int
+    speeds: tuple[Machine, ...]
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes read per second by all threads."""
+        return self.speeds[-1].read.best
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -143,8 +143,8 @@ def run_doctor(model: str | None = None) -> Report:
 def examine_host() -> HostReport:
     cpu, memory = read_cpu(), read_memory()
     # Where memory is short, the probe must not be what exceeds it.
-    probe = min(PROBE_BYTES, memory.available // 16)
-    bandwidth = copy_bandwidth(min(cpu.usable, MOST_THREADS), probe)
+    probed = min(PROBE_BYTES, memory.available // 16)
+    counts = sorted({1, threads_of(cpu)})
     return HostReport(
         cpu=cpu.model,
         cores=cpu.cores,
@@ -152,34 +152,15 @@ def examine_host() -> HostReport:
         memory_total=memory.total,
         memory_available=memory.available,
         memory_limit=memory.limit,
-        bandwidth=bandwidth,
+        threads=counts[-1],
+        speeds=tuple(probe_machine(count, size=probed) for count in counts),
     )
 
 
-def copy_bandwidth(
-    threads: int, bytes_copied: int = PROBE_BYTES, seconds: float = PROBE_SECONDS
-) -> float:
-    """Bytes read and written per second by all threads, as if nobody else were running.
-
-    Each thread copies slices that mostly fit between two interruptions; a high quantile of their
-    rates is the undisturbed one.
-    """
-    part = max(1, bytes_copied // threads)
-
-    def walk(_: int) -> float:
-        source, target = np.ones(part, np.uint8), np.ones(part, np.uint8)  # no page faults later
-        rates: list[float] = []
-        end = time.perf_counter() + seconds
-        while not rates or time.perf_counter() < end:
-            for at in range(0, part, PROBE_SLICE):
-                piece = source[at : at + PROBE_SLICE]
-                start = time.perf_counter()
-                np.copyto(target[at : at + PROBE_SLICE], piece)
-                rates.append(2 * piece.nbytes / (time.perf_counter() - start))
-        return float(np.quantile(rates, 0.9))
-
-    with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(walk, range(threads)))
+def threads_of(cpu: Cpu) -> int:
+    """Of the native pool, where there is one, but never more than may run at once."""
+    native = native_half()
+    return cpu.usable if native is None else min(cpu.usable, int(native.threads()))
 
 
 def examine_software(problems: list[Advice], notes: list[Advice]) -> SoftwareReport:
@@ -334,6 +315,17 @@ def render(report: Report, console: Console) -> None:
         console.print(Text("moeserve serve would start", style="green"))
 
 
+def speed(machine: Machine) -> str:
+    """``2 threads: read 90.1 GB/s, int8 2301 Gop/s (avx512_vnni), ...``."""
+    of = "1 thread" if machine.threads == 1 else f"{machine.threads} threads"
+    peaks = [
+        f"{kind} {rate.best / 1e9:.0f} Gop/s ({rate.way})"
+        for kind, rate in (("int8", machine.int8), ("bf16", machine.bf16), ("fp32", machine.fp32))
+        if rate is not None
+    ]
+    return ", ".join([f"{of}: read {machine.read.best / 1e9:.1f} GB/s", *peaks])
+
+
 def rows(report: Report) -> list[tuple[str, str]]:
     host, software, model = report.host, report.software, report.model
     quota = "" if host.quota is None else f", limited to {host.quota:g} by the control group"
@@ -346,9 +338,9 @@ def rows(report: Report) -> list[tuple[str, str]]:
     found = [
         ("processor", f"{host.cpu}, {host.cores} cores{quota}"),
         ("memory", f"{available} of {size(host.memory_total)}{limit}"),
-        ("bandwidth", f"{host.bandwidth / 1e9:.1f} GB/s, read and written by a copy"),
+        ("speed", "\n".join(speed(machine) for machine in host.speeds)),
         ("software", f"moeserve {software.moeserve}, Python {software.python}, {torch}"),
-        ("kernels", f"{software.kernels or 'none'}{isa}"),
+        ("kernels", f"{software.kernels or 'none'}{isa}, threads: {host.threads}"),
         ("extras", ", ".join(extras) or "none installed"),
         ("ports", ", ".join(ports)),
     ]

@@ -146,7 +146,7 @@ def test_print_config_loads_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("serve", "generate", "doctor"):
+    for command in ("serve", "generate", "doctor", "evaluate"):
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])
         assert ended.value.code == 0

@@ -18,6 +18,7 @@ from moeserve import doctor
 from moeserve.doctor import HostReport, Port, Report
 from moeserve.errors import CheckpointError
 from moeserve.host import read_memory
+from moeserve.kernels.probe import Machine, Rate
 from moeserve.kernels.reference import ReferenceOps
 from moeserve.models.decoder import load_decoder
 from moeserve.models.survey import Survey, survey
@@ -32,7 +33,8 @@ HOST = HostReport(
     memory_total=16 * GIB,
     memory_available=8 * GIB,
     memory_limit=None,
-    bandwidth=40e9,
+    threads=2,
+    speeds=(Machine(2, Rate("avx2", 40e9, 39e9), None, None, None),),
 )
 
 
@@ -65,9 +67,21 @@ def test_without_a_model_only_the_host_is_examined() -> None:
     report = doctor.run_doctor()
     assert report.model is None
     assert report.host.memory_total == read_memory().total
-    assert report.host.bandwidth > 0
     assert report.software.native
-    assert str(report.software.isa) in shown(report)
+    kernels = f"{report.software.isa}, threads: {report.host.threads}"
+    assert kernels in shown(report)
+
+
+@pytest.mark.usefixtures("own_ports")
+def test_the_speeds_shown_are_those_measured() -> None:
+    report = doctor.run_doctor()
+    assert report.host.speeds[-1].threads == report.host.threads
+    assert report.host.bandwidth == report.host.speeds[-1].read.best
+    told = shown(report)
+    for machine in report.host.speeds:
+        assert machine.int8 is not None
+        assert f"read {machine.read.best / 1e9:.1f} GB/s" in told
+        assert f"int8 {machine.int8.best / 1e9:.0f} Gop/s ({machine.int8.way})" in told
 
 
 @pytest.mark.usefixtures("own_ports")
@@ -173,11 +187,6 @@ def test_the_binding_resource_is_one_sentence(
     host = dataclasses.replace(HOST, memory_available=available)
     kv_tokens = max(0, available - weights) >> 20
     assert doctor.binding_resource(found, host, kv_tokens).startswith(words)
-
-
-def test_bandwidth_is_measured_with_any_number_of_threads() -> None:
-    for threads in (1, 2, 3):
-        assert doctor.copy_bandwidth(threads, bytes_copied=1 << 20, seconds=0.0) > 0
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "mixtral_llama3", "gpt_oss"])

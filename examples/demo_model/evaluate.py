@@ -25,10 +25,8 @@ from data import GENERATED, MIXTURE
 from numpy.typing import NDArray
 from rich.progress import track
 
-from moeserve.core import Counters, Request, RequestId, SamplingParams
-from moeserve.engine.blocks import BlockPool
-from moeserve.engine.runner import LocalExecutor
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.core import Request, RequestId, SamplingParams
+from moeserve.evaluate.answers import BLOCK, answer
 from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
@@ -36,7 +34,6 @@ from moeserve.models.tokenizer import Tokenizer
 
 WINDOW = 512
 MAX_WINDOWS = 48
-BLOCK = 16
 PROBLEMS_PER_KIND = 100
 DRAFT_PROMPT, DRAFT_TOKENS, DRAFT_SEQUENCES = 48, 80, 12
 
@@ -123,23 +120,11 @@ def complete(
     decoder: Decoder, prompts: list[list[int]], max_tokens: list[int], eos: frozenset[int]
 ) -> list[list[int]]:
     """Greedy answers, batched by the runtime's own scheduler."""
-    counters = Counters()
-    longest = max(len(p) + m for p, m in zip(prompts, max_tokens, strict=True))
-    blocks = 32 * (longest // BLOCK + 1)
-    pool = BlockPool(blocks, BLOCK, counters)
-    config = SchedulerConfig(longest + 1, 32, 512, max_queue=len(prompts), eos_ids=eos)
-    scheduler = Scheduler(config, pool, counters)
-    executor = LocalExecutor(decoder, blocks, BLOCK, eos)
-    answers: dict[RequestId, list[int]] = {}
-    for i, (ids, most) in enumerate(zip(prompts, max_tokens, strict=True)):
-        request_id = RequestId(str(i))
-        answers[request_id] = []
-        params = SamplingParams(max_tokens=most, temperature=0.0)
-        scheduler.add(Request(request_id, tuple(ids), params))
-    while scheduler.has_work:
-        for out in scheduler.apply(executor.run(scheduler.plan(0.0))):
-            answers[out.request_id].append(out.token_id)
-    return list(answers.values())
+    requests = [
+        Request(RequestId(str(i)), tuple(ids), SamplingParams(max_tokens=most, temperature=0.0))
+        for i, (ids, most) in enumerate(zip(prompts, max_tokens, strict=True))
+    ]
+    return answer(decoder, requests, eos)
 
 
 @torch.inference_mode()
@@ -221,8 +206,8 @@ def main() -> None:
         eos,
     )
     right: dict[str, list[bool]] = defaultdict(list)
-    for problem, answer in zip(problems, answers, strict=True):
-        text = tokenizer.decode(answer)
+    for problem, made in zip(problems, answers, strict=True):
+        text = tokenizer.decode(made)
         said = text.partition(problem.marker)[2] if problem.marker else text
         right[problem.kind].append(said.split("\n")[0].strip() == problem.answer.strip())
     arithmetic = {

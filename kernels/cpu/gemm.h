@@ -19,12 +19,12 @@ RowTile tile_of(int64_t rows, int64_t limit, int64_t i) {
   return {bound + past * size, size, larger + past, count};
 }
 
-Rows rows_from(const Rows& x, const Form& form, int64_t first) {
+Inputs rows_from(const Inputs& x, const Form& form, int64_t first) {
   return {x.data + first * form.lines * kLine, x.scale + first, x.sums + first * form.groups};
 }
 
 // Row `i` of a block of `rows`, to its place in its tile.
-void prepare_in_tile(Kind kind, const Form& form, const float* x, int64_t k, const Rows& block,
+void prepare_in_tile(Kind kind, const Form& form, const float* x, int64_t k, const Inputs& block,
                      int64_t rows, int64_t i) {
   const RowTile t = tile_of(rows, tile_limit(kind), i);
   char* to = block.data + t.first * form.lines * kLine + (i - t.first) * kLine;
@@ -50,7 +50,7 @@ INLINE void choose_sums4(int64_t rows, const char* panel, const char* x, const G
 }
 
 void sums4(const Matrix& w, const Form& form, int64_t index, int64_t rows, const char* panel,
-           const Rows& x, const Ahead& ahead, float* out) {
+           const Inputs& x, const Ahead& ahead, float* out) {
   const int64_t at = index * form.groups * kPanel;
   const Grouped grouped{w.scale + at, w.zero ? w.zero + at : nullptr,
                         x.sums,       w.levels,
@@ -104,13 +104,13 @@ INLINE void finish(const Matrix& w, const float* raw, int64_t index, float scale
 // Panel `index` of a stack times a block of rows: `emit(row, low, high)` for each. `next` is the
 // panel that will be read after this one, or null.
 template <class Emit>
-void times(const Matrix& w, const Form& form, int64_t index, const Rows& x, int64_t rows,
+void times(const Matrix& w, const Form& form, int64_t index, const Inputs& x, int64_t rows,
            const char* next, const Emit& emit) {
   const char* panel = static_cast<const char*>(w.data) + index * form.panel_bytes;
   alignas(64) float raw[kTile * kPanel];
   for (int64_t first = 0; first < rows;) {
     const RowTile tile = tile_of(rows, tile_limit(w.kind), first);
-    const Rows part = rows_from(x, form, first);
+    const Inputs part = rows_from(x, form, first);
     const Ahead ahead = ahead_of(panel, form.panel_bytes, next, tile);
     switch (w.kind) {
       case Kind::fp32: choose_sums<Fp32>(tile.size, panel, part.data, form.lines, ahead, raw); break;
@@ -150,11 +150,11 @@ void linear(const float* x, int64_t rows, int64_t heads, const Matrix& w, float*
   const Form form = form_of(w.kind, w.k, w.group);
   const int64_t panels = panels_of(w.n, false), blocks = ceil_div(rows, kBlockRows);
   char* memory = static_cast<char*>(scratch(0, bytes_of(form, rows * heads) + 64));
-  const Rows all = take_rows(form, rows * heads, memory);
+  const Inputs all = take_rows(form, rows * heads, memory);
   const auto block_rows = [&](int64_t b) { return least(kBlockRows, rows - b * kBlockRows); };
   each_row(rows * heads, 4 * w.k, [&](int64_t i) {
     const int64_t head = i / rows, t = i % rows, b = t / kBlockRows;
-    const Rows block = rows_from(all, form, head * rows + b * kBlockRows);
+    const Inputs block = rows_from(all, form, head * rows + b * kBlockRows);
     prepare_in_tile(w.kind, form, x + (t * heads + head) * w.k, w.k, block, block_rows(b),
                     t % kBlockRows);
   });
@@ -165,7 +165,7 @@ void linear(const float* x, int64_t rows, int64_t heads, const Matrix& w, float*
   each(ranges * parts, rows * heads * w.n * w.k, [&](int64_t item) {
     const int64_t from = item / parts * step, to = least(panels, from + step);
     const int64_t head = item % parts / blocks, b = item % parts % blocks;
-    const Rows block = rows_from(all, form, head * rows + b * kBlockRows);
+    const Inputs block = rows_from(all, form, head * rows + b * kBlockRows);
     const int64_t later = item + threads(), base = head * panels;
     const char* after = nullptr;
     if (later < ranges * parts)

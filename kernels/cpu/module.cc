@@ -20,6 +20,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "probe.h"
 
 namespace nb = nanobind;
 
@@ -250,6 +251,8 @@ NB_MODULE(_cpu, m) {
   nb::class_<Experts>(m, "Experts")
       .def("__init__", [](Experts* self, const Matrix& gate_up, const Matrix& down, int64_t count,
                           bool clamped) { new (self) Experts{gate_up, down, count, clamped}; });
+  m.def("probe_ways", probe_ways);
+  m.def("probe", probe, unlocked);
   m.def("packed_bytes", packed_bytes);
   m.def("pack", pack, unlocked);
   m.def("pack_floats", pack_floats, unlocked);

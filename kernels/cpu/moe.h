@@ -13,7 +13,7 @@ INLINE F16 activate(F16 gate, F16 up, bool clamped) {
   return (up + splat(1.0f)) * (gate * sigmoid(gate * splat(1.702f)));
 }
 
-// Rows of one expert: `pair[start : start + rows]`, at most kBlockRows of them.
+// Inputs of one expert: `pair[start : start + rows]`, at most kBlockRows of them.
 struct Block {
   int32_t expert, start, rows;
   int32_t done, ready;  // items of gate/up; whether the rows for down are there
@@ -53,7 +53,7 @@ void wait_for(const int32_t* flag) {
 }
 
 // One call: sizes, and where everything lies in scratch memory.
-struct Moe {
+struct MoeCall {
   const float* x;
   const Experts& w;
   const float* weights;
@@ -61,22 +61,22 @@ struct Moe {
   int64_t rows, chosen, hidden, inner, room;  // `room`: floats of a row between gate/up and down
   Form up, down;
   int64_t up_panels, down_panels, blocks, step, up_items;
-  Rows tokens, activations;
+  Inputs tokens, activations;
   float* between;  // [pairs][room], in the order of `pair`
   int32_t* pair;
   Block* block;
 };
 
 // The tokens of a block, line by line into tiles. One row alone is a tile where it lies.
-Rows gather(const Moe& m, const Block& b) {
+Inputs gather(const MoeCall& m, const Block& b) {
   const int32_t* pair = m.pair + b.start;
   if (b.rows == 1) return rows_from(m.tokens, m.up, pair[0] / m.chosen);
   char* memory = static_cast<char*>(scratch(1, bytes_of(m.up, b.rows) + 64));
-  const Rows to = take_rows(m.up, b.rows, memory);
+  const Inputs to = take_rows(m.up, b.rows, memory);
   for (int64_t first = 0; first < b.rows;) {
     const RowTile tile = tile_of(b.rows, tile_limit(m.w.gate_up.kind), first);
     for (int64_t r = first; r < first + tile.size; ++r) {
-      const Rows from = rows_from(m.tokens, m.up, pair[r] / m.chosen);
+      const Inputs from = rows_from(m.tokens, m.up, pair[r] / m.chosen);
       char* line = to.data + first * m.up.lines * kLine + (r - first) * kLine;
       for (int64_t i = 0; i < m.up.lines; ++i)
         __builtin_memcpy(line + i * tile.size * kLine, from.data + i * kLine, kLine);
@@ -92,7 +92,7 @@ const char* panel_at(const Matrix& w, const Form& form, int64_t index) {
   return static_cast<const char*>(w.data) + index * form.panel_bytes;
 }
 
-void gate_up_item(const Moe& m, int64_t item) {
+void gate_up_item(const MoeCall& m, int64_t item) {
   const Matrix& w = m.w.gate_up;
   const int64_t steps = ceil_div(m.up_panels, m.step);
   Block& b = m.block[item / steps];
@@ -103,7 +103,7 @@ void gate_up_item(const Moe& m, int64_t item) {
       later < m.up_items
           ? panel_at(w, m.up, m.block[later / steps].expert * m.up_panels + later % steps * m.step)
           : nullptr;
-  const Rows x = gather(m, b);
+  const Inputs x = gather(m, b);
   for (int64_t p = from; p < to; ++p) {
     const char* next = p + 1 < to ? panel_at(w, m.up, base + p + 1) : after;
     times(w, m.up, base + p, x, b.rows, next, [&](int64_t r, F16 gate, F16 up) {
@@ -111,14 +111,14 @@ void gate_up_item(const Moe& m, int64_t item) {
     });
   }
   if (__atomic_add_fetch(&b.done, 1, __ATOMIC_ACQ_REL) < steps) return;
-  const Rows rows = rows_from(m.activations, m.down, b.start);
+  const Inputs rows = rows_from(m.activations, m.down, b.start);
   for (int64_t r = 0; r < b.rows; ++r)
     prepare_in_tile(m.w.down.kind, m.down, m.between + (b.start + r) * m.room, m.inner, rows,
                     b.rows, r);
   __atomic_store_n(&b.ready, 1, __ATOMIC_RELEASE);
 }
 
-void down_item(const Moe& m, int64_t panel) {
+void down_item(const MoeCall& m, int64_t panel) {
   const Matrix& w = m.w.down;
   const int64_t pairs = m.rows * m.chosen;
   float* column = static_cast<float*>(scratch(1, pairs * kPanel * sizeof(float)));
@@ -154,7 +154,7 @@ void down_item(const Moe& m, int64_t panel) {
 
 bool moe_ffn(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
              const float* weights, int64_t chosen, float* out) {
-  Moe m{x, w, weights, out, rows, chosen, w.down.n, w.down.k, padded(w.down.k), {}, {}, 0, 0, 0,
+  MoeCall m{x, w, weights, out, rows, chosen, w.down.n, w.down.k, padded(w.down.k), {}, {}, 0, 0, 0,
         0, 0, {}, {}, nullptr, nullptr, nullptr};
   m.up = form_of(w.gate_up.kind, m.hidden, w.gate_up.group);
   m.down = form_of(w.down.kind, m.inner, w.down.group);
@@ -173,7 +173,7 @@ bool moe_ffn(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
   if (!group_by_expert(ids, pairs, w.count, place, m.pair, m.block, m.blocks)) return false;
 
   each_row(rows, 4 * m.hidden, [&](int64_t t) {
-    const Rows row = rows_from(m.tokens, m.up, t);
+    const Inputs row = rows_from(m.tokens, m.up, t);
     prepare(w.gate_up.kind, m.up, x + t * m.hidden, m.hidden, row.data, kLine, row.scale, row.sums);
   });
   m.step = panels_per_item(m.up_panels, m.blocks);

@@ -1,9 +1,9 @@
 // Activations as the weights want them: rows of fp32 become rows of words (see dot.h).
 #pragma once
 
-// Rows of activations for one kind of weights. `scale` belongs to int8 and int4, `sums` too: the
+// Inputs of activations for one kind of weights. `scale` belongs to int8 and int4, `sums` too: the
 // sum of a row's codes, for int4 one per group.
-struct Rows {
+struct Inputs {
   char* data;
   float* scale;
   int32_t* sums;
@@ -14,8 +14,8 @@ constexpr int64_t bytes_of(const Form& form, int64_t rows) {
 }
 
 // Lays out `rows` rows from `memory` on, and moves `memory` past them.
-Rows take_rows(const Form& form, int64_t rows, char*& memory) {
-  Rows r;
+Inputs take_rows(const Form& form, int64_t rows, char*& memory) {
+  Inputs r;
   r.data = memory;
   r.scale = reinterpret_cast<float*>(memory + rows * form.lines * kLine);
   r.sums = reinterpret_cast<int32_t*>(r.scale + rows);

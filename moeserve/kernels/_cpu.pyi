@@ -24,6 +24,17 @@ def nanoseconds() -> int:
 def cpus_of_nodes() -> list[list[int]]:
     """The CPUs this process may use, by NUMA node; empty where the system does not tell."""
 
+def probe_ways(what: str, /) -> list[str]:
+    """Ways of ``probe`` that run here, best first; ``what`` is read, int8, bf16 or fp32."""
+
+def probe(
+    what: str, way: str, threads: int, rounds: int, seconds: float, size: int, /
+) -> list[float]:
+    """Bytes or operations per second of all threads, one figure per round of so many seconds.
+
+    ``size`` is the memory in bytes that "read" walks through.
+    """
+
 def packed_bytes(kind: int, n: int, k: int, group: int, paired: bool, /) -> int:
     """Of one matrix [n, k]; ``group`` is int4's."""
 

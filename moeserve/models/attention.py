@@ -79,9 +79,10 @@ def _load_mla(w: Weights, prefix: str, s: MlaSpec, norm_H: Tensor, eps: float) -
     down = w.rows([first, kv_a], [low, keys], hidden)
     bias = torch.cat((q_bias, w.vector(f"{kv_a}.bias", keys))) if s.bias else None
     rows = s.heads * (s.nope + s.value)
-    # In floats: one of its halves is needed transposed, where scales per row cannot follow.
-    up_XL = w.floats(f"{prefix}.kv_b_proj", rows, s.kv_lora).to(w.dtype)
-    up_AXL = up_XL.view(s.heads, -1, s.kv_lora)
+    # Read as floats: one of its halves is needed transposed, where scales per row cannot follow.
+    kv_b = f"{prefix}.kv_b_proj"
+    up_AXL = w.floats(kv_b, rows, s.kv_lora).view(s.heads, -1, s.kv_lora)
+    into_latent_ALN = up_AXL[:, : s.nope].transpose(1, 2).contiguous()
     return MlaWeights(
         norm_H=norm_H,
         eps=eps,
@@ -93,8 +94,8 @@ def _load_mla(w: Weights, prefix: str, s: MlaSpec, norm_H: Tensor, eps: float) -
         latent_eps=s.latent_eps,
         down=w.ops.pack_linear(down, bias),
         latent_norm=w.vector(f"{prefix}.kv_a_layernorm.weight", s.kv_lora),
-        into_latent=w.ops.pack_heads(up_AXL[:, : s.nope].transpose(1, 2).contiguous()),
-        out_of_latent=w.ops.pack_heads(up_AXL[:, s.nope :].contiguous()),
+        into_latent=w.ops.pack_heads(w.held(kv_b, into_latent_ALN)),
+        out_of_latent=w.ops.pack_heads(w.held(kv_b, up_AXL[:, s.nope :].contiguous())),
         o=w.linear(f"{prefix}.o_proj", hidden, s.heads * s.value, bias=s.bias),
         q_norm=q_norm,
         q_up=q_up,

@@ -27,7 +27,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Linux has the flag everywhere; Python names it from 3.13 on.
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
-_DTYPES = {
+DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -67,6 +67,7 @@ class Checkpoint:
         self.bytes_read = 0
         self.total_bytes = sum(file.stat().st_size for file in files)
         self._entries = {name: entry for found in files.values() for name, entry in found.items()}
+        self._mappings = tuple({id(e.mapping): e.mapping for e in self._entries.values()}.values())
         self._read: set[str] = set()
 
     @classmethod
@@ -85,6 +86,12 @@ class Checkpoint:
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self._entries)
+
+    @property
+    def in_order(self) -> tuple[str, ...]:
+        """Names as their data lies in the files."""
+        places = {name: (e.file, e.start) for name, e in self._entries.items()}
+        return tuple(sorted(places, key=places.__getitem__))
 
     def has(self, name: str) -> bool:
         return name in self._entries
@@ -116,18 +123,18 @@ class Checkpoint:
 
     def release(self) -> None:
         """Gives back the memory of pages read so far; tensors stay valid and are read again."""
-        for mapping in {id(e.mapping): e.mapping for e in self._entries.values()}.values():
+        for mapping in self._mappings:
             mapping.madvise(mmap.MADV_DONTNEED)
 
     def dtype(self, name: str) -> torch.dtype:
         """From the header."""
         entry = self._find(name)
-        if entry.kind not in _DTYPES:
+        if entry.kind not in DTYPES:
             raise CheckpointError(
                 f"{entry.file}: tensor {name} has dtype {entry.kind}, expected one of "
-                f"{', '.join(_DTYPES)}"
+                f"{', '.join(DTYPES)}"
             )
-        return _DTYPES[entry.kind]
+        return DTYPES[entry.kind]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header."""

@@ -26,12 +26,14 @@ from moeserve.kernels.ops import Linear, Ops
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.formats.layouts import Stored
 
+FEED_FORWARD = (".mlp.", ".block_sparse_moe.")
 QUANTIZATIONS = ("auto", "none", "int8", "int4")
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """``to`` is "auto" (as stored), "none" (floats), "int8" per row, or "int4" in groups.
+    """``to`` is "auto" (as stored), "none" (floats), "int8" per row, or "int4": in groups, where
+    it costs least, which is in feed-forward matrices (docs/quantization.md), and int8 elsewhere.
 
     ``attention`` False leaves attention's matrices in floats when others are rounded.
     """
@@ -43,8 +45,11 @@ class Rounding:
         assert self.to in QUANTIZATIONS, self.to
 
     def of(self, module: str) -> str:
-        high = not self.attention and ".self_attn." in module
-        return "none" if high and self.to in ("int8", "int4") else self.to
+        if self.to not in ("int8", "int4"):
+            return self.to
+        if ".self_attn." in module and not self.attention:
+            return "none"
+        return self.to if any(part in module for part in FEED_FORWARD) else "int8"
 
 
 AS_STORED = Rounding()
