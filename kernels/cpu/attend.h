@@ -24,8 +24,7 @@ constexpr int kRows = 1, kFewRows = 0;
 struct Seen {
   int64_t row, head, from, to;
   float highest, total;  // of the segments merged so far
-  float here, shrink, unit;
-  F16 count;  // of this segment, in 16 sums
+  F16 count;             // of this segment, in 16 sums
   float factor[2];
   int32_t offset[2];
 };
@@ -37,6 +36,9 @@ struct Work {
   float* score;     // [count][kStep]
   uint8_t* share;   // [count][2 * kStep]: bf16, or bytes
   float *acc, *merged;  // [count][room]
+  // Of each query: the segment's highest score, what that of this step makes it, the factor that
+  // carries older sums to it, and what a byte of this step's shares is worth.
+  float *here, *next, *shrink, *unit;
   uint8_t* turned;  // values of a step that are the keys of a latent: [groups][tiles]...
   uint8_t* packed;  // groups of a step that do not lie in groups
   int64_t units, room;
@@ -164,7 +166,7 @@ INLINE void value_tile(const Work& w, int row, const uint8_t* const* group,
       for (int c = 0; c < C; ++c) {
         float* to = acc + i * w.room + c * kLanes;
         const F16 before = load(to) * splat(shrink[i]);
-        store(to, fma(to_float(sum[i][c]), splat(w.seen[row + i].unit), before));
+        store(to, fma(to_float(sum[i][c]), splat(w.unit[row + i]), before));
       }
   } else {
     if (low % 2) add(low / 2, 0xffff0000u);
@@ -175,7 +177,10 @@ INLINE void value_tile(const Work& w, int row, const uint8_t* const* group,
   }
 }
 
-template <class Kind, int C, int M = kRows>
+template <int C>
+constexpr int kRowsOf = C > 2 ? kFewRows : kRows;
+
+template <class Kind, int C, int M = kRowsOf<C>>
 INLINE void value_rows(const Work& w, int row, int rows, const uint8_t* const* group,
                        const uint8_t* const* ahead, int64_t tile_bytes, int low, int high,
                        float* acc, const float* shrink) {
@@ -195,11 +200,11 @@ template <class Kind, int C>
 void value_step(const Work& w, int row, int rows, int64_t at, const uint8_t* const* group,
                 const uint8_t* const* ahead, int64_t tile_bytes, float* acc) {
   const float one = 1.0f;
-  float shrink[kRows];
+  float shrink[kRowsOf<C>];
   int low = 0, high = kStep, least_low = kStep, most_high = 0;
   for (int i = 0; i < rows; ++i) {
     const Seen& seen = w.seen[row + i];
-    shrink[i] = seen.shrink;
+    shrink[i] = w.shrink[row + i];
     low = static_cast<int>(most(low, first_of(seen, at)));
     high = static_cast<int>(least(high, end_of(seen, at)));
     least_low = static_cast<int>(least(least_low, first_of(seen, at)));
@@ -216,7 +221,7 @@ void value_step(const Work& w, int row, int rows, int64_t at, const uint8_t* con
                         shrink + i);
   }
   if (low >= high) return;
-  float same[kRows];
+  float same[kRowsOf<C>];
   for (int i = 0; i < rows; ++i) same[i] = one;
   value_rows<Kind, C>(w, row, rows, group, ahead, tile_bytes, low, high, acc, same);
   for (int i = 0; i < rows; ++i) {
@@ -227,47 +232,79 @@ void value_step(const Work& w, int row, int rows, int64_t at, const uint8_t* con
   }
 }
 
-// The softmax over this step's positions low .. high - 1 of a query; the rest count nothing.
-template <class Kind>
-void soften_units(const Work& w, int row, const float* const* value_scale, int low, int high) {
-  Seen& seen = w.seen[row];
+// Scores outside of what a query sees count nothing. Also finds the highest.
+INLINE void bound_scores(const Work& w, int row, int64_t at) {
   float* score = w.score + row * kStep;
+  const int low = first_of(w.seen[row], at), high = end_of(w.seen[row], at);
   for (int p = 0; p < low; ++p) score[p] = kNever;
   for (int p = high; p < kStep; ++p) score[p] = kNever;
   F16 x[kGroups];
   for (int g = 0; g < kGroups; ++g) x[g] = load(score + g * kGroup);
   const float now = greatest_of(at_least(at_least(x[0], x[1]), at_least(x[2], x[3])));
-  const float highest = now > seen.here ? now : seen.here;
-  for (int g = 0; g < kGroups; ++g) x[g] = exp2(x[g] - splat(highest));
-  seen.shrink = exp2(seen.here - highest);
-  seen.here = highest;
+  w.next[row] = now > w.here[row] ? now : w.here[row];
+}
+
+INLINE void take_shares(const Work& w, int row, const F16* x) {
+  Seen& seen = w.seen[row];
+  seen.count = fma(seen.count, splat(w.shrink[row]), (x[0] + x[1]) + (x[2] + x[3]));
+}
+
+INLINE void soften_bf16(const Work& w, int row) {
+  bf16* share = reinterpret_cast<bf16*>(w.share + row * 2 * kStep);
+  F16 x[kGroups];
+  for (int g = 0; g < kGroups; ++g) {
+    const F16 score = load(w.score + row * kStep + g * kGroup);
+    x[g] = round_bf16(exp2(score - splat(w.here[row])));
+    store_bf16(share + g * kGroup, x[g]);
+  }
+  take_shares(w, row, x);
+}
+
+// Shares times value scales take the place of scores; their greatest that of `next`.
+INLINE void soften_bytes(const Work& w, int row, const float* const* value_scale, int64_t at) {
+  const int low = first_of(w.seen[row], at), high = end_of(w.seen[row], at);
+  alignas(64) float own[kGroup];
+  F16 x[kGroups], y[kGroups];
+  for (int g = 0; g < kGroups; ++g) {
+    const int first = g * kGroup;
+    const bool whole = low <= first && high >= first + kGroup;
+    for (int p = first; !whole && p < first + kGroup; ++p)
+      own[p - first] = p >= low && p < high ? value_scale[g][p - first] : 0.0f;
+    float* score = w.score + row * kStep + first;
+    x[g] = exp2(load(score) - splat(w.here[row]));
+    y[g] = x[g] * load(whole ? value_scale[g] : own);
+    store(score, y[g]);
+    x[g] = fma(y[g], zero(), x[g]);  // NaN where a value's scale is NaN
+  }
+  w.next[row] = greatest_of(at_least(at_least(y[0], y[1]), at_least(y[2], y[3])));
+  take_shares(w, row, x);
+}
+
+// The softmax over this step, in passes: the queries' long chains of operations overlap.
+template <class Kind>
+INLINE void soften_step(const Work& w, int first, int last, const float* const* value_scale,
+                        int64_t at) {
+  for (int row = first; row < last; ++row) bound_scores(w, row, at);
+  for (int row = first; row < last; row += kLanes) {
+    const F16 next = load(w.next + row);
+    store(w.shrink + row, exp2(load(w.here + row) - next));
+    store(w.here + row, next, last - row);
+  }
   if constexpr (!Kind::kBytes) {
-    bf16* share = reinterpret_cast<bf16*>(w.share + row * 2 * kStep);
-    for (int g = 0; g < kGroups; ++g) {
-      x[g] = round_bf16(x[g]);
-      store_bf16(share + g * kGroup, x[g]);
-    }
-    seen.count = fma(seen.count, splat(seen.shrink), (x[0] + x[1]) + (x[2] + x[3]));
+    for (int row = first; row < last; ++row) soften_bf16(w, row);
   } else {
-    alignas(64) float own[kStep];
-    F16 y[kGroups];
-    for (int g = 0; g < kGroups; ++g) {
-      const int first = g * kGroup;
-      const bool whole = low <= first && high >= first + kGroup;
-      if (!whole)
-        for (int p = first; p < first + kGroup; ++p)
-          own[p] = p >= low && p < high ? value_scale[g][p - first] : 0.0f;
-      y[g] = x[g] * load(whole ? value_scale[g] : own + first);
+    for (int row = first; row < last; ++row) soften_bytes(w, row, value_scale, at);
+    for (int row = first; row < last; row += kLanes) {
+      // Below 1e-36 a reciprocal would overflow: such values count as zero.
+      const F16 top = load(w.next + row), least = splat(1e-36f);
+      store(w.unit + row, at_least(top, least) * splat(1.0f / 255.0f));
+      store(w.next + row, splat(255.0f) / at_least(top, least));
     }
-    const float top = greatest_of(at_least(at_least(y[0], y[1]), at_least(y[2], y[3])));
-    // Below 1e-36 its reciprocal would overflow.
-    const F16 factor = splat(top > 1e-36f ? 255.0f / top : 0.0f);
-    seen.unit = top > 1e-36f ? top * (1.0f / 255.0f) : 0.0f;
-    for (int g = 0; g < kGroups; ++g) {
-      store_bytes(w.share + row * 2 * kStep + g * kGroup, nearest(y[g] * factor));
-      x[g] = fma(y[g], zero(), x[g]);  // NaN where a value's scale is NaN
-    }
-    seen.count = fma(seen.count, splat(seen.shrink), (x[0] + x[1]) + (x[2] + x[3]));
+    for (int row = first; row < last; ++row)
+      for (int g = 0; g < kGroups; ++g) {
+        const F16 y = load(w.score + row * kStep + g * kGroup) * splat(w.next[row]);
+        store_bytes(w.share + row * 2 * kStep + g * kGroup, nearest(y));
+      }
   }
 }
 
@@ -411,20 +448,25 @@ Work new_work(const Layout& l, int64_t count, const Cache& c) {
   const int64_t packed = c.block_size % kGroup ? kStep * l.position_bytes : 0;
   const int64_t sizes[] = {count * static_cast<int64_t>(sizeof(Seen)), count * w.units * 4,
                            count * kStep * 4, count * kStep * 2, count * w.room * 4,
-                           count * w.room * 4, turned, packed};
+                           count * w.room * 4, (count + kLanes) * 4, (count + kLanes) * 4,
+                           (count + kLanes) * 4, (count + kLanes) * 4, turned, packed};
   int64_t total = 0;
   for (const int64_t size : sizes) total += ceil_div(size, 64) * 64;
   uint8_t* at = static_cast<uint8_t*>(scratch(1, total));
-  uint8_t* start[8];
-  for (int i = 0; i < 8; ++i) start[i] = at, at += ceil_div(sizes[i], 64) * 64;
+  uint8_t* start[12];
+  for (int i = 0; i < 12; ++i) start[i] = at, at += ceil_div(sizes[i], 64) * 64;
   w.seen = reinterpret_cast<Seen*>(start[0]);
   w.query = reinterpret_cast<uint32_t*>(start[1]);
   w.score = reinterpret_cast<float*>(start[2]);
   w.share = start[3];
   w.acc = reinterpret_cast<float*>(start[4]);
   w.merged = reinterpret_cast<float*>(start[5]);
-  w.turned = start[6];
-  w.packed = start[7];
+  w.here = reinterpret_cast<float*>(start[6]);
+  w.next = reinterpret_cast<float*>(start[7]);
+  w.shrink = reinterpret_cast<float*>(start[8]);
+  w.unit = reinterpret_cast<float*>(start[9]);
+  w.turned = start[10];
+  w.packed = start[11];
   return w;
 }
 
@@ -450,8 +492,8 @@ void value_tiles(const Attention& b, const Layout& l, const Work& w, const Step&
     }
     group[g] = turned;
   }
-  for (int row = first; row < last; row += kRows)
-    value_step<Kind, C>(w, row, static_cast<int>(least(kRows, last - row)), at, group, ahead,
+  for (int row = first; row < last; row += kRowsOf<C>)
+    value_step<Kind, C>(w, row, static_cast<int>(least(kRowsOf<C>, last - row)), at, group, ahead,
                         kTileBytes, w.acc + row * w.room + tile * kLanes);
 }
 
@@ -479,12 +521,11 @@ void walk_step(const Attention& b, const Layout& l, const Work& w, Step& step,
   const int64_t scale_at = kGroup * (l.key_bytes + l.value_bytes) + (b.kv.latent ? 0 : 64);
   for (int g = low; g < high; ++g)
     scale[g] = reinterpret_cast<const float*>(step.group[g] + scale_at);
-  for (int row = first; row < last; ++row)
-    soften_units<Kind>(w, row, scale, first_of(w.seen[row], at), end_of(w.seen[row], at));
+  soften_step<Kind>(w, first, last, scale, at);
   for (int g = low; g < high; ++g) step.ahead[g] = next[g] ? next[g] : step.group[g];
   int64_t tile = 0;
-  if (last - first <= kFewRows)
-    for (; tile + 4 <= l.value_tiles; tile += 4)
+  if constexpr (kFewRows > 0)
+    for (; last - first <= kFewRows && tile + 4 <= l.value_tiles; tile += 4)
       value_tiles<Kind, 4>(b, l, w, step, at, first, last, low, high, tile);
   for (; tile + 2 <= l.value_tiles; tile += 2)
     value_tiles<Kind, 2>(b, l, w, step, at, first, last, low, high, tile);
@@ -541,7 +582,7 @@ template <class Kind>
 void walk_segment(const Attention& b, const Layout& l, const Work& w, const Tile& tile,
                   int64_t begin) {
   for (int i = 0; i < tile.count; ++i) {
-    w.seen[i].here = kNever;
+    w.here[i] = kNever;
     w.seen[i].count = zero();
   }
   for (int64_t i = 0; i < tile.count * w.room; ++i) w.acc[i] = 0.0f;
@@ -588,11 +629,11 @@ void attend_units(const Attention& b, const Layout& l, const Tile& tile, float* 
       const float count = sum(seen.count);
       const float* acc = w.acc + i * w.room;
       if (tile.segment < 0) {
-        merge(seen, w.merged + i * w.room, acc, seen.here, count, w.room,
+        merge(seen, w.merged + i * w.room, acc, w.here[i], count, w.room,
               seen.from / kSegment * kSegment == at);
       } else {
         float* state = states + tile.state + i * state_floats(w.room);
-        state[0] = seen.here;
+        state[0] = w.here[i];
         state[1] = count;
         __builtin_memcpy(state + kLanes, acc, w.room * sizeof(float));
       }

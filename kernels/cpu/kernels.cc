@@ -59,6 +59,9 @@ namespace paged {
 #include "attend.h"
 #include "attention.h"
 }  // namespace paged
+using paged::kv_bytes_per_block;
+using paged::paged_attention;
+using paged::write_kv;
 #include "rows.h"
 #include "layer.h"
 

@@ -82,7 +82,11 @@ constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an int
 // The integers nearest to |x| < 2^22. NaN becomes some integer.
 INLINE N16 nearest(F16 x) {
   N16 r;
+#if defined(__AVX512F__)
+  r.part[0] = (I)_mm512_cvtps_epi32((__m512)x.part[0]);
+#else
   EACH_PART r.part[i] = (I)(x.part[i] + spread(kRound)) - (I)spread(kRound);
+#endif
   return r;
 }
 
@@ -106,25 +110,35 @@ INLINE void store_bf16(bf16* to, F16 rounded) {
 }
 
 // 2^x of x <= 0 within 3 units of the last place; 2^0 is exactly 1, below -125 it is 0, NaN stays.
+INLINE V exp2(V x) {
+  const V floor = spread(-125.0f), y = x < floor ? floor : x;
+#if defined(__AVX512F__)
+  const V n = (V)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const V shifted = y + spread(kRound), n = shifted - spread(kRound);
+#endif
+  const V r = y - n;
+  V p = spread(1.326472569e-03f);
+  p = fma(p, r, spread(9.671513090e-03f));
+  p = fma(p, r, spread(5.550733751e-02f));
+  p = fma(p, r, spread(2.402224208e-01f));
+  p = fma(p, r, spread(6.931469776e-01f));
+  p = fma(p, r, spread(1.0f));
+#if defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)floor, _CMP_NLT_UQ);
+  return (V)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
+#else
+  const V whole = p * (V)(((I)shifted - (I)spread(kRound) + 127) << 23);
+  return x < floor ? V{} : whole;
+#endif
+}
+
 INLINE F16 exp2(F16 x) {
-  EACH_PART {
-    const V given = x.part[i], floor = spread(-125.0f);
-    const V y = given < floor ? floor : given;
-    const V shifted = y + spread(kRound);
-    const V r = y - (shifted - spread(kRound));
-    V p = spread(1.326472569e-03f);
-    p = fma(p, r, spread(9.671513090e-03f));
-    p = fma(p, r, spread(5.550733751e-02f));
-    p = fma(p, r, spread(2.402224208e-01f));
-    p = fma(p, r, spread(6.931469776e-01f));
-    p = fma(p, r, spread(1.0f));
-    const V whole = p * (V)(((I)shifted - (I)spread(kRound) + 127) << 23);
-    x.part[i] = given < floor ? V{} : whole;
-  }
+  EACH_PART x.part[i] = exp2(x.part[i]);
   return x;
 }
 
-INLINE float exp2(float x) { return exp2(splat(x)).part[0][0]; }
+INLINE float exp2(float x) { return exp2(spread(x))[0]; }
 
 // The greatest of 16; where there is NaN, any of them.
 INLINE float greatest_of(F16 x) {
@@ -135,7 +149,8 @@ INLINE float greatest_of(F16 x) {
 #endif
 }
 
-INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into the second cache: from memory, the few lines that the first one can wait for are too few.
+INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // While it lives, denormals are zero on the way in and out.
 class Flush {
