@@ -11,6 +11,7 @@ medians, and the native calls of a step.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import threading
@@ -47,7 +48,7 @@ def measure(model: LoadedModel, batch: int, steps: int) -> Row:
 
     def sink(event: Event) -> None:
         if event.request_id == str(batch - 1):
-            marks.append((time.perf_counter_ns(), _cpu.nanoseconds(), _cpu.calls()))
+            marks.append((time.thread_time_ns(), _cpu.nanoseconds(), _cpu.calls()))
         if event.finish is not None:
             ended.release()
 
@@ -58,7 +59,7 @@ def measure(model: LoadedModel, batch: int, steps: int) -> Row:
     for _ in range(batch):
         assert ended.acquire(timeout=WAIT_S), "the engine does not answer"
     # From the first on there are only decode steps; when the first request ends, fewer run.
-    pairs = list(zip(marks[1 : steps - 1], marks[2:steps], strict=True))
+    pairs = list(itertools.pairwise(marks[1:steps]))
     lengths = [(b[0] - a[0]) / 1e3 for a, b in pairs]
     natives = [(b[1] - a[1]) / 1e3 for a, b in pairs]
     outside = statistics.median(x - y for x, y in zip(lengths, natives, strict=True))

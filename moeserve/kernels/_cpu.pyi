@@ -166,13 +166,15 @@ class Cache:
     ) -> None: ...
 
 class Step:
-    """Making one wakes the threads."""
+    """Making one wakes the threads. IndexError where a position is outside the rotary tables."""
 
     def __init__(
         self,
+        positions: int,
         rows: int,
         cos: int,
         sin: int,
+        table: int,
         pairs: int,
         interleaved: bool,
         slots: int,
@@ -260,6 +262,20 @@ class Mixture:
 
 class Head:
     def __init__(self, norm: Norm, matrix: Matrix, /) -> None: ...
+
+class Layer:
+    """Attention, then a dense half, or a router and what it chooses from."""
+
+    @overload
+    def __init__(self, attention: Gqa | Mla, dense: Dense, /) -> None: ...
+    @overload
+    def __init__(self, attention: Gqa | Mla, router: Router, mixture: Mixture, /) -> None: ...
+
+class Stack:
+    def __init__(self, layers: list[Layer], /) -> None: ...
+
+def run(x: int, stack: Stack, step: Step, caches: list[Cache], ids: int, /) -> bool:
+    """All layers; [T, C] ids of the routed ones follow one another."""
 
 def attend_gqa(x: int, weights: Gqa, step: Step, cache: Cache, /) -> bool: ...
 def attend_mla(x: int, weights: Mla, step: Step, cache: Cache, /) -> bool: ...

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from moeserve.errors import CheckpointError
-from moeserve.kernels.ops import HeadWeights, KvCache, Linear, Ops, Part, Step
-from moeserve.models.attention import AttentionWeights, kv_shape, load_attention
+from moeserve.kernels.ops import HeadWeights, KvCache, Layer, Linear, Ops, Part, Rope, Stack, Step
+from moeserve.models.attention import kv_shape, load_attention
 from moeserve.models.batch import StepBatch
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.families import read_spec
 from moeserve.models.fields import Fields
 from moeserve.models.formats.layouts import Stored
 from moeserve.models.formats.method import read_method
-from moeserve.models.moe import DenseMlp, MoeMlp, RoutingObserver, load_mlp
+from moeserve.models.moe import RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
-from moeserve.models.rope import RopeTables, rope_tables
+from moeserve.models.rope import rope_tables
 from moeserve.models.spec import LayerSpec, ModelSpec
 from moeserve.models.weights import Rounding, Weights
 
@@ -41,26 +41,6 @@ class KVCache:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Attention and MLP, each behind its norm, added to the residual stream in place."""
-
-    layer: int
-    attention: Part[AttentionWeights]
-    mlp: DenseMlp | MoeMlp
-
-    def run(
-        self,
-        x_TH: Tensor,
-        step: Step,
-        cache: KVCache,
-        ops: Ops,
-        observer: RoutingObserver | None,
-    ) -> None:
-        ops.attend(x_TH, self.attention, step, cache.layers[self.layer])
-        self.mlp.run(x_TH, step, ops, self.layer, observer)
-
-
-@dataclass(frozen=True, slots=True)
 class Mtp:
     """DeepSeek-V3's multi-token prediction module: one more block that looks one token ahead."""
 
@@ -68,7 +48,7 @@ class Mtp:
     embedding_norm_H: Tensor
     hidden_norm_H: Tensor
     project: Linear
-    block: Block
+    stack: Stack
     head: Part[HeadWeights]
 
 
@@ -81,9 +61,9 @@ class Decoder:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     embedding_WH: Tensor
-    blocks: tuple[Block, ...]
+    stack: Stack
     head: Part[HeadWeights]
-    rope: RopeTables
+    rope: Rope
     mtp: Mtp | None
     unread: tuple[str, ...]
 
@@ -113,8 +93,11 @@ class Decoder:
         """The residual stream after the last block, before the final norm: [T, H]."""
         ops, shared = self.ops, self._shared(step)
         x_TH = ops.embed(self.embedding_WH, step.token_ids_T)
-        for block in self.blocks:
-            block.run(x_TH, shared, cache, ops, observer)
+        routed: list[Tensor] | None = None if observer is None else []
+        ops.run(x_TH, self.stack, shared, cache.layers[: len(self.stack.layers)], routed)
+        if observer is not None and routed is not None:
+            for layer, ids_TC in zip(self.spec.moe_layers, routed, strict=True):
+                observer.record(layer, ids_TC)
         return x_TH
 
     def final_norm(self, hidden_RH: Tensor) -> Tensor:
@@ -123,10 +106,7 @@ class Decoder:
 
     def _shared(self, step: StepBatch) -> Step:
         """What all layers need of the step."""
-        rope = self.rope.rows(step.positions_T)
-        return self.ops.new_step(
-            rope.cos_TR, rope.sin_TR, rope.interleaved, step.slot_T, step.attention
-        )
+        return self.ops.new_step(self.rope, step.positions_T, step.slot_T, step.attention)
 
     def mtp_forward(self, normed_TH: Tensor, step: StepBatch, cache: KVCache) -> Tensor:
         """Draft logits_RW of the token after next.
@@ -146,7 +126,7 @@ class Decoder:
             -1,
         )
         x_TH = ops.linear(pair_T2H, mtp.project)
-        mtp.block.run(x_TH, self._shared(step), cache, ops, None)
+        ops.run(x_TH, mtp.stack, self._shared(step), cache.layers[-1:])
         return ops.head(x_TH, step.logit_rows_R, mtp.head)
 
 
@@ -234,14 +214,14 @@ def build_decoder(w: Weights, kv_dtype: torch.dtype | None = None) -> Decoder:
     else:
         head = w.linear("lm_head", spec.vocab, spec.hidden)
     w.checkpoint.release()
-    blocks = tuple(_load_block(w, i, layer, names, spec) for i, layer in enumerate(spec.layers))
+    layers = [_load_layer(w, i, layer, names, spec) for i, layer in enumerate(spec.layers)]
     return Decoder(
         spec=spec,
         ops=w.ops,
         dtype=w.dtype,
         kv_dtype=kv_dtype or w.dtype,
         embedding_WH=embedding_WH,
-        blocks=blocks,
+        stack=w.ops.pile(layers),
         head=w.ops.prepare(
             HeadWeights(w.vector("model.norm.weight", spec.hidden), spec.norm_eps, head)
         ),
@@ -251,22 +231,18 @@ def build_decoder(w: Weights, kv_dtype: torch.dtype | None = None) -> Decoder:
     )
 
 
-def _load_block(
+def _load_layer(
     w: Weights, index: int, layer: LayerSpec, names: TensorNames, spec: ModelSpec
-) -> Block:
+) -> Layer:
     prefix = f"model.layers.{index}"
     input_norm_H = w.vector(f"{prefix}.input_layernorm.weight", spec.hidden)
     post_norm_H = w.vector(f"{prefix}.post_attention_layernorm.weight", spec.hidden)
     attention = load_attention(
         w, f"{prefix}.self_attn", layer.attention, input_norm_H, spec.norm_eps
     )
-    block = Block(
-        layer=index,
-        attention=w.ops.prepare(attention),
-        mlp=load_mlp(w, prefix, layer.mlp, names, post_norm_H, spec.norm_eps),
-    )
+    mlp = load_mlp(w, prefix, layer.mlp, names, post_norm_H, spec.norm_eps)
     w.checkpoint.release()
-    return block
+    return Layer(w.ops.prepare(attention), mlp)
 
 
 def _load_mtp(
@@ -285,7 +261,7 @@ def _load_mtp(
         embedding_norm_H=w.vector(f"{prefix}.enorm.weight", spec.hidden),
         hidden_norm_H=w.vector(f"{prefix}.hnorm.weight", spec.hidden),
         project=w.linear(f"{prefix}.eh_proj", spec.hidden, 2 * spec.hidden),
-        block=_load_block(w, len(spec.layers), spec.mtp, names, spec),
+        stack=w.ops.pile([_load_layer(w, len(spec.layers), spec.mtp, names, spec)]),
         head=w.ops.prepare(
             HeadWeights(
                 w.vector(f"{prefix}.shared_head.norm.weight", spec.hidden), spec.norm_eps, head

@@ -1,12 +1,11 @@
 """The feed-forward half of a block: dense SwiGLU, or routed experts with a shared one beside them.
 
-Routing and mixing are two calls: between them ids are seen, and later sent to other devices.
-Letters as in ``kernels.ops``.
+What is computed stands in ``kernels.fused``: routing and mixing are two parts, for between them
+tokens may be sent to other devices. Letters as in ``kernels.ops``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,10 +19,8 @@ from moeserve.kernels.ops import (
     GatedWeights,
     MlpWeights,
     MoeWeights,
-    Ops,
     Part,
     RouterWeights,
-    Step,
 )
 from moeserve.models.names import TensorNames
 from moeserve.models.spec import DenseSpec, MoeSpec
@@ -36,32 +33,7 @@ class RoutingObserver(Protocol):
     def record(self, layer: int, ids_TC: Tensor) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class MoeMlp:
-    """Experts chosen by a router, and what every token passes through; ids go to an observer."""
-
-    router: Part[RouterWeights]
-    experts: Part[MoeWeights]
-
-    def run(
-        self, x_TH: Tensor, step: Step, ops: Ops, layer: int, observer: RoutingObserver | None
-    ) -> None:
-        routed = ops.route(x_TH, self.router, step)
-        if observer is not None:
-            observer.record(layer, routed.ids_TC)
-        ops.mix(x_TH, self.experts, routed)
-
-
-@dataclass(frozen=True, slots=True)
-class DenseMlp:
-    """One SwiGLU for every token."""
-
-    part: Part[DenseWeights]
-
-    def run(
-        self, x_TH: Tensor, step: Step, ops: Ops, layer: int, observer: RoutingObserver | None
-    ) -> None:
-        ops.dense(x_TH, self.part)
+Mlp = Part[DenseWeights] | tuple[Part[RouterWeights], Part[MoeWeights]]
 
 
 def load_mlp(
@@ -71,12 +43,12 @@ def load_mlp(
     names: TensorNames,
     norm_H: Tensor,
     eps: float,
-) -> DenseMlp | MoeMlp:
+) -> Mlp:
     """``norm_H`` is the norm before it."""
     hidden = len(norm_H)
     if isinstance(spec, DenseSpec):
         mlp = _load_dense(w, f"{prefix}.mlp", spec.intermediate, hidden)
-        return DenseMlp(w.ops.prepare(DenseWeights(norm_H, eps, mlp)))
+        return w.ops.prepare(DenseWeights(norm_H, eps, mlp))
     block = _moe_prefix(w, prefix, names)
     router = _load_router(w, f"{block}.{names.router}", spec, names, norm_H, eps)
     experts = _load_experts(w, f"{block}.experts", spec, names, hidden)
@@ -86,7 +58,7 @@ def load_mlp(
         shared = _load_gated(w, f"{block}.{names.shared}", gate, spec.shared, hidden)
     elif spec.shared:
         shared = _load_dense(w, f"{block}.{names.shared}", spec.shared, hidden)
-    return MoeMlp(w.ops.prepare(router), w.ops.prepare(MoeWeights(experts, shared)))
+    return w.ops.prepare(router), w.ops.prepare(MoeWeights(experts, shared))
 
 
 def _moe_prefix(w: Weights, prefix: str, names: TensorNames) -> str:
