@@ -64,6 +64,7 @@ def moeserve(model: Path, threads: int, weights: str) -> Peer:
             "--http-port", "{port}", "--grpc-port", "none", "--threads", str(threads),
             "--max-model-len", "1024", *quantization,
         ),
+        health="/ready",
         needs=(model / "config.json",),
         remedy="python bench/models/make.py",
     )  # fmt: skip

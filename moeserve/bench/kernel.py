@@ -152,7 +152,9 @@ def start_all(
             problems[contender] = contender.absent
             continue
         if threads > contender.most_threads:
-            problems[contender] = f"not run: it is faster with {contender.most_threads}"
+            problems[contender] = (
+                f"not run with {threads} threads, {contender.most_threads} are faster"
+            )
             continue
         heard(f"{threads} threads: starting {contender.peer}")
         try:
