@@ -1,101 +1,132 @@
-// Matrix products: x[t, k] is spread over 32 columns of a panel and added with k ascending, so an
-// output element is one chain of fused multiply-adds, whatever tile of rows it is computed in.
+// Matrix products: rows prepared in tiles, times panels, with an epilogue per row and panel.
 #pragma once
 
-// Rows per tile, as many as the registers hold.
-#if defined(__AVX512F__)
-constexpr int kTile = 8;
-#elif defined(__AVX2__)
-constexpr int kTile = 3;
-#elif defined(__aarch64__)
-constexpr int kTile = 2;
-#else
-constexpr int kTile = 1;
-#endif
-constexpr int64_t kRowBlock = 64;
+constexpr int64_t kBlockRows = most(64, 8 * kTile);  // rows that share what is read of a panel
+constexpr int64_t kAheadUnits = 8;                   // of 512 bytes: how far to fetch ahead
 
-// R rows times C panels. `row(r)` is a row's features; `emit(r, c, low, high)` takes the result.
-template <int R, int C, class T, class Row, class Emit>
-INLINE void tile(const T* panel, int64_t k_size, const Row& row, const Emit& emit) {
-  const float* x[R];
-  F16 sum[R][C][2];
-  for (int r = 0; r < R; ++r) {
-    x[r] = row(r);
-    for (int c = 0; c < C; ++c) sum[r][c][0] = sum[r][c][1] = zero();
-  }
-  for (int64_t k = 0; k < k_size; ++k) {
-    V a[R];
-    for (int r = 0; r < R; ++r) a[r] = spread(x[r][k]);
-    for (int c = 0; c < C; ++c)
-      for (int h = 0; h < 2; ++h) {
-        const F16 b = load(panel + (c * k_size + k) * kPanel + h * kLanes);
-        for (int r = 0; r < R; ++r)
-          EACH_PART sum[r][c][h].part[i] = fma(a[r], b.part[i], sum[r][c][h].part[i]);
-      }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) emit(r, c, sum[r][c][0], sum[r][c][1]);
+int64_t tile_limit(Kind kind) { return kind == Kind::int4 ? kTile4 : kTile; }
+
+// The tile of row `i` among `rows`: as few tiles as possible, of nearly equal size.
+struct RowTile {
+  int64_t first, size, index, count;
+};
+
+RowTile tile_of(int64_t rows, int64_t limit, int64_t i) {
+  const int64_t count = ceil_div(rows, limit), size = rows / count, larger = rows % count;
+  const int64_t bound = larger * (size + 1);
+  if (i < bound) return {i / (size + 1) * (size + 1), size + 1, i / (size + 1), count};
+  const int64_t past = (i - bound) / size;
+  return {bound + past * size, size, larger + past, count};
 }
 
-template <int R, int C, class T, class Row, class Emit>
-INLINE void last_tile(int64_t left, const T* panel, int64_t k_size, const Row& row,
-                      const Emit& emit) {
+Inputs rows_from(const Inputs& x, const Form& form, int64_t first) {
+  return {x.data + first * form.lines * kLine, x.scale + first, x.sums + first * form.groups};
+}
+
+// Row `i` of a block of `rows`, to its place in its tile.
+void prepare_in_tile(Kind kind, const Form& form, const float* x, int64_t k, const Inputs& block,
+                     int64_t rows, int64_t i) {
+  const RowTile t = tile_of(rows, tile_limit(kind), i);
+  char* to = block.data + t.first * form.lines * kLine + (i - t.first) * kLine;
+  prepare(kind, form, x, k, to, t.size * kLine, block.scale + i, block.sums + i * form.groups);
+}
+
+template <class Op, int R = kTile>
+INLINE void choose_sums(int64_t rows, const char* panel, const char* x, int64_t chunks,
+                        const Ahead& ahead, float* out) {
   if constexpr (R > 0) {
-    if (left == R)
-      tile<R, C>(panel, k_size, row, emit);
-    else
-      last_tile<R - 1, C>(left, panel, k_size, row, emit);
+    if (rows == R) return panel_sums<Op, R>(panel, x, chunks, ahead, out);
+    choose_sums<Op, R - 1>(rows, panel, x, chunks, ahead, out);
   }
 }
 
-// Rows [0, rows) times C panels.
-template <int C, class T, class Row, class Emit>
-void all_rows(int64_t rows, const T* panel, int64_t k_size, const Row& row, const Emit& emit) {
-  constexpr int most_rows = C == 1 ? kTile : kTile / C;
-  int64_t r = 0;
-  for (; r + most_rows <= rows; r += most_rows)
-    tile<most_rows, C>(
-        panel, k_size, [&](int i) { return row(r + i); },
-        [&](int i, int c, F16 low, F16 high) { emit(r + i, c, low, high); });
-  last_tile<most_rows - 1, C>(
-      rows - r, panel, k_size, [&](int i) { return row(r + i); },
-      [&](int i, int c, F16 low, F16 high) { emit(r + i, c, low, high); });
-}
-
-// A panel in fp32: many rows pay for it once instead of once per tile.
-template <class T>
-const float* widened(const T* panel, int64_t size) {
-  float* wide = static_cast<float*>(scratch(1, size * sizeof(float)));
-  for (int64_t i = 0; i < size; i += kLanes) store(wide + i, load(panel + i));
-  return wide;
-}
-
-// Rows [0, rows) times panels [from, to): `row(r)`, `emit(r, panel, low, high)`. Few rows take two
-// panels at once, to have more than one chain in flight.
-template <class T, class Row, class Emit>
-void sweep(const T* data, int64_t k_size, int64_t from, int64_t to, int64_t rows, const Row& row,
-           const Emit& emit) {
-  int64_t p = from;
-  if constexpr (kTile >= 2) {
-    if (rows <= kTile / 2)
-      for (; p + 2 <= to; p += 2)
-        all_rows<2>(rows, data + p * k_size * kPanel, k_size, row,
-                    [&](int64_t r, int c, F16 low, F16 high) { emit(r, p + c, low, high); });
-  }
-  for (; p < to; ++p) {
-    const T* panel = data + p * k_size * kPanel;
-    const auto emit_one = [&](int64_t r, int, F16 low, F16 high) { emit(r, p, low, high); };
-    if (sizeof(T) < sizeof(float) && rows >= 4 * kTile)
-      all_rows<1>(rows, widened(panel, k_size * kPanel), k_size, row, emit_one);
-    else
-      all_rows<1>(rows, panel, k_size, row, emit_one);
+template <bool kLevels, bool kSame, int R = kTile4>
+INLINE void choose_sums4(int64_t rows, const char* panel, const char* x, const Grouped& w,
+                         const Ahead& ahead, float* out) {
+  if constexpr (R > 0) {
+    if (rows == R) return panel_sums4<R, kLevels, kSame>(panel, x, w, ahead, out);
+    choose_sums4<kLevels, kSame, R - 1>(rows, panel, x, w, ahead, out);
   }
 }
 
-INLINE void add_bias(const float* bias, int64_t panel, F16& low, F16& high) {
-  if (!bias) return;
-  low = low + load(bias + panel * kPanel);
-  high = high + load(bias + panel * kPanel + kLanes);
+void sums4(const Matrix& w, const Form& form, int64_t index, int64_t rows, const char* panel,
+           const Inputs& x, const Ahead& ahead, float* out) {
+  const int64_t at = index * form.groups * kPanel;
+  const Grouped grouped{w.scale + at, w.zero ? w.zero + at : nullptr,
+                        x.sums,       w.levels,
+                        form.groups,  form.halves,
+                        form.last_halves, w.levels ? kOffset : w.same_zero};
+  if (w.levels)
+    choose_sums4<true, true>(rows, panel, x.data, grouped, ahead, out);
+  else if (w.zero)
+    choose_sums4<false, false>(rows, panel, x.data, grouped, ahead, out);
+  else
+    choose_sums4<false, true>(rows, panel, x.data, grouped, ahead, out);
+}
+
+// While the only tile reads its panel, the same stream is fetched some way ahead, across its end
+// into `next`. With several tiles the panel is in the cache after the first, and the next one is
+// fetched in equal shares.
+Ahead ahead_of(const char* panel, int64_t bytes, const char* next, const RowTile& tile) {
+  const int64_t units = bytes / 512;
+  if (tile.count == 1) {
+    const int64_t turn = most(0, units - kAheadUnits) / 4 * 4;
+    return {{panel + kAheadUnits * 512, next ? next : panel}, turn, 8};
+  }
+  const int64_t lines = ceil_div(8, tile.count);
+  if (!next || tile.index * lines >= 8) return {{panel, panel}, 0, 0};
+  const char* from = next + tile.index * lines * 64 * units;
+  return {{from, from + units / 4 * 4 * lines * 64}, units / 4 * 4, static_cast<int>(lines)};
+}
+
+INLINE F16 exact(const float* raw, int32_t offset) {
+  F16 r = load(raw);
+  EACH_PART r.part[i] = __builtin_convertvector((I)r.part[i] - offset, V);
+  return r;
+}
+
+// The two halves of a panel's result, of one row.
+INLINE void finish(const Matrix& w, const float* raw, int64_t index, float scale, int32_t total,
+                   F16& low, F16& high) {
+  const int64_t lane = index * kPanel;
+  if (w.kind == Kind::int8) {
+    low = exact(raw, kOffset * total) * splat(scale) * load(w.scale + lane);
+    high = exact(raw + kLanes, kOffset * total) * splat(scale) * load(w.scale + lane + kLanes);
+  } else {
+    low = load(raw), high = load(raw + kLanes);
+    if (w.kind == Kind::int4) low = low * splat(scale), high = high * splat(scale);
+  }
+  if (!w.bias) return;
+  low = low + load(w.bias + lane);
+  high = high + load(w.bias + lane + kLanes);
+}
+
+// Panel `index` of a stack times a block of rows: `emit(row, low, high)` for each. `next` is the
+// panel that will be read after this one, or null.
+template <class Emit>
+void times(const Matrix& w, const Form& form, int64_t index, const Inputs& x, int64_t rows,
+           const char* next, const Emit& emit) {
+  const char* panel = static_cast<const char*>(w.data) + index * form.panel_bytes;
+  alignas(64) float raw[kTile * kPanel];
+  for (int64_t first = 0; first < rows;) {
+    const RowTile tile = tile_of(rows, tile_limit(w.kind), first);
+    const Inputs part = rows_from(x, form, first);
+    const Ahead ahead = ahead_of(panel, form.panel_bytes, next, tile);
+    switch (w.kind) {
+      case Kind::fp32: choose_sums<Fp32>(tile.size, panel, part.data, form.lines, ahead, raw); break;
+      case Kind::bf16: choose_sums<Bf16>(tile.size, panel, part.data, form.lines, ahead, raw); break;
+      case Kind::int8: choose_sums<Int8>(tile.size, panel, part.data, form.lines, ahead, raw); break;
+      case Kind::int4: sums4(w, form, index, tile.size, panel, part, ahead, raw);
+    }
+    for (int64_t r = 0; r < tile.size; ++r) {
+      F16 low, high;
+      const bool scaled = w.kind == Kind::int8 || w.kind == Kind::int4;
+      finish(w, raw + r * kPanel, index, scaled ? part.scale[r] : 0.0f,
+             w.kind == Kind::int8 ? part.sums[r] : 0, low, high);
+      emit(first + r, low, high);
+    }
+    first += tile.size;
+  }
 }
 
 INLINE void store_panel(float* out, int64_t n, int64_t panel, F16 low, F16 high) {
@@ -104,145 +135,46 @@ INLINE void store_panel(float* out, int64_t n, int64_t panel, F16 low, F16 high)
   if (left > kLanes) store(out + at + kLanes, high, left - kLanes);
 }
 
-// Panels per item, so that every thread gets several items.
-int64_t panels_per_item(int64_t panels, int64_t others) {
-  const int64_t wanted = ceil_div(8 * threads(), most(1, others));
-  return most(2, panels / wanted / 2 * 2);
+// The start of a panel, while something else is still to be done.
+INLINE void fetch_start(const char* panel) {
+  for (int i = 0; i < kAheadUnits * 8; ++i) __builtin_prefetch(panel + i * 64, 0, 3);
+}
+
+// Panels per item: several items for every thread, but not the shortest ones.
+int64_t panels_per_item(int64_t panels, int64_t parts) {
+  return most(1, least(8, panels * parts / (16 * threads())));
 }
 
 // One matrix for each of `heads` (1 for a plain linear): out[t, a] = w[a] x[t, a].
-template <class T>
-void linear_of(const float* x, int64_t rows, int64_t heads, const Matrix& w, float* out) {
-  const int64_t panels = ceil_div(w.n, kPanel), row_blocks = ceil_div(rows, kRowBlock);
-  const int64_t step = panels_per_item(panels, heads * row_blocks);
-  const int64_t steps = ceil_div(panels, step);
-  each(heads * row_blocks * steps, rows * heads * w.n * w.k, [&](int64_t item) {
-    const int64_t from = item % steps * step, part = item / steps;
-    const int64_t head = part % heads, first = part / heads * kRowBlock;
-    const T* data = static_cast<const T*>(w.data) + head * panels * w.k * kPanel;
-    sweep(
-        data, w.k, from, least(panels, from + step), least(kRowBlock, rows - first),
-        [&](int64_t r) { return x + ((first + r) * heads + head) * w.k; },
-        [&](int64_t r, int64_t p, F16 low, F16 high) {
-          add_bias(w.bias, p, low, high);
-          store_panel(out + ((first + r) * heads + head) * w.n, w.n, p, low, high);
-        });
-  });
-}
-
 void linear(const float* x, int64_t rows, int64_t heads, const Matrix& w, float* out) {
-  w.kind == Kind::bf16 ? linear_of<bf16>(x, rows, heads, w, out) : linear_of<float>(x, rows, heads, w, out);
-}
-
-INLINE F16 activate(F16 gate, F16 up, bool clamped) {
-  if (!clamped) return gate * sigmoid(gate) * up;
-  gate = at_most(gate, splat(7.0f));
-  up = at_most(at_least(up, splat(-7.0f)), splat(7.0f));
-  return (up + splat(1.0f)) * (gate * sigmoid(gate * splat(1.702f)));
-}
-
-// The (token, choice) pairs sorted by expert; `start[i] : start[i + 1]` belong to `expert[i]`.
-struct Groups {
-  int64_t count;
-  int32_t *expert, *start, *pair;
-};
-
-bool group_by_expert(const int32_t* ids, int64_t pairs, int64_t experts, int32_t* memory,
-                     Groups& groups) {
-  int32_t* place = memory;
-  groups = {0, place + experts, place + 2 * experts, place + 3 * experts + 1};
-  for (int64_t e = 0; e < experts; ++e) place[e] = 0;
-  for (int64_t i = 0; i < pairs; ++i) {
-    if (ids[i] < 0 || ids[i] >= experts) return false;
-    ++place[ids[i]];
-  }
-  int32_t total = 0;
-  for (int64_t e = 0; e < experts; ++e) {
-    const int32_t tokens = place[e];
-    place[e] = total;
-    if (!tokens) continue;
-    groups.expert[groups.count] = static_cast<int32_t>(e);
-    groups.start[groups.count++] = total;
-    total += tokens;
-  }
-  groups.start[groups.count] = total;
-  for (int64_t i = 0; i < pairs; ++i) groups.pair[place[ids[i]]++] = static_cast<int32_t>(i);
-  return true;
-}
-
-// Every group times its expert's matrix: `row(pair)`, `emit(pair, panel, low, high)`.
-template <class T, class Row, class Emit>
-void each_group(const Groups& groups, const Matrix& w, const Row& row, const Emit& emit) {
-  const int64_t panels = ceil_div(w.n, kPanel);
-  const int64_t step = panels_per_item(panels, groups.count);
-  const int64_t steps = ceil_div(panels, step);
-  each(groups.count * steps, groups.start[groups.count] * w.n * w.k, [&](int64_t item) {
-    const int64_t from = item % steps * step, i = item / steps, e = groups.expert[i];
-    const int32_t* pair = groups.pair + groups.start[i];
-    sweep(
-        static_cast<const T*>(w.data) + e * panels * w.k * kPanel, w.k, from,
-        least(panels, from + step), groups.start[i + 1] - groups.start[i],
-        [&](int64_t r) { return row(pair[r]); },
-        [&](int64_t r, int64_t p, F16 low, F16 high) {
-          add_bias(w.bias ? w.bias + e * panels * kPanel : nullptr, p, low, high);
-          emit(pair[r], p, low, high);
-        });
+  const Form form = form_of(w.kind, w.k, w.group);
+  const int64_t panels = panels_of(w.n, false), blocks = ceil_div(rows, kBlockRows);
+  char* memory = static_cast<char*>(scratch(0, bytes_of(form, rows * heads) + 64));
+  const Inputs all = take_rows(form, rows * heads, memory);
+  const auto block_rows = [&](int64_t b) { return least(kBlockRows, rows - b * kBlockRows); };
+  each_row(rows * heads, 4 * w.k, [&](int64_t i) {
+    const int64_t head = i / rows, t = i % rows, b = t / kBlockRows;
+    const Inputs block = rows_from(all, form, head * rows + b * kBlockRows);
+    prepare_in_tile(w.kind, form, x + (t * heads + head) * w.k, w.k, block, block_rows(b),
+                    t % kBlockRows);
   });
-}
 
-template <class T>
-bool moe_of(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
-            const float* weights, int64_t chosen, float* out) {
-  const int64_t pairs = rows * chosen, hidden = w.down.n, inner = w.down.k;
-  const int64_t floats = pairs * (inner + hidden);
-  float* inner_of = static_cast<float*>(scratch(0, 4 * (floats + 3 * w.count + 1 + pairs)));
-  float* down_of = inner_of + pairs * inner;
-  Groups groups;
-  int32_t* integers = reinterpret_cast<int32_t*>(down_of + pairs * hidden);
-  if (!group_by_expert(ids, pairs, w.count, integers, groups)) return false;
-
-  each_group<T>(
-      groups, w.gate_up, [&](int64_t pair) { return x + pair / chosen * hidden; },
-      [&](int64_t pair, int64_t p, F16 gate, F16 up) {
-        const int64_t at = p * kLanes;
-        store(inner_of + pair * inner + at, activate(gate, up, w.clamped), inner - at);
+  const int64_t parts = heads * blocks, step = panels_per_item(panels, parts);
+  const int64_t ranges = ceil_div(panels, step);
+  const char* data = static_cast<const char*>(w.data);
+  each(ranges * parts, rows * heads * w.n * w.k, [&](int64_t item) {
+    const int64_t from = item / parts * step, to = least(panels, from + step);
+    const int64_t head = item % parts / blocks, b = item % parts % blocks;
+    const Inputs block = rows_from(all, form, head * rows + b * kBlockRows);
+    const int64_t later = item + threads(), base = head * panels;
+    const char* after = nullptr;
+    if (later < ranges * parts)
+      after = data + (later % parts / blocks * panels + later / parts * step) * form.panel_bytes;
+    for (int64_t p = from; p < to; ++p) {
+      const char* next = p + 1 < to ? data + (base + p + 1) * form.panel_bytes : after;
+      times(w, form, base + p, block, block_rows(b), next, [&](int64_t r, F16 low, F16 high) {
+        store_panel(out + ((b * kBlockRows + r) * heads + head) * w.n, w.n, p, low, high);
       });
-  each_group<T>(
-      groups, w.down, [&](int64_t pair) { return inner_of + pair * inner; },
-      [&](int64_t pair, int64_t p, F16 low, F16 high) {
-        store_panel(down_of + pair * hidden, hidden, p, low, high);
-      });
-  each_row(rows, chosen * hidden, [&](int64_t t) {
-    for (int64_t h = 0; h < hidden; h += kLanes) {
-      F16 total = zero();
-      for (int64_t c = t * chosen; c < (t + 1) * chosen; ++c)
-        total = fma(splat(weights[c]), load(down_of + c * hidden + h, hidden - h), total);
-      store(out + t * hidden + h, total, hidden - h);
     }
-  });
-  return true;
-}
-
-bool moe_ffn(const float* x, int64_t rows, const Experts& w, const int32_t* ids, const float* weights,
-             int64_t chosen, float* out) {
-  return w.down.kind == Kind::bf16 ? moe_of<bf16>(x, rows, w, ids, weights, chosen, out)
-                        : moe_of<float>(x, rows, w, ids, weights, chosen, out);
-}
-
-void quantize_per_token(const float* x, int64_t rows, int64_t k, int8_t* codes, float* scale) {
-  constexpr float kTiny = 7.8886090522101181e-31f;  // 2^-100
-  each_row(rows, 2 * k, [&](int64_t t) {
-    const float* in = x + t * k;
-    float most = 0.0f;
-    bool sound = true;
-    for (int64_t i = 0; i < k; ++i) {
-      const float size = __builtin_fabsf(in[i]);
-      sound = sound && size <= 3.4028234663852886e38f;
-      most = size > most ? size : most;
-    }
-    const float factor = sound && most >= kTiny ? 127.0f / most : 0.0f;
-    for (int64_t i = 0; i < k; ++i)
-      codes[t * k + i] = sound ? static_cast<int8_t>(__builtin_rintf(in[i] * factor)) : 0;
-    scale[t] = !sound ? __builtin_nanf("") : most >= kTiny ? most / 127.0f : 0.0f;
   });
 }

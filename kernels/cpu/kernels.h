@@ -10,7 +10,7 @@ namespace moeserve {
 enum class Kind : int { fp32, bf16, int8, int4 };
 
 // A matrix [N, K], or several one after the other, in panels of 32 rows (lanes); the layout of a
-// panel is in gemm.h. Lanes past N are zero. Where `paired`, panel p holds rows 16 p .. of the
+// panel is in dot.h. Lanes past N are zero. Where `paired`, panel p holds rows 16 p .. of the
 // matrix's first half and the rows of its second half that go with them: gate and up.
 struct Matrix {
   Kind kind;
@@ -118,7 +118,7 @@ struct Router {
   const float* bias;
 };
 
-struct Moe {
+struct Mixture {
   Experts experts;
   Mlp shared;
   Matrix gate;  // no data: no gated shared expert
@@ -132,6 +132,15 @@ struct Head {
 
 struct Kernels {
   const char* name;
+  // Of one matrix; `group` is int4's.
+  int64_t (*packed_bytes)(Kind kind, int64_t n, int64_t k, int64_t group, bool paired);
+  // `count` matrices [n, k], rows of k features (int4: two a byte, the even one low), into panels.
+  // The layout is the same for every instruction set.
+  void (*pack)(Kind kind, const void* from, int64_t count, int64_t n, int64_t k, int64_t group,
+               bool paired, void* to);
+  // Floats [count, n, columns] to [count, panels, columns, 32].
+  void (*pack_floats)(const float* from, int64_t count, int64_t n, int64_t columns, bool paired,
+                      float* to);
   // One matrix per head, packed one after the other; a plain linear has one head.
   void (*linear)(const float* x, int64_t rows, int64_t heads, const Matrix& w, float* out);
   // False if an id is not an expert.
@@ -159,7 +168,7 @@ struct Kernels {
   void (*dense)(float* x, int64_t rows, const Dense& w);
   void (*route)(const float* x, int64_t rows, const Router& w, float* normed, int32_t* ids,
                 float* weights);
-  bool (*mix)(float* x, int64_t rows, const Moe& w, const float* normed, const int32_t* ids,
+  bool (*mix)(float* x, int64_t rows, const Mixture& w, const float* normed, const int32_t* ids,
               int64_t chosen, const float* weights);
   // Of the wanted rows of x, all of which exist.
   void (*head)(const float* x, const int64_t* wanted, int64_t rows, const Head& w, float* out);
@@ -171,7 +180,16 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+namespace avxvnni {
+extern const Kernels kernels;
+}
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512vnni {
+extern const Kernels kernels;
+}
+namespace avx512bf16 {
 extern const Kernels kernels;
 }
 

@@ -4,8 +4,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cstring>
+#include <ctime>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,16 +25,28 @@ namespace nb = nanobind;
 namespace moeserve {
 namespace {
 
+#if defined(__x86_64__)
+// GCC 12 does not know the name. Leaf 7.1, EAX bit 4.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
 // Best first.
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    found.push_back(&avx512::kernels);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.push_back(&avx2::kernels);
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+  if (vnni) found.push_back(&avx512vnni::kernels);
+  if (avx512) found.push_back(&avx512::kernels);
+  if (avx2 && has_avx_vnni()) found.push_back(&avxvnni::kernels);
+  if (avx2) found.push_back(&avx2::kernels);
 #endif
   found.push_back(&portable::kernels);
   return found;
@@ -36,11 +54,30 @@ std::vector<const Kernels*> runnable() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-// Kernels called from Python since the process began.
-std::atomic<uint64_t> calls{0};
+// Kernels called from Python since the process began; the CPU time of their callers inside them
+// while it is measured: that of others who share the machine is not in it.
+std::atomic<uint64_t> calls{0}, nanoseconds{0};
+std::atomic<bool> timed{false};
 
-struct Counted {
-  Counted() { calls.fetch_add(1, std::memory_order_relaxed); }
+uint64_t thread_time() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
+}
+
+class Counted {
+ public:
+  Counted() : timed_(timed.load(std::memory_order_relaxed)) {
+    calls.fetch_add(1, std::memory_order_relaxed);
+    if (timed_) began_ = thread_time();
+  }
+  ~Counted() {
+    if (timed_) nanoseconds.fetch_add(thread_time() - began_);
+  }
+
+ private:
+  bool timed_;
+  uint64_t began_ = 0;
 };
 
 const Kernels& table() { return *chosen.load(std::memory_order_relaxed); }
@@ -67,40 +104,28 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <class T>
-void pack_panel(const T* from, int64_t n, int64_t k_size, int64_t first, int64_t second,
-                int64_t first_end, T* to) {
-  const int64_t half = kPanel / 2;
-  for (int64_t lane = 0; lane < kPanel; ++lane) {
-    const int64_t row = lane < half ? first + lane : second + lane - half;
-    const bool real = row < (lane < half ? first_end : n);
-    for (int64_t k = 0; k < k_size; ++k) to[k * kPanel + lane] = real ? from[row * k_size + k] : T{};
-  }
+int64_t packed_bytes(int kind, int64_t n, int64_t k, int64_t group, bool paired) {
+  return table().packed_bytes(static_cast<Kind>(kind), n, k, group, paired);
 }
 
-// `count` matrices [n, k] into panels. `paired` puts 16 rows of the upper half of the matrix and
-// the 16 rows of the lower half that go with them into each panel.
-template <class T>
-void pack(uintptr_t from, int64_t count, int64_t n, int64_t k_size, bool paired, uintptr_t to) {
-  const int64_t half = kPanel / 2;
-  const int64_t panels = paired ? (n / 2 + half - 1) / half : (n + kPanel - 1) / kPanel;
-  const auto body = [=](int64_t item) {
-    const int64_t p = item % panels;
-    const int64_t first = paired ? p * half : p * kPanel;
-    const int64_t second = paired ? n / 2 + p * half : first + half;
-    pack_panel(at<const T>(from) + item / panels * n * k_size, n, k_size, first, second,
-               paired ? n / 2 : n, at<T>(to) + item * k_size * kPanel);
-  };
-  run_items(
-      count * panels,
-      [](void* context, int64_t item) { (*static_cast<decltype(body)*>(context))(item); },
-      const_cast<void*>(static_cast<const void*>(&body)));
+void pack(int kind, uintptr_t from, int64_t count, int64_t n, int64_t k, int64_t group, bool paired,
+          uintptr_t to) {
+  table().pack(static_cast<Kind>(kind), at<const void>(from), count, n, k, group, paired,
+               at<void>(to));
 }
 
-void pack_any(uintptr_t from, int64_t count, int64_t n, int64_t k, bool paired, bool is_bf16,
-              uintptr_t to) {
-  is_bf16 ? pack<uint16_t>(from, count, n, k, paired, to)
-          : pack<uint32_t>(from, count, n, k, paired, to);
+void pack_floats(uintptr_t from, int64_t count, int64_t n, int64_t columns, bool paired,
+                 uintptr_t to) {
+  table().pack_floats(at<const float>(from), count, n, columns, paired, at<float>(to));
+}
+
+// Asks for huge pages where memory has not been touched yet; the system may decline.
+void use_huge_pages(uintptr_t data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  madvise(at<void>(data), bytes, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 Matrix matrix(int kind, int64_t n, int64_t k, uintptr_t data, uintptr_t scale, uintptr_t bias,
@@ -212,6 +237,8 @@ NB_MODULE(_cpu, m) {
   m.def("set_threads", share_among);
   m.def("cpus_of_nodes", cpus_of_nodes);
   m.def("calls", [] { return calls.load(); });
+  m.def("measure", [](bool on) { timed.store(on); });
+  m.def("nanoseconds", [] { return nanoseconds.load(); });
   nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int kind, int64_t n, int64_t k,
                                                      uintptr_t data, uintptr_t scale,
                                                      uintptr_t bias, uintptr_t zero,
@@ -224,7 +251,10 @@ NB_MODULE(_cpu, m) {
                           bool clamped) { new (self) Experts{gate_up, down, count, clamped}; });
   m.def("probe_ways", probe_ways);
   m.def("probe", probe, unlocked);
-  m.def("pack", pack_any, unlocked);
+  m.def("packed_bytes", packed_bytes);
+  m.def("pack", pack, unlocked);
+  m.def("pack_floats", pack_floats, unlocked);
+  m.def("use_huge_pages", use_huge_pages, unlocked);
   m.def("linear", linear, unlocked);
   m.def("moe_ffn", moe_ffn, unlocked);
   m.def("quantize_per_token", quantize_per_token, unlocked);

@@ -65,13 +65,13 @@ void bind_handles(nb::module_& m) {
         const Routing spec{matrix.n, top_k, groups, kept_groups, scoring, normalise, top2, scale};
         new (self) Router{norm, matrix, spec, at<const float>(bias)};
       });
-  nb::class_<Moe>(m, "Moe")
+  nb::class_<Mixture>(m, "Mixture")
       .def("__init__",
-           [](Moe* self, const Experts& experts) { new (self) Moe{experts, {}, {}, {}}; })
-      .def("__init__", [](Moe* self, const Experts& experts,
-                          const Mlp& shared) { new (self) Moe{experts, shared, {}, {}}; })
-      .def("__init__", [](Moe* self, const Experts& experts, const Matrix& gate,
-                          const Experts& gated) { new (self) Moe{experts, {}, gate, gated}; });
+           [](Mixture* self, const Experts& experts) { new (self) Mixture{experts, {}, {}, {}}; })
+      .def("__init__", [](Mixture* self, const Experts& experts,
+                          const Mlp& shared) { new (self) Mixture{experts, shared, {}, {}}; })
+      .def("__init__", [](Mixture* self, const Experts& experts, const Matrix& gate,
+                          const Experts& gated) { new (self) Mixture{experts, {}, gate, gated}; });
   nb::class_<Head>(m, "Head").def("__init__", [](Head* self, const Norm& norm,
                                                  const Matrix& matrix) {
     new (self) Head{norm, matrix};
@@ -137,7 +137,7 @@ void bind_parts(nb::module_& m) {
     table().dense(at<float>(x), rows, w);
   }, unlocked);
   m.def("route", route, counted);
-  m.def("mix", [](uintptr_t x, int64_t rows, const Moe& w, uintptr_t normed, uintptr_t ids,
+  m.def("mix", [](uintptr_t x, int64_t rows, const Mixture& w, uintptr_t normed, uintptr_t ids,
                   int64_t chosen, uintptr_t weights) {
     return table().mix(at<float>(x), rows, w, at<const float>(normed), at<const int32_t>(ids),
                        chosen, at<const float>(weights));

@@ -1,8 +1,8 @@
 // Sixteen floats at a time, on any instruction set. Included once per set, inside its namespace.
 //
 // F16 is one AVX-512 register, two of AVX2, four of SSE or NEON; lane i is always the same element
-// and sums fold in the same order (8 + 8, 4 + 4, 2 + 2, 1 + 1), so that every set with a fused
-// multiply-add gives the same bits. Plain SSE has none and rounds twice: the last bits differ.
+// and sums fold in the same order (8 + 8, 4 + 4, 2 + 2, 1 + 1), and a multiply-add rounds once also
+// where no instruction does it, so that every set gives the same bits.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -14,6 +14,7 @@ constexpr int kWidth = 4;
 #endif
 constexpr int kLanes = 16;
 constexpr int kParts = kLanes / kWidth;
+constexpr float kNever = -__builtin_inff();
 
 using bf16 = uint16_t;
 
@@ -38,7 +39,17 @@ INLINE V fma(V a, V b, V c) {
 #elif defined(__aarch64__)
   return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
-  return a * b + c;
+  // The product is exact in fp64. The sum is rounded to odd there: where it is inexact its last bit
+  // is set, so that the second rounding falls as a single one would.
+  typedef double D __attribute__((vector_size(8 * kWidth)));
+  typedef int64_t L __attribute__((vector_size(8 * kWidth)));
+  const D p = __builtin_convertvector(a, D) * __builtin_convertvector(b, D);
+  const D t = __builtin_convertvector(c, D), s = p + t, v = s - p;
+  const D lost = (p - (s - v)) + (t - v);
+  const L bits = (L)s, finite = (bits & 0x7ff0000000000000) != 0x7ff0000000000000;
+  const L inexact = (L)(lost != 0.0) & ((bits & 1) == 0) & finite;
+  const L step = (L)((lost > 0.0) == (s > 0.0)) & 2;  // 2 away from zero, 0 towards it
+  return __builtin_convertvector((D)(bits + (inexact & (step - 1))), V);
 #endif
 }
 

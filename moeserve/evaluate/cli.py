@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Subparsers = Any  # argparse's own type for these is private
 
 DTYPES = ("auto", "float32", "bfloat16")
+KV_DTYPES = (*DTYPES, "int8")
 WINDOW = 512
 PROBE = (
     "One text, 2 tokenizers? They differ (if they do) in words, digits such as 345, or  spaces.\n"
@@ -43,11 +44,18 @@ def add_parser(subparsers: Subparsers, text: str) -> None:
     tested = command.add_argument_group("the run to be tested")
     tested.add_argument("--model", default="demo", help="checkpoint folder, or 'demo' [demo]")
     tested.add_argument("--dtype", choices=DTYPES, default="auto", help="of its weights [auto]")
+    tested.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        default="auto",
+        help="of its KV; auto is the floats' [auto]",
+    )
     reference = command.add_argument_group("the reference")
     reference.add_argument(
         "--against", metavar="MODEL", help="checkpoint folder; default: the tested one"
     )
     reference.add_argument("--against-dtype", choices=DTYPES, default="auto", help="[auto]")
+    reference.add_argument("--against-kv-dtype", choices=KV_DTYPES, default="auto", help="[auto]")
     on = command.add_argument_group("what they run on")
     on.add_argument(
         "--text",
@@ -114,8 +122,8 @@ def _evaluate(args: argparse.Namespace, bar: Progress) -> Report:
     from moeserve.kernels.select import choose_ops
     from moeserve.models.library import resolve_model
 
-    tested_as = Variant(args.model, args.dtype)
-    reference_as = Variant(args.against or args.model, args.against_dtype)
+    tested_as = Variant(args.model, args.dtype, args.kv_dtype)
+    reference_as = Variant(args.against or args.model, args.against_dtype, args.against_kv_dtype)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     ops = choose_ops(threads=args.threads)
@@ -144,6 +152,7 @@ def _evaluate(args: argparse.Namespace, bar: Progress) -> Report:
 
 def _load(variant: Variant, ops: Ops, bar: Progress) -> Decoder:
     from moeserve.engine.build import DTYPES as TORCH_DTYPES
+    from moeserve.engine.build import KV_DTYPES as TORCH_KV_DTYPES
     from moeserve.models.decoder import load_decoder
     from moeserve.models.library import resolve_model
 
@@ -152,6 +161,7 @@ def _load(variant: Variant, ops: Ops, bar: Progress) -> Decoder:
         resolve_model(variant.model),
         dtype=TORCH_DTYPES[variant.dtype],
         ops=ops,
+        kv_dtype=TORCH_KV_DTYPES[variant.kv_dtype],
         progress=lambda done, total: bar.update(task, completed=done, total=total),
     )
 

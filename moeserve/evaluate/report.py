@@ -22,9 +22,11 @@ class Variant:
 
     model: str
     dtype: str
+    kv_dtype: str
 
     def __str__(self) -> str:
-        return f"{self.model} ({self.dtype})"
+        cache = "" if self.kv_dtype == "auto" else f", KV {self.kv_dtype}"
+        return f"{self.model} ({self.dtype}{cache})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,10 @@ def set_threads(count: int) -> None: ...
 def calls() -> int:
     """Kernels called since the process began, by any thread."""
 
+def measure(on: bool) -> None: ...
+def nanoseconds() -> int:
+    """CPU time of the callers' threads in calls, while they were measured."""
+
 def cpus_of_nodes() -> list[list[int]]:
     """The CPUs this process may use, by NUMA node; empty where the system does not tell."""
 
@@ -31,9 +35,18 @@ def probe(
     ``size`` is the memory in bytes that "read" walks through.
     """
 
+def packed_bytes(kind: int, n: int, k: int, group: int, paired: bool, /) -> int:
+    """Of one matrix [n, k]; ``group`` is int4's."""
+
 def pack(
-    source: int, count: int, n: int, k: int, paired: bool, is_bf16: bool, target: int, /
+    kind: int, source: int, count: int, n: int, k: int, group: int, paired: bool, target: int, /
 ) -> None: ...
+def pack_floats(
+    source: int, count: int, n: int, columns: int, paired: bool, target: int, /
+) -> None:
+    """[count, n, columns] to [count, panels, columns, 32 lanes]."""
+
+def use_huge_pages(data: int, nbytes: int, /) -> None: ...
 
 class Matrix:
     """One packed matrix, or a stack of them: addresses and sizes. ``kind`` counts fp32, bf16,
@@ -235,7 +248,7 @@ class Router:
         /,
     ) -> None: ...
 
-class Moe:
+class Mixture:
     """No shared expert, one that every token passes, or one behind a gate."""
 
     @overload
@@ -253,7 +266,7 @@ def attend_mla(x: int, weights: Mla, step: Step, cache: Cache, /) -> bool: ...
 def dense(x: int, rows: int, weights: Dense, /) -> None: ...
 def route(x: int, rows: int, weights: Router, normed: int, ids: int, shares: int, /) -> None: ...
 def mix(
-    x: int, rows: int, weights: Moe, normed: int, ids: int, chosen: int, shares: int, /
+    x: int, rows: int, weights: Mixture, normed: int, ids: int, chosen: int, shares: int, /
 ) -> bool: ...
 def embed(
     table: int, is_bf16: bool, vocabulary: int, size: int, ids: int, rows: int, out: int, /

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 GROUP = 128
+TINY = 2.0**-100
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,16 @@ class Int4Matrix:
 
 
 Matrix = Tensor | Int8Matrix | Int4Matrix
+
+
+def part_of(stack: Matrix, index: int) -> Matrix:
+    """One matrix of several."""
+    if isinstance(stack, Int8Matrix):
+        return Int8Matrix(stack.codes[index], stack.scale[index])
+    if isinstance(stack, Int4Matrix):
+        parts = (stack.packed[index], stack.scale[index], stack.zero[index])
+        return Int4Matrix(*parts, stack.group, stack.levels)
+    return stack[index]
 
 
 def to_int8(weight_NK: Tensor) -> Int8Matrix:
@@ -120,14 +131,16 @@ def rows_of(parts: Sequence[Matrix]) -> Matrix:
 def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Activations per token: codes int8 [T, K] and scale fp32 [T], the oracle of every backend.
 
-    scale = max|x| / 127 and code = round(x * (127 / max|x|)), both in fp32. A row of zeros has
-    scale 0 and codes 0; a row that holds NaN or an infinity has scale NaN and codes 0, so that
-    everything computed from it is NaN.
+    scale = max|x| / 127 and code = round(x * (127 / max|x|)), both in fp32. A row whose greatest
+    magnitude is below 2^-100 has scale 0 and codes 0, for 127 over it may be no number; a row that
+    holds NaN or an infinity has scale NaN and codes 0, so that everything computed from it is NaN.
     """
     most_T1 = x_TK.abs().amax(-1, keepdim=True)
     sound = most_T1.isfinite()
-    factor = torch.where(sound & (most_T1 > 0), 127 / most_T1, torch.zeros_like(most_T1))
+    some = sound & (most_T1 >= TINY)
+    factor = torch.where(some, 127 / most_T1, torch.zeros_like(most_T1))
     finite = torch.where(sound, x_TK, torch.zeros_like(x_TK))
     codes = (finite * factor).round().clamp(-127, 127).to(torch.int8)
-    scale = torch.where(sound, most_T1 / 127, torch.full_like(most_T1, torch.nan))
+    scale = torch.where(some, most_T1 / 127, torch.zeros_like(most_T1))
+    scale = torch.where(sound, scale, torch.full_like(most_T1, torch.nan))
     return codes, scale[:, 0]

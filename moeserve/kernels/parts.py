@@ -228,16 +228,16 @@ def _router(w: RouterWeights, norm: Tensor, handle: _cpu.Norm) -> Native:
     return Native(len(norm), router, None, (norm, bias))
 
 
-def _moe(w: MoeWeights) -> _cpu.Moe:
+def _moe(w: MoeWeights) -> _cpu.Mixture:
     if isinstance(w.shared, MlpWeights):
         _check_mlp(w.shared, w.experts.hidden)
-        return _cpu.Moe(_experts(w.experts), _mlp(w.shared))
+        return _cpu.Mixture(_experts(w.experts), _mlp(w.shared))
     if isinstance(w.shared, GatedWeights):
         gate, experts = w.shared.gate, w.shared.experts
         assert (gate.in_features, gate.out_features) == (w.experts.hidden, 1), gate
         assert (experts.num_experts, experts.hidden) == (1, w.experts.hidden), experts
-        return _cpu.Moe(_experts(w.experts), matrix(gate), _experts(experts))
-    return _cpu.Moe(_experts(w.experts))
+        return _cpu.Mixture(_experts(w.experts), matrix(gate), _experts(experts))
+    return _cpu.Mixture(_experts(w.experts))
 
 
 def _check_mlp(w: MlpWeights, hidden: int) -> None:

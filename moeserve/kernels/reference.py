@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeserve.kernels import reference_kv
 from moeserve.kernels.fused import Composed
+from moeserve.kernels.matrix import Matrix, part_of, quantize_rows
 from moeserve.kernels.ops import (
     Activation,
     AttentionBatch,
@@ -23,6 +24,7 @@ from moeserve.kernels.ops import (
     Linear,
     RouterSpec,
 )
+from moeserve.kernels.products import product
 
 
 class ReferenceOps(Composed):
@@ -30,31 +32,32 @@ class ReferenceOps(Composed):
 
     name = "reference"
 
-    def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear:
+    def pack_linear(self, weight_NK: Matrix, bias_N: Tensor | None = None) -> Linear:
         out, into = weight_NK.shape
-        bias = None if bias_N is None else bias_N.float()
-        # Copies are aligned: off a boundary, torch may add in another order.
-        weight = weight_NK.float().clone(memory_format=torch.contiguous_format)
-        return Linear(out, into, (weight, bias))
+        if isinstance(weight_NK, Tensor):
+            # Copies are aligned: off a boundary, torch may add in another order.
+            kept = weight_NK if weight_NK.dtype is torch.bfloat16 else weight_NK.float()
+            weight_NK = kept.clone(memory_format=torch.contiguous_format)
+        return Linear(out, into, (weight_NK, None if bias_N is None else bias_N.float()))
 
     def pack_experts(
         self,
-        gate_up_E2IH: Tensor,
-        down_EHI: Tensor,
+        gate_up_E2IH: Matrix,
+        down_EHI: Matrix,
         gate_up_bias_E2I: Tensor | None = None,
         down_bias_EH: Tensor | None = None,
         activation: Activation = Activation.SWIGLU,
     ) -> Experts:
         num, hidden, inner = down_EHI.shape
-        ups = [
-            self.pack_linear(w, None if gate_up_bias_E2I is None else gate_up_bias_E2I[e])
-            for e, w in enumerate(gate_up_E2IH)
-        ]
-        downs = [
-            self.pack_linear(w, None if down_bias_EH is None else down_bias_EH[e])
-            for e, w in enumerate(down_EHI)
-        ]
+        ups = self._pack_stack(gate_up_E2IH, gate_up_bias_E2I)
+        downs = self._pack_stack(down_EHI, down_bias_EH)
         return Experts(num, hidden, inner, activation, (ups, downs))
+
+    def _pack_stack(self, stack: Matrix, bias_EN: Tensor | None) -> list[Linear]:
+        return [
+            self.pack_linear(part_of(stack, e), None if bias_EN is None else bias_EN[e])
+            for e in range(stack.shape[0])
+        ]
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         rows = x_TH.float().reshape(-1, x_TH.shape[-1])
@@ -65,16 +68,15 @@ class ReferenceOps(Composed):
         return torch.stack(out).view(x_TH.shape)
 
     def linear(self, x_TK: Tensor, weight: Linear) -> Tensor:
-        matrix, bias = cast("tuple[Tensor, Tensor | None]", weight.data)
-        out = x_TK.new_empty(len(x_TK), weight.out_features)
-        for t, row in enumerate(x_TK):
-            product = torch.mv(matrix, row.clone())
-            out[t] = product if bias is None else product + bias
-        return out
+        matrix, bias = cast("tuple[Matrix, Tensor | None]", weight.data)
+        return product(x_TK, matrix, bias)
 
-    def pack_heads(self, weight_ANK: Tensor) -> Linear:
+    def quantize_per_token(self, x_TK: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_rows(x_TK)
+
+    def pack_heads(self, weight_ANK: Matrix) -> Linear:
         _, out, into = weight_ANK.shape
-        return Linear(out, into, [self.pack_linear(w) for w in weight_ANK])
+        return Linear(out, into, self._pack_stack(weight_ANK, None))
 
     def linear_heads(self, x_TAK: Tensor, weight: Linear) -> Tensor:
         heads = cast("list[Linear]", weight.data)

@@ -7,6 +7,7 @@ residual stream is fp32. Letters as in ``kernels.ops``, R wanted rows, W vocabul
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,14 @@ from moeserve.models.attention import AttentionWeights, kv_shape, load_attention
 from moeserve.models.batch import StepBatch
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.families import read_spec
+from moeserve.models.fields import Fields
+from moeserve.models.formats.layouts import Stored
+from moeserve.models.formats.method import read_method
 from moeserve.models.moe import DenseMlp, MoeMlp, RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
 from moeserve.models.rope import RopeTables, rope_tables
 from moeserve.models.spec import LayerSpec, ModelSpec
-from moeserve.models.weights import Weights
+from moeserve.models.weights import Rounding, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +156,27 @@ def load_decoder(
     dtype: torch.dtype | None,
     ops: Ops,
     kv_dtype: torch.dtype | None = None,
+    quantization: str = "auto",
+    quantize_attention: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """The model in a folder, its matrices in ``dtype``: float32, bfloat16, or the checkpoint's.
+    """The model in a folder, its floats in ``dtype``: float32, bfloat16, or the checkpoint's.
 
-    A float16 checkpoint is held as float32, which is exact. ``kv_dtype`` is float32, bfloat16,
-    int8, or that of the matrices. Tensors that the model does not explain are an error.
+    A float16 checkpoint is held as float32, which is exact. Quantised matrices stay as they are
+    stored, unless ``quantization`` says otherwise (see ``weights.Rounding``). ``kv_dtype`` is
+    float32, bfloat16, int8, or that of the floats. Tensors that the model does not explain are an
+    error.
     """
     checkpoint = Checkpoint.open(path)
-    return assemble(checkpoint, dtype=dtype, ops=ops, kv_dtype=kv_dtype, progress=progress)
+    return assemble(
+        checkpoint,
+        dtype=dtype,
+        ops=ops,
+        kv_dtype=kv_dtype,
+        quantization=quantization,
+        quantize_attention=quantize_attention,
+        progress=progress,
+    )
 
 
 def assemble(
@@ -169,38 +185,70 @@ def assemble(
     dtype: torch.dtype | None,
     ops: Ops,
     kv_dtype: torch.dtype | None = None,
+    quantization: str = "auto",
+    quantize_attention: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """``load_decoder`` of an open folder."""
-    spec, names = read_spec(checkpoint)
-    embedding = checkpoint.get("model.embed_tokens.weight", (spec.vocab, spec.hidden))
-    held = dtype or embedding.dtype
-    w = Weights(
-        checkpoint, ops, torch.bfloat16 if held is torch.bfloat16 else torch.float32, progress
+    rounding = Rounding(quantization, quantize_attention)
+    w = open_weights(checkpoint, dtype, ops, rounding, progress)
+    decoder = build_decoder(w, kv_dtype)
+    for method, count in w.stored.rounded.items():
+        logging.getLogger("moeserve.models").info(
+            "%s: %d matrices of %s rounded to int8, which holds them best",
+            checkpoint.path,
+            count,
+            method,
+        )
+    if progress is not None:
+        progress(checkpoint.total_bytes, checkpoint.total_bytes)
+    return decoder
+
+
+def open_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    ops: Ops,
+    rounding: Rounding,
+    progress: Callable[[int, int], None] | None = None,
+) -> Weights:
+    """``dtype`` None is that of the embedding, which no method quantises."""
+    held = dtype or checkpoint.dtype("model.embed_tokens.weight")
+    where = str(checkpoint.path / "config.json")
+    return Weights(
+        checkpoint,
+        Stored(checkpoint, read_method(Fields(checkpoint.config, where))),
+        ops,
+        torch.bfloat16 if held is torch.bfloat16 else torch.float32,
+        rounding,
+        progress,
     )
-    embedding_WH = embedding.to(w.dtype, copy=True)
+
+
+def build_decoder(w: Weights, kv_dtype: torch.dtype | None = None) -> Decoder:
+    """Reads every tensor of the model, and accounts for the others."""
+    spec, names = read_spec(w.checkpoint)
+    embedding_WH = w.embedding("model.embed_tokens", spec.vocab, spec.hidden)
     if spec.tied_embeddings:
-        head = ops.pack_linear(embedding_WH)
+        head = w.ops.pack_linear(w.held("lm_head", embedding_WH))
     else:
         head = w.linear("lm_head", spec.vocab, spec.hidden)
+    w.checkpoint.release()
     blocks = tuple(_load_block(w, i, layer, names, spec) for i, layer in enumerate(spec.layers))
-    decoder = Decoder(
+    return Decoder(
         spec=spec,
-        ops=ops,
+        ops=w.ops,
         dtype=w.dtype,
         kv_dtype=kv_dtype or w.dtype,
         embedding_WH=embedding_WH,
         blocks=blocks,
-        head=ops.prepare(
+        head=w.ops.prepare(
             HeadWeights(w.vector("model.norm.weight", spec.hidden), spec.norm_eps, head)
         ),
         rope=rope_tables(spec.rope, spec.max_positions),
         mtp=_load_mtp(w, names, spec, embedding_WH, head),
-        unread=_explained(checkpoint, spec),
+        unread=_explained(w.checkpoint, spec, w.stored),
     )
-    if progress is not None:
-        progress(checkpoint.total_bytes, checkpoint.total_bytes)
-    return decoder
 
 
 def _load_block(
@@ -212,11 +260,13 @@ def _load_block(
     attention = load_attention(
         w, f"{prefix}.self_attn", layer.attention, input_norm_H, spec.norm_eps
     )
-    return Block(
+    block = Block(
         layer=index,
         attention=w.ops.prepare(attention),
         mlp=load_mlp(w, prefix, layer.mlp, names, post_norm_H, spec.norm_eps),
     )
+    w.checkpoint.release()
+    return block
 
 
 def _load_mtp(
@@ -225,9 +275,9 @@ def _load_mtp(
     prefix = f"model.layers.{len(spec.layers)}"
     if spec.mtp is None or not w.has(f"{prefix}.eh_proj.weight"):
         return None
-    own_embedding, own_head = f"{prefix}.embed_tokens.weight", f"{prefix}.shared_head.head"
-    if w.has(own_embedding):
-        embedding_WH = w.matrix(own_embedding, spec.vocab, spec.hidden)
+    own_embedding, own_head = f"{prefix}.embed_tokens", f"{prefix}.shared_head.head"
+    if w.has(f"{own_embedding}.weight"):
+        embedding_WH = w.embedding(own_embedding, spec.vocab, spec.hidden)
     if w.has(f"{own_head}.weight"):
         head = w.linear(own_head, spec.vocab, spec.hidden)
     return Mtp(
@@ -244,10 +294,10 @@ def _load_mtp(
     )
 
 
-def _explained(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
+def _explained(checkpoint: Checkpoint, spec: ModelSpec, stored: Stored) -> tuple[str, ...]:
     """The tensors nobody read, if each has a reason: else an error that names them."""
     unread = checkpoint.unread()
-    strange = [name for name in unread if not _needless(name, spec)]
+    strange = [name for name in unread if not (_needless(name, spec) or stored.needless(name))]
     if strange:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise CheckpointError(

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from moeserve.kernels import _cpu
 from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.matrix import Matrix, to_int4, to_int8
 from moeserve.kernels.ops import Activation, RouterSpec
 
 FEW = settings(max_examples=10, deadline=None)
 seeds = st.integers(0, 2**31)
-dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+kinds = st.sampled_from(["float32", "bfloat16", "int8", "int4"])
 
 RowOp = Callable[[CpuOps, Tensor], Tensor]
 
@@ -26,21 +27,31 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def linear(k: int, n: int, dtype: torch.dtype) -> RowOp:
-    weight, bias = torch.randn(n, k).to(dtype), torch.randn(n)
+def as_kind(weight: Tensor, kind: str) -> Matrix:
+    if kind == "int8":
+        return to_int8(weight)
+    if kind == "int4":
+        return to_int4(weight, 32)
+    return weight.to(getattr(torch, kind))
+
+
+def linear(k: int, n: int, kind: str) -> RowOp:
+    weight, bias = as_kind(torch.randn(n, k), kind), torch.randn(n)
     return lambda ops, x: ops.linear(x, ops.pack_linear(weight, bias))
 
 
-def linear_heads(k: int, n: int, dtype: torch.dtype) -> RowOp:
-    weight = torch.randn(3, n, k).to(dtype)
+def linear_heads(k: int, n: int, kind: str) -> RowOp:
+    weight = as_kind(torch.randn(3, n, k), kind)
     return lambda ops, x: ops.linear_heads(
         x[:, None].expand(-1, 3, -1).contiguous(), ops.pack_heads(weight)
     )
 
 
-def moe_ffn(k: int, n: int, dtype: torch.dtype) -> RowOp:
+def moe_ffn(k: int, n: int, kind: str) -> RowOp:
     """Each row's experts follow from the row, so that they move with it."""
-    gate_up, down = torch.randn(6, 2 * n, k).to(dtype), torch.randn(6, k, n).to(dtype)
+    n += n % 2
+    gate_up = as_kind(torch.randn(6, 2 * n, k), kind)
+    down = as_kind(torch.randn(6, k, n), kind)
 
     def run(ops: CpuOps, x: Tensor) -> Tensor:
         ids, weights = ops.route_topk(x[:, :6].contiguous(), RouterSpec(6, 2))
@@ -49,16 +60,16 @@ def moe_ffn(k: int, n: int, dtype: torch.dtype) -> RowOp:
     return run
 
 
-def rms_norm(k: int, n: int, dtype: torch.dtype) -> RowOp:
+def rms_norm(k: int, n: int, kind: str) -> RowOp:
     weight = torch.randn(k)
     return lambda ops, x: ops.rms_norm(x, weight, 1e-6)
 
 
-def glu(k: int, n: int, dtype: torch.dtype) -> RowOp:
+def glu(k: int, n: int, kind: str) -> RowOp:
     return lambda ops, x: ops.glu(torch.cat((x, -x), 1), Activation.SWIGLU)
 
 
-def route_topk(k: int, n: int, dtype: torch.dtype) -> RowOp:
+def route_topk(k: int, n: int, kind: str) -> RowOp:
     spec = RouterSpec(k, 4, scoring="sigmoid", scale=2.5)
     bias = torch.randn(k)
 
@@ -75,19 +86,20 @@ over_row_ops = pytest.mark.parametrize("make", ROW_OPS, ids=lambda make: make.__
 
 @over_row_ops
 @FEW
-@given(seeds, st.integers(1, 40), st.integers(6, 150), st.integers(1, 150), dtypes)
+@given(seeds, st.integers(1, 40), st.integers(6, 150), st.integers(1, 150), kinds)
 @pytest.mark.usefixtures("two_threads")
 def test_a_row_alone_is_the_row_in_any_batch(
     native: CpuOps,
-    make: Callable[[int, int, torch.dtype], RowOp],
+    make: Callable[[int, int, str], RowOp],
     seed: int,
     t: int,
     k: int,
     n: int,
-    dtype: torch.dtype,
+    kind: str,
 ) -> None:
     torch.manual_seed(seed)
-    run, x = make(k, n, dtype), torch.randn(t, k)
+    k += k % 2 if kind == "int4" else 0
+    run, x = make(k, n, kind), torch.randn(t, k)
     together = run(native, x)
     order, cut = torch.randperm(t), int(torch.randint(t + 1, ()))
     assert same_bits(run(native, x[order]), together[order])
@@ -97,12 +109,13 @@ def test_a_row_alone_is_the_row_in_any_batch(
 
 
 @over_row_ops
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("t", [1, 9, 130])
 def test_threads_do_not_change_a_bit(
-    native: CpuOps, make: Callable[[int, int, torch.dtype], RowOp], t: int
+    native: CpuOps, make: Callable[[int, int, str], RowOp], kind: str, t: int
 ) -> None:
     torch.manual_seed(t)
-    run, x = make(290, 470, torch.bfloat16), torch.randn(t, 290)
+    run, x = make(290, 470, kind), torch.randn(t, 290)
     before, results = _cpu.threads(), []
     for count in (1, 2, 5):
         _cpu.set_threads(count)
@@ -114,16 +127,16 @@ def test_threads_do_not_change_a_bit(
 
 
 @over_row_ops
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("t", [1, 3, 20])
-def test_every_fused_instruction_set_gives_the_same_bits(
-    make: Callable[[int, int, torch.dtype], RowOp], t: int
+def test_every_instruction_set_gives_the_same_bits(
+    make: Callable[[int, int, str], RowOp], kind: str, t: int
 ) -> None:
-    """Peers of different processors may share a cache. Plain SSE has no fused multiply-add."""
+    """Peers of different processors may share a cache."""
     torch.manual_seed(t)
-    run, x, before = make(123, 77, torch.bfloat16), torch.randn(t, 123), _cpu.isa()
-    fused = [isa for isa in _cpu.isas() if isa != "portable"] or ["portable"]
+    run, x, before = make(124, 77, kind), torch.randn(t, 124), _cpu.isa()
     results = []
-    for isa in fused:
+    for isa in _cpu.isas():
         _cpu.set_isa(isa)
         results.append(run(CpuOps(), x))
     _cpu.set_isa(before)

@@ -204,7 +204,8 @@ def test_bf16_weights_stay_near_and_keep_bit_identity(
 
     assert decoder.kv_bytes_per_token * 2 == tiny_decoder("deepseek_v3").kv_bytes_per_token
     exact = alone(tiny_decoder("deepseek_v3"), PROMPT)
-    assert 0 < (logits - exact).abs().mean() < 0.1 * exact.abs().mean()
+    # Activations are rounded too, and a random router's near-ties fall either way.
+    assert 0 < (logits - exact).abs().mean() < 0.2 * exact.abs().mean()
     sequences = Sequences(decoder, [len(PROMPT)])
     parts = [sequences.run((0, [t], i))[0] for i, t in enumerate(PROMPT)]
     assert torch.equal(torch.cat(parts), logits)

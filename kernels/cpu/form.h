@@ -1,0 +1,135 @@
+// How the matrices of a kind lie in memory, and packing them.
+#pragma once
+
+// Of one matrix: everything that follows from its kind, K and group.
+struct Form {
+  int64_t lines;        // of 64 bytes in a row of activations; also the chunks of a panel
+  int64_t panel_bytes;
+  int64_t groups, group, halves, last_halves;  // int4; 1 group otherwise
+};
+
+Form form_of(Kind kind, int64_t k, int64_t group) {
+  if (kind != Kind::int4) {
+    const int64_t per_line = kind == Kind::fp32 ? 16 : kind == Kind::bf16 ? 32 : 64;
+    const int64_t lines = ceil_div(k, per_line);
+    return {lines, lines * kChunk, 1, k, 0, 0};
+  }
+  group = most(1, least(group, k));
+  const int64_t groups = ceil_div(k, group), halves = ceil_div(group, 32);
+  const int64_t last = ceil_div(k - (groups - 1) * group, 32), all = (groups - 1) * halves + last;
+  return {ceil_div(all, 2), all * kHalf, groups, group, halves, last};
+}
+
+int64_t panels_of(int64_t n, bool paired) {
+  return paired ? ceil_div(n / 2, kPanel / 2) : ceil_div(n, kPanel);
+}
+
+int64_t packed_bytes(Kind kind, int64_t n, int64_t k, int64_t group, bool paired) {
+  return panels_of(n, paired) * form_of(kind, k, group).panel_bytes;
+}
+
+// Eight nibbles 0..7 become 0 4 1 5 2 6 3 7: see int4 panels in dot.h.
+INLINE uint32_t deal_nibbles(uint32_t x) {
+  x = (x & 0xff0000ff) | (x >> 8 & 0x0000ff00) | (x << 8 & 0x00ff0000);
+  return (x & 0xf00ff00f) | (x >> 4 & 0x00f000f0) | (x << 4 & 0x0f000f00);
+}
+
+// 16 words of a row from feature `word * features per word` on; past its end they are zero.
+INLINE void read_words(const char* row, int64_t bytes, int64_t word, int64_t count, uint32_t* to) {
+  const int64_t left = bytes - word * 4;
+  if (left >= count * 4) {
+    __builtin_memcpy(to, row + word * 4, count * 4);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = 0;
+  if (left > 0) __builtin_memcpy(to, row + word * 4, left);
+}
+
+// Four words of int4: the 32 features of half `half` of group `g`.
+INLINE void read_half(const uint8_t* row, int64_t k, const Form& form, int64_t g, int64_t half,
+                      uint32_t* to) {
+  const int64_t first = g * form.group + half * 32;
+  const int64_t end = least(k, (g + 1) * form.group);
+  if (form.group % 32 == 0 && first + 32 <= end) {
+    __builtin_memcpy(to, row + first / 2, 16);
+    return;
+  }
+  for (int i = 0; i < 4; ++i) to[i] = 0;
+  for (int64_t f = first; f < least(first + 32, end); ++f)
+    to[(f - first) / 8] |= (row[f / 2] >> (f % 2 * 4) & 15u) << ((f - first) % 8 * 4);
+}
+
+// Words [32 rows][16] to steps [16][32 lanes].
+INLINE void turn_words(const uint32_t (*words)[kSteps], int64_t count, uint32_t* to) {
+  for (int64_t lane = 0; lane < kPanel; lane += 16)
+    for (int64_t step = 0; step < count; ++step)
+      for (int64_t i = 0; i < 16; ++i) to[step * kPanel + lane + i] = words[lane + i][step];
+}
+
+void pack_panel(Kind kind, const char* const* rows, int64_t k, const Form& form, char* to) {
+  alignas(64) uint32_t words[kPanel][kSteps];
+  uint32_t* out = reinterpret_cast<uint32_t*>(to);
+  if (kind == Kind::int4) {
+    for (int64_t g = 0; g < form.groups; ++g)
+      for (int64_t h = 0; h < (g + 1 < form.groups ? form.halves : form.last_halves); ++h) {
+        for (int lane = 0; lane < kPanel; ++lane) {
+          for (int i = 0; i < 4; ++i) words[lane][i] = 0;
+          if (rows[lane])
+            read_half(reinterpret_cast<const uint8_t*>(rows[lane]), k, form, g, h, words[lane]);
+          for (int i = 0; i < 4; ++i) words[lane][i] = deal_nibbles(words[lane][i]);
+        }
+        turn_words(words, 4, out);
+        out += 4 * kPanel;
+      }
+    return;
+  }
+  const int64_t bytes = k * (kind == Kind::fp32 ? 4 : kind == Kind::bf16 ? 2 : 1);
+  const uint32_t flip = kind == Kind::int8 ? 0x80808080 : 0;
+  for (int64_t c = 0; c < form.lines; ++c, out += kSteps * kPanel) {
+    for (int lane = 0; lane < kPanel; ++lane) {
+      for (int i = 0; i < kSteps; ++i) words[lane][i] = 0;
+      if (rows[lane]) read_words(rows[lane], bytes, c * kSteps, kSteps, words[lane]);
+      for (int i = 0; i < kSteps; ++i) words[lane][i] ^= flip;
+    }
+    turn_words(words, kSteps, out);
+  }
+}
+
+// `count` matrices [n, k] of a kind (int4: two features a byte) into panels.
+void pack(Kind kind, const void* from, int64_t count, int64_t n, int64_t k, int64_t group,
+          bool paired, void* to) {
+  const Form form = form_of(kind, k, group);
+  const int64_t panels = panels_of(n, paired), half = kPanel / 2;
+  const int64_t row_bytes = kind == Kind::int4 ? k / 2 : k * (kind == Kind::fp32   ? 4
+                                                              : kind == Kind::bf16 ? 2
+                                                                                   : 1);
+  each(count * panels, count * n * k, [&](int64_t item) {
+    const int64_t p = item % panels;
+    const char* matrix = static_cast<const char*>(from) + item / panels * n * row_bytes;
+    const char* rows[kPanel];
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const int64_t row = !paired ? p * kPanel + lane : p * half + lane % half;
+      const bool real = row < (paired ? n / 2 : n);
+      const int64_t at = paired && lane >= half ? n / 2 + row : row;
+      rows[lane] = real ? matrix + at * row_bytes : nullptr;
+    }
+    pack_panel(kind, rows, k, form, static_cast<char*>(to) + item * form.panel_bytes);
+  });
+}
+
+// Floats [count, n, columns] (biases, scales) to [count, panels, columns, 32 lanes].
+void pack_floats(const float* from, int64_t count, int64_t n, int64_t columns, bool paired,
+                 float* to) {
+  const int64_t panels = panels_of(n, paired), half = kPanel / 2;
+  each(count * panels, count * n * columns, [&](int64_t item) {
+    const int64_t p = item % panels;
+    const float* matrix = from + item / panels * n * columns;
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const int64_t row = !paired ? p * kPanel + lane : p * half + lane % half;
+      const bool real = row < (paired ? n / 2 : n);
+      const int64_t at = paired && lane >= half ? n / 2 + row : row;
+      for (int64_t c = 0; c < columns; ++c)
+        to[(item * columns + c) * kPanel + lane] = real ? matrix[at * columns + c] : 0.0f;
+    }
+  });
+}

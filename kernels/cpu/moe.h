@@ -1,0 +1,186 @@
+// Routed experts in one parallel loop: first gate/up of every expert in ranges of panels, then down
+// in columns of 32 over all experts, where a column ends in the weighted sum. Whoever ends an
+// expert's gate/up prepares its rows for down; a column waits only for the expert it comes to.
+// Items are handed out in order, so what an item waits for is always in somebody's hands.
+#pragma once
+
+#include <sched.h>
+
+INLINE F16 activate(F16 gate, F16 up, bool clamped) {
+  if (!clamped) return gate * sigmoid(gate) * up;
+  gate = at_most(gate, splat(7.0f));
+  up = at_most(at_least(up, splat(-7.0f)), splat(7.0f));
+  return (up + splat(1.0f)) * (gate * sigmoid(gate * splat(1.702f)));
+}
+
+// Inputs of one expert: `pair[start : start + rows]`, at most kBlockRows of them.
+struct Block {
+  int32_t expert, start, rows;
+  int32_t done, ready;  // items of gate/up; whether the rows for down are there
+};
+
+// The (token, choice) pairs sorted by expert, in blocks. False if an id is not an expert.
+bool group_by_expert(const int32_t* ids, int64_t pairs, int64_t experts, int32_t* place,
+                     int32_t* pair, Block* block, int64_t& blocks) {
+  for (int64_t e = 0; e < experts; ++e) place[e] = 0;
+  for (int64_t i = 0; i < pairs; ++i) {
+    if (ids[i] < 0 || ids[i] >= experts) return false;
+    ++place[ids[i]];
+  }
+  int32_t total = 0;
+  blocks = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    int32_t left = place[e];
+    place[e] = total;
+    while (left) {
+      const int32_t rows = static_cast<int32_t>(least(left, kBlockRows));
+      block[blocks++] = {static_cast<int32_t>(e), total, rows, 0, 0};
+      total += rows;
+      left -= rows;
+    }
+  }
+  for (int64_t i = 0; i < pairs; ++i) pair[place[ids[i]]++] = static_cast<int32_t>(i);
+  return true;
+}
+
+void wait_for(const int32_t* flag) {
+  for (int spins = 0; !__atomic_load_n(flag, __ATOMIC_ACQUIRE); ++spins) {
+    if (spins > 2000) sched_yield();
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+
+// One call: sizes, and where everything lies in scratch memory.
+struct MoeCall {
+  const float* x;
+  const Experts& w;
+  const float* weights;
+  float* out;
+  int64_t rows, chosen, hidden, inner, room;  // `room`: floats of a row between gate/up and down
+  Form up, down;
+  int64_t up_panels, down_panels, blocks, step, up_items;
+  Inputs tokens, activations;
+  float* between;  // [pairs][room], in the order of `pair`
+  int32_t* pair;
+  Block* block;
+};
+
+// The tokens of a block, line by line into tiles. One row alone is a tile where it lies.
+Inputs gather(const MoeCall& m, const Block& b) {
+  const int32_t* pair = m.pair + b.start;
+  if (b.rows == 1) return rows_from(m.tokens, m.up, pair[0] / m.chosen);
+  char* memory = static_cast<char*>(scratch(1, bytes_of(m.up, b.rows) + 64));
+  const Inputs to = take_rows(m.up, b.rows, memory);
+  for (int64_t first = 0; first < b.rows;) {
+    const RowTile tile = tile_of(b.rows, tile_limit(m.w.gate_up.kind), first);
+    for (int64_t r = first; r < first + tile.size; ++r) {
+      const Inputs from = rows_from(m.tokens, m.up, pair[r] / m.chosen);
+      char* line = to.data + first * m.up.lines * kLine + (r - first) * kLine;
+      for (int64_t i = 0; i < m.up.lines; ++i)
+        __builtin_memcpy(line + i * tile.size * kLine, from.data + i * kLine, kLine);
+      to.scale[r] = *from.scale;
+      for (int64_t g = 0; g < m.up.groups; ++g) to.sums[r * m.up.groups + g] = from.sums[g];
+    }
+    first += tile.size;
+  }
+  return to;
+}
+
+const char* panel_at(const Matrix& w, const Form& form, int64_t index) {
+  return static_cast<const char*>(w.data) + index * form.panel_bytes;
+}
+
+void gate_up_item(const MoeCall& m, int64_t item) {
+  const Matrix& w = m.w.gate_up;
+  const int64_t steps = ceil_div(m.up_panels, m.step);
+  Block& b = m.block[item / steps];
+  const int64_t from = item % steps * m.step, to = least(m.up_panels, from + m.step);
+  const int64_t base = b.expert * m.up_panels, later = item + threads();
+  fetch_start(panel_at(w, m.up, base + from));
+  const char* after =
+      later < m.up_items
+          ? panel_at(w, m.up, m.block[later / steps].expert * m.up_panels + later % steps * m.step)
+          : nullptr;
+  const Inputs x = gather(m, b);
+  for (int64_t p = from; p < to; ++p) {
+    const char* next = p + 1 < to ? panel_at(w, m.up, base + p + 1) : after;
+    times(w, m.up, base + p, x, b.rows, next, [&](int64_t r, F16 gate, F16 up) {
+      store(m.between + (b.start + r) * m.room + p * kLanes, activate(gate, up, m.w.clamped));
+    });
+  }
+  if (__atomic_add_fetch(&b.done, 1, __ATOMIC_ACQ_REL) < steps) return;
+  const Inputs rows = rows_from(m.activations, m.down, b.start);
+  for (int64_t r = 0; r < b.rows; ++r)
+    prepare_in_tile(m.w.down.kind, m.down, m.between + (b.start + r) * m.room, m.inner, rows,
+                    b.rows, r);
+  __atomic_store_n(&b.ready, 1, __ATOMIC_RELEASE);
+}
+
+void down_item(const MoeCall& m, int64_t panel) {
+  const Matrix& w = m.w.down;
+  const int64_t pairs = m.rows * m.chosen;
+  float* column = static_cast<float*>(scratch(1, pairs * kPanel * sizeof(float)));
+  const auto panel_of = [&](int64_t i, int64_t p) {
+    return panel_at(w, m.down, m.block[i].expert * m.down_panels + p);
+  };
+  fetch_start(panel_of(0, panel));
+  for (int64_t i = 0; i < m.blocks; ++i) {
+    const Block& b = m.block[i];
+    wait_for(&b.ready);
+    const char* next = nullptr;
+    if (i + 1 < m.blocks)
+      next = panel_of(i + 1, panel);
+    else if (panel + threads() < m.down_panels)
+      next = panel_of(0, panel + threads());
+    const int32_t* pair = m.pair + b.start;
+    times(w, m.down, b.expert * m.down_panels + panel, rows_from(m.activations, m.down, b.start),
+          b.rows, next, [&](int64_t r, F16 low, F16 high) {
+            store(column + pair[r] * kPanel, low);
+            store(column + pair[r] * kPanel + kLanes, high);
+          });
+  }
+  for (int64_t t = 0; t < m.rows; ++t) {
+    F16 low = zero(), high = zero();
+    for (int64_t c = t * m.chosen; c < (t + 1) * m.chosen; ++c) {
+      const F16 weight = splat(m.weights[c]);
+      low = fma(weight, load(column + c * kPanel), low);
+      high = fma(weight, load(column + c * kPanel + kLanes), high);
+    }
+    store_panel(m.out + t * m.hidden, m.hidden, panel, low, high);
+  }
+}
+
+bool moe_ffn(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
+             const float* weights, int64_t chosen, float* out) {
+  MoeCall m{x, w, weights, out, rows, chosen, w.down.n, w.down.k, padded(w.down.k), {}, {}, 0, 0, 0,
+        0, 0, {}, {}, nullptr, nullptr, nullptr};
+  m.up = form_of(w.gate_up.kind, m.hidden, w.gate_up.group);
+  m.down = form_of(w.down.kind, m.inner, w.down.group);
+  m.up_panels = panels_of(2 * m.inner, true);
+  m.down_panels = panels_of(m.hidden, false);
+  const int64_t pairs = rows * chosen, most_blocks = least(pairs, w.count + pairs / kBlockRows);
+  char* memory = static_cast<char*>(
+      scratch(0, bytes_of(m.up, rows) + bytes_of(m.down, pairs) + 4 * pairs * (m.room + 1) +
+                     sizeof(Block) * most_blocks + 4 * w.count + 4 * 64));
+  m.tokens = take_rows(m.up, rows, memory);
+  m.activations = take_rows(m.down, pairs, memory);
+  m.between = reinterpret_cast<float*>(memory);
+  m.pair = reinterpret_cast<int32_t*>(m.between + pairs * m.room);
+  m.block = reinterpret_cast<Block*>(m.pair + pairs);
+  int32_t* place = reinterpret_cast<int32_t*>(m.block + most_blocks);
+  if (!group_by_expert(ids, pairs, w.count, place, m.pair, m.block, m.blocks)) return false;
+
+  each_row(rows, 4 * m.hidden, [&](int64_t t) {
+    const Inputs row = rows_from(m.tokens, m.up, t);
+    prepare(w.gate_up.kind, m.up, x + t * m.hidden, m.hidden, row.data, kLine, row.scale, row.sums);
+  });
+  m.step = panels_per_item(m.up_panels, m.blocks);
+  m.up_items = m.blocks * ceil_div(m.up_panels, m.step);
+  if (!pairs) m.up_items = 0;
+  each(m.up_items + (rows ? m.down_panels : 0), 3 * pairs * m.hidden * m.inner, [&](int64_t item) {
+    item < m.up_items ? gate_up_item(m, item) : down_item(m, item - m.up_items);
+  });
+  return true;
+}
