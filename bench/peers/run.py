@@ -364,7 +364,8 @@ def parse() -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace, model: Path) -> list[Peer]:
-    everyone = roster(args.home, model, args.threads)
+    longest = max(64, args.prompt + args.tokens + 8)
+    everyone = roster(args.home, model, args.threads, longest)
     if not args.only:
         return [peer for peer in everyone if peer.default]
     wanted = [p for p in everyone if any(p.name.startswith(name) for name in args.only)]
