@@ -1,4 +1,4 @@
-"""``moeserve serve | generate | doctor | evaluate | place``: reads arguments, calls, prints.
+"""The commands of ``moeserve``: reads arguments, calls, prints.
 
 Exit status: 0 done, 1 it failed or found problems, 2 the command line or a setting is wrong, 130
 interrupted. ``--json`` prints one JSON object to standard output and nothing else there. Heavy
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import moeserve
@@ -133,6 +134,8 @@ GENERATE_SETTINGS = (
     "model",
     "dtype",
     "kv_dtype",
+    "quantization",
+    "quantize_attention",
     "max_model_len",
     "block_size",
     "num_blocks",
@@ -214,17 +217,92 @@ def _doctor(args: argparse.Namespace) -> int:
     return report.exit_status
 
 
+def _add_bench(commands: Commands) -> None:
+    from moeserve.bench.cli import add_arguments
+
+    command = commands.add_parser(
+        "bench",
+        help=COMMANDS["bench"][0],
+        description="Measure prefill, decode or the experts' kernel, beside the roofline.",
+        epilog="example: moeserve bench decode --model demo --batch 1,16 --rounds 5",
+        allow_abbrev=False,
+    )
+    add_arguments(command)
+
+
 def _add_evaluate(commands: Commands) -> None:
     from moeserve.evaluate.cli import add_parser
 
     add_parser(commands, COMMANDS["evaluate"][0])
 
 
+def _add_quantize(commands: Commands) -> None:
+    command = commands.add_parser(
+        "quantize",
+        help=COMMANDS["quantize"][0],
+        description="Write a copy of a model with 8- or 4-bit weights, as compressed-tensors.",
+        epilog="example: moeserve quantize --model demo --out demo-int8",
+        allow_abbrev=False,
+    )
+    command.add_argument("--model", required=True, help="a checkpoint folder, or 'demo'")
+    command.add_argument("--out", required=True, type=Path, help="a folder that does not exist yet")
+    command.add_argument(
+        "--scheme",
+        choices=("int8", "int4"),
+        default="int8",
+        help="int8 per row, or int4 in groups for feed-forward matrices and int8 for others [int8]",
+    )
+    command.add_argument(
+        "--group", type=int, default=128, metavar="N", help="features in a group of int4 [128]"
+    )
+    command.add_argument(
+        "--keep-attention", action="store_true", help="leave attention's matrices in floats"
+    )
+    command.add_argument(
+        "--quantize-head",
+        action="store_true",
+        help="the output head too: faster here, but not every other runtime reads it",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=_quantize)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    from moeserve.models.library import resolve_model
+    from moeserve.models.quantize import Recipe, quantize
+
+    recipe = Recipe(args.scheme, args.group, not args.keep_attention, args.quantize_head)
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("writing")
+        done = quantize(
+            resolve_model(args.model),
+            args.out,
+            recipe,
+            progress=lambda now, total: bar.update(task, completed=now, total=total),
+        )
+    if args.json:
+        print(json.dumps(done.to_json()))
+        return 0
+    print(
+        f"{done.folder}: {done.int8} matrices in int8, {done.int4} in int4, {done.kept} tensors "
+        f"kept; {done.bytes_before / 1e6:.1f} MB became {done.bytes_after / 1e6:.1f} MB"
+    )
+    for name in done.left_out:
+        print(f"left out: {name}, which the model does not use", file=sys.stderr)
+    return 0
+
+
 COMMANDS: Mapping[str, tuple[str, Callable[[Commands], None]]] = {
     "serve": ("serve a model over gRPC and OpenAI HTTP", _add_serve),
     "generate": ("answer one prompt without a server", _add_generate),
+    "bench": ("how fast is it here, and how fast could it be", _add_bench),
     "doctor": ("would this host serve, and what would bind it", _add_doctor),
     "evaluate": ("how far a run of a model lies from a reference run", _add_evaluate),
+    "quantize": ("write a copy of a model in 8 or 4 bits", _add_quantize),
     "place": ("decide which device holds which expert", add_place),
 }
 

@@ -85,6 +85,12 @@ class ServeConfig(BaseModel):
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto", description="KV in memory; auto is as the weights"
     )
+    quantization: Literal["auto", "none", "int8", "int4"] = Field(
+        "auto", description="bits of the matrices; auto as stored, none as floats"
+    )
+    quantize_attention: bool = Field(
+        True, description="attention's matrices too, where --quantization rounds"
+    )
     max_model_len: Count | None = Field(
         None, description="tokens of prompt and answer together; default: the checkpoint's"
     )

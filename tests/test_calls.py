@@ -10,12 +10,11 @@ import torch
 from moeserve.kernels import _cpu
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder
-from moeserve.models.spec import MoeSpec
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_a_layer_is_three_native_calls_and_a_dense_one_two(
+def test_a_step_is_three_native_calls_however_many_layers(
     tiny_decoder: Callable[[str], Decoder], family: str, sequences: int
 ) -> None:
     decoder = tiny_decoder(family)
@@ -24,7 +23,5 @@ def test_a_layer_is_three_native_calls_and_a_dense_one_two(
     before = _cpu.calls()
     logits = decoder.forward(step, cache)
     taken = _cpu.calls() - before
-    moe = sum(isinstance(layer.mlp, MoeSpec) for layer in decoder.spec.layers)
-    dense = len(decoder.spec.layers) - moe
-    assert taken == 3 * moe + 2 * dense + 2  # and the embedding and the head
+    assert taken == 3  # embedding, layers, head
     assert torch.isfinite(logits).all()

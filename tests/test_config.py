@@ -33,6 +33,8 @@ OTHER: dict[str, Any] = {
     "api_key": "secret-secret",
     "dtype": "bfloat16",
     "kv_dtype": "int8",
+    "quantization": "int8",
+    "quantize_attention": False,
     "max_model_len": 99,
     "block_size": 8,
     "num_blocks": 77,

@@ -1,202 +1,17 @@
-// Causal softmax attention over a paged cache, as a running softmax over steps of 64 positions
-// counted from the sequence's start. A query's operations depend on its own position and window
-// only: not on the cache's block size, the chunk it arrived in, or the queries computed beside it.
+// Causal softmax attention over a paged cache: what is checked, and how work is shared.
+//
+// A query's operations depend on its own position and window only: not on the cache's block size,
+// the chunk it arrived in, the queries computed beside it, or who computes what.
 #pragma once
-
-constexpr int kStep = 64;
-constexpr int kQueries = 4;  // queries of one KV head that share what is read of the cache
-constexpr float kNever = -__builtin_inff();
-
-// Keys per tile of scores, and 16s of features per tile of values, as the registers allow.
-#if defined(__AVX512F__)
-constexpr int kKeys = 4, kWide = 4;
-#else
-constexpr int kKeys = 1, kWide = 2;
-#endif
-
-struct Tile {
-  int32_t sequence, kv_head, first;  // `first` counts the sequence's queries of this KV head
-};
-
-// A query's place, what it sees (positions from .. to - 1), its scores and running state.
-struct Query {
-  int64_t row, head, from, to;
-  float highest, total, shrink;
-  alignas(64) float score[kStep];
-};
-
-// score[q][p] = scale * q . k for Q queries and K keys; 16 partial sums per score.
-template <int Q, int K, class T>
-INLINE void scores_of(const float* const* q, const T* const* k, int64_t size, float scale,
-                      Query* query, int64_t at) {
-  F16 dot[Q][K];
-  for (int i = 0; i < Q; ++i)
-    for (int j = 0; j < K; ++j) dot[i][j] = zero();
-  const int64_t whole = size / kLanes * kLanes;
-  for (int64_t d = 0; d < whole; d += kLanes) {
-    F16 key[K];
-    for (int j = 0; j < K; ++j) key[j] = load(k[j] + d);
-    for (int i = 0; i < Q; ++i) {
-      const F16 x = load(q[i] + d);
-      for (int j = 0; j < K; ++j) dot[i][j] = fma(x, key[j], dot[i][j]);
-    }
-  }
-  if (whole < size)
-    for (int j = 0; j < K; ++j) {
-      const F16 key = load(k[j] + whole, size - whole);
-      for (int i = 0; i < Q; ++i)
-        dot[i][j] = fma(load(q[i] + whole, size - whole), key, dot[i][j]);
-    }
-  for (int i = 0; i < Q; ++i)
-    for (int j = 0; j < K; ++j) query[i].score[at + j] = sum(dot[i][j]) * scale;
-}
-
-// The softmax over this step's positions `low .. high - 1` of the query; the rest count nothing.
-void soften(Query& query, int64_t low, int64_t high) {
-  for (int64_t p = 0; p < low; ++p) query.score[p] = kNever;
-  for (int64_t p = high; p < kStep; ++p) query.score[p] = kNever;
-  F16 score[kStep / kLanes];
-  for (int i = 0; i < kStep / kLanes; ++i) score[i] = load(query.score + i * kLanes);
-  const float here = greatest(at_least(at_least(score[0], score[1]), at_least(score[2], score[3])));
-  const float highest = here > query.highest ? here : query.highest;
-  for (int i = 0; i < kStep / kLanes; ++i) {
-    score[i] = exp(score[i] - splat(highest));
-    store(query.score + i * kLanes, score[i]);
-  }
-  query.shrink = exp1(query.highest - highest);
-  const float total = sum((score[0] + score[1]) + (score[2] + score[3]));
-  query.total = query.total * query.shrink + total;
-  query.highest = highest;
-}
-
-// acc[q] = acc[q] * shrink + sum over positions of score * v, for Q queries and C * 16 features.
-template <int Q, int C, class T>
-INLINE void values_of(Query* query, const T* const* v, int64_t low, int64_t high, int64_t left,
-                      float* acc, int64_t acc_stride) {
-  F16 total[Q][C];
-  for (int i = 0; i < Q; ++i)
-    for (int c = 0; c < C; ++c)
-      total[i][c] = load(acc + i * acc_stride + c * kLanes) * splat(query[i].shrink);
-  for (int64_t p = low; p < high; ++p) {
-    F16 value[C];
-    for (int c = 0; c < C; ++c)
-      value[c] = C > 1 ? load(v[p] + c * kLanes) : load(v[p], left);
-    for (int i = 0; i < Q; ++i) {
-      const F16 share = splat(query[i].score[p]);
-      for (int c = 0; c < C; ++c) total[i][c] = fma(share, value[c], total[i][c]);
-    }
-  }
-  for (int i = 0; i < Q; ++i)
-    for (int c = 0; c < C; ++c) store(acc + i * acc_stride + c * kLanes, total[i][c]);
-}
-
-template <int Q, class T>
-void add_values(Query* query, const T* const* v, int64_t low, int64_t high, int64_t size,
-                float* acc, int64_t acc_stride) {
-  const T* at[kStep];
-  for (int64_t d = 0; d < size;) {
-    for (int64_t p = low; p < high; ++p) at[p] = v[p] + d;
-    if (size - d >= kWide * kLanes) {
-      values_of<Q, kWide>(query, at, low, high, 0, acc + d, acc_stride);
-      d += kWide * kLanes;
-    } else {
-      values_of<Q, 1>(query, at, low, high, size - d, acc + d, acc_stride);
-      d += kLanes;
-    }
-  }
-}
-
-template <class T>
-void find_positions(const Rows<T>& rows, const int32_t* blocks, int64_t head, int64_t first,
-                    int64_t from, int64_t to, const T** at) {
-  const T* data = rows.data + head * rows.head_stride;
-  int64_t block = from / rows.block_size, offset = from % rows.block_size;
-  for (int64_t p = from; p < to; ++p) {
-    at[p - first] = data + blocks[block] * rows.block_stride + offset * rows.position_stride;
-    if (++offset == rows.block_size) ++block, offset = 0;
-  }
-}
-
-void finish(const Attention& b, Query& query, const float* acc) {
-  float shrink = 1.0f;
-  if (b.sinks) {
-    const float sink = b.sinks[query.head];
-    const float highest = sink > query.highest ? sink : query.highest;
-    shrink = exp1(query.highest - highest);
-    query.total = query.total * shrink + exp1(sink - highest);
-  }
-  const int64_t size = b.kv.value_size;
-  float* out = b.out + (query.row * b.heads + query.head) * size;
-  for (int64_t d = 0; d < size; d += kLanes) {
-    const F16 share = load(acc + d) * splat(shrink) / splat(query.total);
-    store(out + d, share, size - d);
-  }
-}
-
-// Q queries of one sequence and KV head, all of them or one at a time where their ranges differ.
-template <int Q, class T>
-void attend(const Attention& b, Tile tile) {
-  const int64_t size = b.kv.head_size, value_size = b.kv.value_size, v_room = padded(value_size);
-  const Rows<T> keys = rows_of<T>(b.kv, false), values = rows_of<T>(b.kv, true);
-  float* acc = static_cast<float*>(scratch(1, 4 * Q * v_room));
-  for (int64_t i = 0; i < Q * v_room; ++i) acc[i] = 0.0f;
-  const int64_t group = b.heads / b.kv.kv_heads, start = b.starts[tile.sequence];
-  const int64_t past = b.context[tile.sequence] - (b.starts[tile.sequence + 1] - start);
-  Query query[Q];
-  const float* q[Q];
-  for (int i = 0; i < Q; ++i) {
-    const int64_t index = tile.first + i, to = past + index / group + 1;
-    query[i].row = start + index / group;
-    query[i].head = tile.kv_head * group + index % group;
-    query[i].from = b.window ? most(0, to - b.window) : 0;
-    query[i].to = to;
-    query[i].highest = kNever;
-    query[i].total = 0.0f;
-    q[i] = b.q + (query[i].row * b.heads + query[i].head) * size;
-  }
-  const int32_t* blocks = b.blocks + tile.sequence * b.table_width;
-  const int64_t from = query[0].from, to = query[Q - 1].to;
-  const T *k[kStep], *v[kStep];
-  for (int64_t step = from / kStep * kStep; step < to; step += kStep) {
-    const int64_t low = most(from - step, 0), high = least(to - step, kStep);
-    find_positions(keys, blocks, tile.kv_head, step, step + low, step + high, k);
-    find_positions(values, blocks, tile.kv_head, step, step + low, step + high, v);
-    int64_t p = low;
-    for (; p + kKeys <= high; p += kKeys)
-      scores_of<Q, kKeys>(q, k + p, size, b.scale, query, p);
-    for (; p < high; ++p) scores_of<Q, 1>(q, k + p, size, b.scale, query, p);
-
-    const bool together = query[Q - 1].from - step <= low && query[0].to - step >= high;
-    for (int i = 0; i < Q; ++i) {
-      const int64_t mine = most(query[i].from - step, 0), end = least(query[i].to - step, kStep);
-      if (mine >= end) continue;
-      soften(query[i], mine, end);
-      if (!together)
-        add_values<1>(query + i, v, mine, end, value_size, acc + i * v_room, v_room);
-    }
-    if (together) add_values<Q>(query, v, low, high, value_size, acc, v_room);
-  }
-  for (int i = 0; i < Q; ++i) finish(b, query[i], acc + i * v_room);
-}
-
-template <class T>
-void attend_tile(const Attention& b, Tile tile) {
-  const int64_t rows = b.starts[tile.sequence + 1] - b.starts[tile.sequence];
-  switch (least(kQueries, rows * (b.heads / b.kv.kv_heads) - tile.first)) {
-    case 1: return attend<1, T>(b, tile);
-    case 2: return attend<2, T>(b, tile);
-    case 3: return attend<3, T>(b, tile);
-    default: return attend<kQueries, T>(b, tile);
-  }
-}
 
 // Whether every position a query may read lies in a block that exists.
 bool readable(const Attention& b) {
   for (int64_t s = 0; s < b.sequences; ++s) {
     const int64_t rows = b.starts[s + 1] - b.starts[s], needed = b.context[s];
-    if (rows < 0 || needed < rows || ceil_div(needed, b.kv.block_size) > b.table_width) return false;
+    const int64_t size = b.kv.block_size;
+    if (rows < 0 || needed < rows || ceil_div(needed, size) > b.table_width) return false;
     const int64_t seen = b.window ? most(0, needed - rows + 1 - b.window) : 0;
-    for (int64_t p = seen / b.kv.block_size; rows && p < ceil_div(needed, b.kv.block_size); ++p) {
+    for (int64_t p = seen / size; rows && p < ceil_div(needed, size); ++p) {
       const int32_t block = b.blocks[s * b.table_width + p];
       if (block < 0 || block >= b.kv.num_blocks) return false;
     }
@@ -204,23 +19,100 @@ bool readable(const Attention& b) {
   return true;
 }
 
-bool paged_attention(const Attention& b) {
-  if (!readable(b)) return false;
+struct Span {
+  int64_t first, count;  // segments that a tile sees
+};
+
+Span segments_of(const Attention& b, const Tile& tile) {
+  const int64_t from = see(b, tile, 0).from, to = see(b, tile, tile.count - 1).to;
+  return {from / kSegment, ceil_div(to, kSegment) - from / kSegment};
+}
+
+// Tiles of up to `size` queries.
+template <class Body>
+void each_tile(const Attention& b, int64_t size, const Body& body) {
   const int64_t group = b.heads / b.kv.kv_heads;
-  int64_t count = 0, work = 0;
+  for (int32_t s = 0; s < b.sequences; ++s) {
+    const int64_t queries = (b.starts[s + 1] - b.starts[s]) * group;
+    for (int32_t g = 0; g < b.kv.kv_heads; ++g)
+      for (int64_t i = 0; i < queries; i += size)
+        body(Tile{s, g, static_cast<int32_t>(i), static_cast<int32_t>(least(size, queries - i)),
+                  -1, 0});
+  }
+}
+
+int64_t work_of(const Attention& b) {
+  int64_t work = 0;
   for (int64_t s = 0; s < b.sequences; ++s) {
     const int64_t rows = b.starts[s + 1] - b.starts[s];
-    count += b.kv.kv_heads * ceil_div(rows * group, kQueries);
-    work += rows * b.context[s] * b.heads * (b.kv.head_size + b.kv.value_size);
+    const int64_t seen = b.window ? least(b.window + rows, b.context[s]) : b.context[s];
+    work += rows * seen * b.heads * (b.kv.head_size + b.kv.value_size);
   }
+  return work;
+}
+
+void attend_all_floats(const Attention& b) {
+  int64_t count = 0;
+  each_tile(b, kQueries, [&](const Tile&) { ++count; });
   Tile* tiles = static_cast<Tile*>(scratch(0, sizeof(Tile) * count));
   int64_t n = 0;
-  for (int32_t s = 0; s < b.sequences; ++s)
-    for (int32_t g = 0; g < b.kv.kv_heads; ++g)
-      for (int32_t i = 0; i < (b.starts[s + 1] - b.starts[s]) * group; i += kQueries)
-        tiles[n++] = {s, g, i};
-  each(count, work, [&](int64_t i) {
-    b.kv.type == KvType::kBfloat16 ? attend_tile<bf16>(b, tiles[i]) : attend_tile<float>(b, tiles[i]);
+  each_tile(b, kQueries, [&](const Tile& tile) { tiles[n++] = tile; });
+  each(count, work_of(b), [&](int64_t i) { attend_floats(b, tiles[i]); });
+}
+
+// States of segments that are walked apart take at most this much memory.
+constexpr int64_t kMostStates = 8 << 20;
+
+template <class Kind>
+void attend_all_units(const Attention& b) {
+  const Layout l = layout_of(b.kv);
+  const int64_t state = state_floats(l.value_tiles * kLanes);
+  int64_t tiles = 0, apart = 0, floats = 0, queries = 0;
+  each_tile(b, kTile, [&](const Tile& tile) {
+    const int64_t segments = segments_of(b, tile).count;
+    ++tiles;
+    apart += segments;
+    if (segments < 2) return;
+    queries += tile.count;
+    floats += segments * tile.count * state;
   });
+  const bool split = queries && floats * 4 <= kMostStates;
+  const int64_t count = split ? apart : tiles, bytes = split ? ceil_div(floats, kLanes) * 64 : 0;
+  uint8_t* room = static_cast<uint8_t*>(
+      scratch(0, bytes + count * static_cast<int64_t>(sizeof(Tile)) +
+                     queries * static_cast<int64_t>(sizeof(Ending))));
+  float* states = reinterpret_cast<float*>(room);
+  Ending* endings = reinterpret_cast<Ending*>(room + bytes);
+  Tile* items = reinterpret_cast<Tile*>(endings + queries);
+  int64_t n = 0, m = 0, used = 0;
+  each_tile(b, kTile, [&](Tile tile) {
+    const Span span = segments_of(b, tile);
+    if (!split || span.count < 2) {
+      items[n++] = tile;
+      return;
+    }
+    const int64_t stride = tile.count * state;
+    for (int32_t i = 0; i < tile.count; ++i)
+      endings[m++] = {{tile.sequence, tile.kv_head, tile.first + i, 1, span.first, used + i * state},
+                      stride};
+    for (int64_t s = 0; s < span.count; ++s) {
+      items[n] = tile;
+      items[n].segment = span.first + s;
+      items[n++].state = used + s * stride;
+    }
+    used += span.count * stride;
+  });
+  const int64_t work = work_of(b);
+  each(count, work, [&](int64_t i) { attend_units<Kind>(b, l, items[i], states); });
+  each(m, work, [&](int64_t i) { merge_states(b, l, endings[i], states); });
+}
+
+bool paged_attention(const Attention& b) {
+  if (!readable(b)) return false;
+  switch (b.kv.type) {
+    case KvType::kFloat32: attend_all_floats(b); break;
+    case KvType::kBfloat16: attend_all_units<Bf16>(b); break;
+    case KvType::kInt8: attend_all_units<Int8>(b); break;
+  }
   return true;
 }

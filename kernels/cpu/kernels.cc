@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__x86_64__)
+#include <xmmintrin.h>
 #endif
 
 namespace moeserve::ISA {
@@ -50,8 +52,16 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 #include "prepare.h"
 #include "gemm.h"
 #include "moe.h"
+namespace paged {
+#include "units.h"
 #include "kv.h"
+#include "attend32.h"
+#include "attend.h"
 #include "attention.h"
+}  // namespace paged
+using paged::kv_bytes_per_block;
+using paged::paged_attention;
+using paged::write_kv;
 #include "rows.h"
 #include "layer.h"
 
@@ -61,13 +71,15 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 }  // namespace
 
 extern const Kernels kernels = {
-    NAME(ISA),  packed_bytes, pack, pack_floats,
-    linear,     moe_ffn,      quantize_per_token,
-    rms_norm,   glu,          rope,
-    route_topk, kv_bytes_per_block,
-    write_kv,   paged_attention,
-    attend_gqa, attend_mla,   dense,
-    route,      mix,          head,
+    NAME(ISA),
+    packed_bytes, pack, pack_floats,
+    linear,     moe_ffn,
+    quantize_per_token,
+    rms_norm,   glu,        rope,
+    route_topk, paged::kv_bytes_per_block,
+    paged::write_kv, paged::paged_attention,
+    attend_gqa, attend_mla, dense,
+    route,      mix,        head,
 };
 
 }  // namespace moeserve::ISA

@@ -118,7 +118,7 @@ struct Router {
   const float* bias;
 };
 
-struct Moe {
+struct Mixture {
   Experts experts;
   Mlp shared;
   Matrix gate;  // no data: no gated shared expert
@@ -168,7 +168,7 @@ struct Kernels {
   void (*dense)(float* x, int64_t rows, const Dense& w);
   void (*route)(const float* x, int64_t rows, const Router& w, float* normed, int32_t* ids,
                 float* weights);
-  bool (*mix)(float* x, int64_t rows, const Moe& w, const float* normed, const int32_t* ids,
+  bool (*mix)(float* x, int64_t rows, const Mixture& w, const float* normed, const int32_t* ids,
               int64_t chosen, const float* weights);
   // Of the wanted rows of x, all of which exist.
   void (*head)(const float* x, const int64_t* wanted, int64_t rows, const Head& w, float* out);

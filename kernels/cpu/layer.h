@@ -80,12 +80,12 @@ bool attend_gqa(float* x, const Gqa& w, const Step& step, const Cache& cache) {
     rope_row(row + wide, w.kv_heads, size, c, s, step.pairs, step.interleaved, k + t * narrow);
     copy(v + t * narrow, row + wide + narrow, narrow);
   });
-  if (!write_kv(cache, k, v, rows, step.slots)) return false;
+  if (!paged::write_kv(cache, k, v, rows, step.slots)) return false;
   float *attended = qkv, *out = normed;
   Attention batch = attention_of(cache, step, q, w.heads, w.scale, attended);
   batch.window = w.window;
   batch.sinks = w.sinks;
-  if (!paged_attention(batch)) return false;
+  if (!paged::paged_attention(batch)) return false;
   linear(attended, rows, 1, w.o, out);
   add_to(x, out, rows, hidden);
   return true;
@@ -131,8 +131,8 @@ bool attend_mla(float* x, const Mla& w, const Step& step, const Cache& cache) {
                step.sin + t * step.pairs, step.pairs, step.interleaved, wide + a * key + w.latent);
     }
   });
-  if (!write_kv(cache, k, nullptr, rows, step.slots)) return false;
-  if (!paged_attention(attention_of(cache, step, wide, heads, w.scale, latent))) return false;
+  if (!paged::write_kv(cache, k, nullptr, rows, step.slots)) return false;
+  if (!paged::paged_attention(attention_of(cache, step, wide, heads, w.scale, latent))) return false;
   linear(latent, rows, heads, w.out_of_latent, value);
   linear(value, rows, 1, w.o, normed);
   add_to(x, normed, rows, hidden);
@@ -166,7 +166,7 @@ void route(const float* x, int64_t rows, const Router& w, float* normed, int32_t
   route_topk(logits, rows, w.spec, w.bias, ids, weights);
 }
 
-bool mix(float* x, int64_t rows, const Moe& w, const float* normed, const int32_t* ids,
+bool mix(float* x, int64_t rows, const Mixture& w, const float* normed, const int32_t* ids,
          int64_t chosen, const float* weights) {
   const int64_t hidden = w.experts.down.n, inner = w.shared.down.data ? w.shared.down.k : 0;
   Room room(rows * (2 * hidden + 3 * inner + 3));

@@ -11,8 +11,11 @@
 
 #include <atomic>
 #include <cstring>
+#include <ctime>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -53,11 +56,30 @@ std::vector<const Kernels*> runnable() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-// Kernels called from Python since the process began.
-std::atomic<uint64_t> calls{0};
+// Kernels called from Python since the process began; the CPU time of their callers inside them
+// while it is measured: that of others who share the machine is not in it.
+std::atomic<uint64_t> calls{0}, nanoseconds{0};
+std::atomic<bool> timed{false};
 
-struct Counted {
-  Counted() { calls.fetch_add(1, std::memory_order_relaxed); }
+uint64_t thread_time() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
+}
+
+class Counted {
+ public:
+  Counted() : timed_(timed.load(std::memory_order_relaxed)) {
+    calls.fetch_add(1, std::memory_order_relaxed);
+    if (timed_) began_ = thread_time();
+  }
+  ~Counted() {
+    if (timed_) nanoseconds.fetch_add(thread_time() - began_);
+  }
+
+ private:
+  bool timed_;
+  uint64_t began_ = 0;
 };
 
 const Kernels& table() { return *chosen.load(std::memory_order_relaxed); }
@@ -217,6 +239,8 @@ NB_MODULE(_cpu, m) {
   m.def("set_threads", share_among);
   m.def("cpus_of_nodes", cpus_of_nodes);
   m.def("calls", [] { return calls.load(); });
+  m.def("measure", [](bool on) { timed.store(on); });
+  m.def("nanoseconds", [] { return nanoseconds.load(); });
   nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int kind, int64_t n, int64_t k,
                                                      uintptr_t data, uintptr_t scale,
                                                      uintptr_t bias, uintptr_t zero,
@@ -227,12 +251,12 @@ NB_MODULE(_cpu, m) {
   nb::class_<Experts>(m, "Experts")
       .def("__init__", [](Experts* self, const Matrix& gate_up, const Matrix& down, int64_t count,
                           bool clamped) { new (self) Experts{gate_up, down, count, clamped}; });
+  m.def("probe_ways", probe_ways);
+  m.def("probe", probe, unlocked);
   m.def("packed_bytes", packed_bytes);
   m.def("pack", pack, unlocked);
   m.def("pack_floats", pack_floats, unlocked);
   m.def("use_huge_pages", use_huge_pages, unlocked);
-  m.def("probe_ways", probe_ways);
-  m.def("probe", probe, unlocked);
   m.def("linear", linear, unlocked);
   m.def("moe_ffn", moe_ffn, unlocked);
   m.def("quantize_per_token", quantize_per_token, unlocked);

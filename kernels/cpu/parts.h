@@ -5,6 +5,55 @@
 
 Matrix absent() { return {}; }
 
+// One of the first two, then the third or the last two.
+struct Layer {
+  std::optional<Gqa> gqa;
+  std::optional<Mla> mla;
+  std::optional<Dense> dense;
+  std::optional<Router> router;
+  std::optional<Mixture> mixture;
+};
+
+struct Stack {
+  std::vector<Layer> layers;
+};
+
+// A step, and the rows of the rotary tables that its tokens use.
+struct Pass {
+  Step step;
+  std::vector<float> cos, sin;
+};
+
+// Raises where a position is outside the tables.
+void make_pass(Pass* self, uintptr_t positions_at, int64_t rows, uintptr_t cos_at,
+               uintptr_t sin_at, int64_t table, int64_t pairs, bool interleaved, uintptr_t slots,
+               uintptr_t starts, uintptr_t context, uintptr_t blocks, int64_t sequences,
+               int64_t table_width) {
+  rouse_threads();
+  const int64_t* positions = at<const int64_t>(positions_at);
+  for (int64_t t = 0; t < rows; ++t)
+    if (positions[t] < 0 || positions[t] >= table)
+      throw nb::index_error("a position is outside the rotary tables");
+  new (self) Pass();
+  for (auto [from, to] : {std::pair{cos_at, &self->cos}, std::pair{sin_at, &self->sin}}) {
+    to->resize(rows * pairs + 1);
+    for (int64_t t = 0; t < rows; ++t)
+      std::memcpy(to->data() + t * pairs, at<const float>(from) + positions[t] * pairs,
+                  pairs * sizeof(float));
+  }
+  self->step = {rows,
+                self->cos.data(),
+                self->sin.data(),
+                pairs,
+                interleaved,
+                at<const int64_t>(slots),
+                at<const int32_t>(starts),
+                at<const int32_t>(context),
+                at<const int32_t>(blocks),
+                sequences,
+                table_width};
+}
+
 void bind_handles(nb::module_& m) {
   nb::class_<Cache>(m, "Cache").def(
       "__init__", [](Cache* self, uintptr_t data, int64_t blocks, int64_t block_size,
@@ -13,23 +62,7 @@ void bind_handles(nb::module_& m) {
         new (self) Cache(cache(data, blocks, block_size, kv_heads, head_size, value_size, type,
                                latent));
       });
-  nb::class_<Step>(m, "Step").def(
-      "__init__", [](Step* self, int64_t rows, uintptr_t cos, uintptr_t sin, int64_t pairs,
-                     bool interleaved, uintptr_t slots, uintptr_t starts, uintptr_t context,
-                     uintptr_t blocks, int64_t sequences, int64_t table_width) {
-        new (self) Step{rows,
-                        at<const float>(cos),
-                        at<const float>(sin),
-                        pairs,
-                        interleaved,
-                        at<const int64_t>(slots),
-                        at<const int32_t>(starts),
-                        at<const int32_t>(context),
-                        at<const int32_t>(blocks),
-                        sequences,
-                        table_width};
-        rouse_threads();
-      });
+  nb::class_<Pass>(m, "Step").def("__init__", make_pass);
   nb::class_<Norm>(m, "Norm").def("__init__", [](Norm* self, uintptr_t weight, float eps) {
     new (self) Norm{at<const float>(weight), eps};
   });
@@ -65,13 +98,32 @@ void bind_handles(nb::module_& m) {
         const Routing spec{matrix.n, top_k, groups, kept_groups, scoring, normalise, top2, scale};
         new (self) Router{norm, matrix, spec, at<const float>(bias)};
       });
-  nb::class_<Moe>(m, "Moe")
+  nb::class_<Mixture>(m, "Mixture")
       .def("__init__",
-           [](Moe* self, const Experts& experts) { new (self) Moe{experts, {}, {}, {}}; })
-      .def("__init__", [](Moe* self, const Experts& experts,
-                          const Mlp& shared) { new (self) Moe{experts, shared, {}, {}}; })
-      .def("__init__", [](Moe* self, const Experts& experts, const Matrix& gate,
-                          const Experts& gated) { new (self) Moe{experts, {}, gate, gated}; });
+           [](Mixture* self, const Experts& experts) { new (self) Mixture{experts, {}, {}, {}}; })
+      .def("__init__", [](Mixture* self, const Experts& experts,
+                          const Mlp& shared) { new (self) Mixture{experts, shared, {}, {}}; })
+      .def("__init__", [](Mixture* self, const Experts& experts, const Matrix& gate,
+                          const Experts& gated) { new (self) Mixture{experts, {}, gate, gated}; });
+  nb::class_<Layer>(m, "Layer")
+      .def("__init__", [](Layer* self, const Gqa& attention, const Dense& dense) {
+        new (self) Layer{attention, {}, dense, {}, {}};
+      })
+      .def("__init__", [](Layer* self, const Mla& attention, const Dense& dense) {
+        new (self) Layer{{}, attention, dense, {}, {}};
+      })
+      .def("__init__", [](Layer* self, const Gqa& attention, const Router& router,
+                          const Mixture& mixture) {
+        new (self) Layer{attention, {}, {}, router, mixture};
+      })
+      .def("__init__", [](Layer* self, const Mla& attention, const Router& router,
+                          const Mixture& mixture) {
+        new (self) Layer{{}, attention, {}, router, mixture};
+      });
+  nb::class_<Stack>(m, "Stack").def("__init__", [](Stack* self, std::vector<const Layer*> layers) {
+    new (self) Stack();
+    for (const Layer* layer : layers) self->layers.push_back(*layer);
+  });
   nb::class_<Head>(m, "Head").def("__init__", [](Head* self, const Norm& norm,
                                                  const Matrix& matrix) {
     new (self) Head{norm, matrix};
@@ -90,6 +142,35 @@ void route(uintptr_t x, int64_t rows, const Router& w, uintptr_t normed, uintptr
   if (rows <= kQuickRows) return run();
   nb::gil_scoped_release unlocked;
   run();
+}
+
+// All layers, a cache for each. The ids of a routed layer follow those of the one before it.
+// False as the kernels that they are made of.
+bool run(uintptr_t x_at, const Stack& stack, const Pass& pass, std::vector<const Cache*> caches,
+         uintptr_t ids_at) {
+  if (caches.size() != stack.layers.size()) return false;
+  const nb::gil_scoped_release unlocked;
+  const Step& step = pass.step;
+  const Kernels& kernels = table();
+  float* x = at<float>(x_at);
+  int32_t* ids = at<int32_t>(ids_at);
+  for (std::size_t l = 0; l < stack.layers.size(); ++l) {
+    const Layer& layer = stack.layers[l];
+    if (!(layer.gqa ? kernels.attend_gqa(x, *layer.gqa, step, *caches[l])
+                    : kernels.attend_mla(x, *layer.mla, step, *caches[l])))
+      return false;
+    if (layer.dense) {
+      kernels.dense(x, step.rows, *layer.dense);
+      continue;
+    }
+    const int64_t chosen = layer.router->spec.top_k, hidden = layer.router->matrix.k;
+    float* normed = static_cast<float*>(scratch(3, 4 * step.rows * (hidden + chosen)));
+    float* weights = normed + step.rows * hidden;
+    kernels.route(x, step.rows, *layer.router, normed, ids, weights);
+    if (!kernels.mix(x, step.rows, *layer.mixture, normed, ids, chosen, weights)) return false;
+    ids += step.rows * chosen;
+  }
+  return true;
 }
 
 // False if an id is not a row of the table.
@@ -127,17 +208,18 @@ void bind_parts(nb::module_& m) {
   const nb::call_guard<Counted> counted;
   const nb::call_guard<Counted, nb::gil_scoped_release> unlocked;
   bind_handles(m);
-  m.def("attend_gqa", [](uintptr_t x, const Gqa& w, const Step& step, const Cache& kv) {
-    return table().attend_gqa(at<float>(x), w, step, kv);
+  m.def("attend_gqa", [](uintptr_t x, const Gqa& w, const Pass& pass, const Cache& kv) {
+    return table().attend_gqa(at<float>(x), w, pass.step, kv);
   }, unlocked);
-  m.def("attend_mla", [](uintptr_t x, const Mla& w, const Step& step, const Cache& kv) {
-    return table().attend_mla(at<float>(x), w, step, kv);
+  m.def("attend_mla", [](uintptr_t x, const Mla& w, const Pass& pass, const Cache& kv) {
+    return table().attend_mla(at<float>(x), w, pass.step, kv);
   }, unlocked);
   m.def("dense", [](uintptr_t x, int64_t rows, const Dense& w) {
     table().dense(at<float>(x), rows, w);
   }, unlocked);
   m.def("route", route, counted);
-  m.def("mix", [](uintptr_t x, int64_t rows, const Moe& w, uintptr_t normed, uintptr_t ids,
+  m.def("run", run, counted);
+  m.def("mix", [](uintptr_t x, int64_t rows, const Mixture& w, uintptr_t normed, uintptr_t ids,
                   int64_t chosen, uintptr_t weights) {
     return table().mix(at<float>(x), rows, w, at<const float>(normed), at<const int32_t>(ids),
                        chosen, at<const float>(weights));

@@ -291,7 +291,7 @@ void set_threads(int count) {
 }
 
 void* scratch(int slot, std::size_t bytes) {
-  static thread_local Buffer buffers[3];
+  static thread_local Buffer buffers[4];
   Buffer& buffer = buffers[slot];
   if (buffer.bytes < bytes) {
     std::free(std::exchange(buffer.data, nullptr));

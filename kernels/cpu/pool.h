@@ -33,7 +33,7 @@ std::vector<std::vector<int>> cpus_of_nodes();
 
 // At least `bytes` of memory of the calling thread, 64-byte aligned, valid until the thread's next
 // call with the same slot. Slot 0 is for whoever starts a loop, slot 1 for its items, slot 2 for
-// who calls kernels that use the other two.
+// who calls kernels that use the other two, slot 3 for who calls those.
 void* scratch(int slot, std::size_t bytes);
 
 }  // namespace moeserve

@@ -14,6 +14,7 @@ constexpr int kWidth = 4;
 #endif
 constexpr int kLanes = 16;
 constexpr int kParts = kLanes / kWidth;
+constexpr float kNever = -__builtin_inff();
 
 using bf16 = uint16_t;
 

@@ -27,6 +27,7 @@ from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
 from moeserve.models.spec import ModelSpec, MoeSpec
 from moeserve.models.tokenizer import Tokenizer
+from moeserve.models.weights import QUANTIZATIONS
 from moeserve.observe.routing import RoutingRecorder
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -81,6 +82,8 @@ def build_engine(
     name: str | None = None,
     dtype: str = "auto",
     kv_dtype: str = "auto",
+    quantization: str = "auto",
+    quantize_attention: bool = True,
     max_model_len: int | None = None,
     block_size: int = 16,
     num_blocks: int | None = None,
@@ -101,12 +104,20 @@ def build_engine(
         raise ConfigError(f"dtype={dtype!r}: expected one of {sorted(DTYPES)}")
     if kv_dtype not in KV_DTYPES:
         raise ConfigError(f"kv_dtype={kv_dtype!r}: expected one of {sorted(KV_DTYPES)}")
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(f"quantization={quantization!r}: expected one of {QUANTIZATIONS}")
     if threads is not None:
         torch.set_num_threads(threads)
     ops = choose_ops(threads=threads)
     tokenizer, no_tokenizer = load_tokenizer(path, chat_template)
     decoder = load_decoder(
-        path, dtype=DTYPES[dtype], ops=ops, kv_dtype=KV_DTYPES[kv_dtype], progress=progress
+        path,
+        dtype=DTYPES[dtype],
+        ops=ops,
+        kv_dtype=KV_DTYPES[kv_dtype],
+        quantization=quantization,
+        quantize_attention=quantize_attention,
+        progress=progress,
     )
     size = size_kv(
         decoder.kv_bytes_per_token,

@@ -12,8 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -77,6 +76,25 @@ class Unobserved:
     def on_finish(self, reason: FinishReason, timing: Timing) -> None: ...
 
 
+class Owned:
+    """``with`` it for a moment: no step runs and no sink is called inside. Reentrant."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(timeout=LOCK_S):
+            raise UnavailableError(f"the engine has not answered for {LOCK_S:.0f} s")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+
 class Engine:
     """``start`` or ``with`` it; ``tokenizer`` None serves token ids without text."""
 
@@ -94,7 +112,7 @@ class Engine:
         self._observer = observer or Unobserved()
         self._clock = clock
         self._log = logging.getLogger("moeserve.engine")
-        self._lock = threading.RLock()  # guards scheduler, streams and accepting
+        self._owned = Owned()  # scheduler, streams and accepting; never while a step runs
         self._streams: dict[RequestId, Stream] = {}
         self._accepting = True
         self._cancelled: deque[Stream] = deque()
@@ -137,7 +155,7 @@ class Engine:
             )
         text = None if self._tokenizer is None else TextStream(self._tokenizer, request)
         stream = Stream(request, sink, text, submitted=self._clock())
-        with self._owned():
+        with self._owned:
             if not self._accepting:
                 raise UnavailableError("the server is draining or stopped: retry elsewhere")
             self._scheduler.add(request)
@@ -154,7 +172,7 @@ class Engine:
 
     def load(self) -> Load:
         scheduler, pool = self._scheduler, self._scheduler.pool
-        with self._owned():
+        with self._owned:
             return Load(
                 running=scheduler.num_running,
                 waiting=scheduler.num_waiting,
@@ -167,13 +185,13 @@ class Engine:
 
     def drain(self, timeout: float) -> bool:
         """Accept nothing new and wait for what runs; False if that took longer."""
-        with self._owned():
+        with self._owned:
             self._accepting = False
         return self._idle.wait(timeout)
 
     def stop(self, timeout: float = 30.0) -> bool:
         """End every stream and the thread; False if a step still ran after ``timeout``."""
-        with self._owned():
+        with self._owned:
             self._accepting = False
         self._stopping.set()
         self._wake.set()
@@ -184,16 +202,6 @@ class Engine:
             self._log.error("the engine's step did not end within %.0f s", timeout)
         return not self._thread.is_alive()
 
-    @contextmanager
-    def _owned(self) -> Iterator[None]:
-        """The scheduler, for a moment; never held while a step runs or a sink is called."""
-        if not self._lock.acquire(timeout=LOCK_S):
-            raise UnavailableError(f"the engine has not answered for {LOCK_S:.0f} s")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
     def _serve(self) -> None:
         try:
             while not self._stopping.is_set():
@@ -203,7 +211,7 @@ class Engine:
         except Exception:  # noqa: BLE001 - the thread's last stop: log it, then end every stream
             self._log.critical("the engine stopped", exc_info=True)
         finally:
-            with self._owned():
+            with self._owned:
                 self._accepting = False
             self._end_all()
 
@@ -213,7 +221,7 @@ class Engine:
             stream = self._cancelled.popleft()
             if self._streams.get(stream.request.id) is stream:
                 self._end(stream.request.id, FinishReason.ABORT, "the request was cancelled")
-        with self._owned():
+        with self._owned:
             if not self._scheduler.has_work:
                 return False
             plan = self._scheduler.plan(self._clock())
@@ -239,7 +247,7 @@ class Engine:
         for request_id, problem in result.failed:
             self._log.error("%s", problem)
             self._fail(request_id)
-        with self._owned():
+        with self._owned:
             outs = self._scheduler.apply(result)
         now = self._clock()
         self._observer.on_step(plan, now - begun)
@@ -270,7 +278,7 @@ class Engine:
         logprobs = () if out.logprobs is None else (out.logprobs,)
         event = stream.event(text, (out.token_id,), logprobs, finish)
         if finish is not None:
-            with self._owned():
+            with self._owned:
                 self._scheduler.abort(out.request_id, finish)  # still runs if a stop string hit
             self._forget(out.request_id, finish)
         self._emit(stream, event)
@@ -280,7 +288,7 @@ class Engine:
 
     def _end(self, request_id: RequestId, reason: FinishReason, error: str) -> None:
         """End a request in scheduler and stream."""
-        with self._owned():
+        with self._owned:
             self._scheduler.abort(request_id, reason)
         self._close(request_id, reason, error)
 
@@ -293,7 +301,7 @@ class Engine:
 
     def _forget(self, request_id: RequestId, reason: FinishReason) -> Stream | None:
         """Whoever takes the stream out sends its last event: there is exactly one."""
-        with self._owned():
+        with self._owned:
             stream = self._streams.pop(request_id, None)
         if stream is not None:
             self._observer.on_finish(reason, stream.timing(self._clock()))
@@ -306,7 +314,7 @@ class Engine:
             self._log.exception("request %s: its sink failed", event.request_id)
             self._cancelled.append(stream)
         if event.finish is not None:
-            with self._owned():
+            with self._owned:
                 if not self._streams:
                     self._idle.set()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from moeserve.core import Chunk, RequestId, Sampled, StepPlan, StepResult
@@ -63,7 +62,6 @@ class LocalExecutor(Generic[Cache]):
         self._on_logits = on_logits
         self._cache = decoder.new_cache(num_blocks, block_size)
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         spans = [Span(c.token_ids, c.start, c.blocks, int(c.sample)) for c in plan.chunks]
         step = pack_spans(spans, self._block_size)
@@ -74,13 +72,12 @@ class LocalExecutor(Generic[Cache]):
             self._observer.end()
         sampled: list[Sampled] = []
         failed: list[tuple[RequestId, str]] = []
-        for chunk, logits_V in zip(
-            (c for c in plan.chunks if c.sample), logits_RV.unbind(), strict=True
-        ):
+        chosen = [chunk for chunk in plan.chunks if chunk.sample]
+        for row, (chunk, logits_V) in enumerate(zip(chosen, logits_RV.numpy(), strict=True)):
             if self._on_logits is not None:
-                self._on_logits(chunk, logits_V)
+                self._on_logits(chunk, logits_RV[row])
             try:
-                sampled.append(sample(logits_V.numpy(), chunk, self._eos_ids))
+                sampled.append(sample(logits_V, chunk, self._eos_ids))
             except InternalError as error:
                 failed.append((chunk.request.id, error.message))
         return StepResult(tuple(sampled), tuple(failed))

@@ -13,6 +13,7 @@ from moeserve.models.decoder import Decoder
 
 BLOCK = 16
 AT_ONCE = 32
+KV_BYTES = 1 << 30
 TOKENS_PER_STEP = 512
 
 
@@ -26,9 +27,12 @@ def answer(
     if not requests:
         return []
     longest = max(len(r.prompt_ids) + r.params.max_tokens for r in requests) + 1
-    blocks = min(AT_ONCE, len(requests)) * -(-longest // BLOCK)
+    each = -(-longest // BLOCK)
+    fit = KV_BYTES // (each * BLOCK * decoder.kv_bytes_per_token)
+    at_once = max(1, min(AT_ONCE, len(requests), fit))
+    blocks = at_once * each
     counters = Counters()
-    config = SchedulerConfig(longest, AT_ONCE, TOKENS_PER_STEP, len(requests), eos)
+    config = SchedulerConfig(longest, at_once, TOKENS_PER_STEP, len(requests), eos)
     scheduler = Scheduler(config, BlockPool(blocks, BLOCK, counters), counters)
     executor = LocalExecutor(decoder, blocks, BLOCK, eos)
     answers: dict[str, list[int]] = {r.id: [] for r in requests}

@@ -17,6 +17,10 @@ def set_threads(count: int) -> None: ...
 def calls() -> int:
     """Kernels called since the process began, by any thread."""
 
+def measure(on: bool) -> None: ...
+def nanoseconds() -> int:
+    """CPU time of the callers' threads in calls, while they were measured."""
+
 def cpus_of_nodes() -> list[list[int]]:
     """The CPUs this process may use, by NUMA node; empty where the system does not tell."""
 
@@ -162,13 +166,15 @@ class Cache:
     ) -> None: ...
 
 class Step:
-    """Making one wakes the threads."""
+    """Making one wakes the threads. IndexError where a position is outside the rotary tables."""
 
     def __init__(
         self,
+        positions: int,
         rows: int,
         cos: int,
         sin: int,
+        table: int,
         pairs: int,
         interleaved: bool,
         slots: int,
@@ -244,7 +250,7 @@ class Router:
         /,
     ) -> None: ...
 
-class Moe:
+class Mixture:
     """No shared expert, one that every token passes, or one behind a gate."""
 
     @overload
@@ -257,12 +263,26 @@ class Moe:
 class Head:
     def __init__(self, norm: Norm, matrix: Matrix, /) -> None: ...
 
+class Layer:
+    """Attention, then a dense half, or a router and what it chooses from."""
+
+    @overload
+    def __init__(self, attention: Gqa | Mla, dense: Dense, /) -> None: ...
+    @overload
+    def __init__(self, attention: Gqa | Mla, router: Router, mixture: Mixture, /) -> None: ...
+
+class Stack:
+    def __init__(self, layers: list[Layer], /) -> None: ...
+
+def run(x: int, stack: Stack, step: Step, caches: list[Cache], ids: int, /) -> bool:
+    """All layers; [T, C] ids of the routed ones follow one another."""
+
 def attend_gqa(x: int, weights: Gqa, step: Step, cache: Cache, /) -> bool: ...
 def attend_mla(x: int, weights: Mla, step: Step, cache: Cache, /) -> bool: ...
 def dense(x: int, rows: int, weights: Dense, /) -> None: ...
 def route(x: int, rows: int, weights: Router, normed: int, ids: int, shares: int, /) -> None: ...
 def mix(
-    x: int, rows: int, weights: Moe, normed: int, ids: int, chosen: int, shares: int, /
+    x: int, rows: int, weights: Mixture, normed: int, ids: int, chosen: int, shares: int, /
 ) -> bool: ...
 def embed(
     table: int, is_bf16: bool, vocabulary: int, size: int, ids: int, rows: int, out: int, /

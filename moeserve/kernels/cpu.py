@@ -8,6 +8,7 @@ Letters: see ``ops``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -27,18 +28,21 @@ from moeserve.kernels.ops import (
     HeadWeights,
     KvCache,
     KvShape,
+    Layer,
     Linear,
     MlaWeights,
     MoeWeights,
     Part,
+    Rope,
     Routed,
     RouterSpec,
     RouterWeights,
+    Stack,
     Step,
     W,
 )
 from moeserve.kernels.packing import Panels, pack
-from moeserve.kernels.parts import SCORING, Native, check_spec, native_of, new_step, room_of
+from moeserve.kernels.parts import SCORING, Native, check_spec, native_of, new_step, pile, room_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +204,12 @@ class CpuOps:
 
     def new_step(
         self,
-        cos_TR: Tensor,
-        sin_TR: Tensor,
-        interleaved: bool,
+        rope: Rope,
+        position_T: Tensor,
         slot_T: Tensor,
         attention: AttentionBatch,
     ) -> Step:
-        return new_step(cos_TR, sin_TR, interleaved, slot_T, attention)
+        return new_step(rope, position_T, slot_T, attention)
 
     def attend(
         self, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache
@@ -221,7 +224,7 @@ class CpuOps:
 
     def dense(self, x_TH: Tensor, part: Part[DenseWeights]) -> None:
         native: Native = part.data
-        rows = len(x_TH)
+        rows = x_TH.shape[0]
         _cpu.dense(rows_at(x_TH, rows, native.hidden), rows, native.handle)
 
     def route(self, x_TH: Tensor, part: Part[RouterWeights], step: Step) -> Routed:
@@ -248,6 +251,30 @@ class CpuOps:
         ):
             raise InternalError(f"mix: an expert id is not one of {part.weights.experts}")
 
+    def pile(self, layers: Sequence[Layer]) -> Stack:
+        return pile(layers)
+
+    def run(
+        self,
+        x_TH: Tensor,
+        stack: Stack,
+        step: Step,
+        caches: Sequence[KvCache],
+        routed: list[Tensor] | None = None,
+    ) -> None:
+        native: Native = stack.data
+        ids = torch.empty(step.rows * sum(native.top_ks), dtype=torch.int32)
+        handles = [cache.data.handle for cache in caches]
+        x_at = rows_at(x_TH, step.rows, native.hidden)
+        if not _cpu.run(x_at, native.handle, step.data.handle, handles, ids.data_ptr()):
+            raise InternalError(
+                f"run: slots, contexts or blocks of {step.attention} do not fit the "
+                f"{len(caches)} caches of {len(stack.layers)} layers"
+            )
+        if routed is not None:
+            parts = torch.split(ids, [step.rows * k for k in native.top_ks])
+            routed += [part.view(step.rows, -1) for part in parts]
+
     def embed(self, table_WH: Tensor, ids_T: Tensor) -> Tensor:
         size, hidden = table_WH.shape
         assert table_WH.dtype in (torch.float32, torch.bfloat16), table_WH.dtype
@@ -264,7 +291,7 @@ class CpuOps:
     def head(self, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
         native: Native = part.data
         assert rows_R.dtype is torch.int64, rows_R.dtype
-        rows, wanted = len(x_TH), rows_R.contiguous()
+        rows, wanted = x_TH.shape[0], rows_R.contiguous()
         out = torch.empty(len(wanted), part.weights.head.out_features)
         if not _cpu.head(
             rows_at(x_TH, rows, native.hidden),

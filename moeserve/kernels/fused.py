@@ -5,6 +5,8 @@ Between primitives there are only copies, clamps and exact elementwise adds. Let
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,17 @@ from moeserve.kernels.ops import (
     GqaWeights,
     HeadWeights,
     KvCache,
+    Layer,
     MlaWeights,
     MlpWeights,
     MoeWeights,
     Ops,
     Part,
+    Rope,
     Routed,
     RouterSpec,
     RouterWeights,
+    Stack,
     Step,
     W,
 )
@@ -37,13 +42,12 @@ class Composed:
 
     def new_step(
         self,
-        cos_TR: Tensor,
-        sin_TR: Tensor,
-        interleaved: bool,
+        rope: Rope,
+        position_T: Tensor,
         slot_T: Tensor,
         attention: AttentionBatch,
     ) -> Step:
-        return Step(len(cos_TR), cos_TR, sin_TR, interleaved, slot_T, attention, None)
+        return Step(len(position_T), rope, position_T, slot_T, attention, None)
 
     def attend(
         self: Ops, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache
@@ -58,6 +62,21 @@ class Composed:
 
     def mix(self: Ops, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
         mix(self, x_TH, part.weights, routed)
+
+    def pile(self, layers: Sequence[Layer]) -> Stack:
+        return Stack(tuple(layers), None)
+
+    def run(
+        self: Ops,
+        x_TH: Tensor,
+        stack: Stack,
+        step: Step,
+        caches: Sequence[KvCache],
+        routed: list[Tensor] | None = None,
+    ) -> None:
+        chosen = run(self, x_TH, stack.layers, step, caches)
+        if routed is not None:
+            routed += chosen
 
     def embed(self, table_WH: Tensor, ids_T: Tensor) -> Tensor:
         return table_WH.index_select(0, ids_T).float()
@@ -138,6 +157,22 @@ def mix(ops: Ops, x_TH: Tensor, w: MoeWeights, routed: Routed) -> None:
     x_TH += out_TH
 
 
+def run(
+    ops: Ops, x_TH: Tensor, layers: Sequence[Layer], step: Step, caches: Sequence[KvCache]
+) -> list[Tensor]:
+    chosen: list[Tensor] = []
+    for layer, cache in zip(layers, caches, strict=True):
+        ops.attend(x_TH, layer.attention, step, cache)
+        if isinstance(layer.mlp, Part):
+            ops.dense(x_TH, layer.mlp)
+            continue
+        router, experts = layer.mlp
+        routed = ops.route(x_TH, router, step)
+        ops.mix(x_TH, experts, routed)
+        chosen.append(routed.ids_TC.clone())
+    return chosen
+
+
 def head(ops: Ops, x_TH: Tensor, rows_R: Tensor, w: HeadWeights) -> Tensor:
     return ops.linear(ops.rms_norm(x_TH.index_select(0, rows_R), w.norm_H, w.eps), w.head)
 
@@ -153,4 +188,6 @@ def _bounded(x_TX: Tensor, clip: float | None) -> Tensor:
 
 
 def _rotate(ops: Ops, x_TAD: Tensor, step: Step) -> Tensor:
-    return ops.rope(x_TAD, step.cos_TR, step.sin_TR, step.interleaved)
+    cos_TR = step.rope.cos_WR.index_select(0, step.position_T)
+    sin_TR = step.rope.sin_WR.index_select(0, step.position_T)
+    return ops.rope(x_TAD, cos_TR, sin_TR, step.rope.interleaved)

@@ -35,6 +35,7 @@ S sequences, B cache blocks, P tokens per block, M blocks in the longest table, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
@@ -254,13 +255,37 @@ class Part(Generic[W_co]):
 
 
 @dataclass(frozen=True, slots=True)
+class Layer:
+    """Attention, then either a dense half or a router and the experts it chooses from."""
+
+    attention: Part[GqaWeights | MlaWeights]
+    mlp: Part[DenseWeights] | tuple[Part[RouterWeights], Part[MoeWeights]]
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Layers in their order; ``data`` belongs to the backend."""
+
+    layers: tuple[Layer, ...]
+    data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """cos and sin of every position that may come (W of them), fp32."""
+
+    cos_WR: Tensor
+    sin_WR: Tensor
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """What all layers of one forward pass share; ``data`` belongs to the backend."""
 
     rows: int
-    cos_TR: Tensor
-    sin_TR: Tensor
-    interleaved: bool
+    rope: Rope
+    position_T: Tensor
     slot_T: Tensor
     attention: AttentionBatch
     data: Any
@@ -373,13 +398,12 @@ class Ops(Protocol):
 
     def new_step(
         self,
-        cos_TR: Tensor,
-        sin_TR: Tensor,
-        interleaved: bool,
+        rope: Rope,
+        position_T: Tensor,
         slot_T: Tensor,
         attention: AttentionBatch,
     ) -> Step:
-        """Once per forward pass; the tensors must stay as they are meanwhile."""
+        """Once per forward pass; the tensors, int64 and int32, must stay as they are meanwhile."""
         ...
 
     def attend(
@@ -396,6 +420,24 @@ class Ops(Protocol):
 
     def mix(self, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
         """Experts and shared expert, added to ``x_TH``."""
+        ...
+
+    def pile(self, layers: Sequence[Layer]) -> Stack:
+        """Once, when a model is loaded."""
+        ...
+
+    def run(
+        self,
+        x_TH: Tensor,
+        stack: Stack,
+        step: Step,
+        caches: Sequence[KvCache],
+        routed: list[Tensor] | None = None,
+    ) -> None:
+        """Every layer in turn, each with its cache: attend, then dense, or route and mix.
+
+        The ids_TC of the layers that route are appended to ``routed``.
+        """
         ...
 
     def embed(self, table_WH: Tensor, ids_T: Tensor) -> Tensor:

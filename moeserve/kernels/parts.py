@@ -6,7 +6,7 @@ Shapes are checked here, when a model is loaded. A ``Part``'s data is a ``Native
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,14 +21,18 @@ from moeserve.kernels.ops import (
     GatedWeights,
     GqaWeights,
     HeadWeights,
+    Layer,
     Linear,
     MlaWeights,
     MlpWeights,
     MoeWeights,
+    Part,
     PartWeights,
+    Rope,
     Routed,
     RouterSpec,
     RouterWeights,
+    Stack,
     Step,
 )
 
@@ -37,11 +41,15 @@ SCORING = {"softmax": 0, "sigmoid": 1, "topk_softmax": 2}
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """``run`` with ``handle``; ``memory`` is what the handle points to beside packed weights."""
+    """``run`` with ``handle``; ``memory`` is what the handle points to beside packed weights.
+
+    ``top_ks`` are of the layers of a stack that route.
+    """
 
     hidden: int
     handle: Any
     run: Callable[..., bool] | None
+    top_ks: tuple[int, ...]
     memory: tuple[Tensor | None, ...]
 
 
@@ -67,46 +75,60 @@ def native_of(weights: PartWeights) -> Native:
     if isinstance(weights, MlaWeights):
         return _mla(weights)
     if isinstance(weights, MoeWeights):
-        return Native(weights.experts.hidden, _moe(weights), None, ())
+        return Native(weights.experts.hidden, _moe(weights), None, (), ())
     norm = _vector(weights.norm_H)
     hidden, handle = len(norm), _norm(norm, weights.eps)
     if isinstance(weights, DenseWeights):
         _check_mlp(weights.mlp, hidden)
-        return Native(hidden, _cpu.Dense(handle, _mlp(weights.mlp)), None, (norm,))
+        return Native(hidden, _cpu.Dense(handle, _mlp(weights.mlp)), None, (), (norm,))
     if isinstance(weights, HeadWeights):
         assert weights.head.in_features == hidden, (weights.head, hidden)
-        return Native(hidden, _cpu.Head(handle, matrix(weights.head)), None, (norm,))
+        return Native(hidden, _cpu.Head(handle, matrix(weights.head)), None, (), (norm,))
     return _router(weights, norm, handle)
 
 
-def new_step(
-    cos_TR: Tensor,
-    sin_TR: Tensor,
-    interleaved: bool,
-    slot_T: Tensor,
-    attention: AttentionBatch,
-) -> Step:
-    rows, pairs = cos_TR.shape
+def new_step(rope: Rope, position_T: Tensor, slot_T: Tensor, attention: AttentionBatch) -> Step:
+    rows, (table, pairs) = position_T.shape[0], rope.cos_WR.shape
     sequences, width = attention.blocks_SM.shape
-    assert sin_TR.shape == (rows, pairs), (sin_TR.shape, rows, pairs)
+    starts = attention.query_start_S1
+    assert rope.sin_WR.shape == (table, pairs), (rope.sin_WR.shape, table, pairs)
     assert slot_T.shape == (rows,), (slot_T.shape, rows)
-    assert attention.query_start_S1.shape == (sequences + 1,), attention
+    assert starts.shape == (sequences + 1,), attention
     assert attention.context_S.shape == (sequences,), attention
-    assert int(attention.query_start_S1[-1]) == rows, (attention.query_start_S1, rows)
+    assert int(starts[-1]) == rows, (starts, rows)
     handle = _cpu.Step(
+        _address(position_T, torch.int64),
         rows,
-        _address(cos_TR, torch.float32),
-        _address(sin_TR, torch.float32),
+        _address(rope.cos_WR, torch.float32),
+        _address(rope.sin_WR, torch.float32),
+        table,
         pairs,
-        interleaved,
+        rope.interleaved,
         _address(slot_T, torch.int64),
-        _address(attention.query_start_S1, torch.int32),
+        _address(starts, torch.int32),
         _address(attention.context_S, torch.int32),
         _address(attention.blocks_SM, torch.int32),
         sequences,
         width,
     )
-    return Step(rows, cos_TR, sin_TR, interleaved, slot_T, attention, Pass(handle))
+    return Step(rows, rope, position_T, slot_T, attention, Pass(handle))
+
+
+def pile(layers: Sequence[Layer]) -> Stack:
+    natives, sizes = [], set()
+    for layer in layers:
+        attention, mlp = layer.attention.data, layer.mlp
+        if isinstance(mlp, Part):
+            natives.append(_cpu.Layer(attention.handle, mlp.data.handle))
+            sizes |= {attention.hidden, mlp.data.hidden}
+        else:
+            router, experts = (part.data for part in mlp)
+            natives.append(_cpu.Layer(attention.handle, router.handle, experts.handle))
+            sizes |= {attention.hidden, router.hidden, experts.hidden}
+            assert mlp[0].weights.spec.num_experts == mlp[1].weights.experts.num_experts, mlp
+    assert len(sizes) == 1, f"layers of several widths: {sizes}"
+    top_ks = tuple(x.mlp[0].weights.spec.top_k for x in layers if isinstance(x.mlp, tuple))
+    return Stack(tuple(layers), Native(sizes.pop(), _cpu.Stack(natives), None, top_ks, ()))
 
 
 def room_of(step: Step, hidden: int, top_k: int) -> Room:
@@ -168,7 +190,7 @@ def _gqa(w: GqaWeights) -> Native:
         w.window or 0,
         0 if sinks is None else sinks.data_ptr(),
     )
-    return Native(hidden, handle, _cpu.attend_gqa, (norm, q_norm, k_norm, sinks))
+    return Native(hidden, handle, _cpu.attend_gqa, (), (norm, q_norm, k_norm, sinks))
 
 
 def _mla(w: MlaWeights) -> Native:
@@ -204,7 +226,7 @@ def _mla(w: MlaWeights) -> Native:
         w.latent,
         w.scale,
     )
-    return Native(hidden, handle, _cpu.attend_mla, (norm, q_norm, latent_norm))
+    return Native(hidden, handle, _cpu.attend_mla, (), (norm, q_norm, latent_norm))
 
 
 def _router(w: RouterWeights, norm: Tensor, handle: _cpu.Norm) -> Native:
@@ -225,19 +247,19 @@ def _router(w: RouterWeights, norm: Tensor, handle: _cpu.Norm) -> Native:
         spec.group_score == "top2",
         0 if bias is None else bias.data_ptr(),
     )
-    return Native(len(norm), router, None, (norm, bias))
+    return Native(len(norm), router, None, (), (norm, bias))
 
 
-def _moe(w: MoeWeights) -> _cpu.Moe:
+def _moe(w: MoeWeights) -> _cpu.Mixture:
     if isinstance(w.shared, MlpWeights):
         _check_mlp(w.shared, w.experts.hidden)
-        return _cpu.Moe(_experts(w.experts), _mlp(w.shared))
+        return _cpu.Mixture(_experts(w.experts), _mlp(w.shared))
     if isinstance(w.shared, GatedWeights):
         gate, experts = w.shared.gate, w.shared.experts
         assert (gate.in_features, gate.out_features) == (w.experts.hidden, 1), gate
         assert (experts.num_experts, experts.hidden) == (1, w.experts.hidden), experts
-        return _cpu.Moe(_experts(w.experts), matrix(gate), _experts(experts))
-    return _cpu.Moe(_experts(w.experts))
+        return _cpu.Mixture(_experts(w.experts), matrix(gate), _experts(experts))
+    return _cpu.Mixture(_experts(w.experts))
 
 
 def _check_mlp(w: MlpWeights, hidden: int) -> None:

@@ -70,6 +70,21 @@ def probe_machine(
     return Machine(threads, **fastest)
 
 
+def faster(one: Machine, other: Machine) -> Machine:
+    """Of two looks at the same machine, what it could do in the better moment of each figure."""
+
+    def best(a: Rate | None, b: Rate | None) -> Rate | None:
+        return max((r for r in (a, b) if r is not None), key=lambda r: r.best, default=None)
+
+    return Machine(
+        one.threads,
+        max(one.read, other.read, key=lambda rate: rate.best),
+        best(one.int8, other.int8),
+        best(one.bf16, other.bf16),
+        best(one.fp32, other.fp32),
+    )
+
+
 def native_half() -> ModuleType | None:
     try:
         from moeserve.kernels import _cpu

@@ -53,13 +53,9 @@ class Pages:
 
 def bytes_per_block(shape: KvShape) -> int:
     width = shape.head_size + (0 if shape.latent else shape.value_size)
-    scales = 8 if shape.dtype is torch.int8 and has_rest(shape) else 0
+    parts = len(part_sizes(shape)) + (0 if shape.latent else 1)
+    scales = 4 * parts if shape.dtype is torch.int8 else 0
     return shape.block_size * shape.kv_heads * (width * shape.dtype.itemsize + scales)
-
-
-def has_rest(shape: KvShape) -> bool:
-    """Whether keys and values are apart, or a latent's key goes on behind its value."""
-    return not shape.latent or shape.head_size > shape.value_size
 
 
 def new_cache(shape: KvShape) -> KvCache:
@@ -70,12 +66,10 @@ def new_cache(shape: KvShape) -> KvCache:
         return Part(torch.zeros(*place, width, dtype=shape.dtype), scale)
 
     values = part(shape.value_size)
-    if shape.latent:
-        pages = Pages((values, part(shape.head_size - shape.value_size)), values)
-    else:
-        pages = Pages((part(shape.head_size),), values)
-    nbytes = pages.values.nbytes + pages.keys[-1].nbytes
-    return KvCache(shape, nbytes, pages)
+    apart = part_sizes(shape)[1:] if shape.latent else part_sizes(shape)
+    keys = tuple(part(size) for size in apart)
+    nbytes = values.nbytes + sum(key.nbytes for key in keys)
+    return KvCache(shape, nbytes, Pages((values, *keys) if shape.latent else keys, values))
 
 
 def write(cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
@@ -85,14 +79,19 @@ def write(cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -
         pages.values.write(v_TGV, *place)
         pages.keys[0].write(k_TGD, *place)
         return
-    for part, x_TGD in zip(pages.keys, k_TGD.split(part_sizes(shape), -1), strict=True):
+    for part, x_TGD in zip(pages.keys, parts_of(k_TGD, shape), strict=True):
         part.write(x_TGD, *place)
 
 
 def part_sizes(shape: KvShape) -> list[int]:
-    if not shape.latent:
-        return [shape.head_size]
-    return [shape.value_size, shape.head_size - shape.value_size]
+    """Of a key: a latent's value comes first."""
+    rest = shape.head_size - shape.value_size
+    return [shape.value_size, rest] if shape.latent and rest else [shape.head_size]
+
+
+def parts_of(x: Tensor, shape: KvShape) -> list[Tensor]:
+    first, *_ = sizes = part_sizes(shape)
+    return [x[..., :first], x[..., first:]][: len(sizes)]
 
 
 def attend(
@@ -126,9 +125,9 @@ def scores(
     q_D: Tensor, keys: list[tuple[Tensor, Tensor]], shape: KvShape, first: int, end: int
 ) -> Tensor:
     total = torch.zeros(end - first)
-    for q, (key, key_scale) in zip(q_D.split(part_sizes(shape)), keys, strict=True):
+    for q, (key, key_scale) in zip(parts_of(q_D, shape), keys, strict=True):
         rounded, factor = q.to(shape.dtype).float() if shape.dtype.is_floating_point else q, None
-        if shape.dtype is torch.int8 and len(q):
+        if shape.dtype is torch.int8:
             codes, scale = quantize_rows(q[None])
             rounded, factor = codes[0].float(), scale[0] * key_scale[first:end]
         dot = torch.mv(key[first:end].contiguous(), rounded.clone())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeserve.kernels.matrix import rows_of
 from moeserve.kernels.ops import GqaWeights, KvShape, MlaWeights
 from moeserve.models.spec import AttentionSpec, GqaSpec, MlaSpec, QkNorm
 from moeserve.models.weights import Weights
@@ -45,7 +44,7 @@ def _load_gqa(w: Weights, prefix: str, s: GqaSpec, norm_H: Tensor, eps: float) -
         q_norm = w.vector(f"{prefix}.q_norm.weight", s.head_dim if by_head else wide)
         k_norm = w.vector(f"{prefix}.k_norm.weight", s.head_dim if by_head else narrow)
     sizes = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow}
-    qkv = rows_of([w.matrix(f"{prefix}.{n}.weight", size, hidden) for n, size in sizes.items()])
+    qkv = w.rows([f"{prefix}.{n}" for n in sizes], list(sizes.values()), hidden)
     bias = None
     if s.qkv_bias:
         bias = torch.cat([w.vector(f"{prefix}.{n}.bias", size) for n, size in sizes.items()])
@@ -77,12 +76,13 @@ def _load_mla(w: Weights, prefix: str, s: MlaSpec, norm_H: Tensor, eps: float) -
         q_bias = w.vector(f"{first}.bias", low) if s.bias else torch.zeros(low)
         q_norm = w.vector(f"{prefix}.q_a_layernorm.weight", low)
         q_up = w.linear(f"{prefix}.q_b_proj", queries, low)
-    down = rows_of(
-        [w.matrix(f"{first}.weight", low, hidden), w.matrix(f"{kv_a}.weight", keys, hidden)]
-    )
+    down = w.rows([first, kv_a], [low, keys], hidden)
     bias = torch.cat((q_bias, w.vector(f"{kv_a}.bias", keys))) if s.bias else None
     rows = s.heads * (s.nope + s.value)
-    up_AXL = w.matrix(f"{prefix}.kv_b_proj.weight", rows, s.kv_lora).view(s.heads, -1, s.kv_lora)
+    # Read as floats: one of its halves is needed transposed, where scales per row cannot follow.
+    kv_b = f"{prefix}.kv_b_proj"
+    up_AXL = w.floats(kv_b, rows, s.kv_lora).view(s.heads, -1, s.kv_lora)
+    into_latent_ALN = up_AXL[:, : s.nope].transpose(1, 2).contiguous()
     return MlaWeights(
         norm_H=norm_H,
         eps=eps,
@@ -94,8 +94,8 @@ def _load_mla(w: Weights, prefix: str, s: MlaSpec, norm_H: Tensor, eps: float) -
         latent_eps=s.latent_eps,
         down=w.ops.pack_linear(down, bias),
         latent_norm=w.vector(f"{prefix}.kv_a_layernorm.weight", s.kv_lora),
-        into_latent=w.ops.pack_heads(up_AXL[:, : s.nope].transpose(1, 2).contiguous()),
-        out_of_latent=w.ops.pack_heads(up_AXL[:, s.nope :].contiguous()),
+        into_latent=w.ops.pack_heads(w.held(kv_b, into_latent_ALN)),
+        out_of_latent=w.ops.pack_heads(w.held(kv_b, up_AXL[:, s.nope :].contiguous())),
         o=w.linear(f"{prefix}.o_proj", hidden, s.heads * s.value, bias=s.bias),
         q_norm=q_norm,
         q_up=q_up,

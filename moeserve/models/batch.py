@@ -47,6 +47,7 @@ def pack_spans(spans: Sequence[Span], block_size: int) -> StepBatch:
     slots: list[int] = []
     rows: list[int] = []
     starts, contexts = [0], []
+    tables: list[int] = []
     for span in spans:
         end = span.start + len(span.token_ids)
         ids.extend(span.token_ids)
@@ -58,18 +59,18 @@ def pack_spans(spans: Sequence[Span], block_size: int) -> StepBatch:
         rows.extend(range(len(ids) - span.logits, len(ids)))
         starts.append(len(ids))
         contexts.append(end)
-    blocks_SM = torch.zeros(len(spans), max(len(s.blocks) for s in spans), dtype=torch.int32)
-    for s, span in enumerate(spans):
-        blocks_SM[s, : len(span.blocks)] = torch.tensor(span.blocks, dtype=torch.int32)
-    attention = AttentionBatch(
-        torch.tensor(starts, dtype=torch.int32),
-        torch.tensor(contexts, dtype=torch.int32),
-        blocks_SM,
+    # Two tensors, cut into views: each further one would cost as much as all this.
+    wide = torch.tensor([*ids, *positions, *slots, *rows])
+    ids_T, positions_T, slot_T, rows_R = wide.split_with_sizes(
+        [len(ids), len(ids), len(ids), len(rows)]
     )
-    return StepBatch(
-        torch.tensor(ids),
-        torch.tensor(positions),
-        torch.tensor(slots),
-        attention,
-        torch.tensor(rows, dtype=torch.int64),
+    width = max(len(s.blocks) for s in spans)
+    for span in spans:
+        tables += span.blocks
+        tables += [0] * (width - len(span.blocks))
+    narrow = torch.tensor([*starts, *contexts, *tables], dtype=torch.int32)
+    starts_S1, context_S, blocks = narrow.split_with_sizes(
+        [len(starts), len(contexts), len(tables)]
     )
+    attention = AttentionBatch(starts_S1, context_S, blocks.view(len(spans), width))
+    return StepBatch(ids_T, positions_T, slot_T, attention, rows_R)

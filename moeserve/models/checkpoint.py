@@ -2,12 +2,16 @@
 
 Nothing in the folder is executed and pickle is never read. Every tensor that is asked for is
 checked (present, shape, dtype) and counted; ``unread`` lists what nobody asked for, so that a
-tensor we do not understand cannot be dropped in silence. Files must not change while open.
+tensor we do not understand cannot be dropped in silence. Files must not change while open. Pages
+that were read stay resident until ``release``, so that a model need not be in memory twice.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +24,31 @@ from moeserve.errors import CheckpointError
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Linux has the flag everywhere; Python names it from 3.13 on.
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a tensor lies: bytes ``start`` to ``end`` of a mapped file."""
+
+    file: Path
+    mapping: mmap.mmap
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 class Checkpoint:
@@ -31,14 +59,15 @@ class Checkpoint:
         path: Path,
         config: dict[str, Any],
         generation_config: dict[str, Any],
-        files: dict[Path, Any],
+        files: dict[Path, dict[str, Entry]],
     ) -> None:
         self.path = path
         self.config = config
         self.generation_config = generation_config
         self.bytes_read = 0
         self.total_bytes = sum(file.stat().st_size for file in files)
-        self._home = {name: (file, f) for file, f in files.items() for name in f.keys()}  # noqa: SIM118
+        self._entries = {name: entry for found in files.values() for name, entry in found.items()}
+        self._mappings = tuple({id(e.mapping): e.mapping for e in self._entries.values()}.values())
         self._read: set[str] = set()
 
     @classmethod
@@ -48,7 +77,6 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; give the path of a model folder")
         config = read_json(folder / "config.json", required=True)
-        _refuse_quantised(folder / "config.json", config)
         files = {file: _map(file) for file in _weight_files(folder)}
         generation = read_json(folder / "generation_config.json", required=False)
         checkpoint = cls(folder, config, generation, files)
@@ -57,54 +85,83 @@ class Checkpoint:
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self._home)
+        return frozenset(self._entries)
+
+    @property
+    def in_order(self) -> tuple[str, ...]:
+        """Names as their data lies in the files."""
+        places = {name: (e.file, e.start) for name, e in self._entries.items()}
+        return tuple(sorted(places, key=places.__getitem__))
 
     def has(self, name: str) -> bool:
-        return name in self._home
+        return name in self._entries
 
-    def get(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    def get(
+        self,
+        name: str,
+        shape: tuple[int, ...] | None = None,
+        kinds: tuple[torch.dtype, ...] = FLOATS,
+    ) -> Tensor:
         """The tensor, a view of the mapped file; of exactly this shape where one is given."""
         if shape is not None:
             self.require(name, shape)
-        file, mapped = self._find(name)
-        try:
-            tensor: Tensor = mapped.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from error
-        if tensor.dtype not in _FLOATS:
+        entry, kind = self._find(name), self.dtype(name)
+        if kind not in kinds:
+            expected = " or ".join(_shown(k) for k in kinds)
+            remedy = "; quantised weights need a quantization_config in config.json"
             raise CheckpointError(
-                f"{file}: tensor {name} has dtype {tensor.dtype}, expected float32, float16 or "
-                f"bfloat16; quantised weights are not supported yet"
+                f"{entry.file}: tensor {name} has dtype {_shown(kind)}, expected {expected}"
+                f"{remedy if kinds == FLOATS else ''}"
             )
         self._read.add(name)
-        self.bytes_read += tensor.nbytes
-        return tensor
+        self.bytes_read += entry.end - entry.start
+        if entry.start == entry.end:
+            return torch.empty(entry.shape, dtype=kind)
+        count = (entry.end - entry.start) // kind.itemsize
+        flat = torch.frombuffer(entry.mapping, dtype=kind, count=count, offset=entry.start)
+        return flat.view(entry.shape)
+
+    def release(self) -> None:
+        """Gives back the memory of pages read so far; tensors stay valid and are read again."""
+        for mapping in self._mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """From the header."""
+        entry = self._find(name)
+        if entry.kind not in DTYPES:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} has dtype {entry.kind}, expected one of "
+                f"{', '.join(DTYPES)}"
+            )
+        return DTYPES[entry.kind]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the header."""
+        return self._find(name).shape
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuses a tensor that is missing or of another shape; reads the header only."""
-        file, mapped = self._find(name)
-        try:
-            found = list(mapped.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from error
-        if found != list(shape):
+        found = self.shape(name)
+        if found != shape:
             raise CheckpointError(
-                f"{file}: tensor {name} has shape {found}, config.json implies {list(shape)}"
+                f"{self._find(name).file}: tensor {name} has shape {list(found)}, "
+                f"config.json implies {list(shape)}"
             )
 
     def unread(self) -> tuple[str, ...]:
         """Tensors that nobody asked for, sorted."""
         return tuple(sorted(self.names - self._read))
 
-    def _find(self, name: str) -> tuple[Path, Any]:
-        if name not in self._home:
+    def _find(self, name: str) -> Entry:
+        if name not in self._entries:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        return self._home[name]
+        return self._entries[name]
 
     def _check_index(self) -> None:
         index = read_json(self.path / _INDEX, required=False)
         for name, shard in index.get("weight_map", {}).items():
-            if name not in self._home or self._home[name][0].name != shard:
+            if not self.has(name) or self._find(name).file.name != shard:
                 raise CheckpointError(
                     f"{self.path / _INDEX}: tensor {name} should be in {shard} but is not"
                 )
@@ -152,21 +209,39 @@ def _shard(index: Path, name: str) -> Path:
     return file
 
 
-def _map(file: Path) -> Any:
+def _map(file: Path) -> dict[str, Entry]:
+    """What is in a file, by name. The library checks the header; data is mapped here, where pages
+    can be given back."""
     try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+        with safe_open(file, framework="pt", device="cpu"):
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+            # Private, since torch wants memory it could write; nobody does, so reserve none.
+            mapping = mmap.mmap(
+                opened.fileno(),
+                0,
+                flags=mmap.MAP_PRIVATE | _NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{file}: truncated or not safetensors ({error}); download it again"
         ) from error
+    first = 8 + length
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(
+            file,
+            mapping,
+            told["dtype"],
+            tuple(told["shape"]),
+            *(first + offset for offset in told["data_offsets"]),
+        )
+        for name, told in header.items()
+    }
 
 
-def _refuse_quantised(file: Path, config: dict[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        found = config.get(key)
-        if found is not None:
-            method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
-            raise CheckpointError(
-                f"{file}: {key} names the method {method!r}, which is not supported yet; "
-                f"use a float32, float16 or bfloat16 copy of the model"
-            )
+def _shown(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")

@@ -7,6 +7,7 @@ residual stream is fp32. Letters as in ``kernels.ops``, R wanted rows, W vocabul
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,19 @@ import torch
 from torch import Tensor
 
 from moeserve.errors import CheckpointError
-from moeserve.kernels.ops import HeadWeights, KvCache, Linear, Ops, Part, Step
-from moeserve.models.attention import AttentionWeights, kv_shape, load_attention
+from moeserve.kernels.ops import HeadWeights, KvCache, Layer, Linear, Ops, Part, Rope, Stack, Step
+from moeserve.models.attention import kv_shape, load_attention
 from moeserve.models.batch import StepBatch
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.families import read_spec
-from moeserve.models.moe import DenseMlp, MoeMlp, RoutingObserver, load_mlp
+from moeserve.models.fields import Fields
+from moeserve.models.formats.layouts import Stored
+from moeserve.models.formats.method import read_method
+from moeserve.models.moe import RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
-from moeserve.models.rope import RopeTables, rope_tables
+from moeserve.models.rope import rope_tables
 from moeserve.models.spec import LayerSpec, ModelSpec
-from moeserve.models.weights import Weights
+from moeserve.models.weights import Rounding, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +41,6 @@ class KVCache:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Attention and MLP, each behind its norm, added to the residual stream in place."""
-
-    layer: int
-    attention: Part[AttentionWeights]
-    mlp: DenseMlp | MoeMlp
-
-    def run(
-        self,
-        x_TH: Tensor,
-        step: Step,
-        cache: KVCache,
-        ops: Ops,
-        observer: RoutingObserver | None,
-    ) -> None:
-        ops.attend(x_TH, self.attention, step, cache.layers[self.layer])
-        self.mlp.run(x_TH, step, ops, self.layer, observer)
-
-
-@dataclass(frozen=True, slots=True)
 class Mtp:
     """DeepSeek-V3's multi-token prediction module: one more block that looks one token ahead."""
 
@@ -64,7 +48,7 @@ class Mtp:
     embedding_norm_H: Tensor
     hidden_norm_H: Tensor
     project: Linear
-    block: Block
+    stack: Stack
     head: Part[HeadWeights]
 
 
@@ -77,9 +61,9 @@ class Decoder:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     embedding_WH: Tensor
-    blocks: tuple[Block, ...]
+    stack: Stack
     head: Part[HeadWeights]
-    rope: RopeTables
+    rope: Rope
     mtp: Mtp | None
     unread: tuple[str, ...]
 
@@ -109,8 +93,11 @@ class Decoder:
         """The residual stream after the last block, before the final norm: [T, H]."""
         ops, shared = self.ops, self._shared(step)
         x_TH = ops.embed(self.embedding_WH, step.token_ids_T)
-        for block in self.blocks:
-            block.run(x_TH, shared, cache, ops, observer)
+        routed: list[Tensor] | None = None if observer is None else []
+        ops.run(x_TH, self.stack, shared, cache.layers[: len(self.stack.layers)], routed)
+        if observer is not None and routed is not None:
+            for layer, ids_TC in zip(self.spec.moe_layers, routed, strict=True):
+                observer.record(layer, ids_TC)
         return x_TH
 
     def final_norm(self, hidden_RH: Tensor) -> Tensor:
@@ -119,10 +106,7 @@ class Decoder:
 
     def _shared(self, step: StepBatch) -> Step:
         """What all layers need of the step."""
-        rope = self.rope.rows(step.positions_T)
-        return self.ops.new_step(
-            rope.cos_TR, rope.sin_TR, rope.interleaved, step.slot_T, step.attention
-        )
+        return self.ops.new_step(self.rope, step.positions_T, step.slot_T, step.attention)
 
     def mtp_forward(self, normed_TH: Tensor, step: StepBatch, cache: KVCache) -> Tensor:
         """Draft logits_RW of the token after next.
@@ -142,7 +126,7 @@ class Decoder:
             -1,
         )
         x_TH = ops.linear(pair_T2H, mtp.project)
-        mtp.block.run(x_TH, self._shared(step), cache, ops, None)
+        ops.run(x_TH, mtp.stack, self._shared(step), cache.layers[-1:])
         return ops.head(x_TH, step.logit_rows_R, mtp.head)
 
 
@@ -152,15 +136,27 @@ def load_decoder(
     dtype: torch.dtype | None,
     ops: Ops,
     kv_dtype: torch.dtype | None = None,
+    quantization: str = "auto",
+    quantize_attention: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """The model in a folder, its matrices in ``dtype``: float32, bfloat16, or the checkpoint's.
+    """The model in a folder, its floats in ``dtype``: float32, bfloat16, or the checkpoint's.
 
-    A float16 checkpoint is held as float32, which is exact. ``kv_dtype`` is float32, bfloat16,
-    int8, or that of the matrices. Tensors that the model does not explain are an error.
+    A float16 checkpoint is held as float32, which is exact. Quantised matrices stay as they are
+    stored, unless ``quantization`` says otherwise (see ``weights.Rounding``). ``kv_dtype`` is
+    float32, bfloat16, int8, or that of the floats. Tensors that the model does not explain are an
+    error.
     """
     checkpoint = Checkpoint.open(path)
-    return assemble(checkpoint, dtype=dtype, ops=ops, kv_dtype=kv_dtype, progress=progress)
+    return assemble(
+        checkpoint,
+        dtype=dtype,
+        ops=ops,
+        kv_dtype=kv_dtype,
+        quantization=quantization,
+        quantize_attention=quantize_attention,
+        progress=progress,
+    )
 
 
 def assemble(
@@ -169,54 +165,84 @@ def assemble(
     dtype: torch.dtype | None,
     ops: Ops,
     kv_dtype: torch.dtype | None = None,
+    quantization: str = "auto",
+    quantize_attention: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """``load_decoder`` of an open folder."""
-    spec, names = read_spec(checkpoint)
-    embedding = checkpoint.get("model.embed_tokens.weight", (spec.vocab, spec.hidden))
-    held = dtype or embedding.dtype
-    w = Weights(
-        checkpoint, ops, torch.bfloat16 if held is torch.bfloat16 else torch.float32, progress
-    )
-    embedding_WH = embedding.to(w.dtype, copy=True)
-    if spec.tied_embeddings:
-        head = ops.pack_linear(embedding_WH)
-    else:
-        head = w.linear("lm_head", spec.vocab, spec.hidden)
-    blocks = tuple(_load_block(w, i, layer, names, spec) for i, layer in enumerate(spec.layers))
-    decoder = Decoder(
-        spec=spec,
-        ops=ops,
-        dtype=w.dtype,
-        kv_dtype=kv_dtype or w.dtype,
-        embedding_WH=embedding_WH,
-        blocks=blocks,
-        head=ops.prepare(
-            HeadWeights(w.vector("model.norm.weight", spec.hidden), spec.norm_eps, head)
-        ),
-        rope=rope_tables(spec.rope, spec.max_positions),
-        mtp=_load_mtp(w, names, spec, embedding_WH, head),
-        unread=_explained(checkpoint, spec),
-    )
+    rounding = Rounding(quantization, quantize_attention)
+    w = open_weights(checkpoint, dtype, ops, rounding, progress)
+    decoder = build_decoder(w, kv_dtype)
+    for method, count in w.stored.rounded.items():
+        logging.getLogger("moeserve.models").info(
+            "%s: %d matrices of %s rounded to int8, which holds them best",
+            checkpoint.path,
+            count,
+            method,
+        )
     if progress is not None:
         progress(checkpoint.total_bytes, checkpoint.total_bytes)
     return decoder
 
 
-def _load_block(
+def open_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    ops: Ops,
+    rounding: Rounding,
+    progress: Callable[[int, int], None] | None = None,
+) -> Weights:
+    """``dtype`` None is that of the embedding, which no method quantises."""
+    held = dtype or checkpoint.dtype("model.embed_tokens.weight")
+    where = str(checkpoint.path / "config.json")
+    return Weights(
+        checkpoint,
+        Stored(checkpoint, read_method(Fields(checkpoint.config, where))),
+        ops,
+        torch.bfloat16 if held is torch.bfloat16 else torch.float32,
+        rounding,
+        progress,
+    )
+
+
+def build_decoder(w: Weights, kv_dtype: torch.dtype | None = None) -> Decoder:
+    """Reads every tensor of the model, and accounts for the others."""
+    spec, names = read_spec(w.checkpoint)
+    embedding_WH = w.embedding("model.embed_tokens", spec.vocab, spec.hidden)
+    if spec.tied_embeddings:
+        head = w.ops.pack_linear(w.held("lm_head", embedding_WH))
+    else:
+        head = w.linear("lm_head", spec.vocab, spec.hidden)
+    w.checkpoint.release()
+    layers = [_load_layer(w, i, layer, names, spec) for i, layer in enumerate(spec.layers)]
+    return Decoder(
+        spec=spec,
+        ops=w.ops,
+        dtype=w.dtype,
+        kv_dtype=kv_dtype or w.dtype,
+        embedding_WH=embedding_WH,
+        stack=w.ops.pile(layers),
+        head=w.ops.prepare(
+            HeadWeights(w.vector("model.norm.weight", spec.hidden), spec.norm_eps, head)
+        ),
+        rope=rope_tables(spec.rope, spec.max_positions),
+        mtp=_load_mtp(w, names, spec, embedding_WH, head),
+        unread=_explained(w.checkpoint, spec, w.stored),
+    )
+
+
+def _load_layer(
     w: Weights, index: int, layer: LayerSpec, names: TensorNames, spec: ModelSpec
-) -> Block:
+) -> Layer:
     prefix = f"model.layers.{index}"
     input_norm_H = w.vector(f"{prefix}.input_layernorm.weight", spec.hidden)
     post_norm_H = w.vector(f"{prefix}.post_attention_layernorm.weight", spec.hidden)
     attention = load_attention(
         w, f"{prefix}.self_attn", layer.attention, input_norm_H, spec.norm_eps
     )
-    return Block(
-        layer=index,
-        attention=w.ops.prepare(attention),
-        mlp=load_mlp(w, prefix, layer.mlp, names, post_norm_H, spec.norm_eps),
-    )
+    mlp = load_mlp(w, prefix, layer.mlp, names, post_norm_H, spec.norm_eps)
+    w.checkpoint.release()
+    return Layer(w.ops.prepare(attention), mlp)
 
 
 def _load_mtp(
@@ -225,9 +251,9 @@ def _load_mtp(
     prefix = f"model.layers.{len(spec.layers)}"
     if spec.mtp is None or not w.has(f"{prefix}.eh_proj.weight"):
         return None
-    own_embedding, own_head = f"{prefix}.embed_tokens.weight", f"{prefix}.shared_head.head"
-    if w.has(own_embedding):
-        embedding_WH = w.matrix(own_embedding, spec.vocab, spec.hidden)
+    own_embedding, own_head = f"{prefix}.embed_tokens", f"{prefix}.shared_head.head"
+    if w.has(f"{own_embedding}.weight"):
+        embedding_WH = w.embedding(own_embedding, spec.vocab, spec.hidden)
     if w.has(f"{own_head}.weight"):
         head = w.linear(own_head, spec.vocab, spec.hidden)
     return Mtp(
@@ -235,7 +261,7 @@ def _load_mtp(
         embedding_norm_H=w.vector(f"{prefix}.enorm.weight", spec.hidden),
         hidden_norm_H=w.vector(f"{prefix}.hnorm.weight", spec.hidden),
         project=w.linear(f"{prefix}.eh_proj", spec.hidden, 2 * spec.hidden),
-        block=_load_block(w, len(spec.layers), spec.mtp, names, spec),
+        stack=w.ops.pile([_load_layer(w, len(spec.layers), spec.mtp, names, spec)]),
         head=w.ops.prepare(
             HeadWeights(
                 w.vector(f"{prefix}.shared_head.norm.weight", spec.hidden), spec.norm_eps, head
@@ -244,10 +270,10 @@ def _load_mtp(
     )
 
 
-def _explained(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
+def _explained(checkpoint: Checkpoint, spec: ModelSpec, stored: Stored) -> tuple[str, ...]:
     """The tensors nobody read, if each has a reason: else an error that names them."""
     unread = checkpoint.unread()
-    strange = [name for name in unread if not _needless(name, spec)]
+    strange = [name for name in unread if not (_needless(name, spec) or stored.needless(name))]
     if strange:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise CheckpointError(

@@ -12,39 +12,14 @@ DeepSeek-V2's ``mscale_all_dim`` for the softmax scale.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moeserve.errors import CheckpointError
+from moeserve.kernels.ops import Rope
 from moeserve.models.fields import Fields
 from moeserve.models.spec import LEAST, RopeScaling, RopeSpec
-
-
-@dataclass(frozen=True, slots=True)
-class RopeTables:
-    """cos and sin of every position; ``rows`` picks those of a step's tokens."""
-
-    cos_PR: Tensor
-    sin_PR: Tensor
-    interleaved: bool
-
-    def rows(self, positions_T: Tensor) -> RopeRows:
-        return RopeRows(
-            self.cos_PR.index_select(0, positions_T),
-            self.sin_PR.index_select(0, positions_T),
-            self.interleaved,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class RopeRows:
-    """What the tokens of one step are rotated by."""
-
-    cos_TR: Tensor
-    sin_TR: Tensor
-    interleaved: bool
 
 
 def read_rope(
@@ -126,11 +101,9 @@ def inverse_frequencies(spec: RopeSpec) -> Tensor:
     return plain_R
 
 
-def rope_tables(spec: RopeSpec, positions: int) -> RopeTables:
+def rope_tables(spec: RopeSpec, positions: int) -> Rope:
     angle_PR = torch.arange(positions, dtype=torch.float32)[:, None] * inverse_frequencies(spec)
-    return RopeTables(
-        angle_PR.cos() * spec.magnitude, angle_PR.sin() * spec.magnitude, spec.interleaved
-    )
+    return Rope(angle_PR.cos() * spec.magnitude, angle_PR.sin() * spec.magnitude, spec.interleaved)
 
 
 def _scaling(fields: Fields) -> Fields:

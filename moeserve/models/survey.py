@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moeserve.kernels.reference import ReferenceOps
-from moeserve.models.checkpoint import Checkpoint
+from moeserve.models.checkpoint import FLOATS, Checkpoint
 from moeserve.models.decoder import assemble
 from moeserve.models.spec import ModelSpec, MoeSpec
 
@@ -31,16 +31,28 @@ class Survey:
 
 
 class Headers(Checkpoint):
-    """A checkpoint without data; remembers the sizes of what was asked for."""
+    """A checkpoint without data; remembers what was asked for."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.elements: dict[str, int] = {}
+        self.seen: dict[str, Tensor] = {}
 
-    def get(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        tensor = super().get(name, shape).to("meta")
-        self.elements[name] = tensor.numel()
+    def get(
+        self,
+        name: str,
+        shape: tuple[int, ...] | None = None,
+        kinds: tuple[torch.dtype, ...] = FLOATS,
+    ) -> Tensor:
+        tensor = super().get(name, shape, kinds).to("meta")
+        self.seen[name] = tensor
         return tensor
+
+    def held_bytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Floats in ``dtype``, codes as they are stored."""
+        return {
+            name: tensor.numel() * dtype.itemsize if tensor.dtype in FLOATS else tensor.nbytes
+            for name, tensor in self.seen.items()
+        }
 
 
 def survey(path: str | Path, dtype: torch.dtype | None = None) -> Survey:
@@ -48,23 +60,24 @@ def survey(path: str | Path, dtype: torch.dtype | None = None) -> Survey:
     headers = Headers.open(path)
     with torch.device("meta"):
         decoder = assemble(headers, dtype=dtype, ops=ReferenceOps())
-    size = decoder.dtype.itemsize
+    sizes = headers.held_bytes(decoder.dtype)
+    row = decoder.spec.hidden * decoder.dtype.itemsize
     return Survey(
         decoder.spec,
-        sum(headers.elements.values()) * size,
-        round(active_elements(headers.elements, decoder.spec) * size),
+        sum(sizes.values()),
+        round(active_bytes(sizes, decoder.spec, row)),
         decoder.kv_bytes_per_token,
     )
 
 
-def active_elements(elements: Mapping[str, int], spec: ModelSpec) -> float:
-    """All of a layer but the experts not chosen, and the head; of the embedding only a row."""
+def active_bytes(sizes: Mapping[str, int], spec: ModelSpec, row: int) -> float:
+    """All of a layer but the experts not chosen, and the head; of the embedding only a ``row``."""
     active = 0.0
-    for name, count in elements.items():
+    for name, count in sizes.items():
         parts = name.split(".")
         if parts[:2] != ["model", "layers"]:
             tied_or_head = "lm_head" in parts or spec.tied_embeddings
-            active += count if tied_or_head or "norm" in parts else spec.hidden
+            active += count if tied_or_head or "norm" in parts else row
         elif int(parts[2]) < len(spec.layers):
             mlp = spec.layers[int(parts[2])].mlp
             if isinstance(mlp, MoeSpec) and "experts" in parts:

@@ -77,6 +77,8 @@ def load_model(config: ServeConfig, observer: Metrics, tell: Tell) -> LoadedMode
         name=config.served_model_name,
         dtype=config.dtype,
         kv_dtype=config.kv_dtype,
+        quantization=config.quantization,
+        quantize_attention=config.quantize_attention,
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         num_blocks=config.num_blocks,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moeserve.core import Request, RequestId, SamplingParams
 from moeserve.errors import ConfigError
+from moeserve.evaluate import answers as answering
 from moeserve.evaluate import compare as comparing
 from moeserve.evaluate.answers import BLOCK, answer
 from moeserve.evaluate.arithmetic import draw_problems
@@ -23,8 +25,7 @@ from moeserve.evaluate.texts import (
     windows_of_files,
 )
 from moeserve.models.batch import Span, pack_spans
-from moeserve.models.checkpoint import Checkpoint
-from moeserve.models.decoder import Decoder
+from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
 from moeserve.models.tokenizer import Tokenizer
 
@@ -46,10 +47,13 @@ def contrast(reference: Decoder, tested: Decoder) -> Comparison:
     return compare(reference, tested, windows_like(reference, 33, 20, 33), quiet)
 
 
-def with_permuted_head(decoder: Decoder, folder: Path) -> Decoder:
-    weight = Checkpoint.open(folder).get("lm_head.weight").float()
+def with_permuted_head(decoder: Decoder, folder: Path, tmp_path: Path) -> Decoder:
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors["lm_head.weight"]
     order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(5))
-    return dataclasses.replace(decoder, head=decoder.ops.pack_linear(weight[order].contiguous()))
+    save_file(tensors | {"lm_head.weight": weight[order]}, tmp_path / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    return load_decoder(tmp_path, dtype=None, ops=decoder.ops)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
@@ -63,10 +67,11 @@ def test_a_model_equals_itself_exactly(family: str, tiny_decoder: Tiny) -> None:
 
 
 def test_a_permuted_head_shows_in_the_tokens_and_not_in_the_routing(
-    tiny_decoder: Tiny, tiny_checkpoint: Folder
+    tiny_decoder: Tiny, tiny_checkpoint: Folder, tmp_path: Path
 ) -> None:
     decoder = tiny_decoder("qwen3_moe")
-    found = contrast(decoder, with_permuted_head(decoder, tiny_checkpoint("qwen3_moe")))
+    permuted = with_permuted_head(decoder, tiny_checkpoint("qwen3_moe"), tmp_path)
+    found = contrast(decoder, permuted)
     assert found.whole.same_top.value < 0.1
     assert found.whole.kl.value > 0.1
     assert all(layer.equal == 1 for layer in found.routing)
@@ -99,10 +104,10 @@ def test_losses_are_those_of_the_second_halves(tiny_decoder: Tiny) -> None:
 
 
 def test_how_a_window_is_cut_into_steps_changes_no_bit(
-    tiny_decoder: Tiny, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Folder
+    tiny_decoder: Tiny, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Folder, tmp_path: Path
 ) -> None:
     decoder = tiny_decoder("deepseek_v3")
-    other = with_permuted_head(decoder, tiny_checkpoint("deepseek_v3"))
+    other = with_permuted_head(decoder, tiny_checkpoint("deepseek_v3"), tmp_path)
     whole = contrast(decoder, other)
     monkeypatch.setattr(comparing, "TOKENS_PER_STEP", 7)
     monkeypatch.setattr(comparing, "MOST_LOGITS", 3 * decoder.spec.vocab)
@@ -134,6 +139,19 @@ def test_answers_come_in_the_order_of_requests(tiny_decoder: Tiny) -> None:
     assert [len(ids) for ids in together] == [3, 9, 1]
     assert together == [answer(decoder, [r], frozenset())[0] for r in requests]
     assert answer(decoder, [], frozenset()) == []
+
+
+def test_answers_are_the_same_where_memory_holds_one_at_a_time(
+    tiny_decoder: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, heard = tiny_decoder("qwen3_moe"), list[int]()
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=3, ignore_eos=True)
+    requests = [Request(RequestId(str(i)), (5 + i,), params) for i in range(3)]
+    together = answer(decoder, requests, frozenset())
+    monkeypatch.setattr(answering, "KV_BYTES", 1)
+    assert answer(decoder, requests, frozenset(), heard.append) == together
+    assert set(heard) == {1}
+    assert sum(heard) == 18
 
 
 def test_written_windows_repeat_with_their_seed(tiny_decoder: Tiny) -> None:

@@ -25,6 +25,7 @@ from moeserve.kernels.ops import (
     MlaWeights,
     MlpWeights,
     MoeWeights,
+    Rope,
     RouterSpec,
     RouterWeights,
     Step,
@@ -66,7 +67,8 @@ class Spans:
             torch.tensor(contexts, dtype=torch.int32),
             blocks,
         )
-        return ops.new_step(cos, sin, inter, torch.tensor(slots), batch)
+        rope = Rope(cos, sin, inter)
+        return ops.new_step(rope, torch.arange(self.rows), torch.tensor(slots), batch)
 
 
 spans = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1, max_size=4).map(Spans)

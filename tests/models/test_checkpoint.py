@@ -296,10 +296,12 @@ def test_needless_tensors_are_listed_not_dropped_in_silence(folder: Path, ops: O
     assert load_decoder(folder, dtype=None, ops=ops).unread == tuple(sorted(needless))
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "fp8", "gptq"])
-def test_a_quantised_checkpoint_is_refused_by_method(folder: Path, ops: Ops, method: str) -> None:
+@pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "quark", ""])
+def test_an_unknown_method_of_quantisation_is_refused_by_name(
+    folder: Path, ops: Ops, method: str
+) -> None:
     edit_config(folder, quantization_config={"quant_method": method})
-    refused(folder, ops, "quantization_config", method, "not supported yet")
+    refused(folder, ops, "quantization_config", method or "unnamed", "compressed-tensors")
 
 
 def test_an_unknown_architecture_is_named_beside_those_we_know(folder: Path, ops: Ops) -> None:

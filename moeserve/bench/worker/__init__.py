@@ -1,0 +1,1 @@
+"""What runs in processes of its own while ``moeserve bench`` measures; ``answer`` is how."""

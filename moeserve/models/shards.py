@@ -1,0 +1,104 @@
+"""Write safetensors one tensor at a time: sizes are planned first, so headers come before data.
+
+Memory holds one piece of what ``Tensors.make`` yields and no more. Shards are filled in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeserve.models.checkpoint import DTYPES
+
+_KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor that is yet to be made."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """Tensors made together, such as codes and their scales.
+
+    ``make`` yields pieces; one after the other, their bytes are those of ``planned``.
+    """
+
+    planned: tuple[Planned, ...]
+    make: Callable[[], Iterable[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.planned)
+
+
+def write_shards(
+    folder: Path, parts: Sequence[Tensors], most_bytes: int, written: Callable[[int], None]
+) -> None:
+    """``model.safetensors``, or several of at most ``most_bytes`` (or one part) and an index.
+
+    ``written`` hears the bytes of every part as it is done.
+    """
+    shards = list(_shards(parts, most_bytes))
+    index: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write(folder / name, shard, written)
+        index |= {planned.name: name for part in shard for planned in part.planned}
+    if len(shards) > 1:
+        total = {"total_size": sum(part.nbytes for part in parts)}
+        text = json.dumps({"metadata": total, "weight_map": index}, indent=2)
+        (folder / "model.safetensors.index.json").write_text(text, "utf-8")
+
+
+def _shards(parts: Sequence[Tensors], most_bytes: int) -> Iterator[list[Tensors]]:
+    shard: list[Tensors] = []
+    size = 0
+    for part in parts:
+        if shard and size + part.nbytes > most_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(part)
+        size += part.nbytes
+    yield shard
+
+
+def _write(file: Path, parts: Sequence[Tensors], written: Callable[[int], None]) -> None:
+    with file.open("wb") as out:
+        out.write(_header([planned for part in parts for planned in part.planned]))
+        for part in parts:
+            start = out.tell()
+            for piece in part.make():
+                if piece.numel():
+                    out.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            assert out.tell() - start == part.nbytes, part.planned
+            written(part.nbytes)
+
+
+def _header(planned: Sequence[Planned]) -> bytes:
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for p in planned:
+        offsets = [at, at + p.nbytes]
+        table[p.name] = {"dtype": _KINDS[p.dtype], "shape": p.shape, "data_offsets": offsets}
+        at += p.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
