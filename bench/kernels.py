@@ -126,10 +126,11 @@ def random_matrix(kind: str, *shape: int) -> Matrix:
         return Int8Matrix(
             torch.randint(-127, 128, shape, dtype=torch.int8), torch.full(shape[:-1], 1e-3)
         )
-    weight = torch.randn(shape) / shape[-1] ** 0.5
+    weight: Tensor = torch.randn(shape) / shape[-1] ** 0.5
     if kind == "int4":
         return to_int4(weight)
-    return weight.to(torch.bfloat16) if kind == "bf16" else weight
+    rounded: Tensor = weight.to(torch.bfloat16 if kind == "bf16" else torch.float32)
+    return rounded
 
 
 def random_experts(ops: CpuOps, layer: Layer, kind: str) -> Experts:
