@@ -2,7 +2,7 @@
 #pragma once
 
 constexpr int64_t kBlockRows = most(64, 8 * kTile);  // rows that share what is read of a panel
-constexpr int64_t kAheadUnits = 8;                   // of 512 bytes: how far to fetch ahead
+constexpr int64_t kAheadUnits = 4;                   // of 512 bytes: how far to fetch ahead
 
 int64_t tile_limit(Kind kind) { return kind == Kind::int4 ? kTile4 : kTile; }
 
@@ -137,7 +137,7 @@ INLINE void store_panel(float* out, int64_t n, int64_t panel, F16 low, F16 high)
 
 // The start of a panel, while something else is still to be done.
 INLINE void fetch_start(const char* panel) {
-  for (int i = 0; i < kAheadUnits * 8; ++i) __builtin_prefetch(panel + i * 64, 0, 3);
+  for (int i = 0; i < kAheadUnits * 8; ++i) __builtin_prefetch(panel + i * 64, 0, 2);
 }
 
 // Panels per item: several items for every thread, but not the shortest ones.
