@@ -2,7 +2,10 @@
 #pragma once
 
 constexpr int64_t kBlockRows = most(64, 8 * kTile);  // rows that share what is read of a panel
-constexpr int64_t kAheadUnits = 4;                   // of 512 bytes: how far to fetch ahead
+
+// How far to fetch ahead, in units of 512 bytes. One row is bound by memory alone, which the
+// machine's own prefetcher sees; more rows hide less of the way.
+int64_t units_ahead(int64_t rows) { return rows < 2 ? 4 : 12; }
 
 int64_t tile_limit(Kind kind) { return kind == Kind::int4 ? kTile4 : kTile; }
 
@@ -70,8 +73,8 @@ void sums4(const Matrix& w, const Form& form, int64_t index, int64_t rows, const
 Ahead ahead_of(const char* panel, int64_t bytes, const char* next, const RowTile& tile) {
   const int64_t units = bytes / 512;
   if (tile.count == 1) {
-    const int64_t turn = most(0, units - kAheadUnits) / 4 * 4;
-    return {{panel + kAheadUnits * 512, next ? next : panel}, turn, 8};
+    const int64_t distance = units_ahead(tile.size), turn = most(0, units - distance) / 4 * 4;
+    return {{panel + distance * 512, next ? next : panel}, turn, 8};
   }
   const int64_t lines = ceil_div(8, tile.count);
   if (!next || tile.index * lines >= 8) return {{panel, panel}, 0, 0};
@@ -136,8 +139,8 @@ INLINE void store_panel(float* out, int64_t n, int64_t panel, F16 low, F16 high)
 }
 
 // The start of a panel, while something else is still to be done.
-INLINE void fetch_start(const char* panel) {
-  for (int i = 0; i < kAheadUnits * 8; ++i) __builtin_prefetch(panel + i * 64, 0, 2);
+INLINE void fetch_start(const char* panel, int64_t rows) {
+  for (int i = 0; i < units_ahead(rows) * 8; ++i) __builtin_prefetch(panel + i * 64, 0, 2);
 }
 
 // Panels per item: several items for every thread, but not the shortest ones.

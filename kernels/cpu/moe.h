@@ -100,7 +100,7 @@ void gate_up_item(const MoeCall& m, int64_t item) {
   Block& b = m.block[item / steps];
   const int64_t from = item % steps * m.step, to = least(m.up_panels, from + m.step);
   const int64_t base = b.expert * m.up_panels, later = item + threads();
-  fetch_start(panel_at(w, m.up, base + from));
+  fetch_start(panel_at(w, m.up, base + from), b.rows);
   const char* after =
       later < m.up_items
           ? panel_at(w, m.up, m.block[later / steps].expert * m.up_panels + later % steps * m.step)
@@ -129,7 +129,7 @@ void down_item(const MoeCall& m, int64_t item) {
     return panel_at(w, m.down, m.block[i].expert * m.down_panels + p);
   };
   const int64_t later = from + threads() * m.down_step;
-  fetch_start(panel_of(0, from));
+  fetch_start(panel_of(0, from), m.block[0].rows);
   for (int64_t i = 0; i < m.blocks; ++i) {
     const Block& b = m.block[i];
     wait_for(&b.ready);
