@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+SLOTS = 16  # of llama-server: streams at once
 HOME = Path.home() / ".cache" / "moeserve-bench" / "peers"
 
 
@@ -43,16 +44,16 @@ class Peer:
         return f"absent: no {missing[0]}; {self.remedy}" if missing else ""
 
 
-def roster(home: Path, model: Path, threads: int) -> list[Peer]:
-    """Ours first."""
-    ours = [moeserve(model, threads, weights) for weights in ("int8", "int4", "bf16")]
-    llama = [llamacpp(home, model, threads, kind) for kind in ("q8_0", "q4_k_m", "bf16")]
-    others = [vllm(home, model, threads, mode) for mode in ("compiled", "eager")]
+def roster(home: Path, model: Path, threads: int, longest: int) -> list[Peer]:
+    """Ours first. Servers are asked for sequences of ``longest`` tokens at most."""
+    ours = [moeserve(model, threads, longest, weights) for weights in ("int8", "int4", "bf16")]
+    llama = [llamacpp(home, model, threads, longest, kind) for kind in ("q8_0", "q4_k_m", "bf16")]
+    others = [vllm(home, model, threads, longest, mode) for mode in ("compiled", "eager")]
     return [*ours, *llama, *others, transformers(home, model, threads)]
 
 
-def moeserve(model: Path, threads: int, weights: str) -> Peer:
-    quantization = () if weights == "bf16" else ("--quantization", weights)
+def moeserve(model: Path, threads: int, longest: int, weights: str) -> Peer:
+    quantization = ("--quantization", "none" if weights == "bf16" else weights)
     return Peer(
         name=f"moeserve {weights}",
         precision=weights,
@@ -62,14 +63,15 @@ def moeserve(model: Path, threads: int, weights: str) -> Peer:
         server=(
             sys.executable, "-m", "moeserve.cli", "serve", "--model", str(model),
             "--http-port", "{port}", "--grpc-port", "none", "--threads", str(threads),
-            "--max-model-len", "1024", *quantization,
+            "--max-model-len", str(longest), *quantization,
         ),
+        health="/ready",
         needs=(model / "config.json",),
         remedy="python bench/models/make.py",
     )  # fmt: skip
 
 
-def llamacpp(home: Path, model: Path, threads: int, kind: str) -> Peer:
+def llamacpp(home: Path, model: Path, threads: int, longest: int, kind: str) -> Peer:
     python, server = home / "llamacpp/bin/python", home / "llamacpp/server/llama-server"
     file = model / "gguf" / f"{kind}.gguf"
     count = str(threads)
@@ -79,8 +81,8 @@ def llamacpp(home: Path, model: Path, threads: int, kind: str) -> Peer:
         worker=(str(python), str(HERE / "llamacpp_worker.py"), str(file), count),
         server=(
             str(server), "--model", str(file), "--port", "{port}", "--host", "127.0.0.1",
-            "--threads", count, "--threads-batch", count, "--parallel", "16",
-            "--ctx-size", "8192", "--no-webui",
+            "--threads", count, "--threads-batch", count, "--parallel", str(SLOTS),
+            "--ctx-size", str(SLOTS * longest), "--no-webui",
         ),
         needs=(python, file),
         server_needs=(server,),
@@ -88,7 +90,7 @@ def llamacpp(home: Path, model: Path, threads: int, kind: str) -> Peer:
     )  # fmt: skip
 
 
-def vllm(home: Path, model: Path, threads: int, mode: str) -> Peer:
+def vllm(home: Path, model: Path, threads: int, longest: int, mode: str) -> Peer:
     venv = home / "vllm"
     eager = ("--enforce-eager",) if mode == "eager" else ()
     preload = [p for p in (venv / "lib/libiomp5.so", tcmalloc()) if p is not None and p.exists()]
@@ -100,7 +102,7 @@ def vllm(home: Path, model: Path, threads: int, mode: str) -> Peer:
         ),
         server=(
             str(venv / "bin/vllm"), "serve", str(model), "--port", "{port}",
-            "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "1024",
+            "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", str(longest),
             "--max-num-seqs", "32", "--no-enable-prefix-caching", *eager,
         ),
         env={

@@ -42,6 +42,7 @@ from moeserve.models.survey import survey
 MODEL = "qwen3-moe-1.2b"
 LATE_S = 240.0
 QUICK_S = 5.0
+WIDTH = 150  # of tables that go to a file
 UNITS = {"prefill": "tok/s", "decode": "tok/s", "ready": "s", "load": "s", "memory": "MB"}
 SERVING = {"tok/s": "tok/s", "ttft p50": "ms", "ttft p99": "ms", "tpot p50": "ms", "tpot p99": "ms"}
 
@@ -137,8 +138,10 @@ class Comparison:
                         if self.samples.count(what, peer.name, size) <= r:
                             self.sample(peer, worker, workers, what, size, case)
                 self.save()
-            for peer, worker in workers.items():
+            for peer, worker in list(workers.items()):
                 self.samples.found[key("memory", peer.name, 0)] = [worker.peak_bytes() / 1e6]
+                if peer.name.startswith("moeserve"):
+                    self.bound(peer, worker, workers)
         self.save()
 
     def start(self, stack: ExitStack, peer: Peer, workers: dict[Peer, Worker]) -> None:
@@ -170,23 +173,21 @@ class Comparison:
         )
 
     def warm(self, peer: Peer, worker: Worker, workers: dict[Peer, Worker]) -> None:
-        """Untimed; our own workers then tell what the machine allows for each case."""
+        """Untimed."""
         asked = prompts(Case(2, 32, 4), self.vocab)
         try:
             worker.ask("decode", deadline=LATE_S, prompts=asked, tokens=4)
-            if not peer.name.startswith("moeserve"):
-                return
+        except MoeserveError as failed:
+            self.give_up(peer, workers, failed)
+
+    def bound(self, peer: Peer, worker: Worker, workers: dict[Peer, Worker]) -> None:
+        """One of our workers tells what the machine allows for each case."""
+        limit = asdict(roofline(self.machine, peer.precision))
+        try:
             for what, size, case in self.cases():
-                if key(what, peer.precision, size) not in self.samples.limits:
-                    limit = asdict(roofline(self.machine, peer.precision))
-                    answer = case.answer + (what == "decode")
-                    least = worker.ask(
-                        "roofline",
-                        deadline=LATE_S,
-                        case=[case.streams, case.prompt, answer],
-                        limit=limit,
-                    )
-                    self.samples.limits[key(what, peer.precision, size)] = least[what]
+                shape = [case.streams, case.prompt, case.answer + (what == "decode")]
+                least = worker.ask("roofline", deadline=LATE_S, case=shape, limit=limit)
+                self.samples.limits[key(what, peer.precision, size)] = least[what]
         except MoeserveError as failed:
             self.give_up(peer, workers, failed)
 
@@ -363,7 +364,8 @@ def parse() -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace, model: Path) -> list[Peer]:
-    everyone = roster(args.home, model, args.threads)
+    longest = max(64, args.prompt + args.tokens + 8)
+    everyone = roster(args.home, model, args.threads, longest)
     if not args.only:
         return [peer for peer in everyone if peer.default]
     wanted = [p for p in everyone if any(p.name.startswith(name) for name in args.only)]
@@ -403,9 +405,13 @@ def main() -> None:
 
 
 def show(rows: list[Row]) -> None:
-    console = Console()
-    for what in dict.fromkeys(row.what for row in rows):
-        console.print(table(what, [row for row in rows if row.what == what]))
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    serving = [row for row in rows if row.what.startswith("serve")]
+    for title, part in (
+        ("one process", [row for row in rows if row not in serving]),
+        ("streams over HTTP", serving),
+    ):
+        console.print(table(title, part))
     for note in notes(rows):
         console.print(note, highlight=False)
 

@@ -60,8 +60,9 @@ async def ask_all(
 ) -> list[Stream]:
     limits = httpx.Limits(max_connections=len(prompts))
     async with httpx.AsyncClient(timeout=deadline, limits=limits, trust_env=False) as client:
-        listed = (await client.get(f"{url}/v1/models")).json()
-        model = str(listed["data"][0]["id"])
+        listed = await client.get(f"{url}/v1/models")
+        listed.raise_for_status()
+        model = str(listed.json()["data"][0]["id"])
         async with asyncio.timeout(deadline):
             return await asyncio.gather(*(ask(client, url, model, p, tokens) for p in prompts))
 

@@ -45,6 +45,9 @@ INLINE N16 dot_bytes(N16 sum, N16 a, N16 b) {
 #if defined(__AVX512VNNI__)
   sum.part[0] =
       (I)_mm512_dpbusd_epi32((__m512i)sum.part[0], (__m512i)a.part[0], (__m512i)b.part[0]);
+#elif defined(__AVXVNNI__)
+  EACH_PART sum.part[i] = (I)_mm256_dpbusd_avx_epi32((__m256i)sum.part[i], (__m256i)a.part[i],
+                                                     (__m256i)b.part[i]);
 #elif defined(__AVX512F__)
   const __m512i x = (__m512i)a.part[0], y = (__m512i)b.part[0], low = _mm512_set1_epi16(255);
   const __m512i even = _mm512_madd_epi16(_mm512_and_si512(x, low),

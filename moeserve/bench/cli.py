@@ -164,9 +164,12 @@ def load(model: str, quantization: str, threads: int) -> Decoder:
     from moeserve.models.library import resolve_model
 
     torch.set_num_threads(threads)
-    if quantization != "none":
-        raise ConfigError(f"--quantization={quantization!r}: weights are not rounded on load yet")
-    return load_decoder(resolve_model(model), dtype=None, ops=choose_ops(threads=threads))
+    return load_decoder(
+        resolve_model(model),
+        dtype=None,
+        ops=choose_ops(threads=threads),
+        quantization=quantization,
+    )
 
 
 def measure_cases(

@@ -152,7 +152,7 @@ def start_all(
             problems[contender] = contender.absent
             continue
         if threads > contender.most_threads:
-            problems[contender] = f"not run: it is faster with {contender.most_threads}"
+            problems[contender] = f"not run: it is faster with {contender.most_threads} threads"
             continue
         heard(f"{threads} threads: starting {contender.peer}")
         try:

@@ -77,25 +77,25 @@ def summarise(row: Row, samples: Sequence[float]) -> Row:
 
 
 def table(title: str, rows: Sequence[Row]) -> Table:
-    """A line for each peer, a column for each size: median (least-most) and share of roofline."""
-    sizes = sorted({row.size for row in rows})
-    made = Table(title=title, title_justify="left")
-    for name in ("what", "peer", "threads"):
-        made.add_column(name, no_wrap=True)
-    for size in sizes:
-        made.add_column(str(size) if size else "", justify="right")
-    lines: dict[tuple[str, str, str, int], dict[int, Row]] = {}
+    """A line for each peer, a column for each measurement: median, share of roofline, range."""
+    made = Table(title=title, title_justify="left", show_lines=True)
+    made.add_column("", no_wrap=True)
+    columns = list(dict.fromkeys((row.what, row.size, row.unit) for row in rows))
+    for what, size, unit in columns:
+        made.add_column(f"{what} {size or ''}\n{unit}", justify="right")
+    lines: dict[tuple[str, int], dict[tuple[str, int, str], Row]] = {}
     for row in rows:
-        lines.setdefault((row.what, row.unit, row.peer, row.threads), {})[row.size] = row
-    for (what, unit, peer, threads), of_size in lines.items():
-        cells = [cell(of_size[size]) if size in of_size else "" for size in sizes]
-        made.add_row(f"{what}, {unit}", peer, str(threads), *cells)
+        line = lines.setdefault((row.peer, row.threads), {})
+        line[row.what, row.size, row.unit] = row
+    for (peer, threads), found in lines.items():
+        cells = [cell(found[column]) if column in found else "" for column in columns]
+        made.add_row(f"{peer}\n{threads} thread{'s' * (threads > 1)}", *cells)
     return made
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
     """What rows say beside their figures, once each."""
-    said = (f"{row.peer}, {row.threads} threads: {row.note}" for row in rows if row.note)
+    said = (f"{row.peer}: {row.note}" for row in rows if row.note)
     return list(dict.fromkeys(said))
 
 
@@ -103,7 +103,8 @@ def cell(row: Row) -> str:
     if row.median is None:
         return "-"
     share = "" if row.of_roofline is None else f" {row.of_roofline:.0%}"
-    return f"{number(row.median)} ({number(row.min)}-{number(row.max)}){share}"
+    spread = "" if row.min == row.max else f"\n{number(row.min)}-{number(row.max)}"
+    return f"{number(row.median)}{share}{spread}"
 
 
 def number(value: float | None) -> str:

@@ -22,8 +22,12 @@ from moeserve.errors import InternalError
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
-# Most distributions reach top-p within so many tokens: only those are sorted.
-FEW = 64
+# So many candidates are sorted at once; of more, those that decide are found first.
+FEW = 2048
+# Bits of a weight below the first eight of its mantissa.
+COARSE = 44
+# Values of which only the greatest is looked at first.
+STRETCH = 64
 
 
 def sample(logits_V: NDArray[np.float32], chunk: Chunk, eos_ids: frozenset[int]) -> Sampled:
@@ -107,6 +111,15 @@ def greatest(values: NDArray[np.floating], k: int) -> Ids:
     """Positions of the ``k`` greatest, ascending; of equals the first."""
     if k >= len(values):
         return np.arange(len(values))
+    if k * STRETCH < len(values) // 2:
+        # As many stretches as k hold a value that is not below this: so do the k greatest.
+        best = values[: len(values) // STRETCH * STRETCH].reshape(-1, STRETCH).max(1)
+        few = np.flatnonzero(values >= np.partition(best, len(best) - k)[len(best) - k])
+        return few[_select(values[few], k)]
+    return _select(values, k)
+
+
+def _select(values: NDArray[np.floating], k: int) -> Ids:
     threshold = np.partition(values, len(values) - k)[len(values) - k]
     above = np.flatnonzero(values > threshold)
     level = np.flatnonzero(values == threshold)
@@ -118,15 +131,21 @@ def likeliest(weight: Floats, p: float) -> Ids:
     total = weight.sum()
     # All that are lighter than this weigh less than 1 - p together: the rest can do without.
     heavy = np.flatnonzero(weight >= (1 - p) * total / len(weight) * 0.999)
-    size = FEW
-    while True:
-        some = heavy[greatest(weight[heavy], size)]
-        order = some[np.argsort(-weight[some], kind="stable")]
-        reached = weight[order].cumsum() >= p * total
-        if reached.any() or len(some) == len(heavy):
-            count = int(reached.argmax()) + 1 if reached.any() else len(order)
-            return np.sort(order[:count])
-        size *= FEW
+    weight = weight[heavy]
+    kept, level, before = np.zeros(len(heavy), np.bool_), np.arange(len(heavy)), 0.0
+    if len(heavy) > FEW:
+        # Positive floats are ordered as their bits: buckets by the first of them, greatest first.
+        bits = weight.view(np.int64) >> COARSE
+        bucket = bits.max() - bits
+        reached = np.bincount(bucket, weight).cumsum()
+        last = min(int(np.searchsorted(reached, p * total)), len(reached) - 1)
+        before = float(reached[last - 1]) if last else 0.0
+        kept, level = bucket < last, np.flatnonzero(bucket == last)
+    order = level[np.argsort(-weight[level], kind="stable")]
+    enough = before + weight[order].cumsum() >= p * total
+    count = int(enough.argmax()) + 1 if enough.any() else len(order)
+    kept[order[:count]] = True
+    return heavy[kept]
 
 
 def uniform(seed: int, position: int) -> float:

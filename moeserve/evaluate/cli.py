@@ -25,6 +25,7 @@ Subparsers = Any  # argparse's own type for these is private
 
 DTYPES = ("auto", "float32", "bfloat16")
 KV_DTYPES = (*DTYPES, "int8")
+QUANTIZATIONS = ("auto", "none", "int8", "int4")
 WINDOW = 512
 PROBE = (
     "One text, 2 tokenizers? They differ (if they do) in words, digits such as 345, or  spaces.\n"
@@ -38,12 +39,24 @@ def add_parser(subparsers: Subparsers, text: str) -> None:
         help=text,
         description="Compare a run of a model with a reference run: perplexity, KL divergence, "
         "agreement on the likeliest token and on experts, exact answers to sums.",
-        epilog="example: moeserve evaluate --model demo --dtype float32 --text book.txt",
+        epilog="example: moeserve evaluate --model demo --quantization int8 --text book.txt",
         allow_abbrev=False,
     )
     tested = command.add_argument_group("the run to be tested")
     tested.add_argument("--model", default="demo", help="checkpoint folder, or 'demo' [demo]")
-    tested.add_argument("--dtype", choices=DTYPES, default="auto", help="of its weights [auto]")
+    tested.add_argument("--dtype", choices=DTYPES, default="auto", help="of its floats [auto]")
+    tested.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        default="auto",
+        help="of its matrices; auto as stored, none as floats [auto]",
+    )
+    tested.add_argument(
+        "--quantize-attention",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="attention's matrices, too, where --quantization rounds",
+    )
     tested.add_argument(
         "--kv-dtype",
         choices=KV_DTYPES,
@@ -55,6 +68,11 @@ def add_parser(subparsers: Subparsers, text: str) -> None:
         "--against", metavar="MODEL", help="checkpoint folder; default: the tested one"
     )
     reference.add_argument("--against-dtype", choices=DTYPES, default="auto", help="[auto]")
+    reference.add_argument(
+        "--against-quantization",
+        choices=QUANTIZATIONS,
+        help="default: auto with --against, else none: the floats that stored codes stand for",
+    )
     reference.add_argument("--against-kv-dtype", choices=KV_DTYPES, default="auto", help="[auto]")
     on = command.add_argument_group("what they run on")
     on.add_argument(
@@ -122,8 +140,15 @@ def _evaluate(args: argparse.Namespace, bar: Progress) -> Report:
     from moeserve.kernels.select import choose_ops
     from moeserve.models.library import resolve_model
 
-    tested_as = Variant(args.model, args.dtype, args.kv_dtype)
-    reference_as = Variant(args.against or args.model, args.against_dtype, args.against_kv_dtype)
+    attention = args.quantize_attention
+    tested_as = Variant(args.model, args.dtype, args.quantization, attention, args.kv_dtype)
+    reference_as = Variant(
+        args.against or args.model,
+        args.against_dtype,
+        args.against_quantization or ("auto" if args.against else "none"),
+        attention,
+        args.against_kv_dtype,
+    )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     ops = choose_ops(threads=args.threads)
@@ -161,6 +186,8 @@ def _load(variant: Variant, ops: Ops, bar: Progress) -> Decoder:
         resolve_model(variant.model),
         dtype=TORCH_DTYPES[variant.dtype],
         ops=ops,
+        quantization=variant.quantization,
+        quantize_attention=variant.quantize_attention,
         kv_dtype=TORCH_KV_DTYPES[variant.kv_dtype],
         progress=lambda done, total: bar.update(task, completed=done, total=total),
     )

@@ -22,11 +22,20 @@ class Variant:
 
     model: str
     dtype: str
+    quantization: str
+    quantize_attention: bool
     kv_dtype: str
 
     def __str__(self) -> str:
-        cache = "" if self.kv_dtype == "auto" else f", KV {self.kv_dtype}"
-        return f"{self.model} ({self.dtype}{cache})"
+        told = {"auto": "as stored", "none": "not quantised"}
+        words = [told.get(self.quantization, self.quantization)]
+        if self.quantization not in told and not self.quantize_attention:
+            words.append("attention in floats")
+        if self.dtype != "auto":
+            words.append(f"floats {self.dtype}")
+        if self.kv_dtype != "auto":
+            words.append(f"KV {self.kv_dtype}")
+        return f"{self.model} ({', '.join(words)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +178,7 @@ def _exams_table(exams: Sequence[Exam]) -> Table:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, overflow="fold")
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table

@@ -15,6 +15,7 @@ from torch import Tensor
 from moeserve.errors import InternalError
 from moeserve.kernels import _cpu
 from moeserve.kernels.ops import AttentionBatch, KvCache, KvShape
+from moeserve.kernels.packing import fresh
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 Head = tuple[int, int, int, int, int, int, int, bool]
@@ -43,7 +44,7 @@ def bytes_per_block(shape: KvShape) -> int:
 
 def new_cache(shape: KvShape) -> KvCache:
     nbytes = shape.num_blocks * bytes_per_block(shape)
-    data = torch.zeros(nbytes, dtype=torch.uint8)
+    data = fresh(nbytes)  # what was never written is never read
     head = (
         data.data_ptr(),
         shape.num_blocks,

@@ -79,7 +79,7 @@ def write(cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -
         pages.values.write(v_TGV, *place)
         pages.keys[0].write(k_TGD, *place)
         return
-    for part, x_TGD in zip(pages.keys, k_TGD.split(part_sizes(shape), -1), strict=True):
+    for part, x_TGD in zip(pages.keys, parts_of(k_TGD, shape), strict=True):
         part.write(x_TGD, *place)
 
 
@@ -87,6 +87,11 @@ def part_sizes(shape: KvShape) -> list[int]:
     """Of a key: a latent's value comes first."""
     rest = shape.head_size - shape.value_size
     return [shape.value_size, rest] if shape.latent and rest else [shape.head_size]
+
+
+def parts_of(x: Tensor, shape: KvShape) -> list[Tensor]:
+    first, *_ = sizes = part_sizes(shape)
+    return [x[..., :first], x[..., first:]][: len(sizes)]
 
 
 def attend(
@@ -120,7 +125,7 @@ def scores(
     q_D: Tensor, keys: list[tuple[Tensor, Tensor]], shape: KvShape, first: int, end: int
 ) -> Tensor:
     total = torch.zeros(end - first)
-    for q, (key, key_scale) in zip(q_D.split(part_sizes(shape)), keys, strict=True):
+    for q, (key, key_scale) in zip(parts_of(q_D, shape), keys, strict=True):
         rounded, factor = q.to(shape.dtype).float() if shape.dtype.is_floating_point else q, None
         if shape.dtype is torch.int8:
             codes, scale = quantize_rows(q[None])

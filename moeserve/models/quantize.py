@@ -36,7 +36,7 @@ from moeserve.models.weights import Rounding, Weights, pick
 
 SHARD_BYTES = 4 << 30
 # Values made at a time.
-_PIECE = 1 << 22
+_PIECE = 1 << 18
 # Of a group's greatest magnitude, what int4 reaches.
 _CLIPS = tuple(1 - 0.025 * i for i in range(17))
 _OWN_PARTS = (
@@ -189,6 +189,7 @@ class _Plan:
         self.schemes: dict[str, str] = {}
         self.kept: list[str] = []
         self.left_out: set[str] = set()
+        self.linears = modules.matrices.keys() | modules.floated.keys()
 
     def parts(self, names: TensorNames) -> Iterator[Tensors]:
         """In the order of the source, which is then read from front to back."""
@@ -200,7 +201,7 @@ class _Plan:
                 if stack not in emitted:
                     emitted.add(stack)
                     yield from self._stack(stack, names)
-            elif part in _OWN_PARTS and module in self.modules.matrices | self.modules.floated:
+            elif part in _OWN_PARTS and module in self.linears:
                 if module not in emitted:
                     emitted.add(module)
                     yield self._module(module)
@@ -283,7 +284,7 @@ def _pieces(module: str, matrix_NK: Matrix) -> Iterator[Tensor]:
     rows = max(1, _PIECE // into)
     for start in range(0, out, rows):
         piece = to_float(pick(matrix_NK, slice(start, start + rows)))
-        if not bool(piece.isfinite().all()):
+        if not bool(piece.abs().amax().isfinite()):
             raise CheckpointError(f"{module} holds NaN or infinity and cannot be rounded")
         yield piece
 

@@ -137,7 +137,7 @@ class Weights:
         if to == "int8" and isinstance(matrix, Int8Matrix):
             return matrix
         floats = to_float(matrix)
-        if not floats.is_meta and not bool(floats.isfinite().all()):
+        if not floats.is_meta and not bool(floats.abs().amax().isfinite()):
             raise CheckpointError(
                 f"{self.checkpoint.path}: {module} holds NaN or infinity and cannot be rounded to "
                 f"{to}; load it with quantization none"

@@ -60,6 +60,17 @@ def test_the_k_greatest_are_found_and_of_equals_the_first(logits: Row, k: int) -
     assert greatest(logits, k).tolist() == sorted(order[:k])
 
 
+@settings(max_examples=20)
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 20, 78, 79, 300]), st.booleans())
+def test_the_k_greatest_of_a_large_vocabulary_are_the_same(
+    seed: int, k: int, has_ties: bool
+) -> None:
+    values = np.random.Generator(np.random.Philox(seed)).normal(0, 3, 10_003)
+    values = values.round(1 if has_ties else 9)
+    order = np.argsort(-values, kind="stable")[:k]
+    assert greatest(values, k).tolist() == sorted(order.tolist())
+
+
 def most_likely(weight: NDArray[np.float64], p: float) -> list[int]:
     """By sorting everything: the fewest heaviest whose share reaches p."""
     order = sorted(range(len(weight)), key=lambda i: (-weight[i], i))

@@ -35,7 +35,7 @@ EXAM: dict[str, Any] = {
     "p_value": None,
     "within_noise": None,
 }
-RUN = {"model", "dtype", "kv_dtype"}
+RUN = {"model", "dtype", "quantization", "quantize_attention", "kv_dtype"}
 REPORT: dict[str, Any] = {
     "format": None,
     "reference": RUN,
@@ -83,8 +83,8 @@ def test_the_demo_model_in_float32_lies_near_bfloat16(capsys: Capture) -> None:
     assert report["format"] == "moeserve.evaluation.v1"
     assert report["tokens"] == 128
     assert report["window"] == 64
-    assert report["tested"] == {"model": "demo", "dtype": "float32", "kv_dtype": "auto"}
-    assert report["reference"] == {"model": "demo", "dtype": "auto", "kv_dtype": "auto"}
+    assert report["tested"]["dtype"] == "float32"
+    assert report["reference"]["dtype"] == "auto"
     assert 0 < report["kl"]["mean"]["value"] < 0.05
     assert report["top1_agreement"]["value"] > 0.9
     assert abs(report["perplexity"]["ratio"]["value"] - 1) < 0.05
@@ -99,6 +99,21 @@ def test_a_cache_of_eight_bits_changes_a_little(capsys: Capture) -> None:
     assert report["tested"]["kv_dtype"] == "int8"
     assert 0 < report["kl"]["mean"]["value"] < 0.05
     assert report["top1_agreement"]["value"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kl", "agreement"), [("int8", (1e-4, 0.02), 0.9), ("int4", (2e-3, 0.1), 0.8)]
+)
+def test_fewer_bits_lie_farther_from_the_original(
+    quantization: str, kl: tuple[float, float], agreement: float, capsys: Capture
+) -> None:
+    few = ["--tokens", "512", "--window", "128", "--problems", "0", "--json"]
+    report = json.loads(evaluate(capsys, "--quantization", quantization, *few))
+    assert report["tested"]["quantization"] == quantization
+    assert report["reference"]["quantization"] == "none"
+    assert kl[0] < report["kl"]["mean"]["value"] < kl[1]
+    assert report["top1_agreement"]["value"] > agreement
+    assert report["routing"]["layers"][-1]["equal"] < 1
 
 
 def test_one_run_against_its_like_differs_in_nothing(
