@@ -74,7 +74,7 @@ def to_int4(weight_NK: Tensor, group: int = GROUP) -> Int4Matrix:
     """Round to nearest, symmetric (zero is 8), one scale per group of a row."""
     w = weight_NK.float()
     pad = -w.shape[-1] % group
-    grouped = torch.nn.functional.pad(w, (0, pad)).unflatten(-1, (-1, group))
+    grouped = torch.nn.functional.pad(w, (0, pad)).reshape(*w.shape[:-1], -1, group)
     scale = grouped.abs().amax(-1) / 7
     codes = (grouped / scale.where(scale > 0, 1.0)[..., None]).round().clamp(-7, 7) + 8
     codes = codes.flatten(-2)[..., : w.shape[-1]].to(torch.uint8)
