@@ -19,7 +19,7 @@ RowTile tile_of(int64_t rows, int64_t limit, int64_t i) {
   return {bound + past * size, size, larger + past, count};
 }
 
-Inputs rows_from(const Inputs& x, const Form& form, int64_t first) {
+Inputs inputs_from(const Inputs& x, const Form& form, int64_t first) {
   return {x.data + first * form.lines * kLine, x.scale + first, x.sums + first * form.groups};
 }
 
@@ -110,7 +110,7 @@ void times(const Matrix& w, const Form& form, int64_t index, const Inputs& x, in
   alignas(64) float raw[kTile * kPanel];
   for (int64_t first = 0; first < rows;) {
     const RowTile tile = tile_of(rows, tile_limit(w.kind), first);
-    const Inputs part = rows_from(x, form, first);
+    const Inputs part = inputs_from(x, form, first);
     const Ahead ahead = ahead_of(panel, form.panel_bytes, next, tile);
     switch (w.kind) {
       case Kind::fp32: choose_sums<Fp32>(tile.size, panel, part.data, form.lines, ahead, raw); break;
@@ -150,11 +150,11 @@ void linear(const float* x, int64_t rows, int64_t heads, const Matrix& w, float*
   const Form form = form_of(w.kind, w.k, w.group);
   const int64_t panels = panels_of(w.n, false), blocks = ceil_div(rows, kBlockRows);
   char* memory = static_cast<char*>(scratch(0, bytes_of(form, rows * heads) + 64));
-  const Inputs all = take_rows(form, rows * heads, memory);
+  const Inputs all = take_inputs(form, rows * heads, memory);
   const auto block_rows = [&](int64_t b) { return least(kBlockRows, rows - b * kBlockRows); };
   each_row(rows * heads, 4 * w.k, [&](int64_t i) {
     const int64_t head = i / rows, t = i % rows, b = t / kBlockRows;
-    const Inputs block = rows_from(all, form, head * rows + b * kBlockRows);
+    const Inputs block = inputs_from(all, form, head * rows + b * kBlockRows);
     prepare_in_tile(w.kind, form, x + (t * heads + head) * w.k, w.k, block, block_rows(b),
                     t % kBlockRows);
   });
@@ -165,7 +165,7 @@ void linear(const float* x, int64_t rows, int64_t heads, const Matrix& w, float*
   each(ranges * parts, rows * heads * w.n * w.k, [&](int64_t item) {
     const int64_t from = item / parts * step, to = least(panels, from + step);
     const int64_t head = item % parts / blocks, b = item % parts % blocks;
-    const Inputs block = rows_from(all, form, head * rows + b * kBlockRows);
+    const Inputs block = inputs_from(all, form, head * rows + b * kBlockRows);
     const int64_t later = item + threads(), base = head * panels;
     const char* after = nullptr;
     if (later < ranges * parts)

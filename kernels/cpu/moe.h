@@ -13,7 +13,9 @@ INLINE F16 activate(F16 gate, F16 up, bool clamped) {
   return (up + splat(1.0f)) * (gate * sigmoid(gate * splat(1.702f)));
 }
 
-// Inputs of one expert: `pair[start : start + rows]`, at most kBlockRows of them.
+constexpr int64_t kDownPanels = 4, kColumnRows = 2048;  // a column stays in the cache
+
+// Rows of one expert: `pair[start : start + rows]`, at most kBlockRows of them.
 struct Block {
   int32_t expert, start, rows;
   int32_t done, ready;  // items of gate/up; whether the rows for down are there
@@ -60,7 +62,7 @@ struct MoeCall {
   float* out;
   int64_t rows, chosen, hidden, inner, room;  // `room`: floats of a row between gate/up and down
   Form up, down;
-  int64_t up_panels, down_panels, blocks, step, up_items;
+  int64_t up_panels, down_panels, blocks, step, down_step, up_items;
   Inputs tokens, activations;
   float* between;  // [pairs][room], in the order of `pair`
   int32_t* pair;
@@ -70,13 +72,13 @@ struct MoeCall {
 // The tokens of a block, line by line into tiles. One row alone is a tile where it lies.
 Inputs gather(const MoeCall& m, const Block& b) {
   const int32_t* pair = m.pair + b.start;
-  if (b.rows == 1) return rows_from(m.tokens, m.up, pair[0] / m.chosen);
+  if (b.rows == 1) return inputs_from(m.tokens, m.up, pair[0] / m.chosen);
   char* memory = static_cast<char*>(scratch(1, bytes_of(m.up, b.rows) + 64));
-  const Inputs to = take_rows(m.up, b.rows, memory);
+  const Inputs to = take_inputs(m.up, b.rows, memory);
   for (int64_t first = 0; first < b.rows;) {
     const RowTile tile = tile_of(b.rows, tile_limit(m.w.gate_up.kind), first);
     for (int64_t r = first; r < first + tile.size; ++r) {
-      const Inputs from = rows_from(m.tokens, m.up, pair[r] / m.chosen);
+      const Inputs from = inputs_from(m.tokens, m.up, pair[r] / m.chosen);
       char* line = to.data + first * m.up.lines * kLine + (r - first) * kLine;
       for (int64_t i = 0; i < m.up.lines; ++i)
         __builtin_memcpy(line + i * tile.size * kLine, from.data + i * kLine, kLine);
@@ -111,51 +113,61 @@ void gate_up_item(const MoeCall& m, int64_t item) {
     });
   }
   if (__atomic_add_fetch(&b.done, 1, __ATOMIC_ACQ_REL) < steps) return;
-  const Inputs rows = rows_from(m.activations, m.down, b.start);
+  const Inputs rows = inputs_from(m.activations, m.down, b.start);
   for (int64_t r = 0; r < b.rows; ++r)
     prepare_in_tile(m.w.down.kind, m.down, m.between + (b.start + r) * m.room, m.inner, rows,
                     b.rows, r);
   __atomic_store_n(&b.ready, 1, __ATOMIC_RELEASE);
 }
 
-void down_item(const MoeCall& m, int64_t panel) {
+// A column of some panels over all experts, one expert after the other, and its weighted sum.
+void down_item(const MoeCall& m, int64_t item) {
   const Matrix& w = m.w.down;
-  const int64_t pairs = m.rows * m.chosen;
-  float* column = static_cast<float*>(scratch(1, pairs * kPanel * sizeof(float)));
+  const int64_t from = item * m.down_step, width = least(m.down_step, m.down_panels - from);
+  float* column = static_cast<float*>(scratch(1, m.rows * m.chosen * width * kPanel * 4));
   const auto panel_of = [&](int64_t i, int64_t p) {
     return panel_at(w, m.down, m.block[i].expert * m.down_panels + p);
   };
-  fetch_start(panel_of(0, panel));
+  const int64_t later = from + threads() * m.down_step;
+  fetch_start(panel_of(0, from));
   for (int64_t i = 0; i < m.blocks; ++i) {
     const Block& b = m.block[i];
     wait_for(&b.ready);
-    const char* next = nullptr;
-    if (i + 1 < m.blocks)
-      next = panel_of(i + 1, panel);
-    else if (panel + threads() < m.down_panels)
-      next = panel_of(0, panel + threads());
     const int32_t* pair = m.pair + b.start;
-    times(w, m.down, b.expert * m.down_panels + panel, rows_from(m.activations, m.down, b.start),
-          b.rows, next, [&](int64_t r, F16 low, F16 high) {
-            store(column + pair[r] * kPanel, low);
-            store(column + pair[r] * kPanel + kLanes, high);
-          });
-  }
-  for (int64_t t = 0; t < m.rows; ++t) {
-    F16 low = zero(), high = zero();
-    for (int64_t c = t * m.chosen; c < (t + 1) * m.chosen; ++c) {
-      const F16 weight = splat(m.weights[c]);
-      low = fma(weight, load(column + c * kPanel), low);
-      high = fma(weight, load(column + c * kPanel + kLanes), high);
+    const Inputs x = inputs_from(m.activations, m.down, b.start);
+    for (int64_t p = 0; p < width; ++p) {
+      const char* next = nullptr;
+      if (p + 1 < width)
+        next = panel_of(i, from + p + 1);
+      else if (i + 1 < m.blocks)
+        next = panel_of(i + 1, from);
+      else if (later < m.down_panels)
+        next = panel_of(0, later);
+      times(w, m.down, b.expert * m.down_panels + from + p, x, b.rows, next,
+            [&](int64_t r, F16 low, F16 high) {
+              float* to = column + (pair[r] * width + p) * kPanel;
+              store(to, low);
+              store(to + kLanes, high);
+            });
     }
-    store_panel(m.out + t * m.hidden, m.hidden, panel, low, high);
   }
+  for (int64_t t = 0; t < m.rows; ++t)
+    for (int64_t p = 0; p < width; ++p) {
+      F16 low = zero(), high = zero();
+      for (int64_t c = t * m.chosen; c < (t + 1) * m.chosen; ++c) {
+        const F16 weight = splat(m.weights[c]);
+        const float* value = column + (c * width + p) * kPanel;
+        low = fma(weight, load(value), low);
+        high = fma(weight, load(value + kLanes), high);
+      }
+      store_panel(m.out + t * m.hidden, m.hidden, from + p, low, high);
+    }
 }
 
 bool moe_ffn(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
              const float* weights, int64_t chosen, float* out) {
   MoeCall m{x, w, weights, out, rows, chosen, w.down.n, w.down.k, padded(w.down.k), {}, {}, 0, 0, 0,
-        0, 0, {}, {}, nullptr, nullptr, nullptr};
+        0, 0, 0, {}, {}, nullptr, nullptr, nullptr};
   m.up = form_of(w.gate_up.kind, m.hidden, w.gate_up.group);
   m.down = form_of(w.down.kind, m.inner, w.down.group);
   m.up_panels = panels_of(2 * m.inner, true);
@@ -164,8 +176,8 @@ bool moe_ffn(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
   char* memory = static_cast<char*>(
       scratch(0, bytes_of(m.up, rows) + bytes_of(m.down, pairs) + 4 * pairs * (m.room + 1) +
                      sizeof(Block) * most_blocks + 4 * w.count + 4 * 64));
-  m.tokens = take_rows(m.up, rows, memory);
-  m.activations = take_rows(m.down, pairs, memory);
+  m.tokens = take_inputs(m.up, rows, memory);
+  m.activations = take_inputs(m.down, pairs, memory);
   m.between = reinterpret_cast<float*>(memory);
   m.pair = reinterpret_cast<int32_t*>(m.between + pairs * m.room);
   m.block = reinterpret_cast<Block*>(m.pair + pairs);
@@ -173,13 +185,16 @@ bool moe_ffn(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
   if (!group_by_expert(ids, pairs, w.count, place, m.pair, m.block, m.blocks)) return false;
 
   each_row(rows, 4 * m.hidden, [&](int64_t t) {
-    const Inputs row = rows_from(m.tokens, m.up, t);
+    const Inputs row = inputs_from(m.tokens, m.up, t);
     prepare(w.gate_up.kind, m.up, x + t * m.hidden, m.hidden, row.data, kLine, row.scale, row.sums);
   });
   m.step = panels_per_item(m.up_panels, m.blocks);
+  m.down_step = most(1, least(least(kDownPanels, kColumnRows / most(1, pairs)),
+                              m.down_panels / (8 * threads())));
   m.up_items = m.blocks * ceil_div(m.up_panels, m.step);
   if (!pairs) m.up_items = 0;
-  each(m.up_items + (rows ? m.down_panels : 0), 3 * pairs * m.hidden * m.inner, [&](int64_t item) {
+  const int64_t down_items = rows ? ceil_div(m.down_panels, m.down_step) : 0;
+  each(m.up_items + down_items, 3 * pairs * m.hidden * m.inner, [&](int64_t item) {
     item < m.up_items ? gate_up_item(m, item) : down_item(m, item - m.up_items);
   });
   return true;

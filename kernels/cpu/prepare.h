@@ -1,7 +1,7 @@
 // Activations as the weights want them: rows of fp32 become rows of words (see dot.h).
 #pragma once
 
-// Inputs of activations for one kind of weights. `scale` belongs to int8 and int4, `sums` too: the
+// Rows of activations for one kind of weights. `scale` belongs to int8 and int4, `sums` too: the
 // sum of a row's codes, for int4 one per group.
 struct Inputs {
   char* data;
@@ -14,7 +14,7 @@ constexpr int64_t bytes_of(const Form& form, int64_t rows) {
 }
 
 // Lays out `rows` rows from `memory` on, and moves `memory` past them.
-Inputs take_rows(const Form& form, int64_t rows, char*& memory) {
+Inputs take_inputs(const Form& form, int64_t rows, char*& memory) {
   Inputs r;
   r.data = memory;
   r.scale = reinterpret_cast<float*>(memory + rows * form.lines * kLine);

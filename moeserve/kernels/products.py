@@ -36,7 +36,7 @@ def each_row(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
 
 def int8_product(x_TK: Tensor, weight: Int8Matrix) -> Tensor:
     codes_TK, scale_T = quantize_rows(x_TK)
-    total = codes_TK.double() @ weight.codes.double().T
+    total = codes_TK.double() @ weight.codes.double().T + 0.0  # an integer has no -0
     return total.float() * scale_T[:, None] * weight.scale
 
 
@@ -51,7 +51,7 @@ def int4_product(x_TK: Tensor, weight: Int4Matrix) -> Tensor:
     for g in range(weight.scale.shape[-1]):
         part = slice(g * weight.group, (g + 1) * weight.group)
         centred = value[:, part] - weight.zero[:, g, None].double()
-        total = codes_TK[:, part].double() @ centred.T
+        total = codes_TK[:, part].double() @ centred.T + 0.0
         out = fused(total.float(), weight.scale[:, g].expand_as(out), out)
     return out * scale_T[:, None]
 

@@ -88,7 +88,10 @@ def test_moe_ffn(
     packed = native.pack_experts(gate_up, down, gate_up_bias, down_bias, activation)
     ours = native.moe_ffn(x, packed, ids, weights)
     packed = REFERENCE.pack_experts(gate_up, down, gate_up_bias, down_bias, activation)
-    close(ours, REFERENCE.moe_ffn(x, packed, ids, weights))
+    # Activations that differ in their last bit may round to neighbouring bf16.
+    most = 0.02 if dtype is torch.bfloat16 else 1e-5
+    theirs = REFERENCE.moe_ffn(x, packed, ids, weights)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=most)
 
 
 @pytest.mark.parametrize("expert", [-1, 4])

@@ -109,6 +109,7 @@ def test_half_a_code_rounds_to_even(native: CpuOps) -> None:
 
 @FEW
 @given(seeds, rows, sizes, sizes, st.booleans())
+@example(seed=0, t=5, n=40, k=1, has_bias=False)
 def test_int8_equals_the_reference(
     native: CpuOps, seed: int, t: int, n: int, k: int, has_bias: bool
 ) -> None:
