@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench proto lock hooks clean distclean
+.PHONY: help setup demo test check sanitize bench proto lock hooks clean distclean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,21 @@ check: $(STAMP) ## lint, format, types, layout
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layout.py
+
+# The interpreter is not built with the sanitizers, so their runtime comes first; its own memory,
+# which it keeps on purpose, is not reported.
+SANITIZED := build/sanitized
+sanitize: $(STAMP) ## run the native tests under AddressSanitizer and UBSan (minutes)
+	$(BIN)/python -m venv --without-pip $(SANITIZED)
+	echo "$(CURDIR)/$(wildcard $(VENV)/lib/python*/site-packages)" \
+	  > $(SANITIZED)/lib/$(notdir $(wildcard $(VENV)/lib/python*))/site-packages/base.pth
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(SANITIZED)/bin/python -m pip install --quiet \
+	  --no-build-isolation --no-deps --force-reinstall -C build-dir=$(SANITIZED)/cmake \
+	  -C cmake.define.MOESERVE_SANITIZE=ON .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	  MOESERVE_REQUIRE_NATIVE=1 $(SANITIZED)/bin/python -P -m pytest -p no:cacheprovider \
+	  --timeout 1200 tests/kernels $(ARGS)
 
 bench: $(STAMP) ## measure the kernels on this machine
 	$(BIN)/python bench/kernels.py

@@ -4,8 +4,9 @@
                              [--quantization int8] [--json]
 
 The whole engine runs on its own thread: planning, packing, the decoder's glue, sampling, text and
-events. Of every step its length and the time inside native calls are taken; the table shows
-medians, and the native calls of a step.
+events. Of every step the thread's CPU time is taken, and how much of it is inside native calls; the
+table shows medians, and the native calls of a step. CPU time leaves others on the machine out, but
+not what they do to caches and memory.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ WAIT_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Microseconds of a step, medians."""
+    """CPU microseconds of the engine's thread in a step, medians."""
 
     batch: int
     step: float

@@ -32,7 +32,7 @@ class Peer:
     needs: tuple[Path, ...] = ()
     server_needs: tuple[Path, ...] = ()
     remedy: str = ""
-    start_s: float = 60.0
+    start_s: float = 180.0
     default: bool = True
 
     def absent(self, *, serving: bool = False) -> str:
@@ -131,7 +131,6 @@ def transformers(home: Path, model: Path, threads: int) -> Peer:
         env={"HF_HUB_OFFLINE": "1"},
         needs=(python, model / "config.json"),
         remedy="python bench/peers/install.py transformers",
-        start_s=120.0,
     )
 
 

@@ -312,7 +312,7 @@ class Comparison:
                 batch, tokens = (None, size) if what == "prefill" else (size, None)
                 made.append(self.row(what, peer, UNITS[what], batch, tokens, limit, why))
             for what in ("ready", "load", "memory"):
-                made.append(self.row(what, peer, UNITS[what], None, 0, None, why))
+                made.append(self.row(what, peer, UNITS[what], None, None, None, why))
             why = self.samples.problems.get(f"{peer.name} server", why)
             for name, unit in {**SERVING, "ready": "s", "memory": "MB"}.items():
                 streams = self.args.streams

@@ -22,6 +22,7 @@ from moeserve.engine.runner import LocalExecutor
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.host import read_memory
+from moeserve.kernels.reference import ReferenceOps
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
@@ -106,9 +107,11 @@ def build_engine(
         raise ConfigError(f"kv_dtype={kv_dtype!r}: expected one of {sorted(KV_DTYPES)}")
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization={quantization!r}: expected one of {QUANTIZATIONS}")
-    if threads is not None:
-        torch.set_num_threads(threads)
     ops = choose_ops(threads=threads)
+    if ops.name != ReferenceOps.name:
+        torch.set_num_threads(1)  # the native pool has the cores: two pools would fight for them
+    elif threads is not None:
+        torch.set_num_threads(threads)
     tokenizer, no_tokenizer = load_tokenizer(path, chat_template)
     decoder = load_decoder(
         path,

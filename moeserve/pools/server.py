@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -64,6 +65,9 @@ async def _serve(config: ServeConfig) -> int:
                 log.info("%s", stopped.message)
                 return 0
             print(f"ready: {server}", flush=True)
+            # What was made by now lives as long as the process: no collection looks at it again.
+            gc.collect()
+            gc.freeze()
             if not await server.outlived_by(signals.first):
                 return 1
             log.info("draining %d requests", server.service.running)

@@ -22,6 +22,7 @@ from moeserve.kernels.ops import (
     HeadWeights,
     KvCache,
     KvShape,
+    Layer,
     MlaWeights,
     MlpWeights,
     MoeWeights,
@@ -325,6 +326,55 @@ def test_embedding_and_head_are_their_composition(
     logits = native.head(x, rows_R, native.prepare(weights))
     assert logits.shape == (len(wanted), vocabulary)
     assert same_bits(logits, fused.head(native, x, rows_R, weights))
+
+
+@FEW
+@given(seed=seeds, batch=spans, kinds=st.lists(st.booleans(), min_size=1, max_size=4))
+@pytest.mark.usefixtures("two_threads")
+def test_a_stack_is_its_layers_in_turn(
+    native: CpuOps, seed: int, batch: Spans, kinds: list[bool]
+) -> None:
+    torch.manual_seed(seed)
+    layers = [layer(native, top_k=2 + i if routes else 0) for i, routes in enumerate(kinds)]
+    step = batch.step(native, torch.randn(batch.rows, 3), torch.randn(batch.rows, 3), False)
+    shape = KvShape(step.attention.blocks_SM.numel(), BLOCK, 1, 8, 8, torch.bfloat16)
+    caches = [filled(native, shape) for _ in kinds]
+    x = torch.randn(batch.rows, 24)
+    y, routed = x.clone(), list[Tensor]()
+    # What a pass reads of this step's slots it has written itself: caches can be shared.
+    native.run(x, native.pile(layers), step, caches, routed)
+    expected = fused.run(native, y, layers, step, caches)
+    assert same_bits(x, y)
+    assert len(routed) == sum(kinds)
+    assert all(torch.equal(a, b) for a, b in zip(routed, expected, strict=True))
+
+
+def layer(ops: CpuOps, top_k: int) -> Layer:
+    """24 features, two query heads on one KV head of 8; dense where ``top_k`` is 0."""
+    dtype, norm = torch.bfloat16, torch.randn(24)
+    attention = GqaWeights(
+        norm_H=norm,
+        eps=1e-6,
+        heads=2,
+        kv_heads=1,
+        head_size=8,
+        scale=0.3,
+        qkv=linear(ops, 32, 24, dtype),
+        o=linear(ops, 24, 16, dtype),
+    )
+    if not top_k:
+        mlp = MlpWeights(linear(ops, 20, 24, dtype), linear(ops, 24, 10, dtype))
+        return Layer(ops.prepare(attention), ops.prepare(DenseWeights(norm, 1e-6, mlp)))
+    router = RouterWeights(norm, 1e-6, linear(ops, 7, 24, torch.float32), RouterSpec(7, top_k))
+    experts = ops.pack_experts(torch.randn(7, 20, 24).to(dtype), torch.randn(7, 24, 10).to(dtype))
+    mixture = ops.prepare(MoeWeights(experts))
+    return Layer(ops.prepare(attention), (ops.prepare(router), mixture))
+
+
+def test_a_position_beyond_the_rotary_tables_is_an_error(native: CpuOps) -> None:
+    step = decode_step(native, 2)
+    with pytest.raises(IndexError, match="outside the rotary tables"):
+        native.new_step(step.rope, torch.tensor([0, 2]), step.slot_T, step.attention)
 
 
 def decode_step(ops: CpuOps, rows: int) -> Step:
