@@ -1,4 +1,4 @@
-// How the matrices of a kind lie in memory, and packing them.
+// How the matrices of a kind lie in memory, and how one panel gets there (see pack.h).
 #pragma once
 
 // Of one matrix: everything that follows from its kind, K and group.
@@ -34,15 +34,15 @@ INLINE uint32_t deal_nibbles(uint32_t x) {
   return (x & 0xf00ff00f) | (x >> 4 & 0x00f000f0) | (x << 4 & 0x0f000f00);
 }
 
-// 16 words of a row from feature `word * features per word` on; past its end they are zero.
-INLINE void read_words(const char* row, int64_t bytes, int64_t word, int64_t count, uint32_t* to) {
+// 16 words of a row; past its end they are zero.
+INLINE void read_words(const char* row, int64_t bytes, int64_t word, uint32_t* to) {
   const int64_t left = bytes - word * 4;
-  if (left >= count * 4) {
-    __builtin_memcpy(to, row + word * 4, count * 4);
+  if (left >= kLine) {
+    __builtin_memcpy(to, row + word * 4, kLine);
     return;
   }
-  for (int64_t i = 0; i < count; ++i) to[i] = 0;
-  if (left > 0) __builtin_memcpy(to, row + word * 4, left);
+  for (int i = 0; i < kSteps; ++i) to[i] = 0;
+  __builtin_memcpy(to, row + word * 4, left);
 }
 
 // Four words of int4: the 32 features of half `half` of group `g`.
@@ -59,11 +59,24 @@ INLINE void read_half(const uint8_t* row, int64_t k, const Form& form, int64_t g
     to[(f - first) / 8] |= (row[f / 2] >> (f % 2 * 4) & 15u) << ((f - first) % 8 * 4);
 }
 
-// Words [32 rows][16] to steps [16][32 lanes].
+typedef uint32_t Quad __attribute__((vector_size(16)));
+
+// Words [32 rows][16] to steps [count][32 lanes], `count` a multiple of 4: squares of 4 by 4.
 INLINE void turn_words(const uint32_t (*words)[kSteps], int64_t count, uint32_t* to) {
-  for (int64_t lane = 0; lane < kPanel; lane += 16)
-    for (int64_t step = 0; step < count; ++step)
-      for (int64_t i = 0; i < 16; ++i) to[step * kPanel + lane + i] = words[lane + i][step];
+  for (int64_t step = 0; step < count; step += 4)
+    for (int64_t lane = 0; lane < kPanel; lane += 4) {
+      Quad row[4];
+      for (int i = 0; i < 4; ++i) row[i] = *(const Quad*)(words[lane + i] + step);
+      const Quad a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+      const Quad b = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+      const Quad c = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+      const Quad d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+      const Quad turned[4] = {__builtin_shufflevector(a, b, 0, 1, 4, 5),
+                              __builtin_shufflevector(a, b, 2, 3, 6, 7),
+                              __builtin_shufflevector(c, d, 0, 1, 4, 5),
+                              __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+      for (int i = 0; i < 4; ++i) *(Quad*)(to + (step + i) * kPanel + lane) = turned[i];
+    }
 }
 
 void pack_panel(Kind kind, const char* const* rows, int64_t k, const Form& form, char* to) {
@@ -87,49 +100,14 @@ void pack_panel(Kind kind, const char* const* rows, int64_t k, const Form& form,
   const uint32_t flip = kind == Kind::int8 ? 0x80808080 : 0;
   for (int64_t c = 0; c < form.lines; ++c, out += kSteps * kPanel) {
     for (int lane = 0; lane < kPanel; ++lane) {
-      for (int i = 0; i < kSteps; ++i) words[lane][i] = 0;
-      if (rows[lane]) read_words(rows[lane], bytes, c * kSteps, kSteps, words[lane]);
+      if (!rows[lane]) {
+        for (int i = 0; i < kSteps; ++i) words[lane][i] = 0;
+      } else {
+        __builtin_prefetch(rows[lane] + (c + 8) * kLine);
+        read_words(rows[lane], bytes, c * kSteps, words[lane]);
+      }
       for (int i = 0; i < kSteps; ++i) words[lane][i] ^= flip;
     }
     turn_words(words, kSteps, out);
   }
-}
-
-// `count` matrices [n, k] of a kind (int4: two features a byte) into panels.
-void pack(Kind kind, const void* from, int64_t count, int64_t n, int64_t k, int64_t group,
-          bool paired, void* to) {
-  const Form form = form_of(kind, k, group);
-  const int64_t panels = panels_of(n, paired), half = kPanel / 2;
-  const int64_t row_bytes = kind == Kind::int4 ? k / 2 : k * (kind == Kind::fp32   ? 4
-                                                              : kind == Kind::bf16 ? 2
-                                                                                   : 1);
-  each(count * panels, count * n * k, [&](int64_t item) {
-    const int64_t p = item % panels;
-    const char* matrix = static_cast<const char*>(from) + item / panels * n * row_bytes;
-    const char* rows[kPanel];
-    for (int64_t lane = 0; lane < kPanel; ++lane) {
-      const int64_t row = !paired ? p * kPanel + lane : p * half + lane % half;
-      const bool real = row < (paired ? n / 2 : n);
-      const int64_t at = paired && lane >= half ? n / 2 + row : row;
-      rows[lane] = real ? matrix + at * row_bytes : nullptr;
-    }
-    pack_panel(kind, rows, k, form, static_cast<char*>(to) + item * form.panel_bytes);
-  });
-}
-
-// Floats [count, n, columns] (biases, scales) to [count, panels, columns, 32 lanes].
-void pack_floats(const float* from, int64_t count, int64_t n, int64_t columns, bool paired,
-                 float* to) {
-  const int64_t panels = panels_of(n, paired), half = kPanel / 2;
-  each(count * panels, count * n * columns, [&](int64_t item) {
-    const int64_t p = item % panels;
-    const float* matrix = from + item / panels * n * columns;
-    for (int64_t lane = 0; lane < kPanel; ++lane) {
-      const int64_t row = !paired ? p * kPanel + lane : p * half + lane % half;
-      const bool real = row < (paired ? n / 2 : n);
-      const int64_t at = paired && lane >= half ? n / 2 + row : row;
-      for (int64_t c = 0; c < columns; ++c)
-        to[(item * columns + c) * kPanel + lane] = real ? matrix[at * columns + c] : 0.0f;
-    }
-  });
 }
