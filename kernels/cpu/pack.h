@@ -45,9 +45,12 @@ void each_panel(const Blocks& from, bool paired, int64_t row_bytes, int64_t pane
 
 void pack(Kind kind, const Blocks& from, int64_t k, int64_t group, bool paired, void* to) {
   const Form form = form_of(kind, k, group);
-  each_panel(from, paired, row_bytes_of(kind, k), form.panel_bytes,
+  const int64_t row_bytes = row_bytes_of(kind, k);
+  const int64_t ahead = (paired ? 1 : 2) * kPanel / 2 * row_bytes;
+  each_panel(from, paired, row_bytes, form.panel_bytes,
              [&](int64_t index, const char* const* rows) {
-               pack_panel(kind, rows, k, form, static_cast<char*>(to) + index * form.panel_bytes);
+               char* panel = static_cast<char*>(to) + index * form.panel_bytes;
+               pack_panel(kind, rows, k, form, ahead, panel);
              });
 }
 
@@ -97,15 +100,18 @@ float round_row(const T* x, int64_t k, char* to) {
 bool round_and_pack(Kind kind, const Blocks& from, int64_t k, bool paired, void* to,
                     float* scale) {
   const Form form = form_of(Kind::int8, k, 0);
-  const int64_t stride = form.lines * kLine;
+  const int64_t stride = form.lines * kLine, row_bytes = row_bytes_of(kind, k);
+  const int64_t ahead = (paired ? 1 : 2) * kPanel / 2 * row_bytes;
   bool sound = true;
-  each_panel(from, paired, row_bytes_of(kind, k), form.panel_bytes,
+  each_panel(from, paired, row_bytes, form.panel_bytes,
              [&](int64_t index, const char* const* rows) {
                char* room = static_cast<char*>(scratch(1, kPanel * stride));
                const char* codes[kPanel];
                for (int64_t lane = 0; lane < kPanel; ++lane) {
                  char* row = room + lane * stride;
                  float found = 0.0f;
+                 for (int64_t at = 0; rows[lane] && at < row_bytes; at += kLine)
+                   __builtin_prefetch(rows[lane] + ahead + at, 0, 2);
                  if (rows[lane])
                    found = kind == Kind::bf16
                                ? round_row(reinterpret_cast<const bf16*>(rows[lane]), k, row)
@@ -114,7 +120,7 @@ bool round_and_pack(Kind kind, const Blocks& from, int64_t k, bool paired, void*
                  scale[index * kPanel + lane] = found;
                  codes[lane] = rows[lane] ? row : nullptr;
                }
-               pack_panel(Kind::int8, codes, k, form,
+               pack_panel(Kind::int8, codes, k, form, 0,
                           static_cast<char*>(to) + index * form.panel_bytes);
              });
   return sound;
