@@ -1,4 +1,4 @@
-// How the matrices of a kind lie in memory, and packing them.
+// How the matrices of a kind lie in memory, and how one panel gets there (see pack.h).
 #pragma once
 
 // Of one matrix: everything that follows from its kind, K and group.
@@ -79,7 +79,41 @@ INLINE void turn_words(const uint32_t (*words)[kSteps], int64_t count, uint32_t*
     }
 }
 
-void pack_panel(Kind kind, const char* const* rows, int64_t k, const Form& form, char* to) {
+#if defined(__AVX512F__)
+// A line of each of 16 rows to 16 half steps. Written past the caches: what is packed is read much
+// later, and to fetch a line only to overwrite it costs more than all the rest.
+INLINE void turn_lines(const char* const* rows, int64_t at, uint32_t flip, char* to) {
+  __m512i row[kSteps], two[kSteps], four[kSteps];
+  for (int i = 0; i < kSteps; ++i)
+    row[i] = _mm512_xor_si512(_mm512_loadu_si512(rows[i] + at), _mm512_set1_epi32((int)flip));
+  for (int i = 0; i < kSteps; i += 2) {
+    two[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    two[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < kSteps; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      four[i + 2 * j] = _mm512_unpacklo_epi64(two[i + j], two[i + 2 + j]);
+      four[i + 2 * j + 1] = _mm512_unpackhi_epi64(two[i + j], two[i + 2 + j]);
+    }
+  const auto write = [&](int step, __m512i x) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + step * kPanel * 4), x);
+  };
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd);
+    const __m512i d = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xdd);
+    write(j, _mm512_shuffle_i32x4(a, b, 0x88));
+    write(4 + j, _mm512_shuffle_i32x4(c, d, 0x88));
+    write(8 + j, _mm512_shuffle_i32x4(a, b, 0xdd));
+    write(12 + j, _mm512_shuffle_i32x4(c, d, 0xdd));
+  }
+}
+#endif
+
+// The next panel's rows are `ahead` bytes further on. `to` lies on a line.
+void pack_panel(Kind kind, const char* const* rows, int64_t k, const Form& form, int64_t ahead,
+                char* to) {
   alignas(64) uint32_t words[kPanel][kSteps];
   uint32_t* out = reinterpret_cast<uint32_t*>(to);
   if (kind == Kind::int4) {
@@ -98,55 +132,28 @@ void pack_panel(Kind kind, const char* const* rows, int64_t k, const Form& form,
   }
   const int64_t bytes = k * (kind == Kind::fp32 ? 4 : kind == Kind::bf16 ? 2 : 1);
   const uint32_t flip = kind == Kind::int8 ? 0x80808080 : 0;
-  for (int64_t c = 0; c < form.lines; ++c, out += kSteps * kPanel) {
+  int64_t c = 0;
+#if defined(__AVX512F__)
+  bool full = true;
+  for (int lane = 0; lane < kPanel; ++lane) full = full && rows[lane];
+  for (; full && (c + 1) * kLine <= bytes; ++c, out += kSteps * kPanel) {
+    for (int lane = 0; lane < kPanel; ++lane)
+      __builtin_prefetch(rows[lane] + ahead + c * kLine, 0, 2);
+    for (int half = 0; half < 2; ++half)
+      turn_lines(rows + half * 16, c * kLine, flip, reinterpret_cast<char*>(out + half * 16));
+  }
+  _mm_sfence();
+#endif
+  for (; c < form.lines; ++c, out += kSteps * kPanel) {
     for (int lane = 0; lane < kPanel; ++lane) {
       if (!rows[lane]) {
         for (int i = 0; i < kSteps; ++i) words[lane][i] = 0;
       } else {
-        __builtin_prefetch(rows[lane] + (c + 8) * kLine);
+        __builtin_prefetch(rows[lane] + ahead + c * kLine, 0, 2);
         read_words(rows[lane], bytes, c * kSteps, words[lane]);
       }
       for (int i = 0; i < kSteps; ++i) words[lane][i] ^= flip;
     }
     turn_words(words, kSteps, out);
   }
-}
-
-// `count` matrices [n, k] of a kind (int4: two features a byte) into panels.
-void pack(Kind kind, const void* from, int64_t count, int64_t n, int64_t k, int64_t group,
-          bool paired, void* to) {
-  const Form form = form_of(kind, k, group);
-  const int64_t panels = panels_of(n, paired), half = kPanel / 2;
-  const int64_t row_bytes = kind == Kind::int4 ? k / 2 : k * (kind == Kind::fp32   ? 4
-                                                              : kind == Kind::bf16 ? 2
-                                                                                   : 1);
-  each(count * panels, count * n * k, [&](int64_t item) {
-    const int64_t p = item % panels;
-    const char* matrix = static_cast<const char*>(from) + item / panels * n * row_bytes;
-    const char* rows[kPanel];
-    for (int64_t lane = 0; lane < kPanel; ++lane) {
-      const int64_t row = !paired ? p * kPanel + lane : p * half + lane % half;
-      const bool real = row < (paired ? n / 2 : n);
-      const int64_t at = paired && lane >= half ? n / 2 + row : row;
-      rows[lane] = real ? matrix + at * row_bytes : nullptr;
-    }
-    pack_panel(kind, rows, k, form, static_cast<char*>(to) + item * form.panel_bytes);
-  });
-}
-
-// Floats [count, n, columns] (biases, scales) to [count, panels, columns, 32 lanes].
-void pack_floats(const float* from, int64_t count, int64_t n, int64_t columns, bool paired,
-                 float* to) {
-  const int64_t panels = panels_of(n, paired), half = kPanel / 2;
-  each(count * panels, count * n * columns, [&](int64_t item) {
-    const int64_t p = item % panels;
-    const float* matrix = from + item / panels * n * columns;
-    for (int64_t lane = 0; lane < kPanel; ++lane) {
-      const int64_t row = !paired ? p * kPanel + lane : p * half + lane % half;
-      const bool real = row < (paired ? n / 2 : n);
-      const int64_t at = paired && lane >= half ? n / 2 + row : row;
-      for (int64_t c = 0; c < columns; ++c)
-        to[(item * columns + c) * kPanel + lane] = real ? matrix[at * columns + c] : 0.0f;
-    }
-  });
 }

@@ -50,6 +50,7 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 #include "dot.h"
 #include "form.h"
 #include "prepare.h"
+#include "pack.h"
 #include "gemm.h"
 #include "moe.h"
 namespace paged {
@@ -72,7 +73,7 @@ using paged::write_kv;
 
 extern const Kernels kernels = {
     NAME(ISA),
-    packed_bytes, pack, pack_floats,
+    packed_bytes, pack, pack_floats, round_and_pack,
     linear,     moe_ffn,
     quantize_per_token,
     rms_norm,   glu,        rope,

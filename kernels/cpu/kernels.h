@@ -26,6 +26,14 @@ struct Matrix {
 
 constexpr int kPanel = 32;
 
+// `count` matrices before they are packed. Each has `per_matrix` blocks of rows, one under the
+// other, which may lie apart: block b of matrix m begins at at[m * per_matrix + b] and has rows[b].
+struct Blocks {
+  const void* const* at;
+  const int64_t* rows;
+  int64_t per_matrix, count;
+};
+
 struct Experts {
   Matrix gate_up;  // n = 2 I, k = H, paired: a panel ends in 16 finished activations
   Matrix down;     // n = H, k = I
@@ -134,13 +142,15 @@ struct Kernels {
   const char* name;
   // Of one matrix; `group` is int4's.
   int64_t (*packed_bytes)(Kind kind, int64_t n, int64_t k, int64_t group, bool paired);
-  // `count` matrices [n, k], rows of k features (int4: two a byte, the even one low), into panels.
-  // The layout is the same for every instruction set.
-  void (*pack)(Kind kind, const void* from, int64_t count, int64_t n, int64_t k, int64_t group,
-               bool paired, void* to);
-  // Floats [count, n, columns] to [count, panels, columns, 32].
-  void (*pack_floats)(const float* from, int64_t count, int64_t n, int64_t columns, bool paired,
-                      float* to);
+  // Rows of k features (int4: two a byte, the even one low) into panels. The layout is the same for
+  // every instruction set.
+  void (*pack)(Kind kind, const Blocks& from, int64_t k, int64_t group, bool paired, void* to);
+  // Rows of floats to [count, panels, columns, 32].
+  void (*pack_floats)(const Blocks& from, int64_t columns, bool paired, float* to);
+  // Rows of fp32 or bf16 to int8, as moeserve/kernels/matrix.py does, and one scale per lane. False
+  // if a row holds NaN or an infinity; what is packed then is of no use.
+  bool (*round_and_pack)(Kind kind, const Blocks& from, int64_t k, bool paired, void* to,
+                         float* scale);
   // One matrix per head, packed one after the other; a plain linear has one head.
   void (*linear)(const float* x, int64_t rows, int64_t heads, const Matrix& w, float* out);
   // False if an id is not an expert.

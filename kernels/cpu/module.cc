@@ -110,15 +110,33 @@ int64_t packed_bytes(int kind, int64_t n, int64_t k, int64_t group, bool paired)
   return table().packed_bytes(static_cast<Kind>(kind), n, k, group, paired);
 }
 
-void pack(int kind, uintptr_t from, int64_t count, int64_t n, int64_t k, int64_t group, bool paired,
-          uintptr_t to) {
-  table().pack(static_cast<Kind>(kind), at<const void>(from), count, n, k, group, paired,
-               at<void>(to));
+// Addresses of blocks, all of the first matrix first, and the rows of each block of a matrix.
+using Addresses = std::vector<uintptr_t>;
+using Sizes = std::vector<int64_t>;
+
+Blocks blocks(const Addresses& from, const Sizes& rows) {
+  static_assert(sizeof(uintptr_t) == sizeof(void*));
+  const int64_t per_matrix = static_cast<int64_t>(rows.size());
+  if (!per_matrix || from.size() % rows.size())
+    throw std::invalid_argument("blocks must divide over the matrices");
+  return {reinterpret_cast<const void* const*>(from.data()), rows.data(), per_matrix,
+          static_cast<int64_t>(from.size()) / per_matrix};
 }
 
-void pack_floats(uintptr_t from, int64_t count, int64_t n, int64_t columns, bool paired,
+void pack(int kind, const Addresses& from, const Sizes& rows, int64_t k, int64_t group,
+          bool paired, uintptr_t to) {
+  table().pack(static_cast<Kind>(kind), blocks(from, rows), k, group, paired, at<void>(to));
+}
+
+void pack_floats(const Addresses& from, const Sizes& rows, int64_t columns, bool paired,
                  uintptr_t to) {
-  table().pack_floats(at<const float>(from), count, n, columns, paired, at<float>(to));
+  table().pack_floats(blocks(from, rows), columns, paired, at<float>(to));
+}
+
+bool round_and_pack(int kind, const Addresses& from, const Sizes& rows, int64_t k, bool paired,
+                    uintptr_t to, uintptr_t scale) {
+  return table().round_and_pack(static_cast<Kind>(kind), blocks(from, rows), k, paired,
+                                at<void>(to), at<float>(scale));
 }
 
 // Asks for huge pages where memory has not been touched yet; the system may decline.
@@ -256,6 +274,7 @@ NB_MODULE(_cpu, m) {
   m.def("packed_bytes", packed_bytes);
   m.def("pack", pack, unlocked);
   m.def("pack_floats", pack_floats, unlocked);
+  m.def("round_and_pack", round_and_pack, unlocked);
   m.def("use_huge_pages", use_huge_pages, unlocked);
   m.def("linear", linear, unlocked);
   m.def("moe_ffn", moe_ffn, unlocked);

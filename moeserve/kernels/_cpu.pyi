@@ -38,13 +38,28 @@ def probe(
 def packed_bytes(kind: int, n: int, k: int, group: int, paired: bool, /) -> int:
     """Of one matrix [n, k]; ``group`` is int4's."""
 
+# Rows to be packed lie in blocks: ``sources`` has the address of every block of the first matrix,
+# then of the next, and ``rows`` how many rows each block of a matrix has.
+
 def pack(
-    kind: int, source: int, count: int, n: int, k: int, group: int, paired: bool, target: int, /
+    kind: int,
+    sources: list[int],
+    rows: list[int],
+    k: int,
+    group: int,
+    paired: bool,
+    target: int,
+    /,
 ) -> None: ...
 def pack_floats(
-    source: int, count: int, n: int, columns: int, paired: bool, target: int, /
+    sources: list[int], rows: list[int], columns: int, paired: bool, target: int, /
 ) -> None:
-    """[count, n, columns] to [count, panels, columns, 32 lanes]."""
+    """Rows of ``columns`` floats to [matrices, panels, columns, 32 lanes]."""
+
+def round_and_pack(
+    kind: int, sources: list[int], rows: list[int], k: int, paired: bool, target: int, scale: int, /
+) -> bool:
+    """Floats of ``kind`` to int8; False if one is NaN or infinite."""
 
 def use_huge_pages(data: int, nbytes: int, /) -> None: ...
 

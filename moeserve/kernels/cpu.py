@@ -18,7 +18,7 @@ from torch import Tensor
 from moeserve.errors import InternalError
 from moeserve.kernels import _cpu, kv
 from moeserve.kernels.kv import fp32, int32
-from moeserve.kernels.matrix import Matrix
+from moeserve.kernels.matrix import Source
 from moeserve.kernels.ops import (
     Activation,
     AttentionBatch,
@@ -59,14 +59,14 @@ class CpuOps:
 
     name = "cpu"
 
-    def pack_linear(self, weight_NK: Matrix, bias_N: Tensor | None = None) -> Linear:
+    def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
         out, into = weight_NK.shape
         return Linear(out, into, pack(weight_NK, bias_N))
 
     def pack_experts(
         self,
-        gate_up_E2IH: Matrix,
-        down_EHI: Matrix,
+        gate_up_E2IH: Source,
+        down_EHI: Source,
         gate_up_bias_E2I: Tensor | None = None,
         down_bias_EH: Tensor | None = None,
         activation: Activation = Activation.SWIGLU,
@@ -78,7 +78,7 @@ class CpuOps:
         handle = _cpu.Experts(up.handle, down.handle, num, activation is Activation.CLAMPED)
         return Experts(num, hidden, inner, activation, PackedExperts(handle, up, down))
 
-    def pack_heads(self, weight_ANK: Matrix) -> Linear:
+    def pack_heads(self, weight_ANK: Source) -> Linear:
         _, out, into = weight_ANK.shape
         return Linear(out, into, pack(weight_ANK))
 

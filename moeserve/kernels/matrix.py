@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeserve.errors import CheckpointError
+
 GROUP = 128
 TINY = 2.0**-100
 
@@ -52,8 +54,89 @@ class Int4Matrix:
 Matrix = Tensor | Int8Matrix | Int4Matrix
 
 
-def part_of(stack: Matrix, index: int) -> Matrix:
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Floats [..., N, K] that become what ``to_int8`` makes of them when they are packed.
+
+    ``name`` is what an error calls them: NaN and infinity cannot be rounded.
+    """
+
+    floats: Tensor
+    name: str
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.floats.shape
+
+
+Block = Matrix | Rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Matrices that were not joined yet, so that packing them is the only copy.
+
+    ``blocks[e]`` are the rows of matrix e, one block [n, K] under the other; all blocks are of one
+    ``form_of``, and all matrices are cut alike. [E, N, K] where ``stacked``, otherwise the only
+    one, [N, K].
+    """
+
+    blocks: tuple[tuple[Block, ...], ...]
+    stacked: bool
+
+    def __post_init__(self) -> None:
+        assert self.stacked or len(self.blocks) == 1, len(self.blocks)
+        cuts = {tuple(b.shape for b in blocks) for blocks in self.blocks}
+        assert len(cuts) == 1, cuts
+        assert len({form_of(b) for blocks in self.blocks for b in blocks}) == 1, "several forms"
+
+    @property
+    def shape(self) -> torch.Size:
+        first = self.blocks[0]
+        whole = (sum(block.shape[0] for block in first), first[0].shape[1])
+        return torch.Size((len(self.blocks), *whole) if self.stacked else whole)
+
+
+Source = Matrix | Rounded | Pieces
+
+
+def form_of(block: Block) -> tuple[object, ...]:
+    """Equal for matrices that can lie in one."""
+    if isinstance(block, Tensor):
+        return (block.dtype,)
+    if isinstance(block, Rounded):
+        return (Rounded, block.floats.dtype)
+    if isinstance(block, Int8Matrix):
+        return (Int8Matrix,)
+    return (Int4Matrix, block.group, block.levels)
+
+
+def joined(source: Source) -> Matrix:
+    """One matrix or stack, rounded where that was put off."""
+    if isinstance(source, Pieces):
+        if not source.stacked:
+            return part_of(source, 0)
+        return stack([part_of(source, e) for e in range(len(source.blocks))])
+    if isinstance(source, Rounded):
+        if not source.floats.is_meta and not bool(source.floats.abs().amax().isfinite()):
+            raise not_finite(source)
+        return to_int8(source.floats)
+    return source
+
+
+def not_finite(block: Rounded) -> CheckpointError:
+    return CheckpointError(
+        f"{block.name} holds NaN or infinity and cannot be rounded to int8; load it with "
+        f"quantization none"
+    )
+
+
+def part_of(stack: Source, index: int) -> Matrix:
     """One matrix of several."""
+    if isinstance(stack, Pieces):
+        return rows_of([joined(block) for block in stack.blocks[index]])
+    if isinstance(stack, Rounded):
+        return joined(Rounded(stack.floats[index], stack.name))
     if isinstance(stack, Int8Matrix):
         return Int8Matrix(stack.codes[index], stack.scale[index])
     if isinstance(stack, Int4Matrix):
@@ -106,26 +189,38 @@ def to_float(matrix: Matrix) -> Tensor:
 
 
 def rows_of(parts: Sequence[Matrix]) -> Matrix:
-    """Matrices of one kind and width, one under the other: the rows of all of them."""
+    """Matrices of one form and width, one under the other: the rows of all of them."""
+    if len(parts) == 1:
+        return parts[0]
     first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat([p for p in parts if isinstance(p, Tensor)], -2)
-    if isinstance(first, Int8Matrix):
-        same = [p for p in parts if isinstance(p, Int8Matrix)]
-        assert len(same) == len(parts), "matrices of several kinds"
-        return Int8Matrix(
-            torch.cat([p.codes for p in same], -2), torch.cat([p.scale for p in same], -1)
-        )
-    fours = [p for p in parts if isinstance(p, Int4Matrix)]
-    assert len(fours) == len(parts), "matrices of several kinds"
-    assert {(p.group, p.levels) for p in fours} == {(first.group, first.levels)}, "groups differ"
-    return Int4Matrix(
-        torch.cat([p.packed for p in fours], -2),
-        torch.cat([p.scale for p in fours], -2),
-        torch.cat([p.zero for p in fours], -2),
-        first.group,
-        first.levels,
-    )
+    assert len({form_of(p) for p in parts}) == 1, "matrices of several forms"
+    rows = len(first.shape) - 2
+    both = zip(*map(tensors_of, parts), strict=True)
+    return like(first, [torch.cat(same, rows) for same in both])
+
+
+def stack(parts: Sequence[Matrix]) -> Matrix:
+    """[E, N, K] of E matrices of one form."""
+    assert len({form_of(p) for p in parts}) == 1, "matrices of several forms"
+    both = zip(*map(tensors_of, parts), strict=True)
+    return like(parts[0], [torch.stack(same) for same in both])
+
+
+def tensors_of(matrix: Matrix) -> tuple[Tensor, ...]:
+    if isinstance(matrix, Tensor):
+        return (matrix,)
+    if isinstance(matrix, Int8Matrix):
+        return matrix.codes, matrix.scale
+    return matrix.packed, matrix.scale, matrix.zero
+
+
+def like(matrix: Matrix, tensors: Sequence[Tensor]) -> Matrix:
+    """A matrix of the same form of other tensors."""
+    if isinstance(matrix, Tensor):
+        return tensors[0]
+    if isinstance(matrix, Int8Matrix):
+        return Int8Matrix(tensors[0], tensors[1])
+    return Int4Matrix(tensors[0], tensors[1], tensors[2], matrix.group, matrix.levels)
 
 
 def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from moeserve.kernels.matrix import Matrix
+from moeserve.kernels.matrix import Source
 
 ATTENTION_SEGMENT = 512
 ATTENTION_STEP = 64
@@ -309,12 +309,12 @@ class Ops(Protocol):
 
     name: str
 
-    def pack_linear(self, weight_NK: Matrix, bias_N: Tensor | None = None) -> Linear: ...
+    def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear: ...
 
     def pack_experts(
         self,
-        gate_up_E2IH: Matrix,
-        down_EHI: Matrix,
+        gate_up_E2IH: Source,
+        down_EHI: Source,
         gate_up_bias_E2I: Tensor | None = None,
         down_bias_EH: Tensor | None = None,
         activation: Activation = Activation.SWIGLU,
@@ -332,7 +332,7 @@ class Ops(Protocol):
         """codes int8 [T, K] and scale fp32 [T], as ``matrix.quantize_rows``, to the bit."""
         ...
 
-    def pack_heads(self, weight_ANK: Matrix) -> Linear:
+    def pack_heads(self, weight_ANK: Source) -> Linear:
         """One matrix per head, for ``linear_heads``; ``out_features`` is N, ``in_features`` K."""
         ...
 

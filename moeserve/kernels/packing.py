@@ -5,13 +5,23 @@ Letters: E matrices of a stack, N output features, K input features, g groups of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moeserve.kernels import _cpu
-from moeserve.kernels.matrix import Int4Matrix, Int8Matrix, Matrix
+from moeserve.kernels.matrix import (
+    Block,
+    Int4Matrix,
+    Int8Matrix,
+    Pieces,
+    Rounded,
+    Source,
+    not_finite,
+    part_of,
+)
 
 FP32, BF16, INT8, INT4 = range(4)
 PANEL = 32
@@ -32,7 +42,7 @@ class Panels:
         return sum(part.nbytes for part in self.memory)
 
 
-def pack(weight: Matrix, bias: Tensor | None = None, *, paired: bool = False) -> Panels:
+def pack(weight: Source, bias: Tensor | None = None, *, paired: bool = False) -> Panels:
     """A matrix [N, K] or a stack [E, N, K], with a bias for each output feature.
 
     ``paired`` puts row i and row N/2 + i into the same panel: gate and up of one feature.
@@ -41,56 +51,102 @@ def pack(weight: Matrix, bias: Tensor | None = None, *, paired: bool = False) ->
     count = leading[0] if leading else 1
     assert len(leading) < 2, weight.shape
     assert not paired or out % 2 == 0, weight.shape
-    kind, source, group = codes_of(weight)
+    blocks = blocks_of(weight)
+    first = blocks[0]
+    rows = [block.shape[0] for block in blocks[: len(blocks) // count]]
+    kind, group = kind_of(first)
     assert kind in (FP32, BF16) or into <= MOST_FEATURES, weight.shape
-    source = source.contiguous()
     data = fresh(count * _cpu.packed_bytes(kind, out, into, group, paired))
-    _cpu.pack(kind, source.data_ptr(), count, out, into, group, paired, data.data_ptr())
     memory = [data]
 
-    def floats(x: Tensor) -> int:
-        memory.append(pack_floats(x, count, out, paired))
+    def floats(parts: Sequence[Tensor], rows: Sequence[int]) -> int:
+        memory.append(pack_floats(parts, rows, count, paired))
         return memory[-1].data_ptr()
 
     scale = zero = levels = same_zero = 0
-    if isinstance(weight, Int8Matrix | Int4Matrix):
-        scale = floats(weight.scale)
-    if isinstance(weight, Int4Matrix):
-        same_zero = int(weight.zero.flatten()[0]) if weight.zero.numel() else 0
-        if bool((weight.zero != same_zero).any()):
-            memory.append(pack_floats(weight.zero, count, out, paired).to(torch.uint8))
+    codes = Held([codes_of(block) for block in blocks])
+    if isinstance(first, Rounded):
+        memory.append(torch.empty(count * lanes(out, paired)))
+        scale, stored = memory[-1].data_ptr(), BF16 if codes.dtype is torch.bfloat16 else FP32
+        to = data.data_ptr(), scale
+        if not _cpu.round_and_pack(stored, codes.at, rows, into, paired, *to):
+            raise next(not_finite(b) for b in blocks if isinstance(b, Rounded) and not sound(b))
+    else:
+        _cpu.pack(kind, codes.at, rows, into, group, paired, data.data_ptr())
+    if isinstance(first, Int8Matrix | Int4Matrix):
+        same = [b.scale for b in blocks if isinstance(b, Int8Matrix | Int4Matrix)]
+        scale = floats(same, rows)
+    if isinstance(first, Int4Matrix):
+        zeros = [b.zero for b in blocks if isinstance(b, Int4Matrix)]
+        same_zero = int(zeros[0].flatten()[0]) if zeros[0].numel() else 0
+        if any(bool((z != same_zero).any()) for z in zeros):
+            memory.append(pack_floats(zeros, rows, count, paired).to(torch.uint8))
             zero = memory[-1].data_ptr()
-        if weight.levels is not None:
-            memory.append(torch.tensor(weight.levels, dtype=torch.int8))
-            assert memory[-1].shape == (16,), weight.levels
-            assert not weight.zero.any(), "levels have no zero points"
+        if first.levels is not None:
+            memory.append(torch.tensor(first.levels, dtype=torch.int8))
+            assert memory[-1].shape == (16,), first.levels
+            assert not zero and not same_zero, "levels have no zero points"
             levels = memory[-1].data_ptr()
-    bias_at = 0 if bias is None else floats(bias)
+    bias_at = 0
+    if bias is not None:
+        bias_at = floats(list(bias) if leading else [bias], [out])
     handle = _cpu.Matrix(
         kind, out, into, data.data_ptr(), scale, bias_at, zero, levels, group, same_zero
     )
     return Panels(count, handle, tuple(memory))
 
 
-def codes_of(weight: Matrix) -> tuple[int, Tensor, int]:
-    """Kind, the tensor that holds the codes, features per group."""
-    if isinstance(weight, Int8Matrix):
-        assert weight.codes.dtype is torch.int8, weight.codes.dtype
-        return INT8, weight.codes, 0
-    if isinstance(weight, Int4Matrix):
-        assert weight.packed.dtype is torch.uint8, weight.packed.dtype
-        return INT4, weight.packed, weight.group
-    if weight.dtype is torch.bfloat16:
-        return BF16, weight, 0
-    return FP32, weight.float(), 0
+class Held:
+    """Tensors of one dtype and their addresses, which stay valid as long as this lives."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._parts = [part.contiguous() for part in parts]
+        self.dtype = self._parts[0].dtype
+        self.at = [part.data_ptr() for part in self._parts]
 
 
-def pack_floats(x: Tensor, count: int, out: int, paired: bool) -> Tensor:
+def blocks_of(weight: Source) -> list[Block]:
+    """Of every matrix in turn, all cut alike."""
+    if isinstance(weight, Pieces):
+        return [block for blocks in weight.blocks for block in blocks]
+    if len(weight.shape) == 2:
+        return [weight]
+    if isinstance(weight, Rounded):
+        return [Rounded(floats, weight.name) for floats in weight.floats]
+    return [part_of(weight, e) for e in range(weight.shape[0])]
+
+
+def kind_of(block: Block) -> tuple[int, int]:
+    """What it is kept as, and features per group."""
+    if isinstance(block, Int8Matrix | Rounded):
+        return INT8, 0
+    if isinstance(block, Int4Matrix):
+        return INT4, block.group
+    return (BF16 if block.dtype is torch.bfloat16 else FP32), 0
+
+
+def codes_of(block: Block) -> Tensor:
+    """What is read, in a dtype that the kernels know."""
+    if isinstance(block, Int8Matrix):
+        assert block.codes.dtype is torch.int8, block.codes.dtype
+        return block.codes
+    if isinstance(block, Int4Matrix):
+        assert block.packed.dtype is torch.uint8, block.packed.dtype
+        return block.packed
+    floats = block.floats if isinstance(block, Rounded) else block
+    return floats if floats.dtype is torch.bfloat16 else floats.float()
+
+
+def sound(block: Rounded) -> bool:
+    return bool(block.floats.isfinite().all())
+
+
+def pack_floats(parts: Sequence[Tensor], rows: Sequence[int], count: int, paired: bool) -> Tensor:
     """Per output feature, or per output feature and group: biases, scales, zeros."""
-    flat = x.float().reshape(count, out, -1).contiguous()
-    columns = flat.shape[2]
-    packed = torch.empty(count * lanes(out, paired) * columns)
-    _cpu.pack_floats(flat.data_ptr(), count, out, columns, paired, packed.data_ptr())
+    held = Held([part.float() for part in parts])
+    columns = parts[0].shape[1] if parts[0].ndim == 2 else 1
+    packed = torch.empty(count * lanes(sum(rows), paired) * columns)
+    _cpu.pack_floats(held.at, list(rows), columns, paired, packed.data_ptr())
     return packed
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeserve.kernels import reference_kv
 from moeserve.kernels.fused import Composed
-from moeserve.kernels.matrix import Matrix, part_of, quantize_rows
+from moeserve.kernels.matrix import Matrix, Source, joined, part_of, quantize_rows
 from moeserve.kernels.ops import (
     Activation,
     AttentionBatch,
@@ -32,18 +32,18 @@ class ReferenceOps(Composed):
 
     name = "reference"
 
-    def pack_linear(self, weight_NK: Matrix, bias_N: Tensor | None = None) -> Linear:
-        out, into = weight_NK.shape
-        if isinstance(weight_NK, Tensor):
+    def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
+        matrix, (out, into) = joined(weight_NK), weight_NK.shape
+        if isinstance(matrix, Tensor):
             # Copies are aligned: off a boundary, torch may add in another order.
-            kept = weight_NK if weight_NK.dtype is torch.bfloat16 else weight_NK.float()
-            weight_NK = kept.clone(memory_format=torch.contiguous_format)
-        return Linear(out, into, (weight_NK, None if bias_N is None else bias_N.float()))
+            kept = matrix if matrix.dtype is torch.bfloat16 else matrix.float()
+            matrix = kept.clone(memory_format=torch.contiguous_format)
+        return Linear(out, into, (matrix, None if bias_N is None else bias_N.float()))
 
     def pack_experts(
         self,
-        gate_up_E2IH: Matrix,
-        down_EHI: Matrix,
+        gate_up_E2IH: Source,
+        down_EHI: Source,
         gate_up_bias_E2I: Tensor | None = None,
         down_bias_EH: Tensor | None = None,
         activation: Activation = Activation.SWIGLU,
@@ -53,7 +53,7 @@ class ReferenceOps(Composed):
         downs = self._pack_stack(down_EHI, down_bias_EH)
         return Experts(num, hidden, inner, activation, (ups, downs))
 
-    def _pack_stack(self, stack: Matrix, bias_EN: Tensor | None) -> list[Linear]:
+    def _pack_stack(self, stack: Source, bias_EN: Tensor | None) -> list[Linear]:
         return [
             self.pack_linear(part_of(stack, e), None if bias_EN is None else bias_EN[e])
             for e in range(stack.shape[0])
@@ -74,7 +74,7 @@ class ReferenceOps(Composed):
     def quantize_per_token(self, x_TK: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_rows(x_TK)
 
-    def pack_heads(self, weight_ANK: Matrix) -> Linear:
+    def pack_heads(self, weight_ANK: Source) -> Linear:
         _, out, into = weight_ANK.shape
         return Linear(out, into, self._pack_stack(weight_ANK, None))
 

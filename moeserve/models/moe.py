@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeserve.errors import CheckpointError
-from moeserve.kernels.matrix import Matrix
+from moeserve.kernels.matrix import Pieces
 from moeserve.kernels.ops import (
     DenseWeights,
     Experts,
@@ -24,7 +24,7 @@ from moeserve.kernels.ops import (
 )
 from moeserve.models.names import TensorNames
 from moeserve.models.spec import DenseSpec, MoeSpec
-from moeserve.models.weights import Weights, pick, stack
+from moeserve.models.weights import Weights, stacked
 
 
 class RoutingObserver(Protocol):
@@ -81,7 +81,7 @@ def _load_gated(w: Weights, prefix: str, gate: str, inner: int, hidden: int) -> 
     down_HI = w.matrix(f"{prefix}.down_proj", hidden, inner)
     return GatedWeights(
         gate=w.ops.pack_linear(w.floats(gate, 1, hidden)),
-        experts=w.ops.pack_experts(pick(gate_up_2IH, None), pick(down_HI, None)),
+        experts=w.ops.pack_experts(stacked(gate_up_2IH.blocks), stacked([[down_HI]])),
     )
 
 
@@ -122,13 +122,10 @@ def _load_experts(
 
 def _stack_experts(
     w: Weights, prefix: str, names: TensorNames, num: int, inner: int, hidden: int
-) -> tuple[Matrix, Matrix]:
+) -> tuple[Pieces, Pieces]:
     gate, up, down = names.expert_parts
-
-    def gate_up(e: int) -> Matrix:
-        return w.rows([f"{prefix}.{e}.{gate}", f"{prefix}.{e}.{up}"], [inner, inner], hidden)
-
-    return (
-        stack(num, gate_up),
-        stack(num, lambda e: w.matrix(f"{prefix}.{e}.{down}", hidden, inner)),
-    )
+    rows = [
+        [w.matrix(f"{prefix}.{e}.{part}", inner, hidden) for part in (gate, up)] for e in range(num)
+    ]
+    downs = [[w.matrix(f"{prefix}.{e}.{down}", hidden, inner)] for e in range(num)]
+    return stacked(rows), stacked(downs)

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from moeserve.errors import CheckpointError, ConfigError
-from moeserve.kernels.matrix import Int4Matrix, Matrix, pack_nibbles, to_float, to_int8
+from moeserve.kernels.matrix import (
+    Block,
+    Int4Matrix,
+    Matrix,
+    Pieces,
+    pack_nibbles,
+    to_float,
+    to_int8,
+)
 from moeserve.kernels.reference import ReferenceOps
 from moeserve.models.checkpoint import FLOATS, Checkpoint
 from moeserve.models.decoder import build_decoder, open_weights
@@ -102,7 +110,7 @@ class Modules(Weights):
     floated: dict[str, tuple[int, int]] = field(default_factory=dict)
     stacks: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
-    def matrix(self, module: str, out: int, into: int) -> Matrix:
+    def matrix(self, module: str, out: int, into: int) -> Block:
         self.matrices[module] = out, into
         return Weights.matrix(self, module, out, into)
 
@@ -112,7 +120,7 @@ class Modules(Weights):
 
     def experts(
         self, name: str, num: int, out: int, into: int, *, transposed: bool, paired: bool = False
-    ) -> Matrix:
+    ) -> Pieces:
         self.stacks[name] = num, out, into
         return Weights.experts(self, name, num, out, into, transposed=transposed, paired=paired)
 

@@ -103,7 +103,8 @@ def inverse_frequencies(spec: RopeSpec) -> Tensor:
 
 def rope_tables(spec: RopeSpec, positions: int) -> Rope:
     angle_PR = torch.arange(positions, dtype=torch.float32)[:, None] * inverse_frequencies(spec)
-    return Rope(angle_PR.cos() * spec.magnitude, angle_PR.sin() * spec.magnitude, spec.interleaved)
+    cos_PR, sin_PR = angle_PR.cos().mul_(spec.magnitude), angle_PR.sin_().mul_(spec.magnitude)
+    return Rope(cos_PR, sin_PR, spec.interleaved)
 
 
 def _scaling(fields: Fields) -> Fields:

@@ -218,7 +218,7 @@ def _strftime_now(pattern: str) -> str:
 
 def _alphabet_of(inner: tokenizers.Tokenizer) -> dict[str, int] | None:
     """Letter -> byte of a byte-level vocabulary; None for the others."""
-    decoder = json.loads(inner.to_str()).get("decoder") or {}
+    decoder = json.loads(inner.decoder.__getstate__()) if inner.decoder else {}
     parts = decoder.get("decoders", [decoder])
     if not any(part.get("type") == "ByteLevel" for part in parts):
         return None

@@ -1,23 +1,30 @@
 """Tensors of a checkpoint as the op table takes them: stored codes kept, floats rounded if asked.
 
 Matrices keep how they are stored, or become what ``Rounding`` says. Norms, biases, sinks, routers
-and the embedding are small or decide much, so they stay floats. Letters as in ``kernels.ops``.
+and the embedding are small or decide much, so they stay floats. Whatever needs no change goes to
+the op table as views of the mapped file, in ``Pieces``. Letters as in ``kernels.ops``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from moeserve.errors import CheckpointError
 from moeserve.kernels.matrix import (
-    Int4Matrix,
+    Block,
     Int8Matrix,
     Matrix,
-    rows_of,
+    Pieces,
+    Rounded,
+    form_of,
+    joined,
+    like,
+    tensors_of,
     to_float,
     to_int4,
     to_int8,
@@ -69,7 +76,7 @@ class Weights:
     def has(self, name: str) -> bool:
         return self.checkpoint.has(name)
 
-    def matrix(self, module: str, out: int, into: int) -> Matrix:
+    def matrix(self, module: str, out: int, into: int) -> Block:
         """[N, K] of ``module``, as it will be packed."""
         as_stored = self.rounding.of(module) == "auto"
         read = self.stored.linear if as_stored else self.stored.exactly
@@ -77,10 +84,10 @@ class Weights:
         self._heard()
         return self.held(module, matrix)
 
-    def rows(self, modules: Sequence[str], outs: Sequence[int], into: int) -> Matrix:
+    def rows(self, modules: Sequence[str], outs: Sequence[int], into: int) -> Pieces:
         """Several modules of one input, one under the other."""
         parts = [self.matrix(m, out, into) for m, out in zip(modules, outs, strict=True)]
-        return rows_of(alike(parts))
+        return Pieces((tuple(alike(parts)),), stacked=False)
 
     def floats(self, module: str, out: int, into: int) -> Tensor:
         """In fp32, however it is stored: routers, and what is never rounded."""
@@ -89,10 +96,11 @@ class Weights:
         return to_float(matrix)
 
     def embedding(self, module: str, vocab: int, hidden: int) -> Tensor:
-        """A copy: rows are looked up as long as the model serves."""
+        """A view of the file where that has the weight dtype: only rows looked up are read."""
         table = self.checkpoint.get(f"{module}.weight", (vocab, hidden))
         self._heard()
-        return table.to(self.dtype, copy=True)
+        aligned = table.is_meta or table.data_ptr() % table.itemsize == 0
+        return table.to(self.dtype, copy=not aligned)
 
     def vector(self, name: str, size: int) -> Tensor:
         return self.exact(name, size)
@@ -109,7 +117,7 @@ class Weights:
 
     def experts(
         self, name: str, num: int, out: int, into: int, *, transposed: bool, paired: bool = False
-    ) -> Matrix:
+    ) -> Pieces:
         """[E, N, K] of experts in one tensor. ``transposed`` plain ones lie as [E, K, N], and then
         ``paired`` rows alternate gate and up: ours are all gates first (GPT-OSS)."""
         if self.stored.has_experts(name):
@@ -119,15 +127,14 @@ class Weights:
         else:
             whole = self.checkpoint.get(name, (num, out, into))
         self._heard()
-        if transposed and paired:
-            return stack(num, lambda e: self.held(name, apart(pick(whole, e))))
-        return stack(num, lambda e: self.held(name, pick(whole, e)))
+        cut = apart if transposed and paired else undivided
+        return stacked([cut(self.held(name, pick(whole, e))) for e in range(num)])
 
     def linear(self, module: str, out: int, into: int, *, bias: bool = False) -> Linear:
         packed_bias = self.vector(f"{module}.bias", out) if bias else None
         return self.ops.pack_linear(self.matrix(module, out, into), packed_bias)
 
-    def held(self, module: str, matrix: Matrix) -> Matrix:
+    def held(self, module: str, matrix: Matrix) -> Block:
         """What is kept of a matrix that was read: codes, or floats of the weight dtype."""
         to = self.rounding.of(module)
         if to == "auto" and not isinstance(matrix, Tensor):
@@ -136,75 +143,56 @@ class Weights:
             return (matrix if isinstance(matrix, Tensor) else to_float(matrix)).to(self.dtype)
         if to == "int8" and isinstance(matrix, Int8Matrix):
             return matrix
-        floats = to_float(matrix)
+        name = f"{self.checkpoint.path}: {module}"
+        plain = isinstance(matrix, Tensor) and matrix.dtype in (torch.bfloat16, torch.float32)
+        floats = matrix if isinstance(matrix, Tensor) and plain else to_float(matrix)
+        if to == "int8" or floats.shape[-1] % 2:
+            return Rounded(floats, name)
         if not floats.is_meta and not bool(floats.abs().amax().isfinite()):
             raise CheckpointError(
-                f"{self.checkpoint.path}: {module} holds NaN or infinity and cannot be rounded to "
-                f"{to}; load it with quantization none"
+                f"{name} holds NaN or infinity and cannot be rounded to {to}; load it with "
+                f"quantization none"
             )
-        return to_int4(floats) if to == "int4" and floats.shape[-1] % 2 == 0 else to_int8(floats)
+        return to_int4(floats)
 
     def _heard(self) -> None:
         if self.progress is not None:
             self.progress(self.checkpoint.bytes_read, self.checkpoint.total_bytes)
 
 
-def alike(parts: Sequence[Matrix]) -> list[Matrix]:
-    """Parts of one kind: where they differ, floats if any is, otherwise int8."""
-    if len({kind(p) for p in parts}) == 1:
+def alike(parts: Sequence[Block]) -> list[Block]:
+    """Parts of one form: where they differ, floats if any is, otherwise int8."""
+    if len({form_of(p) for p in parts}) == 1:
         return list(parts)
-    dtypes = {p.dtype for p in parts if isinstance(p, Tensor)}
+    whole = [joined(p) for p in parts]
+    dtypes = {p.dtype for p in whole if isinstance(p, Tensor)}
     if dtypes:
         common = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        return [to_float(p).to(common) for p in parts]
-    return [p if isinstance(p, Int8Matrix) else to_int8(to_float(p)) for p in parts]
+        return [to_float(p).to(common) for p in whole]
+    return [p if isinstance(p, Int8Matrix) else to_int8(to_float(p)) for p in whole]
 
 
-def kind(matrix: Matrix) -> tuple[object, ...]:
-    """Equal for matrices that can lie in one stack."""
-    if isinstance(matrix, Tensor):
-        return (matrix.dtype,)
-    if isinstance(matrix, Int8Matrix):
-        return (Int8Matrix,)
-    return (Int4Matrix, matrix.group, matrix.levels)
+def stacked(parts: Sequence[Sequence[Block]]) -> Pieces:
+    """Matrices cut alike, each in one block of rows or more."""
+    same, cuts = alike([block for blocks in parts for block in blocks]), len(parts[0])
+    return Pieces(tuple(tuple(same[i : i + cuts]) for i in range(0, len(same), cuts)), stacked=True)
 
 
-def stack(count: int, read: Callable[[int], Matrix]) -> Matrix:
-    """[count, N, K], read one by one into place. Kinds that differ are made alike."""
-    first = read(0)
-    room = [torch.empty((count, *part.shape), dtype=part.dtype) for part in tensors(first)]
-    for e in range(count):
-        matrix = read(e) if e else first
-        if kind(matrix) != kind(first):
-            both = first, matrix
-            return stack(count, lambda e, both=both: alike([read(e), *both])[0])  # type: ignore[misc]
-        for whole, part in zip(room, tensors(matrix), strict=True):
-            whole[e].copy_(part)
-    if isinstance(first, Tensor):
-        return room[0]
-    if isinstance(first, Int8Matrix):
-        return Int8Matrix(room[0], room[1])
-    return Int4Matrix(room[0], room[1], room[2], first.group, first.levels)
-
-
-def apart(matrix_NK: Matrix) -> Matrix:
+def apart(matrix_NK: Block) -> list[Block]:
     """Even rows, then odd ones."""
-    return rows_of([pick(matrix_NK, slice(i, None, 2)) for i in (0, 1)])
+    return [pick(matrix_NK, slice(i, None, 2)) for i in (0, 1)]
 
 
-def tensors(matrix: Matrix) -> tuple[Tensor, ...]:
-    if isinstance(matrix, Tensor):
-        return (matrix,)
-    if isinstance(matrix, Int8Matrix):
-        return matrix.codes, matrix.scale
-    return matrix.packed, matrix.scale, matrix.zero
+def undivided(matrix_NK: Block) -> list[Block]:
+    return [matrix_NK]
 
 
-def pick(matrix: Matrix, *index: int | slice | None) -> Matrix:
+@overload
+def pick(matrix: Matrix, *index: int | slice) -> Matrix: ...
+@overload
+def pick(matrix: Block, *index: int | slice) -> Block: ...
+def pick(matrix: Block, *index: int | slice) -> Block:
     """Rows, experts or heads of a matrix: any index that leaves the last dimension whole."""
-    parts = [t[index] for t in tensors(matrix)]
-    if isinstance(matrix, Tensor):
-        return parts[0]
-    if isinstance(matrix, Int8Matrix):
-        return Int8Matrix(parts[0], parts[1])
-    return Int4Matrix(parts[0], parts[1], parts[2], matrix.group, matrix.levels)
+    if isinstance(matrix, Rounded):
+        return Rounded(matrix.floats[index], matrix.name)
+    return like(matrix, [t[index] for t in tensors_of(matrix)])

@@ -23,7 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moeserve.errors import CheckpointError
-from moeserve.kernels.matrix import Int4Matrix, Int8Matrix, Matrix, to_float, to_int8
+from moeserve.kernels.matrix import (
+    Int4Matrix,
+    Int8Matrix,
+    Matrix,
+    Source,
+    joined,
+    to_float,
+    to_int8,
+)
 from moeserve.kernels.ops import Activation, Experts, Linear
 from moeserve.kernels.reference import ReferenceOps
 from moeserve.models.batch import Span, pack_spans
@@ -43,28 +51,30 @@ class FloatOps(ReferenceOps):
     def __init__(self) -> None:
         self.packed: list[Matrix] = []
 
-    def pack_linear(self, weight_NK: Matrix, bias_N: Tensor | None = None) -> Linear:
-        self.packed.append(weight_NK)
-        return super().pack_linear(to_float(weight_NK), bias_N)
+    def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
+        matrix = joined(weight_NK)
+        self.packed.append(matrix)
+        return super().pack_linear(to_float(matrix), bias_N)
 
     def pack_experts(
         self,
-        gate_up_E2IH: Matrix,
-        down_EHI: Matrix,
+        gate_up_E2IH: Source,
+        down_EHI: Source,
         gate_up_bias_E2I: Tensor | None = None,
         down_bias_EH: Tensor | None = None,
         activation: Activation = Activation.SWIGLU,
     ) -> Experts:
         kept = len(self.packed)
-        up, down = to_float(gate_up_E2IH), to_float(down_EHI)
-        made = super().pack_experts(up, down, gate_up_bias_E2I, down_bias_EH, activation)
-        self.packed[kept:] = [gate_up_E2IH, down_EHI]
+        up_E2IH, down_EHI = joined(gate_up_E2IH), joined(down_EHI)
+        floats = to_float(up_E2IH), to_float(down_EHI)
+        made = super().pack_experts(*floats, gate_up_bias_E2I, down_bias_EH, activation)
+        self.packed[kept:] = [up_E2IH, down_EHI]
         return made
 
-    def pack_heads(self, weight_ANK: Matrix) -> Linear:
-        kept = len(self.packed)
-        made = super().pack_heads(to_float(weight_ANK))
-        self.packed[kept:] = [weight_ANK]
+    def pack_heads(self, weight_ANK: Source) -> Linear:
+        kept, matrix = len(self.packed), joined(weight_ANK)
+        made = super().pack_heads(to_float(matrix))
+        self.packed[kept:] = [matrix]
         return made
 
 

@@ -8,6 +8,7 @@ Letters: N output features, K input features, G groups in a row, B bytes in a ro
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -226,8 +227,10 @@ class Stored:
 
     def _scale(self, name: str, shape: tuple[int, ...]) -> Tensor:
         scale = self._get(name, shape, *FLOATS).float()
-        sound = (scale >= 0) & scale.isfinite()
-        self._sound(name, sound, "holds a scale that is negative or not finite")
+        if scale.numel() and not scale.is_meta:
+            least, most = torch.aminmax(scale)  # NaN where there is any
+            if not (least.item() >= 0 and most.item() < math.inf):
+                raise self._wrong(name, "holds a scale that is negative or not finite")
         return scale
 
     def _per_row(self, name: str, scale: Tensor, out: int) -> Tensor:
