@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,14 +66,16 @@ class Ports:
 
 def run(snippet: Snippet, ports: Ports) -> str:
     shell = {"bash": ["bash", "-euc"], "python": [sys.executable, "-c"]}[snippet.language]
-    done = subprocess.run(
-        [*shell, ports.here(snippet.text)],
-        env=ports.environment(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:  # what a command writes goes there
+        done = subprocess.run(
+            [*shell, ports.here(snippet.text)],
+            cwd=folder,
+            env=ports.environment(),
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
