@@ -233,7 +233,9 @@ def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     most_T1 = x_TK.abs().amax(-1, keepdim=True)
     sound = most_T1.isfinite()
     some = sound & (most_T1 >= TINY)
-    factor = torch.where(some, 127 / most_T1, torch.zeros_like(most_T1))
+    # A number over a tensor would be rounded twice: torch multiplies by the reciprocal.
+    most_code = torch.full_like(most_T1, 127.0)
+    factor = torch.where(some, most_code / most_T1, torch.zeros_like(most_T1))
     finite = torch.where(sound, x_TK, torch.zeros_like(x_TK))
     codes = (finite * factor).round().clamp(-127, 127).to(torch.int8)
     scale = torch.where(some, most_T1 / 127, torch.zeros_like(most_T1))

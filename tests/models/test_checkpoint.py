@@ -19,7 +19,7 @@ from moeserve.errors import CheckpointError
 from moeserve.kernels.ops import Ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.checkpoint import Checkpoint
-from moeserve.models.decoder import Decoder, load_decoder
+from moeserve.models.decoder import Decoder, assemble, load_decoder
 from moeserve.models.library import resolve_model
 
 Edit = Callable[[dict[str, Tensor]], None]
@@ -86,6 +86,15 @@ def test_progress_rises_to_the_end(folder: Path, ops: Ops) -> None:
     assert done == sorted(done)
     size = (folder / "model.safetensors").stat().st_size
     assert heard[-1] == (size, size)
+
+
+def test_the_embedding_stays_where_the_file_has_it(folder: Path, ops: Ops) -> None:
+    checkpoint = Checkpoint.open(folder)
+
+    decoder = assemble(checkpoint, dtype=None, ops=ops)
+
+    mapped = checkpoint.get("model.embed_tokens.weight")
+    assert decoder.embedding_WH.data_ptr() == mapped.data_ptr()
 
 
 def test_a_sharded_checkpoint_is_the_same_model(
