@@ -9,6 +9,7 @@
 #endif
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <ctime>

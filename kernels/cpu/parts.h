@@ -38,8 +38,7 @@ void make_pass(Pass* self, uintptr_t positions_at, int64_t rows, uintptr_t cos_a
   for (auto [from, to] : {std::pair{cos_at, &self->cos}, std::pair{sin_at, &self->sin}}) {
     to->resize(rows * pairs + 1);
     for (int64_t t = 0; t < rows; ++t)
-      std::memcpy(to->data() + t * pairs, at<const float>(from) + positions[t] * pairs,
-                  pairs * sizeof(float));
+      std::copy_n(at<const float>(from) + positions[t] * pairs, pairs, to->data() + t * pairs);
   }
   self->step = {rows,
                 self->cos.data(),
