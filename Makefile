@@ -46,7 +46,7 @@ sanitize: $(STAMP) ## run the native tests under AddressSanitizer and UBSan (min
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	  MOESERVE_REQUIRE_NATIVE=1 $(SANITIZED)/bin/python -P -m pytest -p no:cacheprovider \
-	  --timeout 1200 tests/kernels $(ARGS)
+	  --timeout 1200 --ignore tests/kernels/test_select.py tests/kernels $(ARGS)
 
 bench: $(STAMP) ## measure the kernels on this machine
 	$(BIN)/python bench/kernels.py
