@@ -36,9 +36,9 @@ struct Work {
   float* score;     // [count][kStep]
   uint8_t* share;   // [count][2 * kStep]: bf16, or bytes
   float *acc, *merged;  // [count][room]
-  // Of each query: the segment's highest score, what that of this step makes it, the factor that
-  // carries older sums to it, and what a byte of this step's shares is worth.
-  float *here, *next, *shrink, *unit;
+  // Of each query: the segment's highest score, the factor that carries older sums to it, and what a
+  // byte of this step's shares is worth.
+  float *here, *shrink, *unit;
   uint8_t* turned;  // values of a step that are the keys of a latent: [groups][tiles]...
   uint8_t* packed;  // groups of a step that do not lie in groups
   int64_t units, room;
@@ -232,80 +232,83 @@ void value_step(const Work& w, int row, int rows, int64_t at, const uint8_t* con
   }
 }
 
-// Scores outside of what a query sees count nothing. Also finds the highest.
+// Scores outside of what a query sees count nothing.
 INLINE void bound_scores(const Work& w, int row, int64_t at) {
   float* score = w.score + row * kStep;
   const int low = first_of(w.seen[row], at), high = end_of(w.seen[row], at);
   for (int p = 0; p < low; ++p) score[p] = kNever;
   for (int p = high; p < kStep; ++p) score[p] = kNever;
-  F16 x[kGroups];
-  for (int g = 0; g < kGroups; ++g) x[g] = load(score + g * kGroup);
-  const float now = greatest_of(at_least(at_least(x[0], x[1]), at_least(x[2], x[3])));
-  w.next[row] = now > w.here[row] ? now : w.here[row];
 }
 
-INLINE void take_shares(const Work& w, int row, const F16* x) {
-  Seen& seen = w.seen[row];
-  seen.count = fma(seen.count, splat(w.shrink[row]), (x[0] + x[1]) + (x[2] + x[3]));
+INLINE F16 greatest_of(const F16* x) {
+  return greatest_everywhere(at_least(at_least(x[0], x[1]), at_least(x[2], x[3])));
 }
 
-INLINE void soften_bf16(const Work& w, int row) {
-  bf16* share = reinterpret_cast<bf16*>(w.share + row * 2 * kStep);
-  F16 x[kGroups];
-  for (int g = 0; g < kGroups; ++g) {
-    const F16 score = load(w.score + row * kStep + g * kGroup);
-    x[g] = round_bf16(exp2(score - splat(w.here[row])));
-    store_bf16(share + g * kGroup, x[g]);
-  }
-  take_shares(w, row, x);
+// Scales of values that the query sees; others are zero.
+INLINE F16 visible_scales(const float* scale, int low, int high, int first) {
+  if (low <= first && high >= first + kGroup) return load(scale);
+  float own[kGroup];
+  for (int p = 0; p < kGroup; ++p)
+    own[p] = p + first >= low && p + first < high ? scale[p] : 0.0f;
+  return load(own);
 }
 
-// Shares times value scales take the place of scores; their greatest that of `next`.
-INLINE void soften_bytes(const Work& w, int row, const float* const* value_scale, int64_t at) {
+// Shares times value scales, as bytes of the greatest; `x` becomes NaN where a scale is.
+INLINE void quantize_shares(const Work& w, int row, const float* const* value_scale, int64_t at,
+                            F16* x) {
   const int low = first_of(w.seen[row], at), high = end_of(w.seen[row], at);
-  alignas(64) float own[kGroup];
-  F16 x[kGroups], y[kGroups];
+  F16 y[kGroups];
   for (int g = 0; g < kGroups; ++g) {
-    const int first = g * kGroup;
-    const bool whole = low <= first && high >= first + kGroup;
-    for (int p = first; !whole && p < first + kGroup; ++p)
-      own[p - first] = p >= low && p < high ? value_scale[g][p - first] : 0.0f;
-    float* score = w.score + row * kStep + first;
-    x[g] = exp2(load(score) - splat(w.here[row]));
-    y[g] = x[g] * load(whole ? value_scale[g] : own);
-    store(score, y[g]);
-    x[g] = fma(y[g], zero(), x[g]);  // NaN where a value's scale is NaN
+    y[g] = x[g] * visible_scales(value_scale[g], low, high, g * kGroup);
+    x[g] = fma(y[g], zero(), x[g]);
   }
-  w.next[row] = greatest_of(at_least(at_least(y[0], y[1]), at_least(y[2], y[3])));
-  take_shares(w, row, x);
+  // Below 1e-36 a reciprocal would overflow: such values count as zero.
+  const float found = first_lane(greatest_of(y)), top = found < 1e-36f ? 1e-36f : found;
+  w.unit[row] = top * (1.0f / 255.0f);
+  const F16 factor = splat(255.0f / top);
+  for (int g = 0; g < kGroups; ++g)
+    store_bytes(w.share + row * 2 * kStep + g * kGroup, nearest(y[g] * factor));
 }
 
-// The softmax over this step, in passes: the queries' long chains of operations overlap.
+// The softmax over this step, of R queries so that their long chains of operations overlap.
+template <class Kind, int R>
+INLINE void soften_rows(const Work& w, int row, const float* const* value_scale, int64_t at) {
+  F16 x[R][kGroups];
+  for (int i = 0; i < R; ++i) {
+    bound_scores(w, row + i, at);
+    for (int g = 0; g < kGroups; ++g) x[i][g] = load(w.score + (row + i) * kStep + g * kGroup);
+    const F16 here = splat(w.here[row + i]), next = at_least(here, greatest_of(x[i]));
+    const F16 shrink = exp2(here - next);
+    for (int g = 0; g < kGroups; ++g) x[i][g] = x[i][g] - next;
+    w.here[row + i] = first_lane(next);
+    w.shrink[row + i] = first_lane(shrink);
+  }
+  for (int g = 0; g < kGroups; ++g)
+    for (int i = 0; i < R; ++i) x[i][g] = exp2(x[i][g]);
+  for (int i = 0; i < R; ++i) {
+    if constexpr (Kind::kBytes) {
+      quantize_shares(w, row + i, value_scale, at, x[i]);
+    } else {
+      bf16* share = reinterpret_cast<bf16*>(w.share + (row + i) * 2 * kStep);
+      for (int g = 0; g < kGroups; ++g) {
+        x[i][g] = round_bf16(x[i][g]);
+        store_bf16(share + g * kGroup, x[i][g]);
+      }
+    }
+    Seen& seen = w.seen[row + i];
+    seen.count = fma(seen.count, splat(w.shrink[row + i]),
+                     (x[i][0] + x[i][1]) + (x[i][2] + x[i][3]));
+  }
+}
+
 template <class Kind>
 INLINE void soften_step(const Work& w, int first, int last, const float* const* value_scale,
                         int64_t at) {
-  for (int row = first; row < last; ++row) bound_scores(w, row, at);
-  for (int row = first; row < last; row += kLanes) {
-    const F16 next = load(w.next + row);
-    store(w.shrink + row, exp2(load(w.here + row) - next));
-    store(w.here + row, next, last - row);
-  }
-  if constexpr (!Kind::kBytes) {
-    for (int row = first; row < last; ++row) soften_bf16(w, row);
-  } else {
-    for (int row = first; row < last; ++row) soften_bytes(w, row, value_scale, at);
-    for (int row = first; row < last; row += kLanes) {
-      // Below 1e-36 a reciprocal would overflow: such values count as zero.
-      const F16 top = load(w.next + row), least = splat(1e-36f);
-      store(w.unit + row, at_least(top, least) * splat(1.0f / 255.0f));
-      store(w.next + row, splat(255.0f) / at_least(top, least));
-    }
-    for (int row = first; row < last; ++row)
-      for (int g = 0; g < kGroups; ++g) {
-        const F16 y = load(w.score + row * kStep + g * kGroup) * splat(w.next[row]);
-        store_bytes(w.share + row * 2 * kStep + g * kGroup, nearest(y));
-      }
-  }
+  constexpr int kTogether = kParts == 1 ? 4 : 1;
+  int row = first;
+  for (; row + kTogether <= last; row += kTogether)
+    soften_rows<Kind, kTogether>(w, row, value_scale, at);
+  for (; row < last; ++row) soften_rows<Kind, 1>(w, row, value_scale, at);
 }
 
 #if defined(__AVX512F__)
@@ -448,13 +451,12 @@ Work new_work(const Layout& l, int64_t count, const Cache& c) {
   const int64_t packed = c.block_size % kGroup ? kStep * l.position_bytes : 0;
   const int64_t sizes[] = {count * static_cast<int64_t>(sizeof(Seen)), count * w.units * 4,
                            count * kStep * 4, count * kStep * 2, count * w.room * 4,
-                           count * w.room * 4, (count + kLanes) * 4, (count + kLanes) * 4,
-                           (count + kLanes) * 4, (count + kLanes) * 4, turned, packed};
+                           count * w.room * 4, count * 4, count * 4, count * 4, turned, packed};
   int64_t total = 0;
   for (const int64_t size : sizes) total += ceil_div(size, 64) * 64;
   uint8_t* at = static_cast<uint8_t*>(scratch(1, total));
-  uint8_t* start[12];
-  for (int i = 0; i < 12; ++i) start[i] = at, at += ceil_div(sizes[i], 64) * 64;
+  uint8_t* start[11];
+  for (int i = 0; i < 11; ++i) start[i] = at, at += ceil_div(sizes[i], 64) * 64;
   w.seen = reinterpret_cast<Seen*>(start[0]);
   w.query = reinterpret_cast<uint32_t*>(start[1]);
   w.score = reinterpret_cast<float*>(start[2]);
@@ -462,11 +464,10 @@ Work new_work(const Layout& l, int64_t count, const Cache& c) {
   w.acc = reinterpret_cast<float*>(start[4]);
   w.merged = reinterpret_cast<float*>(start[5]);
   w.here = reinterpret_cast<float*>(start[6]);
-  w.next = reinterpret_cast<float*>(start[7]);
-  w.shrink = reinterpret_cast<float*>(start[8]);
-  w.unit = reinterpret_cast<float*>(start[9]);
-  w.turned = start[10];
-  w.packed = start[11];
+  w.shrink = reinterpret_cast<float*>(start[7]);
+  w.unit = reinterpret_cast<float*>(start[8]);
+  w.turned = start[9];
+  w.packed = start[10];
   return w;
 }
 
@@ -512,9 +513,12 @@ void walk_step(const Attention& b, const Layout& l, const Work& w, Step& step,
   const int64_t from = w.seen[first].from - at, to = w.seen[last - 1].to - at;
   const int low = static_cast<int>(most(from, 0) / kGroup);
   const int high = static_cast<int>(ceil_div(least(to, kStep), kGroup));
-  // Keys bring values into the cache, and values the keys of the next step.
-  for (int g = low; g < high; ++g)
-    step.ahead[g] = step.group[g] + (b.kv.latent ? 0 : kGroup * l.key_bytes);
+  // Keys bring the next step's keys into the cache, values its values: a step is time enough.
+  for (int g = low; g < high; ++g) {
+    step.ahead[g] = next[g] ? next[g] : step.group[g];
+    for (int64_t s = 0; s < l.scales; ++s)
+      prefetch(step.ahead[g] + kGroup * (l.key_bytes + l.value_bytes) + 64 * s);
+  }
   for (int row = first; row < last; row += kRows)
     score_rows<Kind>(w, l, step, row, static_cast<int>(least(kRows, last - row)), low, high);
   const float* scale[kGroups] = {};
@@ -522,7 +526,8 @@ void walk_step(const Attention& b, const Layout& l, const Work& w, Step& step,
   for (int g = low; g < high; ++g)
     scale[g] = reinterpret_cast<const float*>(step.group[g] + scale_at);
   soften_step<Kind>(w, first, last, scale, at);
-  for (int g = low; g < high; ++g) step.ahead[g] = next[g] ? next[g] : step.group[g];
+  if (!b.kv.latent)
+    for (int g = low; g < high; ++g) step.ahead[g] += kGroup * l.key_bytes;
   int64_t tile = 0;
   if constexpr (kFewRows > 0)
     for (; last - first <= kFewRows && tile + 4 <= l.value_tiles; tile += 4)

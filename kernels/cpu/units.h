@@ -143,12 +143,19 @@ INLINE F16 exp2(F16 x) {
 
 INLINE float exp2(float x) { return exp2(spread(x))[0]; }
 
-// The greatest of 16; where there is NaN, any of them.
-INLINE float greatest_of(F16 x) {
+INLINE float first_lane(F16 x) { return x.part[0][0]; }
+
+// The greatest of 16, in every lane; where there is NaN, any of them.
+INLINE F16 greatest_everywhere(F16 x) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x.part[0]);
+  __m512 m = (__m512)x.part[0];
+  m = _mm512_max_ps(m, _mm512_shuffle_f32x4(m, m, 0x4e));
+  m = _mm512_max_ps(m, _mm512_shuffle_f32x4(m, m, 0xb1));
+  m = _mm512_max_ps(m, _mm512_permute_ps(m, 0x4e));
+  x.part[0] = (V)_mm512_max_ps(m, _mm512_permute_ps(m, 0xb1));
+  return x;
 #else
-  return greatest(x);
+  return splat(greatest(x));
 #endif
 }
 
