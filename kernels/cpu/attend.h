@@ -143,7 +143,7 @@ INLINE void value_tile(const Work& w, int row, const uint8_t* const* group,
         sum[i][c] = load(acc + i * w.room + c * kLanes) * splat(shrink[i]);
     }
   const uint8_t* share = w.share + row * 2 * kStep;
-  const auto add = [&](int line, uint32_t visible) __attribute__((always_inline)) {
+  const auto add = [&](unsigned line, uint32_t visible) __attribute__((always_inline)) {
     const uint8_t* at = group[line / kLines] + line % kLines * 64;
     const uint8_t* next = ahead[line / kLines] + line % kLines * 64;
     N16 value[C];
@@ -199,17 +199,10 @@ INLINE int end_of(const Seen& seen, int64_t at) { return static_cast<int>(least(
 template <class Kind, int C>
 void value_step(const Work& w, int row, int rows, int64_t at, const uint8_t* const* group,
                 const uint8_t* const* ahead, int64_t tile_bytes, float* acc) {
-  const float one = 1.0f;
-  float shrink[kRowsOf<C>];
-  int low = 0, high = kStep, least_low = kStep, most_high = 0;
-  for (int i = 0; i < rows; ++i) {
-    const Seen& seen = w.seen[row + i];
-    shrink[i] = w.shrink[row + i];
-    low = static_cast<int>(most(low, first_of(seen, at)));
-    high = static_cast<int>(least(high, end_of(seen, at)));
-    least_low = static_cast<int>(least(least_low, first_of(seen, at)));
-    most_high = static_cast<int>(most(most_high, end_of(seen, at)));
-  }
+  const float one = 1.0f, *shrink = w.shrink + row;
+  const Seen &eldest = w.seen[row], &youngest = w.seen[row + rows - 1];
+  const int least_low = first_of(eldest, at), most_high = end_of(youngest, at);
+  int low = first_of(youngest, at), high = end_of(eldest, at);
   if (Kind::kBytes || (low == least_low && high == most_high))
     return value_rows<Kind, C>(w, row, rows, group, ahead, tile_bytes, least_low, most_high, acc,
                                shrink);
@@ -244,12 +237,10 @@ INLINE F16 greatest_of(const F16* x) {
   return greatest_everywhere(at_least(at_least(x[0], x[1]), at_least(x[2], x[3])));
 }
 
-// Scales of values that the query sees; others are zero.
-INLINE F16 visible_scales(const float* scale, int low, int high, int first) {
-  if (low <= first && high >= first + kGroup) return load(scale);
+// Scales of values that the query sees, of one group; others are zero.
+INLINE F16 visible_scales(const float* scale, int low, int high) {
   float own[kGroup];
-  for (int p = 0; p < kGroup; ++p)
-    own[p] = p + first >= low && p + first < high ? scale[p] : 0.0f;
+  for (int p = 0; p < kGroup; ++p) own[p] = p >= low && p < high ? scale[p] : 0.0f;
   return load(own);
 }
 
@@ -258,8 +249,14 @@ INLINE void quantize_shares(const Work& w, int row, const float* const* value_sc
                             F16* x) {
   const int low = first_of(w.seen[row], at), high = end_of(w.seen[row], at);
   F16 y[kGroups];
+  if (low == 0 && high == kStep) {
+    for (int g = 0; g < kGroups; ++g) y[g] = load(value_scale[g]);
+  } else {
+    for (int g = 0; g < kGroups; ++g)
+      y[g] = visible_scales(value_scale[g], low - g * kGroup, high - g * kGroup);
+  }
   for (int g = 0; g < kGroups; ++g) {
-    y[g] = x[g] * visible_scales(value_scale[g], low, high, g * kGroup);
+    y[g] = x[g] * y[g];
     x[g] = fma(y[g], zero(), x[g]);
   }
   // Below 1e-36 a reciprocal would overflow: such values count as zero.
