@@ -222,14 +222,24 @@ def ops() -> Ops:
 
 
 @pytest.fixture(scope="session")
-def tiny_decoder(tiny_checkpoint: Callable[[str], Path], ops: Ops) -> Callable[[str], Decoder]:
-    """The decoder of a family's tiny checkpoint, loaded once."""
-    loaded: dict[str, Decoder] = {}
+def loaded_decoders() -> dict[tuple[str, str], Decoder]:
+    """By family and backend: ``tiny_decoder`` keeps what it has loaded."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def tiny_decoder(
+    tiny_checkpoint: Callable[[str], Path],
+    ops: Ops,
+    loaded_decoders: dict[tuple[str, str], Decoder],
+) -> Callable[[str], Decoder]:
+    """The decoder of a family's tiny checkpoint on this test's backend, loaded once."""
 
     def load(family: str) -> Decoder:
-        if family not in loaded:
-            loaded[family] = load_decoder(tiny_checkpoint(family), dtype=None, ops=ops)
-        return loaded[family]
+        key = family, ops.name
+        if key not in loaded_decoders:
+            loaded_decoders[key] = load_decoder(tiny_checkpoint(family), dtype=None, ops=ops)
+        return loaded_decoders[key]
 
     return load
 

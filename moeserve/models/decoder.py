@@ -193,6 +193,7 @@ def open_weights(
     progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
     """``dtype`` None is that of the embedding, which no method quantises."""
+    read_spec(checkpoint)  # a config that no family understands is the first thing to be said
     held = dtype or checkpoint.dtype("model.embed_tokens.weight")
     where = str(checkpoint.path / "config.json")
     return Weights(
