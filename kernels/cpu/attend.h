@@ -36,8 +36,8 @@ struct Work {
   float* score;     // [count][kStep]
   uint8_t* share;   // [count][2 * kStep]: bf16, or bytes
   float *acc, *merged;  // [count][room]
-  // Of each query: the segment's highest score, the factor that carries older sums to it, and what a
-  // byte of this step's shares is worth.
+  // Of each query: the segment's highest score, the factor that carries older sums to it, and what
+  // a byte of this step's shares is worth.
   float *here, *shrink, *unit;
   uint8_t* turned;  // values of a step that are the keys of a latent: [groups][tiles]...
   uint8_t* packed;  // groups of a step that do not lie in groups
@@ -332,11 +332,11 @@ INLINE void turn_quads(__m512i* r) {
 }
 #endif
 
+#if defined(__AVX512F__)
 // A tile of 16 features of a latent group, from keys (16 positions a line) to values (16 features
 // a line). `units` of the tile are there; features beyond them become zero.
 template <class Kind>
-INLINE void turn(const uint8_t* keys, int units, uint8_t* values) {
-#if defined(__AVX512F__)
+INLINE void turn_lines(const uint8_t* keys, int units, __m512i* line) {
   if constexpr (Kind::kBytes) {
     const __m512i bytes = _mm512_broadcast_i32x4(
         _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
@@ -349,21 +349,70 @@ INLINE void turn(const uint8_t* keys, int units, uint8_t* values) {
     const __m512i b = _mm512_shuffle_i64x2(r[2], r[3], 0x44);
     const __m512i c = _mm512_shuffle_i64x2(r[0], r[1], 0xee);
     const __m512i d = _mm512_shuffle_i64x2(r[2], r[3], 0xee);
-    _mm512_storeu_si512(values, _mm512_shuffle_i64x2(a, b, 0x88));
-    _mm512_storeu_si512(values + 64, _mm512_shuffle_i64x2(a, b, 0xdd));
-    _mm512_storeu_si512(values + 128, _mm512_shuffle_i64x2(c, d, 0x88));
-    _mm512_storeu_si512(values + 192, _mm512_shuffle_i64x2(c, d, 0xdd));
+    line[0] = _mm512_shuffle_i64x2(a, b, 0x88);
+    line[1] = _mm512_shuffle_i64x2(a, b, 0xdd);
+    line[2] = _mm512_shuffle_i64x2(c, d, 0x88);
+    line[3] = _mm512_shuffle_i64x2(c, d, 0xdd);
   } else {
     const __m512i words = _mm512_broadcast_i32x4(
         _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
-    __m512i r[8];
     for (int j = 0; j < 8; ++j) {
-      r[j] = j < units ? _mm512_loadu_si512(keys + 64 * j) : _mm512_setzero_si512();
-      r[j] = _mm512_shuffle_epi8(r[j], words);
+      line[j] = j < units ? _mm512_loadu_si512(keys + 64 * j) : _mm512_setzero_si512();
+      line[j] = _mm512_shuffle_epi8(line[j], words);
     }
-    turn_quads(r);
-    for (int j = 0; j < 8; ++j) _mm512_storeu_si512(values + 64 * j, r[j]);
+    turn_quads(line);
   }
+}
+
+// One tile of a latent's bytes for M queries that see the whole step, turned on the way. In bf16,
+// and for fewer queries, this would wait for products: there the lines go through memory.
+template <int M>
+INLINE void latent_tile(const Layout& l, const Work& w, const Step& step, int row, int64_t tile) {
+  N16 sum[M];
+  for (int i = 0; i < M; ++i) sum[i] = no_units();
+  const uint8_t* share = w.share + row * 2 * kStep;
+  for (int g = 0; g < kGroups; ++g, share += kGroup) {
+    __m512i line[4];
+    turn_lines<Int8>(step.group[g] + 256 * tile,
+                     static_cast<int>(least(4, l.head_units - 4 * tile)), line);
+    for (int j = 0; j < 4; ++j)
+      for (int i = 0; i < M; ++i) {
+        uint32_t x;
+        __builtin_memcpy(&x, share + i * 2 * kStep + 4 * j, 4);
+        sum[i] = dot_bytes(sum[i], splat_unit(x), N16{{(I)line[j]}});
+      }
+  }
+  float* acc = w.acc + row * w.room + tile * kLanes;
+  for (int i = 0; i < M; ++i, acc += w.room) {
+    const F16 before = load(acc) * splat(w.shrink[row + i]);
+    store(acc, fma(to_float(sum[i]), splat(w.unit[row + i]), before));
+  }
+}
+
+// Whether it could take all queries, and did.
+template <class Kind>
+bool latent_values(const Attention& b, const Layout& l, const Work& w, const Step& step,
+                   int64_t at, int first, int last) {
+  if (!Kind::kBytes || !b.kv.latent || (last - first) % 8 ||
+      first_of(w.seen[last - 1], at) > 0 || end_of(w.seen[first], at) < kStep)
+    return false;
+  for (int64_t tile = 0; tile < l.value_tiles; ++tile) {
+    int row = first;
+    for (; last - row >= 16; row += 16) latent_tile<16>(l, w, step, row, tile);
+    if (row < last) latent_tile<8>(l, w, step, row, tile);
+  }
+  return true;
+}
+#endif
+
+// The same, into memory: a tile's lines one after the other.
+template <class Kind>
+INLINE void turn(const uint8_t* keys, int units, uint8_t* values) {
+#if defined(__AVX512F__)
+  constexpr int kLines = kGroup / (Kind::kBytes ? 4 : 2);
+  __m512i line[kLines];
+  turn_lines<Kind>(keys, units, line);
+  for (int j = 0; j < kLines; ++j) _mm512_storeu_si512(values + 64 * j, line[j]);
 #else
   constexpr int kPer = Kind::kBytes ? 4 : 2, kSize = 4 / kPer, kFlip = Kind::kBytes ? 128 : 0;
   for (int line = 0; line < kGroup / kPer; ++line)
@@ -525,6 +574,9 @@ void walk_step(const Attention& b, const Layout& l, const Work& w, Step& step,
   soften_step<Kind>(w, first, last, scale, at);
   if (!b.kv.latent)
     for (int g = low; g < high; ++g) step.ahead[g] += kGroup * l.key_bytes;
+#if defined(__AVX512F__)
+  if (latent_values<Kind>(b, l, w, step, at, first, last)) return;
+#endif
   int64_t tile = 0;
   if constexpr (kFewRows > 0)
     for (; last - first <= kFewRows && tile + 4 <= l.value_tiles; tile += 4)
