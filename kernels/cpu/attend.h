@@ -36,9 +36,9 @@ struct Work {
   float* score;     // [count][kStep]
   uint8_t* share;   // [count][2 * kStep]: bf16, or bytes
   float *acc, *merged;  // [count][room]
-  // Of each query: the segment's highest score, what that of this step makes it, the factor that
-  // carries older sums to it, and what a byte of this step's shares is worth.
-  float *here, *next, *shrink, *unit;
+  // Of each query: the segment's highest score, the factor that carries older sums to it, and what
+  // a byte of this step's shares is worth.
+  float *here, *shrink, *unit;
   uint8_t* turned;  // values of a step that are the keys of a latent: [groups][tiles]...
   uint8_t* packed;  // groups of a step that do not lie in groups
   int64_t units, room;
@@ -143,7 +143,7 @@ INLINE void value_tile(const Work& w, int row, const uint8_t* const* group,
         sum[i][c] = load(acc + i * w.room + c * kLanes) * splat(shrink[i]);
     }
   const uint8_t* share = w.share + row * 2 * kStep;
-  const auto add = [&](int line, uint32_t visible) __attribute__((always_inline)) {
+  const auto add = [&](unsigned line, uint32_t visible) __attribute__((always_inline)) {
     const uint8_t* at = group[line / kLines] + line % kLines * 64;
     const uint8_t* next = ahead[line / kLines] + line % kLines * 64;
     N16 value[C];
@@ -199,17 +199,10 @@ INLINE int end_of(const Seen& seen, int64_t at) { return static_cast<int>(least(
 template <class Kind, int C>
 void value_step(const Work& w, int row, int rows, int64_t at, const uint8_t* const* group,
                 const uint8_t* const* ahead, int64_t tile_bytes, float* acc) {
-  const float one = 1.0f;
-  float shrink[kRowsOf<C>];
-  int low = 0, high = kStep, least_low = kStep, most_high = 0;
-  for (int i = 0; i < rows; ++i) {
-    const Seen& seen = w.seen[row + i];
-    shrink[i] = w.shrink[row + i];
-    low = static_cast<int>(most(low, first_of(seen, at)));
-    high = static_cast<int>(least(high, end_of(seen, at)));
-    least_low = static_cast<int>(least(least_low, first_of(seen, at)));
-    most_high = static_cast<int>(most(most_high, end_of(seen, at)));
-  }
+  const float one = 1.0f, *shrink = w.shrink + row;
+  const Seen &eldest = w.seen[row], &youngest = w.seen[row + rows - 1];
+  const int least_low = first_of(eldest, at), most_high = end_of(youngest, at);
+  int low = first_of(youngest, at), high = end_of(eldest, at);
   if (Kind::kBytes || (low == least_low && high == most_high))
     return value_rows<Kind, C>(w, row, rows, group, ahead, tile_bytes, least_low, most_high, acc,
                                shrink);
@@ -232,80 +225,87 @@ void value_step(const Work& w, int row, int rows, int64_t at, const uint8_t* con
   }
 }
 
-// Scores outside of what a query sees count nothing. Also finds the highest.
+// Scores outside of what a query sees count nothing.
 INLINE void bound_scores(const Work& w, int row, int64_t at) {
   float* score = w.score + row * kStep;
   const int low = first_of(w.seen[row], at), high = end_of(w.seen[row], at);
   for (int p = 0; p < low; ++p) score[p] = kNever;
   for (int p = high; p < kStep; ++p) score[p] = kNever;
-  F16 x[kGroups];
-  for (int g = 0; g < kGroups; ++g) x[g] = load(score + g * kGroup);
-  const float now = greatest_of(at_least(at_least(x[0], x[1]), at_least(x[2], x[3])));
-  w.next[row] = now > w.here[row] ? now : w.here[row];
 }
 
-INLINE void take_shares(const Work& w, int row, const F16* x) {
-  Seen& seen = w.seen[row];
-  seen.count = fma(seen.count, splat(w.shrink[row]), (x[0] + x[1]) + (x[2] + x[3]));
+INLINE F16 greatest_of(const F16* x) {
+  return greatest_everywhere(at_least(at_least(x[0], x[1]), at_least(x[2], x[3])));
 }
 
-INLINE void soften_bf16(const Work& w, int row) {
-  bf16* share = reinterpret_cast<bf16*>(w.share + row * 2 * kStep);
-  F16 x[kGroups];
-  for (int g = 0; g < kGroups; ++g) {
-    const F16 score = load(w.score + row * kStep + g * kGroup);
-    x[g] = round_bf16(exp2(score - splat(w.here[row])));
-    store_bf16(share + g * kGroup, x[g]);
-  }
-  take_shares(w, row, x);
+// Scales of values that the query sees, of one group; others are zero.
+INLINE F16 visible_scales(const float* scale, int low, int high) {
+  float own[kGroup];
+  for (int p = 0; p < kGroup; ++p) own[p] = p >= low && p < high ? scale[p] : 0.0f;
+  return load(own);
 }
 
-// Shares times value scales take the place of scores; their greatest that of `next`.
-INLINE void soften_bytes(const Work& w, int row, const float* const* value_scale, int64_t at) {
+// Shares times value scales, as bytes of the greatest; `x` becomes NaN where a scale is.
+INLINE void quantize_shares(const Work& w, int row, const float* const* value_scale, int64_t at,
+                            F16* x) {
   const int low = first_of(w.seen[row], at), high = end_of(w.seen[row], at);
-  alignas(64) float own[kGroup];
-  F16 x[kGroups], y[kGroups];
-  for (int g = 0; g < kGroups; ++g) {
-    const int first = g * kGroup;
-    const bool whole = low <= first && high >= first + kGroup;
-    for (int p = first; !whole && p < first + kGroup; ++p)
-      own[p - first] = p >= low && p < high ? value_scale[g][p - first] : 0.0f;
-    float* score = w.score + row * kStep + first;
-    x[g] = exp2(load(score) - splat(w.here[row]));
-    y[g] = x[g] * load(whole ? value_scale[g] : own);
-    store(score, y[g]);
-    x[g] = fma(y[g], zero(), x[g]);  // NaN where a value's scale is NaN
+  F16 y[kGroups];
+  if (low == 0 && high == kStep) {
+    for (int g = 0; g < kGroups; ++g) y[g] = load(value_scale[g]);
+  } else {
+    for (int g = 0; g < kGroups; ++g)
+      y[g] = visible_scales(value_scale[g], low - g * kGroup, high - g * kGroup);
   }
-  w.next[row] = greatest_of(at_least(at_least(y[0], y[1]), at_least(y[2], y[3])));
-  take_shares(w, row, x);
+  for (int g = 0; g < kGroups; ++g) {
+    y[g] = x[g] * y[g];
+    x[g] = fma(y[g], zero(), x[g]);
+  }
+  // Below 1e-36 a reciprocal would overflow: such values count as zero.
+  const float found = first_lane(greatest_of(y)), top = found < 1e-36f ? 1e-36f : found;
+  w.unit[row] = top * (1.0f / 255.0f);
+  const F16 factor = splat(255.0f / top);
+  for (int g = 0; g < kGroups; ++g)
+    store_bytes(w.share + row * 2 * kStep + g * kGroup, nearest(y[g] * factor));
 }
 
-// The softmax over this step, in passes: the queries' long chains of operations overlap.
+// The softmax over this step, of R queries so that their long chains of operations overlap.
+template <class Kind, int R>
+INLINE void soften_rows(const Work& w, int row, const float* const* value_scale, int64_t at) {
+  F16 x[R][kGroups];
+  for (int i = 0; i < R; ++i) {
+    bound_scores(w, row + i, at);
+    for (int g = 0; g < kGroups; ++g) x[i][g] = load(w.score + (row + i) * kStep + g * kGroup);
+    const F16 here = splat(w.here[row + i]), next = at_least(here, greatest_of(x[i]));
+    const F16 shrink = exp2(here - next);
+    for (int g = 0; g < kGroups; ++g) x[i][g] = x[i][g] - next;
+    w.here[row + i] = first_lane(next);
+    w.shrink[row + i] = first_lane(shrink);
+  }
+  for (int g = 0; g < kGroups; ++g)
+    for (int i = 0; i < R; ++i) x[i][g] = exp2(x[i][g]);
+  for (int i = 0; i < R; ++i) {
+    if constexpr (Kind::kBytes) {
+      quantize_shares(w, row + i, value_scale, at, x[i]);
+    } else {
+      bf16* share = reinterpret_cast<bf16*>(w.share + (row + i) * 2 * kStep);
+      for (int g = 0; g < kGroups; ++g) {
+        x[i][g] = round_bf16(x[i][g]);
+        store_bf16(share + g * kGroup, x[i][g]);
+      }
+    }
+    Seen& seen = w.seen[row + i];
+    seen.count = fma(seen.count, splat(w.shrink[row + i]),
+                     (x[i][0] + x[i][1]) + (x[i][2] + x[i][3]));
+  }
+}
+
 template <class Kind>
 INLINE void soften_step(const Work& w, int first, int last, const float* const* value_scale,
                         int64_t at) {
-  for (int row = first; row < last; ++row) bound_scores(w, row, at);
-  for (int row = first; row < last; row += kLanes) {
-    const F16 next = load(w.next + row);
-    store(w.shrink + row, exp2(load(w.here + row) - next));
-    store(w.here + row, next, last - row);
-  }
-  if constexpr (!Kind::kBytes) {
-    for (int row = first; row < last; ++row) soften_bf16(w, row);
-  } else {
-    for (int row = first; row < last; ++row) soften_bytes(w, row, value_scale, at);
-    for (int row = first; row < last; row += kLanes) {
-      // Below 1e-36 a reciprocal would overflow: such values count as zero.
-      const F16 top = load(w.next + row), least = splat(1e-36f);
-      store(w.unit + row, at_least(top, least) * splat(1.0f / 255.0f));
-      store(w.next + row, splat(255.0f) / at_least(top, least));
-    }
-    for (int row = first; row < last; ++row)
-      for (int g = 0; g < kGroups; ++g) {
-        const F16 y = load(w.score + row * kStep + g * kGroup) * splat(w.next[row]);
-        store_bytes(w.share + row * 2 * kStep + g * kGroup, nearest(y));
-      }
-  }
+  constexpr int kTogether = kParts == 1 ? 4 : 1;
+  int row = first;
+  for (; row + kTogether <= last; row += kTogether)
+    soften_rows<Kind, kTogether>(w, row, value_scale, at);
+  for (; row < last; ++row) soften_rows<Kind, 1>(w, row, value_scale, at);
 }
 
 #if defined(__AVX512F__)
@@ -332,11 +332,11 @@ INLINE void turn_quads(__m512i* r) {
 }
 #endif
 
+#if defined(__AVX512F__)
 // A tile of 16 features of a latent group, from keys (16 positions a line) to values (16 features
 // a line). `units` of the tile are there; features beyond them become zero.
 template <class Kind>
-INLINE void turn(const uint8_t* keys, int units, uint8_t* values) {
-#if defined(__AVX512F__)
+INLINE void turn_lines(const uint8_t* keys, int units, __m512i* line) {
   if constexpr (Kind::kBytes) {
     const __m512i bytes = _mm512_broadcast_i32x4(
         _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
@@ -349,21 +349,70 @@ INLINE void turn(const uint8_t* keys, int units, uint8_t* values) {
     const __m512i b = _mm512_shuffle_i64x2(r[2], r[3], 0x44);
     const __m512i c = _mm512_shuffle_i64x2(r[0], r[1], 0xee);
     const __m512i d = _mm512_shuffle_i64x2(r[2], r[3], 0xee);
-    _mm512_storeu_si512(values, _mm512_shuffle_i64x2(a, b, 0x88));
-    _mm512_storeu_si512(values + 64, _mm512_shuffle_i64x2(a, b, 0xdd));
-    _mm512_storeu_si512(values + 128, _mm512_shuffle_i64x2(c, d, 0x88));
-    _mm512_storeu_si512(values + 192, _mm512_shuffle_i64x2(c, d, 0xdd));
+    line[0] = _mm512_shuffle_i64x2(a, b, 0x88);
+    line[1] = _mm512_shuffle_i64x2(a, b, 0xdd);
+    line[2] = _mm512_shuffle_i64x2(c, d, 0x88);
+    line[3] = _mm512_shuffle_i64x2(c, d, 0xdd);
   } else {
     const __m512i words = _mm512_broadcast_i32x4(
         _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
-    __m512i r[8];
     for (int j = 0; j < 8; ++j) {
-      r[j] = j < units ? _mm512_loadu_si512(keys + 64 * j) : _mm512_setzero_si512();
-      r[j] = _mm512_shuffle_epi8(r[j], words);
+      line[j] = j < units ? _mm512_loadu_si512(keys + 64 * j) : _mm512_setzero_si512();
+      line[j] = _mm512_shuffle_epi8(line[j], words);
     }
-    turn_quads(r);
-    for (int j = 0; j < 8; ++j) _mm512_storeu_si512(values + 64 * j, r[j]);
+    turn_quads(line);
   }
+}
+
+// One tile of a latent's bytes for M queries that see the whole step, turned on the way. In bf16,
+// and for fewer queries, this would wait for products: there the lines go through memory.
+template <int M>
+INLINE void latent_tile(const Layout& l, const Work& w, const Step& step, int row, int64_t tile) {
+  N16 sum[M];
+  for (int i = 0; i < M; ++i) sum[i] = no_units();
+  const uint8_t* share = w.share + row * 2 * kStep;
+  for (int g = 0; g < kGroups; ++g, share += kGroup) {
+    __m512i line[4];
+    turn_lines<Int8>(step.group[g] + 256 * tile,
+                     static_cast<int>(least(4, l.head_units - 4 * tile)), line);
+    for (int j = 0; j < 4; ++j)
+      for (int i = 0; i < M; ++i) {
+        uint32_t x;
+        __builtin_memcpy(&x, share + i * 2 * kStep + 4 * j, 4);
+        sum[i] = dot_bytes(sum[i], splat_unit(x), N16{{(I)line[j]}});
+      }
+  }
+  float* acc = w.acc + row * w.room + tile * kLanes;
+  for (int i = 0; i < M; ++i, acc += w.room) {
+    const F16 before = load(acc) * splat(w.shrink[row + i]);
+    store(acc, fma(to_float(sum[i]), splat(w.unit[row + i]), before));
+  }
+}
+
+// Whether it could take all queries, and did.
+template <class Kind>
+bool latent_values(const Attention& b, const Layout& l, const Work& w, const Step& step,
+                   int64_t at, int first, int last) {
+  if (!Kind::kBytes || !b.kv.latent || (last - first) % 8 ||
+      first_of(w.seen[last - 1], at) > 0 || end_of(w.seen[first], at) < kStep)
+    return false;
+  for (int64_t tile = 0; tile < l.value_tiles; ++tile) {
+    int row = first;
+    for (; last - row >= 16; row += 16) latent_tile<16>(l, w, step, row, tile);
+    if (row < last) latent_tile<8>(l, w, step, row, tile);
+  }
+  return true;
+}
+#endif
+
+// The same, into memory: a tile's lines one after the other.
+template <class Kind>
+INLINE void turn(const uint8_t* keys, int units, uint8_t* values) {
+#if defined(__AVX512F__)
+  constexpr int kLines = kGroup / (Kind::kBytes ? 4 : 2);
+  __m512i line[kLines];
+  turn_lines<Kind>(keys, units, line);
+  for (int j = 0; j < kLines; ++j) _mm512_storeu_si512(values + 64 * j, line[j]);
 #else
   constexpr int kPer = Kind::kBytes ? 4 : 2, kSize = 4 / kPer, kFlip = Kind::kBytes ? 128 : 0;
   for (int line = 0; line < kGroup / kPer; ++line)
@@ -448,13 +497,12 @@ Work new_work(const Layout& l, int64_t count, const Cache& c) {
   const int64_t packed = c.block_size % kGroup ? kStep * l.position_bytes : 0;
   const int64_t sizes[] = {count * static_cast<int64_t>(sizeof(Seen)), count * w.units * 4,
                            count * kStep * 4, count * kStep * 2, count * w.room * 4,
-                           count * w.room * 4, (count + kLanes) * 4, (count + kLanes) * 4,
-                           (count + kLanes) * 4, (count + kLanes) * 4, turned, packed};
+                           count * w.room * 4, count * 4, count * 4, count * 4, turned, packed};
   int64_t total = 0;
   for (const int64_t size : sizes) total += ceil_div(size, 64) * 64;
   uint8_t* at = static_cast<uint8_t*>(scratch(1, total));
-  uint8_t* start[12];
-  for (int i = 0; i < 12; ++i) start[i] = at, at += ceil_div(sizes[i], 64) * 64;
+  uint8_t* start[11];
+  for (int i = 0; i < 11; ++i) start[i] = at, at += ceil_div(sizes[i], 64) * 64;
   w.seen = reinterpret_cast<Seen*>(start[0]);
   w.query = reinterpret_cast<uint32_t*>(start[1]);
   w.score = reinterpret_cast<float*>(start[2]);
@@ -462,11 +510,10 @@ Work new_work(const Layout& l, int64_t count, const Cache& c) {
   w.acc = reinterpret_cast<float*>(start[4]);
   w.merged = reinterpret_cast<float*>(start[5]);
   w.here = reinterpret_cast<float*>(start[6]);
-  w.next = reinterpret_cast<float*>(start[7]);
-  w.shrink = reinterpret_cast<float*>(start[8]);
-  w.unit = reinterpret_cast<float*>(start[9]);
-  w.turned = start[10];
-  w.packed = start[11];
+  w.shrink = reinterpret_cast<float*>(start[7]);
+  w.unit = reinterpret_cast<float*>(start[8]);
+  w.turned = start[9];
+  w.packed = start[10];
   return w;
 }
 
@@ -512,9 +559,12 @@ void walk_step(const Attention& b, const Layout& l, const Work& w, Step& step,
   const int64_t from = w.seen[first].from - at, to = w.seen[last - 1].to - at;
   const int low = static_cast<int>(most(from, 0) / kGroup);
   const int high = static_cast<int>(ceil_div(least(to, kStep), kGroup));
-  // Keys bring values into the cache, and values the keys of the next step.
-  for (int g = low; g < high; ++g)
-    step.ahead[g] = step.group[g] + (b.kv.latent ? 0 : kGroup * l.key_bytes);
+  // Keys bring the next step's keys into the cache, values its values: a step is time enough.
+  for (int g = low; g < high; ++g) {
+    step.ahead[g] = next[g] ? next[g] : step.group[g];
+    for (int64_t s = 0; s < l.scales; ++s)
+      prefetch(step.ahead[g] + kGroup * (l.key_bytes + l.value_bytes) + 64 * s);
+  }
   for (int row = first; row < last; row += kRows)
     score_rows<Kind>(w, l, step, row, static_cast<int>(least(kRows, last - row)), low, high);
   const float* scale[kGroups] = {};
@@ -522,7 +572,11 @@ void walk_step(const Attention& b, const Layout& l, const Work& w, Step& step,
   for (int g = low; g < high; ++g)
     scale[g] = reinterpret_cast<const float*>(step.group[g] + scale_at);
   soften_step<Kind>(w, first, last, scale, at);
-  for (int g = low; g < high; ++g) step.ahead[g] = next[g] ? next[g] : step.group[g];
+  if (!b.kv.latent)
+    for (int g = low; g < high; ++g) step.ahead[g] += kGroup * l.key_bytes;
+#if defined(__AVX512F__)
+  if (latent_values<Kind>(b, l, w, step, at, first, last)) return;
+#endif
   int64_t tile = 0;
   if constexpr (kFewRows > 0)
     for (; last - first <= kFewRows && tile + 4 <= l.value_tiles; tile += 4)

@@ -94,7 +94,19 @@ INLINE N16 nearest(F16 x) {
 }
 
 INLINE void store_bytes(uint8_t* to, N16 x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)x.part[0]));
+#elif defined(__AVX2__)
+  // Packs work within halves; the last step puts their quarters in order.
+  const __m256i low = _mm256_set1_epi32(255);
+  const __m256i words = _mm256_packus_epi32(_mm256_and_si256((__m256i)x.part[0], low),
+                                            _mm256_and_si256((__m256i)x.part[1], low));
+  const __m256i bytes = _mm256_permutevar8x32_epi32(
+      _mm256_packus_epi16(words, words), _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(bytes));
+#else
   EACH_PART *(BAny*)(to + i * kWidth) = (BAny)__builtin_convertvector((U)x.part[i], B);
+#endif
 }
 
 // Rounded to bf16, ties to even, and kept as floats. For numbers that are not negative, or NaN
@@ -108,8 +120,16 @@ INLINE F16 round_bf16(F16 x) {
 }
 
 INLINE void store_bf16(bf16* to, F16 rounded) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)((U)rounded.part[0] >> 16)));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_packus_epi32((__m256i)((U)rounded.part[0] >> 16),
+                                            (__m256i)((U)rounded.part[1] >> 16));
+  _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(words, 0xd8));
+#else
   EACH_PART *(HAny*)(to + i * kWidth) =
       (HAny)__builtin_convertvector((U)rounded.part[i] >> 16, H);
+#endif
 }
 
 // 2^x of x <= 0 within 3 units of the last place; 2^0 is exactly 1, below -125 it is 0, NaN stays.
@@ -143,12 +163,19 @@ INLINE F16 exp2(F16 x) {
 
 INLINE float exp2(float x) { return exp2(spread(x))[0]; }
 
-// The greatest of 16; where there is NaN, any of them.
-INLINE float greatest_of(F16 x) {
+INLINE float first_lane(F16 x) { return x.part[0][0]; }
+
+// The greatest of 16, in every lane; where there is NaN, any of them.
+INLINE F16 greatest_everywhere(F16 x) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x.part[0]);
+  __m512 m = (__m512)x.part[0];
+  m = _mm512_max_ps(m, _mm512_shuffle_f32x4(m, m, 0x4e));
+  m = _mm512_max_ps(m, _mm512_shuffle_f32x4(m, m, 0xb1));
+  m = _mm512_max_ps(m, _mm512_permute_ps(m, 0x4e));
+  x.part[0] = (V)_mm512_max_ps(m, _mm512_permute_ps(m, 0xb1));
+  return x;
 #else
-  return greatest(x);
+  return splat(greatest(x));
 #endif
 }
 
