@@ -1,7 +1,4 @@
-"""Worker in our own environment: scheduler, executor, model. Arguments: folder, threads, weights.
-
-Weights are ``bf16``, ``int8`` or ``int4``.
-"""
+"""Worker in our own environment: scheduler, executor, model. Arguments: folder, threads."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from answer import Channel
 
 
 def main() -> None:
-    folder, threads, weights = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    folder, threads = sys.argv[1], int(sys.argv[2])
     channel = Channel()
     from moeserve.bench.cli import load
     from moeserve.bench.generation import Case, bounds, run_prompts
     from moeserve.bench.roofline import Roofline
 
     begun = time.perf_counter()
-    decoder = load(folder, "none" if weights == "bf16" else weights, threads)
+    decoder = load(folder, "auto", threads)
     loaded = time.perf_counter() - begun
 
     def prefill(prompts: list[list[int]]) -> dict[str, Any]:

@@ -53,21 +53,24 @@ def roster(home: Path, model: Path, threads: int, longest: int) -> list[Peer]:
 
 
 def moeserve(model: Path, threads: int, longest: int, weights: str) -> Peer:
-    quantization = ("--quantization", "none" if weights == "bf16" else weights)
+    """Int8 and int4 from a checkpoint that is so already, as the peers have theirs."""
+    folder = model if weights == "bf16" else model / weights
     return Peer(
         name=f"moeserve {weights}",
         precision=weights,
         worker=(
-            sys.executable, str(HERE / "moeserve_worker.py"), str(model), str(threads), weights,
+            sys.executable, str(HERE / "moeserve_worker.py"), str(folder), str(threads),
         ),
         server=(
-            sys.executable, "-m", "moeserve.cli", "serve", "--model", str(model),
+            sys.executable, "-m", "moeserve.cli", "serve", "--model", str(folder),
             "--http-port", "{port}", "--grpc-port", "none", "--threads", str(threads),
-            "--max-model-len", str(longest), *quantization,
+            "--max-model-len", str(longest),
         ),
         health="/ready",
-        needs=(model / "config.json",),
-        remedy="python bench/models/make.py",
+        needs=(folder / "config.json",),
+        remedy="python bench/models/make.py"
+        if weights == "bf16"
+        else f"moeserve quantize --quantize-head --scheme {weights} --model {model} --out {folder}",
     )  # fmt: skip
 
 

@@ -163,7 +163,7 @@ def load(model: str, quantization: str, threads: int) -> Decoder:
     from moeserve.models.decoder import load_decoder
     from moeserve.models.library import resolve_model
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # as the server does: the native pool has the cores
     return load_decoder(
         resolve_model(model),
         dtype=None,

@@ -20,7 +20,8 @@ from moeserve.kernels.reference import ReferenceOps
 REFERENCE = ReferenceOps()
 FEW = settings(max_examples=25, deadline=None)
 # Rounding a share to bf16 or 8 bits may fall either way where exponentials differ in the last bit.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.int8: 1e-2}
+# Where two exponentials differ in their last bit, a share may round to its type's next value.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.int8: 2e-2}
 
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from(list(TOLERANCE))
