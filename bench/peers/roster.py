@@ -104,7 +104,9 @@ def vllm(home: Path, model: Path, threads: int, longest: int, mode: str) -> Peer
             str(venv / "bin/python"), str(HERE / "vllm_worker.py"), str(model), str(threads), mode,
         ),
         server=(
-            str(venv / "bin/vllm"), "serve", str(model), "--port", "{port}",
+            # The command `vllm` asks for the version of a package "vllm", which this build is not.
+            str(venv / "bin/python"), "-m", "vllm.entrypoints.openai.api_server",
+            "--model", str(model), "--port", "{port}",
             "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", str(longest),
             "--max-num-seqs", "32", "--no-enable-prefix-caching", *eager,
         ),
