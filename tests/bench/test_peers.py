@@ -59,7 +59,7 @@ def test_ours_is_measured_alone_and_through_its_server_and_not_twice(
     ours = ["--only", "moeserve bf16"]
     told = compare(tiny_checkpoint("qwen3_moe"), tmp_path, *ours)
     found = {(row["what"], row.get("batch") or row.get("tokens")): row for row in told["rows"]}
-    for what in (("prefill", 8), ("decode", 2), ("serve tok/s", 2), ("serve tpot p99", 2)):
+    for what in (("prefill", 8), ("decode", 2), ("serve tok/s", 2), ("serve ttft p99", 2)):
         assert found[what]["median"] > 0, found[what]
     assert found["decode", 2]["roofline"] > 0
     assert found["memory", None]["median"] > 1
