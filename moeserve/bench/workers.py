@@ -132,7 +132,7 @@ class Worker(Process):
         self._unread = b""
         try:
             self.said = self._reply(deadline)
-        except BaseException:
+        except BaseException:  # also an interrupt: no process outlives its owner
             self.close()
             raise
         self.ready_s = time.monotonic() - self.started
