@@ -79,7 +79,8 @@ class Chunk:
     ``token_ids`` sit at positions ``start .. start + len - 1``; the KV of everything before
     ``start`` is already in ``blocks``, which also hold room for these tokens. Where ``sample`` is
     true the last token's logits choose the next one, from ``prompt_ids`` + ``output_ids`` as
-    history; those sequences are the scheduler's own and valid only during the step.
+    history; those sequences are the scheduler's own and valid only during the step. ``rank`` is the
+    request's home: it holds the KV, so ``blocks`` are of its pool, and attention runs there.
     """
 
     request: Request
@@ -88,6 +89,7 @@ class Chunk:
     blocks: tuple[BlockId, ...]
     sample: bool
     output_ids: Sequence[int] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

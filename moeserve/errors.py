@@ -10,6 +10,7 @@
     |-- CancelledError            CANCELLED            499
     |-- DeadlineError             DEADLINE_EXCEEDED    504
     |-- UnavailableError          UNAVAILABLE          503
+    |   `-- LateRankError         UNAVAILABLE          503
     |-- DataLossError             DATA_LOSS            500
     |-- InternalError             INTERNAL             500
     |-- ConfigError               (start-up)
@@ -22,6 +23,7 @@ A message names the value and the remedy. ``param`` names the request field wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -74,6 +76,14 @@ class UnavailableError(MoeserveError):
 
     code = "UNAVAILABLE"
     http_status = 503
+
+
+class LateRankError(UnavailableError):
+    """Ranks that did not come within the deadline, or are gone; ``ranks`` names them."""
+
+    def __init__(self, message: str, ranks: Sequence[int]) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class DataLossError(MoeserveError):

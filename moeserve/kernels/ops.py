@@ -24,6 +24,20 @@ goes over the steps of a segment, and segments are merged in ascending order.
   to 0..255 per step, relative to the step's greatest. The denominator adds the probabilities as
   they are: one whose value is tiny has code 0 and yet counts.
 
+How the contributions w_c * y_c of a token's experts become one row is ``Combine``:
+
+- exact: each, in fp32, is rounded to nearest (ties to even) to a whole number of the row's
+  ``unit``; these are added as integers, and float(sum) * unit is the result. So a sum is the same
+  whoever made parts of it (law 1 over devices). unit is 2^(e - grid_bits), where 2^e is the power
+  of two at or below the root of the mean square of the row of x that the result is added to (e at
+  least -40). Experts in fp32 have ``grid_bits`` 20 and sums of 64 bits, carried as two int32
+  ("limbs": contribution = high * 2^16 + low, low in -2^15..2^15 as rounding to nearest leaves it);
+  all others 11 and int32. A contribution beyond 2^(30 - ceil(log2 C)) units (of the high limb,
+  where there are two), or that is no number, makes the element NaN: in integers the lowest int32,
+  which stays the lowest whatever is added.
+- ordered: fma of the contributions in order of c, in fp32; over devices every contribution travels.
+- fast: as ordered in one process; over devices fp32 sums of each device, rounded to bf16.
+
 Every reduction has a fixed order per output element, or is exact, so a row's result never depends
 on the rows beside it (law 1). Backends may repack weights: whoever holds a ``Linear``,
 ``Experts`` or ``KvCache`` only passes it back to the table that made it.
@@ -55,6 +69,14 @@ class Activation(StrEnum):
 
     SWIGLU = "swiglu"
     CLAMPED = "clamped"
+
+
+class Combine(StrEnum):
+    """How contributions become a row; see above."""
+
+    EXACT = "exact"
+    ORDERED = "ordered"
+    FAST = "fast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +248,14 @@ class GatedWeights:
 
 @dataclass(frozen=True, slots=True)
 class MoeWeights:
-    """x + (routed + shared), both of the normed row that was routed."""
+    """x + (routed + shared), both of the normed row that was routed.
+
+    On a rank of several, ``experts`` are those of its slots, in order of slots.
+    """
 
     experts: Experts
     shared: MlpWeights | GatedWeights | None = None
+    combine: Combine = Combine.EXACT
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +324,52 @@ class Routed:
     normed_TH: Tensor
     ids_TC: Tensor
     weights_TC: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """The record in which a token travels to experts of one layer, ``row_bytes`` long.
+
+    First H features as the experts' products want them (``payload``: int8 codes, bfloat16 or
+    float32, so that nothing is rounded twice), padded to 4 bytes; then fp32 scale (int8; else 0),
+    fp32 unit, C fp32 weights, C int16 slots, padded to 4 bytes. A slot is one of the rank it
+    travels to, -1 where that choice goes elsewhere. The weight stands at its choice's place.
+    """
+
+    payload: torch.dtype
+    hidden: int
+    top_k: int
+
+    @property
+    def scale_at(self) -> int:
+        return -(-self.hidden * self.payload.itemsize // 4) * 4
+
+    @property
+    def row_bytes(self) -> int:
+        return self.scale_at + 8 + 4 * self.top_k + -(-2 * self.top_k // 4) * 4
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Which tokens of a batch go where. Copy n is of row ``token_N[n]``; those for rank r are
+    ``start_R1[r] : start_R1[r + 1]``, tokens ascending. ``slot_NC`` as in a record.
+    int32, int32, int16.
+    """
+
+    start_R1: Tensor
+    token_N: Tensor
+    slot_NC: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What experts of one rank made of the records they got, in the records' order; not weighed
+    further. ``data`` belongs to the backend: exact, int32 [N, limbs, H]; ordered, fp32 of each
+    (record, choice) that was here [M, H], not yet times its weight; fast, fp32 [N, H].
+    """
+
+    rows: int
+    data: Any
 
 
 class Ops(Protocol):
@@ -420,6 +492,81 @@ class Ops(Protocol):
 
     def mix(self, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
         """Experts and shared expert, added to ``x_TH``."""
+        ...
+
+    def wire(self, part: Part[MoeWeights], top_k: int) -> Wire: ...
+
+    def pack_tokens(
+        self,
+        x_TH: Tensor,
+        part: Part[MoeWeights],
+        routed: Routed,
+        copies: Copies,
+        areas_R: Sequence[Tensor],
+    ) -> None:
+        """Write the records of ``copies`` to the areas of the ranks they go to (uint8), each
+        rounded once however many copies it has. ``x_TH`` is the residual before the mixture."""
+        ...
+
+    def relay_tokens(
+        self, wire: Wire, segments: Sequence[Tensor], copies: Copies, areas_R: Sequence[Tensor]
+    ) -> None:
+        """As ``pack_tokens`` of records that came: row n of all segments, with other slots."""
+        ...
+
+    def run_experts(self, part: Part[MoeWeights], wire: Wire, segments: Sequence[Tensor]) -> Sums:
+        """The contributions of this rank's slots to the records of all segments in turn.
+
+        InternalError if a slot is not one of ``part.weights.experts``.
+        """
+        ...
+
+    def sums_bytes(self, part: Part[MoeWeights], wire: Wire, rows: int) -> int:
+        """The most that ``pack_sums`` writes for so many records."""
+        ...
+
+    def pack_sums(
+        self,
+        part: Part[MoeWeights],
+        wire: Wire,
+        sums: Sums,
+        segments: Sequence[Tensor],
+        areas_R: Sequence[Tensor],
+    ) -> list[int]:
+        """Write what goes back to the rank of each segment; the bytes of each.
+
+        Exact: a byte a record (2 or 4: bytes an element; padded to 64 in all), then the rows: int16
+        where all of a row fit, else int32. Two limbs are always int32. Ordered and fast: fp32 and
+        bf16 rows.
+        """
+        ...
+
+    def relay_sums(
+        self,
+        part: Part[MoeWeights],
+        wire: Wire,
+        copies: Copies,
+        segments_R: Sequence[Tensor],
+        rows: int,
+    ) -> Sums:
+        """What came back for ``relay_tokens``' copies, added up by row; to be packed once more."""
+        ...
+
+    def shared(self, part: Part[MoeWeights], routed: Routed) -> Tensor | None:
+        """[T, H] of the shared expert, for ``collect``; to be done while tokens travel."""
+        ...
+
+    def collect(
+        self,
+        x_TH: Tensor,
+        part: Part[MoeWeights],
+        routed: Routed,
+        copies: Copies,
+        segments_R: Sequence[Tensor],
+        shared_TH: Tensor | None,
+    ) -> None:
+        """Add what came back, and the shared expert's, to ``x_TH``: what ``mix`` adds, to the bit,
+        unless combine is fast. ``x_TH`` must be as it was in ``pack_tokens``."""
         ...
 
     def pile(self, layers: Sequence[Layer]) -> Stack:

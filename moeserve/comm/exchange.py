@@ -1,0 +1,67 @@
+"""How bytes travel between ranks: one interface; backends for one process, torch.distributed, MPI
+and shared memory. Knows nothing of tokens.
+
+A round carries one segment of bytes from every rank to every rank, itself included; only the sender
+knows how long its segments are, and no segment is padded to the longest. Rounds follow one another
+in lanes: a lane is one direction of one microbatch, so that rounds of different lanes overlap. All
+ranks take part in every round of a lane, in the same order, with empty segments where they have
+nothing to say; calls for different lanes interleave in the same order on all ranks.
+
+Every wait has a deadline, and its error names the ranks that did not come (law 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from moeserve.errors import MoeserveError
+
+DEADLINE_S = 5.0
+
+# Asked while a round waits: an error that ends the wait at once, such as a rank known to be dead.
+Alarm = Callable[[], MoeserveError | None]
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Counted where it happens (law 8): bytes handed to each rank, itself left out, and rounds."""
+
+    rounds: int = 0
+    sent_R: list[int] = field(default_factory=list)
+
+
+class Exchange(Protocol):
+    """One backend on one rank of a group of ``world``."""
+
+    name: str
+    rank: int
+    world: int
+    traffic: Traffic
+
+    def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
+        """Begin a round: where the segment for each rank is to be written.
+
+        uint8, 64-byte aligned, at least ``sizes_R[r]`` long. ConfigError if a size is beyond what
+        the backend was built for. Ends the life of what the lane's last ``receive`` gave.
+        """
+        ...
+
+    def send(self, lane: int, sizes_R: Sequence[int]) -> None:
+        """The segments are written and end after so many bytes, at most those announced. They move
+        from here on; the caller goes on with other work."""
+        ...
+
+    def receive(self, lane: int) -> list[Tensor]:
+        """The segment of every rank for this one, in order of ranks: uint8, exact length, 64-byte
+        aligned, valid until ``areas`` begins the lane's next round. LateRankError names who is
+        missing.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory and connections; no rank needs to do it at the same time."""
+        ...
