@@ -79,62 +79,68 @@ void gather(const int32_t* slots, int64_t tokens, int64_t chosen, int32_t units,
     }
 }
 
-// Among the copies of an expert: one on a rank that the token goes to anyway, else on a unit that
-// it goes to anyway, each unless it has `kSlack` pairs more than the least loaded copy; else that.
-// Of equals the first in order of slots.
-constexpr int32_t kSlack = 4;
-
-int32_t choose(const int32_t* from, const int32_t* to, int32_t per_rank, int32_t ranks_per_unit,
-               const std::vector<int32_t>& load, const std::vector<uint8_t>& used,
-               const std::vector<uint8_t>& used_unit) {
-  int32_t best[3] = {-1, -1, -1};  // on a used rank, on a used unit, anywhere
-  const auto better = [&](int32_t s, int32_t than) {
-    return than < 0 || load[s / per_rank] < load[than / per_rank];
+// moeserve/placement/split.py: least loaded first, of equals the rank next after home, then by slot;
+// but the first of those on a rank that the token visits anyway, if its load is within the slack.
+int32_t choose(const Table& table, int32_t e, int32_t home, const std::vector<int32_t>& load,
+               const std::vector<int64_t>& visit, int64_t token, int32_t slack) {
+  int32_t least = -1, near = -1;
+  const auto rank_of = [&](int32_t s) { return s / table.slots_per_rank; };
+  const auto before = [&](int32_t s, int32_t than) {
+    if (than < 0) return true;
+    const int32_t a = rank_of(s), b = rank_of(than);
+    if (load[a] != load[b]) return load[a] < load[b];
+    return (a - home + table.world) % table.world < (b - home + table.world) % table.world;
   };
-  for (const int32_t* s = from; s < to; ++s) {
-    const int32_t rank = *s / per_rank;
-    if (used[rank] && better(*s, best[0])) best[0] = *s;
-    if (used_unit[rank / ranks_per_unit] && better(*s, best[1])) best[1] = *s;
-    if (better(*s, best[2])) best[2] = *s;
+  for (int32_t i = table.first[e]; i < table.first[e + 1]; ++i) {
+    const int32_t s = table.slot[i];
+    if (before(s, least)) least = s;
+    if (visit[rank_of(s)] == token && before(s, near)) near = s;
   }
-  const int32_t least = load[best[2] / per_rank];
-  for (int32_t tier = 0; tier < 2; ++tier)
-    if (best[tier] >= 0 && load[best[tier] / per_rank] <= least + kSlack) return best[tier];
-  return best[2];
+  return near >= 0 && load[rank_of(near)] <= load[rank_of(least)] + slack ? near : least;
 }
 
-std::vector<int32_t> assign(const Table& table, uintptr_t ids_at, int64_t tokens, int64_t chosen,
-                            int32_t home, int32_t ranks_per_unit, uintptr_t start, uintptr_t token,
-                            uintptr_t slot) {
-  const int32_t per_rank = table.slots_per_rank, units = table.world / ranks_per_unit;
+// The slot of every choice, -1 where there is none. `visit[r]` is the last token that went to rank r.
+std::vector<int32_t> slots_of(const Table& table, const int32_t* ids, int64_t tokens,
+                              int64_t chosen, int32_t home) {
   const auto experts = static_cast<int32_t>(table.first.size()) - 1;
-  const int32_t* ids = at<const int32_t>(ids_at);
-  std::vector<int32_t> slots(tokens * chosen), load(table.world, 0);
-  std::vector<uint8_t> used(table.world), used_unit(units);
-  for (int64_t t = 0; t < tokens; ++t) {
-    std::fill(used.begin(), used.end(), 0);
-    std::fill(used_unit.begin(), used_unit.end(), 0);
-    used[home] = used_unit[home / ranks_per_unit] = 1;
-    const auto take = [&](int64_t c, int32_t s) {
-      const int32_t rank = s / per_rank;
-      slots[t * chosen + c] = s;
-      used[rank] = used_unit[rank / ranks_per_unit] = 1;
-      ++load[rank];
-    };
-    for (int64_t c = 0; c < chosen; ++c) {
-      const int32_t e = ids[t * chosen + c];
-      if (e < 0 || e >= experts) throw std::invalid_argument("an expert id is unknown");
-      if (table.first[e + 1] - table.first[e] == 1) take(c, table.slot[table.first[e]]);
+  std::vector<int32_t> slots(tokens * chosen, -1), load(table.world, 0);
+  int64_t pairs = 0, open = 0;
+  for (int64_t i = 0; i < tokens * chosen; ++i) {
+    const int32_t e = ids[i];
+    if (e >= experts) throw std::invalid_argument("an expert id is unknown");
+    if (e < 0) continue;
+    ++pairs;
+    if (table.first[e + 1] - table.first[e] > 1) {
+      ++open;
+      continue;
     }
-    for (int64_t c = 0; c < chosen; ++c) {
-      const int32_t e = ids[t * chosen + c], from = table.first[e], to = table.first[e + 1];
-      if (to - from > 1)
-        take(c, choose(&table.slot[from], &table.slot[to], per_rank, ranks_per_unit, load, used,
-                       used_unit));
+    slots[i] = table.slot[table.first[e]];
+    ++load[slots[i] / table.slots_per_rank];
+  }
+  if (!open) return slots;
+  const int32_t slack = 3 + static_cast<int32_t>(pairs / (4 * table.world));
+  std::vector<int64_t> visit(table.world, -1);
+  for (int64_t t = 0; t < tokens; ++t) {
+    visit[home] = t;
+    for (int64_t i = t * chosen; i < (t + 1) * chosen; ++i)
+      if (slots[i] >= 0) visit[slots[i] / table.slots_per_rank] = t;
+    for (int64_t i = t * chosen; i < (t + 1) * chosen; ++i) {
+      if (ids[i] < 0 || slots[i] >= 0) continue;
+      slots[i] = choose(table, ids[i], home, load, visit, t, slack);
+      ++load[slots[i] / table.slots_per_rank];
+      visit[slots[i] / table.slots_per_rank] = t;
     }
   }
+  return slots;
+}
+
+std::vector<int32_t> assign(const Table& table, uintptr_t ids, int64_t tokens, int64_t chosen,
+                            int32_t home, int32_t ranks_per_unit, uintptr_t start, uintptr_t token,
+                            uintptr_t slot) {
+  const int32_t units = table.world / ranks_per_unit;
+  const auto slots = slots_of(table, at<const int32_t>(ids), tokens, chosen, home);
   const Copies copies{at<int32_t>(start), at<int32_t>(token), at<int16_t>(slot)};
-  gather(slots.data(), tokens, chosen, units, per_rank * ranks_per_unit, copies);
+  gather(slots.data(), tokens, chosen, units, table.slots_per_rank * ranks_per_unit, copies);
   std::vector<int32_t> counts(units);
   for (int32_t u = 0; u < units; ++u) counts[u] = copies.start[u + 1] - copies.start[u];
   return counts;

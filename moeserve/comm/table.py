@@ -42,7 +42,7 @@ class Table:
     def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
         """Copies of the tokens of rank ``home``; a unit's slots are numbered through its ranks.
 
-        ``ids_TC`` is int32 and contiguous, of known experts.
+        ``ids_TC`` is int32 and contiguous, of known experts; -1 is no choice.
         """
         tokens, chosen = ids_TC.shape
         units = self._world // ranks_per_unit
