@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 
 from moeserve.comm.assign import assign
 from moeserve.comm.layout import LayerLayout
+from moeserve.comm.table import Table
+from moeserve.kernels.ops import Copies, Wire
 from moeserve.placement.split import slack_of, slots_of, split_batch, split_batches
 
 
@@ -85,3 +89,67 @@ def test_past_the_slack_the_least_loaded_replica_is_taken() -> None:
     at_home, away = np.diff(copies.start_R1.numpy())
     assert at_home + away == tokens
     assert 0 < at_home - away <= slack_of(tokens, 2) + 1
+
+
+def same(one: Copies, other: Copies) -> bool:
+    return all(
+        torch.equal(a, b)
+        for a, b in (
+            (one.start_R1, other.start_R1),
+            (one.token_N, other.token_N),
+            (one.slot_NC, other.slot_NC),
+        )
+    )
+
+
+@given(batches(), st.booleans())
+def test_the_native_table_assigns_as_the_rule_says(
+    batch: tuple[np.ndarray, LayerLayout], gaps: bool
+) -> None:
+    ids_TC, layout = batch
+    if gaps:
+        ids_TC[::2, 0] = -1
+    table = Table(layout)
+    for rank in range(layout.world):
+        assigned = table.assign(torch.from_numpy(ids_TC), rank)
+        assert same(assigned.copies, assign(torch.from_numpy(ids_TC), layout, rank))
+        assert assigned.count_R == np.diff(assigned.copies.start_R1.numpy()).tolist()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 3), st.integers(0, 20))
+def test_copies_of_nodes_spread_inside_are_copies_of_ranks(
+    seed: int, nodes: int, size: int, tokens: int
+) -> None:
+    random = np.random.default_rng(seed)
+    world, experts, k = nodes * size, 6, 3
+    slots = -(-experts // world) * world + world
+    extra = random.integers(experts, size=slots - experts)
+    expert_S = random.permutation(np.concatenate((np.arange(experts), extra))).astype(np.int32)
+    table = Table(LayerLayout(expert_S, experts, world))
+    ids = torch.from_numpy(
+        np.array([random.permutation(experts)[:k] for _ in range(tokens)], np.int32).reshape(-1, k)
+    )
+    home = int(random.integers(world))
+    wire = Wire(torch.int8, 8, k)
+    flat = table.assign(ids, home).copies
+    outer = table.assign(ids, home, ranks_per_unit=size)
+    starts = outer.copies.start_R1.tolist()
+    found: list[list[tuple[int, list[int]]]] = []
+    for node in range(nodes):
+        there = slice(starts[node], starts[node + 1])
+        records = torch.zeros(starts[node + 1] - starts[node], wire.row_bytes, dtype=torch.uint8)
+        slot_NC = outer.copies.slot_NC[there].contiguous()
+        slots_at = wire.row_bytes - (2 * k + 2) // 4 * 4
+        records[:, slots_at : slots_at + 2 * k] = slot_NC.view(torch.uint8)
+        inside = table.spread([records.flatten()], wire, size).copies
+        token_N = outer.copies.token_N[there][inside.token_N.long()].tolist()
+        ends = inside.start_R1.tolist()
+        found += [
+            list(zip(token_N[a:b], inside.slot_NC[a:b].tolist(), strict=True))
+            for a, b in itertools.pairwise(ends)
+        ]
+    ends = flat.start_R1.tolist()
+    assert found == [
+        list(zip(flat.token_N[a:b].tolist(), flat.slot_NC[a:b].tolist(), strict=True))
+        for a, b in itertools.pairwise(ends)
+    ]
