@@ -26,8 +26,7 @@ GAIN = 0.03
 MARGIN = 0.98  # a rival must be so much faster to win
 CLEAR = 1.1
 DRIFT = 1.25
-TRIES, MOST_TRIES = 3, 10
-KEPT = 9
+TRIES, KEPT = 3, 9
 PERIOD = 192
 MOST_PERIODS = 8
 SOONEST = 32
@@ -85,6 +84,7 @@ class _Kind:
     steps: int = 0  # since the last comparison
     pause: int = TRIES
     periods: int = 1
+    drifted: bool = False
     settled: float | None = None  # seconds per token of the best after the last comparison
 
 
@@ -126,13 +126,9 @@ def _challenge(kind: _Kind) -> None:
     if len(kind.best.seconds) < TRIES:
         return
     now = median(kind.best.seconds)
-    drifted = (
-        kind.settled is not None
-        and kind.steps >= SOONEST
-        and not 1 / DRIFT < now / kind.settled < DRIFT
-    )
-    if drifted:
-        kind.periods, kind.upward = 1, True
+    changed = kind.settled is not None and not 1 / DRIFT < now / kind.settled < DRIFT
+    if changed and kind.steps >= SOONEST:
+        kind.periods, kind.drifted, kind.upward = 1, True, True
     elif kind.steps < kind.pause:
         return
     up = 2 * kind.best.count
@@ -153,7 +149,7 @@ def _judge(kind: _Kind, rival: _Arm) -> None:
     now = median(kind.best.seconds)
     lost = min(rival.seconds) > CLEAR * now
     won = max(rival.seconds) * CLEAR < now
-    if not lost and not won and tries < min(KEPT, MOST_TRIES):
+    if not lost and not won and tries < KEPT:
         return
     kind.rival = None
     if median(rival.seconds) < MARGIN * now:
@@ -170,7 +166,8 @@ def _judge(kind: _Kind, rival: _Arm) -> None:
 def _settle(kind: _Kind) -> None:
     """Leave the best alone for a while; next time look the other way."""
     kind.settled = median(kind.best.seconds)
-    kind.steps, kind.pause = 0, kind.periods * PERIOD
+    kind.steps, kind.pause = 0, SOONEST if kind.drifted else kind.periods * PERIOD
+    kind.drifted = False
     kind.upward = not kind.upward or kind.best.count == 1
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.core import (
+    Chunk,
     Counters,
     FinishReason,
     Request,
@@ -319,7 +320,8 @@ def test_requests_start_in_the_order_they_came(ranks: int, num_blocks: int, coun
     admitted: list[list[RequestId]] = [[] for _ in range(ranks)]
     while town.fleet.has_work:
         plan = town.step()
-        started += [c.request.id for c in sorted(plan.chunks, key=arrival) if fresh(c, started)]
+        ran = [c.request.id for c in sorted(plan.chunks, key=arrival)]
+        started += [r for r in ran if r not in started]
         for rank, here in enumerate(admitted):
             ran = [c.request.id for c in plan.chunks if c.rank == rank]
             here[:] = [r for r in here if r in ran or town.finish[r] is None]
@@ -329,9 +331,5 @@ def test_requests_start_in_the_order_they_came(ranks: int, num_blocks: int, coun
     assert started == [f"r{i}" for i in range(count)]
 
 
-def arrival(chunk: object) -> int:
-    return int(chunk.request.id[1:])  # type: ignore[attr-defined]
-
-
-def fresh(chunk: object, started: list[RequestId]) -> bool:
-    return chunk.request.id not in started  # type: ignore[attr-defined]
+def arrival(chunk: Chunk) -> int:
+    return int(chunk.request.id[1:])
