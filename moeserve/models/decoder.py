@@ -8,13 +8,14 @@ residual stream is fp32. Letters as in ``kernels.ops``, R wanted rows, W vocabul
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moeserve.comm.pipeline import Parallel
 from moeserve.errors import CheckpointError
 from moeserve.kernels.ops import HeadWeights, KvCache, Layer, Linear, Ops, Part, Rope, Stack, Step
 from moeserve.models.attention import kv_shape, load_attention
@@ -54,7 +55,8 @@ class Mtp:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A loaded model. ``unread`` lists tensors that were left aside on purpose."""
+    """A loaded model. ``unread`` lists tensors that were left aside on purpose. With ``parallel``
+    the experts of ``stack`` are those of this rank alone, and it runs the layers."""
 
     spec: ModelSpec
     ops: Ops
@@ -66,6 +68,7 @@ class Decoder:
     rope: Rope
     mtp: Mtp | None
     unread: tuple[str, ...]
+    parallel: Parallel | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -84,21 +87,49 @@ class Decoder:
         self, step: StepBatch, cache: KVCache, observer: RoutingObserver | None = None
     ) -> Tensor:
         """Runs the step's tokens, writes their KV, and returns logits_RW of the wanted rows."""
-        hidden_TH = self.trunk(step, cache, observer)
-        return self.ops.head(hidden_TH, step.logit_rows_R, self.head)
+        return self.forward_micro([step], cache, observer)[0]
+
+    def forward_micro(
+        self,
+        steps: Sequence[StepBatch],
+        cache: KVCache,
+        observer: RoutingObserver | None = None,
+    ) -> list[Tensor]:
+        """``forward`` of microbatches, over the ranks of ``parallel`` if there are any.
+
+        All ranks come with the same number of microbatches, some of which may be empty. Where a
+        sequence is in several, the earlier one has the earlier tokens.
+        """
+        hidden = self._layers(steps, cache, observer)
+        return [
+            self.ops.head(x_TH, step.logit_rows_R, self.head)
+            for step, x_TH in zip(steps, hidden, strict=True)
+        ]
 
     def trunk(
         self, step: StepBatch, cache: KVCache, observer: RoutingObserver | None = None
     ) -> Tensor:
         """The residual stream after the last block, before the final norm: [T, H]."""
-        ops, shared = self.ops, self._shared(step)
-        x_TH = ops.embed(self.embedding_WH, step.token_ids_T)
-        routed: list[Tensor] | None = None if observer is None else []
-        ops.run(x_TH, self.stack, shared, cache.layers[: len(self.stack.layers)], routed)
-        if observer is not None and routed is not None:
-            for layer, ids_TC in zip(self.spec.moe_layers, routed, strict=True):
-                observer.record(layer, ids_TC)
-        return x_TH
+        return self._layers([step], cache, observer)[0]
+
+    def _layers(
+        self, steps: Sequence[StepBatch], cache: KVCache, observer: RoutingObserver | None
+    ) -> list[Tensor]:
+        caches = cache.layers[: len(self.stack.layers)]
+        hidden = [self.ops.embed(self.embedding_WH, step.token_ids_T) for step in steps]
+        shared = [self._shared(step) if len(step.token_ids_T) else None for step in steps]
+        chosen: list[list[Tensor]] | None = None if observer is None else [[] for _ in steps]
+        if self.parallel is not None:
+            self.parallel.run(hidden, shared, caches, chosen)
+        else:
+            for m, (x_TH, own) in enumerate(zip(hidden, shared, strict=True)):
+                if own is not None:
+                    ids = None if chosen is None else chosen[m]
+                    self.ops.run(x_TH, self.stack, own, caches, ids)
+        if observer is not None and chosen is not None:
+            for layer, *ids_TC in zip(self.spec.moe_layers, *filter(None, chosen), strict=True):
+                observer.record(layer, ids_TC[0] if len(ids_TC) == 1 else torch.cat(ids_TC))
+        return hidden
 
     def final_norm(self, hidden_RH: Tensor) -> Tensor:
         weights = self.head.weights
