@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -43,6 +43,7 @@ _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{unit}iB": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
 _UNITS |= {f"{unit}B": 1000 ** (i + 1) for i, unit in enumerate("KMGT")}
 _MOST_BYTES = 1 << 60
+SECRETS = ("api_key", "ep_secret")
 
 
 def parse_bytes(text: object) -> object:
@@ -104,7 +105,33 @@ class ServeConfig(BaseModel):
     max_queue: Count = Field(1024, description="requests that may wait; more are refused")
     prefix_cache: bool = Field(True, description="reuse the KV of equal prompt beginnings")
     chat_template: Path | None = Field(None, description="Jinja file; default: the checkpoint's")
-    threads: Count | None = Field(None, description="CPU threads; default: all allowed cores")
+    threads: Count | None = Field(
+        None, description="CPU threads of a rank; default: its share of the host's allowed cores"
+    )
+    ep: Count | None = Field(
+        None, description="ranks that share the experts; default: 1, or as many as were launched"
+    )
+    ep_backend: Literal["auto", "torch", "mpi", "shm"] = Field(
+        "auto", description="how tokens travel between ranks; auto goes by where they are"
+    )
+    combine: Literal["exact", "ordered", "fast"] = Field(
+        "exact", description="how experts' results are added; exact is the same for any --ep"
+    )
+    plan: Path | None = Field(
+        None, description="which rank holds which expert, from moeserve place; default: in order"
+    )
+    microbatches: Literal["auto"] | Count = Field(
+        "auto", description="parts of a step that overlap; auto chooses per step from measurements"
+    )
+    ep_deadline: float = Field(
+        5.0, ge=0.5, le=600, description="seconds after which a silent rank is lost"
+    )
+    ep_secret: SecretStr | None = Field(
+        None, min_length=16, description="what ranks on several hosts prove to know as they connect"
+    )
+    ep_tls: Path | None = Field(
+        None, description="folder of cert.pem, key.pem, ca.pem: control between ranks by mutual TLS"
+    )
     record_routing: Path | None = Field(
         None, description="safetensors file for the trace of routing decisions"
     )
@@ -118,7 +145,7 @@ class ServeConfig(BaseModel):
         "info", description="least severe messages to log"
     )
 
-    @field_serializer("api_key", when_used="unless-none")
+    @field_serializer("api_key", "ep_secret", when_used="unless-none")
     def _reveal(self, secret: SecretStr) -> str:
         return secret.get_secret_value()
 
@@ -182,7 +209,7 @@ def _add_option(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> 
             flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text
         )
         return
-    choices = get_args(field.annotation) if _is_literal(field) else None
+    choices = _choices(field.annotation)
     metavar = "{" + ",".join(choices) + "}" if choices else name.rsplit("_", 1)[-1].upper()
     group.add_argument(flag, dest=name, default=None, metavar=metavar, help=text.replace("%", "%%"))
 
@@ -210,8 +237,9 @@ def config_from_args(args: argparse.Namespace, environ: Mapping[str, str]) -> Se
 
 
 def to_yaml(config: ServeConfig) -> str:
-    """Loads back to the same config; holds the api key, if one is set, in clear."""
-    lines = "# holds the api key: keep private\n" if config.api_key else ""
+    """Loads back to the same config; secrets that are set stand there in clear."""
+    held = [name for name in SECRETS if getattr(config, name) is not None]
+    lines = f"# holds {' and '.join(held)}: keep private\n" if held else ""
     return lines + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -292,8 +320,12 @@ def _allows(field: FieldInfo, kind: type) -> bool:
     return field.annotation is kind or kind in get_args(field.annotation)
 
 
-def _is_literal(field: FieldInfo) -> bool:
-    return "Literal" in str(field.annotation)
+def _choices(annotation: Any) -> list[str]:
+    """The words a field takes; N where it takes a number instead."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    words = [word for kind in get_args(annotation) for word in _choices(kind)]
+    return [*words, "N"] if words else []
 
 
 def _explain(refused: ValidationError, settings: Mapping[str, Setting]) -> str:
@@ -304,6 +336,6 @@ def _explain(refused: ValidationError, settings: Mapping[str, Setting]) -> str:
         if name not in settings:
             lines.append(reason)
             continue
-        shown = "..." if name == "api_key" else repr(settings[name].value)
+        shown = "..." if name in SECRETS else repr(settings[name].value)
         lines.append(f"{settings[name].source}={shown}: {reason}")
     return "; ".join(dict.fromkeys(lines))
