@@ -1,0 +1,94 @@
+"""All layers of a step over the ranks, one or more microbatches at a time.
+
+Each microbatch walks through its layers by itself and stops wherever it would wait; the walks take
+turns, so that the communication of one hides behind attention and experts of the others
+(CloudMatrix-Infer, 4.2.3). All ranks take the same turns, whatever they have to compute.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+
+import torch
+from torch import Tensor
+
+from moeserve.comm.dispatcher import Dispatcher, Spread
+from moeserve.comm.progress import Progress
+from moeserve.kernels.ops import KvCache, Layer, Ops, Part, Routed, RouterWeights, Step
+
+
+class Parallel:
+    """Owns where experts lie. ``spreads`` is by layer, None where nothing is routed, and may be
+    changed between steps, on all ranks between the same two."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        layers: Sequence[Layer],
+        spreads: Sequence[Spread | None],
+        dispatcher: Dispatcher,
+        progress: Progress,
+    ) -> None:
+        self.spreads = list(spreads)
+        self.dispatcher = dispatcher
+        self._progress = progress
+        self._ops = ops
+        self._layers = tuple(layers)
+
+    def run(
+        self,
+        hidden: Sequence[Tensor],
+        steps: Sequence[Step | None],
+        caches: Sequence[KvCache],
+        routed: Sequence[list[Tensor]] | None = None,
+    ) -> None:
+        """Every layer of every microbatch m, added to ``hidden[m]``; its step is None where it has
+        no rows. The tokens of a sequence stand in microbatches in their order. The ids_TC of the
+        layers that route are appended to ``routed[m]``."""
+        walks = deque(
+            self._walk(lane, x_TH, steps[lane], caches, None if routed is None else routed[lane])
+            for lane, x_TH in enumerate(hidden)
+        )
+        while walks:
+            walk = walks.popleft()
+            if next(walk, False):
+                walks.append(walk)
+        self._progress.rest()
+
+    def _walk(
+        self,
+        lane: int,
+        x_TH: Tensor,
+        step: Step | None,
+        caches: Sequence[KvCache],
+        routed: list[Tensor] | None,
+    ) -> Generator[bool, None, None]:
+        ops, progress = self._ops, self._progress
+        for l, (layer, spread, cache) in enumerate(
+            zip(self._layers, self.spreads, caches, strict=True)
+        ):
+            progress.at(l, lane)
+            progress.begin("attention")
+            if step is not None:
+                ops.attend(x_TH, layer.attention, step, cache)
+            if isinstance(layer.mlp, Part):
+                if step is not None:
+                    ops.dense(x_TH, layer.mlp)
+                continue
+            assert spread is not None, l
+            router = layer.mlp[0]
+            chosen = nothing(x_TH, router) if step is None else ops.route(x_TH, router, step)
+            if routed is not None:
+                routed.append(chosen.ids_TC.clone())
+            for _ in self.dispatcher.moe(lane, spread, x_TH, chosen):
+                progress.pause()
+                yield True
+                progress.at(l, lane)
+        progress.pause()
+
+
+def nothing(x_TH: Tensor, router: Part[RouterWeights]) -> Routed:
+    """The routing of no rows."""
+    top_k = router.weights.spec.top_k
+    return Routed(x_TH, torch.empty(0, top_k, dtype=torch.int32), torch.empty(0, top_k))

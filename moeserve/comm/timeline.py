@@ -1,0 +1,71 @@
+"""What a rank did when, as a trace that Perfetto and chrome://tracing open.
+
+Times are of the monotonic clock, which all processes of a host share, so that files of several
+ranks can be opened together. A rank is a process, a microbatch a track in it. A file whose end is
+missing opens too.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+MOST_EVENTS = 1_000_000
+
+
+class Timeline:
+    """Writes ``rank-N.json`` into a folder; ``close`` completes it. Ends by itself after
+    ``MOST_EVENTS``, so that a server that traces does not fill a disk."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._rank = rank
+        self._events = 0
+        self._open: tuple[str, int, int, int] | None = None
+        self._file: IO[str] | None = (folder / f"rank-{rank}.json").open("w", encoding="utf-8")
+        named = {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
+        self._file.write("[" + json.dumps(named))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def begin(self, doing: str, layer: int, lane: int) -> None:
+        """What went on before ends."""
+        now = time.monotonic_ns()
+        self._finish(now)
+        self._open = (doing, layer, lane, now)
+
+    def end(self) -> None:
+        self._finish(time.monotonic_ns())
+
+    def close(self) -> None:
+        self.end()
+        if self._file is not None:
+            self._file.write("]\n")
+            self._file.close()
+            self._file = None
+
+    def _finish(self, now: int) -> None:
+        if self._open is None or self._file is None:
+            return
+        doing, layer, lane, begun = self._open
+        self._open = None
+        self._events += 1
+        if self._events > MOST_EVENTS:
+            self.close()
+            return
+        self._file.write(
+            f',\n{{"name":"{doing}","ph":"X","pid":{self._rank},"tid":{lane},'
+            f'"ts":{begun / 1000:.3f},"dur":{(now - begun) / 1000:.3f},"args":{{"layer":{layer}}}}}'
+        )
