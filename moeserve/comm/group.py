@@ -12,10 +12,15 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    DistError,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
 
 from moeserve.comm.exchange import Alarm
 from moeserve.errors import LateRankError
@@ -55,14 +60,31 @@ def tell_stderr(text: str) -> None:
 class Group:
     """This rank among ``world``; ``store`` holds the notes.
 
+    ``members`` are the ranks of the run that this group is of, ascending; empty: all of them.
     ``alarm`` is asked while notes are awaited, ``tell`` hears whom a long wait is for.
     """
 
     rank: int
     world: int
     store: Store
+    members: tuple[int, ...] = ()
     alarm: Alarm | None = None
     tell: Callable[[str], None] = tell_stderr
+
+    def sub_group(self, members: Sequence[int]) -> Group:
+        """This rank among some of this group's, ascending; their notes are apart."""
+        name = "-".join(map(str, members))
+        return replace(
+            self,
+            rank=list(members).index(self.rank),
+            world=len(members),
+            store=PrefixStore(f"among {name}", self.store),
+            members=tuple(self.of_run(r) for r in members),
+        )
+
+    def of_run(self, rank: int) -> int:
+        """What the run calls this group's rank; errors use these."""
+        return self.members[rank] if self.members else rank
 
     def all_gather(
         self,
@@ -86,7 +108,7 @@ class Group:
                         notes[rank] = bytes(self.store.get(f"{key}/{rank}"))
                         if check is not None:
                             check(rank, notes[rank])
-                missing = [r for r in range(self.world) if r not in notes]
+                missing = [self.of_run(r) for r in range(self.world) if r not in notes]
                 if not missing:
                     return [notes[rank] for rank in range(self.world)]
                 self.require_all()
