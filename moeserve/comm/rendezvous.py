@@ -71,7 +71,7 @@ def open_group(
     if store is None:
         store = _reach(launch, timeout_s, tell)
     shared = PrefixStore(f"moeserve/{launch.attempt}", store)
-    group = Group(launch.rank, launch.world, shared, alarm, tell)
+    group = Group(launch.rank, launch.world, shared, alarm=alarm, tell=tell)
     try:
         return _meet(group, environ, timeout_s)
     except (ConfigError, LateRankError) as error:
