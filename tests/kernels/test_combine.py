@@ -1,4 +1,4 @@
-"""Whoever computes the experts of a token, the sum is the same bits; and what travels is counted."""
+"""Whoever computes the experts of a token, the sum is the same bits; what travels is counted."""
 
 from __future__ import annotations
 
