@@ -15,7 +15,7 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.distributed import DistributedExecutor, LeaderChannel
 from moeserve.engine.fleet import Fleet
 from moeserve.engine.loop import Engine, EngineObserver
-from moeserve.engine.rank import Seat, load_rank
+from moeserve.engine.rank import Rank, Seat, load_rank
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.library import resolve_model
@@ -44,8 +44,12 @@ class LoadedModel:
     num_blocks: int
     kv_bytes: int
     context: int
-    recorder: RoutingRecorder | None
+    own: Rank
     ranks: DistributedExecutor | None = None
+
+    @property
+    def recorder(self) -> RoutingRecorder | None:
+        return self.own.recorder
 
     @property
     def max_model_len(self) -> int:
@@ -54,8 +58,8 @@ class LoadedModel:
     def close(self, timeout: float = 30.0) -> bool:
         """Stop the engine, end its streams, and complete the routing trace."""
         stopped = self.engine.stop(timeout)
-        if stopped and self.recorder is not None:
-            self.recorder.close()
+        if stopped:
+            self.own.close()
         return stopped
 
 
@@ -143,7 +147,7 @@ def build_engine(
         num_blocks=own.world * own.size.num_blocks,
         kv_bytes=own.size.num_blocks * block_size * own.decoder.kv_bytes_per_token,
         context=max_model_len or spec.max_positions,
-        recorder=own.recorder,
+        own=own,
         ranks=ranks,
     )
 
