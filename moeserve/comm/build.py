@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moeserve.comm.dispatcher import ByNode, Dispatcher, Flat, Spread
-from moeserve.comm.exchange import DEADLINE_S, Alarm, Exchange
+from moeserve.comm.exchange import DEADLINE_S, Alarm
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.open import open_exchange
@@ -19,15 +19,56 @@ from moeserve.kernels.ops import Layer, MoeWeights, Ops, Part, RouterWeights
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
-    """The ranks, and how they reach one another; ``address`` is of the interface to listen on."""
+class Bounds:
+    """``tokens`` is the most that a rank brings to one microbatch, ``microbatches`` the most of
+    them in a step. A wait ends after ``deadline_s``, or at once when ``alarm`` rings."""
 
-    group: Group
-    topology: Topology
-    alarm: Alarm | None = None
-    backend: str = "auto"
+    tokens: int
+    microbatches: int
     deadline_s: float = DEADLINE_S
-    address: str | None = None
+    alarm: Alarm | None = None
+
+
+def open_parallel(
+    ops: Ops,
+    layers: Sequence[Layer],
+    layouts: Mapping[int, LayerLayout],
+    group: Group,
+    topology: Topology,
+    *,
+    backend: str,
+    bounds: Bounds,
+    progress: Progress,
+    address: str | None = None,
+) -> Parallel:
+    """Collective over ``group``, which is all of the run. ``layouts`` are by layer number.
+
+    Where nodes have several ranks each, in order, tokens cross to a node once; see ``ByNode``.
+    """
+    spreads = spreads_of(ops, layers, layouts)
+    lanes = _lanes(ops, spreads, bounds, bounds.tokens)
+    size = node_size(topology)
+    dispatcher: Dispatcher
+    if size is None:
+        exchange = open_exchange(backend, group, topology, lanes, address=address)
+        dispatcher = Flat(ops, exchange, topology, progress)
+    else:
+        rail = group.sub_group(range(group.rank % size, group.world, size))
+        node = group.sub_group(topology.ranks_of(topology.node_R[group.rank]))
+        outer = open_exchange(backend, rail, topology, lanes, key="outer", address=address)
+        # Whatever comes from all nodes may be for one rank inside.
+        wide = _lanes(ops, spreads, bounds, bounds.tokens * topology.num_nodes)
+        inner = open_exchange(backend, node, topology, wide, key="inner", address=address)
+        dispatcher = ByNode(ops, outer, inner, topology, progress)
+    return Parallel(ops, layers, spreads, dispatcher, progress)
+
+
+def node_size(topology: Topology) -> int | None:
+    """Ranks of a node, where there are several nodes of several ranks each, alike and in order."""
+    size, rest = divmod(topology.world, topology.num_nodes)
+    in_order = tuple(r // size for r in range(topology.world))
+    alike = not rest and topology.node_R == in_order
+    return size if alike and topology.num_nodes > 1 and size > 1 else None
 
 
 def parallel_over(
@@ -37,12 +78,18 @@ def parallel_over(
     dispatcher: Dispatcher,
     progress: Progress,
 ) -> Parallel:
-    """``layouts`` by layer number; each layer's experts are those of this rank's slots."""
-    spreads = [
+    """The same over a dispatcher that is there."""
+    return Parallel(ops, layers, spreads_of(ops, layers, layouts), dispatcher, progress)
+
+
+def spreads_of(
+    ops: Ops, layers: Sequence[Layer], layouts: Mapping[int, LayerLayout]
+) -> list[Spread | None]:
+    """By layer; each layer's experts are those of this rank's slots."""
+    return [
         None if isinstance(layer.mlp, Part) else spread_of(ops, *layer.mlp, layouts[number])
         for number, layer in enumerate(layers)
     ]
-    return Parallel(ops, layers, spreads, dispatcher, progress)
 
 
 def spread_of(
@@ -56,56 +103,9 @@ def spread_of(
     return Spread(experts, layout, Table(layout), wire)
 
 
-def open_dispatcher(
-    ops: Ops,
-    layers: Sequence[Layer],
-    tokens: int,
-    microbatches: int,
-    meeting: Meeting,
-    progress: Progress,
-) -> Dispatcher:
-    """Collective: all ranks come with the same ``tokens`` (the most in a step of one rank) and
-    ``microbatches`` (the most that a step is cut into).
-
-    By node where there are several, all of one size above one and numbered in turn.
-    """
-    group, topology, size = meeting.group, meeting.topology, node_size(meeting.topology)
-
-    def lanes(nodes: int) -> Lanes:
-        """Segments may hold the tokens of so many nodes' ranks."""
-        each = [nodes * -(-tokens // (m + 1)) for m in range(microbatches)]
-        sizes = [size for rows in each for size in segment_bytes(ops, layers, rows)]
-        return Lanes(tuple(sizes), meeting.deadline_s, meeting.alarm)
-
-    def opened(part: Group, key: str, nodes: int) -> Exchange:
-        return open_exchange(
-            meeting.backend, part, topology, lanes(nodes), key=key, address=meeting.address
-        )
-
-    if size in (1, group.world):
-        return Flat(ops, opened(group, "ranks", 1), topology, progress)
-    number, node = group.rank % size, group.rank // size
-    rail = group.sub_group(range(number, group.world, size))
-    inside = group.sub_group(range(node * size, (node + 1) * size))
-    outer = opened(rail, f"rail {number}", 1)
-    inner = opened(inside, f"node {node}", topology.num_nodes)
-    return ByNode(ops, outer, inner, topology, progress)
-
-
-def node_size(topology: Topology) -> int:
-    """Ranks on each node, where all have as many and they follow one another; else 1."""
-    size = topology.world // topology.num_nodes
-    even = tuple(rank // size for rank in range(topology.world))
-    return size if topology.node_R == even else 1
-
-
-def segment_bytes(ops: Ops, layers: Sequence[Layer], rows: int) -> tuple[int, int]:
-    """The most that a segment of so many tokens may have on its way there, and back."""
-    there, back = 64, 64
-    for layer in layers:
-        if not isinstance(layer.mlp, Part):
-            router, experts = layer.mlp
-            wire = ops.wire(experts, router.weights.spec.top_k)
-            there = max(there, rows * wire.row_bytes)
-            back = max(back, ops.sums_bytes(experts, wire, rows))
-    return there, back
+def _lanes(ops: Ops, spreads: Sequence[Spread | None], bounds: Bounds, tokens: int) -> Lanes:
+    """One there and one back for each microbatch, with room for the widest layer."""
+    routed = [s for s in spreads if s is not None]
+    there = max((s.wire.row_bytes * tokens for s in routed), default=0)
+    back = max((ops.sums_bytes(s.part, s.wire, tokens) for s in routed), default=0)
+    return Lanes((there, back) * bounds.microbatches, bounds.deadline_s, bounds.alarm)

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 
-from moeserve.comm.build import Meeting, open_dispatcher, parallel_over
-from moeserve.comm.dispatcher import Dispatcher
+from moeserve.comm.build import Bounds, open_parallel
+from moeserve.comm.exchange import DEADLINE_S, Alarm
+from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout, layouts, own_experts, plan_of
+from moeserve.comm.pipeline import Parallel
 from moeserve.comm.progress import Progress
 from moeserve.engine.distributed import Conductor, DistributedExecutor, LeaderChannel
 from moeserve.engine.follow import FollowerChannel, Rider, follow
@@ -57,26 +59,35 @@ class KvSize:
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A place among several ranks. ``plan`` None is experts in their own order; ``microbatches``
-    None is as measured. ``progress`` tells what the rank is doing in a step."""
+    """A place among several ranks, and how these reach one another (see ``comm.build``).
 
-    meeting: Meeting
+    ``plan`` None is experts in their own order; ``microbatches`` None is as measured. ``progress``
+    tells what the rank is doing in a step.
+    """
+
+    group: Group
+    topology: Topology
     progress: Progress
+    alarm: Alarm | None = None
+    backend: str = "auto"
+    deadline_s: float = DEADLINE_S
+    address: str | None = None
     plan: Path | None = None
     microbatches: int | None = None
 
     @property
     def rank(self) -> int:
-        return self.meeting.group.rank
+        return self.group.rank
 
     @property
-    def most_microbatches(self) -> int:
-        return self.microbatches or LARGEST
+    def neighbours(self) -> int:
+        """Ranks that share the node's memory, this one included."""
+        return self.topology.node_R.count(self.topology.node_R[self.rank])
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """A loaded share, ready to run steps; ``dispatcher`` and ``plan`` where there are others."""
+    """A loaded share, ready to run steps; ``plan`` where there are others."""
 
     decoder: Decoder
     executor: LocalExecutor[KVCache]
@@ -84,33 +95,36 @@ class Rank:
     eos_ids: frozenset[int]
     world: int
     recorder: RoutingRecorder | None
-    dispatcher: Dispatcher | None = None
     plan: Plan | None = None
+
+    @property
+    def parallel(self) -> Parallel:
+        """The way to the others, of which there must be some."""
+        assert self.decoder.parallel is not None
+        return self.decoder.parallel
 
     def lead(
         self, channel: LeaderChannel, seat: Seat, conductor: Conductor | None = None
     ) -> DistributedExecutor:
         """On rank 0: what runs plans of all ranks."""
-        assert self.dispatcher is not None
         return DistributedExecutor(
             self.executor,
             channel,
             self.world,
-            moved=self.dispatcher.moved,
+            moved=self.parallel.dispatcher.moved,
             microbatches=Measured() if seat.microbatches is None else Fixed(seat.microbatches),
             conductor=conductor,
-            deadline_s=seat.meeting.deadline_s,
+            deadline_s=seat.deadline_s,
         )
 
     def follow(self, channel: FollowerChannel, seat: Seat, rider: Rider | None = None) -> int:
         """On the others: run what rank 0 says until the run is over; how many steps that were."""
-        assert self.dispatcher is not None
-        return follow(channel, self.executor, seat.rank, self.dispatcher.moved, rider)
+        return follow(channel, self.executor, seat.rank, self.parallel.dispatcher.moved, rider)
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""
-        if self.dispatcher is not None:
-            self.dispatcher.close()
+        if self.decoder.parallel is not None:
+            self.decoder.parallel.dispatcher.close()
         if self.recorder is not None:
             self.recorder.close()
 
@@ -168,23 +182,11 @@ def load_rank(
         num_blocks=num_blocks,
         kv_memory=kv_memory,
         max_num_seqs=max_num_seqs,
-        available=read_memory().available // (1 if seat is None else neighbours(seat)),
+        available=read_memory().available // (1 if seat is None else seat.neighbours),
     )
-    dispatcher = None
     if seat is not None and plan is not None:
         size = agree_on_size(seat, size)
-        dispatcher = open_dispatcher(
-            ops,
-            decoder.stack.layers,
-            max_num_batched_tokens,
-            seat.most_microbatches,
-            seat.meeting,
-            seat.progress,
-        )
-        parallel = parallel_over(
-            ops, decoder.stack.layers, _spread(plan), dispatcher, seat.progress
-        )
-        decoder = replace(decoder, parallel=parallel)
+        decoder = replace(decoder, parallel=join(seat, decoder, plan, max_num_batched_tokens))
     recorder = None
     if record_routing is not None:
         file = record_routing if seat is None else of_rank(record_routing, seat.rank)
@@ -197,9 +199,8 @@ def load_rank(
         executor=LocalExecutor(decoder, size.num_blocks, block_size, eos_ids, recorder),
         size=size,
         eos_ids=eos_ids,
-        world=1 if seat is None else seat.meeting.group.world,
+        world=1 if seat is None else seat.group.world,
         recorder=recorder,
-        dispatcher=dispatcher,
         plan=plan,
     )
 
@@ -217,7 +218,7 @@ def choose_table(threads: int | None) -> Ops:
 def plan_of_seat(checkpoint: Checkpoint, seat: Seat) -> Plan:
     """Which rank holds which expert."""
     spec, _ = read_spec(checkpoint)
-    return plan_of(seat.plan, spec.moe_layers, num_experts(spec), seat.meeting.topology.node_R)
+    return plan_of(seat.plan, spec.moe_layers, num_experts(spec), seat.topology.node_R)
 
 
 def num_experts(spec: ModelSpec) -> int:
@@ -228,16 +229,25 @@ def num_experts(spec: ModelSpec) -> int:
     return max(found)
 
 
-def neighbours(seat: Seat) -> int:
-    """Ranks that share the node's memory, this one included."""
-    node_R = seat.meeting.topology.node_R
-    return node_R.count(node_R[seat.rank])
+def join(seat: Seat, decoder: Decoder, plan: Plan, tokens: int) -> Parallel:
+    """The way to the others; ``tokens`` is the most that a rank has in a step."""
+    return open_parallel(
+        decoder.ops,
+        decoder.stack.layers,
+        _spread(plan),
+        seat.group,
+        seat.topology,
+        backend=seat.backend,
+        bounds=Bounds(tokens, seat.microbatches or LARGEST, seat.deadline_s, seat.alarm),
+        progress=seat.progress,
+        address=seat.address,
+    )
 
 
 def agree_on_size(seat: Seat, mine: KvSize) -> KvSize:
     """The least of all ranks."""
     note = json.dumps([mine.num_blocks, mine.max_model_len]).encode()
-    sizes = [json.loads(said) for said in seat.meeting.group.all_gather("kv size", note)]
+    sizes = [json.loads(said) for said in seat.group.all_gather("kv size", note)]
     return KvSize(min(blocks for blocks, _ in sizes), min(longest for _, longest in sizes))
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from moeserve.comm.build import Meeting
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.progress import Progress
 from moeserve.core import Event, FinishReason, Logprobs, Request, RequestId, SamplingParams
@@ -60,10 +59,10 @@ def serving(
     settings: dict[str, Any] = {**SMALL, "threads": 1, **options}
 
     def seat(rank: int) -> Seat:
-        meeting = Meeting(
-            Group(rank, world, store), Topology(tuple(nodes)), wire.alarm, backend, deadline_s=20.0
-        )
-        return Seat(meeting, Progress(), plan, microbatches)
+        return Seat(
+            Group(rank, world, store), Topology(tuple(nodes)), Progress(), wire.alarm, backend,
+            deadline_s=20.0, plan=plan, microbatches=microbatches,
+        )  # fmt: skip
 
     def work(rank: int) -> None:
         try:
