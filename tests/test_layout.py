@@ -21,11 +21,17 @@ PACKAGE = ROOT / "moeserve"
 NATIVE_HALVES = ("placement", "comm", "kernels", "proto")
 
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
-PURE = ("core.py", "engine/scheduler.py", "engine/blocks.py")
+PURE = (
+    "core.py",
+    "engine/scheduler.py",
+    "engine/blocks.py",
+    "engine/fleet.py",
+    "engine/overlap.py",
+)
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
     "heapq itertools math operator struct typing "
-    "moeserve.core moeserve.errors moeserve.engine.blocks".split()
+    "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.scheduler".split()
 )
 BARE = (
     "moeserve",
@@ -35,6 +41,8 @@ BARE = (
     "moeserve.host",
     "moeserve.engine.blocks",
     "moeserve.engine.scheduler",
+    "moeserve.engine.fleet",
+    "moeserve.engine.overlap",
 )
 
 UNPICKLERS = frozenset("pickle cPickle _pickle marshal shelve dill cloudpickle joblib".split())

@@ -171,15 +171,15 @@ class Engine:
             self._wake.set()
 
     def load(self) -> Load:
-        scheduler, pool = self._scheduler, self._scheduler.pool
         with self._owned:
+            blocks = self._scheduler.blocks
             return Load(
-                running=scheduler.num_running,
-                waiting=scheduler.num_waiting,
-                total_blocks=pool.num_blocks,
-                free_blocks=pool.num_free,
-                cached_blocks=pool.num_cached,
-                block_size=pool.block_size,
+                running=self._scheduler.num_running,
+                waiting=self._scheduler.num_waiting,
+                total_blocks=blocks.total,
+                free_blocks=blocks.free,
+                cached_blocks=blocks.cached,
+                block_size=blocks.size,
                 accepting=self._accepting,
             )
 

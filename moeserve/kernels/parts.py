@@ -125,7 +125,6 @@ def pile(layers: Sequence[Layer]) -> Stack:
             router, experts = (part.data for part in mlp)
             natives.append(_cpu.Layer(attention.handle, router.handle, experts.handle))
             sizes |= {attention.hidden, router.hidden, experts.hidden}
-            assert mlp[0].weights.spec.num_experts == mlp[1].weights.experts.num_experts, mlp
     assert len(sizes) == 1, f"layers of several widths: {sizes}"
     top_ks = tuple(x.mlp[0].weights.spec.top_k for x in layers if isinstance(x.mlp, tuple))
     return Stack(tuple(layers), Native(sizes.pop(), _cpu.Stack(natives), None, top_ks, ()))

@@ -1,8 +1,9 @@
 """Read a model folder: ``config.json`` and memory-mapped safetensors.
 
 Nothing in the folder is executed and pickle is never read. Every tensor that is asked for is
-checked (present, shape, dtype) and counted; ``unread`` lists what nobody asked for, so that a
-tensor we do not understand cannot be dropped in silence. Files must not change while open. Pages
+checked (present, shape, dtype) and its bytes are counted, those of the rows asked for where that is
+all; ``unread`` lists what nobody asked for, so that a tensor we do not understand cannot be dropped
+in silence. Files must not change while open. Pages
 that were read stay resident until ``release``, so that a model need not be in memory twice.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import mmap
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -103,6 +105,25 @@ class Checkpoint:
         kinds: tuple[torch.dtype, ...] = FLOATS,
     ) -> Tensor:
         """The tensor, a view of the mapped file; of exactly this shape where one is given."""
+        tensor = self._mapped(name, shape, kinds)
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+    def rows(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: Sequence[int],
+        kinds: tuple[torch.dtype, ...] = FLOATS,
+    ) -> list[Tensor]:
+        """These entries of the first dimension of a tensor of this shape, as views."""
+        tensor = self._mapped(name, shape, kinds)
+        self.bytes_read += len(set(rows)) * (tensor.nbytes // max(1, len(tensor)))
+        return [tensor[row] for row in rows]
+
+    def _mapped(
+        self, name: str, shape: tuple[int, ...] | None, kinds: tuple[torch.dtype, ...]
+    ) -> Tensor:
         if shape is not None:
             self.require(name, shape)
         entry, kind = self._find(name), self.dtype(name)
@@ -114,7 +135,6 @@ class Checkpoint:
                 f"{remedy if kinds == FLOATS else ''}"
             )
         self._read.add(name)
-        self.bytes_read += entry.end - entry.start
         if entry.start == entry.end:
             return torch.empty(entry.shape, dtype=kind)
         count = (entry.end - entry.start) // kind.itemsize
@@ -165,6 +185,20 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path / _INDEX}: tensor {name} should be in {shard} but is not"
                 )
+
+
+class HeaderView(Checkpoint):
+    """Tensors of an open checkpoint without their data, to be checked as if they were read: they
+    count as asked for, and no byte of them as read."""
+
+    def __init__(self, of: Checkpoint) -> None:
+        super().__init__(of.path, of.config, of.generation_config, {})
+        self._entries, self._read = of._entries, of._read
+
+    def _mapped(
+        self, name: str, shape: tuple[int, ...] | None, kinds: tuple[torch.dtype, ...]
+    ) -> Tensor:
+        return super()._mapped(name, shape, kinds).to("meta")
 
 
 def read_json(file: Path, *, required: bool) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def split_batches(ids_BTC: I32, expert_S: I32, num_experts: int, ranks: int, hom
     slots = slots_of(expert_S, num_experts)
     copies_E = slots.copies_E
     table_EM = _table(slots)
-    chosen_BTC = table_EM[np.maximum(ids_BTC, 0), 0]
+    chosen_BTC: I32 = table_EM[np.maximum(ids_BTC, 0), 0]
     chosen_BTC[ids_BTC < 0] = -1
     open_BTC = (ids_BTC >= 0) & (copies_E[np.maximum(ids_BTC, 0)] > 1)
     if not open_BTC.any():

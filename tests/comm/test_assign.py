@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -144,10 +146,10 @@ def test_copies_of_nodes_spread_inside_are_copies_of_ranks(
         ends = inside.start_R1.tolist()
         found += [
             list(zip(token_N[a:b], inside.slot_NC[a:b].tolist(), strict=True))
-            for a, b in zip(ends, ends[1:], strict=False)
+            for a, b in itertools.pairwise(ends)
         ]
     ends = flat.start_R1.tolist()
     assert found == [
         list(zip(flat.token_N[a:b].tolist(), flat.slot_NC[a:b].tolist(), strict=True))
-        for a, b in zip(ends, ends[1:], strict=False)
+        for a, b in itertools.pairwise(ends)
     ]
