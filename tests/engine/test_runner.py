@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moeserve.core import BlockId, Chunk, Request, RequestId, SamplingParams, StepPlan
@@ -21,8 +23,13 @@ class Echo:
     def new_cache(self, num_blocks: int, block_size: int) -> None:
         return None
 
-    def forward(self, step: StepBatch, cache: None, observer: object = None) -> torch.Tensor:
-        self.steps.append(step)
+    def forward_micro(
+        self, steps: Sequence[StepBatch], cache: None, observer: object = None
+    ) -> list[torch.Tensor]:
+        self.steps += steps
+        return [self.answer(step) for step in steps]
+
+    def answer(self, step: StepBatch) -> torch.Tensor:
         last_R = step.token_ids_T[step.logit_rows_R]
         logits_RV = torch.nn.functional.one_hot(last_R, V).float()
         logits_RV[last_R == 3, 5] = torch.nan
