@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from moeserve.errors import DeadlineError
 from moeserve.testbed.network import Bed
@@ -69,12 +69,18 @@ def start_ranks(
     command: Sequence[str],
     ranks_per_host: int = 1,
     env: Mapping[str, str] | None = None,
+    errors_to: Sequence[IO[bytes]] | None = None,
     **options: Any,
 ) -> list[subprocess.Popen[Any]]:
-    """A process per rank, in their order; ``options`` are Popen's."""
+    """A process per rank, in their order; ``errors_to`` takes the standard error of each,
+    ``options`` are Popen's."""
+    if errors_to is None:
+        each: list[dict[str, Any]] = [{}] * (bed.hosts * ranks_per_host)
+    else:
+        each = [{"stderr": file} for file in errors_to]
     return [
-        bed.start(one.host, command, {**(env or {}), **one.env(bed)}, **options)
-        for one in ranks_of(bed.hosts, ranks_per_host)
+        bed.start(one.host, command, {**(env or {}), **one.env(bed)}, **own, **options)
+        for one, own in zip(ranks_of(bed.hosts, ranks_per_host), each, strict=True)
     ]
 
 
