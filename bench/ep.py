@@ -246,7 +246,7 @@ def bench_model(
     with ExitStack() as stack:
         bed = stack.enter_context(Bed(args.hosts))
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        crew = stack.enter_context(Crew(bed, material.told(args.threads), logs))
+        crew = stack.enter_context(Crew(bed, material.told(args.threads, args.backend), logs))
         say(f"{model}: filling KV")
         fill(crew, most, effort)
         overlap = overlap_table(crew, bed, model, loads, rates, effort, say)
@@ -268,6 +268,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantization", default="int8", help="of the weights [int8]")
     parser.add_argument("--hosts", type=int, default=4, metavar="N", help="[4]")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a rank [1]")
+    parser.add_argument("--backend", default="auto", help="auto, tcp, torch [auto]")
     parser.add_argument("--rates", default="unlimited,1gbit,300mbit,100mbit", metavar="RATE,..")
     parser.add_argument("--decode", default="4,16,64", metavar="N,..", help="streams of a rank")
     parser.add_argument("--prefill", default="64,256", metavar="N,..", help="tokens of a rank")
@@ -315,6 +316,7 @@ def main(words: Sequence[str] | None = None) -> int:
         raw = {
             "cores": os.cpu_count(),
             "hosts": args.hosts,
+            "backend": args.backend,
             "overlap": [asdict(row) for row in overlap],
             "travel": [asdict(row) for row in travel],
         }

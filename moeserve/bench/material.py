@@ -46,7 +46,7 @@ PLANS = {
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """``told`` is for ``rank.set_up``. ``topk_RSTLK[r][s]`` is the routing of a rank's sequence."""
+    """``told`` is for ``rank.set_up``. ``topk_RS[r][s]`` is the routing of a rank's sequence."""
 
     model: str
     quantization: str
@@ -56,7 +56,7 @@ class Material:
     hidden: int
     top_k: int
 
-    def told(self, threads: int) -> dict[str, Any]:
+    def told(self, threads: int, backend: str) -> dict[str, Any]:
         plans = {
             name: {
                 str(layer): plan.expert_LS[l].tolist() for l, layer in enumerate(plan.moe_layers)
@@ -67,6 +67,7 @@ class Material:
             "model": str(resolve_model(self.model)),
             "quantization": self.quantization,
             "threads": threads,
+            "backend": backend,
             "experts": next(iter(self.plans.values())).num_experts,
             "plans": plans,
             "sequences": self.sequences_RS,

@@ -32,11 +32,11 @@ from moeserve.comm.dispatcher import Flat, Spread
 from moeserve.comm.exchange import Exchange
 from moeserve.comm.group import Group, Topology, host_store, join_store
 from moeserve.comm.layout import LayerLayout
+from moeserve.comm.open import open_exchange
 from moeserve.comm.pipeline import Parallel
 from moeserve.comm.progress import Progress
 from moeserve.comm.rounds import Lanes
 from moeserve.comm.table import Assigned, Table
-from moeserve.comm.torch_exchange import TorchExchange
 from moeserve.kernels.select import choose_ops
 from moeserve.kernels.wire import Copies, Wire
 from moeserve.models.batch import Span, pack_spans, split_spans
@@ -44,7 +44,7 @@ from moeserve.models.decoder import Decoder, KVCache, load_decoder
 
 BLOCK = 16
 MOST_MICROBATCHES = 4
-SEGMENT_BYTES = 64 << 20
+SEGMENT_BYTES = 8 << 20
 DEADLINE_S = 60.0
 
 
@@ -108,7 +108,7 @@ class Widened:
 class Rank:
     """Everything a step needs. ``sequences`` are this rank's, in blocks of their own."""
 
-    exchange: TorchExchange
+    exchange: Exchange
     topology: Topology
     decoders: Mapping[str, Decoder]
     layouts: Mapping[str, Mapping[int, LayerLayout]]
@@ -219,8 +219,8 @@ def set_up(told: Mapping[str, Any], environ: Mapping[str, str]) -> Rank:
     cache = next(iter(decoders.values())).new_cache(blocks, BLOCK)
     store = host_store(host, port)[0] if rank == 0 else join_store(host, port)
     lanes = Lanes((SEGMENT_BYTES,) * 2 * MOST_MICROBATCHES, DEADLINE_S)
-    exchange = TorchExchange(Group(rank, world, store), lanes)
     topology = Topology(tuple(r // here for r in range(world)))
+    exchange = open_exchange(told["backend"], Group(rank, world, store), topology, lanes)
     return Rank(exchange, topology, decoders, layouts, sequences, cache, {})
 
 
