@@ -30,7 +30,8 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Rank ``rank`` of ``world``, the ``local_rank``-th of ``local_world`` on its host.
+    """Rank ``rank`` of ``world``, the ``local_rank``-th of ``local_world`` on its host, where None
+    is unknown.
 
     Rank 0 is met at ``host``:``port``. With ``agent_store`` the launcher keeps the notes there
     itself; ``attempt`` tells its restarts apart.
@@ -39,7 +40,7 @@ class Launch:
     rank: int
     world: int
     local_rank: int
-    local_world: int
+    local_world: int | None
     host: str | None
     port: int | None
     launcher: str
@@ -48,7 +49,7 @@ class Launch:
 
     @property
     def one_host(self) -> bool:
-        return self.local_world == self.world
+        return self.local_world == self.world or self.host in (LOOPBACK, "localhost", "::1")
 
 
 ALONE = Launch(0, 1, 0, 1, LOOPBACK, None, "none")
@@ -135,21 +136,23 @@ def _slurm(environ: Mapping[str, str]) -> Launch:
     return Launch(rank, world, local_rank, per_node[node], host or nodes[0], port, "slurm")
 
 
-def _figures(environ: Mapping[str, str], names: _Names) -> tuple[int, int, int, int]:
-    """Rank, world, local rank, local world. Where nothing tells of the host: all on one."""
+def _figures(environ: Mapping[str, str], names: _Names) -> tuple[int, int, int, int | None]:
+    """Rank, world, local rank, local world. What nothing tells of the host is 0 and None."""
     rank, world = _number(environ, names.rank), _number(environ, names.world)
     if not 0 <= rank < world:
         raise ConfigError(f"{names.rank}={rank}: must be less than {names.world}={world}")
     local_name = _first(environ, names.local_rank)
-    local_rank = rank if local_name is None else _number(environ, local_name)
-    among_name = _first(environ, names.local_world)
-    among = world if among_name is None else _number(environ, among_name)
+    local_rank = 0 if local_name is None else _number(environ, local_name)
     if local_rank > rank:
         raise ConfigError(f"{local_name}={local_rank}: cannot be beyond {names.rank}={rank}")
+    among_name = _first(environ, names.local_world)
+    if among_name is None:
+        return rank, world, local_rank, None
+    among = _number(environ, among_name)
     if not local_rank < among <= world:
         raise ConfigError(
-            f"{among_name or names.world}={among}: must be more than "
-            f"{local_name or names.rank}={local_rank} and at most {names.world}={world}"
+            f"{among_name}={among}: must be more than {local_name or 'a local rank'}={local_rank} "
+            f"and at most {names.world}={world}"
         )
     return rank, world, local_rank, among
 

@@ -84,7 +84,7 @@ def pack_spans(spans: Sequence[Span], block_size: int) -> StepBatch:
         starts.append(len(ids))
         contexts.append(end)
     # Two tensors, cut into views: each further one would cost as much as all this.
-    wide = torch.tensor([*ids, *positions, *slots, *rows])
+    wide = torch.tensor([*ids, *positions, *slots, *rows], dtype=torch.int64)
     ids_T, positions_T, slot_T, rows_R = wide.split_with_sizes(
         [len(ids), len(ids), len(ids), len(rows)]
     )

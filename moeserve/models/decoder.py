@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -71,6 +71,11 @@ class Decoder:
     unread: tuple[str, ...]
     parallel: Parallel | None = None
 
+    def over(self, parallel: Parallel) -> Decoder:
+        """The same over ranks. Experts are ``parallel``'s alone from here on: what it lets go of
+        is freed."""
+        return replace(self, stack=Stack((), None), parallel=parallel)
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Of all decoder layers, without the MTP block; a block costs as much for each token."""
@@ -116,7 +121,7 @@ class Decoder:
     def _layers(
         self, steps: Sequence[StepBatch], cache: KVCache, observer: RoutingObserver | None
     ) -> list[Tensor]:
-        caches = cache.layers[: len(self.stack.layers)]
+        caches = cache.layers[: len(self.spec.layers)]
         hidden = [self.ops.embed(self.embedding_WH, step.token_ids_T) for step in steps]
         shared = [self._shared(step) if len(step.token_ids_T) else None for step in steps]
         chosen: list[list[Tensor]] | None = None if observer is None else [[] for _ in steps]
