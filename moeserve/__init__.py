@@ -12,6 +12,8 @@ Imports run one way, and ``tests/test_layout.py`` holds it::
       ^
     pools  doctor  evaluate  bench            doors over the engine; this host; accuracy; speed
       ^
+    worker                                    one rank of several
+      ^
     cli
 """
 

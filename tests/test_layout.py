@@ -21,11 +21,18 @@ PACKAGE = ROOT / "moeserve"
 NATIVE_HALVES = ("placement", "comm", "kernels", "proto")
 
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
-PURE = ("core.py", "engine/scheduler.py", "engine/blocks.py")
+PURE = (
+    "core.py",
+    "engine/scheduler.py",
+    "engine/blocks.py",
+    "engine/fleet.py",
+    "engine/overlap.py",
+    "engine/replan.py",
+)
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
     "heapq itertools math operator struct typing "
-    "moeserve.core moeserve.errors moeserve.engine.blocks".split()
+    "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.scheduler".split()
 )
 BARE = (
     "moeserve",
@@ -35,6 +42,9 @@ BARE = (
     "moeserve.host",
     "moeserve.engine.blocks",
     "moeserve.engine.scheduler",
+    "moeserve.engine.fleet",
+    "moeserve.engine.overlap",
+    "moeserve.engine.replan",
 )
 
 UNPICKLERS = frozenset("pickle cPickle _pickle marshal shelve dill cloudpickle joblib".split())
@@ -43,7 +53,9 @@ FORBIDDEN_CALLS = frozenset(
 )
 
 LONGEST_MODULE = 450
-LONGER_WITH_REASON: dict[str, str] = {}
+LONGER_WITH_REASON: dict[str, str] = {
+    "moeserve/kernels/ops.py": "one closed table, the contract of every backend: read whole",
+}
 
 
 def is_generated(path: Path) -> bool:

@@ -52,6 +52,7 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 #include "prepare.h"
 #include "pack.h"
 #include "gemm.h"
+#include "combine.h"
 #include "moe.h"
 namespace paged {
 #include "units.h"
@@ -65,6 +66,7 @@ using paged::paged_attention;
 using paged::write_kv;
 #include "rows.h"
 #include "layer.h"
+#include "wire.h"
 
 #define NAME_OF(x) #x
 #define NAME(x) NAME_OF(x)
@@ -74,13 +76,15 @@ using paged::write_kv;
 extern const Kernels kernels = {
     NAME(ISA),
     packed_bytes, pack, pack_floats, round_and_pack,
-    linear,     moe_ffn,
+    linear,     moe_ffn,    units,
     quantize_per_token,
     rms_norm,   glu,        rope,
     route_topk, paged::kv_bytes_per_block,
     paged::write_kv, paged::paged_attention,
     attend_gqa, attend_mla, dense,
-    route,      mix,        head,
+    route,      mix,
+    pack_tokens, relay_tokens, run_experts, relay_sums, pack_sums, collect, shared,
+    head,
 };
 
 }  // namespace moeserve::ISA

@@ -126,11 +126,30 @@ struct Router {
   const float* bias;
 };
 
+// moeserve/kernels/wire.py says what each does.
+enum class Combine : int { exact, ordered, fast };
+
 struct Mixture {
   Experts experts;
   Mlp shared;
   Matrix gate;  // no data: no gated shared expert
   Experts gated;
+  Combine combine;
+};
+
+// Bytes from every rank or for it.
+struct Segments {
+  char* const* at;
+  const int64_t* bytes;
+  int64_t count;
+};
+
+// Copy n is of row token[n]; those for rank r are starts[r] : starts[r + 1].
+struct Copies {
+  const int32_t* starts;  // [ranks + 1]
+  const int32_t* token;   // [count]
+  const int16_t* slot;    // [count][chosen]
+  int64_t ranks, count, chosen;
 };
 
 struct Head {
@@ -153,9 +172,11 @@ struct Kernels {
                          float* scale);
   // One matrix per head, packed one after the other; a plain linear has one head.
   void (*linear)(const float* x, int64_t rows, int64_t heads, const Matrix& w, float* out);
-  // False if an id is not an expert.
+  // False if an id is not an expert. With `units` of the rows the sum is exact, else a chain.
   bool (*moe_ffn)(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
-                  const float* weights, int64_t chosen, float* out);
+                  const float* weights, int64_t chosen, const float* units, float* out);
+  // Of the residual rows that the experts' sums are added to.
+  void (*units)(const float* x, int64_t rows, const Experts& w, float* out);
   // codes [rows][k] and one scale per row.
   void (*quantize_per_token)(const float* x, int64_t rows, int64_t k, int8_t* codes, float* scale);
   void (*rms_norm)(const float* x, int64_t rows, int64_t size, const float* weight, float eps,
@@ -180,6 +201,22 @@ struct Kernels {
                 float* weights);
   bool (*mix)(float* x, int64_t rows, const Mixture& w, const float* normed, const int32_t* ids,
               int64_t chosen, const float* weights);
+  // Tokens on their way to other ranks and back: wire.h. False (or -1) where a row, a slot or a
+  // size is not as it must be. The records have `chosen` slots each, features of kind `payload`.
+  bool (*pack_tokens)(const float* x, const float* normed, const float* weights, int64_t rows,
+                      const Mixture& w, const Copies& copies, const Segments& areas);
+  bool (*relay_tokens)(Kind payload, int64_t hidden, const Segments& from, const Copies& copies,
+                       const Segments& areas);
+  // These two return the rows of `out`.
+  int64_t (*run_experts)(const Mixture& w, int64_t chosen, const Segments& from, void* out);
+  int64_t (*relay_sums)(const Mixture& w, const Copies& copies, const Segments& came, int64_t rows,
+                        void* out);
+  bool (*pack_sums)(const Mixture& w, int64_t chosen, const void* sums, const Segments& from,
+                    const Segments& areas, int64_t* written);
+  // `extra` is the shared expert's rows, or null.
+  bool (*collect)(float* x, const float* weights, int64_t rows, const Mixture& w,
+                  const Copies& copies, const Segments& came, const float* extra);
+  void (*shared)(const float* normed, int64_t rows, const Mixture& w, float* out);
   // Of the wanted rows of x, all of which exist.
   void (*head)(const float* x, const int64_t* wanted, int64_t rows, const Head& w, float* out);
 };

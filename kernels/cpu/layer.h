@@ -166,27 +166,47 @@ void route(const float* x, int64_t rows, const Router& w, float* normed, int32_t
   route_topk(logits, rows, w.spec, w.bias, ids, weights);
 }
 
+bool has_shared(const Mixture& w) { return w.shared.down.data || w.gate.data; }
+
+int64_t shared_room(const Mixture& w, int64_t rows) {
+  return rows * (w.shared.down.data ? 3 * w.shared.down.k : 3);
+}
+
+// `room` holds shared_room floats.
+void shared_of(const float* normed, int64_t rows, const Mixture& w, float* room, float* out) {
+  if (w.shared.down.data) return mlp_of(normed, rows, w.shared, room, out);
+  float *logit = room, *weight = room + rows;
+  int32_t* only = reinterpret_cast<int32_t*>(room + 2 * rows);
+  linear(normed, rows, 1, w.gate, logit);
+  Routing one{};
+  one.experts = one.top_k = one.groups = one.kept_groups = 1;
+  one.scoring = 1;
+  one.top2 = true;
+  one.scale = 1.0f;
+  route_topk(logit, rows, one, nullptr, only, weight);
+  moe_ffn(normed, rows, w.gated, only, weight, 1, nullptr, out);
+}
+
+void shared(const float* normed, int64_t rows, const Mixture& w, float* out) {
+  const int64_t floats = shared_room(w, rows);
+  Room room(floats);
+  shared_of(normed, rows, w, room.take(floats), out);
+}
+
 bool mix(float* x, int64_t rows, const Mixture& w, const float* normed, const int32_t* ids,
          int64_t chosen, const float* weights) {
-  const int64_t hidden = w.experts.down.n, inner = w.shared.down.data ? w.shared.down.k : 0;
-  Room room(rows * (2 * hidden + 3 * inner + 3));
-  float *out = room.take(rows * hidden), *shared = room.take(rows * hidden);
-  if (!moe_ffn(normed, rows, w.experts, ids, weights, chosen, out)) return false;
-  if (inner) {
-    mlp_of(normed, rows, w.shared, room.take(3 * rows * inner), shared);
-    add_to(out, shared, rows, hidden);
-  } else if (w.gate.data) {
-    float *logit = room.take(rows), *weight = room.take(rows);
-    int32_t* only = reinterpret_cast<int32_t*>(room.take(rows));
-    linear(normed, rows, 1, w.gate, logit);
-    Routing one{};
-    one.experts = one.top_k = one.groups = one.kept_groups = 1;
-    one.scoring = 1;
-    one.top2 = true;
-    one.scale = 1.0f;
-    route_topk(logit, rows, one, nullptr, only, weight);
-    moe_ffn(normed, rows, w.gated, only, weight, 1, shared);
-    add_to(out, shared, rows, hidden);
+  const int64_t hidden = w.experts.down.n;
+  Room room(rows * (2 * hidden + 1) + shared_room(w, rows));
+  float *out = room.take(rows * hidden), *grid = nullptr;
+  if (w.combine == Combine::exact) {
+    grid = room.take(rows);
+    units(x, rows, w.experts, grid);
+  }
+  if (!moe_ffn(normed, rows, w.experts, ids, weights, chosen, grid, out)) return false;
+  if (has_shared(w)) {
+    float* extra = room.take(rows * hidden);
+    shared_of(normed, rows, w, room.take(shared_room(w, rows)), extra);
+    add_to(out, extra, rows, hidden);
   }
   add_to(x, out, rows, hidden);
   return true;

@@ -2,6 +2,7 @@
 // moeserve/kernels/cpu.py is the only caller and checks every shape.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #if defined(__x86_64__)
@@ -16,6 +17,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -168,9 +170,14 @@ void linear(uintptr_t x, int64_t rows, int64_t heads, const Matrix& w, uintptr_t
 }
 
 bool moe_ffn(uintptr_t x, int64_t rows, const Experts& w, uintptr_t ids, uintptr_t weights,
-             int64_t chosen, uintptr_t out) {
+             int64_t chosen, uintptr_t units, uintptr_t out) {
   return table().moe_ffn(at<const float>(x), rows, w, at<const int32_t>(ids),
-                         at<const float>(weights), chosen, at<float>(out));
+                         at<const float>(weights), chosen, at<const float>(units),
+                         at<float>(out));
+}
+
+void units(uintptr_t x, int64_t rows, const Experts& w, uintptr_t out) {
+  table().units(at<const float>(x), rows, w, at<float>(out));
 }
 
 void quantize_per_token(uintptr_t x, int64_t rows, int64_t k, uintptr_t codes, uintptr_t scale) {
@@ -243,6 +250,7 @@ bool paged_attention(uintptr_t data, int64_t blocks, int64_t block_size, int64_t
 }
 
 #include "parts.h"
+#include "travel.h"
 
 }  // namespace
 }  // namespace moeserve
@@ -269,7 +277,11 @@ NB_MODULE(_cpu, m) {
   });
   nb::class_<Experts>(m, "Experts")
       .def("__init__", [](Experts* self, const Matrix& gate_up, const Matrix& down, int64_t count,
-                          bool clamped) { new (self) Experts{gate_up, down, count, clamped}; });
+                          bool clamped) { new (self) Experts{gate_up, down, count, clamped}; })
+      .def_prop_ro("payload",
+                   [](const Experts& self) { return static_cast<int>(self.gate_up.kind); })
+      .def_prop_ro("contribution",
+                   [](const Experts& self) { return static_cast<int>(self.down.kind); });
   m.def("probe_ways", probe_ways);
   m.def("probe", probe, unlocked);
   m.def("packed_bytes", packed_bytes);
@@ -279,6 +291,7 @@ NB_MODULE(_cpu, m) {
   m.def("use_huge_pages", use_huge_pages, unlocked);
   m.def("linear", linear, unlocked);
   m.def("moe_ffn", moe_ffn, unlocked);
+  m.def("units", units, unlocked);
   m.def("quantize_per_token", quantize_per_token, unlocked);
   m.def("rms_norm", rms_norm, unlocked);
   m.def("glu", glu, unlocked);
@@ -288,4 +301,5 @@ NB_MODULE(_cpu, m) {
   m.def("write_kv", write_kv, unlocked);
   m.def("paged_attention", paged_attention, unlocked);
   bind_parts(m);
+  bind_travel(m);
 }

@@ -1,5 +1,5 @@
 // Routed experts in one parallel loop: first gate/up of every expert in ranges of panels, then down
-// in columns of 32 over all experts, where a column ends in the weighted sum. Whoever ends an
+// in columns of 32 over all experts, where a column ends in the weighted sum or what is wanted of it. Whoever ends an
 // expert's gate/up prepares its rows for down; a column waits only for the expert it comes to.
 // Items are handed out in order, so what an item waits for is always in somebody's hands.
 #pragma once
@@ -21,7 +21,18 @@ struct Block {
   int32_t done, ready;  // items of gate/up; whether the rows for down are there
 };
 
-// The (token, choice) pairs sorted by expert, in blocks. False if an id is not an expert.
+// What becomes of the contributions of a row: a chain of fused multiply-adds or the exact sum, as
+// floats; the exact sum as it travels, int32 [limbs][hidden]; or each by itself, not yet weighed.
+enum class Ending { chain, exact, sums, each };
+
+// Pairs of a row and an expert, those of row t are first[t] : first[t + 1]; null: `chosen` of each.
+struct Pairs {
+  int64_t rows, chosen;
+  const int32_t *first, *ids;
+  const float *weights, *units;  // of pairs, of rows
+};
+
+// The pairs sorted by expert, in blocks. False if an id is not an expert.
 bool group_by_expert(const int32_t* ids, int64_t pairs, int64_t experts, int32_t* place,
                      int32_t* pair, Block* block, int64_t& blocks) {
   for (int64_t e = 0; e < experts; ++e) place[e] = 0;
@@ -56,29 +67,29 @@ void wait_for(const int32_t* flag) {
 
 // One call: sizes, and where everything lies in scratch memory.
 struct MoeCall {
-  const float* x;
   const Experts& w;
-  const float* weights;
-  float* out;
-  int64_t rows, chosen, hidden, inner, room;  // `room`: floats of a row between gate/up and down
+  const Pairs& pairs;
+  Ending ending;
+  void* out;
+  int64_t hidden, inner, room;  // `room`: floats of a row between gate/up and down
   Form up, down;
   int64_t up_panels, down_panels, blocks, step, down_step, up_items;
   Inputs tokens, activations;
   float* between;  // [pairs][room], in the order of `pair`
-  int32_t* pair;
+  int32_t *pair, *row_of, *first;
   Block* block;
 };
 
 // The tokens of a block, line by line into tiles. One row alone is a tile where it lies.
 Inputs gather(const MoeCall& m, const Block& b) {
   const int32_t* pair = m.pair + b.start;
-  if (b.rows == 1) return inputs_from(m.tokens, m.up, pair[0] / m.chosen);
+  if (b.rows == 1) return inputs_from(m.tokens, m.up, m.row_of[pair[0]]);
   char* memory = static_cast<char*>(scratch(1, bytes_of(m.up, b.rows) + 64));
   const Inputs to = take_inputs(m.up, b.rows, memory);
   for (int64_t first = 0; first < b.rows;) {
     const RowTile tile = tile_of(b.rows, tile_limit(m.w.gate_up.kind), first);
     for (int64_t r = first; r < first + tile.size; ++r) {
-      const Inputs from = inputs_from(m.tokens, m.up, pair[r] / m.chosen);
+      const Inputs from = inputs_from(m.tokens, m.up, m.row_of[pair[r]]);
       char* line = to.data + first * m.up.lines * kLine + (r - first) * kLine;
       for (int64_t i = 0; i < m.up.lines; ++i)
         __builtin_memcpy(line + i * tile.size * kLine, from.data + i * kLine, kLine);
@@ -120,16 +131,65 @@ void gate_up_item(const MoeCall& m, int64_t item) {
   __atomic_store_n(&b.ready, 1, __ATOMIC_RELEASE);
 }
 
-// A column of some panels over all experts, one expert after the other, and its weighted sum.
+// The exact sums of a row in one panel.
+template <int64_t kLimbs>
+void end_exact(const MoeCall& m, int64_t t, const float* column, int64_t width, int64_t panel) {
+  Whole<kLimbs> low, high;
+  const float unit = m.pairs.units[t], scale = factor_of<kLimbs>(unit);
+  for (int64_t c = m.first[t]; c < m.first[t + 1]; ++c) {
+    const F16 factor = splat(m.pairs.weights[c] * scale);
+    const float* value = column + c * width * kPanel;
+    add(low, load(value), factor);
+    add(high, load(value + kLanes), factor);
+  }
+  const int32_t bound = bound_bits(m.pairs.chosen);
+  settle(low, bound);
+  settle(high, bound);
+  float* out = static_cast<float*>(m.out) + t * m.hidden;
+  if (m.ending == Ending::exact)
+    return store_panel(out, m.hidden, panel, number(low, unit), number(high, unit));
+  out += t * (kLimbs - 1) * m.hidden;
+  for (int64_t limb = 0; limb < kLimbs; ++limb)
+    store_panel(out + limb * m.hidden, m.hidden, panel, low.sum[limb], high.sum[limb]);
+}
+
+void end_chain(const MoeCall& m, int64_t t, const float* column, int64_t width, int64_t panel) {
+  F16 low = zero(), high = zero();
+  for (int64_t c = m.first[t]; c < m.first[t + 1]; ++c) {
+    const F16 weight = splat(m.pairs.weights[c]);
+    const float* value = column + c * width * kPanel;
+    low = fma(weight, load(value), low);
+    high = fma(weight, load(value + kLanes), high);
+  }
+  store_panel(static_cast<float*>(m.out) + t * m.hidden, m.hidden, panel, low, high);
+}
+
+void end_column(const MoeCall& m, int64_t t, const float* column, int64_t width, int64_t panel) {
+  if (m.ending == Ending::chain) {
+    end_chain(m, t, column, width, panel);
+  } else if (m.ending == Ending::each) {
+    for (int64_t c = m.first[t]; c < m.first[t + 1]; ++c) {
+      const float* value = column + c * width * kPanel;
+      store_panel(static_cast<float*>(m.out) + c * m.hidden, m.hidden, panel, load(value),
+                  load(value + kLanes));
+    }
+  } else if (limbs_of(m.w.down.kind) == 1) {
+    end_exact<1>(m, t, column, width, panel);
+  } else {
+    end_exact<2>(m, t, column, width, panel);
+  }
+}
+
+// A column of some panels over all experts, one expert after the other, and how it ends.
 void down_item(const MoeCall& m, int64_t item) {
   const Matrix& w = m.w.down;
   const int64_t from = item * m.down_step, width = least(m.down_step, m.down_panels - from);
-  float* column = static_cast<float*>(scratch(1, m.rows * m.chosen * width * kPanel * 4));
+  float* column = static_cast<float*>(scratch(1, m.first[m.pairs.rows] * width * kPanel * 4));
   const auto panel_of = [&](int64_t i, int64_t p) {
     return panel_at(w, m.down, m.block[i].expert * m.down_panels + p);
   };
   const int64_t later = from + threads() * m.down_step;
-  fetch_start(panel_of(0, from), m.block[0].rows);
+  if (m.blocks) fetch_start(panel_of(0, from), m.block[0].rows);
   for (int64_t i = 0; i < m.blocks; ++i) {
     const Block& b = m.block[i];
     wait_for(&b.ready);
@@ -151,51 +211,57 @@ void down_item(const MoeCall& m, int64_t item) {
             });
     }
   }
-  for (int64_t t = 0; t < m.rows; ++t)
-    for (int64_t p = 0; p < width; ++p) {
-      F16 low = zero(), high = zero();
-      for (int64_t c = t * m.chosen; c < (t + 1) * m.chosen; ++c) {
-        const F16 weight = splat(m.weights[c]);
-        const float* value = column + (c * width + p) * kPanel;
-        low = fma(weight, load(value), low);
-        high = fma(weight, load(value + kLanes), high);
-      }
-      store_panel(m.out + t * m.hidden, m.hidden, from + p, low, high);
-    }
+  for (int64_t t = 0; t < m.pairs.rows; ++t)
+    for (int64_t p = 0; p < width; ++p)
+      end_column(m, t, column + p * kPanel, width, from + p);
 }
 
-bool moe_ffn(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
-             const float* weights, int64_t chosen, float* out) {
-  MoeCall m{x, w, weights, out, rows, chosen, w.down.n, w.down.k, padded(w.down.k), {}, {}, 0, 0, 0,
-        0, 0, 0, {}, {}, nullptr, nullptr, nullptr};
+// `read(t, inputs)` lays out row t. False if an id is not an expert.
+template <class Read>
+bool run_moe(const Experts& w, const Pairs& pairs, const Read& read, Ending ending, void* out) {
+  const int64_t rows = pairs.rows, all = pairs.first ? pairs.first[rows] : rows * pairs.chosen;
+  MoeCall m{w, pairs, ending, out, w.down.n, w.down.k, padded(w.down.k), {}, {}, 0, 0, 0, 0, 0, 0,
+            {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr};
   m.up = form_of(w.gate_up.kind, m.hidden, w.gate_up.group);
   m.down = form_of(w.down.kind, m.inner, w.down.group);
   m.up_panels = panels_of(2 * m.inner, true);
   m.down_panels = panels_of(m.hidden, false);
-  const int64_t pairs = rows * chosen, most_blocks = least(pairs, w.count + pairs / kBlockRows);
+  const int64_t most_blocks = least(all, w.count + all / kBlockRows);
   char* memory = static_cast<char*>(
-      scratch(0, bytes_of(m.up, rows) + bytes_of(m.down, pairs) + 4 * pairs * (m.room + 1) +
-                     sizeof(Block) * most_blocks + 4 * w.count + 4 * 64));
+      scratch(0, bytes_of(m.up, rows) + bytes_of(m.down, all) + 4 * all * (m.room + 2) +
+                     4 * (rows + 1) + sizeof(Block) * most_blocks + 4 * w.count + 4 * 64));
   m.tokens = take_inputs(m.up, rows, memory);
-  m.activations = take_inputs(m.down, pairs, memory);
+  m.activations = take_inputs(m.down, all, memory);
   m.between = reinterpret_cast<float*>(memory);
-  m.pair = reinterpret_cast<int32_t*>(m.between + pairs * m.room);
-  m.block = reinterpret_cast<Block*>(m.pair + pairs);
+  m.pair = reinterpret_cast<int32_t*>(m.between + all * m.room);
+  m.row_of = m.pair + all;
+  m.first = m.row_of + all;
+  m.block = reinterpret_cast<Block*>(m.first + rows + 1);
   int32_t* place = reinterpret_cast<int32_t*>(m.block + most_blocks);
-  if (!group_by_expert(ids, pairs, w.count, place, m.pair, m.block, m.blocks)) return false;
+  if (!group_by_expert(pairs.ids, all, w.count, place, m.pair, m.block, m.blocks)) return false;
+  for (int64_t t = 0; t <= rows; ++t)
+    m.first[t] = pairs.first ? pairs.first[t] : static_cast<int32_t>(t * pairs.chosen);
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t c = m.first[t]; c < m.first[t + 1]; ++c) m.row_of[c] = static_cast<int32_t>(t);
 
-  each_row(rows, 4 * m.hidden, [&](int64_t t) {
-    const Inputs row = inputs_from(m.tokens, m.up, t);
-    prepare(w.gate_up.kind, m.up, x + t * m.hidden, m.hidden, row.data, kLine, row.scale, row.sums);
-  });
+  each_row(rows, 4 * m.hidden, [&](int64_t t) { read(t, inputs_from(m.tokens, m.up, t)); });
   m.step = panels_per_item(m.up_panels, m.blocks);
-  m.down_step = most(1, least(least(kDownPanels, kColumnRows / most(1, pairs)),
+  m.down_step = most(1, least(least(kDownPanels, kColumnRows / most(1, all)),
                               m.down_panels / (8 * threads())));
-  m.up_items = m.blocks * ceil_div(m.up_panels, m.step);
-  if (!pairs) m.up_items = 0;
+  m.up_items = all ? m.blocks * ceil_div(m.up_panels, m.step) : 0;
   const int64_t down_items = rows ? ceil_div(m.down_panels, m.down_step) : 0;
-  each(m.up_items + down_items, 3 * pairs * m.hidden * m.inner, [&](int64_t item) {
+  each(m.up_items + down_items, 3 * all * m.hidden * m.inner, [&](int64_t item) {
     item < m.up_items ? gate_up_item(m, item) : down_item(m, item - m.up_items);
   });
   return true;
+}
+
+bool moe_ffn(const float* x, int64_t rows, const Experts& w, const int32_t* ids,
+             const float* weights, int64_t chosen, const float* units, float* out) {
+  const Form form = form_of(w.gate_up.kind, w.down.n, w.gate_up.group);
+  const auto read = [&](int64_t t, const Inputs& row) {
+    prepare(w.gate_up.kind, form, x + t * w.down.n, w.down.n, row.data, kLine, row.scale, row.sums);
+  };
+  const Pairs pairs{rows, chosen, nullptr, ids, weights, units};
+  return run_moe(w, pairs, read, units ? Ending::exact : Ending::chain, out);
 }

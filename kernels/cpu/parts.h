@@ -98,12 +98,16 @@ void bind_handles(nb::module_& m) {
         new (self) Router{norm, matrix, spec, at<const float>(bias)};
       });
   nb::class_<Mixture>(m, "Mixture")
-      .def("__init__",
-           [](Mixture* self, const Experts& experts) { new (self) Mixture{experts, {}, {}, {}}; })
-      .def("__init__", [](Mixture* self, const Experts& experts,
-                          const Mlp& shared) { new (self) Mixture{experts, shared, {}, {}}; })
-      .def("__init__", [](Mixture* self, const Experts& experts, const Matrix& gate,
-                          const Experts& gated) { new (self) Mixture{experts, {}, gate, gated}; });
+      .def("__init__", [](Mixture* self, int combine, const Experts& experts) {
+        new (self) Mixture{experts, {}, {}, {}, static_cast<Combine>(combine)};
+      })
+      .def("__init__", [](Mixture* self, int combine, const Experts& experts, const Mlp& shared) {
+        new (self) Mixture{experts, shared, {}, {}, static_cast<Combine>(combine)};
+      })
+      .def("__init__", [](Mixture* self, int combine, const Experts& experts, const Matrix& gate,
+                          const Experts& gated) {
+        new (self) Mixture{experts, {}, gate, gated, static_cast<Combine>(combine)};
+      });
   nb::class_<Layer>(m, "Layer")
       .def("__init__", [](Layer* self, const Gqa& attention, const Dense& dense) {
         new (self) Layer{attention, {}, dense, {}, {}};

@@ -3,14 +3,7 @@
 
 // `out` may be `in`.
 INLINE void norm_row(const float* in, int64_t size, const float* weight, float eps, float* out) {
-  F16 squares[4] = {zero(), zero(), zero(), zero()};
-  for (int64_t h = 0; h < size; h += 4 * kLanes)
-    for (int64_t i = 0; i < 4 && h + i * kLanes < size; ++i) {
-      const F16 v = load(in + h + i * kLanes, size - h - i * kLanes);
-      squares[i] = fma(v, v, squares[i]);
-    }
-  const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  const F16 factor = splat(1.0f / __builtin_sqrtf(total / static_cast<float>(size) + eps));
+  const F16 factor = splat(1.0f / __builtin_sqrtf(mean_square(in, size) + eps));
   for (int64_t h = 0; h < size; h += kLanes) {
     const int64_t left = size - h;
     store(out + h, load(in + h, left) * factor * load(weight + h, left), left);

@@ -6,13 +6,17 @@ own from 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
-from moeserve.placement.plan import Plan
+from moeserve.placement.plan import Plan, contiguous, load
+
+MOST_SLOTS = 1 << 15
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,10 +36,38 @@ class LayerLayout:
         return tuple(int(e) for e in self.expert_S[rank * self.slots : (rank + 1) * self.slots])
 
 
-def layouts(
-    plan: Plan, moe_layers: tuple[int, ...], num_experts: int, world: int
-) -> dict[int, LayerLayout]:
-    """By model layer number; PlacementError where the plan is of another model or group."""
+def plan_of(
+    file: Path | None, moe_layers: tuple[int, ...], num_experts: int, node_R: Sequence[int]
+) -> Plan:
+    """The plan in ``file``; without one, experts in their own order in as many slots as they are,
+    rounded up to a multiple of the ranks. ``node_R[r]`` is the node of rank r.
+
+    PlacementError where the plan is of another model or group, or puts ranks together on nodes
+    as they are not; one that knows a single node fits any. Its dataflow and phase do not matter.
+    """
+    world = len(node_R)
+    if file is None:
+        slots = -(-num_experts // world) * world
+        expert_LS = contiguous(
+            layers=len(moe_layers), experts=num_experts, slots=slots, devices=world
+        )
+        return Plan(expert_LS, num_experts, world, 1, moe_layers)
+    plan = load(file)
+    try:
+        check(plan, moe_layers, num_experts, world, node_R)
+    except PlacementError as error:
+        raise PlacementError(f"{file}: {error.message}") from error
+    return plan
+
+
+def check(
+    plan: Plan,
+    moe_layers: tuple[int, ...],
+    num_experts: int,
+    world: int,
+    node_R: Sequence[int] | None = None,
+) -> None:
+    """Can these ranks serve this model by this plan? None: their nodes are not asked."""
     if (plan.moe_layers, plan.num_experts, plan.num_devices) != (moe_layers, num_experts, world):
         raise PlacementError(
             f"the plan is for {plan.num_experts} experts in layers {list(plan.moe_layers)} on "
@@ -43,7 +75,28 @@ def layouts(
             f"{list(moe_layers)}, and {world} ranks serve it: solve one for them with "
             "`moeserve place solve`"
         )
+    if node_R is not None and plan.num_nodes > 1 and plan.node_D.tolist() != list(node_R):
+        raise PlacementError(
+            f"the plan has its devices on nodes {plan.node_D.tolist()}, and the ranks run on nodes "
+            f"{list(node_R)}: order the hosts so, or solve with --nodes for these"
+        )
+    if plan.slots_per_device > MOST_SLOTS:
+        raise PlacementError(
+            f"the plan has {plan.slots_per_device} slots per device; a record names {MOST_SLOTS}"
+        )
+
+
+def layouts(
+    plan: Plan, moe_layers: tuple[int, ...], num_experts: int, world: int
+) -> dict[int, LayerLayout]:
+    """By model layer number; PlacementError where the plan is of another model or group."""
+    check(plan, moe_layers, num_experts, world)
     return {
         layer: LayerLayout(plan.expert_LS[l], num_experts, world)
         for l, layer in enumerate(moe_layers)
     }
+
+
+def own_experts(layouts: Mapping[int, LayerLayout], rank: int) -> dict[int, tuple[int, ...]]:
+    """What the rank loads, by layer: the ``experts`` of ``models.decoder.load_decoder``."""
+    return {layer: layout.of_rank(rank) for layer, layout in layouts.items()}

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from moeserve.comm.dispatcher import Dispatcher, Spread
 from moeserve.comm.progress import Progress
-from moeserve.kernels.ops import KvCache, Layer, Ops, Part, Routed, RouterWeights, Step
+from moeserve.kernels.ops import (
+    DenseWeights,
+    KvCache,
+    Layer,
+    Ops,
+    Part,
+    Routed,
+    RouterWeights,
+    Step,
+)
 
 
 class Parallel:
@@ -34,7 +43,7 @@ class Parallel:
         self.dispatcher = dispatcher
         self._progress = progress
         self._ops = ops
-        self._layers = tuple(layers)
+        self._halves = tuple((x.attention, unspread(x)) for x in layers)
 
     def run(
         self,
@@ -65,19 +74,19 @@ class Parallel:
         routed: list[Tensor] | None,
     ) -> Generator[bool, None, None]:
         ops, progress = self._ops, self._progress
-        for l, (layer, spread, cache) in enumerate(
-            zip(self._layers, self.spreads, caches, strict=True)
+        for l, ((attention, half), spread, cache) in enumerate(
+            zip(self._halves, self.spreads, caches, strict=True)
         ):
             progress.at(l, lane)
             progress.begin("attention")
             if step is not None:
-                ops.attend(x_TH, layer.attention, step, cache)
-            if isinstance(layer.mlp, Part):
+                ops.attend(x_TH, attention, step, cache)
+            if isinstance(half.weights, DenseWeights):
                 if step is not None:
-                    ops.dense(x_TH, layer.mlp)
+                    ops.dense(x_TH, half)
                 continue
             assert spread is not None, l
-            router = layer.mlp[0]
+            router = half
             chosen = nothing(x_TH, router) if step is None else ops.route(x_TH, router, step)
             if routed is not None:
                 routed.append(chosen.ids_TC.clone())
@@ -86,6 +95,11 @@ class Parallel:
                 yield True
                 progress.at(l, lane)
         progress.pause()
+
+
+def unspread(layer: Layer) -> Part[DenseWeights] | Part[RouterWeights]:
+    """The half after attention without experts, which only ``spreads`` holds: they may go."""
+    return layer.mlp if isinstance(layer.mlp, Part) else layer.mlp[0]
 
 
 def nothing(x_TH: Tensor, router: Part[RouterWeights]) -> Routed:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import NewType
 
@@ -31,6 +32,16 @@ def root_key(salt: str) -> BlockKey:
 def child_key(parent: BlockKey, token_ids: Sequence[int]) -> BlockKey:
     """The key of a full block that follows ``parent``."""
     return BlockKey(sha256(parent + array("q", token_ids).tobytes()).digest())
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCounts:
+    """``free`` blocks are held by nobody; ``cached`` ones can be found by key, held or free."""
+
+    total: int
+    free: int
+    cached: int
+    size: int
 
 
 class BlockPool:
@@ -58,6 +69,10 @@ class BlockPool:
     def num_cached(self) -> int:
         """Blocks that can be found by key, held or free."""
         return len(self._block_of)
+
+    @property
+    def counts(self) -> BlockCounts:
+        return BlockCounts(self.num_blocks, self.num_free, self.num_cached, self.block_size)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

@@ -3,7 +3,8 @@
 ``submit`` refuses or queues; from then on the request's sink receives ``Event``s, on the engine's
 thread, until one with ``finish``, which always comes: with an error if a step fails, if the
 request is aborted or late, or if the engine stops. A sink must not block. A failing step ends the
-requests that were in it, and the engine goes on.
+requests that were in it, and the engine goes on; where the executor says that it is unavailable,
+all requests end so, and the engine with them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from moeserve.core import (
     Request,
     RequestId,
     StepPlan,
+    StepResult,
     Timing,
     TokenOut,
 )
+from moeserve.engine.blocks import BlockCounts
 from moeserve.engine.executor import Executor
-from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.stream import Sink, Stream
 from moeserve.engine.text import Decodes, TextStream
 from moeserve.errors import TokenizerError, UnavailableError
@@ -48,6 +50,29 @@ class Load:
     cached_blocks: int
     block_size: int
     accepting: bool
+
+
+class Schedules(Protocol):
+    """A ``Scheduler``, or a ``Fleet`` of them."""
+
+    @property
+    def counters(self) -> Counters: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def has_work(self) -> bool: ...
+    @property
+    def blocks(self) -> BlockCounts: ...
+
+    def add(self, request: Request) -> None: ...
+
+    def abort(self, request_id: RequestId, reason: FinishReason) -> bool: ...
+
+    def plan(self, now: float) -> StepPlan: ...
+
+    def apply(self, result: StepResult) -> list[TokenOut]: ...
 
 
 class EngineObserver(Protocol):
@@ -96,21 +121,28 @@ class Owned:
 
 
 class Engine:
-    """``start`` or ``with`` it; ``tokenizer`` None serves token ids without text."""
+    """``start`` or ``with`` it; ``tokenizer`` None serves token ids without text.
+
+    ``idle`` is called about once a second while there is nothing to run; as from a step, an
+    UnavailableError ends the engine.
+    """
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Schedules,
         executor: Executor,
         tokenizer: Decodes | None = None,
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
+        idle: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._tokenizer = tokenizer
         self._observer = observer or Unobserved()
         self._clock = clock
+        self._rest = idle
+        self._farewell = "the server stopped: retry elsewhere"
         self._log = logging.getLogger("moeserve.engine")
         self._owned = Owned()  # scheduler, streams and accepting; never while a step runs
         self._streams: dict[RequestId, Stream] = {}
@@ -171,15 +203,15 @@ class Engine:
             self._wake.set()
 
     def load(self) -> Load:
-        scheduler, pool = self._scheduler, self._scheduler.pool
         with self._owned:
+            blocks = self._scheduler.blocks
             return Load(
-                running=scheduler.num_running,
-                waiting=scheduler.num_waiting,
-                total_blocks=pool.num_blocks,
-                free_blocks=pool.num_free,
-                cached_blocks=pool.num_cached,
-                block_size=pool.block_size,
+                running=self._scheduler.num_running,
+                waiting=self._scheduler.num_waiting,
+                total_blocks=blocks.total,
+                free_blocks=blocks.free,
+                cached_blocks=blocks.cached,
+                block_size=blocks.size,
                 accepting=self._accepting,
             )
 
@@ -206,8 +238,12 @@ class Engine:
         try:
             while not self._stopping.is_set():
                 if not self._step():
+                    self._rest()
                     self._wake.wait(IDLE_S)
                     self._wake.clear()
+        except UnavailableError as error:
+            self._farewell = error.message
+            self._log.critical("the engine stopped: %s", error.message)
         except Exception:  # noqa: BLE001 - the thread's last stop: log it, then end every stream
             self._log.critical("the engine stopped", exc_info=True)
         finally:
@@ -229,6 +265,8 @@ class Engine:
             self._close(request_id, FinishReason.DEADLINE, "the deadline passed")
         try:
             self._run(plan)
+        except UnavailableError:
+            raise
         except Exception:  # noqa: BLE001 - whatever a backend raises ends this step's requests only
             self._log.exception("a step of %d tokens failed", plan.num_tokens)
             for chunk in plan.chunks:
@@ -320,4 +358,4 @@ class Engine:
 
     def _end_all(self) -> None:
         for request_id in list(self._streams):
-            self._end(request_id, FinishReason.UNAVAILABLE, "the server stopped: retry elsewhere")
+            self._end(request_id, FinishReason.UNAVAILABLE, self._farewell)

@@ -25,11 +25,12 @@ from moeserve.core import (
     FinishReason,
     Request,
     RequestId,
+    Sampled,
     StepPlan,
     StepResult,
     TokenOut,
 )
-from moeserve.engine.blocks import BlockKey, BlockPool, child_key, root_key
+from moeserve.engine.blocks import BlockCounts, BlockKey, BlockPool, child_key, root_key
 from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
 
 
@@ -61,7 +62,8 @@ class SchedulerConfig:
 class Sequence:
     """A request under way. The KV of its first ``computed`` tokens lies in ``blocks``.
 
-    ``reached`` is the most it ever had computed: below it, work is done again.
+    ``reached`` is the most it ever had computed: below it, work is done again. ``arrival`` counts
+    requests where several schedulers share a queue.
     """
 
     request: Request
@@ -72,6 +74,7 @@ class Sequence:
     reached: int = 0
     admissions: int = 0
     finish: FinishReason | None = None
+    arrival: int = 0
 
     def __len__(self) -> int:
         return len(self.request.prompt_ids) + len(self.output_ids)
@@ -80,6 +83,9 @@ class Sequence:
     def generating(self) -> bool:
         """Only its newest token is still to be computed."""
         return bool(self.output_ids) and self.computed == len(self) - 1
+
+    def late(self, now: float) -> bool:
+        return self.request.deadline is not None and self.request.deadline <= now
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         prompt = self.request.prompt_ids
@@ -96,6 +102,18 @@ class Sequence:
         return self.keys
 
 
+def refuse_duplicate(request: Request, known: bool) -> None:
+    if known:
+        raise InvalidRequestError(
+            f"request id {request.id!r} is in use: choose another", param="request_id"
+        )
+
+
+def refuse_when_full(waiting: int, config: SchedulerConfig) -> None:
+    if waiting >= config.max_queue:
+        raise ExhaustedError(f"{waiting} requests are waiting, as many as may: try again later")
+
+
 class Admission(Protocol):
     """Chooses who is admitted next; None admits nobody in this step."""
 
@@ -109,8 +127,23 @@ class FirstComeFirstServed:
         return next(iter(waiting.values()), None)
 
 
+@dataclass(slots=True)
+class Draft:
+    """A step being planned; ``budget`` tokens are left of it."""
+
+    budget: int
+    expired: list[RequestId]
+    chunks: list[tuple[Sequence, Chunk]] = field(default_factory=list)
+    preempted: list[RequestId] = field(default_factory=list)
+
+
 class Scheduler:
-    """Owns requests from ``add`` until they finish. Call ``plan`` and ``apply`` in turn."""
+    """Owns requests from ``add`` until they finish. Call ``plan`` and ``apply`` in turn.
+
+    ``plan`` is ``begin``, ``admit`` as often as there is room, and ``commit``; where several ranks
+    share a queue (``fleet``) its owner calls these, and ``settle`` instead of ``apply``. ``rank``
+    is the home of whatever runs here.
+    """
 
     def __init__(
         self,
@@ -118,7 +151,9 @@ class Scheduler:
         pool: BlockPool,
         counters: Counters,
         admission: Admission | None = None,
+        rank: int = 0,
     ) -> None:
+        self.rank = rank
         self.config = config
         self.pool = pool
         self.counters = counters
@@ -139,6 +174,18 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
+
+    @property
+    def blocks(self) -> BlockCounts:
+        return self.pool.counts
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the running requests, whether or not their KV is there yet."""
+        return sum(map(len, self._running.values()))
+
+    def owns(self, request_id: RequestId) -> bool:
+        return request_id in self._running or request_id in self._waiting
 
     def check(self, request: Request) -> None:
         """Refuse what can never run."""
@@ -168,14 +215,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request, or refuse it."""
         self.check(request)
-        if request.id in self._waiting or request.id in self._running:
-            raise InvalidRequestError(
-                f"request id {request.id!r} is in use: choose another", param="request_id"
-            )
-        if len(self._waiting) >= self.config.max_queue:
-            raise ExhaustedError(
-                f"{len(self._waiting)} requests are waiting, as many as may: try again later"
-            )
+        refuse_duplicate(request, self.owns(request.id))
+        refuse_when_full(self.num_waiting, self.config)
         self._waiting[request.id] = Sequence(request)
         self.counters.prompt_tokens += len(request.prompt_ids)
 
@@ -189,30 +230,78 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's chunks. Its result goes to ``apply``, or its requests abort."""
-        expired = self._expire(now)
-        chunks: list[tuple[Sequence, Chunk]] = []
-        preempted: list[RequestId] = []
-        budget = self.config.max_num_batched_tokens
+        draft = self.begin(now)
+        while (seq := self._admission.pick(self._waiting, now)) and self.has_room(draft, seq):
+            self.admit(draft, seq)
+        return self.commit(draft, self.take_ended() if draft.chunks else ())
+
+    def begin(self, now: float) -> Draft:
+        """What running requests need of the next step."""
+        draft = Draft(self.config.max_num_batched_tokens, self._expire(now))
         for seq in [s for s in self._running.values() if s.generating]:
-            if seq.request.id in self._running and self._grow(seq, preempted):
-                chunks.append((seq, self._chunk(seq, 1)))
-                budget -= 1
+            if seq.request.id in self._running and self._grow(seq, draft.preempted):
+                self._put(draft, seq, 1)
         for seq in self._running.values():
-            if budget and not seq.generating:
-                chunks.append((seq, self._chunk(seq, budget)))
-                budget -= len(chunks[-1][1].token_ids)
-        while budget and not preempted and (admitted := self._admit(now)):
-            chunks.append((admitted, self._chunk(admitted, budget)))
-            budget -= len(chunks[-1][1].token_ids)
-        self._in_flight = chunks
-        ended = tuple(self._ended) if chunks else ()
-        del self._ended[: len(ended)]
-        return StepPlan(tuple(c for _, c in chunks), tuple(expired), tuple(preempted), ended)
+            if draft.budget and not seq.generating:
+                self._put(draft, seq, draft.budget)
+        return draft
+
+    def has_room(self, draft: Draft, seq: Sequence) -> bool:
+        """Whether a request can start: its tokens fit and all running ones can still grow a block.
+
+        Not in a step that had to preempt.
+        """
+        if not draft.budget or draft.preempted or len(self._running) >= self.config.max_num_seqs:
+            return False
+        shared = self._cached_prefix(seq)
+        fresh = self.pool.blocks_for(len(seq)) - len(shared)
+        revived = sum(self.pool.is_free(b) for b in shared)
+        return fresh + revived + len(self._running) <= self.pool.num_free
+
+    def cached_tokens(self, seq: Sequence) -> int:
+        """Of a request's beginning, those whose KV is here."""
+        return len(self._cached_prefix(seq)) * self.pool.block_size
+
+    def admit(self, draft: Draft, seq: Sequence) -> None:
+        """Start a request for which there is room."""
+        shared = self._cached_prefix(seq)
+        self.pool.share(shared)
+        seq.blocks = shared + self.pool.allocate(self.pool.blocks_for(len(seq)) - len(shared))
+        seq.computed = len(shared) * self.pool.block_size
+        seq.admissions += 1
+        if seq.admissions == 1:
+            self.counters.prefix_queried_tokens += len(seq)
+            self.counters.prefix_hit_tokens += seq.computed
+        seq.reached = max(seq.reached, seq.computed)
+        self._waiting.pop(seq.request.id, None)
+        self._running[seq.request.id] = seq
+        self._put(draft, seq, draft.budget)
+
+    def commit(self, draft: Draft, ended: tuple[RequestId, ...]) -> StepPlan:
+        """The step as it will run."""
+        self._in_flight = draft.chunks
+        chunks = tuple(c for _, c in draft.chunks)
+        return StepPlan(chunks, tuple(draft.expired), tuple(draft.preempted), ended)
+
+    def take_ended(self) -> tuple[RequestId, ...]:
+        """Those that ended since the last call."""
+        ended = tuple(self._ended)
+        self._ended.clear()
+        return ended
+
+    def withdraw(self) -> list[Sequence]:
+        """Let go of everything that waits."""
+        waiting = list(self._waiting.values())
+        self._waiting.clear()
+        return waiting
 
     def apply(self, result: StepResult) -> list[TokenOut]:
         """Take note of what the planned step computed and sampled."""
         self.counters.steps += 1
-        sampled = {s.request_id: s for s in result.sampled}
+        return self.settle({s.request_id: s for s in result.sampled})
+
+    def settle(self, sampled: Mapping[RequestId, Sampled]) -> list[TokenOut]:
+        """``apply`` of a step that is counted elsewhere."""
         outs = []
         for seq, chunk in self._in_flight:
             if seq.finish is not None:
@@ -229,12 +318,27 @@ class Scheduler:
         self._in_flight = []
         return outs
 
+    def _put(self, draft: Draft, seq: Sequence, most: int) -> None:
+        """Add a request's next tokens to the step."""
+        stop = min(len(seq), seq.computed + most)
+        chunk = Chunk(
+            request=seq.request,
+            token_ids=seq.tokens(seq.computed, stop),
+            start=seq.computed,
+            blocks=tuple(seq.blocks),
+            sample=stop == len(seq),
+            output_ids=seq.output_ids,
+            rank=self.rank,
+        )
+        draft.chunks.append((seq, chunk))
+        draft.budget -= stop - seq.computed
+
     def _expire(self, now: float) -> list[RequestId]:
         late = [
             seq
             for queue in (self._running, self._waiting)
             for seq in queue.values()
-            if seq.request.deadline is not None and seq.request.deadline <= now
+            if seq.late(now)
         ]
         for seq in late:
             self._finish(seq, FinishReason.DEADLINE)
@@ -260,44 +364,11 @@ class Scheduler:
         self._waiting.move_to_end(seq.request.id, last=False)
         self.counters.preemptions += 1
 
-    def _admit(self, now: float) -> Sequence | None:
-        """Start the next request if its tokens fit and all running ones can still grow a block."""
-        seq = self._admission.pick(self._waiting, now)
-        if seq is None or len(self._running) >= self.config.max_num_seqs:
-            return None
-        shared = self._cached_prefix(seq)
-        fresh = self.pool.blocks_for(len(seq)) - len(shared)
-        revived = sum(self.pool.is_free(b) for b in shared)
-        if fresh + revived + len(self._running) > self.pool.num_free:
-            return None
-        self.pool.share(shared)
-        seq.blocks = shared + self.pool.allocate(fresh)
-        seq.computed = len(shared) * self.pool.block_size
-        seq.admissions += 1
-        if seq.admissions == 1:
-            self.counters.prefix_queried_tokens += len(seq)
-            self.counters.prefix_hit_tokens += seq.computed
-        seq.reached = max(seq.reached, seq.computed)
-        del self._waiting[seq.request.id]
-        self._running[seq.request.id] = seq
-        return seq
-
     def _cached_prefix(self, seq: Sequence) -> list[BlockId]:
         if not self.config.prefix_cache:
             return []
         usable = (len(seq) - 1) // self.pool.block_size  # one token must be left to compute
         return self.pool.find(seq.full_keys(self.pool.block_size)[:usable])
-
-    def _chunk(self, seq: Sequence, budget: int) -> Chunk:
-        stop = min(len(seq), seq.computed + budget)
-        return Chunk(
-            request=seq.request,
-            token_ids=seq.tokens(seq.computed, stop),
-            start=seq.computed,
-            blocks=tuple(seq.blocks),
-            sample=stop == len(seq),
-            output_ids=seq.output_ids,
-        )
 
     def _advance(self, seq: Sequence, count: int) -> None:
         self.counters.computed_tokens += count

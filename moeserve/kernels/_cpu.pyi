@@ -84,11 +84,27 @@ class Matrix:
 
 class Experts:
     def __init__(self, gate_up: Matrix, down: Matrix, count: int, clamped: bool, /) -> None: ...
+    @property
+    def payload(self) -> int:
+        """The kind of gate and up."""
+
+    @property
+    def contribution(self) -> int:
+        """The kind of down."""
 
 def linear(x: int, rows: int, heads: int, weight: Matrix, out: int, /) -> None: ...
 def moe_ffn(
-    x: int, rows: int, experts: Experts, ids: int, weights: int, chosen: int, out: int, /
+    x: int,
+    rows: int,
+    experts: Experts,
+    ids: int,
+    weights: int,
+    chosen: int,
+    units: int,
+    out: int,
+    /,
 ) -> bool: ...
+def units(x: int, rows: int, experts: Experts, out: int, /) -> None: ...
 def quantize_per_token(x: int, rows: int, k: int, codes: int, scale: int, /) -> None: ...
 def rms_norm(x: int, rows: int, size: int, weight: int, eps: float, out: int, /) -> None: ...
 def glu(x: int, rows: int, intermediate: int, clamped: bool, out: int, /) -> None: ...
@@ -266,14 +282,15 @@ class Router:
     ) -> None: ...
 
 class Mixture:
-    """No shared expert, one that every token passes, or one behind a gate."""
+    """No shared expert, one that every token passes, or one behind a gate. ``combine`` counts
+    exact, ordered, fast from 0."""
 
     @overload
-    def __init__(self, experts: Experts, /) -> None: ...
+    def __init__(self, combine: int, experts: Experts, /) -> None: ...
     @overload
-    def __init__(self, experts: Experts, shared: Mlp, /) -> None: ...
+    def __init__(self, combine: int, experts: Experts, shared: Mlp, /) -> None: ...
     @overload
-    def __init__(self, experts: Experts, gate: Matrix, gated: Experts, /) -> None: ...
+    def __init__(self, combine: int, experts: Experts, gate: Matrix, gated: Experts, /) -> None: ...
 
 class Head:
     def __init__(self, norm: Norm, matrix: Matrix, /) -> None: ...
@@ -299,6 +316,75 @@ def route(x: int, rows: int, weights: Router, normed: int, ids: int, shares: int
 def mix(
     x: int, rows: int, weights: Mixture, normed: int, ids: int, chosen: int, shares: int, /
 ) -> bool: ...
+
+# Tokens that travel: ``wire`` says what lies in a segment. Segments and areas are two lists, of
+# addresses and of bytes, with one of each rank. Copies are (starts, tokens, slots; ranks, copies,
+# choices of a token). False, -1 or an empty list where a row, a slot or a size cannot be.
+
+Copies = tuple[int, int, int, int, int, int]
+
+def pack_tokens(
+    x: int,
+    normed: int,
+    shares: int,
+    rows: int,
+    weights: Mixture,
+    copies: Copies,
+    areas: list[int],
+    sizes: list[int],
+    /,
+) -> bool: ...
+def relay_tokens(
+    payload: int,
+    hidden: int,
+    segments: list[int],
+    nbytes: list[int],
+    copies: Copies,
+    areas: list[int],
+    sizes: list[int],
+    /,
+) -> bool: ...
+def run_experts(
+    weights: Mixture, chosen: int, segments: list[int], nbytes: list[int], out: int, /
+) -> int:
+    """The rows of ``out``."""
+
+def pack_sums(
+    weights: Mixture,
+    chosen: int,
+    sums: int,
+    rows: int,
+    segments: list[int],
+    nbytes: list[int],
+    areas: list[int],
+    sizes: list[int],
+    /,
+) -> list[int]:
+    """The bytes of every segment."""
+
+def relay_sums(
+    weights: Mixture,
+    copies: Copies,
+    segments: list[int],
+    nbytes: list[int],
+    rows: int,
+    out: int,
+    /,
+) -> int:
+    """The rows of ``out``."""
+
+def collect(
+    x: int,
+    shares: int,
+    rows: int,
+    weights: Mixture,
+    copies: Copies,
+    segments: list[int],
+    nbytes: list[int],
+    shared: int,
+    /,
+) -> bool: ...
+def shared(normed: int, rows: int, weights: Mixture, out: int, /) -> None: ...
 def embed(
     table: int, is_bf16: bool, vocabulary: int, size: int, ids: int, rows: int, out: int, /
 ) -> bool: ...

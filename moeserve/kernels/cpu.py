@@ -19,6 +19,7 @@ from moeserve.errors import InternalError
 from moeserve.kernels import _cpu, kv
 from moeserve.kernels.kv import fp32, int32
 from moeserve.kernels.matrix import Source
+from moeserve.kernels.native_wire import NativeWire
 from moeserve.kernels.ops import (
     Activation,
     AttentionBatch,
@@ -42,7 +43,16 @@ from moeserve.kernels.ops import (
     W,
 )
 from moeserve.kernels.packing import Panels, pack
-from moeserve.kernels.parts import SCORING, Native, check_spec, native_of, new_step, pile, room_of
+from moeserve.kernels.parts import (
+    SCORING,
+    Native,
+    check_spec,
+    native_of,
+    new_step,
+    pile,
+    room_of,
+    rows_at,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +64,7 @@ class PackedExperts:
     down: Panels
 
 
-class CpuOps:
+class CpuOps(NativeWire):
     """The native backend. Stateless: instruction set and threads belong to ``_cpu``."""
 
     name = "cpu"
@@ -88,12 +98,21 @@ class CpuOps:
     def linear_heads(self, x_TAK: Tensor, weight: Linear) -> Tensor:
         return multiply(x_TAK, weight, heads=x_TAK.shape[1])
 
-    def moe_ffn(self, x_TH: Tensor, experts: Experts, ids_TC: Tensor, weights_TC: Tensor) -> Tensor:
+    def moe_ffn(
+        self,
+        x_TH: Tensor,
+        experts: Experts,
+        ids_TC: Tensor,
+        weights_TC: Tensor,
+        units_T: Tensor | None = None,
+    ) -> Tensor:
         packed = cast("PackedExperts", experts.data)
         rows, chosen = ids_TC.shape
         assert x_TH.shape == (rows, experts.hidden), x_TH.shape
         assert weights_TC.shape == ids_TC.shape, weights_TC.shape
+        assert units_T is None or units_T.shape == (rows,), units_T
         x, ids, weights = fp32(x_TH), int32(ids_TC), fp32(weights_TC)
+        units = None if units_T is None else fp32(units_T)
         out = torch.empty(rows, experts.hidden)
         if not _cpu.moe_ffn(
             x.data_ptr(),
@@ -102,9 +121,17 @@ class CpuOps:
             ids.data_ptr(),
             weights.data_ptr(),
             chosen,
+            0 if units is None else units.data_ptr(),
             out.data_ptr(),
         ):
             raise InternalError(f"moe_ffn: an expert id is not in 0..{experts.num_experts - 1}")
+        return out
+
+    def units(self, x_TH: Tensor, experts: Experts) -> Tensor:
+        rows = x_TH.shape[0]
+        assert x_TH.shape == (rows, experts.hidden), x_TH.shape
+        x, out = fp32(x_TH), torch.empty(rows)
+        _cpu.units(x.data_ptr(), rows, experts.data.handle, out.data_ptr())
         return out
 
     def quantize_per_token(self, x_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,11 +341,3 @@ def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:
     out = torch.empty(rows, heads, weight.out_features)
     _cpu.linear(x.data_ptr(), rows, heads, panels.handle, out.data_ptr())
     return out
-
-
-def rows_at(x: Tensor, rows: int, size: int) -> int:
-    """Where an activation of this shape lies; for calls that are made in every layer."""
-    assert x.dtype is torch.float32, x.dtype
-    assert x.shape == (rows, size), (x.shape, rows, size)
-    assert x.is_contiguous(), x.stride()
-    return x.data_ptr()

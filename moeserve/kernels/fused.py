@@ -32,6 +32,7 @@ from moeserve.kernels.ops import (
     Step,
     W,
 )
+from moeserve.kernels.wire import Combine
 
 
 class Composed:
@@ -62,6 +63,9 @@ class Composed:
 
     def mix(self: Ops, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
         mix(self, x_TH, part.weights, routed)
+
+    def shared(self: Ops, part: Part[MoeWeights], routed: Routed) -> Tensor | None:
+        return shared(self, part.weights, routed.normed_TH)
 
     def pile(self, layers: Sequence[Layer]) -> Stack:
         return Stack(tuple(layers), None)
@@ -148,13 +152,19 @@ def route(ops: Ops, x_TH: Tensor, w: RouterWeights) -> Routed:
 
 def mix(ops: Ops, x_TH: Tensor, w: MoeWeights, routed: Routed) -> None:
     normed_TH = routed.normed_TH
-    out_TH = ops.moe_ffn(normed_TH, w.experts, routed.ids_TC, routed.weights_TC)
+    units_T = ops.units(x_TH, w.experts) if w.combine is Combine.EXACT else None
+    out_TH = ops.moe_ffn(normed_TH, w.experts, routed.ids_TC, routed.weights_TC, units_T)
+    shared_TH = shared(ops, w, normed_TH)
+    x_TH += out_TH if shared_TH is None else out_TH + shared_TH
+
+
+def shared(ops: Ops, w: MoeWeights, normed_TH: Tensor) -> Tensor | None:
     if isinstance(w.shared, MlpWeights):
-        out_TH += mlp(ops, normed_TH, w.shared)
-    elif isinstance(w.shared, GatedWeights):
+        return mlp(ops, normed_TH, w.shared)
+    if isinstance(w.shared, GatedWeights):
         ids_T1, weights_T1 = ops.route_topk(ops.linear(normed_TH, w.shared.gate), GATE)
-        out_TH += ops.moe_ffn(normed_TH, w.shared.experts, ids_T1, weights_T1)
-    x_TH += out_TH
+        return ops.moe_ffn(normed_TH, w.shared.experts, ids_T1, weights_T1)
+    return None
 
 
 def run(

@@ -24,19 +24,7 @@ goes over the steps of a segment, and segments are merged in ascending order.
   to 0..255 per step, relative to the step's greatest. The denominator adds the probabilities as
   they are: one whose value is tiny has code 0 and yet counts.
 
-How the contributions w_c * y_c of a token's experts become one row is ``Combine``:
-
-- exact: each, in fp32, is rounded to nearest (ties to even) to a whole number of the row's
-  ``unit``; these are added as integers, and float(sum) * unit is the result. So a sum is the same
-  whoever made parts of it (law 1 over devices). unit is 2^(e - grid_bits), where 2^e is the power
-  of two at or below the root of the mean square of the row of x that the result is added to (e at
-  least -40). Experts in fp32 have ``grid_bits`` 20 and sums of 64 bits, carried as two int32
-  ("limbs": contribution = high * 2^16 + low, low in -2^15..2^15 as rounding to nearest leaves it);
-  all others 11 and int32. A contribution beyond 2^(30 - ceil(log2 C)) units (of the high limb,
-  where there are two), or that is no number, makes the element NaN: in integers the lowest int32,
-  which stays the lowest whatever is added.
-- ordered: fma of the contributions in order of c, in fp32; over devices every contribution travels.
-- fast: as ordered in one process; over devices fp32 sums of each device, rounded to bf16.
+How the contributions w_c * y_c of a token's experts become one row is ``wire.Combine``.
 
 Every reduction has a fixed order per output element, or is exact, so a row's result never depends
 on the rows beside it (law 1). Backends may repack weights: whoever holds a ``Linear``,
@@ -58,6 +46,7 @@ import torch
 from torch import Tensor
 
 from moeserve.kernels.matrix import Source
+from moeserve.kernels.wire import Combine, Copies, Sums, Wire
 
 ATTENTION_SEGMENT = 512
 ATTENTION_STEP = 64
@@ -69,14 +58,6 @@ class Activation(StrEnum):
 
     SWIGLU = "swiglu"
     CLAMPED = "clamped"
-
-
-class Combine(StrEnum):
-    """How contributions become a row; see above."""
-
-    EXACT = "exact"
-    ORDERED = "ordered"
-    FAST = "fast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,52 +307,6 @@ class Routed:
     weights_TC: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Wire:
-    """The record in which a token travels to experts of one layer, ``row_bytes`` long.
-
-    First H features as the experts' products want them (``payload``: int8 codes, bfloat16 or
-    float32, so that nothing is rounded twice), padded to 4 bytes; then fp32 scale (int8; else 0),
-    fp32 unit, C fp32 weights, C int16 slots, padded to 4 bytes. A slot is one of the rank it
-    travels to, -1 where that choice goes elsewhere. The weight stands at its choice's place.
-    """
-
-    payload: torch.dtype
-    hidden: int
-    top_k: int
-
-    @property
-    def scale_at(self) -> int:
-        return -(-self.hidden * self.payload.itemsize // 4) * 4
-
-    @property
-    def row_bytes(self) -> int:
-        return self.scale_at + 8 + 4 * self.top_k + -(-2 * self.top_k // 4) * 4
-
-
-@dataclass(frozen=True, slots=True)
-class Copies:
-    """Which tokens of a batch go where. Copy n is of row ``token_N[n]``; those for rank r are
-    ``start_R1[r] : start_R1[r + 1]``, tokens ascending. ``slot_NC`` as in a record.
-    int32, int32, int16.
-    """
-
-    start_R1: Tensor
-    token_N: Tensor
-    slot_NC: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Sums:
-    """What experts of one rank made of the records they got, in the records' order; not weighed
-    further. ``data`` belongs to the backend: exact, int32 [N, limbs, H]; ordered, fp32 of each
-    (record, choice) that was here [M, H], not yet times its weight; fast, fp32 [N, H].
-    """
-
-    rows: int
-    data: Any
-
-
 class Ops(Protocol):
     """One backend. Tensors are contiguous unless said otherwise.
 
@@ -430,8 +365,20 @@ class Ops(Protocol):
         """ids_TC int32, best first by selection score, and weights_TC fp32."""
         ...
 
-    def moe_ffn(self, x_TH: Tensor, experts: Experts, ids_TC: Tensor, weights_TC: Tensor) -> Tensor:
-        """[T, H]: sum over c of weights[t, c] * expert[ids[t, c]](x[t]), added in order of c."""
+    def moe_ffn(
+        self,
+        x_TH: Tensor,
+        experts: Experts,
+        ids_TC: Tensor,
+        weights_TC: Tensor,
+        units_T: Tensor | None = None,
+    ) -> Tensor:
+        """[T, H]: sum over c of weights[t, c] * expert[ids[t, c]](x[t]): exact if the rows' units
+        are given, else added in order of c."""
+        ...
+
+    def units(self, x_TH: Tensor, experts: Experts) -> Tensor:
+        """[T]: of the residual rows that sums of these experts are added to; see ``Combine``."""
         ...
 
     def new_kv(self, shape: KvShape) -> KvCache: ...

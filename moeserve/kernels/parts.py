@@ -35,8 +35,10 @@ from moeserve.kernels.ops import (
     Stack,
     Step,
 )
+from moeserve.kernels.wire import Combine
 
 SCORING = {"softmax": 0, "sigmoid": 1, "topk_softmax": 2}
+COMBINES = tuple(Combine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,6 @@ def pile(layers: Sequence[Layer]) -> Stack:
             router, experts = (part.data for part in mlp)
             natives.append(_cpu.Layer(attention.handle, router.handle, experts.handle))
             sizes |= {attention.hidden, router.hidden, experts.hidden}
-            assert mlp[0].weights.spec.num_experts == mlp[1].weights.experts.num_experts, mlp
     assert len(sizes) == 1, f"layers of several widths: {sizes}"
     top_ks = tuple(x.mlp[0].weights.spec.top_k for x in layers if isinstance(x.mlp, tuple))
     return Stack(tuple(layers), Native(sizes.pop(), _cpu.Stack(natives), None, top_ks, ()))
@@ -143,6 +144,14 @@ def room_of(step: Step, hidden: int, top_k: int) -> Room:
         )
         rooms[hidden, top_k] = room
     return room
+
+
+def rows_at(x: Tensor, rows: int, size: int) -> int:
+    """Where an activation of this shape lies; for calls that are made in every layer."""
+    assert x.dtype is torch.float32, x.dtype
+    assert x.shape == (rows, size), (x.shape, rows, size)
+    assert x.is_contiguous(), x.stride()
+    return x.data_ptr()
 
 
 def check_spec(spec: RouterSpec) -> None:
@@ -251,15 +260,16 @@ def _router(w: RouterWeights, norm: Tensor, handle: _cpu.Norm) -> Native:
 
 
 def _moe(w: MoeWeights) -> _cpu.Mixture:
+    combine = COMBINES.index(w.combine)
     if isinstance(w.shared, MlpWeights):
         _check_mlp(w.shared, w.experts.hidden)
-        return _cpu.Mixture(_experts(w.experts), _mlp(w.shared))
+        return _cpu.Mixture(combine, _experts(w.experts), _mlp(w.shared))
     if isinstance(w.shared, GatedWeights):
         gate, experts = w.shared.gate, w.shared.experts
         assert (gate.in_features, gate.out_features) == (w.experts.hidden, 1), gate
         assert (experts.num_experts, experts.hidden) == (1, w.experts.hidden), experts
-        return _cpu.Mixture(_experts(w.experts), matrix(gate), _experts(experts))
-    return _cpu.Mixture(_experts(w.experts))
+        return _cpu.Mixture(combine, _experts(w.experts), matrix(gate), _experts(experts))
+    return _cpu.Mixture(combine, _experts(w.experts))
 
 
 def _check_mlp(w: MlpWeights, hidden: int) -> None:

@@ -15,15 +15,24 @@ from moeserve.kernels.matrix import Int4Matrix, Int8Matrix, Matrix, quantize_row
 
 def product(x_TK: Tensor, weight_NK: Matrix, bias_N: Tensor | None) -> Tensor:
     """[T, N] in fp32."""
-    if isinstance(weight_NK, Int8Matrix):
-        out = int8_product(x_TK, weight_NK)
-    elif isinstance(weight_NK, Int4Matrix):
-        out = int4_product(x_TK, weight_NK)
-    elif weight_NK.dtype is torch.bfloat16:
+    if isinstance(weight_NK, Int8Matrix | Int4Matrix):
+        return product_of_codes(*quantize_rows(x_TK), weight_NK, bias_N)
+    if weight_NK.dtype is torch.bfloat16:
         # In fp64, which differs from the chain that ``ops`` tells of in its last bits.
         out = each_row(x_TK.bfloat16().double(), weight_NK.double()).float()
     else:
         out = each_row(x_TK, weight_NK.float())
+    return out if bias_N is None else out + bias_N
+
+
+def product_of_codes(
+    codes_TK: Tensor, scale_T: Tensor, weight_NK: Int8Matrix | Int4Matrix, bias_N: Tensor | None
+) -> Tensor:
+    """[T, N] in fp32 of activations that were quantised already."""
+    if isinstance(weight_NK, Int8Matrix):
+        out = int8_product(codes_TK, scale_T, weight_NK)
+    else:
+        out = int4_product(codes_TK, scale_T, weight_NK)
     return out if bias_N is None else out + bias_N
 
 
@@ -34,20 +43,18 @@ def each_row(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     return out
 
 
-def int8_product(x_TK: Tensor, weight: Int8Matrix) -> Tensor:
-    codes_TK, scale_T = quantize_rows(x_TK)
+def int8_product(codes_TK: Tensor, scale_T: Tensor, weight: Int8Matrix) -> Tensor:
     total = codes_TK.double() @ weight.codes.double().T + 0.0  # an integer has no -0
     return total.float() * scale_T[:, None] * weight.scale
 
 
-def int4_product(x_TK: Tensor, weight: Int4Matrix) -> Tensor:
-    codes_TK, scale_T = quantize_rows(x_TK)
+def int4_product(codes_TK: Tensor, scale_T: Tensor, weight: Int4Matrix) -> Tensor:
     nibbles = unpack_nibbles(weight.packed)
     if weight.levels is not None:
         value = torch.tensor(weight.levels, dtype=torch.float64)[nibbles.long()]
     else:
         value = nibbles.double()
-    out = torch.zeros(len(x_TK), len(nibbles))
+    out = torch.zeros(len(codes_TK), len(nibbles))
     for g in range(weight.scale.shape[-1]):
         part = slice(g * weight.group, (g + 1) * weight.group)
         centred = value[:, part] - weight.zero[:, g, None].double()

@@ -25,9 +25,10 @@ from moeserve.kernels.ops import (
     RouterSpec,
 )
 from moeserve.kernels.products import product
+from moeserve.kernels.reference_wire import ReferenceWire, exact_sum, limbs_of, number
 
 
-class ReferenceOps(Composed):
+class ReferenceOps(Composed, ReferenceWire):
     """Plain torch, one row at a time."""
 
     name = "reference"
@@ -118,13 +119,27 @@ class ReferenceOps(Composed):
             ids[t], weights[t] = route_row(row.clone(), spec, bias_E)
         return ids, weights
 
-    def moe_ffn(self, x_TH: Tensor, experts: Experts, ids_TC: Tensor, weights_TC: Tensor) -> Tensor:
+    def moe_ffn(
+        self,
+        x_TH: Tensor,
+        experts: Experts,
+        ids_TC: Tensor,
+        weights_TC: Tensor,
+        units_T: Tensor | None = None,
+    ) -> Tensor:
         ups, downs = cast("tuple[list[Linear], list[Linear]]", experts.data)
         out = torch.zeros(len(x_TH), experts.hidden)
         for t, (ids, weights) in enumerate(zip(ids_TC.tolist(), weights_TC, strict=True)):
+            shares = []
             for e, weight in zip(ids, weights, strict=True):
                 inner = self.glu(self.linear(x_TH[t : t + 1], ups[e]), experts.activation)
-                out[t] += weight * self.linear(inner, downs[e])[0]
+                shares.append(weight * self.linear(inner, downs[e])[0])
+            if units_T is None:
+                out[t] = sum(shares, torch.zeros(experts.hidden))
+            else:
+                unit, limbs = float(units_T[t]), limbs_of(experts)
+                total = exact_sum(shares, unit, limbs, len(ids), experts.hidden)
+                out[t] = number(total, unit)
         return out
 
     def new_kv(self, shape: KvShape) -> KvCache:

@@ -40,8 +40,32 @@ class StepBatch:
     logit_rows_R: Tensor
 
 
+def split_spans(spans: Sequence[Span], parts: int) -> list[list[Span]]:
+    """The same tokens in the same order, cut into as many parts, whose sizes differ by one at most.
+
+    A span whose tokens fall into several parts is cut: its beginning is in the earlier one.
+    """
+    if parts == 1:
+        return [list(spans)]
+    total = sum(len(span.token_ids) for span in spans)
+    cut: list[list[Span]] = [[] for _ in range(parts)]
+    part, done, end = -1, 0, 0  # the part being filled ends after so many tokens
+    for span in spans:
+        at, size = 0, len(span.token_ids)
+        while at < size:
+            while done == end:
+                part += 1
+                end = total * (part + 1) // parts
+            stop = min(size, at + end - done)
+            wanted = max(0, stop - max(at, size - span.logits))
+            cut[part].append(Span(span.token_ids[at:stop], span.start + at, span.blocks, wanted))
+            done += stop - at
+            at = stop
+    return cut
+
+
 def pack_spans(spans: Sequence[Span], block_size: int) -> StepBatch:
-    """Sequences one after the other, each with its tokens in order."""
+    """Sequences one after the other, each with its tokens in order; there may be none."""
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -60,11 +84,11 @@ def pack_spans(spans: Sequence[Span], block_size: int) -> StepBatch:
         starts.append(len(ids))
         contexts.append(end)
     # Two tensors, cut into views: each further one would cost as much as all this.
-    wide = torch.tensor([*ids, *positions, *slots, *rows])
+    wide = torch.tensor([*ids, *positions, *slots, *rows], dtype=torch.int64)
     ids_T, positions_T, slot_T, rows_R = wide.split_with_sizes(
         [len(ids), len(ids), len(ids), len(rows)]
     )
-    width = max(len(s.blocks) for s in spans)
+    width = max((len(s.blocks) for s in spans), default=0)
     for span in spans:
         tables += span.blocks
         tables += [0] * (width - len(span.blocks))

@@ -1,8 +1,9 @@
 """Read a model folder: ``config.json`` and memory-mapped safetensors.
 
 Nothing in the folder is executed and pickle is never read. Every tensor that is asked for is
-checked (present, shape, dtype) and counted; ``unread`` lists what nobody asked for, so that a
-tensor we do not understand cannot be dropped in silence. Files must not change while open. Pages
+checked (present, shape, dtype) and its bytes are counted, those of the rows asked for where that is
+all; ``unread`` lists what nobody asked for, so that a tensor we do not understand cannot be dropped
+in silence. Files must not change while open. Pages
 that were read stay resident until ``release``, so that a model need not be in memory twice.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import mmap
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from moeserve.errors import CheckpointError
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,7 +79,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; give the path of a model folder")
         config = read_json(folder / "config.json", required=True)
-        files = {file: _map(file) for file in _weight_files(folder)}
+        files = {file: _map(file) for file in weight_files(folder)}
         generation = read_json(folder / "generation_config.json", required=False)
         checkpoint = cls(folder, config, generation, files)
         checkpoint._check_index()
@@ -103,6 +105,25 @@ class Checkpoint:
         kinds: tuple[torch.dtype, ...] = FLOATS,
     ) -> Tensor:
         """The tensor, a view of the mapped file; of exactly this shape where one is given."""
+        tensor = self._mapped(name, shape, kinds)
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+    def rows(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: Sequence[int],
+        kinds: tuple[torch.dtype, ...] = FLOATS,
+    ) -> list[Tensor]:
+        """These entries of the first dimension of a tensor of this shape, as views."""
+        tensor = self._mapped(name, shape, kinds)
+        self.bytes_read += len(set(rows)) * (tensor.nbytes // max(1, len(tensor)))
+        return [tensor[row] for row in rows]
+
+    def _mapped(
+        self, name: str, shape: tuple[int, ...] | None, kinds: tuple[torch.dtype, ...]
+    ) -> Tensor:
         if shape is not None:
             self.require(name, shape)
         entry, kind = self._find(name), self.dtype(name)
@@ -114,7 +135,6 @@ class Checkpoint:
                 f"{remedy if kinds == FLOATS else ''}"
             )
         self._read.add(name)
-        self.bytes_read += entry.end - entry.start
         if entry.start == entry.end:
             return torch.empty(entry.shape, dtype=kind)
         count = (entry.end - entry.start) // kind.itemsize
@@ -159,12 +179,26 @@ class Checkpoint:
         return self._entries[name]
 
     def _check_index(self) -> None:
-        index = read_json(self.path / _INDEX, required=False)
+        index = read_json(self.path / INDEX, required=False)
         for name, shard in index.get("weight_map", {}).items():
             if not self.has(name) or self._find(name).file.name != shard:
                 raise CheckpointError(
-                    f"{self.path / _INDEX}: tensor {name} should be in {shard} but is not"
+                    f"{self.path / INDEX}: tensor {name} should be in {shard} but is not"
                 )
+
+
+class HeaderView(Checkpoint):
+    """Tensors of an open checkpoint without their data, to be checked as if they were read: they
+    count as asked for, and no byte of them as read."""
+
+    def __init__(self, of: Checkpoint) -> None:
+        super().__init__(of.path, of.config, of.generation_config, {})
+        self._entries, self._read = of._entries, of._read
+
+    def _mapped(
+        self, name: str, shape: tuple[int, ...] | None, kinds: tuple[torch.dtype, ...]
+    ) -> Tensor:
+        return super()._mapped(name, shape, kinds).to("meta")
 
 
 def read_json(file: Path, *, required: bool) -> dict[str, Any]:
@@ -182,8 +216,8 @@ def read_json(file: Path, *, required: bool) -> dict[str, Any]:
     return value
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
+def weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
     if index.exists():
         shards = read_json(index, required=True).get("weight_map")
         if not isinstance(shards, dict) or not shards:
@@ -197,7 +231,7 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder}: only {', '.join(pickles[:3])} found; pickle is never read, "
             f"convert the weights to safetensors"
         )
-    raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} found")
+    raise CheckpointError(f"{folder}: neither {_SINGLE} nor {INDEX} found")
 
 
 def _shard(index: Path, name: str) -> Path:

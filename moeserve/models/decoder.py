@@ -8,8 +8,9 @@ residual stream is fp32. Letters as in ``kernels.ops``, R wanted rows, W vocabul
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,6 +71,11 @@ class Decoder:
     unread: tuple[str, ...]
     parallel: Parallel | None = None
 
+    def over(self, parallel: Parallel) -> Decoder:
+        """The same over ranks. Experts are ``parallel``'s alone from here on: what it lets go of
+        is freed."""
+        return replace(self, stack=Stack((), None), parallel=parallel)
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Of all decoder layers, without the MTP block; a block costs as much for each token."""
@@ -115,7 +121,7 @@ class Decoder:
     def _layers(
         self, steps: Sequence[StepBatch], cache: KVCache, observer: RoutingObserver | None
     ) -> list[Tensor]:
-        caches = cache.layers[: len(self.stack.layers)]
+        caches = cache.layers[: len(self.spec.layers)]
         hidden = [self.ops.embed(self.embedding_WH, step.token_ids_T) for step in steps]
         shared = [self._shared(step) if len(step.token_ids_T) else None for step in steps]
         chosen: list[list[Tensor]] | None = None if observer is None else [[] for _ in steps]
@@ -169,6 +175,7 @@ def load_decoder(
     kv_dtype: torch.dtype | None = None,
     quantization: str = "auto",
     quantize_attention: bool = True,
+    experts: Mapping[int, Sequence[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """The model in a folder, its floats in ``dtype``: float32, bfloat16, or the checkpoint's.
@@ -176,7 +183,9 @@ def load_decoder(
     A float16 checkpoint is held as float32, which is exact. Quantised matrices stay as they are
     stored, unless ``quantization`` says otherwise (see ``weights.Rounding``). ``kv_dtype`` is
     float32, bfloat16, int8, or that of the floats. Tensors that the model does not explain are an
-    error.
+    error. ``experts`` are those to hold of each layer, by its number and in this order (one may
+    occur twice); None is all, and so is a layer that is left out. Of other experts only headers are
+    read.
     """
     checkpoint = Checkpoint.open(path)
     return assemble(
@@ -186,6 +195,7 @@ def load_decoder(
         kv_dtype=kv_dtype,
         quantization=quantization,
         quantize_attention=quantize_attention,
+        experts=experts,
         progress=progress,
     )
 
@@ -198,11 +208,12 @@ def assemble(
     kv_dtype: torch.dtype | None = None,
     quantization: str = "auto",
     quantize_attention: bool = True,
+    experts: Mapping[int, Sequence[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """``load_decoder`` of an open folder."""
     rounding = Rounding(quantization, quantize_attention)
-    w = open_weights(checkpoint, dtype, ops, rounding, progress)
+    w = open_weights(checkpoint, dtype, ops, rounding, progress, experts)
     decoder = build_decoder(w, kv_dtype)
     for method, count in w.stored.rounded.items():
         logging.getLogger("moeserve.models").info(
@@ -222,6 +233,7 @@ def open_weights(
     ops: Ops,
     rounding: Rounding,
     progress: Callable[[int, int], None] | None = None,
+    experts: Mapping[int, Sequence[int]] | None = None,
 ) -> Weights:
     """``dtype`` None is that of the embedding, which no method quantises."""
     read_spec(checkpoint)  # a config that no family understands is the first thing to be said
@@ -234,6 +246,7 @@ def open_weights(
         torch.bfloat16 if held is torch.bfloat16 else torch.float32,
         rounding,
         progress,
+        experts or {},
     )
 
 
@@ -259,7 +272,7 @@ def build_decoder(w: Weights, kv_dtype: torch.dtype | None = None) -> Decoder:
         ),
         rope=rope_tables(spec.rope, spec.max_positions),
         mtp=_load_mtp(w, names, spec, embedding_WH, head),
-        unread=_explained(w.checkpoint, spec, w.stored),
+        unread=_explained(w, spec),
     )
 
 
@@ -272,7 +285,7 @@ def _load_layer(
     attention = load_attention(
         w, f"{prefix}.self_attn", layer.attention, input_norm_H, spec.norm_eps
     )
-    mlp = load_mlp(w, prefix, layer.mlp, names, post_norm_H, spec.norm_eps)
+    mlp = load_mlp(w, index, layer.mlp, names, post_norm_H, spec.norm_eps)
     w.checkpoint.release()
     return Layer(w.ops.prepare(attention), mlp)
 
@@ -302,17 +315,30 @@ def _load_mtp(
     )
 
 
-def _explained(checkpoint: Checkpoint, spec: ModelSpec, stored: Stored) -> tuple[str, ...]:
+def _explained(w: Weights, spec: ModelSpec) -> tuple[str, ...]:
     """The tensors nobody read, if each has a reason: else an error that names them."""
-    unread = checkpoint.unread()
-    strange = [name for name in unread if not (_needless(name, spec) or stored.needless(name))]
+    unread = w.checkpoint.unread()
+    strange = [
+        name
+        for name in unread
+        if not (_needless(name, spec) or _of_others(name, w.own) or w.stored.needless(name))
+    ]
     if strange:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise CheckpointError(
-            f"{checkpoint.path}: {spec.architecture} does not explain the tensors "
+            f"{w.checkpoint.path}: {spec.architecture} does not explain the tensors "
             f"{', '.join(strange[:3])}{more}; results without them would be wrong"
         )
     return unread
+
+
+def _of_others(name: str, own: Mapping[int, Sequence[int]]) -> bool:
+    """Whoever has the expert looks at what else is stored with it."""
+    found = re.match(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.", name)
+    if found is None:
+        return False
+    layer, expert = int(found[1]), int(found[2])
+    return layer in own and expert not in own[layer]
 
 
 def _needless(name: str, spec: ModelSpec) -> bool:

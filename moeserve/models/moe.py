@@ -6,12 +6,14 @@ tokens may be sent to other devices. Letters as in ``kernels.ops``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moeserve.errors import CheckpointError
+from moeserve.errors import CheckpointError, PlacementError
 from moeserve.kernels.matrix import Pieces
 from moeserve.kernels.ops import (
     DenseWeights,
@@ -38,20 +40,21 @@ Mlp = Part[DenseWeights] | tuple[Part[RouterWeights], Part[MoeWeights]]
 
 def load_mlp(
     w: Weights,
-    prefix: str,
+    layer: int,
     spec: DenseSpec | MoeSpec,
     names: TensorNames,
     norm_H: Tensor,
     eps: float,
 ) -> Mlp:
-    """``norm_H`` is the norm before it."""
-    hidden = len(norm_H)
+    """``norm_H`` is the norm before it; of routed experts, those that ``w.own`` names."""
+    prefix, hidden = f"model.layers.{layer}", len(norm_H)
     if isinstance(spec, DenseSpec):
         mlp = _load_dense(w, f"{prefix}.mlp", spec.intermediate, hidden)
         return w.ops.prepare(DenseWeights(norm_H, eps, mlp))
     block = _moe_prefix(w, prefix, names)
     router = _load_router(w, f"{block}.{names.router}", spec, names, norm_H, eps)
-    experts = _load_experts(w, f"{block}.experts", spec, names, hidden)
+    own = w.own.get(layer, range(spec.router.num_experts))
+    experts = load_experts(w, prefix, spec, names, hidden, own)
     shared: MlpWeights | GatedWeights | None = None
     if spec.shared and spec.shared_gate:
         gate = f"{block}.{names.shared_gate}"
@@ -101,31 +104,41 @@ def _load_router(
     )
 
 
-def _load_experts(
-    w: Weights, prefix: str, spec: MoeSpec, names: TensorNames, hidden: int
+def load_experts(
+    w: Weights, prefix: str, spec: MoeSpec, names: TensorNames, hidden: int, own: Sequence[int]
 ) -> Experts:
+    """Routed experts ``own`` of a layer, in this order; the headers of all are checked."""
     num, inner, turned = spec.router.num_experts, spec.intermediate, names.transposed
-    up, down = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+    unknown = sorted({e for e in own if not 0 <= e < num})
+    if unknown or not own:
+        raise PlacementError(f"{prefix}: experts {unknown or 'none'} wanted of 0..{num - 1}")
+    block = f"{_moe_prefix(w, prefix, names)}.experts"
+    up, down = f"{block}.gate_up_proj", f"{block}.down_proj"
     if w.has_experts(up):
-        gate_up_E2IH = w.experts(up, num, 2 * inner, hidden, transposed=turned, paired=turned)
-        down_EHI = w.experts(down, num, hidden, inner, transposed=turned)
+        gate_up_E2IH = w.experts(up, num, 2 * inner, hidden, own, transposed=turned, paired=turned)
+        down_EHI = w.experts(down, num, hidden, inner, own, transposed=turned)
     else:
-        gate_up_E2IH, down_EHI = _stack_experts(w, prefix, names, num, inner, hidden)
+        gate_up_E2IH, down_EHI = _stack_experts(w, block, names, spec, hidden, own)
     gate_up_bias = down_bias = None
     if spec.expert_bias:
-        gate_up_bias = w.exact(f"{up}_bias", num, 2 * inner)
+        gate_up_bias = w.exact_rows(f"{up}_bias", own, num, 2 * inner)
         if turned:
             gate_up_bias = torch.cat((gate_up_bias[:, 0::2], gate_up_bias[:, 1::2]), 1)
-        down_bias = w.exact(f"{down}_bias", num, hidden)
+        down_bias = w.exact_rows(f"{down}_bias", own, num, hidden)
     return w.ops.pack_experts(gate_up_E2IH, down_EHI, gate_up_bias, down_bias, spec.activation)
 
 
 def _stack_experts(
-    w: Weights, prefix: str, names: TensorNames, num: int, inner: int, hidden: int
+    w: Weights, prefix: str, names: TensorNames, spec: MoeSpec, hidden: int, own: Sequence[int]
 ) -> tuple[Pieces, Pieces]:
-    gate, up, down = names.expert_parts
-    rows = [
-        [w.matrix(f"{prefix}.{e}.{part}", inner, hidden) for part in (gate, up)] for e in range(num)
-    ]
-    downs = [[w.matrix(f"{prefix}.{e}.{down}", hidden, inner)] for e in range(num)]
-    return stacked(rows), stacked(downs)
+    """The form of a layer's experts is that of all of them, so that which ones lie together decides
+    nothing; others than ``own`` are looked at in the headers only."""
+    (gate, up, down), inner, headers = names.expert_parts, spec.intermediate, w.headers()
+    rows, downs = [], []
+    for e in range(spec.router.num_experts):
+        mine = e in own
+        with nullcontext() if mine else torch.device("meta"):
+            read = (w if mine else headers).matrix
+            rows.append([read(f"{prefix}.{e}.{part}", inner, hidden) for part in (gate, up)])
+            downs.append([read(f"{prefix}.{e}.{down}", hidden, inner)])
+    return stacked(rows, own), stacked(downs, own)

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,12 @@ class Modules(Weights):
         return Weights.floats(self, module, out, into)
 
     def experts(
-        self, name: str, num: int, out: int, into: int, *, transposed: bool, paired: bool = False
-    ) -> Pieces:
+        self, name: str, num: int, out: int, into: int, own: Sequence[int], *, transposed: bool,
+        paired: bool = False,
+    ) -> Pieces:  # fmt: skip
         self.stacks[name] = num, out, into
-        return Weights.experts(self, name, num, out, into, transposed=transposed, paired=paired)
+        turned = {"transposed": transposed, "paired": paired}
+        return Weights.experts(self, name, num, out, into, own, **turned)
 
 
 def quantize(

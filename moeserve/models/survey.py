@@ -37,13 +37,10 @@ class Headers(Checkpoint):
         super().__init__(*args)
         self.seen: dict[str, Tensor] = {}
 
-    def get(
-        self,
-        name: str,
-        shape: tuple[int, ...] | None = None,
-        kinds: tuple[torch.dtype, ...] = FLOATS,
+    def _mapped(
+        self, name: str, shape: tuple[int, ...] | None, kinds: tuple[torch.dtype, ...]
     ) -> Tensor:
-        tensor = super().get(name, shape, kinds).to("meta")
+        tensor = super()._mapped(name, shape, kinds).to("meta")
         self.seen[name] = tensor
         return tensor
 

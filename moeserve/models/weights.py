@@ -7,8 +7,9 @@ the op table as views of the mapped file, in ``Pieces``. Letters as in ``kernels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import overload
 
 import torch
@@ -30,7 +31,7 @@ from moeserve.kernels.matrix import (
     to_int8,
 )
 from moeserve.kernels.ops import Linear, Ops
-from moeserve.models.checkpoint import Checkpoint
+from moeserve.models.checkpoint import Checkpoint, HeaderView
 from moeserve.models.formats.layouts import Stored
 
 FEED_FORWARD = (".mlp.", ".block_sparse_moe.")
@@ -64,7 +65,11 @@ AS_STORED = Rounding()
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Reads and packs; ``progress`` hears (bytes read, bytes in all)."""
+    """Reads and packs; ``progress`` hears (bytes read, bytes in all).
+
+    ``own`` are the experts wanted of each layer, in their order, by layer number; all of a layer
+    that is not there.
+    """
 
     checkpoint: Checkpoint
     stored: Stored
@@ -72,6 +77,13 @@ class Weights:
     dtype: torch.dtype
     rounding: Rounding = AS_STORED
     progress: Callable[[int, int], None] | None = None
+    own: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    def headers(self) -> Weights:
+        """The same, with tensors that have a shape and no data."""
+        view = HeaderView(self.checkpoint)
+        stored = replace(self.stored, checkpoint=view, rounded=Counter())
+        return replace(self, checkpoint=view, stored=stored, progress=None)
 
     def has(self, name: str) -> bool:
         return self.checkpoint.has(name)
@@ -111,24 +123,33 @@ class Weights:
         self._heard()
         return tensor
 
+    def exact_rows(self, name: str, rows: Sequence[int], *shape: int) -> Tensor:
+        """Some rows of a plain tensor, in fp32."""
+        tensor = torch.stack(self.checkpoint.rows(name, shape, rows)).float()
+        self._heard()
+        return tensor
+
     def has_experts(self, name: str) -> bool:
         """Whether the experts of a layer lie in one tensor of this name."""
         return self.has(name) or self.stored.has_experts(name)
 
     def experts(
-        self, name: str, num: int, out: int, into: int, *, transposed: bool, paired: bool = False
-    ) -> Pieces:
-        """[E, N, K] of experts in one tensor. ``transposed`` plain ones lie as [E, K, N], and then
-        ``paired`` rows alternate gate and up: ours are all gates first (GPT-OSS)."""
+        self, name: str, num: int, out: int, into: int, own: Sequence[int], *, transposed: bool,
+        paired: bool = False,
+    ) -> Pieces:  # fmt: skip
+        """[E, N, K] of ``own`` of the experts in one tensor. ``transposed`` plain ones lie as
+        [E, K, N], and then ``paired`` rows alternate gate and up: ours are all gates first
+        (GPT-OSS)."""
+        found: Sequence[Matrix]
         if self.stored.has_experts(name):
-            whole: Matrix = self.stored.experts(name, num, out, into)
+            found = self.stored.experts(name, num, out, into, own)
         elif transposed:
-            whole = self.checkpoint.get(name, (num, into, out)).mT
+            found = [x.mT for x in self.checkpoint.rows(name, (num, into, out), own)]
         else:
-            whole = self.checkpoint.get(name, (num, out, into))
+            found = self.checkpoint.rows(name, (num, out, into), own)
         self._heard()
         cut = apart if transposed and paired else undivided
-        return stacked([cut(self.held(name, pick(whole, e))) for e in range(num)])
+        return stacked([cut(self.held(name, matrix)) for matrix in found])
 
     def linear(self, module: str, out: int, into: int, *, bias: bool = False) -> Linear:
         packed_bias = self.vector(f"{module}.bias", out) if bias else None
@@ -172,10 +193,12 @@ def alike(parts: Sequence[Block]) -> list[Block]:
     return [p if isinstance(p, Int8Matrix) else to_int8(to_float(p)) for p in whole]
 
 
-def stacked(parts: Sequence[Sequence[Block]]) -> Pieces:
-    """Matrices cut alike, each in one block of rows or more."""
+def stacked(parts: Sequence[Sequence[Block]], own: Sequence[int] | None = None) -> Pieces:
+    """Matrices cut alike, each in one block of rows or more; only ``own``, in the form that all of
+    them have."""
     same, cuts = alike([block for blocks in parts for block in blocks]), len(parts[0])
-    return Pieces(tuple(tuple(same[i : i + cuts]) for i in range(0, len(same), cuts)), stacked=True)
+    wanted = range(len(parts)) if own is None else own
+    return Pieces(tuple(tuple(same[i * cuts : (i + 1) * cuts]) for i in wanted), stacked=True)
 
 
 def apart(matrix_NK: Block) -> list[Block]:

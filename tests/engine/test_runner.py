@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moeserve.core import BlockId, Chunk, Request, RequestId, SamplingParams, StepPlan
@@ -21,8 +23,13 @@ class Echo:
     def new_cache(self, num_blocks: int, block_size: int) -> None:
         return None
 
-    def forward(self, step: StepBatch, cache: None, observer: object = None) -> torch.Tensor:
-        self.steps.append(step)
+    def forward_micro(
+        self, steps: Sequence[StepBatch], cache: None, observer: object = None
+    ) -> list[torch.Tensor]:
+        self.steps += steps
+        return [self.answer(step) for step in steps]
+
+    def answer(self, step: StepBatch) -> torch.Tensor:
         last_R = step.token_ids_T[step.logit_rows_R]
         logits_RV = torch.nn.functional.one_hot(last_R, V).float()
         logits_RV[last_R == 3, 5] = torch.nan
@@ -69,3 +76,30 @@ def test_end_tokens_are_banned_before_min_tokens() -> None:
     plan = StepPlan((Chunk(request, (6,), 0, (BlockId(0),), True),))
     result = LocalExecutor(Echo(), 4, 4, eos_ids=frozenset({6})).run(plan)
     assert [s.token_id for s in result.sampled] == [0]
+
+
+def test_microbatches_sample_the_same_rows() -> None:
+    chunks = (chunk("a", [1, 2, 4], 0, [0], True), chunk("b", [4], 3, [1], True))
+    plain, cut = Echo(), Echo()
+    result = LocalExecutor(plain, 8, 4).run(StepPlan(chunks))
+    assert LocalExecutor(cut, 8, 4).run(StepPlan(chunks), microbatches=2) == result
+    assert [s.token_ids_T.tolist() for s in cut.steps] == [[1, 2], [4, 4]]
+    LocalExecutor(cut, 8, 4).run(StepPlan(()), microbatches=3)
+    assert [s.token_ids_T.tolist() for s in cut.steps[2:]] == [[], [], []]
+
+
+def test_a_step_that_cannot_be_packed_fails_its_requests_after_the_decoders_turn() -> None:
+    decoder = Echo()
+    plan = StepPlan((chunk("a", [1], 9, [0], True), chunk("b", [2], 0, [1], True)))
+    result = LocalExecutor(decoder, 8, 4).run(plan, microbatches=2)
+    assert [request_id for request_id, _ in result.failed] == ["a", "b"]
+    assert [s.token_ids_T.tolist() for s in decoder.steps] == [[], []]
+
+
+def test_a_row_that_cannot_be_sampled_fails_one_request() -> None:
+    odd = SamplingParams(temperature=0, logit_bias=((V + 5, 1.0),))
+    request = Request(RequestId("odd"), (1,), odd)
+    plan = StepPlan((Chunk(request, (1,), 0, (BlockId(0),), True), chunk("b", [2], 0, [1], True)))
+    result = LocalExecutor(Echo(), 8, 4).run(plan)
+    assert [i for i, _ in result.failed] == ["odd"]
+    assert [(s.request_id, s.token_id) for s in result.sampled] == [("b", 2)]

@@ -32,7 +32,7 @@ from moeserve.kernels.matrix import (
     to_float,
     to_int8,
 )
-from moeserve.kernels.ops import Activation, Experts, Linear
+from moeserve.kernels.ops import Activation, Experts, Linear, Ops
 from moeserve.kernels.reference import ReferenceOps
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.checkpoint import Checkpoint
@@ -226,6 +226,7 @@ def write_awq(w: np.ndarray, seed: int) -> Written:
 
 
 Writer = Callable[[np.ndarray, int], Written]
+ShareOut = Callable[..., None]
 WRITERS: dict[str, Writer] = {
     "int8": write_int8,
     "packed": write_packed,
@@ -325,7 +326,7 @@ def test_a_model_of_codes_equals_the_model_of_their_values(
 
 
 def test_modules_of_several_schemes_live_in_one_checkpoint(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, ops: Ops, share_out: ShareOut
 ) -> None:
     """Attention's keys in floats beside quantised queries, one expert in int8 among int4."""
     codes, plain = tmp_path / "codes", tmp_path / "plain"
@@ -354,6 +355,7 @@ def test_modules_of_several_schemes_live_in_one_checkpoint(
     save_file(floats, plain / "model.safetensors")
 
     assert torch.equal(logits(codes, FloatOps()), logits(plain, FloatOps()))
+    share_out(codes, ops)
 
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -413,6 +415,24 @@ def test_a_scale_of_nan_is_named(gpt_oss: Path) -> None:
 
     with pytest.raises(CheckpointError, match=f"{name}: holds NaN"):
         load_decoder(gpt_oss / "codes", dtype=None, ops=FloatOps())
+
+
+@each_format
+def test_experts_in_codes_are_shared_out(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    ops: Ops,
+    share_out: ShareOut,
+    name: str,
+) -> None:
+    shutil.copytree(tiny_checkpoint("qwen3_moe"), tmp_path / "codes")
+    convert(tmp_path / "codes", WRITERS[name])
+
+    share_out(tmp_path / "codes", ops)
+
+
+def test_experts_in_mxfp4_are_shared_out(gpt_oss: Path, ops: Ops, share_out: ShareOut) -> None:
+    share_out(gpt_oss / "codes", ops)
 
 
 @pytest.mark.parametrize("name", ["int8", "packed", "fp8", "gptq", "awq"])

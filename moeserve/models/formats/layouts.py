@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -76,17 +76,24 @@ class Stored:
         self._belongs(name, methods)
         return read
 
-    def experts(self, name: str, num: int, out: int, into: int) -> Int4Matrix:
-        """[E, N, K] of a stack in MXFP4: e2m1 codes, one power of two per 32 of them."""
+    def experts(
+        self, name: str, num: int, out: int, into: int, own: Sequence[int]
+    ) -> list[Int4Matrix]:
+        """[N, K] of each of ``own``, of a stack in MXFP4: e2m1 codes, one power of two per 32 of
+        them."""
         self._belongs(f"{name}_blocks", (MXFP4,))
         groups = -(-into // _MX_GROUP)
-        blocks = self._get(f"{name}_blocks", (num, out, groups, 16), torch.uint8)
-        power = self._get(f"{name}_scales", (num, out, groups), torch.uint8)
-        self._sound(f"{name}_scales", power != 255, "holds NaN")
-        scale = torch.tensor(_E8M0_HALVES)[power.long()]
-        packed = blocks.flatten(-2)[..., : into // 2]
-        zero = torch.zeros(scale.shape, dtype=torch.uint8)
-        return Int4Matrix(packed, scale, zero, _MX_GROUP, _E2M1)
+        bytes_only = (torch.uint8,)
+        blocks = self.checkpoint.rows(f"{name}_blocks", (num, out, groups, 16), own, bytes_only)
+        powers = self.checkpoint.rows(f"{name}_scales", (num, out, groups), own, bytes_only)
+        found = []
+        for block, power in zip(blocks, powers, strict=True):
+            self._sound(f"{name}_scales", power != 255, "holds NaN")
+            scale = torch.tensor(_E8M0_HALVES)[power.long()]
+            packed = block.flatten(-2)[..., : into // 2]
+            zero = torch.zeros(scale.shape, dtype=torch.uint8)
+            found.append(Int4Matrix(packed, scale, zero, _MX_GROUP, _E2M1))
+        return found
 
     def has_experts(self, name: str) -> bool:
         return self.checkpoint.has(f"{name}_blocks")

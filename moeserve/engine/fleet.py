@@ -1,0 +1,204 @@
+"""Which rank runs which request: one scheduler per rank behind one queue.
+
+A request has no home while it waits: it gets one when a rank has room for it, so nobody queues
+beside a free rank. Of the ranks with room, ``Homes`` picks. Whoever waits longest is placed first,
+and nobody overtakes him; preempted requests stand before those that never ran, and may find a home
+elsewhere, for they are computed anew anyway. Bounds of ``SchedulerConfig`` hold for each rank, but
+for ``max_queue``, which is of all.
+
+Pure, like ``scheduler``.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+from moeserve.core import (
+    Counters,
+    FinishReason,
+    Request,
+    RequestId,
+    StepPlan,
+    StepResult,
+    TokenOut,
+)
+from moeserve.engine.blocks import BlockCounts, BlockPool
+from moeserve.engine.scheduler import (
+    Draft,
+    Scheduler,
+    SchedulerConfig,
+    Sequence,
+    refuse_duplicate,
+    refuse_when_full,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RankLoad:
+    """A rank that has room for a request.
+
+    ``tokens`` are those of its running requests, computed or not; ``cached`` those of the request
+    in question whose KV it has.
+    """
+
+    rank: int
+    running: int
+    tokens: int
+    cached: int
+
+
+class Homes(Protocol):
+    """Chooses one of the ranks in ``loads``, of which there is at least one."""
+
+    def pick(self, request: Request, loads: Listed[RankLoad]) -> int: ...
+
+
+class LeastWork:
+    """The rank with the fewest tokens, where each that need not be computed counts as one less.
+
+    So requests follow their prefix for as long as that saves more than it overloads the rank.
+    """
+
+    def pick(self, request: Request, loads: Listed[RankLoad]) -> int:
+        return min(loads, key=lambda at: (at.tokens - at.cached, at.running, at.rank)).rank
+
+
+class Fleet:
+    """A scheduler of several ranks; ``pools[r]`` has the blocks of rank r."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pools: Listed[BlockPool],
+        counters: Counters,
+        homes: Homes | None = None,
+    ) -> None:
+        self.config = config
+        self.counters = counters
+        self.ranks = tuple(
+            Scheduler(config, pool, counters, rank=rank) for rank, pool in enumerate(pools)
+        )
+        self._homes = homes or LeastWork()
+        self._again: list[Sequence] = []  # preempted, by arrival
+        self._fresh: OrderedDict[RequestId, Sequence] = OrderedDict()
+        self._arrivals = 0
+        self._ended: list[RequestId] = []
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._again) + len(self._fresh)
+
+    @property
+    def num_running(self) -> int:
+        return sum(rank.num_running for rank in self.ranks)
+
+    @property
+    def has_work(self) -> bool:
+        return self.num_waiting > 0 or any(rank.has_work for rank in self.ranks)
+
+    @property
+    def blocks(self) -> BlockCounts:
+        """Of all ranks together."""
+        counts = [rank.blocks for rank in self.ranks]
+        return BlockCounts(
+            sum(c.total for c in counts),
+            sum(c.free for c in counts),
+            sum(c.cached for c in counts),
+            counts[0].size,
+        )
+
+    def check(self, request: Request) -> None:
+        """Refuse what some rank could never run."""
+        min(self.ranks, key=lambda rank: rank.pool.num_blocks).check(request)
+
+    def add(self, request: Request) -> None:
+        """Queue a request, or refuse it."""
+        self.check(request)
+        known = self._waiting(request.id) or any(rank.owns(request.id) for rank in self.ranks)
+        refuse_duplicate(request, bool(known))
+        refuse_when_full(self.num_waiting, self.config)
+        self._arrivals += 1
+        self._fresh[request.id] = Sequence(request, arrival=self._arrivals)
+        self.counters.prompt_tokens += len(request.prompt_ids)
+
+    def abort(self, request_id: RequestId, reason: FinishReason) -> bool:
+        """End a request and free its blocks; False if there is no such request."""
+        seq = self._waiting(request_id)
+        if seq is not None:
+            self._drop(seq, reason)
+            return True
+        return any(rank.abort(request_id, reason) for rank in self.ranks)
+
+    def plan(self, now: float) -> StepPlan:
+        """The next step of all ranks, their chunks in order of ranks."""
+        late = [seq for seq in chain(self._again, self._fresh.values()) if seq.late(now)]
+        for seq in late:
+            self._drop(seq, FinishReason.DEADLINE)
+        drafts = [rank.begin(now) for rank in self.ranks]
+        for rank in self.ranks:
+            for seq in rank.withdraw():
+                bisect.insort(self._again, seq, key=_arrival)
+        self._place(drafts)
+        for rank in self.ranks:
+            self._ended += rank.take_ended()
+        plans = [rank.commit(draft, ()) for rank, draft in zip(self.ranks, drafts, strict=True)]
+        chunks = tuple(chain.from_iterable(plan.chunks for plan in plans))
+        ended = tuple(self._ended) if chunks else ()
+        del self._ended[: len(ended)]
+        return StepPlan(
+            chunks,
+            (*(seq.request.id for seq in late), *chain.from_iterable(p.expired for p in plans)),
+            tuple(chain.from_iterable(p.preempted for p in plans)),
+            ended,
+        )
+
+    def apply(self, result: StepResult) -> list[TokenOut]:
+        """Take note of what the planned step computed and sampled."""
+        self.counters.steps += 1
+        sampled = {s.request_id: s for s in result.sampled}
+        return [out for rank in self.ranks for out in rank.settle(sampled)]
+
+    def _place(self, drafts: Listed[Draft]) -> None:
+        """Give homes, in order, until whoever is next fits nowhere."""
+        if not self.num_waiting:
+            return
+        tokens = [rank.num_tokens for rank in self.ranks]
+        while (seq := self._next()) is not None:
+            loads = [
+                RankLoad(at.rank, at.num_running, tokens[at.rank], at.cached_tokens(seq))
+                for at, draft in zip(self.ranks, drafts, strict=True)
+                if at.has_room(draft, seq)
+            ]
+            if not loads:
+                return
+            home = self._homes.pick(seq.request, loads)
+            self._unqueue(seq)
+            self.ranks[home].admit(drafts[home], seq)
+            tokens[home] += len(seq)
+
+    def _next(self) -> Sequence | None:
+        return self._again[0] if self._again else next(iter(self._fresh.values()), None)
+
+    def _unqueue(self, seq: Sequence) -> None:
+        if self._fresh.pop(seq.request.id, None) is None:
+            self._again.remove(seq)
+
+    def _drop(self, seq: Sequence, reason: FinishReason) -> None:
+        """End a request that waits."""
+        self._unqueue(seq)
+        seq.finish = reason
+        self._ended.append(seq.request.id)
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+
+    def _waiting(self, request_id: RequestId) -> Sequence | None:
+        again = (seq for seq in self._again if seq.request.id == request_id)
+        return self._fresh.get(request_id) or next(again, None)
+
+
+def _arrival(seq: Sequence) -> int:
+    return seq.arrival

@@ -1,0 +1,62 @@
+"""Experts of a model that is being served, read again from its folder: for a rank that is to hold
+others than it was started with.
+
+The folder is opened anew, so that whoever reads has counters and memory of its own; packing may go
+on beside running steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moeserve.errors import PlacementError
+from moeserve.kernels.ops import Experts, Ops
+from moeserve.models.checkpoint import Checkpoint
+from moeserve.models.decoder import open_weights
+from moeserve.models.families import read_spec
+from moeserve.models.moe import load_experts
+from moeserve.models.names import TensorNames
+from moeserve.models.spec import ModelSpec, MoeSpec
+from moeserve.models.weights import Rounding, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSource:
+    """One thread at a time reads from it."""
+
+    weights: Weights
+    spec: ModelSpec
+    names: TensorNames
+
+    @property
+    def bytes_read(self) -> int:
+        return self.weights.checkpoint.bytes_read
+
+    def read(self, layer: int, own: Sequence[int]) -> Experts:
+        """Experts ``own`` of a decoder layer, packed in this order."""
+        mlp = self.spec.layers[layer].mlp if 0 <= layer < len(self.spec.layers) else None
+        if not isinstance(mlp, MoeSpec):
+            raise PlacementError(f"layer {layer} of {self.weights.checkpoint.path} has no experts")
+        prefix = f"model.layers.{layer}"
+        experts = load_experts(self.weights, prefix, mlp, self.names, self.spec.hidden, own)
+        self.weights.checkpoint.release()
+        return experts
+
+
+def open_experts(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    ops: Ops,
+    quantization: str = "auto",
+    quantize_attention: bool = True,
+) -> ExpertSource:
+    """With the arguments that ``load_decoder`` had, so that what is read is what it would hold."""
+    checkpoint = Checkpoint.open(path)
+    spec, names = read_spec(checkpoint)
+    rounding = Rounding(quantization, quantize_attention)
+    return ExpertSource(open_weights(checkpoint, dtype, ops, rounding), spec, names)
