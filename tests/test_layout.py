@@ -53,7 +53,9 @@ FORBIDDEN_CALLS = frozenset(
 )
 
 LONGEST_MODULE = 450
-LONGER_WITH_REASON: dict[str, str] = {}
+LONGER_WITH_REASON: dict[str, str] = {
+    "moeserve/kernels/ops.py": "one closed table, the contract of every backend: read whole",
+}
 
 
 def is_generated(path: Path) -> bool:

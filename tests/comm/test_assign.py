@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moeserve.comm.assign import assign
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.table import Table
-from moeserve.kernels.ops import Copies, Wire
+from moeserve.kernels.wire import Copies, Wire
 from moeserve.placement.split import slack_of, slots_of, split_batch, split_batches
 
 
