@@ -160,10 +160,7 @@ class Replanner:
             Now(self._clock(), self._changed_s, tokens / max(1e-9, elapsed_s), per_step),
             fit(steps),
             (load_of(plan, judged, batch), load_of(candidate, judged, batch)),
-            (
-                bytes_to_read(plan, candidate, habits.expert_bytes),
-                layers_that_differ(plan, candidate),
-            ),
+            moves,
             self._moving(steps),
         )
         if found.apply:
