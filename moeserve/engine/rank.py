@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,15 +31,18 @@ from moeserve.engine.distributed import Conductor, DistributedExecutor, LeaderCh
 from moeserve.engine.follow import FollowerChannel, Rider, follow
 from moeserve.engine.overlap import LARGEST, Fixed, Measured
 from moeserve.engine.runner import LocalExecutor
+from moeserve.engine.swap import Swapper
+from moeserve.engine.tally import Tally, both
 from moeserve.errors import ConfigError
 from moeserve.host import read_memory
-from moeserve.kernels.ops import Ops
+from moeserve.kernels.ops import Ops, Part, RouterWeights
 from moeserve.kernels.reference import ReferenceOps
 from moeserve.kernels.select import choose_ops
 from moeserve.kernels.wire import Combine
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import Decoder, KVCache, assemble
 from moeserve.models.families import read_spec
+from moeserve.models.own import expert_bytes, open_experts
 from moeserve.models.spec import ModelSpec, MoeSpec
 from moeserve.models.weights import QUANTIZATIONS
 from moeserve.observe.routing import RoutingRecorder
@@ -62,7 +67,7 @@ class Seat:
     """A place among several ranks, and how these reach one another (see ``comm.build``).
 
     ``plan`` None is experts in their own order; ``microbatches`` None is as measured. ``progress``
-    tells what the rank is doing in a step.
+    tells what the rank is doing in a step. With ``replan`` ranks count what re-planning asks for.
     """
 
     group: Group
@@ -74,6 +79,7 @@ class Seat:
     address: str | None = None
     plan: Path | None = None
     microbatches: int | None = None
+    replan: bool = False
 
     @property
     def rank(self) -> int:
@@ -87,7 +93,8 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """A loaded share, ready to run steps; ``plan`` where there are others."""
+    """A loaded share, ready to run steps; ``plan`` and ``swapper`` where there are others.
+    ``read_bytes_per_s`` is what loading was measured at."""
 
     decoder: Decoder
     executor: LocalExecutor[KVCache]
@@ -96,6 +103,9 @@ class Rank:
     world: int
     recorder: RoutingRecorder | None
     plan: Plan | None = None
+    swapper: Swapper | None = None
+    expert_bytes: int = 0
+    read_bytes_per_s: float = 0.0
 
     @property
     def parallel(self) -> Parallel:
@@ -119,10 +129,13 @@ class Rank:
 
     def follow(self, channel: FollowerChannel, seat: Seat, rider: Rider | None = None) -> int:
         """On the others: run what rank 0 says until the run is over; how many steps that were."""
-        return follow(channel, self.executor, seat.rank, self.parallel.dispatcher.moved, rider)
+        moved = self.parallel.dispatcher.moved
+        return follow(channel, self.executor, seat.rank, moved, rider or self.swapper)
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""
+        if self.swapper is not None:
+            self.swapper.close()
         if self.decoder.parallel is not None:
             self.decoder.parallel.dispatcher.close()
         if self.recorder is not None:
@@ -163,6 +176,7 @@ def load_rank(
     checkpoint = Checkpoint.open(path)
     plan = None if seat is None else plan_of_seat(checkpoint, seat)
     ops = choose_table(threads)
+    begun = time.perf_counter()
     decoder = assemble(
         checkpoint,
         dtype=DTYPES[dtype],
@@ -174,6 +188,7 @@ def load_rank(
         combine=Combine(combine),
         progress=progress,
     )
+    seconds = time.perf_counter() - begun
     size = size_kv(
         decoder.kv_bytes_per_token,
         decoder.spec.max_positions,
@@ -184,9 +199,22 @@ def load_rank(
         max_num_seqs=max_num_seqs,
         available=read_memory().available // (1 if seat is None else seat.neighbours),
     )
+    tally, swapper = None, None
     if seat is not None and plan is not None:
         size = agree_on_size(seat, size)
-        decoder = replace(decoder, parallel=join(seat, decoder, plan, max_num_batched_tokens))
+        parallel, routers = join(seat, decoder, plan, max_num_batched_tokens), routers_of(decoder)
+        if seat.replan:
+            tally = Tally(plan.moe_layers, plan.num_experts, widest(routers))
+        again = partial(
+            open_experts,
+            path,
+            dtype=DTYPES[dtype],
+            ops=ops,
+            quantization=quantization,
+            quantize_attention=quantize_attention,
+        )
+        swapper = Swapper(seat.rank, ops, parallel, routers, again, tally)
+        decoder = decoder.over(parallel)
     recorder = None
     if record_routing is not None:
         file = record_routing if seat is None else of_rank(record_routing, seat.rank)
@@ -196,13 +224,30 @@ def load_rank(
     )
     return Rank(
         decoder=decoder,
-        executor=LocalExecutor(decoder, size.num_blocks, block_size, eos_ids, recorder),
+        executor=LocalExecutor(
+            decoder, size.num_blocks, block_size, eos_ids, both(recorder, tally)
+        ),
         size=size,
         eos_ids=eos_ids,
         world=1 if seat is None else seat.group.world,
         recorder=recorder,
         plan=plan,
+        swapper=swapper,
+        expert_bytes=0
+        if plan is None
+        else expert_bytes(checkpoint, plan.moe_layers, plan.num_experts),
+        read_bytes_per_s=checkpoint.bytes_read / seconds,
     )
+
+
+def routers_of(decoder: Decoder) -> dict[int, Part[RouterWeights]]:
+    """By layer number."""
+    halves = [(n, layer.mlp) for n, layer in enumerate(decoder.stack.layers)]
+    return {n: mlp[0] for n, mlp in halves if isinstance(mlp, tuple)}
+
+
+def widest(routers: Mapping[int, Part[RouterWeights]]) -> int:
+    return max(router.weights.spec.top_k for router in routers.values())
 
 
 def choose_table(threads: int | None) -> Ops:

@@ -83,7 +83,8 @@ def came_D(work: Sequence[Moved]) -> NDArray[np.int64]:
 class Habits:
     """How often it looks, how long it waits for ranks to answer, and how large experts are.
 
-    ``read_bytes_per_s`` is what reading was measured at when ranks started, all together.
+    ``read_bytes_per_s`` is what reading was measured at when ranks started, all together;
+    ``horizon_tokens`` tells the solver for how many tokens a move should pay.
     """
 
     expert_bytes: int
@@ -91,6 +92,7 @@ class Habits:
     top_k: int
     every_s: float = 60.0
     answer_s: float = 30.0
+    horizon_tokens: int = 1_000_000
 
 
 class Replanner:

@@ -71,6 +71,11 @@ def sample_of(counts: Mapping[str, Any], layers: int, top_k: int) -> NDArray[np.
     return flat.reshape(-1, layers, top_k).astype(np.int32)
 
 
+def both(first: StepObserver | None, second: StepObserver | None) -> StepObserver | None:
+    """Whoever is there."""
+    return (first and second and Both(first, second)) or first or second
+
+
 class Both:
     """Two step observers as one."""
 
