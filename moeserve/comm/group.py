@@ -7,16 +7,31 @@ Nothing here is used once a step runs.
 
 from __future__ import annotations
 
+import contextlib
 import socket
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    DistError,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
 
-from moeserve.errors import LateRankError
+from moeserve.comm.exchange import Alarm
+from moeserve.errors import LateRankError, MoeserveError
 
 START_S = 60.0
+# How soon a wait says whom it is for, and how often it looks.
+TELL_S = 2.0
+POLL_S = 0.01
+FAREWELL_S = 2.0
+_GIVEN_UP = "given up"
+_HEARD = "heard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +52,24 @@ class Topology:
         return tuple(r for r, n in enumerate(self.node_R) if n == node)
 
 
+def tell_stderr(text: str) -> None:
+    print(f"moeserve: {text}", file=sys.stderr, flush=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """This rank among ``world``; ``store`` holds the notes.
 
     ``members`` are the ranks of the run that this group is of, ascending; empty: all of them.
+    ``alarm`` is asked while notes are awaited, ``tell`` hears whom a long wait is for.
     """
 
     rank: int
     world: int
     store: Store
     members: tuple[int, ...] = ()
+    alarm: Alarm | None = None
+    tell: Callable[[str], None] = tell_stderr
 
     def sub_group(self, members: Sequence[int]) -> Group:
         """This rank among some of this group's, ascending; their notes are apart."""
@@ -64,25 +86,66 @@ class Group:
         """What the run calls this group's rank; errors use these."""
         return self.members[rank] if self.members else rank
 
-    def all_gather(self, key: str, note: bytes, timeout_s: float = START_S) -> list[bytes]:
-        """Every rank's note, in order of ranks. A key is used once by each rank."""
-        self.store.set(f"{key}/{self.rank}", note)  # type: ignore[arg-type]
-        notes = []
-        for rank in range(self.world):
-            try:
-                self.store.wait([f"{key}/{rank}"], timedelta(seconds=timeout_s))
-            except RuntimeError as error:
-                missing = [
-                    self.of_run(r) for r in range(rank, self.world) if not self._has(f"{key}/{r}")
-                ]
-                raise LateRankError(
-                    f"{named(missing)} did not reach {key!r} within {timeout_s:g} s", missing
-                ) from error
-            notes.append(bytes(self.store.get(f"{key}/{rank}")))
-        return notes
+    def all_gather(
+        self,
+        key: str,
+        note: bytes,
+        timeout_s: float = START_S,
+        check: Callable[[int, bytes], None] | None = None,
+    ) -> list[bytes]:
+        """Every rank's note, in order of ranks. A key is used once by each rank.
 
-    def _has(self, key: str) -> bool:
-        return bool(self.store.check([key]))
+        ``check`` sees each note as it comes, and may refuse it: who is wrong need not be waited
+        for by those who are not. LateRankError names the ranks that did not come or gave up.
+        """
+        begun = told = time.monotonic()
+        notes: dict[int, bytes] = {}
+        try:
+            self.store.set(f"{key}/{self.rank}", note)  # type: ignore[arg-type]
+            while True:
+                # Asked first: whoever gave up for a note's sake had left its own before.
+                trouble = self.trouble()
+                for rank in (r for r in range(self.world) if r not in notes):
+                    if self.store.check([f"{key}/{rank}"]):
+                        notes[rank] = bytes(self.store.get(f"{key}/{rank}"))
+                        if check is not None:
+                            check(rank, notes[rank])
+                missing = [self.of_run(r) for r in range(self.world) if r not in notes]
+                if not missing:
+                    return [notes[rank] for rank in range(self.world)]
+                if trouble is not None:
+                    raise trouble
+                now = time.monotonic()
+                if now - begun > timeout_s:
+                    raise LateRankError(
+                        f"{named(missing)} did not reach {key!r} within {timeout_s:g} s", missing
+                    )
+                if now - told > TELL_S:
+                    told = now
+                    self.tell(f"rank {self.rank}, {key}: waiting for {named(missing)}")
+                time.sleep(POLL_S)
+        except DistError as error:
+            raise LateRankError(f"{key}: whoever keeps the notes is gone", [0]) from error
+
+    def give_up(self, reason: str) -> None:
+        """Whoever waits for a note, now or later, hears of it instead. The first reason counts.
+
+        Rank 0 may be the one who keeps the notes: it stays until all have heard, or for a moment.
+        """
+        with contextlib.suppress(DistError):  # then they have noticed already
+            self.store.compare_set(_GIVEN_UP, "", f"{self.rank} {reason}")
+            self.store.set(f"{_HEARD}/{self.rank}", "")
+            heard = [f"{_HEARD}/{rank}" for rank in range(self.world)]
+            stay_until = time.monotonic() + (FAREWELL_S if self.rank == 0 else 0.0)
+            while time.monotonic() < stay_until and not self.store.check(heard):
+                time.sleep(POLL_S)
+
+    def trouble(self) -> MoeserveError | None:
+        """Why to wait no longer: a rank that gave up, or the alarm."""
+        if self.store.check([_GIVEN_UP]):
+            rank, _, reason = bytes(self.store.get(_GIVEN_UP)).decode().partition(" ")
+            return LateRankError(f"rank {rank} gave up: {reason}", [int(rank)])
+        return None if self.alarm is None else self.alarm()
 
 
 def named(ranks: Sequence[int]) -> str:

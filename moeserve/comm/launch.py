@@ -9,9 +9,11 @@
                    SLURM_JOB_NODELIST), SLURM_NTASKS_PER_NODE or .._STEP_TASKS_PER_NODE
 
 The first that is there wins, since launchers run inside one another in this order; an allocation
-of Slurm without ``srun`` is no launcher. MASTER_ADDR and MASTER_PORT say where rank 0 is to be met
-under any of them. Without: under Slurm the first node of the step and a port made of the job's
-number; under MPI rank 0 tells by a broadcast (``host`` is None).
+of Slurm without ``srun`` is no launcher. MOESERVE_LAUNCHER names who else set the first row's.
+
+MASTER_ADDR and MASTER_PORT say where rank 0 is to be met under any of them. Without: under Slurm
+the first node of the step and a port made of the job's number; under MPI rank 0 tells by a
+broadcast (``host`` is None).
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from moeserve.errors import ConfigError
 # Below the ports that Linux hands out by itself, so that none of them is taken by chance.
 SLURM_PORTS = range(12_000, 32_000)
 LOOPBACK = "127.0.0.1"
+LAUNCHER = "MOESERVE_LAUNCHER"
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Rank ``rank`` of ``world``, the ``local_rank``-th of ``local_world`` on its host.
+    """Rank ``rank`` of ``world``, the ``local_rank``-th of ``local_world`` on its host, where None
+    is unknown.
 
     Rank 0 is met at ``host``:``port``. With ``agent_store`` the launcher keeps the notes there
     itself; ``attempt`` tells its restarts apart.
@@ -39,7 +43,7 @@ class Launch:
     rank: int
     world: int
     local_rank: int
-    local_world: int
+    local_world: int | None
     host: str | None
     port: int | None
     launcher: str
@@ -48,7 +52,7 @@ class Launch:
 
     @property
     def one_host(self) -> bool:
-        return self.local_world == self.world
+        return self.local_world == self.world or self.host in (LOOPBACK, "localhost", "::1")
 
 
 ALONE = Launch(0, 1, 0, 1, LOOPBACK, None, "none")
@@ -108,7 +112,7 @@ def _torch(environ: Mapping[str, str]) -> Launch:
         local_world,
         host,
         port,
-        "torch",
+        environ.get(LAUNCHER, "torch"),
         agent_store=agent,
         attempt=attempt,
     )
@@ -135,21 +139,23 @@ def _slurm(environ: Mapping[str, str]) -> Launch:
     return Launch(rank, world, local_rank, per_node[node], host or nodes[0], port, "slurm")
 
 
-def _figures(environ: Mapping[str, str], names: _Names) -> tuple[int, int, int, int]:
-    """Rank, world, local rank, local world. Where nothing tells of the host: all on one."""
+def _figures(environ: Mapping[str, str], names: _Names) -> tuple[int, int, int, int | None]:
+    """Rank, world, local rank, local world. What nothing tells of the host is 0 and None."""
     rank, world = _number(environ, names.rank), _number(environ, names.world)
     if not 0 <= rank < world:
         raise ConfigError(f"{names.rank}={rank}: must be less than {names.world}={world}")
     local_name = _first(environ, names.local_rank)
-    local_rank = rank if local_name is None else _number(environ, local_name)
-    among_name = _first(environ, names.local_world)
-    among = world if among_name is None else _number(environ, among_name)
+    local_rank = 0 if local_name is None else _number(environ, local_name)
     if local_rank > rank:
         raise ConfigError(f"{local_name}={local_rank}: cannot be beyond {names.rank}={rank}")
+    among_name = _first(environ, names.local_world)
+    if among_name is None:
+        return rank, world, local_rank, None
+    among = _number(environ, among_name)
     if not local_rank < among <= world:
         raise ConfigError(
-            f"{among_name or names.world}={among}: must be more than "
-            f"{local_name or names.rank}={local_rank} and at most {names.world}={world}"
+            f"{among_name}={among}: must be more than {local_name or 'a local rank'}={local_rank} "
+            f"and at most {names.world}={world}"
         )
     return rank, world, local_rank, among
 

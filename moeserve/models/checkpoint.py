@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moeserve.errors import CheckpointError
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,7 +79,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; give the path of a model folder")
         config = read_json(folder / "config.json", required=True)
-        files = {file: _map(file) for file in _weight_files(folder)}
+        files = {file: _map(file) for file in weight_files(folder)}
         generation = read_json(folder / "generation_config.json", required=False)
         checkpoint = cls(folder, config, generation, files)
         checkpoint._check_index()
@@ -179,11 +179,11 @@ class Checkpoint:
         return self._entries[name]
 
     def _check_index(self) -> None:
-        index = read_json(self.path / _INDEX, required=False)
+        index = read_json(self.path / INDEX, required=False)
         for name, shard in index.get("weight_map", {}).items():
             if not self.has(name) or self._find(name).file.name != shard:
                 raise CheckpointError(
-                    f"{self.path / _INDEX}: tensor {name} should be in {shard} but is not"
+                    f"{self.path / INDEX}: tensor {name} should be in {shard} but is not"
                 )
 
 
@@ -216,8 +216,8 @@ def read_json(file: Path, *, required: bool) -> dict[str, Any]:
     return value
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
+def weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
     if index.exists():
         shards = read_json(index, required=True).get("weight_map")
         if not isinstance(shards, dict) or not shards:
@@ -231,7 +231,7 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder}: only {', '.join(pickles[:3])} found; pickle is never read, "
             f"convert the weights to safetensors"
         )
-    raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} found")
+    raise CheckpointError(f"{folder}: neither {_SINGLE} nor {INDEX} found")
 
 
 def _shard(index: Path, name: str) -> Path:

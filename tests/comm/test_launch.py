@@ -113,6 +113,13 @@ def test_all_on_one_host_is_known_from_the_local_size() -> None:
     assert read_launch(SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1,3"}).local_world == 3
 
 
+def test_without_local_sizes_only_loopback_is_one_host() -> None:
+    bare = {k: TORCHRUN[k] for k in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    assert read_launch(bare) == Launch(3, 4, 0, None, "10.0.0.1", 29500, "torch")
+    assert not read_launch(bare).one_host
+    assert read_launch(bare | {"MASTER_ADDR": "localhost"}).one_host
+
+
 @pytest.mark.parametrize(
     ("environ", "without", "says"),
     [

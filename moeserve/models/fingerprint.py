@@ -1,0 +1,41 @@
+"""Is it the same checkpoint? Told from what is cheap to read: small files whole, weight files by
+their size and header. Values of weights are not compared.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+
+from moeserve.errors import CheckpointError
+from moeserve.models.checkpoint import INDEX, weight_files
+
+_SMALL = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    INDEX,
+)
+# A header is bounded by the format's own library, which checks it when the file is opened.
+_LARGEST_HEADER = 100 << 20
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """By file name: size and digest."""
+    try:
+        small = [folder / name for name in _SMALL if (folder / name).is_file()]
+        told = {file.name: _told(file, file.read_bytes()) for file in small}
+        return told | {file.name: _told(file, _header(file)) for file in weight_files(folder)}
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+
+
+def _told(file: Path, content: bytes) -> str:
+    return f"{file.stat().st_size} bytes, digest {sha256(content).hexdigest()[:16]}"
+
+
+def _header(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        length = opened.read(8)
+        return length + opened.read(min(int.from_bytes(length, "little"), _LARGEST_HEADER))
