@@ -296,6 +296,12 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_testbed(commands: Commands) -> None:
+    from moeserve.testbed.cli import add_parser
+
+    add_parser(commands, COMMANDS["testbed"][0])
+
+
 COMMANDS: Mapping[str, tuple[str, Callable[[Commands], None]]] = {
     "serve": ("serve a model over gRPC and OpenAI HTTP", _add_serve),
     "generate": ("answer one prompt without a server", _add_generate),
@@ -303,6 +309,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Commands], None]]] = {
     "doctor": ("would this host serve, and what would bind it", _add_doctor),
     "evaluate": ("how far a run of a model lies from a reference run", _add_evaluate),
     "quantize": ("write a copy of a model in 8 or 4 bits", _add_quantize),
+    "testbed": ("run ranks on several hosts made of this one", _add_testbed),
     "place": ("decide which device holds which expert", add_place),
 }
 

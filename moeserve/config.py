@@ -35,7 +35,7 @@ from moeserve.errors import ConfigError
 
 ENV_PREFIX = "MOESERVE_"
 ENV_ELSEWHERE = re.compile(
-    "MOESERVE_(REQUIRE_NATIVE|HOST_ID"
+    "MOESERVE_(REQUIRE_NATIVE|HOST_ID|LAUNCHER"
     # Kubernetes sets these for every service, so also for one named "moeserve".
     "|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)"
 )
@@ -111,7 +111,7 @@ class ServeConfig(BaseModel):
     ep: Count | None = Field(
         None, description="ranks that share the experts; default: 1, or as many as were launched"
     )
-    ep_backend: Literal["auto", "torch", "mpi", "shm"] = Field(
+    ep_backend: Literal["auto", "tcp", "torch", "mpi", "shm"] = Field(
         "auto", description="how tokens travel between ranks; auto goes by where they are"
     )
     combine: Literal["exact", "ordered", "fast"] = Field(

@@ -1,4 +1,4 @@
-"""The native half, by raw addresses; ``table`` and ``shm_exchange`` are the only callers."""
+"""The native half, by raw addresses; ``table``, ``shm_exchange`` and ``tcp_exchange`` call it."""
 
 from collections.abc import Sequence
 
@@ -58,3 +58,29 @@ class Mailboxes:
     def missing(self, lane: int) -> list[int]: ...
     def progress(self, rank: int) -> int: ...
     def note(self, word: int) -> None: ...
+
+class Streams:
+    """One connected socket for every other rank, not owned; addresses by [lane][parity][rank]."""
+
+    def __init__(
+        self,
+        rank: int,
+        fds: Sequence[int],
+        lane_bytes: Sequence[int],
+        outgoing: Sequence[int],
+        incoming: Sequence[int],
+    ) -> None: ...
+    def begin(self, lane: int) -> int:
+        """The lane's next round; its parity."""
+
+    def send(self, lane: int, lengths: Sequence[int]) -> None: ...
+    def receive(self, lane: int, ns: int) -> list[int]:
+        """Lengths by rank; none where some are missing after so long, or can never come."""
+
+    def missing(self, lane: int) -> list[int]: ...
+    def gone(self) -> list[int]: ...
+    def wrong(self, rank: int) -> str:
+        """What it sent that was against the rules, if that is why it is gone."""
+
+    def silent(self, ns: int) -> list[int]:
+        """Those who did not answer within so long."""

@@ -16,6 +16,10 @@ from moeserve.comm.rounds import Lanes
 from moeserve.comm.table import Table
 from moeserve.errors import InternalError
 from moeserve.kernels.ops import Layer, MoeWeights, Ops, Part, RouterWeights
+from moeserve.kernels.wire import Combine
+from moeserve.placement.report import CopyBytes
+
+MANY = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +113,17 @@ def _lanes(ops: Ops, spreads: Sequence[Spread | None], bounds: Bounds, tokens: i
     there = max((s.wire.row_bytes * tokens for s in routed), default=0)
     back = max((ops.sums_bytes(s.part, s.wire, tokens) for s in routed), default=0)
     return Lanes((there, back) * bounds.microbatches, bounds.deadline_s, bounds.alarm)
+
+
+def copy_bytes(ops: Ops, experts: Part[MoeWeights], top_k: int) -> CopyBytes:
+    """What a copy of a token weighs out and back, for the cost model.
+
+    By the exact combine, sums that fit 16 bits, as nearly all do, and wide ones whole; by the fast
+    one bf16. The ordered one sends a row for every choice, which is not known beforehand: as many
+    as a copy may have.
+    """
+    wire = ops.wire(experts, top_k)
+    most = ops.sums_bytes(experts, wire, MANY) // MANY
+    exact = experts.weights.combine is Combine.EXACT
+    narrow = exact and most < 8 * wire.hidden
+    return CopyBytes(wire.row_bytes, 2 * wire.hidden + 1 if narrow else most)

@@ -16,11 +16,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moeserve.comm.group import Group
-from moeserve.comm.rounds import Lanes, Rounds, padded
+from moeserve.comm.rounds import Lanes, Rounds, cut, places
 from moeserve.errors import ConfigError
 
 # How a wait begins: tests one after the other, which let others run; then sleeps between them.
@@ -36,26 +37,22 @@ class _Lane:
         self.comm = comm
         self.out = torch.empty(0, dtype=torch.uint8)
         self.come = torch.empty(0, dtype=torch.uint8)
+        self.out_bytes = self.out.numpy()
+        self.come_bytes = self.come.numpy()
         self.starts_R = [0] * world
-        self.come_R = [0] * world
-        self.sizes_R = torch.zeros(world, dtype=torch.int64)
-        self.lengths_R = torch.zeros(world, dtype=torch.int64)
-        self.sizes = self.sizes_R.numpy()
-        self.lengths = self.lengths_R.numpy()
+        self.come_sizes_R = [0] * world
+        self.sizes = np.zeros(world, np.int64)
+        self.lengths = np.zeros(world, np.int64)
         self.request: Any = None
         self.moving = False
         self.greeted: list[Any] = []
 
     def room(self, sizes_R: Sequence[int]) -> list[Tensor]:
-        at, areas = 0, []
-        spans = [padded(size) for size in sizes_R]
-        if len(self.out) < sum(spans):
-            self.out = torch.empty(sum(spans), dtype=torch.uint8)
-        for r, span in enumerate(spans):
-            self.starts_R[r] = at
-            areas.append(self.out[at : at + span])
-            at += span
-        return areas
+        self.starts_R, end = places(sizes_R)
+        if self.out.shape[0] < end:
+            self.out = torch.empty(end, dtype=torch.uint8)
+            self.out_bytes = self.out.numpy()
+        return cut(self.out, sizes_R)
 
     def start(self, sizes_R: Sequence[int]) -> None:
         self.sizes[:] = sizes_R
@@ -68,21 +65,20 @@ class _Lane:
             return False
         if self.moving:
             return True
-        at = 0
-        lengths = self.lengths.tolist()
-        for r, length in enumerate(lengths):
-            self.come_R[r] = at
-            at += padded(length)
-        if len(self.come) < at:
-            self.come = torch.empty(at, dtype=torch.uint8)
-        sent = [self.out.numpy(), self.sizes.tolist(), self.starts_R, "B"]
-        self.request = self.comm.Ialltoallv(sent, [self.come.numpy(), lengths, self.come_R, "B"])
+        self.come_sizes_R = self.lengths.tolist()
+        starts, end = places(self.come_sizes_R)
+        if self.come.shape[0] < end:
+            self.come = torch.empty(end, dtype=torch.uint8)
+            self.come_bytes = self.come.numpy()
+        self.request = self.comm.Ialltoallv(
+            [self.out_bytes, self.sizes.tolist(), self.starts_R, "B"],
+            [self.come_bytes, self.come_sizes_R, starts, "B"],
+        )
         self.moving = True
         return bool(self.request.Test())
 
     def segments(self) -> list[Tensor]:
-        lengths = self.lengths.tolist()
-        return [self.come[at : at + n] for at, n in zip(self.come_R, lengths, strict=True)]
+        return cut(self.come, self.come_sizes_R)
 
     def greet(self, others: Sequence[int], tag: int) -> None:
         self.greeted = [self.comm.Isend([self.sizes, 0, "B"], r, tag % _TAGS) for r in others]
@@ -92,7 +88,8 @@ class _Lane:
 
 
 class MpiExchange(Rounds):
-    """Collective: all ranks of the group build theirs at the same time."""
+    """Collective: all ranks of the group build theirs at the same time. MPI itself starts when
+    ``mpi4py.MPI`` is first imported, which takes all ranks of the run, also those of no group."""
 
     name = "mpi"
 
@@ -115,21 +112,22 @@ class MpiExchange(Rounds):
         self._advance(lane)
         state, tag = self._lane_L[lane], self.round_L[lane]
         begun = time.monotonic()
-
-        def come(slice_s: float) -> bool:
-            until = time.monotonic() + slice_s
-            while not state.advance():
-                now = time.monotonic()
-                if now > until:
-                    return False
-                if now - begun > _LOOK_S:
-                    time.sleep(_NAP_S)
-                if now - begun > self.lanes.deadline_s / 10 and not state.greeted:
-                    state.greet(self._others, tag)
-            return True
-
-        self._wait(lane, come, lambda: state.unanswered(self._others, tag))
+        while not state.advance():
+            if time.monotonic() - begun > _LOOK_S:
+                self._wait(lane, self._nap, lambda: state.unanswered(self._others, tag))
+                break
         return state.segments()
+
+    def _nap(self, lane: int, slice_s: float, waited_s: float) -> bool:
+        state = self._lane_L[lane]
+        until = time.monotonic() + slice_s
+        if waited_s > self.lanes.deadline_s / 10 and not state.greeted:
+            state.greet(self._others, self.round_L[lane])
+        while not state.advance():
+            if time.monotonic() > until:
+                return False
+            time.sleep(_NAP_S)
+        return True
 
     def _advance(self, lane: int) -> None:
         """What other lanes can do meanwhile."""

@@ -8,10 +8,11 @@ from moeserve.comm.local_exchange import LocalExchange
 from moeserve.comm.mpi_exchange import MpiExchange
 from moeserve.comm.rounds import Lanes
 from moeserve.comm.shm_exchange import ShmExchange
+from moeserve.comm.tcp_exchange import TcpExchange
 from moeserve.comm.torch_exchange import TorchExchange
 from moeserve.errors import ConfigError
 
-BACKENDS = ("auto", "torch", "mpi", "shm")
+BACKENDS = ("auto", "tcp", "torch", "mpi", "shm")
 
 
 def open_exchange(
@@ -25,9 +26,9 @@ def open_exchange(
 ) -> Exchange:
     """Collective over ``group``, which may be a part of the run; ``topology`` is of the run.
 
-    "auto" is shm where all ranks are of one node and can map each other's memory, else torch. A
-    group of one needs no backend. ``key`` is new for every exchange of a group; ``address`` is of
-    the interface that the torch backend listens on.
+    "auto" is shm where all ranks are of one node and can map each other's memory, else tcp, or
+    torch without the native half. A group of one needs no backend. ``key`` is new for every
+    exchange of a group; ``address`` is of the interface that tcp and torch listen on.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"comm backend {backend!r}: expected one of {', '.join(BACKENDS)}")
@@ -42,9 +43,13 @@ def open_exchange(
         )
     if backend == "shm":
         return ShmExchange(group, lanes, key)
-    if backend == "auto" and len(nodes) == 1:
+    if backend == "tcp":
+        return TcpExchange(group, lanes, key, address)
+    if backend == "auto":
         try:
-            return ShmExchange(group, lanes, key)
+            if len(nodes) == 1:
+                return ShmExchange(group, lanes, key)
+            return TcpExchange(group, lanes, key, address)
         except ConfigError:  # on all ranks alike: they told each other
             key = f"{key}/torch"
     return TorchExchange(group, lanes, key, address)

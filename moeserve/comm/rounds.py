@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from moeserve.comm.exchange import DEADLINE_S, Alarm, Traffic
 from moeserve.comm.group import Group, named
 from moeserve.errors import ConfigError, LateRankError, MoeserveError, UnavailableError
@@ -20,6 +22,27 @@ SLICE_S = 0.05
 
 def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where pieces of these sizes begin, each at the next multiple of ``ALIGNMENT``; the end."""
+    starts, at = [], 0
+    for size in sizes:
+        starts.append(at)
+        at += padded(size)
+    return starts, at
+
+
+def cut(area: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The pieces at these ``places``, by one call of torch."""
+    cuts: list[int] = []
+    at = 0
+    for size in sizes:
+        span = padded(size)
+        cuts += (size, span - size)
+        at += span
+    pieces = area.split_with_sizes((*cuts, area.shape[0] - at))
+    return list(pieces[0:-1:2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +105,18 @@ class Rounds:
             traffic.sent_R[r] += sizes_R[r]
 
     def _wait(
-        self, lane: int, come: Callable[[float], bool], missing: Callable[[], list[int]]
+        self,
+        lane: int,
+        come: Callable[[int, float, float], bool],
+        missing: Callable[[], list[int]],
     ) -> None:
-        """Until ``come``, which is given slices of time to wait for; else LateRankError names whom
-        ``missing`` gives. Closed on any error."""
+        """Until ``come``, which gets the lane, how long to wait before another look, and how long
+        it has been; else LateRankError names whom ``missing`` gives. Closed on any error."""
         watch = Watch(self.lanes)
         try:
             while True:
                 slice_s = watch.slice_s()
-                if come(slice_s):
+                if come(lane, slice_s, time.monotonic() - watch.begun):
                     return
                 if slice_s == 0.0:
                     raise self._late(lane, missing())

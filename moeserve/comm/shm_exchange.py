@@ -77,11 +77,7 @@ class ShmExchange(Rounds):
     def receive(self, lane: int) -> list[Tensor]:
         lengths = self._mailboxes.receive(lane)
         if lengths is None:
-            self._wait(
-                lane,
-                lambda slice_s: self._mailboxes.sleep(lane, int(slice_s * 1e9)),
-                lambda: self._mailboxes.missing(lane),
-            )
+            self._wait(lane, self._sleep, lambda: self._mailboxes.missing(lane))
             lengths = self._mailboxes.receive(lane)
         parity = self.round_L[lane] & 1
         segments = []
@@ -95,6 +91,9 @@ class ShmExchange(Rounds):
                 segment = seen[length] = area[:length]
             segments.append(segment)
         return segments
+
+    def _sleep(self, lane: int, slice_s: float, _: float) -> bool:
+        return bool(self._mailboxes.sleep(lane, int(slice_s * 1e9)))
 
     def note_progress(self, word: int) -> None:
         """What this rank is doing, 64 bits of the caller's meaning, for others to read."""

@@ -10,7 +10,6 @@ and after the deadline, or when a connection breaks, those who did not greet are
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.distributed import AllToAllOptions, PrefixStore, ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
 
 from moeserve.comm.group import Group
-from moeserve.comm.rounds import Lanes, Rounds, padded
+from moeserve.comm.rounds import Lanes, Rounds, cut, padded, places
 
 # Our own deadlines end waits; this only bounds what nobody waits for.
 _NEVER = timedelta(hours=24)
@@ -46,13 +45,10 @@ class _Lane:
         self.greeting: Greeting | None = None
 
     def room(self, sizes_R: Sequence[int]) -> list[Tensor]:
-        starts = [0]
-        for size in sizes_R:
-            starts.append(starts[-1] + padded(size))
-        if len(self.out) < starts[-1]:
-            self.out = torch.empty(starts[-1], dtype=torch.uint8)
-        self.starts_R = starts
-        return [self.out[a:b] for a, b in itertools.pairwise(starts)]
+        self.starts_R, end = places(sizes_R)
+        if self.out.shape[0] < end:
+            self.out = torch.empty(end, dtype=torch.uint8)
+        return cut(self.out, sizes_R)
 
     def start(self, sizes_R: Sequence[int]) -> None:
         """Close the gaps that unused room left; send the sizes."""
@@ -87,18 +83,15 @@ class _Lane:
         assert self.work is not None
         try:
             if wait_s > 0 or self.work.is_completed():
-                self.work.wait(timedelta(seconds=wait_s or 1.0))
+                # Less than a millisecond would mean for ever.
+                self.work.wait(timedelta(seconds=max(wait_s, 0.001)))
         except RuntimeError:
             if self.work.is_completed():
                 raise
         return self.work.is_completed()
 
     def segments(self) -> list[Tensor]:
-        segments, at = [], 0
-        for size in self.lengths_R.tolist():
-            segments.append(self.come[at : at + size])
-            at += padded(size)
-        return segments
+        return cut(self.come, self.lengths_R.tolist())
 
 
 class TorchExchange(Rounds):
@@ -133,19 +126,18 @@ class TorchExchange(Rounds):
     def receive(self, lane: int) -> list[Tensor]:
         self._advance(lane)
         state = self._lane_L[lane]
-        greet_at = time.monotonic() + self.lanes.deadline_s / 10
-
-        def come(slice_s: float) -> bool:
-            left_s = greet_at - time.monotonic()
-            if left_s <= 0 and state.greeting is None:
-                state.greeting = Greeting(state.pg, self._others, self.round_L[lane])
-            try:
-                return state.advance(slice_s if left_s <= 0 else min(slice_s, left_s))
-            except RuntimeError as error:
-                raise self._late(lane, self._absent(lane)) from error
-
-        self._wait(lane, come, lambda: self._absent(lane))
+        self._wait(lane, self._look, lambda: self._absent(lane))
         return state.segments()
+
+    def _look(self, lane: int, slice_s: float, waited_s: float) -> bool:
+        state = self._lane_L[lane]
+        greet_s = self.lanes.deadline_s / 10
+        if waited_s >= greet_s and state.greeting is None:
+            state.greeting = Greeting(state.pg, self._others, self.round_L[lane])
+        try:
+            return state.advance(slice_s if state.greeting else min(slice_s, greet_s - waited_s))
+        except RuntimeError as error:
+            raise self._late(lane, self._absent(lane)) from error
 
     def _advance(self, lane: int) -> None:
         """What other lanes can do meanwhile; their errors are met where they are waited for."""

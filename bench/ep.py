@@ -1,0 +1,328 @@
+"""Experts over several hosts: what overlap, bytes and plans are worth as links get slower.
+
+    python bench/ep.py [--quick] [--json FILE] [--models demo ...] [--rates unlimited,100mbit ...]
+
+Raises the test bed (root is needed), runs a rank on each host and tells all of them the same steps:
+no server, no sampling, every round of every way in turn. Two tables a model: tokens per second for
+rate x load x microbatches; then, at one rate, what travels in each variant, as counted, as the cost
+model predicts and as the kernel counts it on the links, and what that does to a step.
+
+The share of communication is 1 - (step at the unlimited rate / step), both with one microbatch.
+Hosts share this machine's cores: what waits for a link costs no one else anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moeserve.bench.crew import Crew, Variant
+from moeserve.bench.material import PLANS, Material, prepare
+from moeserve.bench.overlapped import AUTO, Effort, Load, Samples, Way, fill, measure
+from moeserve.errors import MoeserveError
+from moeserve.models.library import DEMO
+from moeserve.placement.topology import Dataflow
+from moeserve.testbed.links import parse_rate, show_rate
+from moeserve.testbed.network import Bed, refusal
+
+COUNTS: tuple[int | str, ...] = (1, 2, 4, AUTO)
+FIXED = tuple(count for count in COUNTS if count != AUTO)
+BASE = Variant()
+# A full TCP segment on the link, and the payload in it.
+FRAME, PAYLOAD = 1514, 1448
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """A load at a rate; by number of microbatches: tokens/s (median, least, most), share of a step
+    in which even the rank that waits least waits, and what auto chose how often."""
+
+    model: str
+    what: str
+    tokens: int
+    rate: str
+    communication: float
+    tokens_per_s: Mapping[str, tuple[float, float, float]]
+    waiting: Mapping[str, float]
+    chosen: Mapping[int, int]
+
+    @property
+    def two(self) -> float:
+        return self.tokens_per_s["2"][0] / self.tokens_per_s["1"][0]
+
+    @property
+    def auto(self) -> float:
+        """Beside the best fixed number."""
+        return self.tokens_per_s[AUTO][0] / max(self.tokens_per_s[str(c)][0] for c in FIXED)
+
+
+@dataclass(frozen=True, slots=True)
+class Travel:
+    """A variant at a rate. Copies are one way, per token and layer; bytes of a step, both ways, of
+    all ranks: counted by the exchange, and by the kernel with headers on the links. ``predicted``
+    is the step that the unlimited one and the busiest rank's bytes lead to."""
+
+    model: str
+    what: str
+    tokens: int
+    rate: str
+    variant: str
+    copies: float
+    predicted_copies: float
+    sent_bytes: float
+    predicted_bytes: float
+    link_bytes: float
+    step_s: tuple[float, float, float]
+    predicted_step_s: float
+    overlapped_step_s: float
+
+
+def speed(load: Load, ranks: int, samples: Samples) -> tuple[float, float, float]:
+    low, high = samples.range_s
+    tokens = load.tokens * ranks
+    return tokens / samples.seconds, tokens / high, tokens / low
+
+
+def overlap_table(
+    crew: Crew, bed: Bed, model: str, loads: Sequence[Load], rates: Sequence[int | None],
+    effort: Effort, say: Any,
+) -> list[Overlap]:  # fmt: skip
+    """Rates from the fastest on, the unlimited one first: it tells what communication costs."""
+    rows = []
+    ways = [Way(BASE, count) for count in COUNTS]
+    for load in loads:
+        free_s = 0.0
+        for rate in rates:
+            say(f"{model}: {load.what} of {load.tokens} tokens a rank at {show_rate(rate)}")
+            bed.set_rate(rate)
+            found = measure(crew, load, ways, effort)
+            one_s = found[ways[0]].seconds
+            free_s = free_s or one_s
+            rows.append(
+                Overlap(
+                    model, load.what, load.tokens, show_rate(rate), 1 - free_s / one_s,
+                    {str(w.micro): speed(load, crew.world, s) for w, s in found.items()},
+                    {str(w.micro): s.waiting for w, s in found.items()},
+                    found[ways[-1]].counts,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def variants(material: Material) -> dict[str, tuple[Variant, Dataflow]]:
+    dedup = Dataflow.HOME_DEDUP
+    base = {
+        "int8 wire, one copy a rank": (BASE, dedup),
+        "bf16 wire": (Variant(wire="bf16"), dedup),
+        "fp32 wire": (Variant(wire="fp32"), dedup),
+        "a copy for every expert": (Variant(copies="expert"), Dataflow.HOME_PER_EXPERT),
+    }
+    plans = {
+        f"plan: {name}": (Variant(name), dedup) for name in material.plans if name != BASE.plan
+    }
+    return base | plans
+
+
+def row_bytes(material: Material, variant: Variant) -> float:
+    """Of a copy, there and back: features, scale, unit, weights, slots; then sums and a byte."""
+    size, back = {"own": (1, 2), "bf16": (2, 2), "fp32": (4, 4)}[variant.wire]
+    k = material.top_k
+    factor = 2 if variant.wire == "fp32" else 1
+    there = size * material.hidden + 8 + 4 * k + -(-2 * k // 4) * 4
+    return there + back * material.hidden + factor
+
+
+def travel_table(
+    crew: Crew, bed: Bed, material: Material, load: Load, rate: int, effort: Effort, say: Any
+) -> list[Travel]:
+    """Steps at the unlimited rate first, then at ``rate``: with one microbatch, and with two."""
+    named = variants(material)
+    ways = [Way(variant, micro) for variant, _ in named.values() for micro in (1, 2)]
+    say(f"{material.model}: variants without a limit")
+    bed.set_rate(None)
+    free = measure(crew, load, ways, effort)
+    say(f"{material.model}: variants at {show_rate(rate)}")
+    bed.set_rate(rate)
+    found = measure(crew, load, ways, effort)
+    rows = []
+    for name, (variant, flow) in named.items():
+        one, two = found[Way(variant, 1)], found[Way(variant, 2)]
+        spans = [
+            s for step in range(effort.steps)
+            for s in [load.spans(crew.world, step, effort.length, effort.prompt)]
+        ]  # fmt: skip
+        copies = sum(material.predicted_copies(s, variant.plan, flow) for s in spans) / len(spans)
+        token_layers = one.steps[0].token_layers
+        on_link = one.busiest_bytes * FRAME / PAYLOAD * 8 / rate
+        rows.append(
+            Travel(
+                material.model, load.what, load.tokens, show_rate(rate), name,
+                one.copies, copies,
+                one.sent_bytes, copies * token_layers * row_bytes(material, variant),
+                link_bytes(crew, bed, load, variant, effort),
+                (one.seconds, *one.range_s),
+                free[Way(variant, 1)].seconds + on_link,
+                two.seconds,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def link_bytes(crew: Crew, bed: Bed, load: Load, variant: Variant, effort: Effort) -> float:
+    """What the kernel counts leaving all hosts in a step."""
+    before = sum(bed.count(host).sent_bytes for host in range(bed.hosts))
+    for step in range(effort.steps):
+        spans = load.spans(crew.world, step, effort.length, effort.prompt)
+        crew.step(spans, 1, variant)
+    after = sum(bed.count(host).sent_bytes for host in range(bed.hosts))
+    return (after - before) / effort.steps
+
+
+def show_overlap(rows: Sequence[Overlap]) -> Table:
+    grid = Table(
+        title="tokens/s by microbatches: median (least-most of rounds)", title_justify="left"
+    )
+    for heading in ("model", "load", "rate", "comm.", *map(str, COUNTS), "2 / 1", "auto / best"):
+        grid.add_column(heading)
+    for row in rows:
+        cells = [
+            f"{row.tokens_per_s[str(c)][0]:.0f} ({row.tokens_per_s[str(c)][1]:.0f}-"
+            f"{row.tokens_per_s[str(c)][2]:.0f})"
+            for c in COUNTS
+        ]
+        grid.add_row(
+            Path(row.model).name, f"{row.what} {row.tokens}", row.rate,
+            f"{row.communication:.0%}", *cells, f"{row.two:.2f}", f"{row.auto:.2f}",
+        )  # fmt: skip
+    return grid
+
+
+def show_travel(rows: Sequence[Travel]) -> Table:
+    grid = Table(title="what travels in a step, one microbatch", title_justify="left")
+    headings = (
+        "model", "load", "rate", "variant", "copies", "predicted", "kB", "predicted", "on links",
+        "step ms", "predicted", "beside the first", "predicted", "2 microbatches, ms",
+    )  # fmt: skip
+    for heading in headings:
+        grid.add_column(heading)
+    for row in rows:
+        first = next(r for r in rows if (r.model, r.what) == (row.model, row.what))
+        middle, low, high = (1e3 * s for s in row.step_s)
+        grid.add_row(
+            Path(row.model).name, f"{row.what} {row.tokens}", row.rate, row.variant,
+            f"{row.copies:.3f}", f"{row.predicted_copies:.3f}", f"{row.sent_bytes / 1e3:.0f}",
+            f"{row.predicted_bytes / 1e3:.0f}", f"{row.link_bytes / 1e3:.0f}",
+            f"{middle:.1f} ({low:.1f}-{high:.1f})", f"{1e3 * row.predicted_step_s:.1f}",
+            f"{row.step_s[0] / first.step_s[0]:.2f}",
+            f"{row.predicted_step_s / first.predicted_step_s:.2f}",
+            f"{1e3 * row.overlapped_step_s:.1f}",
+        )  # fmt: skip
+    return grid
+
+
+def bench_model(
+    args: argparse.Namespace, model: str, say: Any
+) -> tuple[list[Overlap], list[Travel]]:
+    loads = [Load("decode", b) for b in args.decode] + [Load("prefill", t) for t in args.prefill]
+    effort = Effort(args.length, args.length * 3 // 4, args.steps, args.rounds)
+    most = max(load.sequences(effort.length) for load in loads)
+    plans = list(PLANS) if model == DEMO else [BASE.plan]
+    rates = sorted(args.rates, key=lambda rate: -(rate or 1 << 62))
+    material = prepare(
+        model, args.quantization, ranks=args.hosts, each=most, tokens=effort.length, plans=plans,
+        seconds=args.solve_s, say=say,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        bed = stack.enter_context(Bed(args.hosts))
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        crew = stack.enter_context(Crew(bed, material.told(args.threads, args.backend), logs))
+        say(f"{model}: filling KV")
+        fill(crew, most, effort)
+        overlap = overlap_table(crew, bed, model, loads, rates, effort, say)
+        travel = []
+        for load in loads if args.travel_rate else ():
+            if load.tokens in args.travel_tokens:
+                rate = args.travel_rate
+                travel += travel_table(crew, bed, material, load, rate, effort, say)
+    return overlap, travel
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")] if text else []
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=[DEMO], metavar="MODEL", help="[demo]")
+    parser.add_argument("--quantization", default="int8", help="of the weights [int8]")
+    parser.add_argument("--hosts", type=int, default=4, metavar="N", help="[4]")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a rank [1]")
+    parser.add_argument("--backend", default="auto", help="auto, tcp, torch [auto]")
+    parser.add_argument("--rates", default="unlimited,1gbit,300mbit,100mbit", metavar="RATE,..")
+    parser.add_argument("--decode", default="4,16,64", metavar="N,..", help="streams of a rank")
+    parser.add_argument("--prefill", default="64,256", metavar="N,..", help="tokens of a rank")
+    parser.add_argument("--travel-rate", default="100mbit", metavar="RATE", help="second table")
+    parser.add_argument("--travel-tokens", default="64,256", metavar="N,..", help="loads in it")
+    parser.add_argument("--length", type=int, default=128, metavar="N", help="of sequences [128]")
+    parser.add_argument("--steps", type=int, default=12, metavar="N", help="of a round [12]")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="[5]")
+    parser.add_argument("--solve-s", type=float, default=10.0, metavar="S", help="for a plan [10]")
+    parser.add_argument("--quick", action="store_true", help="two hosts, little of everything")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the raw figures")
+    args = parser.parse_args(words)
+    if args.quick:
+        args.hosts, args.rates, args.decode, args.prefill = 2, "unlimited,100mbit", "4", ""
+        args.travel_tokens, args.length, args.steps, args.rounds, args.solve_s = "4", 16, 2, 1, 1.0
+    args.rates = [parse_rate(rate) for rate in args.rates.split(",")]
+    args.travel_rate = parse_rate(args.travel_rate)
+    for name in ("decode", "prefill", "travel_tokens"):
+        setattr(args, name, numbers(getattr(args, name)))
+    return args
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    args = arguments(words)
+    reason = refusal()
+    if reason is not None:
+        print(f"ep.py: {reason}", file=sys.stderr)
+        return 1
+    console = Console(stderr=True)
+    overlap: list[Overlap] = []
+    travel: list[Travel] = []
+    try:
+        for model in args.models:
+            of_model = bench_model(args, model, console.print)
+            overlap += of_model[0]
+            travel += of_model[1]
+    except MoeserveError as error:
+        print(f"ep.py: {error.message}", file=sys.stderr)
+        return 1
+    out = Console(width=200)
+    out.print(show_overlap(overlap))
+    if travel:
+        out.print(show_travel(travel))
+    if args.json is not None:
+        raw = {
+            "cores": os.cpu_count(),
+            "hosts": args.hosts,
+            "backend": args.backend,
+            "overlap": [asdict(row) for row in overlap],
+            "travel": [asdict(row) for row in travel],
+        }
+        args.json.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""One rank of an expert-parallel group that runs the steps it is told: ``python -m
+moeserve.bench.rank``.
+
+No server, no scheduler, no sampling: a line of JSON on standard input is a step, a line on standard
+output what it took. All ranks are told the same steps in the same order (``crew``). The decoders of
+several plans are held at once and share KV, which by law 1 does not depend on the plan.
+
+A variant of a step may send more than it needs, to measure what is saved: ``copies`` "expert" sends
+a token once for every expert away from home instead of once per rank; ``wire`` "bf16" and "fp32"
+fill every record up to the length it would have with features, and contributions, of that type.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeserve.comm.build import parallel_over
+from moeserve.comm.dispatcher import Flat, Spread
+from moeserve.comm.exchange import Exchange
+from moeserve.comm.group import Group, Topology, host_store, join_store
+from moeserve.comm.layout import LayerLayout
+from moeserve.comm.open import open_exchange
+from moeserve.comm.pipeline import Parallel
+from moeserve.comm.progress import Progress
+from moeserve.comm.rounds import Lanes
+from moeserve.comm.table import Assigned, Table
+from moeserve.kernels.select import choose_ops
+from moeserve.kernels.wire import Copies, Wire
+from moeserve.models.batch import Span, pack_spans, split_spans
+from moeserve.models.decoder import Decoder, KVCache, load_decoder
+
+BLOCK = 16
+MOST_MICROBATCHES = 4
+SEGMENT_BYTES = 8 << 20
+DEADLINE_S = 60.0
+
+
+class OnePerExpert:
+    """A table that sends a token away once for every expert."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
+        once = self._table.assign(ids_TC, home, ranks_per_unit=ranks_per_unit)
+        start_R1, slot_NC = once.copies.start_R1.tolist(), once.copies.slot_NC
+        tokens, slots, counts = [], [], []
+        for r in range(len(once.count_R)):
+            here = slice(start_R1[r], start_R1[r + 1])
+            token_N, kept_NC = once.copies.token_N[here], slot_NC[here]
+            if r != home:
+                row_M, choice_M = torch.nonzero(kept_NC >= 0, as_tuple=True)
+                single_MC = torch.full((len(row_M), kept_NC.shape[1]), -1, dtype=torch.int16)
+                single_MC[torch.arange(len(row_M)), choice_M] = kept_NC[row_M, choice_M]
+                token_N, kept_NC = token_N[row_M], single_MC
+            tokens.append(token_N)
+            slots.append(kept_NC)
+            counts.append(len(token_N))
+        starts = torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int32)
+        return Assigned(Copies(starts, torch.cat(tokens), torch.cat(slots)), counts)
+
+    def spread(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
+        return self._table.spread(segments, wire, ranks)
+
+
+class Widened:
+    """An exchange whose segments are filled up: by ``wide_rows`` there, ``back`` times back."""
+
+    def __init__(self, exchange: Exchange, row_bytes: int, wide_bytes: int, back: int) -> None:
+        self.name = exchange.name
+        self.rank = exchange.rank
+        self.world = exchange.world
+        self.traffic = exchange.traffic
+        self._exchange = exchange
+        self._factors = (Fraction(wide_bytes, row_bytes), Fraction(back))
+
+    def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
+        return self._exchange.areas(lane, self._wide(lane, sizes_R))
+
+    def send(self, lane: int, sizes_R: Sequence[int]) -> None:
+        self._exchange.send(lane, self._wide(lane, sizes_R))
+
+    def receive(self, lane: int) -> list[Tensor]:
+        factor = self._factors[lane % 2]
+        return [s[: int(len(s) / factor)] for s in self._exchange.receive(lane)]
+
+    def close(self) -> None:
+        self._exchange.close()
+
+    def _wide(self, lane: int, sizes_R: Sequence[int]) -> list[int]:
+        return [int(size * self._factors[lane % 2]) for size in sizes_R]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Everything a step needs. ``sequences`` are this rank's, in blocks of their own."""
+
+    exchange: Exchange
+    topology: Topology
+    decoders: Mapping[str, Decoder]
+    layouts: Mapping[str, Mapping[int, LayerLayout]]
+    sequences: Sequence[Sequence[int]]
+    cache: KVCache
+    variants: dict[tuple[str, str, str], Decoder]
+
+    def run(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """One step over ``spans`` of [sequence, start, stop], in ``micro`` microbatches."""
+        decoder = self._decoder(asked["plan"], asked["copies"], asked["wire"])
+        spans = [self._span(*span) for span in asked["spans"]]
+        parts = split_spans(spans, asked["micro"])
+        steps = [pack_spans(part, BLOCK) for part in parts]
+        assert decoder.parallel is not None
+        moved, traffic = decoder.parallel.dispatcher.moved, self.exchange.traffic
+        before = (moved.waited_s, sum(moved.copies_R), moved.tokens, list(traffic.sent_R))
+        begun = time.monotonic()
+        logits = decoder.forward_micro(steps, self.cache)
+        ended = time.monotonic()
+        said = {
+            "begun": begun,
+            "ended": ended,
+            "waited": moved.waited_s - before[0],
+            "copies": sum(moved.copies_R) - before[1],
+            "token_layers": moved.tokens - before[2],
+            "sent_R": [a - b for a, b in zip(traffic.sent_R, before[3], strict=True)],
+        }
+        if asked.get("digest"):
+            said["digest"] = hashlib.sha256(torch.cat(logits).numpy().tobytes()).hexdigest()
+        return said
+
+    def _span(self, sequence: int, start: int, stop: int) -> Span:
+        blocks = blocks_of(sequence, len(self.sequences[sequence]))
+        return Span(self.sequences[sequence][start:stop], start, blocks)
+
+    def _decoder(self, plan: str, copies: str, wire: str) -> Decoder:
+        key = (plan, copies, wire)
+        if key not in self.variants:
+            self.variants[key] = self._build(*key)
+        return self.variants[key]
+
+    def _build(self, plan: str, copies: str, wire: str) -> Decoder:
+        decoder, layouts = self.decoders[plan], self.layouts[plan]
+        progress, exchange = Progress(), self._exchange_for(plan, wire)
+        dispatcher = Flat(decoder.ops, exchange, self.topology, progress)
+        layers = decoder.stack.layers
+        parallel = parallel_over(decoder.ops, layers, layouts, dispatcher, progress)
+        if copies == "expert":
+            parallel = Parallel(
+                decoder.ops,
+                layers,
+                [_per_expert(s) for s in parallel.spreads],
+                dispatcher,
+                progress,
+            )
+        return replace(decoder, parallel=parallel)
+
+    def _exchange_for(self, plan: str, wire: str) -> Exchange:
+        if wire == "own":
+            return self.exchange
+        decoder, layouts = self.decoders[plan], self.layouts[plan]
+        flat = Flat(decoder.ops, self.exchange, self.topology, Progress())
+        spreads = parallel_over(
+            decoder.ops, decoder.stack.layers, layouts, flat, Progress()
+        ).spreads
+        own = next(s.wire for s in spreads if s is not None)
+        dtype, back = {"bf16": (torch.bfloat16, 1), "fp32": (torch.float32, 2)}[wire]
+        return Widened(self.exchange, own.row_bytes, replace(own, payload=dtype).row_bytes, back)
+
+
+def _per_expert(spread: Spread | None) -> Spread | None:
+    # Of a Table, ``Flat`` only asks ``assign``.
+    return spread and replace(spread, table=OnePerExpert(spread.table))  # type: ignore[arg-type]
+
+
+def blocks_of(sequence: int, tokens: int) -> tuple[int, ...]:
+    """Sequences are of one length, and follow one another."""
+    each = -(-tokens // BLOCK)
+    return tuple(range(sequence * each, (sequence + 1) * each))
+
+
+def set_up(told: Mapping[str, Any], environ: Mapping[str, str]) -> Rank:
+    """Load the experts of every plan that are this rank's, and meet the others."""
+    rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    here = int(environ["LOCAL_WORLD_SIZE"])
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    torch.set_num_threads(1)
+    ops = choose_ops(threads=told["threads"])
+    layouts = {
+        name: {
+            int(layer): LayerLayout(np.array(expert_S, np.int32), told["experts"], world)
+            for layer, expert_S in rows.items()
+        }
+        for name, rows in told["plans"].items()
+    }
+    decoders = {
+        name: load_decoder(
+            told["model"],
+            dtype=None,
+            ops=ops,
+            quantization=told["quantization"],
+            experts={layer: layout.of_rank(rank) for layer, layout in of_plan.items()},
+        )
+        for name, of_plan in layouts.items()
+    }
+    sequences = told["sequences"][rank]
+    blocks = len(sequences) * len(blocks_of(0, len(sequences[0])))
+    cache = next(iter(decoders.values())).new_cache(blocks, BLOCK)
+    store = host_store(host, port)[0] if rank == 0 else join_store(host, port)
+    lanes = Lanes((SEGMENT_BYTES,) * 2 * MOST_MICROBATCHES, DEADLINE_S)
+    topology = Topology(tuple(r // here for r in range(world)))
+    exchange = open_exchange(told["backend"], Group(rank, world, store), topology, lanes)
+    return Rank(exchange, topology, decoders, layouts, sequences, cache, {})
+
+
+def main() -> None:
+    rank = set_up(json.loads(sys.stdin.readline()), os.environ)
+    _say({"rank": rank.exchange.rank})
+    gc.disable()
+    for line in sys.stdin:
+        _say(rank.run(json.loads(line)))
+        gc.collect(0)
+    rank.exchange.close()
+
+
+def _say(answer: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
