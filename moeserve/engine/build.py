@@ -14,6 +14,7 @@ from moeserve.core import Counters
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.distributed import DistributedExecutor, LeaderChannel
 from moeserve.engine.fleet import Fleet
+from moeserve.engine.homes import NearExperts
 from moeserve.engine.loop import Engine, EngineObserver
 from moeserve.engine.rank import Rank, Seat, load_rank
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
@@ -130,8 +131,9 @@ def build_engine(
         ranks = None
     else:
         assert channel is not None, "rank 0 needs a channel to the others"
-        ranks = own.lead(channel, seat)
-        fleet = Fleet(config, pools, counters)
+        near = NearExperts() if seat.near_experts else None
+        ranks = own.lead(channel, seat, learn=(lambda use: None) if near is None else near.learn)
+        fleet = Fleet(config, pools, counters, near)
         engine = Engine(fleet, ranks, tokenizer, observer, idle=ranks.idle)
     engine.start()
     spec = own.decoder.spec

@@ -27,8 +27,10 @@ from moeserve.comm.pipeline import Parallel
 from moeserve.comm.progress import Progress
 from moeserve.engine.distributed import Conductor, DistributedExecutor, LeaderChannel
 from moeserve.engine.follow import FollowerChannel, Rider, follow
+from moeserve.engine.homes import Use
 from moeserve.engine.overlap import LARGEST, Fixed, Measured
-from moeserve.engine.runner import LocalExecutor
+from moeserve.engine.runner import LocalExecutor, StepObserver
+from moeserve.engine.uses import UseCounter
 from moeserve.errors import ConfigError
 from moeserve.host import read_memory
 from moeserve.kernels.ops import Ops
@@ -62,7 +64,8 @@ class Seat:
     """A place among several ranks, and how these reach one another (see ``comm.build``).
 
     ``plan`` None is experts in their own order; ``microbatches`` None is as measured. ``progress``
-    tells what the rank is doing in a step.
+    tells what the rank is doing in a step. With ``near_experts`` homes are chosen by what prompts
+    use (``homes``), else by work alone.
     """
 
     group: Group
@@ -74,6 +77,7 @@ class Seat:
     address: str | None = None
     plan: Path | None = None
     microbatches: int | None = None
+    near_experts: bool = False
 
     @property
     def rank(self) -> int:
@@ -96,6 +100,7 @@ class Rank:
     world: int
     recorder: RoutingRecorder | None
     plan: Plan | None = None
+    uses: UseCounter | None = None
 
     @property
     def parallel(self) -> Parallel:
@@ -104,7 +109,11 @@ class Rank:
         return self.decoder.parallel
 
     def lead(
-        self, channel: LeaderChannel, seat: Seat, conductor: Conductor | None = None
+        self,
+        channel: LeaderChannel,
+        seat: Seat,
+        conductor: Conductor | None = None,
+        learn: Callable[[Use], None] = lambda use: None,
     ) -> DistributedExecutor:
         """On rank 0: what runs plans of all ranks."""
         return DistributedExecutor(
@@ -114,12 +123,15 @@ class Rank:
             moved=self.parallel.dispatcher.moved,
             microbatches=Measured() if seat.microbatches is None else Fixed(seat.microbatches),
             conductor=conductor,
+            uses=self.uses,
+            learn=learn,
             deadline_s=seat.deadline_s,
         )
 
     def follow(self, channel: FollowerChannel, seat: Seat, rider: Rider | None = None) -> int:
         """On the others: run what rank 0 says until the run is over; how many steps that were."""
-        return follow(channel, self.executor, seat.rank, self.parallel.dispatcher.moved, rider)
+        moved = self.parallel.dispatcher.moved
+        return follow(channel, self.executor, seat.rank, moved, rider, self.uses)
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""
@@ -194,14 +206,19 @@ def load_rank(
     eos_ids = frozenset(
         i for i in (*decoder.spec.eos_ids, *tokenizer_eos) if i < decoder.spec.vocab
     )
+    uses: UseCounter | None = None
+    observer: StepObserver | None = recorder
+    if seat is not None and seat.near_experts and decoder.parallel is not None:
+        observer = uses = UseCounter(decoder.parallel, seat.group.world, recorder)
     return Rank(
         decoder=decoder,
-        executor=LocalExecutor(decoder, size.num_blocks, block_size, eos_ids, recorder),
+        executor=LocalExecutor(decoder, size.num_blocks, block_size, eos_ids, observer),
         size=size,
         eos_ids=eos_ids,
         world=1 if seat is None else seat.group.world,
         recorder=recorder,
         plan=plan,
+        uses=uses,
     )
 
 
