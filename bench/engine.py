@@ -24,7 +24,7 @@ from rich.table import Table
 
 from moeserve.core import Counters, Request, RequestId, SamplingParams, StepPlan
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.build import open_recorder
+from moeserve.engine.rank import open_recorder
 from moeserve.engine.runner import LocalExecutor
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.kernels.select import choose_ops

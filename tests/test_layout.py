@@ -27,6 +27,7 @@ PURE = (
     "engine/blocks.py",
     "engine/fleet.py",
     "engine/overlap.py",
+    "engine/replan.py",
 )
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
@@ -43,6 +44,7 @@ BARE = (
     "moeserve.engine.scheduler",
     "moeserve.engine.fleet",
     "moeserve.engine.overlap",
+    "moeserve.engine.replan",
 )
 
 UNPICKLERS = frozenset("pickle cPickle _pickle marshal shelve dill cloudpickle joblib".split())
@@ -51,7 +53,9 @@ FORBIDDEN_CALLS = frozenset(
 )
 
 LONGEST_MODULE = 450
-LONGER_WITH_REASON: dict[str, str] = {}
+LONGER_WITH_REASON: dict[str, str] = {
+    "moeserve/kernels/ops.py": "one closed table, the contract of every backend: read whole",
+}
 
 
 def is_generated(path: Path) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.layout import LayerLayout
-from moeserve.kernels.ops import Copies
+from moeserve.kernels.wire import Copies
 from moeserve.placement.split import slots_of, split_batch
 
 

@@ -3,14 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from moeserve.comm.dispatcher import Dispatcher, Spread
+from moeserve.comm.dispatcher import ByNode, Dispatcher, Flat, Spread
+from moeserve.comm.exchange import DEADLINE_S, Alarm
+from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
+from moeserve.comm.open import open_exchange
 from moeserve.comm.pipeline import Parallel
 from moeserve.comm.progress import Progress
+from moeserve.comm.rounds import Lanes
 from moeserve.comm.table import Table
 from moeserve.errors import InternalError
 from moeserve.kernels.ops import Layer, MoeWeights, Ops, Part, RouterWeights
+from moeserve.kernels.wire import Combine
+from moeserve.placement.report import CopyBytes
+
+MANY = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """``tokens`` is the most that a rank brings to one microbatch, ``microbatches`` the most of
+    them in a step. A wait ends after ``deadline_s``, or at once when ``alarm`` rings."""
+
+    tokens: int
+    microbatches: int
+    deadline_s: float = DEADLINE_S
+    alarm: Alarm | None = None
+
+
+def open_parallel(
+    ops: Ops,
+    layers: Sequence[Layer],
+    layouts: Mapping[int, LayerLayout],
+    group: Group,
+    topology: Topology,
+    *,
+    backend: str,
+    bounds: Bounds,
+    progress: Progress,
+    address: str | None = None,
+) -> Parallel:
+    """Collective over ``group``, which is all of the run. ``layouts`` are by layer number.
+
+    Where nodes have several ranks each, in order, tokens cross to a node once; see ``ByNode``.
+    """
+    spreads = spreads_of(ops, layers, layouts)
+    lanes = _lanes(ops, spreads, bounds, bounds.tokens)
+    size = node_size(topology)
+    dispatcher: Dispatcher
+    if size is None:
+        exchange = open_exchange(backend, group, topology, lanes, address=address)
+        dispatcher = Flat(ops, exchange, topology, progress)
+    else:
+        rail = group.sub_group(range(group.rank % size, group.world, size))
+        node = group.sub_group(topology.ranks_of(topology.node_R[group.rank]))
+        outer = open_exchange(backend, rail, topology, lanes, key="outer", address=address)
+        # Whatever comes from all nodes may be for one rank inside.
+        wide = _lanes(ops, spreads, bounds, bounds.tokens * topology.num_nodes)
+        inner = open_exchange(backend, node, topology, wide, key="inner", address=address)
+        dispatcher = ByNode(ops, outer, inner, topology, progress)
+    return Parallel(ops, layers, spreads, dispatcher, progress)
+
+
+def node_size(topology: Topology) -> int | None:
+    """Ranks of a node, where there are several nodes of several ranks each, alike and in order."""
+    size, rest = divmod(topology.world, topology.num_nodes)
+    in_order = tuple(r // size for r in range(topology.world))
+    alike = not rest and topology.node_R == in_order
+    return size if alike and topology.num_nodes > 1 and size > 1 else None
 
 
 def parallel_over(
@@ -20,12 +82,18 @@ def parallel_over(
     dispatcher: Dispatcher,
     progress: Progress,
 ) -> Parallel:
-    """``layouts`` by layer number; each layer's experts are those of this rank's slots."""
-    spreads = [
+    """The same over a dispatcher that is there."""
+    return Parallel(ops, layers, spreads_of(ops, layers, layouts), dispatcher, progress)
+
+
+def spreads_of(
+    ops: Ops, layers: Sequence[Layer], layouts: Mapping[int, LayerLayout]
+) -> list[Spread | None]:
+    """By layer; each layer's experts are those of this rank's slots."""
+    return [
         None if isinstance(layer.mlp, Part) else spread_of(ops, *layer.mlp, layouts[number])
         for number, layer in enumerate(layers)
     ]
-    return Parallel(ops, layers, spreads, dispatcher, progress)
 
 
 def spread_of(
@@ -37,3 +105,25 @@ def spread_of(
         raise InternalError(f"a rank holds {held} experts of a layer, its plan says {layout.slots}")
     wire = ops.wire(experts, router.weights.spec.top_k)
     return Spread(experts, layout, Table(layout), wire)
+
+
+def _lanes(ops: Ops, spreads: Sequence[Spread | None], bounds: Bounds, tokens: int) -> Lanes:
+    """One there and one back for each microbatch, with room for the widest layer."""
+    routed = [s for s in spreads if s is not None]
+    there = max((s.wire.row_bytes * tokens for s in routed), default=0)
+    back = max((ops.sums_bytes(s.part, s.wire, tokens) for s in routed), default=0)
+    return Lanes((there, back) * bounds.microbatches, bounds.deadline_s, bounds.alarm)
+
+
+def copy_bytes(ops: Ops, experts: Part[MoeWeights], top_k: int) -> CopyBytes:
+    """What a copy of a token weighs out and back, for the cost model.
+
+    By the exact combine, sums that fit 16 bits, as nearly all do, and wide ones whole; by the fast
+    one bf16. The ordered one sends a row for every choice, which is not known beforehand: as many
+    as a copy may have.
+    """
+    wire = ops.wire(experts, top_k)
+    most = ops.sums_bytes(experts, wire, MANY) // MANY
+    exact = experts.weights.combine is Combine.EXACT
+    narrow = exact and most < 8 * wire.hidden
+    return CopyBytes(wire.row_bytes, 2 * wire.hidden + 1 if narrow else most)

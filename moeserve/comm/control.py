@@ -180,7 +180,8 @@ def _accept_all(
     links: dict[tuple[int, int], Link] = {}
     begun = told = time.monotonic()
     while wanted - links.keys():
-        group.require_all()
+        if (trouble := group.trouble()) is not None:
+            raise trouble
         now = time.monotonic()
         missing = sorted({rank for rank, _ in wanted - links.keys()})
         if now - begun > timeout_s:

@@ -23,7 +23,8 @@ from moeserve.comm.group import Topology
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.progress import Progress
 from moeserve.comm.table import Assigned, Table
-from moeserve.kernels.ops import MoeWeights, Ops, Part, Routed, Wire
+from moeserve.kernels.ops import MoeWeights, Ops, Part, Routed
+from moeserve.kernels.wire import Wire
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from moeserve.comm.exchange import Alarm
-from moeserve.errors import LateRankError
+from moeserve.errors import LateRankError, MoeserveError
 
 START_S = 60.0
 # How soon a wait says whom it is for, and how often it looks.
@@ -103,6 +103,8 @@ class Group:
         try:
             self.store.set(f"{key}/{self.rank}", note)  # type: ignore[arg-type]
             while True:
+                # Asked first: whoever gave up for a note's sake had left its own before.
+                trouble = self.trouble()
                 for rank in (r for r in range(self.world) if r not in notes):
                     if self.store.check([f"{key}/{rank}"]):
                         notes[rank] = bytes(self.store.get(f"{key}/{rank}"))
@@ -111,7 +113,8 @@ class Group:
                 missing = [self.of_run(r) for r in range(self.world) if r not in notes]
                 if not missing:
                     return [notes[rank] for rank in range(self.world)]
-                self.require_all()
+                if trouble is not None:
+                    raise trouble
                 now = time.monotonic()
                 if now - begun > timeout_s:
                     raise LateRankError(
@@ -137,14 +140,12 @@ class Group:
             while time.monotonic() < stay_until and not self.store.check(heard):
                 time.sleep(POLL_S)
 
-    def require_all(self) -> None:
-        """Raises if a rank gave up, or for the alarm."""
+    def trouble(self) -> MoeserveError | None:
+        """Why to wait no longer: a rank that gave up, or the alarm."""
         if self.store.check([_GIVEN_UP]):
             rank, _, reason = bytes(self.store.get(_GIVEN_UP)).decode().partition(" ")
-            raise LateRankError(f"rank {rank} gave up: {reason}", [int(rank)])
-        alarm = None if self.alarm is None else self.alarm()
-        if alarm is not None:
-            raise alarm
+            return LateRankError(f"rank {rank} gave up: {reason}", [int(rank)])
+        return None if self.alarm is None else self.alarm()
 
 
 def named(ranks: Sequence[int]) -> str:

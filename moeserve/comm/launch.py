@@ -9,9 +9,11 @@
                    SLURM_JOB_NODELIST), SLURM_NTASKS_PER_NODE or .._STEP_TASKS_PER_NODE
 
 The first that is there wins, since launchers run inside one another in this order; an allocation
-of Slurm without ``srun`` is no launcher. MASTER_ADDR and MASTER_PORT say where rank 0 is to be met
-under any of them. Without: under Slurm the first node of the step and a port made of the job's
-number; under MPI rank 0 tells by a broadcast (``host`` is None).
+of Slurm without ``srun`` is no launcher. MOESERVE_LAUNCHER names who else set the first row's.
+
+MASTER_ADDR and MASTER_PORT say where rank 0 is to be met under any of them. Without: under Slurm
+the first node of the step and a port made of the job's number; under MPI rank 0 tells by a
+broadcast (``host`` is None).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from moeserve.errors import ConfigError
 # Below the ports that Linux hands out by itself, so that none of them is taken by chance.
 SLURM_PORTS = range(12_000, 32_000)
 LOOPBACK = "127.0.0.1"
+LAUNCHER = "MOESERVE_LAUNCHER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ def _torch(environ: Mapping[str, str]) -> Launch:
         local_world,
         host,
         port,
-        "torch",
+        environ.get(LAUNCHER, "torch"),
         agent_store=agent,
         attempt=attempt,
     )

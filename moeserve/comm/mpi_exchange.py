@@ -88,7 +88,8 @@ class _Lane:
 
 
 class MpiExchange(Rounds):
-    """Collective: all ranks of the group build theirs at the same time."""
+    """Collective: all ranks of the group build theirs at the same time. MPI itself starts when
+    ``mpi4py.MPI`` is first imported, which takes all ranks of the run, also those of no group."""
 
     name = "mpi"
 

@@ -48,10 +48,12 @@ _ADDRESS_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class Met:
-    """``sharing`` is how many ranks, this one included, may run on some of its cores."""
+    """``address`` is of the interface on which the others reach this rank; ``sharing`` is how many
+    ranks, this one included, may run on some of its cores."""
 
     group: Group
     topology: Topology
+    address: str
     sharing: int
 
 
@@ -71,15 +73,15 @@ def open_group(
     if store is None:
         store = _reach(launch, timeout_s, tell)
     shared = PrefixStore(f"moeserve/{launch.attempt}", store)
-    group = Group(launch.rank, launch.world, shared, alarm, tell)
+    group = Group(launch.rank, launch.world, shared, alarm=alarm, tell=tell)
     try:
-        return _meet(group, environ, timeout_s)
+        return _meet(group, launch, environ, timeout_s)
     except (ConfigError, LateRankError) as error:
         group.give_up(error.message)
         raise
 
 
-def _meet(group: Group, environ: Mapping[str, str], timeout_s: float) -> Met:
+def _meet(group: Group, launch: Launch, environ: Mapping[str, str], timeout_s: float) -> Met:
     if group.store.add(f"arrived/{group.rank}", 1) > 1:
         raise ConfigError(f"rank {group.rank} is there twice: the launcher numbered two alike")
     mine = pb.Arrival(
@@ -99,7 +101,8 @@ def _meet(group: Group, environ: Mapping[str, str], timeout_s: float) -> Met:
     topology = Topology(tuple(hosts.index(a.host) for a in arrivals))
     cpus = set(mine.cpus)
     sharing = sum(a.host == mine.host and not cpus.isdisjoint(a.cpus) for a in arrivals)
-    return Met(group, topology, sharing)
+    near = topology.num_nodes == 1 or launch.one_host
+    return Met(group, topology, LOOPBACK if near else listen_address(launch), sharing)
 
 
 def refuse(rank: int, mine: pb.Arrival, other: int, theirs: pb.Arrival) -> None:
@@ -126,7 +129,7 @@ def host_identity(environ: Mapping[str, str]) -> str:
 
 
 def listen_address(launch: Launch) -> str:
-    """An address of this machine, rank 0's, which the other hosts reach."""
+    """An address of this machine which the other hosts reach: from where it would reach rank 0."""
     if launch.host is None:
         return own_address()
     try:
@@ -142,8 +145,8 @@ def listen_address(launch: Launch) -> str:
         ) from error
     if address.startswith("127.") or address == "::1":
         raise ConfigError(
-            f"MASTER_ADDR={launch.host!r} is {address} on rank 0's own host, which other hosts do "
-            "not reach: give an address instead of the name"
+            f"MASTER_ADDR={launch.host!r} is {address} on rank {launch.rank}'s host, which other "
+            "hosts do not reach: give an address instead of the name"
         )
     return address
 

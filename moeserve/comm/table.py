@@ -14,7 +14,7 @@ from torch import Tensor
 from moeserve.comm import _comm
 from moeserve.comm.layout import LayerLayout
 from moeserve.errors import ConfigError
-from moeserve.kernels.ops import Copies, Wire
+from moeserve.kernels.wire import Copies, Wire
 
 MOST_SLOTS = 32767
 

@@ -83,7 +83,8 @@ class _Lane:
         assert self.work is not None
         try:
             if wait_s > 0 or self.work.is_completed():
-                self.work.wait(timedelta(seconds=wait_s or 1.0))
+                # Less than a millisecond would mean for ever.
+                self.work.wait(timedelta(seconds=max(wait_s, 0.001)))
         except RuntimeError:
             if self.work.is_completed():
                 raise

@@ -95,9 +95,7 @@ class Switch:
                 missing = sorted(set(held) ^ set(expert_S))
                 raise PlacementError(f"layer {layer}: experts {missing} are in one plan only")
         self._stop("another plan came")
-        differing = [
-            (layer, tuple(rows[layer])) for layer in self.rows if self._differs(layer, rows)
-        ]
+        differing = [(layer, row) for layer, row in rows.items() if row != self.rows[layer]]
         self._pending.extend(differing)
         self.change = Change(len(differing), finished=not differing)
         return len(differing)

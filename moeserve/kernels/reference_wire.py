@@ -351,10 +351,12 @@ def unpack_sums(
             else:
                 dtype = torch.float32 if combine is Combine.ORDERED else torch.bfloat16
             size = limbs * hidden * dtype.itemsize
-            row = segment[at : at + size].clone().view(dtype)
-            exact = combine is Combine.EXACT
-            found[key] = row.int().view(limbs, hidden) if exact else row.float()
+            row = segment[at : at + size].clone()
             at += -(-size // 4) * 4
+            if at <= len(segment):
+                exact = combine is Combine.EXACT
+                values = row.view(dtype)
+                found[key] = values.int().view(limbs, hidden) if exact else values.float()
         if at != len(segment):
             raise InternalError(f"{len(segment)} bytes are not the sums of {len(here)} copies")
     return found

@@ -19,6 +19,7 @@ from torch import Tensor
 from moeserve.comm.pipeline import Parallel
 from moeserve.errors import CheckpointError
 from moeserve.kernels.ops import HeadWeights, KvCache, Layer, Linear, Ops, Part, Rope, Stack, Step
+from moeserve.kernels.wire import Combine
 from moeserve.models.attention import kv_shape, load_attention
 from moeserve.models.batch import StepBatch
 from moeserve.models.checkpoint import Checkpoint
@@ -176,6 +177,7 @@ def load_decoder(
     quantization: str = "auto",
     quantize_attention: bool = True,
     experts: Mapping[int, Sequence[int]] | None = None,
+    combine: Combine = Combine.EXACT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """The model in a folder, its floats in ``dtype``: float32, bfloat16, or the checkpoint's.
@@ -196,6 +198,7 @@ def load_decoder(
         quantization=quantization,
         quantize_attention=quantize_attention,
         experts=experts,
+        combine=combine,
         progress=progress,
     )
 
@@ -209,11 +212,12 @@ def assemble(
     quantization: str = "auto",
     quantize_attention: bool = True,
     experts: Mapping[int, Sequence[int]] | None = None,
+    combine: Combine = Combine.EXACT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """``load_decoder`` of an open folder."""
     rounding = Rounding(quantization, quantize_attention)
-    w = open_weights(checkpoint, dtype, ops, rounding, progress, experts)
+    w = replace(open_weights(checkpoint, dtype, ops, rounding, progress, experts), combine=combine)
     decoder = build_decoder(w, kv_dtype)
     for method, count in w.stored.rounded.items():
         logging.getLogger("moeserve.models").info(

@@ -10,7 +10,13 @@ from pathlib import Path
 from moeserve.errors import CheckpointError
 from moeserve.models.checkpoint import INDEX, weight_files
 
-_SMALL = ("config.json", "generation_config.json", INDEX)
+_SMALL = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    INDEX,
+)
 # A header is bounded by the format's own library, which checks it when the file is opened.
 _LARGEST_HEADER = 100 << 20
 

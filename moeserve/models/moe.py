@@ -61,7 +61,7 @@ def load_mlp(
         shared = _load_gated(w, f"{block}.{names.shared}", gate, spec.shared, hidden)
     elif spec.shared:
         shared = _load_dense(w, f"{block}.{names.shared}", spec.shared, hidden)
-    return w.ops.prepare(router), w.ops.prepare(MoeWeights(experts, shared))
+    return w.ops.prepare(router), w.ops.prepare(MoeWeights(experts, shared, w.combine))
 
 
 def _moe_prefix(w: Weights, prefix: str, names: TensorNames) -> str:

@@ -31,6 +31,7 @@ from moeserve.kernels.matrix import (
     to_int8,
 )
 from moeserve.kernels.ops import Linear, Ops
+from moeserve.kernels.wire import Combine
 from moeserve.models.checkpoint import Checkpoint, HeaderView
 from moeserve.models.formats.layouts import Stored
 
@@ -68,7 +69,7 @@ class Weights:
     """Reads and packs; ``progress`` hears (bytes read, bytes in all).
 
     ``own`` are the experts wanted of each layer, in their order, by layer number; all of a layer
-    that is not there.
+    that is not there. ``combine`` is how what they make is added.
     """
 
     checkpoint: Checkpoint
@@ -78,6 +79,7 @@ class Weights:
     rounding: Rounding = AS_STORED
     progress: Callable[[int, int], None] | None = None
     own: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    combine: Combine = Combine.EXACT
 
     def headers(self) -> Weights:
         """The same, with tensors that have a shape and no data."""

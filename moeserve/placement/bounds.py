@@ -2,7 +2,9 @@
 
 Balance bounds hold for any placement in the given slots. Copy bounds hold for any placement with
 the given copies of each expert (with one copy each: for any placement at all); they leave the load
-cap aside, so they hold with it too.
+cap aside, so they hold with it too. Where a sender may choose among copies (every dataflow but
+``migrate``), replicated experts are left out of a token's choices, since they may cost nothing, and
+one device of each token may be its home.
 """
 
 from __future__ import annotations
@@ -94,19 +96,28 @@ def copies_bound(
     flow = plan.dataflow if dataflow is None else dataflow
     assert flow.moved_by_grouping
     weight_T = np.ones(len(topk_TLK)) if weight_T is None else weight_T
+    chosen_at_home = flow is Dataflow.HOME_DEDUP and bool((plan.copies_LE > 1).any())
     bounds = []
     for l in range(plan.num_layers):
-        slot_TK = slots_of_tokens(plan.expert_LS[l], topk_TLK[:, l], plan.num_experts)
+        topk_TK = topk_TLK[:, l]
+        if chosen_at_home:
+            single_E = plan.copies_LE[l] == 1
+            topk_TK = np.where((topk_TK >= 0) & single_E[topk_TK], topk_TK, np.int32(-1))
+        slot_TK = slots_of_tokens(plan.expert_LS[l], topk_TK, plan.num_experts)
         device = places_bound(slot_TK, weight_T, slots=plan.num_slots, places=plan.num_devices)
         node = places_bound(slot_TK, weight_T, slots=plan.num_slots, places=plan.num_nodes)
-        bounds.append(_copies(plan, flow, device, node, node_ratio))
+        copies = _one_spared if flow is Dataflow.MIGRATE or chosen_at_home else _mean_over_homes
+        bounds.append(copies(plan, device, node, node_ratio))
     return float(np.mean(bounds))
 
 
-def _copies(plan: Plan, flow: Dataflow, device: float, node: float, node_ratio: float) -> float:
-    if flow is Dataflow.HOME_DEDUP:
-        copies = 2 * device * (1 - 1 / plan.num_devices)
-        cross = 2 * node * (1 - 1 / plan.num_nodes)
-    else:
-        copies, cross = max(0.0, 2 * device - 2), max(0.0, 2 * node - 2)
+def _mean_over_homes(plan: Plan, device: float, node: float, node_ratio: float) -> float:
+    copies = 2 * device * (1 - 1 / plan.num_devices)
+    cross = 2 * node * (1 - 1 / plan.num_nodes)
+    return priced(copies, cross if plan.num_nodes > 1 else 0.0, node_ratio)
+
+
+def _one_spared(plan: Plan, device: float, node: float, node_ratio: float) -> float:
+    """A token begins on one of its devices."""
+    copies, cross = max(0.0, 2 * device - 2), max(0.0, 2 * node - 2)
     return priced(copies, cross if plan.num_nodes > 1 else 0.0, node_ratio)

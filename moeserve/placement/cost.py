@@ -12,8 +12,13 @@ home-dedup         2 |S without h|                        2 |N without h's node|
 migrate            2 |S| - [p in S] - 1                   the same with nodes
 =================  =====================================  =================================
 
-Homes are uniformly distributed, and the figures their exact mean, unless a device per sequence is
+Homes are uniformly distributed, and the figures their exact mean, unless a device per token is
 given. A migrating token ends each layer on the device in S with the largest guide sum.
+
+Which copy of a replicated expert a token uses depends, where it returns home, on home and on the
+tokens beside it (``split``): tokens of one home are cut into batches of ``batch``, in their order;
+homes that are not given are those of one batch after the other, in turn. A migrating token with
+index t uses copy ``t % copies``.
 """
 
 from __future__ import annotations
@@ -27,7 +32,11 @@ from numpy.typing import NDArray
 from moeserve.errors import PlacementError
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing
+from moeserve.placement.split import split_batches
 from moeserve.placement.topology import Dataflow, Phase
+
+BATCH = 64
+_LANES = 8192  # batches split at once, which bounds memory
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
@@ -113,6 +122,56 @@ class LayerUse:
 
 
 def layer_uses(plan: Plan, topk_TLK: I32) -> Iterator[LayerUse]:
+    """Copies of an expert take turns."""
+    _check_routing(plan, topk_TLK)
+    for l in range(plan.num_layers):
+        yield _use(plan, slots_of_tokens(plan.expert_LS[l], topk_TLK[:, l], plan.num_experts))
+
+
+def split_uses(plan: Plan, topk_TLK: I32, home_T: I32, batch: int) -> Iterator[LayerUse]:
+    """Copies of an expert are chosen as senders do, each a batch of its own tokens at a time."""
+    _check_routing(plan, topk_TLK)
+    place_BT, home_B = batches_of(home_T, batch)
+    padded_BT = np.where(place_BT < 0, len(topk_TLK), place_BT)
+    none_1LK = np.full((1, *topk_TLK.shape[1:]), -1, np.int32)
+    topk_T1LK = np.concatenate((topk_TLK, none_1LK))
+    together = max(1, _LANES // max(1, len(home_B)))
+    for first in range(0, plan.num_layers, together):
+        rows_LS = plan.expert_LS[first : first + together]
+        ids_BTLK = topk_T1LK[padded_BT, first : first + together]
+        ids_LBTK = np.moveaxis(ids_BTLK, 2, 0)
+        chosen = split_batches(
+            ids_LBTK.reshape(-1, *ids_LBTK.shape[2:]),
+            np.repeat(rows_LS, len(home_B), axis=0),
+            plan.num_experts,
+            ranks=plan.num_devices,
+            home_B=np.tile(home_B, len(rows_LS)),
+        ).reshape(ids_LBTK.shape)
+        for slot_BTK in chosen:
+            slot_TK = np.empty_like(topk_TLK[:, 0])
+            slot_TK[place_BT[place_BT >= 0]] = slot_BTK[place_BT >= 0]
+            yield _use(plan, slot_TK)
+
+
+def batches_of(home_T: I32, batch: int) -> tuple[I32, I32]:
+    """[B, T] indices of each home's tokens, -1 behind the last of a batch; and the home of each."""
+    places, homes = [], []
+    for home in np.unique(home_T):
+        at_T = np.flatnonzero(home_T == home)
+        for start in range(0, len(at_T), batch):
+            part = at_T[start : start + batch]
+            places.append(np.pad(part, (0, batch - len(part)), constant_values=-1))
+            homes.append(home)
+    return np.array(places, np.int32).reshape(-1, batch), np.array(homes, np.int32)
+
+
+def turns(tokens: int, devices: int, batch: int) -> I32:
+    """One batch after the other, each at the next home."""
+    home_T: I32 = (np.arange(tokens) // batch % devices).astype(np.int32)
+    return home_T
+
+
+def _check_routing(plan: Plan, topk_TLK: I32) -> None:
     if topk_TLK.shape[1] != plan.num_layers:
         raise PlacementError(
             f"the routing has {topk_TLK.shape[1]} layers, the plan {plan.num_layers}"
@@ -121,12 +180,24 @@ def layer_uses(plan: Plan, topk_TLK: I32) -> Iterator[LayerUse]:
         raise PlacementError(
             f"unknown expert {topk_TLK.max()} in the routing; the plan knows {plan.num_experts}"
         )
-    for l in range(plan.num_layers):
-        slot_TK = slots_of_tokens(plan.expert_LS[l], topk_TLK[:, l], plan.num_experts)
-        device_TK = np.where(slot_TK >= 0, slot_TK // plan.slots_per_device, -1).astype(np.int32)
-        node_TK = np.where(device_TK >= 0, plan.node_D[device_TK], -1).astype(np.int32)
-        used_TD = occupied(device_TK, plan.num_devices)
-        yield LayerUse(device_TK, used_TD, occupied(node_TK, plan.num_nodes))
+
+
+def _use(plan: Plan, slot_TK: I32) -> LayerUse:
+    device_TK = np.where(slot_TK >= 0, slot_TK // plan.slots_per_device, -1).astype(np.int32)
+    node_TK = np.where(device_TK >= 0, plan.node_D[device_TK], -1).astype(np.int32)
+    used_TD = occupied(device_TK, plan.num_devices)
+    return LayerUse(device_TK, used_TD, occupied(node_TK, plan.num_nodes))
+
+
+def split_loads(plan: Plan, topk_TLK: I32, *, home_T: I32 | None = None, batch: int = BATCH) -> F64:
+    """[L, D]: pairs of token and expert that each device gets, copies chosen as senders do."""
+    home_T = turns(len(topk_TLK), plan.num_devices, batch) if home_T is None else home_T
+    return np.stack(
+        [
+            np.bincount(use.device_TK[use.device_TK >= 0], minlength=plan.num_devices)
+            for use in split_uses(plan, topk_TLK, home_T, batch)
+        ]
+    ).astype(np.float64)
 
 
 def traffic(
@@ -136,6 +207,7 @@ def traffic(
     dataflow: Dataflow | None = None,
     weight_T: F64 | None = None,
     home_T: I32 | None = None,
+    batch: int = BATCH,
 ) -> Traffic:
     """Copies of every layer on these tokens; ``home_T`` None means uniformly distributed homes."""
     flow = plan.dataflow if dataflow is None else dataflow
@@ -145,7 +217,11 @@ def traffic(
     if flow is Dataflow.MIGRATE:
         return _migrating(plan, topk_TLK, weight_T, home_T)
     copies, cross = [], []
-    for use in layer_uses(plan, topk_TLK):
+    uses = layer_uses(plan, topk_TLK)
+    if (plan.copies_LE > 1).any():
+        home_T = turns(len(topk_TLK), plan.num_devices, batch) if home_T is None else home_T
+        uses = split_uses(plan, topk_TLK, home_T, batch)
+    for use in uses:
         if flow is Dataflow.HOME_DEDUP:
             device_T, node_T = _without_home(plan, use, home_T)
         else:

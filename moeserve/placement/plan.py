@@ -11,7 +11,7 @@ File, version 1::
 
 ``guide[l, e, d]`` is how likely (of 255) a token that uses expert e in layer l uses device d in
 the layer after: a migrating token stays on the device of its own with the largest sum.
-A token with index t in its trace uses copy ``t % copies`` of each expert, in slot order.
+Which copy of an expert a token uses: ``split``; for "migrate" copy ``t % copies`` of token t.
 """
 
 from __future__ import annotations

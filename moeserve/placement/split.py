@@ -17,6 +17,7 @@ routing (docs/placement.md). Letters: B batches, T tokens, C choices, E experts,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,11 @@ I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 
 
-def slack_of(pairs: int, ranks: int) -> int:
+@overload
+def slack_of(pairs: int, ranks: int) -> int: ...
+@overload
+def slack_of(pairs: I64, ranks: int) -> I64: ...
+def slack_of(pairs: int | I64, ranks: int) -> int | I64:
     """A few pairs, so that tiny batches stay together, and a quarter of a rank's fair share."""
     return 3 + pairs // (4 * ranks)
 
@@ -80,31 +85,32 @@ def split_batch(ids_TC: I32, slots: Slots, *, ranks: int, home: int) -> I32:
     return slot_TC
 
 
-def split_batches(ids_BTC: I32, expert_S: I32, num_experts: int, ranks: int, home_B: I32) -> I32:
-    """[B, T, C]: ``split_batch`` of many batches at once, each with a home of its own."""
-    slots = slots_of(expert_S, num_experts)
-    copies_E = slots.copies_E
-    table_EM = _table(slots)
-    chosen_BTC: I32 = table_EM[np.maximum(ids_BTC, 0), 0]
-    chosen_BTC[ids_BTC < 0] = -1
-    open_BTC = (ids_BTC >= 0) & (copies_E[np.maximum(ids_BTC, 0)] > 1)
+def split_batches(
+    ids_BTC: I32, expert_BS: I32, num_experts: int, *, ranks: int, home_B: I32
+) -> I32:
+    """[B, T, C]: ``split_batch`` of many batches at once, each with slots and a home of its own."""
+    rows_LS, row_B = np.unique(expert_BS, axis=0, return_inverse=True)
+    copies_LE, table_LEM = _tables(rows_LS, num_experts)
+    at_B11 = row_B.reshape(-1, 1, 1)
+    known_BTC = np.maximum(ids_BTC, 0)
+    chosen_BTC: I32 = np.where(ids_BTC < 0, np.int32(-1), table_LEM[at_B11, known_BTC, 0])
+    open_BTC = (ids_BTC >= 0) & (copies_LE[at_B11, known_BTC] > 1)
     if not open_BTC.any():
         return chosen_BTC
-    per_rank = len(expert_S) // ranks
+    per_rank, batches = expert_BS.shape[1] // ranks, len(ids_BTC)
     rank_BTC = np.where(open_BTC | (ids_BTC < 0), ranks, chosen_BTC // per_rank)
-    batch_B = np.arange(len(ids_BTC))
-    flat_B1 = (rank_BTC + batch_B[:, None, None] * (ranks + 1)).ravel()
-    load_BR1 = np.bincount(flat_B1, minlength=len(ids_BTC) * (ranks + 1)).reshape(-1, ranks + 1)
-    pairs_B = (ids_BTC >= 0).sum(axis=(1, 2))
-    slack_B = np.array([slack_of(int(p), ranks) for p in pairs_B])
+    batch_B = np.arange(batches)
+    flat_N = (rank_BTC + batch_B[:, None, None] * (ranks + 1)).ravel()
+    load_BR1 = np.bincount(flat_N, minlength=batches * (ranks + 1)).reshape(batches, ranks + 1)
+    slack_B = slack_of((ids_BTC >= 0).sum(axis=(1, 2)), ranks)
     for t in range(ids_BTC.shape[1]):
-        visited_BR1 = np.zeros((len(ids_BTC), ranks + 1), np.bool_)
+        visited_BR1 = np.zeros((batches, ranks + 1), np.bool_)
         np.put_along_axis(visited_BR1, rank_BTC[:, t], True, axis=1)
         visited_BR1[batch_B, home_B] = True
         for c in range(ids_BTC.shape[2]):
             at_W = np.flatnonzero(open_BTC[:, t, c])
             if len(at_W):
-                slot_WM = table_EM[ids_BTC[at_W, t, c]]
+                slot_WM = table_LEM[row_B[at_W], ids_BTC[at_W, t, c]]
                 here = (load_BR1[at_W], visited_BR1[at_W], home_B[at_W], slack_B[at_W])
                 slot_W = _choose(slot_WM, *here, per_rank)
                 chosen_BTC[at_W, t, c] = slot_W
@@ -134,10 +140,12 @@ def _choose(
     return chosen_W
 
 
-def _table(slots: Slots) -> I32:
-    """[E, M] slots of each expert, -1 behind the last."""
-    copies_E = slots.copies_E
-    table_EM = np.full((len(copies_E), int(copies_E.max())), -1, np.int32)
-    row_S = np.repeat(np.arange(len(copies_E)), copies_E)
-    table_EM[row_S, np.arange(len(row_S)) - slots.first_E1[row_S]] = slots.slot_S
-    return table_EM
+def _tables(expert_LS: I32, num_experts: int) -> tuple[I64, I32]:
+    """Slots of each expert: how many [L, E], and which [L, E, M], -1 behind the last."""
+    each = [slots_of(expert_S, num_experts) for expert_S in expert_LS]
+    copies_LE = np.stack([slots.copies_E for slots in each]).astype(np.int64)
+    table_LEM = np.full((*copies_LE.shape, int(copies_LE.max())), -1, np.int32)
+    for l, slots in enumerate(each):
+        row_S = np.repeat(np.arange(num_experts), slots.copies_E)
+        table_LEM[l, row_S, np.arange(len(row_S)) - slots.first_E1[row_S]] = slots.slot_S
+    return copies_LE, table_LEM

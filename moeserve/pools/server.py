@@ -27,6 +27,8 @@ from starlette.types import ASGIApp
 
 from moeserve.config import ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
+from moeserve.engine.distributed import LeaderChannel
+from moeserve.engine.rank import Seat
 from moeserve.errors import CancelledError, ConfigError
 from moeserve.observe.metrics import Metrics
 from moeserve.pools.grpc_door import GrpcDoor
@@ -37,6 +39,8 @@ from moeserve.pools.service import InferenceService, Served
 
 log = logging.getLogger(__name__)
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
 # What the doors get to send the last events after the engine has stopped.
 FAREWELL_S = 5.0
 STOP_S = 30.0
@@ -44,21 +48,26 @@ STOP_S = 30.0
 PULSE_S = 1.0
 
 Tell = Callable[[int, int], None]
+Stop = Callable[[], None]
 Load = Callable[[ServeConfig, Metrics, Tell], LoadedModel]
 
 
-def serve(config: ServeConfig) -> int:
-    """Serves until a signal; the exit status."""
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    return asyncio.run(_serve(config))
+def serve(
+    config: ServeConfig, load: Load | None = None, heed: Callable[[Stop], None] | None = None
+) -> int:
+    """Serves until a signal; the exit status. ``heed`` is given what asks to stop as the first
+    signal does, from any thread."""
+    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    return asyncio.run(_serve(config, load or load_model, heed))
 
 
-async def _serve(config: ServeConfig) -> int:
+async def _serve(config: ServeConfig, load: Load, heed: Callable[[Stop], None] | None) -> int:
     signals = _Signals()
+    loop = asyncio.get_running_loop()
+    if heed is not None:
+        heed(lambda: _ask(loop, signals.first))
     with signals.caught():
-        async with Server(config) as server:
+        async with Server(config, load) as server:
             try:
                 await server.load(signals.first)
             except CancelledError as stopped:
@@ -75,7 +84,19 @@ async def _serve(config: ServeConfig) -> int:
     return 0
 
 
-def load_model(config: ServeConfig, observer: Metrics, tell: Tell) -> LoadedModel:
+def _ask(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has closed: it has stopped already
+        loop.call_soon_threadsafe(event.set)
+
+
+def load_model(
+    config: ServeConfig,
+    observer: Metrics,
+    tell: Tell,
+    seat: Seat | None = None,
+    channel: LeaderChannel | None = None,
+) -> LoadedModel:
+    """Alone, or as rank 0 of several."""
     return build_engine(
         config.model,
         name=config.served_model_name,
@@ -83,6 +104,7 @@ def load_model(config: ServeConfig, observer: Metrics, tell: Tell) -> LoadedMode
         kv_dtype=config.kv_dtype,
         quantization=config.quantization,
         quantize_attention=config.quantize_attention,
+        combine=config.combine,
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         num_blocks=config.num_blocks,
@@ -94,6 +116,8 @@ def load_model(config: ServeConfig, observer: Metrics, tell: Tell) -> LoadedMode
         chat_template=config.chat_template,
         threads=config.threads,
         record_routing=config.record_routing,
+        seat=seat,
+        channel=channel,
         observer=observer,
         progress=tell,
     )

@@ -9,6 +9,7 @@ Under mpirun rank and world come from the environment. Every answer is an object
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import socket
@@ -143,6 +144,8 @@ def told(error: MoeserveError) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     test_port, store_port = int(sys.argv[1]), int(sys.argv[2])
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        importlib.import_module("mpi4py.MPI")  # starts MPI, which takes all ranks
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or sys.argv[3])
     world = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or sys.argv[4])
     self = Rank(Group(rank, world, join_store("127.0.0.1", store_port)))

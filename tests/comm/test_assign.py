@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moeserve.comm.assign import assign
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.table import Table
-from moeserve.kernels.ops import Copies, Wire
+from moeserve.kernels.wire import Copies, Wire
 from moeserve.placement.split import slack_of, slots_of, split_batch, split_batches
 
 
@@ -61,9 +61,12 @@ def test_many_batches_at_once_split_as_each_by_itself(
     if gaps:
         ids_BTC[:, ::2, 0] = -1
     homes = np.array([0, layout.world - 1], np.int32)
-    together = split_batches(ids_BTC, layout.expert_S, layout.num_experts, layout.world, homes)
-    slots = slots_of(layout.expert_S, layout.num_experts)
+    expert_BS = np.stack([layout.expert_S, layout.expert_S[::-1]])
+    together = split_batches(
+        ids_BTC, expert_BS, layout.num_experts, ranks=layout.world, home_B=homes
+    )
     for b, home in enumerate(homes):
+        slots = slots_of(expert_BS[b], layout.num_experts)
         alone = split_batch(ids_BTC[b], slots, ranks=layout.world, home=int(home))
         assert (together[b] == alone).all()
 

@@ -6,10 +6,10 @@ Ranks are threads with null executors, joined by socket pairs; ``test_ranks`` us
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -39,74 +39,11 @@ from moeserve.engine.null import NullExecutor
 from moeserve.engine.orders import Known, Told
 from moeserve.engine.overlap import Fixed
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
-from moeserve.errors import InternalError, LateRankError, MoeserveError, UnavailableError
+from moeserve.errors import InternalError, LateRankError, UnavailableError
 
+Wires = Callable[[int], Any]
 BLOCK, VOCAB, WAIT_S = 4, 50, 20.0
 CONFIG = SchedulerConfig(64, max_num_seqs=3, max_num_batched_tokens=10)
-
-
-@dataclass
-class Wire:
-    """Both directions between rank 0 and the others; one trouble ends everybody's waiting."""
-
-    world: int
-    down: dict[int, queue.Queue[bytes | None]] = field(default_factory=dict)
-    up: dict[int, queue.Queue[bytes]] = field(default_factory=dict)
-    trouble: LateRankError | None = None
-    order_bytes: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        for rank in range(1, self.world):
-            self.down[rank], self.up[rank] = queue.Queue(), queue.Queue()
-
-    def alarm(self) -> LateRankError | None:
-        return self.trouble
-
-    def take(self, mailbox: queue.Queue[bytes | None] | queue.Queue[bytes]) -> bytes | None:
-        for _ in range(int(WAIT_S / 0.02)):
-            if self.trouble is not None:
-                raise self.trouble
-            with contextlib.suppress(queue.Empty):
-                message = mailbox.get(timeout=0.02)
-                if self.trouble is None:
-                    return message
-        raise AssertionError("nothing came")
-
-
-@dataclass
-class LeaderEnd:
-    wire: Wire
-
-    def send(self, rank: int, message: bytes) -> None:
-        self.wire.order_bytes.append(len(message))
-        self.wire.down[rank].put(message)
-
-    def receive(self, rank: int, timeout_s: float) -> bytes:
-        message = self.wire.take(self.wire.up[rank])
-        assert message is not None
-        return message
-
-    def alarm(self) -> LateRankError | None:
-        return self.wire.alarm()
-
-    def fail(self, error: MoeserveError) -> None:
-        self.wire.trouble = self.wire.trouble or LateRankError(f"rank 0: {error.message}", [0])
-
-
-@dataclass
-class FollowerEnd:
-    wire: Wire
-    rank: int
-
-    def send(self, message: bytes) -> None:
-        self.wire.up[self.rank].put(message)
-
-    def receive(self, timeout_s: float | None = None) -> bytes | None:
-        return self.wire.take(self.wire.down[self.rank])
-
-    def fail(self, error: MoeserveError) -> None:
-        told = f"rank {self.rank}: {error.message}"
-        self.wire.trouble = self.wire.trouble or LateRankError(told, [self.rank])
 
 
 class Ranked:
@@ -130,7 +67,7 @@ class Ranked:
 class Band:
     """A running group."""
 
-    wire: Wire
+    wire: Any
     executor: DistributedExecutor
     ranks: list[Ranked]
     moved: list[Moved]
@@ -139,18 +76,18 @@ class Band:
 
 @contextlib.contextmanager
 def band(
-    world: int,
+    wire: Any,
     blocks: int = 64,
     before: Mapping[int, Callable[[StepPlan], StepResult | None]] | None = None,
     microbatches: int = 1,
 ) -> Iterator[Band]:
-    wire, errors = Wire(world), dict[int, BaseException]()
+    world, errors = wire.world, dict[int, BaseException]()
     ranks = [Ranked(blocks, (before or {}).get(r, lambda plan: None)) for r in range(world)]
     moved = [Moved(world) for _ in range(world)]
 
     def work(rank: int) -> None:
         try:
-            follow(FollowerEnd(wire, rank), ranks[rank], rank, moved[rank])
+            follow(wire.follower(rank), ranks[rank], rank, moved[rank])
         except Exception as error:  # noqa: BLE001 - looked at by the test
             errors[rank] = error
 
@@ -158,7 +95,7 @@ def band(
     for thread in threads:
         thread.start()
     executor = DistributedExecutor(
-        ranks[0], LeaderEnd(wire), world, moved=moved[0], microbatches=Fixed(microbatches)
+        ranks[0], wire.leader(), world, moved=moved[0], microbatches=Fixed(microbatches)
     )
     try:
         yield Band(wire, executor, ranks, moved, errors)
@@ -210,14 +147,14 @@ def workloads(draw: st.DrawFn) -> list[tuple[int, Request, int | None]]:
 @settings(max_examples=40, deadline=None)
 @given(workload=workloads(), world=st.integers(1, 4), blocks=st.integers(6, 12))
 def test_ranks_make_the_tokens_of_one_process(
-    workload: list[tuple[int, Request, int | None]], world: int, blocks: int
+    workload: list[tuple[int, Request, int | None]], world: int, blocks: int, wires: Wires
 ) -> None:
     """With few blocks, so that requests are preempted and move; ranks run every step together."""
     config = replace(CONFIG, max_model_len=22)
     fleet, pools = fleet_of(world, blocks, config)
     tokens: dict[RequestId, list[int]] = {r.id: [] for _, r, _ in workload}
     aborted = set()
-    with band(world, blocks) as group:
+    with band(wires(world), blocks) as group:
         for now in range(1000):
             for at, r, abort in workload:
                 if at == now:
@@ -240,9 +177,9 @@ def test_ranks_make_the_tokens_of_one_process(
         assert got == (expected[: len(got)] if r.id in aborted else expected)
 
 
-def test_a_request_travels_once_and_then_only_what_is_new() -> None:
+def test_a_request_travels_once_and_then_only_what_is_new(wires: Wires) -> None:
     fleet, _ = fleet_of(2, 64, SchedulerConfig(200, max_num_seqs=8, max_num_batched_tokens=128))
-    with band(2) as group:
+    with band(wires(2)) as group:
         for i in range(2):
             fleet.add(request(f"request-{i}", [VOCAB - 1] * 100, 50, ignore_eos=True))
         for _ in range(40):
@@ -253,10 +190,10 @@ def test_a_request_travels_once_and_then_only_what_is_new() -> None:
     assert group.ranks[1].steps == [100] + [1] * 39
 
 
-def test_an_id_can_be_used_again_on_another_rank() -> None:
+def test_an_id_can_be_used_again_on_another_rank(wires: Wires) -> None:
     fleet, _ = fleet_of(2, 64)
     tokens: dict[str, list[int]] = {"x": [], "a": [], "b": []}
-    with band(2) as group:
+    with band(wires(2)) as group:
         for name, size in (("a", 8), ("b", 6)):
             fleet.add(request(name, range(size), ignore_eos=True))
         first = fleet.plan(0.0)
@@ -273,9 +210,9 @@ def test_an_id_can_be_used_again_on_another_rank() -> None:
     assert tokens == {r.id: alone(r) for r in again}
 
 
-def test_ranks_without_requests_take_part() -> None:
+def test_ranks_without_requests_take_part(wires: Wires) -> None:
     fleet, _ = fleet_of(3, 16)
-    with band(3, 16, microbatches=2) as group:
+    with band(wires(3), 16, microbatches=2) as group:
         fleet.add(request("a", range(5), 4))
         while fleet.has_work:
             fleet.apply(group.executor.run(fleet.plan(0.0)))
@@ -284,9 +221,9 @@ def test_ranks_without_requests_take_part() -> None:
     assert group.executor.chosen == {2: 4}
 
 
-def test_what_ranks_counted_comes_with_their_reports() -> None:
+def test_what_ranks_counted_comes_with_their_reports(wires: Wires) -> None:
     fleet, _ = fleet_of(2, 16)
-    with band(2, 16) as group:
+    with band(wires(2), 16) as group:
         moved = group.moved[1]
         moved.tokens, moved.waited_s, moved.copies_R[0], moved.abroad = 7, 0.25, 5, 2
         moved.dispatch_bytes_R[0] = 1 << 40
@@ -295,12 +232,12 @@ def test_what_ranks_counted_comes_with_their_reports() -> None:
     assert group.executor.work[1] == moved
 
 
-def test_a_part_that_fails_ends_its_requests_and_nobody_elses() -> None:
+def test_a_part_that_fails_ends_its_requests_and_nobody_elses(wires: Wires) -> None:
     def spoil(plan: StepPlan) -> StepResult:
         return StepResult((), tuple((c.request.id, "spoiled") for c in plan.chunks))
 
     fleet, _ = fleet_of(2, 16)
-    with band(2, 16, {1: spoil}) as group:
+    with band(wires(2), 16, {1: spoil}) as group:
         fleet.add(request("a", range(5), 2))
         fleet.add(request("b", range(6), 2))
         result = group.executor.run(fleet.plan(0.0))
@@ -309,14 +246,14 @@ def test_a_part_that_fails_ends_its_requests_and_nobody_elses() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_rank_that_falls_out_of_step_ends_the_run_by_name(rank: int) -> None:
+def test_a_rank_that_falls_out_of_step_ends_the_run_by_name(rank: int, wires: Wires) -> None:
     def spoil(plan: StepPlan) -> StepResult | None:
         if len(group.ranks[rank].steps) == 3:
             raise ZeroDivisionError("a layer broke")
         return None
 
     fleet, _ = fleet_of(3, 16)
-    with band(3, 16, {rank: spoil}) as group:
+    with band(wires(3), 16, {rank: spoil}) as group:
         fleet.add(request("a", range(5), 9, ignore_eos=True))
         for _ in range(2):
             fleet.apply(group.executor.run(fleet.plan(0.0)))
@@ -329,7 +266,7 @@ def test_a_rank_that_falls_out_of_step_ends_the_run_by_name(rank: int) -> None:
     assert set(group.errors) == {1, 2}
 
 
-def test_an_engine_whose_ranks_are_lost_ends_every_stream_with_the_reason() -> None:
+def test_an_engine_whose_ranks_are_lost_ends_every_stream_with_the_reason(wires: Wires) -> None:
     def spoil(plan: StepPlan) -> StepResult | None:
         if len(group.ranks[1].steps) == 3:
             raise ZeroDivisionError("a layer broke")
@@ -345,7 +282,7 @@ def test_an_engine_whose_ranks_are_lost_ends_every_stream_with_the_reason() -> N
                 ended.set()
 
     fleet, _ = fleet_of(2, 16)
-    with band(2, 16, {1: spoil}) as group, Engine(fleet, group.executor) as engine:
+    with band(wires(2), 16, {1: spoil}) as group, Engine(fleet, group.executor) as engine:
         for i in range(5):
             engine.submit(request(f"r{i}", range(5), 30, ignore_eos=True), sink)
         assert ended.wait(WAIT_S)
@@ -354,9 +291,9 @@ def test_an_engine_whose_ranks_are_lost_ends_every_stream_with_the_reason() -> N
     assert not engine.alive
 
 
-def test_an_alarm_ends_an_engine_that_has_nothing_to_run() -> None:
+def test_an_alarm_ends_an_engine_that_has_nothing_to_run(wires: Wires) -> None:
     fleet, _ = fleet_of(2, 16)
-    with band(2, 16) as group:
+    with band(wires(2), 16) as group:
         engine = Engine(fleet, group.executor, idle=group.executor.idle)
         group.wire.trouble = LateRankError("rank 1 is gone", [1])
         with engine:
@@ -392,12 +329,12 @@ class Notes:
         return b"heard" if self.heard else b""
 
 
-def test_notes_travel_with_orders_and_reports_also_when_nothing_runs() -> None:
-    wire, notes = Wire(2), Notes()
+def test_notes_travel_with_orders_and_reports_also_when_nothing_runs(wires: Wires) -> None:
+    wire, notes = wires(2), Notes()
     rank = Ranked(4)
-    thread = threading.Thread(target=follow, args=(FollowerEnd(wire, 1), rank, 1, None, notes))
+    thread = threading.Thread(target=follow, args=(wire.follower(1), rank, 1, None, notes))
     thread.start()
-    executor = DistributedExecutor(Ranked(4), LeaderEnd(wire), 2, conductor=notes)
+    executor = DistributedExecutor(Ranked(4), wire.leader(), 2, conductor=notes)
     executor.idle()
     notes.outbox[1] = b"prepare"
     executor.idle()

@@ -1,7 +1,8 @@
-"""Whoever computes the experts of a token, the sum is the same bits; and what travels is counted."""
+"""Whoever computes the experts of a token, the sum is the same bits; what travels is counted."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moeserve.errors import InternalError
+from moeserve.kernels import _cpu
 from moeserve.kernels.cpu import CpuOps
 from moeserve.kernels.matrix import Matrix, part_of, stack, to_int4, to_int8
 from moeserve.kernels.ops import (
@@ -30,8 +33,7 @@ KINDS = ["float32", "bfloat16", "int8", "int4"]
 
 seeds = st.integers(0, 2**31)
 kinds = st.sampled_from(KINDS)
-combines = st.sampled_from(Combine)
-NATIVE_AND_TWIN = CpuOps | ReferenceOps
+NativeOrTwin = CpuOps | ReferenceOps
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -57,7 +59,7 @@ def some_of(weights: Matrix, experts: list[int]) -> Matrix:
 class Mixture:
     """Tokens, where they were routed, and experts that any rank may hold."""
 
-    ops: NATIVE_AND_TWIN
+    ops: NativeOrTwin
     x_TH: Tensor
     routed: Routed
     gate_up: Matrix
@@ -92,7 +94,7 @@ class Mixture:
 
 
 def mixture(
-    ops: NATIVE_AND_TWIN,
+    ops: NativeOrTwin,
     kind: str,
     combine: Combine = Combine.EXACT,
     rows: int = 5,
@@ -297,7 +299,7 @@ CASE = {
 
 
 def holds(
-    ops: NATIVE_AND_TWIN,
+    ops: NativeOrTwin,
     seed: int,
     kind: str,
     combine: Combine,
@@ -340,3 +342,216 @@ def test_many_rows_are_shared_among_threads_and_still_the_same(native: CpuOps, k
     m = mixture(native, kind, rows=150, hidden=256, top_k=4, experts=12, inner=64, scale=0.3)
     assert same(together(m, spread(m, 4, 1), grouped(4, 1)), m.alone())
     assert same(together(m, spread(m, 4, 0), grouped(4, 2)), m.alone())
+
+
+def over_everything(m: Mixture) -> list[Tensor]:
+    """By one process; by ranks; by ranks that pass tokens on."""
+    found = [m.alone()]
+    for size in (1, 2):
+        found.append(together(m, spread(m, 4, 1), grouped(4, size)))
+    return found
+
+
+@pytest.fixture(params=[*_cpu.isas(), "twin"], scope="module")
+def ops(request: pytest.FixtureRequest) -> Iterator[NativeOrTwin]:
+    if request.param == "twin":
+        yield REFERENCE
+        return
+    before = _cpu.isa()
+    _cpu.set_isa(request.param)
+    yield CpuOps()
+    _cpu.set_isa(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_contribution_that_is_too_great_or_no_number_makes_its_element_nan_everywhere(
+    ops: NativeOrTwin, kind: str
+) -> None:
+    torch.manual_seed(3)
+    m = mixture(ops, kind, rows=6, scale=0.01)
+    m.x_TH[1, 7] = torch.inf
+    m.x_TH[2, 0] = torch.nan
+    m.routed.normed_TH[3, 5] = torch.nan
+    m.routed.weights_TC[4, 1] = 3e30
+    for x_TH in over_everything(m):
+        assert x_TH.isnan().any(1).tolist() == [False, True, True, True, True, False]
+        assert x_TH[1:4].isnan().all()
+        assert same(x_TH, m.alone())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_greatest_contribution_is_a_number_and_the_next_is_none(
+    ops: NativeOrTwin, kind: str
+) -> None:
+    """A bias alone, of the bound and a step beyond it; 4 choices leave 28 bits."""
+    torch.manual_seed(4)
+    m = mixture(ops, kind, rows=2, hidden=8, top_k=4, bias=True)
+    assert m.bias is not None
+    m.x_TH[:] = 1.0  # so that unit is 2^-grid_bits
+    m.routed.normed_TH[:] = 0.0
+    m.routed.weights_TC[:] = 1.0
+    bound = 2.0 ** (28 - 20 + 16) if kind == "float32" else 2.0 ** (28 - 11)
+    m.bias[:] = 0.0
+    m.bias[:, 1], m.bias[:, 2], m.bias[:, 3] = bound, -bound, bound * (1 + 2**-23)
+    for x_TH in over_everything(m):
+        assert x_TH[:, 3].isnan().all()
+        expected_3 = 1.0 + torch.tensor([0.0, 4 * bound, -4 * bound])
+        assert torch.equal(x_TH[:, :3], expected_3.expand(2, 3))
+
+
+@FEWER
+@given(seeds, kinds, st.sampled_from([1e-3, 0.1, 1.0, 30.0]))
+def test_exact_is_within_half_a_unit_of_each_contribution(
+    native: CpuOps, seed: int, kind: str, scale: float
+) -> None:
+    torch.manual_seed(seed)
+    m = mixture(native, kind, rows=7, scale=scale)
+    experts = m.part(list(range(m.num_experts))).weights.experts
+    units_T = native.units(m.x_TH, experts)
+    size_T = m.x_TH.double().square().mean(1).sqrt()
+    bits = 20 if kind == "float32" else 11
+    assert torch.equal(units_T.double(), torch.exp2(size_T.log2().floor() - bits))
+    routed = m.routed
+    args = (routed.normed_TH, experts, routed.ids_TC, routed.weights_TC)
+    chain_TH, exact_TH = native.moe_ffn(*args), native.moe_ffn(*args, units_T)
+    steps_TH = exact_TH.double() / units_T.double()[:, None]
+    if kind != "float32":  # there a sum may have more bits than a float
+        assert torch.equal(steps_TH, steps_TH.round())
+    most_T1 = (m.top_k * units_T / 2 + chain_TH.abs().amax(1) * 2**-21)[:, None]
+    assert bool(((exact_TH - chain_TH).abs() <= most_T1).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ordered_and_fast_in_one_process_are_the_chain(native: CpuOps, kind: str) -> None:
+    torch.manual_seed(5)
+    for combine in (Combine.ORDERED, Combine.FAST):
+        m = mixture(native, kind, combine)
+        experts = m.part(list(range(m.num_experts))).weights.experts
+        routed = m.routed
+        chain_TH = native.moe_ffn(routed.normed_TH, experts, routed.ids_TC, routed.weights_TC)
+        assert same(m.alone(), m.x_TH + chain_TH)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fast_is_near(ops: NativeOrTwin, kind: str) -> None:
+    torch.manual_seed(6)
+    m = mixture(ops, kind, Combine.FAST, rows=8)
+    alone, *others = over_everything(m)
+    for x_TH in others:
+        torch.testing.assert_close(x_TH, alone, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hidden", [6, 40, 64])
+@pytest.mark.parametrize("combine", Combine)
+def test_native_and_twin_write_the_same_records_and_read_the_same_rows(
+    native: CpuOps, kind: str, hidden: int, combine: Combine
+) -> None:
+    """Ranks with and without the native half would understand each other."""
+    torch.manual_seed(7)
+    m = mixture(native, kind, combine, rows=9, hidden=hidden)
+    twin = Mixture(REFERENCE, m.x_TH, m.routed, m.gate_up, m.down, None, None, combine)
+    s = spread(m, 3, 0)
+    which = s.copies(range(9), grouped(3, 1))
+    parts = [[one.part(e) for e in s.experts] for one in (m, twin)]
+    sent = packed(m, parts[0][0], range(9), which)
+    again = packed(twin, parts[1][0], range(9), which)
+    assert all(torch.equal(a, b) for a, b in zip(sent, again, strict=True))
+    wire = native.wire(parts[0][0], m.top_k)
+    assert wire == REFERENCE.wire(parts[1][0], m.top_k)
+    back = [served(m, parts[0], r, [segment])[0] for r, segment in enumerate(sent)]
+    one, other = m.x_TH.clone(), m.x_TH.clone()
+    native.collect(one, parts[0][0], m.routed, which, back, None)
+    REFERENCE.collect(other, parts[1][0], m.routed, which, back, None)
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    if combine is Combine.EXACT:
+        assert same(one, other)
+
+
+def test_a_token_travels_in_as_few_bytes_as_its_experts_need(native: CpuOps) -> None:
+    """Of bfloat16 and no more: 2 bytes a feature."""
+    for kind, of_features in (("float32", 4), ("bfloat16", 2), ("int8", 1), ("int4", 1)):
+        m = mixture(native, kind, hidden=2048, top_k=8, experts=8, inner=16, rows=1)
+        part = m.part([0])
+        wire = native.wire(part, 8)
+        assert wire.row_bytes == 2048 * of_features + 4 + 4 + 8 * 4 + 8 * 2
+    assert wire.row_bytes <= 0.55 * 2 * 2048
+
+
+def test_sums_travel_in_two_bytes_where_all_of_a_row_fit(ops: NativeOrTwin) -> None:
+    torch.manual_seed(8)
+    m = mixture(ops, "int8", rows=70, hidden=33)
+    m.x_TH[::2] *= 1e-3  # contributions are thousands of times the residual there
+    part = m.part(list(range(m.num_experts)))
+    slots = m.routed.ids_TC.short()
+    which = Copies(torch.tensor([0, 70]).int(), torch.arange(70).int(), slots)
+    sent = packed(m, part, range(70), which)
+    wire = ops.wire(part, m.top_k)
+    sums = ops.run_experts(part, wire, sent)
+    wide = int((sums.data.long().abs().flatten(1).amax(1) > 32767).sum())
+    assert wide == 35
+    (back,) = answered(m, part, wire, sums, sent)
+    assert back[:70].tolist() == [4, 2] * 35
+    assert len(back) == 128 + 35 * 4 * 33 + 35 * (2 * 33 + 2)
+    assert len(back) <= ops.sums_bytes(part, wire, 70)
+
+
+def test_two_limbs_are_always_whole(native: CpuOps) -> None:
+    torch.manual_seed(9)
+    m = mixture(native, "float32", rows=3, hidden=10)
+    part = m.part(list(range(m.num_experts)))
+    which = Copies(torch.tensor([0, 3]).int(), torch.arange(3).int(), m.routed.ids_TC.short())
+    sent = packed(m, part, range(3), which)
+    wire = native.wire(part, m.top_k)
+    sums = native.run_experts(part, wire, sent)
+    assert sums.data.shape == (3, 2, 10)
+    (back,) = answered(m, part, wire, sums, sent)
+    assert len(back) == 64 + 3 * 2 * 4 * 10 == native.sums_bytes(part, wire, 3)
+
+
+def test_bytes_and_slots_that_no_peer_should_send_are_errors(ops: NativeOrTwin) -> None:
+    torch.manual_seed(10)
+    m = mixture(ops, "int8", rows=4, hidden=64)
+    part, fewer = m.part(list(range(m.num_experts))), m.part([0, 1])
+    slots = torch.full((4, 3), 5, dtype=torch.int16)
+    which = Copies(torch.tensor([0, 4]).int(), torch.arange(4).int(), slots)
+    (sent,) = packed(m, part, range(4), which)
+    wire = ops.wire(part, m.top_k)
+    with pytest.raises(InternalError, match="slot"):
+        ops.run_experts(fewer, wire, [sent])
+    with pytest.raises(InternalError, match="bytes are not"):
+        ops.run_experts(part, wire, [sent[:-1]])
+    sums = ops.run_experts(part, wire, [sent])
+    (back,) = answered(m, part, wire, sums, [sent])
+    x_TH = m.x_TH.clone()
+    for wrong in (back[:-4], torch.cat((back, back[-4:]))):
+        with pytest.raises(InternalError, match="bytes are not the sums of"):
+            ops.collect(x_TH, part, m.routed, which, [wrong], None)
+    assert same(x_TH, m.x_TH)
+
+
+def test_copies_and_areas_that_cannot_be_touch_no_memory(native: CpuOps) -> None:
+    m = mixture(native, "int8", rows=4, hidden=64)
+    part, slots = m.part(list(range(m.num_experts))), m.routed.ids_TC.short()
+    wire = native.wire(part, m.top_k)
+    room = torch.zeros(4 * wire.row_bytes, dtype=torch.uint8)
+    tokens = torch.arange(4).int()
+    whole = Copies(torch.tensor([0, 4]).int(), tokens, slots)
+    for wrong in (
+        Copies(torch.tensor([0, 4]).int(), tokens + 1, slots),
+        Copies(torch.tensor([0, 4]).int(), tokens - 1, slots),
+        Copies(torch.tensor([0, 3]).int(), tokens, slots),
+        Copies(torch.tensor([0, 5, 4]).int(), tokens, slots),
+    ):
+        areas = [room] * (len(wrong.start_R1) - 1)
+        with pytest.raises(InternalError, match="pack_tokens"):
+            native.pack_tokens(m.x_TH, part, m.routed, wrong, areas)
+    with pytest.raises(InternalError, match="pack_tokens"):
+        native.pack_tokens(m.x_TH, part, m.routed, whole, [room[:-1]])
+    assert not room.any()
+    native.pack_tokens(m.x_TH, part, m.routed, whole, [room])
+    with pytest.raises(InternalError, match="relay_tokens"):
+        native.relay_tokens(wire, [room[:-1]], whole, [room.clone()])
+    sums = native.run_experts(part, wire, [room])
+    with pytest.raises(InternalError, match="pack_sums"):
+        native.pack_sums(part, wire, sums, [room], [torch.zeros(64, dtype=torch.uint8)])

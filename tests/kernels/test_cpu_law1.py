@@ -60,6 +60,20 @@ def moe_ffn(k: int, n: int, kind: str) -> RowOp:
     return run
 
 
+def exact_moe_ffn(k: int, n: int, kind: str) -> RowOp:
+    """As above, added on the grid of the row."""
+    n += n % 2
+    gate_up = as_kind(torch.randn(6, 2 * n, k), kind)
+    down = as_kind(torch.randn(6, k, n), kind)
+
+    def run(ops: CpuOps, x: Tensor) -> Tensor:
+        ids, weights = ops.route_topk(x[:, :6].contiguous(), RouterSpec(6, 2))
+        experts = ops.pack_experts(gate_up, down)
+        return ops.moe_ffn(x, experts, ids, weights, ops.units(x, experts))
+
+    return run
+
+
 def rms_norm(k: int, n: int, kind: str) -> RowOp:
     weight = torch.randn(k)
     return lambda ops, x: ops.rms_norm(x, weight, 1e-6)
@@ -80,7 +94,7 @@ def route_topk(k: int, n: int, kind: str) -> RowOp:
     return run
 
 
-ROW_OPS = [linear, linear_heads, moe_ffn, rms_norm, glu, route_topk]
+ROW_OPS = [linear, linear_heads, moe_ffn, exact_moe_ffn, rms_norm, glu, route_topk]
 over_row_ops = pytest.mark.parametrize("make", ROW_OPS, ids=lambda make: make.__name__)
 
 

@@ -9,12 +9,15 @@ from moeserve.placement.cost import (
     device_loads,
     histogram_homes,
     imbalance,
+    layer_uses,
     phase_loads,
     slots_of_tokens,
+    split_loads,
     traffic,
 )
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing, workload_of_tokens
+from moeserve.placement.split import slots_of, split_batch
 from moeserve.placement.topology import Dataflow, Phase
 
 # Two layers of eight experts, two on each of four devices, two devices on each of two nodes.
@@ -63,6 +66,57 @@ def test_copies_of_an_expert_share_its_load_and_its_tokens() -> None:
     assert imbalance(plan, np.array([[4.0, 1.0, 3.0]])).tolist() == [1.25]
     slots = slots_of_tokens(plan.expert_LS[0], np.array([[0, 1], [0, 2], [0, -1]], np.int32), 3)
     assert slots.tolist() == [[0, 1], [2, 3], [0, -1]]
+
+
+def replicated_plan(devices: int, experts: int, extra: int) -> Plan:
+    row = np.concatenate((np.arange(experts), np.arange(extra * devices) % experts))
+    per = len(row) // devices
+    rows = np.stack([row, np.roll(row, per + 1)]).astype(np.int32)
+    return Plan(rows, experts, devices, 1, (0, 1))
+
+
+def test_replicas_cost_what_senders_choose() -> None:
+    """Batch by batch, layer by layer, against the rule that the runtime follows."""
+    plan = replicated_plan(4, 8, 2)
+    random = np.random.default_rng(0)
+    topk = np.argsort(random.random((75, 2, 8)), axis=2)[:, :, :3].astype(np.int32)
+    home_T = random.integers(4, size=75).astype(np.int32)
+    copies, loads = np.zeros(2), np.zeros((2, 4))
+    for layer in range(2):
+        slots = slots_of(plan.expert_LS[layer], 8)
+        for home in range(4):
+            mine = np.flatnonzero(home_T == home)
+            for part in (mine[:16], mine[16:32], mine[32:]):
+                slot_TK = split_batch(topk[part, layer], slots, ranks=4, home=home)
+                device_TK = slot_TK // plan.slots_per_device
+                copies[layer] += sum(2 * len(set(row) - {home}) for row in device_TK.tolist())
+                loads[layer] += np.bincount(device_TK.ravel(), minlength=4)
+
+    found = traffic(plan, topk, home_T=home_T, batch=16)
+    assert found.copies_L == pytest.approx(copies / 75)
+    assert split_loads(plan, topk, home_T=home_T, batch=16).tolist() == loads.tolist()
+
+
+def test_without_replicas_batches_do_not_matter() -> None:
+    topk = np.argsort(np.random.default_rng(1).random((50, 2, 8)), axis=2)[:, :, :3]
+    each = [traffic(PLAN, topk.astype(np.int32), batch=batch).copies for batch in (1, 7, 64)]
+    assert len(set(each)) == 1
+
+
+def test_choosing_replicas_saves_copies_and_evens_out_load_against_taking_turns() -> None:
+    random = np.random.default_rng(2)
+    row = [0, 1, 2, 3, 12, 4, 5, 6, 7, 0, 8, 9, 10, 11, 1, 12, 13, 14, 15, 2]
+    plan = Plan(np.array([row, row], np.int32), 16, 4, 1, (0, 1))
+    popular = random.gumbel(size=(512, 2, 16)) + np.linspace(2, 0, 16)
+    topk = np.argsort(-popular, axis=2)[:, :, :4].astype(np.int32)
+    in_turn = [use.device_TK for use in layer_uses(plan, topk)]
+    turned = np.stack([np.bincount(d.ravel(), minlength=4) for d in in_turn])
+    turned_copies = np.mean([np.mean([len(set(r)) for r in d.tolist()]) for d in in_turn])
+
+    chosen = split_loads(plan, topk)
+
+    assert (chosen.max(axis=1) <= turned.max(axis=1)).all()
+    assert traffic(plan, topk).copies < 2 * turned_copies * (1 - 1 / 4)
 
 
 def test_decode_counts_experts_read_not_tokens() -> None:

@@ -1,0 +1,152 @@
+"""What the cost model says of a plan is what ranks count when they serve by it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moeserve.comm.build import copy_bytes, parallel_over
+from moeserve.comm.dispatcher import Flat, Moved
+from moeserve.comm.exchange import Traffic
+from moeserve.comm.group import Topology
+from moeserve.comm.layout import layouts, own_experts
+from moeserve.comm.progress import Progress
+from moeserve.kernels.ops import Ops
+from moeserve.models.batch import Span, pack_spans
+from moeserve.models.decoder import Decoder, load_decoder
+from moeserve.models.library import resolve_model
+from moeserve.models.tokenizer import Tokenizer
+from moeserve.placement import cost
+from moeserve.placement.plan import Plan
+from moeserve.placement.problem import Problem
+from moeserve.placement.routing import Routing, workload_of_tokens
+from moeserve.placement.solve import Budget, solve
+from moeserve.placement.topology import Dataflow
+from moeserve.placement.topology import Topology as Devices
+
+WORLD, BLOCK, EXPERTS, LENGTH, WAIT_S = 4, 16, 32, 96, 60.0
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class QueueExchange:
+    """One rank among threads."""
+
+    rank: int
+    boxes: dict[tuple[int, int, int], queue.Queue[Tensor]]
+    name: str = "threads"
+    world: int = WORLD
+    traffic: Traffic = field(default_factory=Traffic)
+    open: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
+        self.open[lane] = [torch.empty(size, dtype=torch.uint8) for size in sizes_R]
+        return self.open[lane]
+
+    def send(self, lane: int, sizes_R: Sequence[int]) -> None:
+        for r, (area, size) in enumerate(zip(self.open[lane], sizes_R, strict=True)):
+            self.boxes[lane, self.rank, r].put(area[:size])
+
+    def receive(self, lane: int) -> list[Tensor]:
+        return [self.boxes[lane, r, self.rank].get(timeout=WAIT_S) for r in range(WORLD)]
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Routes:
+    """A routing observer that keeps everything."""
+
+    layers: dict[int, NDArray[np.int32]] = field(default_factory=dict)
+
+    def record(self, layer: int, ids_TC: Tensor) -> None:
+        self.layers[layer] = ids_TC.numpy().copy()
+
+
+def prompts(count: int) -> list[tuple[int, ...]]:
+    tokenizer = Tokenizer.load(resolve_model("demo"))
+    text = "".join(file.read_text() for file in sorted((ROOT / "docs").glob("*.md")))
+    ids = tokenizer.encode(text)
+    starts = np.linspace(0, len(ids) - LENGTH, count).astype(int)
+    return [tuple(ids[start : start + LENGTH]) for start in starts]
+
+
+def spans_of(some: Sequence[Sequence[int]]) -> list[Span]:
+    blocks = -(-LENGTH // BLOCK)
+    return [Span(p, 0, range(i * blocks, (i + 1) * blocks)) for i, p in enumerate(some)]
+
+
+def routing_of(decoder: Decoder, some: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    """[T, L, K] of one process."""
+    routes = Routes()
+    cache = decoder.new_cache(len(some) * LENGTH // BLOCK, BLOCK)
+    decoder.forward(pack_spans(spans_of(some), BLOCK), cache, routes)
+    return np.stack([routes.layers[layer] for layer in decoder.spec.moe_layers], axis=1)
+
+
+def served(ops: Ops, plan: Plan, homes: Sequence[Sequence[Sequence[int]]]) -> list[Moved]:
+    """Each rank runs the prompts of its home in one step."""
+    boxes: dict[tuple[int, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+    where = layouts(plan, plan.moe_layers, EXPERTS, WORLD)
+    counted: dict[int, Moved] = {}
+
+    def run(rank: int) -> None:
+        decoder = load_decoder(
+            resolve_model("demo"), dtype=None, ops=ops, quantization="int8",
+            experts=own_experts(where, rank),
+        )  # fmt: skip
+        moves = Flat(ops, QueueExchange(rank, boxes), Topology((0,) * WORLD), Progress())
+        parallel = parallel_over(ops, decoder.stack.layers, where, moves, Progress())
+        cache = decoder.new_cache(len(homes[rank]) * LENGTH // BLOCK, BLOCK)
+        decoder.over(parallel).forward(pack_spans(spans_of(homes[rank]), BLOCK), cache)
+        counted[rank] = moves.moved
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(WORLD)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    return [counted[rank] for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("extra", [0, 2], ids=["one slot each", "replicas"])
+def test_counted_copies_and_bytes_are_those_predicted(ops: Ops, extra: int) -> None:
+    """Fitted on half of the texts, served on the other; predicted without knowing the homes."""
+    whole = load_decoder(resolve_model("demo"), dtype=None, ops=ops, quantization="int8")
+    texts = prompts(32)
+    fit, other = texts[0::2], texts[1::2]
+    layers = whole.spec.moe_layers
+    trace = workload_of_tokens(
+        "docs", routing_of(whole, fit), np.full(len(fit), LENGTH), num_experts=EXPERTS
+    )
+    slots = EXPERTS + extra * WORLD
+    problem = Problem(Devices(WORLD), slots, Dataflow.HOME_DEDUP)
+    plan = solve(problem, Routing((trace,), layers), budget=Budget(None, threads=1))
+    topk_TLK = routing_of(whole, other)
+    each = len(other) // WORLD
+    home_T = np.repeat(np.arange(WORLD, dtype=np.int32), each * LENGTH)
+
+    moved = served(ops, plan, [other[r * each : (r + 1) * each] for r in range(WORLD)])
+
+    sent = sum(sum(m.copies_R) for m in moved)
+    per_token_layer = 2 * sent / len(topk_TLK) / len(layers)
+    known = cost.traffic(plan, topk_TLK, home_T=home_T, batch=each * LENGTH)
+    assert per_token_layer == pytest.approx(known.copies, rel=1e-12)
+    predicted = cost.traffic(plan, topk_TLK, batch=each * LENGTH)
+    assert per_token_layer == pytest.approx(predicted.copies, rel=0.02)
+    mlp = whole.stack.layers[layers[0]].mlp
+    assert isinstance(mlp, tuple)
+    weigh = copy_bytes(ops, mlp[1], mlp[0].weights.spec.top_k)
+    expected = predicted.copies / 2 * (weigh.dispatch + weigh.combine) * len(layers)
+    counted = sum(sum(m.dispatch_bytes_R) + sum(m.combine_bytes_R) for m in moved)
+    assert counted / len(topk_TLK) == pytest.approx(expected, rel=0.02)

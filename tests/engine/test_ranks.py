@@ -1,0 +1,238 @@
+"""Requests served by several ranks: tokens, log-probabilities and ends are those of one process.
+
+Ranks are threads of this process, with decoders, exchanges and homes of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from moeserve.comm.group import Group, Topology
+from moeserve.comm.progress import Progress
+from moeserve.core import Event, FinishReason, Logprobs, Request, RequestId, SamplingParams
+from moeserve.engine.build import LoadedModel, build_engine
+from moeserve.engine.rank import Rank, Seat, load_rank
+from moeserve.models.spec import MoeSpec
+from moeserve.placement.plan import Plan, contiguous, dump
+
+MakeCheckpoint = Callable[[str], Path]
+Wires = Callable[[int], Any]
+WAIT_S = 60.0
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=2)
+DRAWN = SamplingParams(temperature=0.9, max_tokens=9, seed=5, top_k=20, repetition_penalty=1.2)
+PROMPTS = [[7 * i % 250 + j for j in range(3 + 5 * i)] for i in range(6)]
+SMALL = {"num_blocks": 64, "block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 4}
+
+
+@dataclass
+class Served:
+    """Several ranks that serve; ``loaded`` is rank 0's view of them."""
+
+    loaded: LoadedModel
+    others: list[Rank]
+    wire: Any
+    errors: list[BaseException] = field(default_factory=list)
+
+
+@contextmanager
+def serving(
+    wire: Any,
+    path: Path,
+    nodes: Sequence[int],
+    *,
+    backend: str = "auto",
+    plan: Path | None = None,
+    microbatches: int | None = 1,
+    **options: object,
+) -> Iterator[Served]:
+    world, store = wire.world, HashStore()
+    errors: list[BaseException] = []
+    others: list[Rank] = []
+    settings: dict[str, Any] = {**SMALL, "threads": 1, **options}
+
+    def seat(rank: int) -> Seat:
+        return Seat(
+            Group(rank, world, store), Topology(tuple(nodes)), Progress(), wire.alarm, backend,
+            deadline_s=20.0, plan=plan, microbatches=microbatches,
+        )  # fmt: skip
+
+    def work(rank: int) -> None:
+        try:
+            own = load_rank(path, tokenizer_eos=(), seat=seat(rank), **settings)
+            others.append(own)
+            own.follow(wire.follower(rank), seat(rank))
+            own.close()
+        except BaseException as error:  # noqa: BLE001 - told by the test's thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
+    for thread in threads:
+        thread.start()
+    loaded = build_engine(str(path), seat=seat(0), channel=wire.leader(), **settings)
+    try:
+        yield Served(loaded, others, wire, errors)
+    finally:
+        assert loaded.close()
+        for mailbox in wire.down.values():
+            mailbox.put(None)
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert not any(thread.is_alive() for thread in threads)
+    if errors:
+        raise errors[0]
+
+
+@dataclass
+class Client:
+    events: list[Event] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
+    first: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if event.token_ids:
+            self.first.set()
+        if event.finish is not None:
+            self.ended.set()
+
+    def wait(self) -> FinishReason | None:
+        assert self.ended.wait(WAIT_S)
+        return self.events[-1].finish
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [t for e in self.events for t in e.token_ids]
+
+    @property
+    def logprobs(self) -> list[Logprobs]:
+        return [p for e in self.events for p in e.logprobs]
+
+
+def ask_all(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+) -> list[tuple[list[int], list[Logprobs]]]:
+    clients = [Client() for _ in prompts]
+    for i, (prompt, each, client) in enumerate(zip(prompts, params, clients, strict=True)):
+        loaded.engine.submit(Request(RequestId(f"r{i}"), tuple(prompt), each), client)
+    for client in clients:
+        assert client.wait() in (FinishReason.LENGTH, FinishReason.STOP)
+    return [(client.token_ids, client.logprobs) for client in clients]
+
+
+MIXED = [GREEDY, DRAWN] * 3
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_checkpoint: MakeCheckpoint) -> Callable[[str], list[Any]]:
+    """What one process answers to ``PROMPTS``."""
+    known: dict[str, list[Any]] = {}
+
+    def answer(family: str) -> list[Any]:
+        if family not in known:
+            loaded = build_engine(str(tiny_checkpoint(family)), threads=1, **SMALL)  # type: ignore[arg-type]
+            known[family] = ask_all(loaded, PROMPTS, MIXED)
+            assert loaded.close()
+        return known[family]
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("family", "nodes", "backend", "microbatches"),
+    [
+        ("deepseek_v3", (0, 0), "shm", 1),
+        ("qwen2_moe", (0, 0, 0), "shm", 2),
+        ("gpt_oss", (0, 1), "torch", 2),
+        ("deepseek_v3", (0, 0, 1, 1), "auto", None),
+    ],
+)
+def test_ranks_answer_as_one_process_does(
+    tiny_checkpoint: MakeCheckpoint,
+    alone: Callable[[str], list[Any]],
+    wires: Wires,
+    family: str,
+    nodes: tuple[int, ...],
+    backend: str,
+    microbatches: int | None,
+) -> None:
+    wire, path = wires(len(nodes)), tiny_checkpoint(family)
+    with serving(wire, path, nodes, backend=backend, microbatches=microbatches) as group:
+        assert ask_all(group.loaded, PROMPTS, MIXED) == alone(family)
+        work = group.loaded.ranks.work if group.loaded.ranks else []
+        assert group.loaded.engine.load().free_blocks == len(nodes) * 64
+    assert all(moved.tokens for moved in work), "a rank had no request"
+    assert len({moved.rounds for moved in work}) == 1
+    assert all(sum(moved.copies_R) for moved in work)
+
+
+def test_a_solved_plan_with_replicas_changes_nothing(
+    tiny_checkpoint: MakeCheckpoint,
+    alone: Callable[[str], list[Any]],
+    wires: Wires,
+    tmp_path: Path,
+) -> None:
+    path = tiny_checkpoint("qwen2_moe")
+    with serving(wires(2), path, (0, 0)) as group:
+        spec = group.loaded.spec
+    experts = next(x.mlp.router.num_experts for x in spec.layers if isinstance(x.mlp, MoeSpec))
+    expert_LS = contiguous(
+        layers=len(spec.moe_layers), experts=experts, slots=experts + 4, devices=2
+    )[:, ::-1].copy()
+    plan = tmp_path / "plan.json"
+    plan.write_text(dump(Plan(expert_LS, experts, 2, 1, spec.moe_layers)))
+    with serving(wires(2), path, (0, 0), plan=plan) as group:
+        assert ask_all(group.loaded, PROMPTS, MIXED) == alone("qwen2_moe")
+
+
+def test_few_blocks_preempt_and_nothing_changes(
+    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], wires: Wires
+) -> None:
+    path = tiny_checkpoint("deepseek_v3")
+    with serving(wires(2), path, (0, 0), num_blocks=10, max_model_len=40) as group:
+        assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
+        assert group.loaded.engine.counters.preemptions > 0
+
+
+def test_more_ranks_than_requests(
+    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], wires: Wires
+) -> None:
+    path = tiny_checkpoint("deepseek_v3")
+    with serving(wires(4), path, (0, 0, 0, 0)) as group:
+        (got,) = ask_all(group.loaded, PROMPTS[:1], MIXED[:1])
+        assert group.loaded.ranks is not None
+        tokens = [moved.tokens for moved in group.loaded.ranks.work]
+    assert got == alone("deepseek_v3")[0]
+    assert tokens[0] > 0
+    assert tokens[1:] == [0, 0, 0]
+
+
+def test_requests_that_end_early_leave_the_others_as_they_are(
+    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], wires: Wires
+) -> None:
+    """One is cancelled while steps run, one is out of time; both on ranks with other requests."""
+    path = tiny_checkpoint("deepseek_v3")
+    long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    with serving(wires(2), path, (0, 0), max_num_seqs=8) as group:
+        engine, cancelled, late = group.loaded.engine, Client(), Client()
+        engine.submit(Request(RequestId("cancelled"), (1, 2, 3), long), cancelled)
+        engine.submit(Request(RequestId("late"), (4, 5), long, deadline=-1.0), late)
+        assert cancelled.first.wait(WAIT_S)
+        clients = [Client() for _ in PROMPTS]
+        for i, (prompt, params) in enumerate(zip(PROMPTS, MIXED, strict=True)):
+            engine.submit(Request(RequestId(f"r{i}"), tuple(prompt), params), clients[i])
+        assert clients[0].first.wait(WAIT_S)
+        engine.abort(RequestId("cancelled"))
+        assert cancelled.wait() is FinishReason.ABORT
+        assert late.wait() is FinishReason.DEADLINE
+        for client in clients:
+            client.wait()
+        assert [(c.token_ids, c.logprobs) for c in clients] == alone("deepseek_v3")
+        assert engine.load().free_blocks == 2 * 64
