@@ -246,6 +246,20 @@ def to_yaml(config: ServeConfig) -> str:
     return lines + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def to_environ(config: ServeConfig, environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` for another process that is to have this config, whatever was set in there."""
+    others = {
+        key: value
+        for key, value in environ.items()
+        if not key.startswith(ENV_PREFIX) or ENV_ELSEWHERE.fullmatch(key)
+    }
+    settings = config.model_dump(mode="json")
+    return others | {
+        ENV_PREFIX + name.upper(): "none" if value is None else str(value)
+        for name, value in settings.items()
+    }
+
+
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
