@@ -1,5 +1,5 @@
-"""One rank of several: ``python -m moeserve.worker``, under any launcher that ``comm.launch`` reads,
-with the settings of ``moeserve serve``; and ``moeserve serve --ep N``, which launches its own.
+"""One rank of several: ``python -m moeserve.worker`` with the settings of ``moeserve serve``, under
+any launcher that ``comm.launch`` reads; and ``moeserve serve --ep N``, which launches its own.
 
 Rank 0 opens the doors and decides; the others follow it until it ends the run. A rank that is told
 to stop asks rank 0 to, which drains and ends them all. What happens when a rank is lost is decided
@@ -22,10 +22,10 @@ from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 
-from torch.distributed import Store
+from pydantic import SecretStr
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from moeserve.comm import control
-from moeserve.comm.build import Meeting
 from moeserve.comm.control import Follower, Leader
 from moeserve.comm.exchange import Alarm
 from moeserve.comm.group import Group, host_store
@@ -118,8 +118,7 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
     if world == 1:
         return serve(config)
     if config.ep_secret is None:
-        config = config.model_copy(update={"ep_secret": secrets.token_hex(32)})
-        config = ServeConfig.model_validate(config.model_dump())
+        config = config.model_copy(update={"ep_secret": SecretStr(secrets.token_hex(32))})
     store, port = host_store(LOOPBACK)
     settings = to_environ(config, environ)
     children = Children(
@@ -189,7 +188,7 @@ def lead(config: ServeConfig, arriving: Arriving) -> int:
         seat = seat_of(config, met, lambda: leader.alarm() or interrupted())
         settings = config.model_copy(update={"threads": threads_of(config, met)})
         loaded = load_model(settings, observer, heeding(tell, leader.alarm), seat, leader)
-        seat.meeting.group.all_gather("ready", b"")
+        seat.group.all_gather("ready", b"")
         leader.pulse.doing = seat.progress.__str__
         return loaded
 
@@ -211,7 +210,9 @@ def follow(config: ServeConfig, arriving: Arriving) -> int:
     """Every other rank: load, and run what rank 0 orders until it ends the run."""
     launch = arriving.launch
     who = "" if launch.launcher == "moeserve" else f"rank {launch.rank} "
-    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT.replace("%(l", who + "%(l", 1))
+    logging.basicConfig(
+        level=config.log_level.upper(), format=LOG_FORMAT.replace("%(l", who + "%(l", 1)
+    )
     ending = Ending(config.ep_deadline)
     met = meet(config, arriving)
     with giving_up(met.group):
@@ -261,7 +262,7 @@ def _follow(config: ServeConfig, met: Met, follower: Follower) -> None:
         progress=heeding(lambda done, total: None, halted),
     )
     try:
-        seat.meeting.group.all_gather("ready", b"")
+        seat.group.all_gather("ready", b"")
         follower.pulse.doing = seat.progress.__str__
         steps = rank.follow(follower, seat)
         log.info("rank 0 ended the run after %d steps", steps)
@@ -292,11 +293,17 @@ def giving_up(group: Group) -> Iterator[None]:
 def seat_of(config: ServeConfig, met: Met, alarm: Alarm) -> Seat:
     """Loading may take long: from here on whoever waits trusts the pulse."""
     group = replace(met.group, alarm=alarm, patience_s=LOAD_S)
-    meeting = Meeting(
-        group, met.topology, alarm, config.ep_backend, config.ep_deadline, met.address
+    return Seat(
+        group,
+        met.topology,
+        Progress(),
+        alarm=alarm,
+        backend=config.ep_backend,
+        deadline_s=config.ep_deadline,
+        address=met.address,
+        plan=config.plan,
+        microbatches=None if config.microbatches == "auto" else config.microbatches,
     )
-    microbatches = None if config.microbatches == "auto" else config.microbatches
-    return Seat(meeting, Progress(), config.plan, microbatches)
 
 
 def identity_of(config: ServeConfig) -> Identity:

@@ -16,6 +16,7 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.conductor import PlanConductor
 from moeserve.engine.distributed import DistributedExecutor, LeaderChannel
 from moeserve.engine.fleet import Fleet
+from moeserve.engine.homes import NearExperts
 from moeserve.engine.loop import Engine, EngineObserver, Unobserved
 from moeserve.engine.planning import Planning, replan_by_itself
 from moeserve.engine.rank import Rank, Seat, load_rank, widest
@@ -138,8 +139,9 @@ def build_engine(
         ranks = None
     else:
         assert channel is not None, "rank 0 needs a channel to the others"
-        ranks, planning, observer = _lead(own, channel, seat, counters, observer)
-        fleet = Fleet(config, pools, counters)
+        near = NearExperts() if seat.near_experts else None
+        ranks, planning, observer = _lead(own, channel, seat, counters, observer, near)
+        fleet = Fleet(config, pools, counters, near)
         engine = Engine(fleet, ranks, tokenizer, observer, idle=ranks.idle)
     engine.start()
     if planning is not None and planning.replanner is not None:
@@ -169,13 +171,15 @@ def _lead(
     seat: Seat,
     counters: Counters,
     observer: EngineObserver | None,
+    near: NearExperts | None,
 ) -> tuple[DistributedExecutor, Planning, EngineObserver]:
     """What runs steps over all ranks, what changes their plan, and who looks on."""
     assert own.plan is not None
     assert own.swapper is not None
     observer = observer or Unobserved()
     conductor = PlanConductor(own.plan, own.swapper, counters)
-    ranks = own.lead(channel, seat, conductor)
+    learn = (lambda use: None) if near is None else near.learn
+    ranks = own.lead(channel, seat, conductor, learn)
     if not seat.replan:
         return ranks, Planning(conductor, seat.topology.node_R), observer
     spread = next(s for s in own.parallel.spreads if s is not None)

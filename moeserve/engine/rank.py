@@ -29,10 +29,12 @@ from moeserve.comm.pipeline import Parallel
 from moeserve.comm.progress import Progress
 from moeserve.engine.distributed import Conductor, DistributedExecutor, LeaderChannel
 from moeserve.engine.follow import FollowerChannel, Rider, follow
+from moeserve.engine.homes import Use
 from moeserve.engine.overlap import LARGEST, Fixed, Measured
-from moeserve.engine.runner import LocalExecutor
+from moeserve.engine.runner import LocalExecutor, StepObserver
 from moeserve.engine.swap import Swapper
 from moeserve.engine.tally import Tally, both
+from moeserve.engine.uses import UseCounter
 from moeserve.errors import ConfigError
 from moeserve.host import read_memory
 from moeserve.kernels.ops import Ops, Part, RouterWeights
@@ -67,7 +69,8 @@ class Seat:
     """A place among several ranks, and how these reach one another (see ``comm.build``).
 
     ``plan`` None is experts in their own order; ``microbatches`` None is as measured. ``progress``
-    tells what the rank is doing in a step. With ``replan`` ranks count what re-planning asks for.
+    tells what the rank is doing in a step. With ``near_experts`` homes are chosen by what prompts
+    use (``homes``), else by work alone. With ``replan`` ranks count what re-planning asks for.
     """
 
     group: Group
@@ -79,6 +82,7 @@ class Seat:
     address: str | None = None
     plan: Path | None = None
     microbatches: int | None = None
+    near_experts: bool = False
     replan: bool = False
 
     @property
@@ -103,6 +107,7 @@ class Rank:
     world: int
     recorder: RoutingRecorder | None
     plan: Plan | None = None
+    uses: UseCounter | None = None
     swapper: Swapper | None = None
     expert_bytes: int = 0
     read_bytes_per_s: float = 0.0
@@ -114,7 +119,11 @@ class Rank:
         return self.decoder.parallel
 
     def lead(
-        self, channel: LeaderChannel, seat: Seat, conductor: Conductor | None = None
+        self,
+        channel: LeaderChannel,
+        seat: Seat,
+        conductor: Conductor | None = None,
+        learn: Callable[[Use], None] = lambda use: None,
     ) -> DistributedExecutor:
         """On rank 0: what runs plans of all ranks."""
         return DistributedExecutor(
@@ -124,13 +133,16 @@ class Rank:
             moved=self.parallel.dispatcher.moved,
             microbatches=Measured() if seat.microbatches is None else Fixed(seat.microbatches),
             conductor=conductor,
+            uses=self.uses,
+            learn=learn,
             deadline_s=seat.deadline_s,
         )
 
     def follow(self, channel: FollowerChannel, seat: Seat, rider: Rider | None = None) -> int:
         """On the others: run what rank 0 says until the run is over; how many steps that were."""
         moved = self.parallel.dispatcher.moved
-        return follow(channel, self.executor, seat.rank, moved, rider or self.swapper)
+        rider = rider or self.swapper
+        return follow(channel, self.executor, seat.rank, moved, rider, self.uses)
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""
@@ -222,16 +234,19 @@ def load_rank(
     eos_ids = frozenset(
         i for i in (*decoder.spec.eos_ids, *tokenizer_eos) if i < decoder.spec.vocab
     )
+    uses: UseCounter | None = None
+    observer: StepObserver | None = both(recorder, tally)
+    if seat is not None and seat.near_experts and decoder.parallel is not None:
+        observer = uses = UseCounter(decoder.parallel, seat.group.world, observer)
     return Rank(
         decoder=decoder,
-        executor=LocalExecutor(
-            decoder, size.num_blocks, block_size, eos_ids, both(recorder, tally)
-        ),
+        executor=LocalExecutor(decoder, size.num_blocks, block_size, eos_ids, observer),
         size=size,
         eos_ids=eos_ids,
         world=1 if seat is None else seat.group.world,
         recorder=recorder,
         plan=plan,
+        uses=uses,
         swapper=swapper,
         expert_bytes=0
         if plan is None

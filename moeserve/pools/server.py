@@ -219,7 +219,8 @@ class Server:
             self.loaded = loaded = await loading
         if stopping.is_set():
             raise CancelledError("stopped while loading")
-        self.metrics.bind(loaded.name, loaded.engine.counters, loaded.engine.load)
+        engine = loaded.engine
+        self.metrics.bind(loaded.name, engine.counters, engine.load, loaded.ranks)
         self.service.serve(served_of(loaded))
         if self._grpc is not None:
             await self._grpc.announce(True)

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.progress import Progress
 from moeserve.core import Event, FinishReason, Logprobs, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
-from moeserve.engine.rank import Rank, Seat, load_rank
+from moeserve.engine.rank import Rank, Seat, load_rank, of_rank
 from moeserve.models.spec import MoeSpec
 from moeserve.placement.plan import Plan, contiguous, dump
 
@@ -52,6 +53,7 @@ def serving(
     backend: str = "auto",
     plan: Path | None = None,
     microbatches: int | None = 1,
+    near_experts: bool = False,
     replan: bool = False,
     **options: object,
 ) -> Iterator[Served]:
@@ -63,7 +65,8 @@ def serving(
     def seat(rank: int) -> Seat:
         return Seat(
             Group(rank, world, store), Topology(tuple(nodes)), Progress(), wire.alarm, backend,
-            deadline_s=20.0, plan=plan, microbatches=microbatches, replan=replan,
+            deadline_s=20.0, plan=plan, microbatches=microbatches, near_experts=near_experts,
+            replan=replan,
         )  # fmt: skip
 
     def work(rank: int) -> None:
@@ -192,6 +195,24 @@ def test_a_solved_plan_with_replicas_changes_nothing(
     plan.write_text(dump(Plan(expert_LS, experts, 2, 1, spec.moe_layers)))
     with serving(wires(2), path, (0, 0), plan=plan) as group:
         assert ask_all(group.loaded, PROMPTS, MIXED) == alone("qwen2_moe")
+
+
+def test_homes_near_experts_change_nothing_but_homes(
+    tiny_checkpoint: MakeCheckpoint,
+    alone: Callable[[str], list[Any]],
+    wires: Wires,
+    tmp_path: Path,
+) -> None:
+    """Prompts come twice, so that their kinds are known; all ranks count, recorded or not."""
+    path, trace = tiny_checkpoint("deepseek_v3"), tmp_path / "trace.safetensors"
+    options = {"near_experts": True, "record_routing": trace, "prefix_cache": False}
+    with serving(wires(2), path, (0, 0), **options) as group:  # type: ignore[arg-type]
+        for _ in range(2):
+            assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
+        assert all(rank.uses is not None and rank.uses.take() == [] for rank in group.others)
+    recorded = [load_file(file)["seq_lens"] for file in (trace, of_rank(trace, 1))]
+    assert sum(map(len, recorded)) == 2 * len(PROMPTS)
+    assert all(len(lens) for lens in recorded)
 
 
 def test_a_plan_read_again_while_requests_run_changes_nothing_they_see(
