@@ -71,7 +71,8 @@ def serving(
 
     def work(rank: int) -> None:
         try:
-            own = load_rank(path, tokenizer_eos=(), seat=seat(rank), **settings)
+            share = {name: told for name, told in settings.items() if name != "prefix_cache"}
+            own = load_rank(path, tokenizer_eos=(), seat=seat(rank), **share)
             others.append(own)
             own.follow(wire.follower(rank), seat(rank))
             own.close()
