@@ -305,6 +305,7 @@ def seat_of(config: ServeConfig, met: Met, alarm: Alarm) -> Seat:
         plan=config.plan,
         microbatches=None if config.microbatches == "auto" else config.microbatches,
         replan=config.replan == "auto",
+        near_experts=config.homes == "experts",
     )
 
 
