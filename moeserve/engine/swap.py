@@ -60,7 +60,7 @@ class Swapper:
         self._rank = rank
         self._ops = ops
         self._parallel = parallel
-        self._routers = routers
+        self.routers = routers
         self._open = open_source
         self._counts = counts
         self._clock = clock
@@ -158,7 +158,7 @@ class Swapper:
         if own != held.layout.of_rank(self._rank):
             experts = source.read(task.layer, own)
             part = self._ops.prepare(replace(part.weights, experts=experts))
-        return spread_of(self._ops, self._routers[task.layer], part, layout)
+        return spread_of(self._ops, self.routers[task.layer], part, layout)
 
     def _answer(self, task: _Task, spread: Spread | None, report: PlanReport) -> None:
         with self._lock:
