@@ -25,7 +25,8 @@ from moeserve.kernels.ops import (
     RouterSpec,
 )
 from moeserve.kernels.products import product
-from moeserve.kernels.reference_wire import ReferenceWire, exact_sum, limbs_of, number
+from moeserve.kernels.reference_combine import exact_sum, limbs_of, number
+from moeserve.kernels.reference_wire import ReferenceWire
 
 
 class ReferenceOps(Composed, ReferenceWire):

@@ -1,4 +1,4 @@
-"""The half of ``ReferenceOps`` for exact sums and for tokens that travel: the oracle, row by row.
+"""The half of ``ReferenceOps`` for tokens that travel: the oracle, row by row.
 
 Letters: see ``wire``; L limbs of an exact sum.
 """
@@ -16,72 +16,15 @@ from moeserve.errors import InternalError
 from moeserve.kernels.matrix import Int4Matrix, Int8Matrix, Matrix
 from moeserve.kernels.ops import Experts, Linear, MoeWeights, Ops, Part, Routed
 from moeserve.kernels.products import product, product_of_codes
-from moeserve.kernels.wire import (
-    GRID_BITS,
-    LEAST_EXPONENT,
-    LOWEST,
-    WIDE_GRID_BITS,
-    Combine,
-    Copies,
-    Sums,
-    Wire,
-    heading,
-    most_bytes,
+from moeserve.kernels.reference_combine import (
+    exact_sum,
+    limbs_of,
+    matrix_of,
+    number,
+    together,
+    unit_of,
 )
-
-LIMB = 2**16
-
-
-def limbs_of(experts: Experts) -> int:
-    matrix = matrix_of(experts.data[1][0])
-    return 2 if isinstance(matrix, Tensor) and matrix.dtype is torch.float32 else 1
-
-
-def unit_of(x_H: Tensor, experts: Experts) -> float:
-    mean = x_H.square().mean()
-    if not mean.isfinite():
-        return float("nan")
-    exponent = int(torch.frexp(mean.sqrt()).exponent) - 1 if mean > 0 else LEAST_EXPONENT
-    bits = WIDE_GRID_BITS if limbs_of(experts) == 2 else GRID_BITS
-    return 2.0 ** (max(exponent, LEAST_EXPONENT) - bits)
-
-
-def exact_sum(shares: Sequence[Tensor], unit: float, limbs: int, top_k: int, hidden: int) -> Tensor:
-    """int32 [L, H] of weighed contributions fp32 [H]."""
-    total_LH = torch.zeros(limbs, hidden, dtype=torch.int64)
-    lost_H = torch.zeros(hidden, dtype=torch.bool)
-    for share_H in shares:
-        units_H = share_H.double() / unit
-        first_H = units_H / LIMB ** (limbs - 1)
-        lost_here_H = ~(first_H.abs() <= 2.0 ** (30 - (top_k - 1).bit_length()))
-        lost_H |= lost_here_H
-        units_H = units_H.masked_fill(lost_here_H, 0.0)
-        first_H = first_H.masked_fill(lost_here_H, 0.0).round()
-        total_LH[0] += first_H.long()
-        if limbs == 2:
-            total_LH[1] += (units_H.round() - first_H * LIMB).long()
-    total_LH[0, lost_H] = LOWEST
-    return total_LH.int()
-
-
-def number(sum_LH: Tensor, unit: float) -> Tensor:
-    """fp32 [H]."""
-    whole_H = sum_LH[0].long()
-    if len(sum_LH) == 2:
-        whole_H = whole_H * LIMB + sum_LH[1]
-    value_H = whole_H.float() * unit
-    return value_H.masked_fill(sum_LH[0] == LOWEST, torch.nan)
-
-
-def together(sums: Sequence[Tensor], limbs: int, hidden: int) -> Tensor:
-    """int32 [L, H] of sums of several devices."""
-    total_LH = torch.zeros(limbs, hidden, dtype=torch.int64)
-    lost_H = torch.zeros(hidden, dtype=torch.bool)
-    for sum_LH in sums:
-        total_LH += sum_LH
-        lost_H |= sum_LH[0] == LOWEST
-    total_LH[0, lost_H] = LOWEST
-    return total_LH.int()
+from moeserve.kernels.wire import Combine, Copies, Sums, Wire, heading, most_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +36,6 @@ class Record:
     unit: float
     weights_C: Tensor
     slots: list[int]
-
-
-def matrix_of(linear: Linear) -> Matrix:
-    return cast("tuple[Matrix, Tensor | None]", linear.data)[0]
 
 
 def records_of(wire: Wire, segments: Sequence[Tensor]) -> list[Record]:

@@ -11,6 +11,10 @@ How the contributions w_c * y_c of a token's experts become one row is a ``Combi
   all others 11 and int32. A contribution beyond 2^(30 - ceil(log2 C)) units (of the high limb,
   where there are two), or that is no number, makes the element NaN: in integers the lowest int32,
   which stays the lowest whatever is added.
+  Why 11: the demo model in bf16 is 2.2e-4 nats from the same in fp32 (ordered 1.8e-4), in int8
+  1.83e-3 (1.78e-3), with 10 to 14 bits within the error of that; and of the sums of a rank of four
+  99.94 % of rows fit int16, 99.8 % with 12 bits, 98.7 % with 13. With 20 in fp32: 2e-12 nats from
+  ordered, as adding the other way round gives 6e-13.
 - ordered: fma of the contributions in order of c, in fp32; over devices every contribution travels.
 - fast: as ordered in one process; over devices fp32 sums of each device, rounded to bf16.
 
