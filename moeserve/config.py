@@ -123,6 +123,9 @@ class ServeConfig(BaseModel):
     homes: Literal["load", "experts"] = Field(
         "load", description="a request's rank: the least loaded, or near experts its kind uses"
     )
+    replan: Literal["auto", "off"] = Field(
+        "off", description="auto: change to a better plan while serving, where that is worth it"
+    )
     microbatches: Literal["auto"] | Count = Field(
         "auto", description="parts of a step that overlap; auto chooses per step from measurements"
     )

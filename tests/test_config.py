@@ -51,6 +51,7 @@ OTHER: dict[str, Any] = {
     "combine": "ordered",
     "plan": "plan.json",
     "microbatches": 2,
+    "replan": "auto",
     "ep_deadline": 2.5,
     "ep_secret": "sixteen-or-longer",
     "ep_tls": "tls",

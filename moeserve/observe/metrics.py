@@ -160,6 +160,10 @@ class Metrics:
         yield self._counter("prefix_cache_hits", "tokens found", count.prefix_hit_tokens)
         yield self._counter("preemptions", "requests put back for room", count.preemptions)
         yield self._counter("evicted_blocks", "cached KV blocks given up", count.evicted_blocks)
+        yield self._counter("plan_changes", "changes of plan that ended", count.plan_changes)
+        yield self._counter("plan_layers_switched", "in them", count.plan_layers_switched)
+        yield self._counter("plan_bytes_read", "of experts for them", count.plan_bytes_read)
+        yield self._counter("plan_paused_seconds", "steps held up", count.plan_paused_s)
         finished = CounterMetricFamily(
             f"{PREFIX}requests_finished", "ended requests", labels=[LABEL, "finished_reason"]
         )

@@ -73,6 +73,7 @@ async def _serve(config: ServeConfig, load: Load, heed: Callable[[Stop], None] |
             except CancelledError as stopped:
                 log.info("%s", stopped.message)
                 return 0
+            server.reread_plan_on_hangup()
             print(f"ready: {server}", flush=True)
             # What was made by now lives as long as the process: no collection looks at it again.
             gc.collect()
@@ -223,6 +224,13 @@ class Server:
         self.service.serve(served_of(loaded))
         if self._grpc is not None:
             await self._grpc.announce(True)
+
+    def reread_plan_on_hangup(self) -> None:
+        """SIGHUP: the file of --plan may hold another one."""
+        planning = None if self.loaded is None else self.loaded.planning
+        if planning is not None and self.config.plan is not None:
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, planning.reread, self.config.plan)
 
     async def outlived_by(self, stop: asyncio.Event) -> bool:
         """Waits for ``stop``; False as soon as the engine has died."""
