@@ -30,7 +30,7 @@ from rich.table import Table
 from moeserve.bench.crew import Crew, Variant
 from moeserve.bench.material import PLANS, Material, prepare
 from moeserve.bench.overlapped import AUTO, Effort, Load, Samples, Way, fill, measure
-from moeserve.errors import MoeserveError
+from moeserve.errors import InternalError, MoeserveError
 from moeserve.models.library import DEMO
 from moeserve.placement.topology import Dataflow
 from moeserve.testbed.links import parse_rate, show_rate
@@ -92,6 +92,16 @@ def speed(load: Load, ranks: int, samples: Samples) -> tuple[float, float, float
     low, high = samples.range_s
     tokens = load.tokens * ranks
     return tokens / samples.seconds, tokens / high, tokens / low
+
+
+def require_equal_bits(crew: Crew, load: Load, named: Sequence[Variant], effort: Effort) -> None:
+    """Law 1, before anything is timed: however tokens travel, logits are the same."""
+    spans = load.spans(crew.world, 0, effort.length, effort.prompt)
+    first = crew.step(spans, 1, BASE, digest=True).digests
+    for variant in named:
+        for count in FIXED:
+            if crew.step(spans, int(count), variant, digest=True).digests != first:
+                raise InternalError(f"{load}: other logits by {variant}, {count} microbatches")
 
 
 def overlap_table(
@@ -249,6 +259,9 @@ def bench_model(
         crew = stack.enter_context(Crew(bed, material.told(args.threads, args.backend), logs))
         say(f"{model}: filling KV")
         fill(crew, most, effort)
+        for load in loads:
+            every = [variant for variant, _ in variants(material).values()]
+            require_equal_bits(crew, load, every, effort)
         overlap = overlap_table(crew, bed, model, loads, rates, effort, say)
         travel = []
         for load in loads if args.travel_rate else ():

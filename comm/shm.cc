@@ -3,7 +3,7 @@
 // Every rank owns one block of shared memory, zeroed at first and mapped by all:
 //
 //   64 B              identity, checked by moeserve/comm/shm_exchange.py
-//   Progress          a word that only its owner writes and anybody may read
+//   Progress          what only its owner writes and anybody may read
 //   Bell              what the owner sleeps for, 0 while it is awake; a futex
 //   Count[lane][2]    segments that have arrived, since ever, in rounds of this parity
 //   Flag[lane][2][s]  the last round of this parity announced by source s, and its length
@@ -55,6 +55,7 @@ static_assert(std::atomic<uint64_t>::is_always_lock_free);
 
 struct alignas(kLine) Progress {
   std::atomic<uint64_t> word;
+  std::atomic<uint32_t> waiting;  // since a while, for a round; stays so when it gives up
 };
 struct alignas(kLine) Bell {
   std::atomic<uint32_t> waits_for;
@@ -172,6 +173,8 @@ class Mailboxes {
     if (arrived.load(std::memory_order_acquire) < wanted && !look(arrived, wanted)) {
       return nb::none();
     }
+    auto& waiting = shape_.progress(blocks_[rank_]).waiting;
+    if (waiting.load(std::memory_order_relaxed)) waiting.store(0, std::memory_order_relaxed);
     nb::list lengths;
     for (size_t source = 0; source < blocks_.size(); ++source) {
       lengths.append(shape_.flag(blocks_[rank_], lane, parity, source).length);
@@ -187,20 +190,27 @@ class Mailboxes {
     uint64_t wanted = blocks_.size() * ((round + 1) / 2);
     auto& waits_for = shape_.bell(blocks_[rank_]).waits_for;
     nb::gil_scoped_release released;
+    shape_.progress(blocks_[rank_]).waiting.store(1, std::memory_order_relaxed);
     waits_for.store(code(lane, parity));
     if (arrived.load() < wanted && ns > 0) sleep_while(waits_for, code(lane, parity), ns);
     waits_for.store(0);
     return arrived.load(std::memory_order_acquire) >= wanted;
   }
 
+  // Who has not sent. Of these, where any, only they who do not wait themselves: some ranks have got
+  // what a rank sent before it fell silent, others have not, and wait a round behind.
   std::vector<size_t> missing(size_t lane) const {
     uint64_t round = round_L_.at(lane);
-    std::vector<size_t> ranks;
+    std::vector<size_t> ranks, silent;
     for (size_t source = 0; source < blocks_.size(); ++source) {
       Flag& flag = shape_.flag(blocks_[rank_], lane, round & 1, source);
-      if (flag.round.load(std::memory_order_acquire) != round) ranks.push_back(source);
+      if (flag.round.load(std::memory_order_acquire) == round) continue;
+      ranks.push_back(source);
+      if (!shape_.progress(blocks_[source]).waiting.load(std::memory_order_relaxed)) {
+        silent.push_back(source);
+      }
     }
-    return ranks;
+    return silent.empty() ? ranks : silent;
   }
 
   uint64_t progress(size_t rank) const {

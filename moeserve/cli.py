@@ -85,6 +85,10 @@ def _serve(args: argparse.Namespace) -> int:
         return 0
     # The import takes seconds, and only after it does the server have handlers of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    if config.ep is not None and config.ep > 1:
+        from moeserve.worker import serve_local
+
+        return serve_local(config, os.environ)
     from moeserve.pools.server import serve
 
     return serve(config)

@@ -120,6 +120,12 @@ class ServeConfig(BaseModel):
     plan: Path | None = Field(
         None, description="which rank holds which expert, from moeserve place; default: in order"
     )
+    homes: Literal["load", "experts"] = Field(
+        "load", description="a request's rank: the least loaded, or near experts its kind uses"
+    )
+    replan: Literal["auto", "off"] = Field(
+        "off", description="auto: change to a better plan while serving, where that is worth it"
+    )
     microbatches: Literal["auto"] | Count = Field(
         "auto", description="parts of a step that overlap; auto chooses per step from measurements"
     )
@@ -241,6 +247,20 @@ def to_yaml(config: ServeConfig) -> str:
     held = [name for name in SECRETS if getattr(config, name) is not None]
     lines = f"# holds {' and '.join(held)}: keep private\n" if held else ""
     return lines + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def to_environ(config: ServeConfig, environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` for another process that is to have this config, whatever was set in there."""
+    others = {
+        key: value
+        for key, value in environ.items()
+        if not key.startswith(ENV_PREFIX) or ENV_ELSEWHERE.fullmatch(key)
+    }
+    settings = config.model_dump(mode="json")
+    return others | {
+        ENV_PREFIX + name.upper(): "none" if value is None else str(value)
+        for name, value in settings.items()
+    }
 
 
 def flag_of(name: str) -> str:

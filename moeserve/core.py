@@ -191,4 +191,8 @@ class Counters:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     evicted_blocks: int = 0
+    plan_changes: int = 0
+    plan_layers_switched: int = 0
+    plan_bytes_read: int = 0
+    plan_paused_s: float = 0.0
     finished: dict[FinishReason, int] = field(default_factory=dict)

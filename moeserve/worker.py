@@ -1,5 +1,5 @@
-"""One rank of several: ``python -m moeserve.worker``, under any launcher that ``comm.launch`` reads,
-with the settings of ``moeserve serve``; and ``moeserve serve --ep N``, which launches its own.
+"""One rank of several: ``python -m moeserve.worker`` with the settings of ``moeserve serve``, under
+any launcher that ``comm.launch`` reads; and ``moeserve serve --ep N``, which launches its own.
 
 Rank 0 opens the doors and decides; the others follow it until it ends the run. A rank that is told
 to stop asks rank 0 to, which drains and ends them all. What happens when a rank is lost is decided
@@ -9,24 +9,26 @@ in one place, ``Ending``: the run ends, requests with UNAVAILABLE, every process
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 from types import FrameType
 
-from torch.distributed import Store
+from pydantic import SecretStr
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from moeserve.comm import control
-from moeserve.comm.build import Meeting
 from moeserve.comm.control import Follower, Leader
 from moeserve.comm.exchange import Alarm
-from moeserve.comm.group import host_store
+from moeserve.comm.group import Group, host_store
 from moeserve.comm.handshake import Identity, agree
 from moeserve.comm.launch import ALONE, LOOPBACK, Launch, read_launch
 from moeserve.comm.link import Tls, Trust
@@ -35,8 +37,8 @@ from moeserve.comm.rendezvous import Met, open_group
 from moeserve.comm.spawn import Children, child_environ, worker_command
 from moeserve.config import ServeConfig, add_options, config_from_args, to_environ, to_yaml
 from moeserve.engine.build import LoadedModel, load_tokenizer
-from moeserve.engine.rank import Rank, Seat, load_rank
-from moeserve.errors import CancelledError, ConfigError, InternalError, LateRankError, MoeserveError
+from moeserve.engine.rank import Seat, load_rank
+from moeserve.errors import CancelledError, ConfigError, LateRankError, MoeserveError
 from moeserve.host import read_cpu
 from moeserve.models.fingerprint import fingerprint
 from moeserve.models.library import resolve_model
@@ -44,12 +46,15 @@ from moeserve.observe.metrics import Metrics
 from moeserve.placement.plan import load as load_plan
 from moeserve.pools.server import LOG_FORMAT, Stop, Tell, load_model, serve
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("moeserve.worker")
 
 # What a process gets to end by itself once the run has broken, beyond the deadline.
 LAST_S = 15.0
-# What children get to end by themselves once the run is over.
+# What the slowest rank gets to load.
+LOAD_S = 3600.0
+# What children get to end by themselves once the run is over, and once it has broken.
 GRACE_S = 5.0
+HURRY_S = 1.0
 # Settings in which ranks must not differ: results or the size of messages depend on them.
 COMMON = (
     "dtype",
@@ -61,6 +66,8 @@ COMMON = (
     "block_size",
     "max_num_batched_tokens",
     "microbatches",
+    "replan",
+    "ep_deadline",
 )
 
 
@@ -113,8 +120,7 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
     if world == 1:
         return serve(config)
     if config.ep_secret is None:
-        config = config.model_copy(update={"ep_secret": secrets.token_hex(32)})
-        config = ServeConfig.model_validate(config.model_dump())
+        config = config.model_copy(update={"ep_secret": SecretStr(secrets.token_hex(32))})
     store, port = host_store(LOOPBACK)
     settings = to_environ(config, environ)
     children = Children(
@@ -122,15 +128,12 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
         {rank: settings | child_environ(rank, world, port) for rank in range(1, world)},
         sys.stderr,
     )
-    grace_s = 0.0
+    grace_s = HURRY_S
     try:
         launch = replace(ALONE, world=world, local_world=world, port=port, launcher="moeserve")
         status = lead(config, Arriving(launch, environ, store, children.alarm))
-        grace_s = GRACE_S
+        grace_s = GRACE_S if status == 0 else HURRY_S
         return status
-    except LateRankError:
-        grace_s = GRACE_S
-        raise
     finally:
         children.end(grace_s)
 
@@ -172,25 +175,26 @@ def lead(config: ServeConfig, arriving: Arriving) -> int:
     stops: list[Stop] = []
 
     def load(config: ServeConfig, observer: Metrics, tell: Tell) -> LoadedModel:
-        def alarm() -> MoeserveError | None:
-            tell(0, 1)  # raises where loading was interrupted
+        def interrupted() -> MoeserveError | None:
+            tell(0, 1)  # raises where loading was told to stop
             return None if arriving.alarm is None else arriving.alarm()
 
-        met = meet(config, replace(arriving, alarm=alarm))
-        leader = connected(met, lambda: control.lead(
-            met.group, met.address, trust_of(config), config.ep_deadline
-        ))  # fmt: skip
+        met = meet(config, replace(arriving, alarm=interrupted))
+        with giving_up(met.group):
+            leader = control.lead(met.group, met.address, trust_of(config), config.ep_deadline)
         leaders.append(leader)
         leader.pulse.heed(ending.decide, lambda: stops[0]())
-        seat = take_seat(config, met, leader)
-        config = config.model_copy(update={"threads": threads_of(config, met)})
-        loaded = load_model(config, observer, heeding(tell, leader.alarm), seat, leader)
-        met.group.all_gather("ready", b"", LOAD_S)
+        seat = seat_of(config, met, lambda: leader.alarm() or interrupted())
+        settings = config.model_copy(update={"threads": threads_of(config, met)})
+        loaded = load_model(settings, observer, heeding(tell, leader.alarm), seat, leader)
+        seat.group.all_gather("ready", b"")
         leader.pulse.doing = seat.progress.__str__
         return loaded
 
     try:
         status = serve(config, load, stops.append)
+    except CancelledError:
+        raise
     except MoeserveError as error:
         for leader in leaders:
             leader.fail(error)
@@ -199,3 +203,163 @@ def lead(config: ServeConfig, arriving: Arriving) -> int:
         for leader in leaders:
             leader.close()
     return 1 if ending.error is not None else status
+
+
+def follow(config: ServeConfig, arriving: Arriving) -> int:
+    """Every other rank: load, and run what rank 0 orders until it ends the run."""
+    launch = arriving.launch
+    who = "" if launch.launcher == "moeserve" else f"rank {launch.rank} "
+    logging.basicConfig(
+        level=config.log_level.upper(), format=LOG_FORMAT.replace("%(l", who + "%(l", 1)
+    )
+    ending = Ending(config.ep_deadline)
+    met = meet(config, arriving)
+    with giving_up(met.group):
+        follower = control.follow(met.group, trust_of(config), config.ep_deadline)
+    follower.pulse.heed(ending.decide)
+    try:
+        with asking_rank_0(follower):
+            _follow(config, met, follower)
+    except CancelledError as ended:
+        log.info("%s", ended.message)
+    except MoeserveError as error:
+        follower.fail(error)
+        if error is not ending.error:
+            log.critical("%s", error.message)
+    finally:
+        follower.close()
+    return 1 if ending.error is not None else 0
+
+
+def _follow(config: ServeConfig, met: Met, follower: Follower) -> None:
+    def halted() -> MoeserveError | None:
+        if follower.pulse.ended:
+            return CancelledError("rank 0 ended the run")
+        return follower.alarm()
+
+    seat = seat_of(config, met, halted)
+    path = resolve_model(config.model)
+    tokenizer, _ = load_tokenizer(path)
+    rank = load_rank(
+        path,
+        tokenizer_eos=tokenizer.eos_ids if tokenizer else (),
+        name=config.served_model_name,
+        dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
+        quantization=config.quantization,
+        quantize_attention=config.quantize_attention,
+        combine=config.combine,
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        kv_memory=config.kv_memory,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        threads=threads_of(config, met),
+        record_routing=config.record_routing,
+        seat=seat,
+        progress=heeding(lambda done, total: None, halted),
+    )
+    try:
+        seat.group.all_gather("ready", b"")
+        follower.pulse.doing = seat.progress.__str__
+        steps = rank.follow(follower, seat)
+        log.info("rank 0 ended the run after %d steps", steps)
+    finally:
+        rank.close()
+
+
+def meet(config: ServeConfig, arriving: Arriving) -> Met:
+    """All ranks are there, and will serve the same."""
+    met = open_group(
+        arriving.launch, environ=arriving.environ, store=arriving.store, alarm=arriving.alarm
+    )
+    with giving_up(met.group):
+        agree(met.group, identity_of(config))
+    return met
+
+
+@contextlib.contextmanager
+def giving_up(group: Group) -> Iterator[None]:
+    """What goes wrong inside is told to those who wait for this rank's notes."""
+    try:
+        yield
+    except MoeserveError as error:
+        group.give_up(error.message)
+        raise
+
+
+def seat_of(config: ServeConfig, met: Met, alarm: Alarm) -> Seat:
+    """Loading may take long: from here on whoever waits trusts the pulse."""
+    group = replace(met.group, alarm=alarm, patience_s=LOAD_S)
+    return Seat(
+        group,
+        met.topology,
+        Progress(),
+        alarm=alarm,
+        backend=config.ep_backend,
+        deadline_s=config.ep_deadline,
+        address=met.address,
+        plan=config.plan,
+        microbatches=None if config.microbatches == "auto" else config.microbatches,
+        replan=config.replan == "auto",
+        near_experts=config.homes == "experts",
+    )
+
+
+def identity_of(config: ServeConfig) -> Identity:
+    settings = {name: str(getattr(config, name)) for name in COMMON}
+    return Identity(fingerprint(resolve_model(config.model)), settings, plan_digest(config.plan))
+
+
+def plan_digest(file: Path | None) -> str:
+    """Equal for plans that put the same experts into the same slots."""
+    if file is None:
+        return "experts in order"
+    plan = load_plan(file)
+    shape = f"{plan.expert_LS.shape} {plan.num_experts} {plan.num_devices} {plan.moe_layers}"
+    return "digest " + sha256(shape.encode() + plan.expert_LS.tobytes()).hexdigest()[:16]
+
+
+def trust_of(config: ServeConfig) -> Trust:
+    secret = config.ep_secret
+    return Trust(
+        None if secret is None else secret.get_secret_value().encode(),
+        None if config.ep_tls is None else Tls.load(config.ep_tls),
+    )
+
+
+def threads_of(config: ServeConfig, met: Met) -> int:
+    """The cores that this rank may use, shared evenly with the ranks that may use them too."""
+    return config.threads or max(1, read_cpu().usable // met.sharing)
+
+
+def heeding(tell: Tell, alarm: Alarm) -> Tell:
+    """Loading that stops where there is an alarm."""
+
+    def told(done: int, total: int) -> None:
+        if (error := alarm()) is not None:
+            raise error
+        tell(done, total)
+
+    return told
+
+
+@contextlib.contextmanager
+def asking_rank_0(follower: Follower) -> Iterator[None]:
+    """A signal to stop is passed on: rank 0 ends the run for all."""
+
+    def told(number: int, frame: FrameType | None) -> None:
+        # Not here: the signal may have interrupted whoever holds the connection.
+        threading.Thread(target=follower.pulse.ask_to_stop, daemon=True).start()
+
+    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

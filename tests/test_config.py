@@ -19,6 +19,7 @@ from moeserve.config import (
     flag_of,
     load_config,
     parse_bytes,
+    to_environ,
     to_yaml,
 )
 from moeserve.errors import ConfigError
@@ -50,6 +51,7 @@ OTHER: dict[str, Any] = {
     "combine": "ordered",
     "plan": "plan.json",
     "microbatches": 2,
+    "replan": "auto",
     "ep_deadline": 2.5,
     "ep_secret": "sixteen-or-longer",
     "ep_tls": "tls",
@@ -125,6 +127,15 @@ def test_all_settings_at_once_load_back_to_the_same(write: Writer) -> None:
     assert load_config({}, {}, write(to_yaml(config))) == config
     assert "keep private" in to_yaml(config)
     assert "secret-secret" not in repr(config)
+
+
+@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"num_blocks"}))
+def test_another_process_can_be_given_the_same(name: str) -> None:
+    config = ServeConfig.model_validate({name: OTHER[name]})
+    environ = {"MOESERVE_BLOCK_SIZE": "99", "PATH": "/bin", "MOESERVE_REQUIRE_NATIVE": "1"}
+    given = to_environ(config, environ)
+    assert load_config({}, given) == config
+    assert given.items() >= {"PATH": "/bin", "MOESERVE_REQUIRE_NATIVE": "1"}.items()
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,15 @@ PURE = (
     "engine/scheduler.py",
     "engine/blocks.py",
     "engine/fleet.py",
+    "engine/homes.py",
     "engine/overlap.py",
     "engine/replan.py",
 )
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
     "heapq itertools math operator struct typing "
-    "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.scheduler".split()
+    "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.scheduler "
+    "moeserve.engine.fleet".split()
 )
 BARE = (
     "moeserve",
@@ -43,6 +45,7 @@ BARE = (
     "moeserve.engine.blocks",
     "moeserve.engine.scheduler",
     "moeserve.engine.fleet",
+    "moeserve.engine.homes",
     "moeserve.engine.overlap",
     "moeserve.engine.replan",
 )

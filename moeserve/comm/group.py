@@ -61,7 +61,8 @@ class Group:
     """This rank among ``world``; ``store`` holds the notes.
 
     ``members`` are the ranks of the run that this group is of, ascending; empty: all of them.
-    ``alarm`` is asked while notes are awaited, ``tell`` hears whom a long wait is for.
+    ``alarm`` is asked while notes are awaited, which is at most for ``patience_s``; ``tell`` hears
+    whom a long wait is for.
     """
 
     rank: int
@@ -69,6 +70,7 @@ class Group:
     store: Store
     members: tuple[int, ...] = ()
     alarm: Alarm | None = None
+    patience_s: float = START_S
     tell: Callable[[str], None] = tell_stderr
 
     def sub_group(self, members: Sequence[int]) -> Group:
@@ -90,7 +92,7 @@ class Group:
         self,
         key: str,
         note: bytes,
-        timeout_s: float = START_S,
+        timeout_s: float | None = None,
         check: Callable[[int, bytes], None] | None = None,
     ) -> list[bytes]:
         """Every rank's note, in order of ranks. A key is used once by each rank.
@@ -98,7 +100,9 @@ class Group:
         ``check`` sees each note as it comes, and may refuse it: who is wrong need not be waited
         for by those who are not. LateRankError names the ranks that did not come or gave up.
         """
-        begun = told = time.monotonic()
+        begun = time.monotonic()
+        tell_at = begun + TELL_S
+        limit_s = self.patience_s if timeout_s is None else timeout_s
         notes: dict[int, bytes] = {}
         try:
             self.store.set(f"{key}/{self.rank}", note)  # type: ignore[arg-type]
@@ -116,12 +120,12 @@ class Group:
                 if trouble is not None:
                     raise trouble
                 now = time.monotonic()
-                if now - begun > timeout_s:
+                if now - begun > limit_s:
                     raise LateRankError(
-                        f"{named(missing)} did not reach {key!r} within {timeout_s:g} s", missing
+                        f"{named(missing)} did not reach {key!r} within {limit_s:g} s", missing
                     )
-                if now - told > TELL_S:
-                    told = now
+                if now > tell_at:
+                    tell_at = now + (now - begun)  # ever less often
                     self.tell(f"rank {self.rank}, {key}: waiting for {named(missing)}")
                 time.sleep(POLL_S)
         except DistError as error:

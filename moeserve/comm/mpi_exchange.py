@@ -4,10 +4,9 @@ Every lane has a communicator of its own, so that lanes need no common order: th
 are on their way as soon as its sizes are known, which any call of this exchange looks for (MPI
 moves nothing by itself while nobody calls it).
 
-MPI does not say who is late. So whoever has waited for a tenth of the deadline greets all others,
-and after the deadline those who did not greet are named. A round that failed cannot be taken back:
-its buffers stay with its communicator, and MPI cannot be finalised any more, so that the process
-has to end by ``os._exit``.
+MPI does not say who is late, nor who is gone: see ``greetings``, on a communicator of their own. A
+round that failed cannot be taken back: its buffers stay with its communicator, and MPI cannot be
+finalised any more, so that the process has to end by ``os._exit``.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeserve.comm.greetings import GREET_AFTER, LEAVING, Greetings
 from moeserve.comm.group import Group
 from moeserve.comm.rounds import Lanes, Rounds, cut, places
 from moeserve.errors import ConfigError
@@ -27,7 +27,6 @@ from moeserve.errors import ConfigError
 # How a wait begins: tests one after the other, which let others run; then sleeps between them.
 _LOOK_S = 0.001
 _NAP_S = 0.0002
-_TAGS = 32768  # what every MPI has
 
 
 class _Lane:
@@ -45,7 +44,6 @@ class _Lane:
         self.lengths = np.zeros(world, np.int64)
         self.request: Any = None
         self.moving = False
-        self.greeted: list[Any] = []
 
     def room(self, sizes_R: Sequence[int]) -> list[Tensor]:
         self.starts_R, end = places(sizes_R)
@@ -56,7 +54,7 @@ class _Lane:
 
     def start(self, sizes_R: Sequence[int]) -> None:
         self.sizes[:] = sizes_R
-        self.moving, self.greeted = False, []
+        self.moving = False
         self.request = self.comm.Ialltoall(self.sizes, self.lengths)
 
     def advance(self) -> bool:
@@ -80,12 +78,6 @@ class _Lane:
     def segments(self) -> list[Tensor]:
         return cut(self.come, self.come_sizes_R)
 
-    def greet(self, others: Sequence[int], tag: int) -> None:
-        self.greeted = [self.comm.Isend([self.sizes, 0, "B"], r, tag % _TAGS) for r in others]
-
-    def unanswered(self, others: Sequence[int], tag: int) -> list[int]:
-        return [r for r in others if not self.comm.Iprobe(r, tag % _TAGS)]
-
 
 class MpiExchange(Rounds):
     """Collective: all ranks of the group build theirs at the same time. MPI itself starts when
@@ -95,8 +87,11 @@ class MpiExchange(Rounds):
 
     def __init__(self, group: Group, lanes: Lanes, key: str = "mpi") -> None:
         super().__init__(group, lanes)
-        comms = communicators(group, len(lanes.bytes_L), key)
+        *comms, self._side = communicators(group, len(lanes.bytes_L) + 1, key)
         self._lane_L = [_Lane(comm, group.world) for comm in comms]
+        self._greetings = Greetings(group.rank, group.world, len(lanes.bytes_L))
+        self._said: list[Any] = []
+        self._receives = self._greeted = 0
 
     def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
         self._begin(lane, sizes_R)
@@ -110,19 +105,22 @@ class MpiExchange(Rounds):
 
     def receive(self, lane: int) -> list[Tensor]:
         self._advance(lane)
-        state, tag = self._lane_L[lane], self.round_L[lane]
+        state = self._lane_L[lane]
+        self._receives += 1
         begun = time.monotonic()
         while not state.advance():
             if time.monotonic() - begun > _LOOK_S:
-                self._wait(lane, self._nap, lambda: state.unanswered(self._others, tag))
+                self._wait(lane, self._nap, self._absent)
                 break
         return state.segments()
 
     def _nap(self, lane: int, slice_s: float, waited_s: float) -> bool:
         state = self._lane_L[lane]
         until = time.monotonic() + slice_s
-        if waited_s > self.lanes.deadline_s / 10 and not state.greeted:
-            state.greet(self._others, self.round_L[lane])
+        if waited_s > self.lanes.deadline_s * GREET_AFTER and self._greeted < self._receives:
+            self._greeted = self._receives
+            self._greet(self._greetings.greeting(self._receives))
+        self._listen()
         while not state.advance():
             if time.monotonic() > until:
                 return False
@@ -135,11 +133,29 @@ class MpiExchange(Rounds):
             if other != lane and state.request is not None and not state.moving:
                 state.advance()
 
+    def _greet(self, greeting: Sequence[int]) -> None:
+        note = np.array(greeting, np.int64)
+        self._said = [said for said in self._said if not said[0].Test()]
+        self._said += [(self._side.Isend(note, r), note) for r in self._others]
+
+    def _listen(self) -> None:
+        note = np.empty(1 + self.world, np.int64)
+        for r in self._others:
+            while self._side.Iprobe(r):
+                self._side.Recv(note, r)
+                self._greetings.hear(r, note.tolist())
+
+    def _absent(self) -> list[int]:
+        self._listen()
+        return self._greetings.absent(self._receives)
+
     def _release(self) -> None:
         # Communicators stay: to free one takes all its ranks, and there are few.
+        self._greet(self._greetings.greeting(LEAVING, self.blamed))
         for state in self._lane_L:
             if state.request is not None and not state.request.Test():
                 state.comm.Set_attr(state.comm.Create_keyval(), state)
+        self._side.Set_attr(self._side.Create_keyval(), self._said)
         self._lane_L = []
 
 

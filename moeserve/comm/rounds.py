@@ -83,6 +83,7 @@ class Rounds:
         self.round_L = [0] * len(lanes.bytes_L)
         self._group = group
         self._others = [r for r in range(group.world) if r != group.rank]
+        self.blamed: list[int] = []
         self._closed_by = ""
 
     def close(self) -> None:
@@ -121,6 +122,9 @@ class Rounds:
                 if slice_s == 0.0:
                     raise self._late(lane, missing())
         except MoeserveError as error:
+            if isinstance(error, LateRankError):
+                of_run = self._group.of_run
+                self.blamed = [r for r in self._others if of_run(r) in error.ranks]
             self._shut(str(error))
             raise
 

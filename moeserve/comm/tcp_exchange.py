@@ -88,19 +88,19 @@ class TcpExchange(Rounds):
         self._count(sizes_R)
 
     def receive(self, lane: int) -> list[Tensor]:
-        lengths: list[int] = self._streams.receive(lane, 0)
+        lengths = self._streams.receive(lane, 0)
         if not lengths:
-
-            def come(slice_s: float) -> bool:
-                nonlocal lengths
-                lengths = self._streams.receive(lane, int(slice_s * 1e9))
-                if not lengths and (lost := self._lost(lane)):
-                    raise self._gone(lost)
-                return bool(lengths)
-
-            self._wait(lane, come, lambda: self._late_ones(lane))
+            self._wait(lane, self._sleep, lambda: self._late_ones(lane))
+            lengths = self._streams.receive(lane, 0)
         areas = self._inbox_LPR[lane][self.round_L[lane] & 1]
         return [area[:length] for area, length in zip(areas, lengths, strict=True)]
+
+    def _sleep(self, lane: int, slice_s: float, waited_s: float) -> bool:
+        if self._streams.receive(lane, int(slice_s * 1e9)):
+            return True
+        if lost := self._lost(lane):
+            raise self._gone(lost)
+        return False
 
     def _lost(self, lane: int) -> list[int]:
         missing = set(self._streams.missing(lane))

@@ -3,8 +3,7 @@
 Every lane has a process group of its own, so that lanes need no common order: the bytes of a round
 are on their way as soon as its sizes are known, which any call of this exchange looks for.
 
-Who is late gloo does not say. So whoever has waited for a tenth of the deadline greets all others,
-and after the deadline, or when a connection breaks, those who did not greet are named.
+gloo does not say who is late: see ``greetings``, over a group of their own.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.distributed import AllToAllOptions, PrefixStore, ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
 
+from moeserve.comm.greetings import GREET_AFTER, LEAVING, Greetings
 from moeserve.comm.group import Group
 from moeserve.comm.rounds import Lanes, Rounds, cut, padded, places
 
 # Our own deadlines end waits; this only bounds what nobody waits for.
 _NEVER = timedelta(hours=24)
 _NO_TAG = (1 << 31) - 1
-# How long greetings may take that have been sent already.
+# How long a greeting may take that has been sent already.
 _GRACE_S = 0.2
 
 
@@ -42,7 +42,6 @@ class _Lane:
         self.lengths_R = torch.zeros(world, dtype=torch.int64)
         self.work: Work | None = None
         self.moving = False
-        self.greeting: Greeting | None = None
 
     def room(self, sizes_R: Sequence[int]) -> list[Tensor]:
         self.starts_R, end = places(sizes_R)
@@ -59,7 +58,7 @@ class _Lane:
                 self.out[at : at + size] = self.out[here : here + size].clone()
             at += padded(size)
         self.sizes_R.copy_(torch.tensor(sizes_R))
-        self.moving, self.greeting = False, None
+        self.moving = False
         self.work = self.pg.alltoall_base(self.lengths_R, self.sizes_R, [], [], AllToAllOptions())
 
     def advance(self, wait_s: float) -> bool:
@@ -108,10 +107,13 @@ class TorchExchange(Rounds):
     ) -> None:
         super().__init__(group, lanes)
         group.all_gather(f"{key}/ready", b"")
-        self._lane_L = []
-        for lane in range(len(lanes.bytes_L)):
-            store = PrefixStore(f"{key}/{lane}", group.store)
-            self._lane_L.append(_Lane(connect(store, group, address), group.world))
+
+        def pg(name: str) -> Any:
+            return connect(PrefixStore(f"{key}/{name}", group.store), group, address)
+
+        self._lane_L = [_Lane(pg(str(lane)), group.world) for lane in range(len(lanes.bytes_L))]
+        self._side = Side(pg("side"), Greetings(group.rank, group.world, len(lanes.bytes_L)))
+        self._receives = self._greeted = 0
 
     def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
         self._begin(lane, sizes_R)
@@ -126,18 +128,21 @@ class TorchExchange(Rounds):
     def receive(self, lane: int) -> list[Tensor]:
         self._advance(lane)
         state = self._lane_L[lane]
-        self._wait(lane, self._look, lambda: self._absent(lane))
+        self._receives += 1
+        self._wait(lane, self._look, lambda: self._side.absent(self._receives))
         return state.segments()
 
     def _look(self, lane: int, slice_s: float, waited_s: float) -> bool:
         state = self._lane_L[lane]
-        greet_s = self.lanes.deadline_s / 10
-        if waited_s >= greet_s and state.greeting is None:
-            state.greeting = Greeting(state.pg, self._others, self.round_L[lane])
+        greet_s = self.lanes.deadline_s * GREET_AFTER - waited_s
+        if greet_s <= 0 and self._greeted < self._receives:
+            self._greeted = self._receives
+            self._side.greet(self._receives)
         try:
-            return state.advance(slice_s if state.greeting else min(slice_s, greet_s - waited_s))
+            return state.advance(slice_s if greet_s <= 0 else min(slice_s, greet_s))
         except RuntimeError as error:
-            raise self._late(lane, self._absent(lane)) from error
+            time.sleep(_GRACE_S)  # until the side has noticed, too
+            raise self._late(lane, self._side.absent(self._receives)) from error
 
     def _advance(self, lane: int) -> None:
         """What other lanes can do meanwhile; their errors are met where they are waited for."""
@@ -146,57 +151,59 @@ class TorchExchange(Rounds):
                 with contextlib.suppress(RuntimeError):
                     state.advance(0.0)
 
-    def _absent(self, lane: int) -> list[int]:
-        state = self._lane_L[lane]
-        greeting = state.greeting or Greeting(state.pg, self._others, self.round_L[lane])
-        return greeting.unanswered()
-
     def _release(self) -> None:
         for state in self._lane_L:
             if state.work is not None and not state.work.is_completed():
-                hang_up(state.pg, self._others[0])
+                hang_up(state.pg, self._others)
         self._lane_L = []
+        self._side.leave(self.blamed)
 
 
-class Greeting:
-    """Said to all others, and awaited from them, beside a round that takes long."""
+class Side:
+    """Where greetings travel; a thread listens to each of the others."""
 
-    def __init__(self, pg: Any, others: Sequence[int], tag: int) -> None:
-        self._word = torch.zeros(1, dtype=torch.uint8)
-        self._words = {r: torch.zeros(1, dtype=torch.uint8) for r in others}
-        self._said: list[Work] = []
-        self._heard: dict[int, Work | None] = {}
-        for r in others:
-            try:
-                self._said.append(pg.send([self._word], r, tag))
-                self._heard[r] = pg.recv([self._words[r]], r, tag)
-            except RuntimeError:  # the connection is gone
-                self._heard[r] = None
-
-    def unanswered(self) -> list[int]:
-        """Those whose connection is gone; or if there are none, those who have not greeted."""
-        here: set[int] = set()
-        gone = {r for r, work in self._heard.items() if work is None}
-
-        def hear(rank: int, work: Work) -> None:
-            try:
-                work.wait()
-                here.add(rank)
-            except RuntimeError:
-                gone.add(rank)
-
-        # gloo cannot be asked without waiting, and a wait that ends early breaks all connections.
-        waiting = [
-            threading.Thread(target=hear, args=(r, work), daemon=True)
-            for r, work in self._heard.items()
-            if work is not None
+    def __init__(self, pg: Any, greetings: Greetings) -> None:
+        self._pg = pg
+        self._greetings = greetings
+        self._said: list[tuple[Work, Tensor]] = []
+        self._others = [r for r in range(pg.size()) if r != pg.rank()]
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(r,), name=f"rank {r}", daemon=True)
+            for r in self._others
         ]
-        for thread in waiting:
-            thread.start()
+        for listener in self._listeners:
+            listener.start()
+
+    def greet(self, receives: int, blamed: Sequence[int] = ()) -> None:
+        note = torch.tensor(self._greetings.greeting(receives, blamed))
+        self._said = self._said[-len(self._others) :]
+        for r in self._others:
+            with contextlib.suppress(RuntimeError):  # the listener hears of it
+                self._said.append((self._pg.send([note], r, 0), note))
+
+    def absent(self, receives: int) -> list[int]:
+        return self._greetings.absent(receives)
+
+    def leave(self, blamed: Sequence[int]) -> None:
+        self.greet(LEAVING, blamed)
         until = time.monotonic() + _GRACE_S
-        for thread in waiting:
-            thread.join(max(0.0, until - time.monotonic()))
-        return sorted(gone) or sorted(self._heard.keys() - here)
+        for said, _ in self._said[-len(self._others) :]:
+            with contextlib.suppress(RuntimeError):
+                said.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
+        hang_up(self._pg, self._others)
+        for listener in self._listeners:
+            listener.join(_GRACE_S)
+        self._said = []
+        del self._pg
+
+    def _listen(self, source: int) -> None:
+        note = torch.zeros(1 + self._pg.size(), dtype=torch.int64)
+        try:
+            while True:
+                self._pg.recv([note], source, 0).wait()
+                self._greetings.hear(source, note.tolist())
+        except RuntimeError:
+            self._greetings.lose(source)
 
 
 def connect(store: Store, group: Group, address: str | None) -> Any:
@@ -209,7 +216,10 @@ def connect(store: Store, group: Group, address: str | None) -> Any:
     return ProcessGroupGloo(store, group.rank, group.world, options)
 
 
-def hang_up(pg: Any, other: int) -> None:
-    """Break all connections, as gloo does when a wait times out: nothing is left waiting."""
-    with contextlib.suppress(RuntimeError):
-        pg.recv([torch.zeros(1, dtype=torch.uint8)], other, _NO_TAG).wait(timedelta(milliseconds=1))
+def hang_up(pg: Any, others: Sequence[int]) -> None:
+    """Break all connections, as gloo does when a wait for any open one times out: then nothing is
+    left waiting."""
+    for other in others:
+        with contextlib.suppress(RuntimeError):
+            word = torch.zeros(1, dtype=torch.uint8)
+            pg.recv([word], other, _NO_TAG).wait(timedelta(milliseconds=1))

@@ -10,12 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeserve.comm.build import copy_bytes
 from moeserve.core import Counters
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.conductor import PlanConductor
 from moeserve.engine.distributed import DistributedExecutor, LeaderChannel
 from moeserve.engine.fleet import Fleet
-from moeserve.engine.loop import Engine, EngineObserver
-from moeserve.engine.rank import Rank, Seat, load_rank
+from moeserve.engine.homes import NearExperts
+from moeserve.engine.loop import Engine, EngineObserver, Unobserved
+from moeserve.engine.planning import Planning, replan_by_itself
+from moeserve.engine.rank import Rank, Seat, load_rank, widest
+from moeserve.engine.replanner import Habits
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.library import resolve_model
@@ -29,8 +34,8 @@ class LoadedModel:
     """A model being served. Where ``tokenizer`` is None, ``no_tokenizer`` says why.
 
     ``context`` is the longest sequence asked for, ``max_model_len`` what KV memory leaves of it;
-    ``num_blocks`` are those of all ranks, ``kv_bytes`` of this one. ``ranks`` are there if there
-    are several.
+    ``num_blocks`` are those of all ranks, ``kv_bytes`` of this one. ``ranks`` and ``planning`` are
+    there if there are several.
     """
 
     name: str
@@ -46,6 +51,7 @@ class LoadedModel:
     context: int
     own: Rank
     ranks: DistributedExecutor | None = None
+    planning: Planning | None = None
 
     @property
     def recorder(self) -> RoutingRecorder | None:
@@ -57,6 +63,8 @@ class LoadedModel:
 
     def close(self, timeout: float = 30.0) -> bool:
         """Stop the engine, end its streams, and complete the routing trace."""
+        if self.planning is not None:
+            self.planning.close()
         stopped = self.engine.stop(timeout)
         if stopped:
             self.own.close()
@@ -125,15 +133,19 @@ def build_engine(
     )
     counters = Counters()
     pools = [BlockPool(own.size.num_blocks, block_size, counters) for _ in range(own.world)]
+    planning = None
     if seat is None:
         engine = Engine(Scheduler(config, pools[0], counters), own.executor, tokenizer, observer)
         ranks = None
     else:
         assert channel is not None, "rank 0 needs a channel to the others"
-        ranks = own.lead(channel, seat)
-        fleet = Fleet(config, pools, counters)
+        near = NearExperts() if seat.near_experts else None
+        ranks, planning, observer = _lead(own, channel, seat, counters, observer, near)
+        fleet = Fleet(config, pools, counters, near)
         engine = Engine(fleet, ranks, tokenizer, observer, idle=ranks.idle)
     engine.start()
+    if planning is not None and planning.replanner is not None:
+        planning.replanner.start()
     spec = own.decoder.spec
     return LoadedModel(
         name=name or path.name,
@@ -149,7 +161,33 @@ def build_engine(
         context=max_model_len or spec.max_positions,
         own=own,
         ranks=ranks,
+        planning=planning,
     )
+
+
+def _lead(
+    own: Rank,
+    channel: LeaderChannel,
+    seat: Seat,
+    counters: Counters,
+    observer: EngineObserver | None,
+    near: NearExperts | None,
+) -> tuple[DistributedExecutor, Planning, EngineObserver]:
+    """What runs steps over all ranks, what changes their plan, and who looks on."""
+    assert own.plan is not None
+    assert own.swapper is not None
+    observer = observer or Unobserved()
+    conductor = PlanConductor(own.plan, own.swapper, counters)
+    learn = (lambda use: None) if near is None else near.learn
+    ranks = own.lead(channel, seat, conductor, learn)
+    if not seat.replan:
+        return ranks, Planning(conductor, seat.topology.node_R), observer
+    spread = next(s for s in own.parallel.spreads if s is not None)
+    weigh = copy_bytes(own.decoder.ops, spread.part, spread.wire.top_k)
+    rate = own.read_bytes_per_s * own.world
+    habits = Habits(own.expert_bytes, rate, widest(own.swapper.routers))
+    replanner, watch = replan_by_itself(conductor, ranks, observer, habits, weigh)
+    return ranks, Planning(conductor, seat.topology.node_R, replanner), watch
 
 
 def load_tokenizer(path: Path, chat_template: Path | None = None) -> tuple[Tokenizer | None, str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from moeserve.core import Counters
 from moeserve.engine.replan import Change, PlanReport, Rows, Switch
 from moeserve.engine.swap import Swapper
 from moeserve.errors import PlacementError
@@ -24,12 +25,13 @@ from moeserve.placement.plan import Plan
 class PlanConductor:
     """A ``distributed.Conductor``; ``changes`` are those that ended."""
 
-    def __init__(self, plan: Plan, swapper: Swapper) -> None:
+    def __init__(self, plan: Plan, swapper: Swapper, counters: Counters | None = None) -> None:
         self.changes: list[Change] = []
         self.counts: dict[int, Mapping[str, Any]] = {}
         self._switch = Switch(rows_of(plan), plan.num_devices)
         self._plan = plan
         self._swapper = swapper
+        self._counters = counters or Counters()
         self._world = plan.num_devices
         self._lock = threading.Lock()
         self._proposed: Plan | None = None
@@ -117,6 +119,11 @@ class PlanConductor:
         if change is None or not change.finished or any(change is c for c in self.changes):
             return
         self.changes.append(change)
+        count = self._counters
+        count.plan_changes += 1
+        count.plan_layers_switched += change.switched
+        count.plan_bytes_read += change.bytes_read
+        count.plan_paused_s += change.paused_s
         if change.error:
             self._log.warning(
                 "the new plan was left after %d of %d layers (%s)",

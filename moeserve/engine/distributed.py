@@ -20,7 +20,8 @@ from moeserve.comm.dispatcher import Moved
 from moeserve.comm.exchange import DEADLINE_S
 from moeserve.core import Chunk, RequestId, Sampled, StepPlan, StepResult
 from moeserve.engine.executor import RankExecutor
-from moeserve.engine.orders import Told, read_work
+from moeserve.engine.homes import Use, Uses
+from moeserve.engine.orders import Told, read_uses, read_work
 from moeserve.engine.overlap import Fixed, Microbatches, Shape
 from moeserve.errors import InternalError, LateRankError, MoeserveError, UnavailableError
 from moeserve.pb import step_pb2 as pb
@@ -60,7 +61,10 @@ class Conductor(Protocol):
 
 
 class DistributedExecutor:
-    """``work[r]`` is what rank r has counted so far, ``chosen`` steps by number of microbatches."""
+    """``work[r]`` is what rank r has counted so far, ``chosen`` steps by number of microbatches.
+
+    ``learn`` hears which ranks' experts prompts used: rank 0's own from ``uses``.
+    """
 
     def __init__(
         self,
@@ -71,6 +75,8 @@ class DistributedExecutor:
         moved: Moved | None = None,
         microbatches: Microbatches | None = None,
         conductor: Conductor | None = None,
+        uses: Uses | None = None,
+        learn: Callable[[Use], None] = lambda use: None,
         deadline_s: float = DEADLINE_S,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -81,6 +87,8 @@ class DistributedExecutor:
         self._world = world
         self._microbatches = microbatches or Fixed(1)
         self._conductor = conductor
+        self._uses = uses
+        self._learn = learn
         self._deadline_s = deadline_s
         self._clock = clock
         self._told = {rank: Told() for rank in range(1, world)}
@@ -121,6 +129,8 @@ class DistributedExecutor:
         results = [self._executor.run(mine, count)]
         results += [self._receive(rank, parts[rank]) for rank in range(1, self._world)]
         seconds = self._clock() - begun
+        for use in () if self._uses is None else self._uses.take():
+            self._learn(use)
         self.chosen[count] += 1
         least = min(m.waited_s - w for m, w in zip(self.work, waited, strict=True))
         self._microbatches.learn(shape, count, seconds, least)
@@ -157,6 +167,8 @@ class DistributedExecutor:
             raise InternalError(f"rank {rank} reports step {report.step} after {self._step}")
         if report.HasField("work"):
             self.work[rank] = read_work(report.work, self._world)
+        for use in read_uses(report):
+            self._learn(use)
         if self._conductor is not None and report.note:
             self._conductor.arrive(rank, report.note)
         return self._told[rank].result(chunks, report)

@@ -10,7 +10,8 @@ from typing import Protocol
 
 from moeserve.comm.dispatcher import Moved
 from moeserve.engine.executor import RankExecutor
-from moeserve.engine.orders import Known, write_work
+from moeserve.engine.homes import Uses
+from moeserve.engine.orders import Known, write_uses, write_work
 from moeserve.errors import InternalError, MoeserveError
 from moeserve.pb import step_pb2 as pb
 
@@ -47,8 +48,9 @@ def follow(
     rank: int,
     moved: Moved | None = None,
     rider: Rider | None = None,
+    uses: Uses | None = None,
 ) -> int:
-    """Steps run until the run was over. ``moved`` is what reports count.
+    """Steps run until the run was over. ``moved`` and ``uses`` are what reports tell.
 
     An error is told to the other ranks and raised: having left a step midway, this rank cannot
     run another one with them.
@@ -57,7 +59,10 @@ def follow(
     steps = 0
     try:
         while (message := channel.receive()) is not None:
-            channel.send(_step(message, known, executor, moved, rider).SerializeToString())
+            report = _step(message, known, executor, moved, rider)
+            if uses is not None:
+                write_uses(report, uses.take())
+            channel.send(report.SerializeToString())
             steps += 1
     except MoeserveError as error:
         channel.fail(error)

@@ -24,6 +24,7 @@ from moeserve.core import (
     StepPlan,
     StepResult,
 )
+from moeserve.engine.homes import Use
 from moeserve.errors import InternalError
 from moeserve.pb import step_pb2 as pb
 
@@ -246,3 +247,12 @@ def read_work(work: pb.Work, world: int) -> Moved:
     moved.dispatch_bytes_R = list(work.dispatch_bytes)
     moved.combine_bytes_R = list(work.combine_bytes)
     return moved
+
+
+def write_uses(report: pb.StepReport, uses: Iterable[Use]) -> None:
+    for use in uses:
+        report.uses.add(kind=use.kind, tokens=use.tokens).ranks.extend(use.use_R)
+
+
+def read_uses(report: pb.StepReport) -> list[Use]:
+    return [Use(use.kind, use.tokens, tuple(use.ranks)) for use in report.uses]

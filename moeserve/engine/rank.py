@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,17 +29,22 @@ from moeserve.comm.pipeline import Parallel
 from moeserve.comm.progress import Progress
 from moeserve.engine.distributed import Conductor, DistributedExecutor, LeaderChannel
 from moeserve.engine.follow import FollowerChannel, Rider, follow
+from moeserve.engine.homes import Use
 from moeserve.engine.overlap import LARGEST, Fixed, Measured
-from moeserve.engine.runner import LocalExecutor
+from moeserve.engine.runner import LocalExecutor, StepObserver
+from moeserve.engine.swap import Swapper
+from moeserve.engine.tally import Tally, both
+from moeserve.engine.uses import UseCounter
 from moeserve.errors import ConfigError
 from moeserve.host import read_memory
-from moeserve.kernels.ops import Ops
+from moeserve.kernels.ops import Ops, Part, RouterWeights
 from moeserve.kernels.reference import ReferenceOps
 from moeserve.kernels.select import choose_ops
 from moeserve.kernels.wire import Combine
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import Decoder, KVCache, assemble
 from moeserve.models.families import read_spec
+from moeserve.models.own import expert_bytes, open_experts
 from moeserve.models.spec import ModelSpec, MoeSpec
 from moeserve.models.weights import QUANTIZATIONS
 from moeserve.observe.routing import RoutingRecorder
@@ -62,7 +69,8 @@ class Seat:
     """A place among several ranks, and how these reach one another (see ``comm.build``).
 
     ``plan`` None is experts in their own order; ``microbatches`` None is as measured. ``progress``
-    tells what the rank is doing in a step.
+    tells what the rank is doing in a step. With ``near_experts`` homes are chosen by what prompts
+    use (``homes``), else by work alone. With ``replan`` ranks count what re-planning asks for.
     """
 
     group: Group
@@ -74,6 +82,8 @@ class Seat:
     address: str | None = None
     plan: Path | None = None
     microbatches: int | None = None
+    near_experts: bool = False
+    replan: bool = False
 
     @property
     def rank(self) -> int:
@@ -87,7 +97,8 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """A loaded share, ready to run steps; ``plan`` where there are others."""
+    """A loaded share, ready to run steps; ``plan`` and ``swapper`` where there are others.
+    ``read_bytes_per_s`` is what loading was measured at."""
 
     decoder: Decoder
     executor: LocalExecutor[KVCache]
@@ -96,6 +107,10 @@ class Rank:
     world: int
     recorder: RoutingRecorder | None
     plan: Plan | None = None
+    uses: UseCounter | None = None
+    swapper: Swapper | None = None
+    expert_bytes: int = 0
+    read_bytes_per_s: float = 0.0
 
     @property
     def parallel(self) -> Parallel:
@@ -104,7 +119,11 @@ class Rank:
         return self.decoder.parallel
 
     def lead(
-        self, channel: LeaderChannel, seat: Seat, conductor: Conductor | None = None
+        self,
+        channel: LeaderChannel,
+        seat: Seat,
+        conductor: Conductor | None = None,
+        learn: Callable[[Use], None] = lambda use: None,
     ) -> DistributedExecutor:
         """On rank 0: what runs plans of all ranks."""
         return DistributedExecutor(
@@ -114,15 +133,21 @@ class Rank:
             moved=self.parallel.dispatcher.moved,
             microbatches=Measured() if seat.microbatches is None else Fixed(seat.microbatches),
             conductor=conductor,
+            uses=self.uses,
+            learn=learn,
             deadline_s=seat.deadline_s,
         )
 
     def follow(self, channel: FollowerChannel, seat: Seat, rider: Rider | None = None) -> int:
         """On the others: run what rank 0 says until the run is over; how many steps that were."""
-        return follow(channel, self.executor, seat.rank, self.parallel.dispatcher.moved, rider)
+        moved = self.parallel.dispatcher.moved
+        rider = rider or self.swapper
+        return follow(channel, self.executor, seat.rank, moved, rider, self.uses)
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""
+        if self.swapper is not None:
+            self.swapper.close()
         if self.decoder.parallel is not None:
             self.decoder.parallel.dispatcher.close()
         if self.recorder is not None:
@@ -163,6 +188,7 @@ def load_rank(
     checkpoint = Checkpoint.open(path)
     plan = None if seat is None else plan_of_seat(checkpoint, seat)
     ops = choose_table(threads)
+    begun = time.perf_counter()
     decoder = assemble(
         checkpoint,
         dtype=DTYPES[dtype],
@@ -174,6 +200,7 @@ def load_rank(
         combine=Combine(combine),
         progress=progress,
     )
+    seconds = time.perf_counter() - begun
     size = size_kv(
         decoder.kv_bytes_per_token,
         decoder.spec.max_positions,
@@ -184,9 +211,22 @@ def load_rank(
         max_num_seqs=max_num_seqs,
         available=read_memory().available // (1 if seat is None else seat.neighbours),
     )
+    tally, swapper = None, None
     if seat is not None and plan is not None:
         size = agree_on_size(seat, size)
-        decoder = replace(decoder, parallel=join(seat, decoder, plan, max_num_batched_tokens))
+        parallel, routers = join(seat, decoder, plan, max_num_batched_tokens), routers_of(decoder)
+        if seat.replan:
+            tally = Tally(plan.moe_layers, plan.num_experts, widest(routers))
+        again = partial(
+            open_experts,
+            path,
+            dtype=DTYPES[dtype],
+            ops=ops,
+            quantization=quantization,
+            quantize_attention=quantize_attention,
+        )
+        swapper = Swapper(seat.rank, ops, parallel, routers, again, tally)
+        decoder = decoder.over(parallel)
     recorder = None
     if record_routing is not None:
         file = record_routing if seat is None else of_rank(record_routing, seat.rank)
@@ -194,15 +234,35 @@ def load_rank(
     eos_ids = frozenset(
         i for i in (*decoder.spec.eos_ids, *tokenizer_eos) if i < decoder.spec.vocab
     )
+    uses: UseCounter | None = None
+    observer: StepObserver | None = both(recorder, tally)
+    if seat is not None and seat.near_experts and decoder.parallel is not None:
+        observer = uses = UseCounter(decoder.parallel, seat.group.world, observer)
     return Rank(
         decoder=decoder,
-        executor=LocalExecutor(decoder, size.num_blocks, block_size, eos_ids, recorder),
+        executor=LocalExecutor(decoder, size.num_blocks, block_size, eos_ids, observer),
         size=size,
         eos_ids=eos_ids,
         world=1 if seat is None else seat.group.world,
         recorder=recorder,
         plan=plan,
+        uses=uses,
+        swapper=swapper,
+        expert_bytes=0
+        if plan is None
+        else expert_bytes(checkpoint, plan.moe_layers, plan.num_experts),
+        read_bytes_per_s=checkpoint.bytes_read / seconds,
     )
+
+
+def routers_of(decoder: Decoder) -> dict[int, Part[RouterWeights]]:
+    """By layer number."""
+    halves = [(n, layer.mlp) for n, layer in enumerate(decoder.stack.layers)]
+    return {n: mlp[0] for n, mlp in halves if isinstance(mlp, tuple)}
+
+
+def widest(routers: Mapping[int, Part[RouterWeights]]) -> int:
+    return max(router.weights.spec.top_k for router in routers.values())
 
 
 def choose_table(threads: int | None) -> Ops:

@@ -50,7 +50,7 @@ class PlanReport:
 @dataclass(slots=True)
 class Change:
     """How a change went. ``pause_s`` is the longest that a switch held up a rank, ``paused_s`` the
-    sum over layers of the slowest rank's; ``bytes_read`` are of all ranks."""
+    sum over layers of the slowest rank's, as is ``prepare_s``; ``bytes_read`` are of all ranks."""
 
     layers: int
     switched: int = 0
@@ -76,6 +76,7 @@ class Switch:
         self._unswitched: set[int] = set()
         self._switching: tuple[int, Change] | None = None
         self._slowest_s = 0.0
+        self._prepared_s = 0.0
         self._abandon = False
 
     def propose(self, rows: Rows) -> int:
@@ -126,7 +127,7 @@ class Switch:
             return PlanOrder(self._turn, abandon, switch)
         self._preparing = self._pending.popleft()
         self._turn += 1
-        self._unprepared = set(range(self._world))
+        self._unprepared, self._prepared_s = set(range(self._world)), 0.0
         return PlanOrder(self._turn, abandon, switch, *self._preparing)
 
     def report(self, rank: int, report: PlanReport) -> None:
@@ -140,7 +141,9 @@ class Switch:
                 self._stop(f"rank {rank}, layer {self._preparing[0]}: {report.error}")
             elif rank in self._unprepared:
                 self._unprepared.discard(rank)
-                change.prepare_s = max(change.prepare_s, report.prepare_s)
+                more_s = max(0.0, report.prepare_s - self._prepared_s)
+                change.prepare_s += more_s
+                self._prepared_s += more_s
 
     @property
     def _may_switch(self) -> bool:

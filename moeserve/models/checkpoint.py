@@ -160,6 +160,11 @@ class Checkpoint:
         """From the header."""
         return self._find(name).shape
 
+    def nbytes(self, name: str) -> int:
+        """From the header."""
+        entry = self._find(name)
+        return entry.end - entry.start
+
     def require(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuses a tensor that is missing or of another shape; reads the header only."""
         found = self.shape(name)

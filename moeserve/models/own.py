@@ -47,6 +47,13 @@ class ExpertSource:
         return experts
 
 
+def expert_bytes(checkpoint: Checkpoint, layers: Sequence[int], num_experts: int) -> int:
+    """What an expert takes in the files, on average."""
+    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
+    mine = [n for n in checkpoint.names if n.startswith(prefixes) and ".experts." in n]
+    return sum(map(checkpoint.nbytes, mine)) // (len(layers) * num_experts)
+
+
 def open_experts(
     path: str | Path,
     *,

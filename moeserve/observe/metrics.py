@@ -8,7 +8,7 @@ registry is this object's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -42,6 +42,8 @@ ALIASES = {
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _SIZES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+# Of more ranks than this, what they send is shown by sender alone.
+MOST_PAIRED = 16
 
 
 class LoadView(Protocol):
@@ -57,6 +59,26 @@ class LoadView(Protocol):
     def free_blocks(self) -> int: ...
 
 
+class RankWork(Protocol):
+    """What a rank has counted (``comm.dispatcher.Moved``); lists are by destination."""
+
+    tokens: int
+    abroad: int
+    waited_s: float
+    copies_R: list[int]
+    dispatch_bytes_R: list[int]
+    combine_bytes_R: list[int]
+
+
+class RanksView(Protocol):
+    """What ranks have counted, and how many steps had so many microbatches."""
+
+    @property
+    def work(self) -> Sequence[RankWork]: ...
+    @property
+    def chosen(self) -> Mapping[int, int]: ...
+
+
 class Metrics:
     """Observes one engine and renders its page; ``bind`` says whose numbers to show."""
 
@@ -64,6 +86,7 @@ class Metrics:
         self._model = ""
         self._counters = Counters()
         self._load: Callable[[], LoadView] | None = None
+        self._ranks: RanksView | None = None
         self._ttft = _histogram("time_to_first_token_seconds", "arrival to first token", _SLOW)
         self._itl = _histogram("inter_token_latency_seconds", "token to token", _FAST)
         self._e2e = _histogram("e2e_latency_seconds", "arrival to end of a request", _SLOW)
@@ -75,8 +98,15 @@ class Metrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Page(self.collect))
 
-    def bind(self, model: str, counters: Counters, load: Callable[[], LoadView]) -> None:
-        self._model, self._counters, self._load = model, counters, load
+    def bind(
+        self,
+        model: str,
+        counters: Counters,
+        load: Callable[[], LoadView],
+        ranks: RanksView | None = None,
+    ) -> None:
+        """``ranks`` where there are several."""
+        self._model, self._counters, self._load, self._ranks = model, counters, load, ranks
 
     def render(self) -> tuple[bytes, str]:
         """The page and its content type."""
@@ -130,12 +160,18 @@ class Metrics:
         yield self._counter("prefix_cache_hits", "tokens found", count.prefix_hit_tokens)
         yield self._counter("preemptions", "requests put back for room", count.preemptions)
         yield self._counter("evicted_blocks", "cached KV blocks given up", count.evicted_blocks)
+        yield self._counter("plan_changes", "changes of plan that ended", count.plan_changes)
+        yield self._counter("plan_layers_switched", "in them", count.plan_layers_switched)
+        yield self._counter("plan_bytes_read", "of experts for them", count.plan_bytes_read)
+        yield self._counter("plan_paused_seconds", "steps held up", count.plan_paused_s)
         finished = CounterMetricFamily(
             f"{PREFIX}requests_finished", "ended requests", labels=[LABEL, "finished_reason"]
         )
         for reason in FinishReason:
             finished.add_metric([self._model, reason.value], count.finished.get(reason, 0))
         yield finished
+        if self._ranks is not None:
+            yield from _of_ranks(self._model, self._ranks)
         for histogram in self._histograms():
             yield from histogram.collect()
 
@@ -154,6 +190,41 @@ class Metrics:
         family = CounterMetricFamily(PREFIX + name, text, labels=[LABEL])
         family.add_metric([self._model], value)
         return family
+
+
+def _of_ranks(model: str, ranks: RanksView) -> Iterator[Metric]:
+    """What moved between ranks, and how steps were cut."""
+
+    def family(name: str, text: str, *labels: str) -> CounterMetricFamily:
+        return CounterMetricFamily(PREFIX + name, text, labels=[LABEL, *labels])
+
+    tokens = family("rank_layer_tokens", "tokens routed, each once per MoE layer", "rank")
+    waited = family("rank_waited_seconds", "time spent waiting for other ranks", "rank")
+    abroad = family("rank_copies_abroad", "copies of tokens sent to other nodes", "rank")
+    copies = family("rank_copies", "copies of tokens sent to experts of a rank", "rank", "to")
+    moved = family("rank_sent_bytes", "bytes of tokens and of results", "rank", "to", "direction")
+    steps = family("steps_by_microbatches", "forward passes cut into so many", "microbatches")
+    for rank, work in enumerate(ranks.work):
+        tokens.add_metric([model, str(rank)], work.tokens)
+        waited.add_metric([model, str(rank)], work.waited_s)
+        abroad.add_metric([model, str(rank)], work.abroad)
+        for to, count in _by_destination(rank, work.copies_R):
+            copies.add_metric([model, str(rank), to], count)
+        for direction, sent_R in (
+            ("dispatch", work.dispatch_bytes_R),
+            ("combine", work.combine_bytes_R),
+        ):
+            for to, count in _by_destination(rank, sent_R):
+                moved.add_metric([model, str(rank), to, direction], count)
+    for count, number in sorted(ranks.chosen.items()):
+        steps.add_metric([model, str(count)], number)
+    yield from (tokens, waited, abroad, copies, moved, steps)
+
+
+def _by_destination(rank: int, sent_R: Sequence[int]) -> list[tuple[str, int]]:
+    if len(sent_R) > MOST_PAIRED:
+        return [("all", sum(sent_R))]
+    return [(str(to), count) for to, count in enumerate(sent_R) if to != rank]
 
 
 class _Page(Collector):

@@ -66,13 +66,14 @@ async def _serve(config: ServeConfig, load: Load, heed: Callable[[Stop], None] |
     loop = asyncio.get_running_loop()
     if heed is not None:
         heed(lambda: _ask(loop, signals.first))
-    with signals.caught():
+    with signals.caught(), _thawed():
         async with Server(config, load) as server:
             try:
                 await server.load(signals.first)
             except CancelledError as stopped:
                 log.info("%s", stopped.message)
                 return 0
+            server.reread_plan_on_hangup()
             print(f"ready: {server}", flush=True)
             # What was made by now lives as long as the process: no collection looks at it again.
             gc.collect()
@@ -82,6 +83,15 @@ async def _serve(config: ServeConfig, load: Load, heed: Callable[[Stop], None] |
             log.info("draining %d requests", server.service.running)
             await server.drain(config.drain_timeout_s, signals.second)
     return 0
+
+
+@contextlib.contextmanager
+def _thawed() -> Iterator[None]:
+    """What was frozen meanwhile is collected in the end, as native objects are to be."""
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _ask(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
@@ -218,10 +228,18 @@ class Server:
             self.loaded = loaded = await loading
         if stopping.is_set():
             raise CancelledError("stopped while loading")
-        self.metrics.bind(loaded.name, loaded.engine.counters, loaded.engine.load)
+        engine = loaded.engine
+        self.metrics.bind(loaded.name, engine.counters, engine.load, loaded.ranks)
         self.service.serve(served_of(loaded))
         if self._grpc is not None:
             await self._grpc.announce(True)
+
+    def reread_plan_on_hangup(self) -> None:
+        """SIGHUP: the file of --plan may hold another one."""
+        planning = None if self.loaded is None else self.loaded.planning
+        if planning is not None and self.config.plan is not None:
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, planning.reread, self.config.plan)
 
     async def outlived_by(self, stop: asyncio.Event) -> bool:
         """Waits for ``stop``; False as soon as the engine has died."""

@@ -29,7 +29,7 @@ from moeserve.comm.group import host_store
 CHILD = Path(__file__).parent / "exchange_ranks.py"
 WORLD = 4
 PATIENCE_S = 100.0
-BACKENDS = ("torch", "mpi", "shm")
+BACKENDS = ("tcp", "torch", "mpi", "shm")
 LANES = [1 << 20, 1 << 16, 1 << 12]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"}
 
@@ -241,7 +241,7 @@ def test_an_alarm_ends_a_wait_at_once(ranks: Ranks, backend: str) -> None:
     ranks.ask("close", [0, 1], name=name)
 
 
-@pytest.mark.parametrize("backend_without_mpi", ["torch", "shm"])
+@pytest.mark.parametrize("backend_without_mpi", ["tcp", "torch", "shm"])
 def test_nothing_is_left_open(ranks: Ranks, backend_without_mpi: str) -> None:
     """After rounds, and after an error; MPI keeps its communicators until it ends."""
     before = ranks.ask("count")
@@ -277,7 +277,7 @@ def test_what_a_rank_is_doing_can_be_read_by_others(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize(
     ("backend_asked", "nodes", "used"),
-    [("auto", [0, 0, 0, 0], "shm"), ("auto", [0, 0, 1, 1], "torch"), ("shm", [0, 0, 1, 1], "")],
+    [("auto", [0, 0, 0, 0], "shm"), ("auto", [0, 0, 1, 1], "tcp"), ("shm", [0, 0, 1, 1], "")],
 )
 def test_topology_decides_what_auto_is(
     ranks: Ranks, backend_asked: str, nodes: list[int], used: str
@@ -295,17 +295,18 @@ def test_topology_decides_what_auto_is(
         assert "spread over 2 nodes" in answers[0]["message"]
 
 
-@pytest.mark.parametrize("name", ["torch", "shm"])
-def test_a_killed_rank_is_named(name: str) -> None:
+def test_a_killed_rank_is_named() -> None:
     """Not under mpirun, which ends all ranks when one is killed."""
     made = Ranks(3)
     try:
-        opened = made.open(name, deadline_s=3.0)
-        made.tell("wait", name=opened, lane=0, times=1_000_000)
+        by_torch, *others = (made.open(b, deadline_s=2.0) for b in ("torch", "shm", "tcp"))
+        made.tell("wait", name=by_torch, lane=0, times=1_000_000)
         time.sleep(0.2)
         os.kill(made.pids[1], signal.SIGKILL)
         answers = made.hear([0, 2])
-        assert [a["ranks"] for a in answers] == [[1]] * 2, answers
+        for other in others:
+            answers += made.ask("wait", [0, 2], name=other, lane=0)
+        assert [a["ranks"] for a in answers] == [[1]] * 6, answers
         assert not [f for f in os.listdir("/dev/shm") if "moeserve" in f]
     finally:
         made.end()

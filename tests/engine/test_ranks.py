@@ -12,14 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.progress import Progress
 from moeserve.core import Event, FinishReason, Logprobs, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
-from moeserve.engine.rank import Rank, Seat, load_rank
+from moeserve.engine.rank import Rank, Seat, load_rank, of_rank
+from moeserve.errors import LateRankError
 from moeserve.models.spec import MoeSpec
 from moeserve.placement.plan import Plan, contiguous, dump
 
@@ -51,27 +54,35 @@ def serving(
     backend: str = "auto",
     plan: Path | None = None,
     microbatches: int | None = 1,
+    near_experts: bool = False,
+    replan: bool = False,
     **options: object,
 ) -> Iterator[Served]:
     world, store = wire.world, HashStore()
     errors: list[BaseException] = []
     others: list[Rank] = []
     settings: dict[str, Any] = {**SMALL, "threads": 1, **options}
+    shared = {name: value for name, value in settings.items() if name != "prefix_cache"}
 
     def seat(rank: int) -> Seat:
         return Seat(
-            Group(rank, world, store), Topology(tuple(nodes)), Progress(), wire.alarm, backend,
-            deadline_s=20.0, plan=plan, microbatches=microbatches,
+            Group(rank, world, store, alarm=wire.alarm), Topology(tuple(nodes)), Progress(),
+            wire.alarm, backend,
+            deadline_s=20.0, plan=plan, microbatches=microbatches, near_experts=near_experts,
+            replan=replan,
         )  # fmt: skip
 
     def work(rank: int) -> None:
         try:
-            own = load_rank(path, tokenizer_eos=(), seat=seat(rank), **settings)
+            own = load_rank(path, tokenizer_eos=(), seat=seat(rank), **shared)
             others.append(own)
-            own.follow(wire.follower(rank), seat(rank))
-            own.close()
-        except BaseException as error:  # noqa: BLE001 - told by the test's thread
+            try:
+                own.follow(wire.follower(rank), seat(rank))
+            finally:
+                own.close()
+        except BaseException as error:  # noqa: BLE001 - told by the test thread
             errors.append(error)
+            wire.trouble = LateRankError(f"rank {rank}: {error!r}", [rank])
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
     for thread in threads:
@@ -190,6 +201,88 @@ def test_a_solved_plan_with_replicas_changes_nothing(
     plan.write_text(dump(Plan(expert_LS, experts, 2, 1, spec.moe_layers)))
     with serving(wires(2), path, (0, 0), plan=plan) as group:
         assert ask_all(group.loaded, PROMPTS, MIXED) == alone("qwen2_moe")
+
+
+def test_homes_near_experts_change_nothing_but_homes(
+    tiny_checkpoint: MakeCheckpoint,
+    alone: Callable[[str], list[Any]],
+    wires: Wires,
+    tmp_path: Path,
+) -> None:
+    """Prompts come twice, so that their kinds are known; all ranks count, recorded or not."""
+    path, trace = tiny_checkpoint("deepseek_v3"), tmp_path / "trace.safetensors"
+    options = {"near_experts": True, "record_routing": trace, "prefix_cache": False}
+    with serving(wires(2), path, (0, 0), **options) as group:  # type: ignore[arg-type]
+        for _ in range(2):
+            assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
+        assert all(rank.uses is not None and rank.uses.take() == [] for rank in group.others)
+    recorded = [load_file(file)["seq_lens"] for file in (trace, of_rank(trace, 1))]
+    assert sum(map(len, recorded)) == 2 * len(PROMPTS)
+    assert all(len(lens) for lens in recorded)
+
+
+def test_a_plan_read_again_while_requests_run_changes_nothing_they_see(
+    tiny_checkpoint: MakeCheckpoint,
+    alone: Callable[[str], list[Any]],
+    wires: Wires,
+    tmp_path: Path,
+) -> None:
+    path, file = tiny_checkpoint("deepseek_v3"), tmp_path / "plan.json"
+    row = np.arange(16, dtype=np.int32)
+    first = Plan(np.stack([row, row]), 16, 2, 1, (1, 2))
+    file.write_text(dump(first))
+    with serving(wires(2), path, (0, 0), plan=file) as group:
+        planning, count = group.loaded.planning, group.loaded.engine.counters
+        assert planning is not None
+        file.write_text(dump(Plan(np.stack([row[::-1], row]).copy(), 16, 2, 1, (1, 2))))
+        planning.reread(file)
+        for _ in range(20):
+            assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
+            if count.plan_changes:
+                break
+        assert (count.plan_changes, count.plan_layers_switched) == (1, 1)
+        assert count.plan_bytes_read == 16 * 3 * 32 * 64 * 4
+        assert count.plan_paused_s > 0
+        assert planning.conductor.plan.expert_LS[0].tolist() == row[::-1].tolist()
+        assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
+
+
+def test_a_file_that_holds_no_plan_for_these_ranks_leaves_everything_as_it_is(
+    tiny_checkpoint: MakeCheckpoint,
+    wires: Wires,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    row = np.arange(16, dtype=np.int32)
+    other = Plan(np.stack([row, row]), 16, 4, 1, (1, 2))
+    (tmp_path / "plan.json").write_text(dump(other))
+    with serving(wires(2), tiny_checkpoint("deepseek_v3"), (0, 0)) as group:
+        planning = group.loaded.planning
+        assert planning is not None
+        planning.reread(tmp_path / "plan.json")
+        planning.reread(tmp_path / "absent.json")
+        assert "2 ranks serve it" in caplog.text
+        assert "no such file" in caplog.text.lower()
+        assert not planning.conductor.waiting
+
+
+def test_re_planning_looks_at_what_all_ranks_counted(
+    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], wires: Wires
+) -> None:
+    with serving(wires(2), tiny_checkpoint("deepseek_v3"), (0, 0), replan=True) as group:
+        planning = group.loaded.planning
+        assert planning is not None
+        assert planning.replanner is not None
+        for _ in range(8):
+            assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
+        found = planning.replanner.consider()
+        assert ("saves" in found.why) is found.apply
+        assert found.cost_s > 0
+        assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
+        counts = planning.conductor.counts
+        assert sorted(counts) == [0, 1]
+        for said in counts.values():
+            assert np.array(said["load"]).sum(axis=1).tolist() == [4 * said["tokens"]] * 2
 
 
 def test_few_blocks_preempt_and_nothing_changes(

@@ -83,7 +83,8 @@ def test_each_layer_that_differs_is_prepared_then_switched() -> None:
     assert change is not None
     assert switch.rows == ranks[0].rows == ranks[1].rows == NEW
     assert (change.finished, change.error, change.switched) == (True, "", 2)
-    assert (change.bytes_read, change.pause_s, change.paused_s) == (40, 0.5, 1.0)
+    assert (change.bytes_read, change.prepare_s) == (40, 2.0)
+    assert (change.pause_s, change.paused_s) == (0.5, 1.0)
 
 
 def test_the_same_plan_changes_nothing() -> None:
