@@ -31,7 +31,6 @@ FLAGS = [
 BODY = {
     "model": "demo",
     "prompt": "Once upon a time",
-    "max_tokens": 1000,
     "temperature": 0,
     "stream": True,
     "n": 4,
@@ -131,12 +130,15 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 
 @contextmanager
-def streaming(host: str, port: int, key: str = "") -> Iterator[http.client.HTTPResponse]:
+def streaming(
+    host: str, port: int, *, tokens: int = 1000, key: str = ""
+) -> Iterator[http.client.HTTPResponse]:
     """An answer that has begun and is far from its end."""
     connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
     try:
         headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
-        connection.request("POST", "/v1/completions", json.dumps(BODY), headers)
+        body = json.dumps(BODY | {"max_tokens": tokens})
+        connection.request("POST", "/v1/completions", body, headers)
         response = connection.getresponse()
         assert response.status == 200, response.read()
         assert response.readline().startswith(b"data: ")
@@ -191,7 +193,10 @@ def test_when_rank_0_is_killed_the_others_name_it_and_end(tmp_path: Path) -> Non
 
 
 def test_a_rank_that_is_told_to_stop_has_all_of_them_drain_and_end_well(tmp_path: Path) -> None:
-    with serving(2, tmp_path / "log") as run, streaming("127.0.0.1", run.port) as response:
+    with (
+        serving(2, tmp_path / "log") as run,
+        streaming("127.0.0.1", run.port, tokens=200) as response,
+    ):
         os.kill(run.pid_of(1), signal.SIGTERM)
         assert response.read().rstrip().endswith(b"data: [DONE]")
         assert run.end() == 0
@@ -211,16 +216,16 @@ def test_a_rank_whose_link_is_cut_is_named_by_all_others(tmp_path: Path) -> None
         processes = start_ranks(
             bed, command, env=secrets, errors_to=logs, stdout=subprocess.PIPE, text=True
         )
+        for process in processes:
+            stack.callback(process.stdout.close)  # type: ignore[union-attr]
         port = ready_port(processes[0])
         with bed.inside(0):
-            response = stack.enter_context(streaming(bed.address(0), port, KEY))
+            response = stack.enter_context(streaming(bed.address(0), port, key=KEY))
         bed.cut(1)
         error = last_event(response)["error"]
         assert error["code"] == "unavailable"
         assert error["message"].startswith("rank 1 ")
         assert [process.wait(PATIENCE_S) for process in processes] == [1, 1, 1]
-        for process in processes:
-            process.stdout.close()  # type: ignore[union-attr]
     for rank, named in ((0, 1), (1, 0), (2, 1)):
         told = re.search(LOST, (tmp_path / f"rank{rank}").read_text())
         assert told is not None
