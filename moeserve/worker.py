@@ -69,6 +69,7 @@ COMMON = (
     "block_size",
     "max_num_batched_tokens",
     "microbatches",
+    "replan",
     "ep_deadline",
 )
 
@@ -324,6 +325,8 @@ def seat_of(config: ServeConfig, met: Met, alarm: Alarm) -> Seat:
         address=met.address,
         plan=config.plan,
         microbatches=None if config.microbatches == "auto" else config.microbatches,
+        replan=config.replan == "auto",
+        near_experts=config.homes == "experts",
     )
 
 

@@ -69,7 +69,7 @@ class Swapper:
         self._ready: tuple[_Task, Spread] | None = None
         self._said: deque[PlanReport] = deque()
         self._lock = threading.Lock()
-        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._tasks: SimpleQueue[_Task | Spread | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._log = logging.getLogger("moeserve.plan")
 
@@ -119,7 +119,10 @@ class Swapper:
             ready, self._ready = self._ready, None
         assert ready is not None, f"layer {layer} was not prepared"
         assert ready[0].layer == layer, (ready[0], layer)
-        self._parallel.spreads[layer] = ready[1]
+        old, self._parallel.spreads[layer] = self._parallel.spreads[layer], ready[1]
+        assert old is not None, layer
+        self._tasks.put(old)  # to be freed there, before the next is prepared
+        del old
         pause_s = self._clock() - begun
         with self._lock:
             self._said.append(PlanReport(ready[0].turn, pause_s=pause_s))
@@ -132,6 +135,9 @@ class Swapper:
     def _work(self) -> None:
         source: ExpertSource | None = None
         while (task := self._tasks.get()) is not None:
+            if isinstance(task, Spread):
+                del task
+                continue
             if task.turn != self._wanted:
                 continue
             begun = self._clock()

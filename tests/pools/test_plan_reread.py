@@ -1,0 +1,52 @@
+"""SIGHUP makes rank 0 read its plan again; without a plan the signal keeps its usual meaning."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moeserve.config import ServeConfig
+from moeserve.pools.server import Server
+
+
+class Planning:
+    def __init__(self) -> None:
+        self.read: list[Path] = []
+
+    def reread(self, file: Path) -> None:
+        self.read.append(file)
+
+
+def server_with(planning: Planning | None, plan: Path | None) -> Server:
+    server = Server(ServeConfig(model="demo", plan=plan))
+    loaded: Any = SimpleNamespace(planning=planning)
+    server.loaded = loaded
+    return server
+
+
+async def test_a_hangup_reads_the_plan_again() -> None:
+    planning, file = Planning(), Path("plan.json")
+    server_with(planning, file).reread_plan_on_hangup()
+    try:
+        for count in (1, 2):
+            os.kill(os.getpid(), signal.SIGHUP)
+            async with asyncio.timeout(20):
+                while len(planning.read) < count:
+                    await asyncio.sleep(0.005)
+    finally:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+    assert planning.read == [file, file]
+
+
+@pytest.mark.parametrize(("planning", "plan"), [(None, Path("plan.json")), (Planning(), None)])
+async def test_without_ranks_or_a_plan_nothing_is_caught(
+    planning: Planning | None, plan: Path | None
+) -> None:
+    server_with(planning, plan).reread_plan_on_hangup()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
