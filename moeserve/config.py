@@ -35,7 +35,7 @@ from moeserve.errors import ConfigError
 
 ENV_PREFIX = "MOESERVE_"
 ENV_ELSEWHERE = re.compile(
-    "MOESERVE_(REQUIRE_NATIVE|HOST_ID|LAUNCHER"
+    "MOESERVE_(REQUIRE_NATIVE|HOST_ID|LAUNCHER|TESTBED(_HOST)?"
     # Kubernetes sets these for every service, so also for one named "moeserve".
     "|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)"
 )

@@ -53,6 +53,7 @@ OTHER: dict[str, Any] = {
     "homes": "experts",
     "microbatches": 2,
     "replan": "auto",
+    "ep_trace": "traces",
     "ep_deadline": 2.5,
     "ep_secret": "sixteen-or-longer",
     "ep_tls": "tls",
