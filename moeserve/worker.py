@@ -46,14 +46,15 @@ from moeserve.observe.metrics import Metrics
 from moeserve.placement.plan import load as load_plan
 from moeserve.pools.server import LOG_FORMAT, Stop, Tell, load_model, serve
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("moeserve.worker")
 
 # What a process gets to end by itself once the run has broken, beyond the deadline.
 LAST_S = 15.0
 # What the slowest rank gets to load.
 LOAD_S = 3600.0
-# What children get to end by themselves once the run is over.
+# What children get to end by themselves once the run is over, and once it has broken.
 GRACE_S = 5.0
+HURRY_S = 1.0
 # Settings in which ranks must not differ: results or the size of messages depend on them.
 COMMON = (
     "dtype",
@@ -127,15 +128,12 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
         {rank: settings | child_environ(rank, world, port) for rank in range(1, world)},
         sys.stderr,
     )
-    grace_s = 0.0
+    grace_s = HURRY_S
     try:
         launch = replace(ALONE, world=world, local_world=world, port=port, launcher="moeserve")
         status = lead(config, Arriving(launch, environ, store, children.alarm))
-        grace_s = GRACE_S
+        grace_s = GRACE_S if status == 0 else HURRY_S
         return status
-    except LateRankError:
-        grace_s = GRACE_S
-        raise
     finally:
         children.end(grace_s)
 
@@ -305,6 +303,7 @@ def seat_of(config: ServeConfig, met: Met, alarm: Alarm) -> Seat:
         plan=config.plan,
         microbatches=None if config.microbatches == "auto" else config.microbatches,
         replan=config.replan == "auto",
+        near_experts=config.homes == "experts",
     )
 
 
