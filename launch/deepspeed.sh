@@ -26,4 +26,19 @@ fi
 # On CPUs every slot is a process; the launcher would otherwise count accelerators.
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 # shellcheck disable=SC2086 # several words on purpose
-exec "$deepspeed" $where $port --no_local_rank --module moeserve.worker "$@"
+"$deepspeed" $where $port --no_local_rank --module moeserve.worker "$@" &
+runner=$!
+# TERM ends the launcher alone and leaves its ranks: they are ended through its child, on several
+# hosts by the INT that it listens to.
+if [ -n "${HOSTFILE:-}" ]; then
+    trap 'kill -INT "$runner" 2>/dev/null || true' TERM INT
+else
+    trap 'pkill -TERM -P "$runner" 2>/dev/null || true' TERM INT
+fi
+status=0
+wait "$runner" || status=$?
+while kill -0 "$runner" 2>/dev/null; do
+    status=0
+    wait "$runner" || status=$?
+done
+exit "$status"

@@ -35,6 +35,7 @@ from moeserve.comm.link import Tls, Trust
 from moeserve.comm.progress import Progress
 from moeserve.comm.rendezvous import Met, open_group
 from moeserve.comm.spawn import Children, child_environ, worker_command
+from moeserve.comm.timeline import Timeline
 from moeserve.config import ServeConfig, add_options, config_from_args, to_environ, to_yaml
 from moeserve.engine.build import LoadedModel, load_tokenizer
 from moeserve.engine.rank import Seat, load_rank
@@ -46,14 +47,15 @@ from moeserve.observe.metrics import Metrics
 from moeserve.placement.plan import load as load_plan
 from moeserve.pools.server import LOG_FORMAT, Stop, Tell, load_model, serve
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("moeserve.worker")
 
 # What a process gets to end by itself once the run has broken, beyond the deadline.
 LAST_S = 15.0
 # What the slowest rank gets to load.
 LOAD_S = 3600.0
-# What children get to end by themselves once the run is over.
+# What children get to end by themselves once the run is over, and once it has broken.
 GRACE_S = 5.0
+HURRY_S = 1.0
 # Settings in which ranks must not differ: results or the size of messages depend on them.
 COMMON = (
     "dtype",
@@ -127,15 +129,12 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
         {rank: settings | child_environ(rank, world, port) for rank in range(1, world)},
         sys.stderr,
     )
-    grace_s = 0.0
+    grace_s = HURRY_S
     try:
         launch = replace(ALONE, world=world, local_world=world, port=port, launcher="moeserve")
         status = lead(config, Arriving(launch, environ, store, children.alarm))
-        grace_s = GRACE_S
+        grace_s = GRACE_S if status == 0 else HURRY_S
         return status
-    except LateRankError:
-        grace_s = GRACE_S
-        raise
     finally:
         children.end(grace_s)
 
@@ -175,6 +174,7 @@ def lead(config: ServeConfig, arriving: Arriving) -> int:
     ending = Ending(config.ep_deadline)
     leaders: list[Leader] = []
     stops: list[Stop] = []
+    progress = progress_of(config, 0)
 
     def load(config: ServeConfig, observer: Metrics, tell: Tell) -> LoadedModel:
         def interrupted() -> MoeserveError | None:
@@ -186,15 +186,16 @@ def lead(config: ServeConfig, arriving: Arriving) -> int:
             leader = control.lead(met.group, met.address, trust_of(config), config.ep_deadline)
         leaders.append(leader)
         leader.pulse.heed(ending.decide, lambda: stops[0]())
-        seat = seat_of(config, met, lambda: leader.alarm() or interrupted())
+        seat = seat_of(config, met, lambda: leader.alarm() or interrupted(), progress)
         settings = config.model_copy(update={"threads": threads_of(config, met)})
         loaded = load_model(settings, observer, heeding(tell, leader.alarm), seat, leader)
         seat.group.all_gather("ready", b"")
-        leader.pulse.doing = seat.progress.__str__
+        leader.pulse.doing = progress.__str__
         return loaded
 
     try:
-        status = serve(config, load, stops.append)
+        with progress:
+            status = serve(config, load, stops.append)
     except CancelledError:
         raise
     except MoeserveError as error:
@@ -239,7 +240,8 @@ def _follow(config: ServeConfig, met: Met, follower: Follower) -> None:
             return CancelledError("rank 0 ended the run")
         return follower.alarm()
 
-    seat = seat_of(config, met, halted)
+    progress = progress_of(config, met.group.rank)
+    seat = seat_of(config, met, halted, progress)
     path = resolve_model(config.model)
     tokenizer, _ = load_tokenizer(path)
     rank = load_rank(
@@ -264,8 +266,9 @@ def _follow(config: ServeConfig, met: Met, follower: Follower) -> None:
     )
     try:
         seat.group.all_gather("ready", b"")
-        follower.pulse.doing = seat.progress.__str__
-        steps = rank.follow(follower, seat)
+        follower.pulse.doing = progress.__str__
+        with progress:
+            steps = rank.follow(follower, seat)
         log.info("rank 0 ended the run after %d steps", steps)
     finally:
         rank.close()
@@ -291,13 +294,17 @@ def giving_up(group: Group) -> Iterator[None]:
         raise
 
 
-def seat_of(config: ServeConfig, met: Met, alarm: Alarm) -> Seat:
+def progress_of(config: ServeConfig, rank: int) -> Progress:
+    return Progress(None if config.ep_trace is None else Timeline(config.ep_trace, rank))
+
+
+def seat_of(config: ServeConfig, met: Met, alarm: Alarm, progress: Progress) -> Seat:
     """Loading may take long: from here on whoever waits trusts the pulse."""
     group = replace(met.group, alarm=alarm, patience_s=LOAD_S)
     return Seat(
         group,
         met.topology,
-        Progress(),
+        progress,
         alarm=alarm,
         backend=config.ep_backend,
         deadline_s=config.ep_deadline,
@@ -305,6 +312,7 @@ def seat_of(config: ServeConfig, met: Met, alarm: Alarm) -> Seat:
         plan=config.plan,
         microbatches=None if config.microbatches == "auto" else config.microbatches,
         replan=config.replan == "auto",
+        near_experts=config.homes == "experts",
     )
 
 

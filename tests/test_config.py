@@ -50,6 +50,7 @@ OTHER: dict[str, Any] = {
     "ep_backend": "shm",
     "combine": "ordered",
     "plan": "plan.json",
+    "homes": "experts",
     "microbatches": 2,
     "replan": "auto",
     "ep_deadline": 2.5,

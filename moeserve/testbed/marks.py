@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from moeserve.errors import InternalError
 
-BED = "MOESERVE_TESTBED"
-HOST = "MOESERVE_TESTBED_HOST"
-KEEPER = "MOESERVE_TESTBED_KEEPER"
+# Not MOESERVE_...: those are settings, and unknown ones are refused.
+BED = "MOETESTBED"
+HOST = "MOETESTBED_HOST"
+KEEPER = "MOETESTBED_KEEPER"
 SWITCH = "switch"
 END_S = 10.0
 
