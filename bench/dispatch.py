@@ -1,7 +1,7 @@
 """How long tokens travel: a whole dispatch and combine, and a whole MoE layer over ranks.
 
     python bench/dispatch.py [--json] [--ranks 2 4 8] [--tokens 1 8 32 128 1024]
-        [--backends torch mpi shm] [--only dispatch layer] [--deepspeed PYTHON]
+        [--backends torch tcp mpi shm] [--only dispatch layer] [--deepspeed PYTHON]
 
 dispatch: hidden 2048, top-8 of 128 experts, exact combine. ``whole``: tokens are assigned, packed
 and quantised, moved, and their contributions packed, moved back and collected; there are no experts
@@ -33,7 +33,7 @@ from typing import Any
 from moeserve.comm.group import host_store
 
 HERE = Path(__file__).parent
-BACKENDS = ("torch", "mpi", "shm")
+BACKENDS = ("torch", "tcp", "mpi", "shm")
 PATIENCE_S = 600
 
 

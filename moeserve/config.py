@@ -129,6 +129,9 @@ class ServeConfig(BaseModel):
     microbatches: Literal["auto"] | Count = Field(
         "auto", description="parts of a step that overlap; auto chooses per step from measurements"
     )
+    ep_trace: Path | None = Field(
+        None, description="folder for a timeline of each rank's steps, as Perfetto opens it"
+    )
     ep_deadline: float = Field(
         5.0, ge=0.5, le=600, description="seconds after which a silent rank is lost"
     )

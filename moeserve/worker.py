@@ -36,6 +36,7 @@ from moeserve.comm.link import Tls, Trust
 from moeserve.comm.progress import Progress
 from moeserve.comm.rendezvous import Met, open_group
 from moeserve.comm.spawn import Children, child_environ, worker_command
+from moeserve.comm.timeline import Timeline
 from moeserve.config import ServeConfig, add_options, config_from_args, to_environ, to_yaml
 from moeserve.engine.build import LoadedModel, load_tokenizer
 from moeserve.engine.rank import Seat, load_rank
@@ -176,6 +177,7 @@ def lead(config: ServeConfig, arriving: Arriving) -> int:
     ending = Ending(config.ep_deadline)
     leaders: list[Leader] = []
     stops: list[Stop] = []
+    progress = progress_of(config, 0)
 
     def load(config: ServeConfig, observer: Metrics, tell: Tell) -> LoadedModel:
         loading = Loading(tell)
@@ -186,17 +188,18 @@ def lead(config: ServeConfig, arriving: Arriving) -> int:
         leader.pulse.heed(ending.decide, lambda: stops[0]())
         loading.alarm = leader.alarm
         leader.pulse.doing = "loading the model".__str__
-        seat = seat_of(config, met, lambda: loading.halted(leader.alarm))
+        seat = seat_of(config, met, lambda: loading.halted(leader.alarm), progress)
         settings = config.model_copy(update={"threads": threads_of(config, met)})
         loaded = load_model(settings, observer, loading, seat, leader)
         seat.group.all_gather("ready", b"")
         loading.over = True
-        leader.pulse.doing = seat.progress.__str__
+        leader.pulse.doing = progress.__str__
         return loaded
 
     in_peace = False
     try:
-        status = serve(config, load, stops.append)
+        with progress:
+            status = serve(config, load, stops.append)
         in_peace = True
     except MoeserveError as error:
         for leader in leaders:
@@ -262,7 +265,8 @@ def _follow(config: ServeConfig, met: Met, follower: Follower) -> None:
             return CancelledError("rank 0 ended the run")
         return follower.alarm()
 
-    seat = seat_of(config, met, halted)
+    progress = progress_of(config, met.group.rank)
+    seat = seat_of(config, met, halted, progress)
     path = resolve_model(config.model)
     tokenizer, _ = load_tokenizer(path)
     rank = load_rank(
@@ -287,8 +291,9 @@ def _follow(config: ServeConfig, met: Met, follower: Follower) -> None:
     )
     try:
         seat.group.all_gather("ready", b"")
-        follower.pulse.doing = seat.progress.__str__
-        steps = rank.follow(follower, seat)
+        follower.pulse.doing = progress.__str__
+        with progress:
+            steps = rank.follow(follower, seat)
         log.info("rank 0 ended the run after %d steps", steps)
     finally:
         rank.close()
@@ -314,13 +319,17 @@ def giving_up(group: Group) -> Iterator[None]:
         raise
 
 
-def seat_of(config: ServeConfig, met: Met, alarm: Alarm) -> Seat:
+def progress_of(config: ServeConfig, rank: int) -> Progress:
+    return Progress(None if config.ep_trace is None else Timeline(config.ep_trace, rank))
+
+
+def seat_of(config: ServeConfig, met: Met, alarm: Alarm, progress: Progress) -> Seat:
     """Loading may take long: from here on whoever waits trusts the pulse."""
     group = replace(met.group, alarm=alarm, patience_s=LOAD_S)
     return Seat(
         group,
         met.topology,
-        Progress(),
+        progress,
         alarm=alarm,
         backend=config.ep_backend,
         deadline_s=config.ep_deadline,
