@@ -35,7 +35,7 @@ from moeserve.errors import ConfigError
 
 ENV_PREFIX = "MOESERVE_"
 ENV_ELSEWHERE = re.compile(
-    "MOESERVE_(REQUIRE_NATIVE|HOST_ID|LAUNCHER"
+    "MOESERVE_(REQUIRE_NATIVE|HOST_ID|LAUNCHER|TESTBED(_HOST)?"
     # Kubernetes sets these for every service, so also for one named "moeserve".
     "|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)"
 )
@@ -128,6 +128,9 @@ class ServeConfig(BaseModel):
     )
     microbatches: Literal["auto"] | Count = Field(
         "auto", description="parts of a step that overlap; auto chooses per step from measurements"
+    )
+    ep_trace: Path | None = Field(
+        None, description="folder for a timeline of each rank's steps, as Perfetto opens it"
     )
     ep_deadline: float = Field(
         5.0, ge=0.5, le=600, description="seconds after which a silent rank is lost"

@@ -60,7 +60,7 @@ class Request:
     """One sequence to generate; ``n`` > 1 at a door is n of these with different seeds.
 
     Times are seconds of the caller's monotonic clock. ``salt`` separates tenants in the prefix
-    cache. ``domain`` only labels recorded routing.
+    cache. ``domain`` labels recorded routing, and may choose a home.
     """
 
     id: RequestId

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from pydantic import SecretStr
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -35,6 +36,7 @@ from moeserve.comm.link import Tls, Trust
 from moeserve.comm.progress import Progress
 from moeserve.comm.rendezvous import Met, open_group
 from moeserve.comm.spawn import Children, child_environ, worker_command
+from moeserve.comm.timeline import Timeline
 from moeserve.config import ServeConfig, add_options, config_from_args, to_environ, to_yaml
 from moeserve.engine.build import LoadedModel, load_tokenizer
 from moeserve.engine.rank import Seat, load_rank
@@ -46,14 +48,17 @@ from moeserve.observe.metrics import Metrics
 from moeserve.placement.plan import load as load_plan
 from moeserve.pools.server import LOG_FORMAT, Stop, Tell, load_model, serve
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("moeserve.worker")
 
 # What a process gets to end by itself once the run has broken, beyond the deadline.
 LAST_S = 15.0
 # What the slowest rank gets to load.
 LOAD_S = 3600.0
-# What children get to end by themselves once the run is over.
+# What children get to end by themselves once the run is over, and once it has broken.
 GRACE_S = 5.0
+HURRY_S = 1.0
+# How long another rank waits for rank 0 to leave first.
+LINGER_S = 5.0
 # Settings in which ranks must not differ: results or the size of messages depend on them.
 COMMON = (
     "dtype",
@@ -127,15 +132,12 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
         {rank: settings | child_environ(rank, world, port) for rank in range(1, world)},
         sys.stderr,
     )
-    grace_s = 0.0
+    grace_s = HURRY_S
     try:
         launch = replace(ALONE, world=world, local_world=world, port=port, launcher="moeserve")
         status = lead(config, Arriving(launch, environ, store, children.alarm))
-        grace_s = GRACE_S
+        grace_s = GRACE_S if status == 0 else HURRY_S
         return status
-    except LateRankError:
-        grace_s = GRACE_S
-        raise
     finally:
         children.end(grace_s)
 
@@ -175,36 +177,59 @@ def lead(config: ServeConfig, arriving: Arriving) -> int:
     ending = Ending(config.ep_deadline)
     leaders: list[Leader] = []
     stops: list[Stop] = []
+    progress = progress_of(config, 0)
 
     def load(config: ServeConfig, observer: Metrics, tell: Tell) -> LoadedModel:
-        def interrupted() -> MoeserveError | None:
-            tell(0, 1)  # raises where loading was told to stop
-            return None if arriving.alarm is None else arriving.alarm()
-
-        met = meet(config, replace(arriving, alarm=interrupted))
+        loading = Loading(tell)
+        met = meet(config, replace(arriving, alarm=lambda: loading.halted(arriving.alarm)))
         with giving_up(met.group):
             leader = control.lead(met.group, met.address, trust_of(config), config.ep_deadline)
         leaders.append(leader)
         leader.pulse.heed(ending.decide, lambda: stops[0]())
-        seat = seat_of(config, met, lambda: leader.alarm() or interrupted())
+        loading.alarm = leader.alarm
+        seat = seat_of(config, met, lambda: loading.halted(leader.alarm), progress)
         settings = config.model_copy(update={"threads": threads_of(config, met)})
-        loaded = load_model(settings, observer, heeding(tell, leader.alarm), seat, leader)
+        loaded = load_model(settings, observer, loading, seat, leader)
         seat.group.all_gather("ready", b"")
-        leader.pulse.doing = seat.progress.__str__
+        loading.over = True
+        leader.pulse.doing = progress.__str__
         return loaded
 
+    in_peace = False
     try:
-        status = serve(config, load, stops.append)
-    except CancelledError:
-        raise
+        with progress:
+            status = serve(config, load, stops.append)
+        in_peace = True
     except MoeserveError as error:
         for leader in leaders:
             leader.fail(error)
         raise
     finally:
         for leader in leaders:
-            leader.close()
+            leader.close(in_peace)
     return 1 if ending.error is not None else status
+
+
+class Loading:
+    """Progress that stops where there is an ``alarm``, or where whoever is told says so."""
+
+    def __init__(self, tell: Tell, alarm: Alarm | None = None) -> None:
+        self.over = False
+        self.alarm = alarm
+        self._tell = tell
+        self._last = (0, 1)
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.alarm is not None and (error := self.alarm()) is not None:
+            raise error
+        self._last = (done, total)
+        self._tell(done, total)
+
+    def halted(self, alarm: Alarm | None) -> MoeserveError | None:
+        """The alarm; while it loads also what stops that, which is raised."""
+        if not self.over:
+            self._tell(*self._last)
+        return None if alarm is None else alarm()
 
 
 def follow(config: ServeConfig, arriving: Arriving) -> int:
@@ -226,8 +251,7 @@ def follow(config: ServeConfig, arriving: Arriving) -> int:
         log.info("%s", ended.message)
     except MoeserveError as error:
         follower.fail(error)
-        if error is not ending.error:
-            log.critical("%s", error.message)
+        follower.linger(LINGER_S)
     finally:
         follower.close()
     return 1 if ending.error is not None else 0
@@ -239,7 +263,8 @@ def _follow(config: ServeConfig, met: Met, follower: Follower) -> None:
             return CancelledError("rank 0 ended the run")
         return follower.alarm()
 
-    seat = seat_of(config, met, halted)
+    progress = progress_of(config, met.group.rank)
+    seat = seat_of(config, met, halted, progress)
     path = resolve_model(config.model)
     tokenizer, _ = load_tokenizer(path)
     rank = load_rank(
@@ -260,12 +285,13 @@ def _follow(config: ServeConfig, met: Met, follower: Follower) -> None:
         threads=threads_of(config, met),
         record_routing=config.record_routing,
         seat=seat,
-        progress=heeding(lambda done, total: None, halted),
+        progress=Loading(lambda done, total: None, halted),
     )
     try:
         seat.group.all_gather("ready", b"")
-        follower.pulse.doing = seat.progress.__str__
-        steps = rank.follow(follower, seat)
+        follower.pulse.doing = progress.__str__
+        with progress:
+            steps = rank.follow(follower, seat)
         log.info("rank 0 ended the run after %d steps", steps)
     finally:
         rank.close()
@@ -291,13 +317,17 @@ def giving_up(group: Group) -> Iterator[None]:
         raise
 
 
-def seat_of(config: ServeConfig, met: Met, alarm: Alarm) -> Seat:
+def progress_of(config: ServeConfig, rank: int) -> Progress:
+    return Progress(None if config.ep_trace is None else Timeline(config.ep_trace, rank))
+
+
+def seat_of(config: ServeConfig, met: Met, alarm: Alarm, progress: Progress) -> Seat:
     """Loading may take long: from here on whoever waits trusts the pulse."""
     group = replace(met.group, alarm=alarm, patience_s=LOAD_S)
     return Seat(
         group,
         met.topology,
-        Progress(),
+        progress,
         alarm=alarm,
         backend=config.ep_backend,
         deadline_s=config.ep_deadline,
@@ -305,6 +335,7 @@ def seat_of(config: ServeConfig, met: Met, alarm: Alarm) -> Seat:
         plan=config.plan,
         microbatches=None if config.microbatches == "auto" else config.microbatches,
         replan=config.replan == "auto",
+        near_experts=config.homes == "experts",
     )
 
 
@@ -335,17 +366,6 @@ def threads_of(config: ServeConfig, met: Met) -> int:
     return config.threads or max(1, read_cpu().usable // met.sharing)
 
 
-def heeding(tell: Tell, alarm: Alarm) -> Tell:
-    """Loading that stops where there is an alarm."""
-
-    def told(done: int, total: int) -> None:
-        if (error := alarm()) is not None:
-            raise error
-        tell(done, total)
-
-    return told
-
-
 @contextlib.contextmanager
 def asking_rank_0(follower: Follower) -> Iterator[None]:
     """A signal to stop is passed on: rank 0 ends the run for all."""
@@ -362,5 +382,15 @@ def asking_rank_0(follower: Follower) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def leave(status: int) -> NoReturn:
+    """After a failure nothing is run at exit: MPI would wait there for ranks that are gone."""
+    if status:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

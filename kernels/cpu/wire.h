@@ -275,7 +275,7 @@ bool pack_as_they_are(const Record& record, int64_t row_bytes, const char* sums,
       rows += count_slots(reinterpret_cast<const int16_t*>(from.at[s] + at), record.chosen);
     written[s] = rows * row_bytes;
     if (written[s] > areas.bytes[s]) return false;
-    __builtin_memcpy(areas.at[s], sums, written[s]);
+    if (rows) __builtin_memcpy(areas.at[s], sums, written[s]);
     sums += written[s];
   }
   return true;

@@ -7,6 +7,7 @@ pulse. On one host they run over loopback; beyond it a secret or TLS is required
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -58,14 +59,14 @@ class Leader:
         """Rank 0 cannot go on: all others are to end with the reason."""
         self.pulse.fail(f"rank 0 failed: {error.message}", getattr(error, "ranks", (0,)))
 
-    def close(self) -> None:
-        """End the run; without a failure the others end in peace."""
-        self.pulse.end()
+    def close(self, in_peace: bool = True) -> None:
+        """End the run; the others end well, unless something failed."""
+        if in_peace:
+            self.pulse.end()
         for link in self._steps.values():
-            try:
-                link.send(_END, SLICE_S)
-            except OSError as error:
-                log.debug("an end was not taken: %s", error)
+            with contextlib.suppress(OSError):  # then it has gone already
+                if in_peace:
+                    link.send(_END, SLICE_S)
             link.close()
         self.pulse.close()
 
@@ -109,6 +110,14 @@ class Follower:
         """This rank cannot go on: the group is to end with the reason."""
         reason = f"rank {self.rank} failed: {error.message}"
         self.pulse.fail(reason, getattr(error, "ranks", (self.rank,)))
+
+    def linger(self, timeout_s: float) -> None:
+        """After an alarm: until rank 0 has gone, or for so long. Launchers end all ranks when the
+        first one ends, and rank 0 is still telling its clients."""
+        give_up = time.monotonic() + timeout_s
+        with contextlib.suppress(OSError):
+            while time.monotonic() < give_up:
+                self._steps.read_some()
 
     def close(self) -> None:
         self._steps.close()

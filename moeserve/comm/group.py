@@ -100,7 +100,8 @@ class Group:
         ``check`` sees each note as it comes, and may refuse it: who is wrong need not be waited
         for by those who are not. LateRankError names the ranks that did not come or gave up.
         """
-        begun = told = time.monotonic()
+        begun = time.monotonic()
+        tell_at = begun + TELL_S
         limit_s = self.patience_s if timeout_s is None else timeout_s
         notes: dict[int, bytes] = {}
         try:
@@ -123,8 +124,8 @@ class Group:
                     raise LateRankError(
                         f"{named(missing)} did not reach {key!r} within {limit_s:g} s", missing
                     )
-                if now - told > TELL_S:
-                    told = now
+                if now > tell_at:
+                    tell_at = now + (now - begun)  # ever less often
                     self.tell(f"rank {self.rank}, {key}: waiting for {named(missing)}")
                 time.sleep(POLL_S)
         except DistError as error:

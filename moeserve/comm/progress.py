@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from types import TracebackType
+from typing import Self
+
 from moeserve.comm.timeline import Timeline
 
 
 class Progress:
-    """Written by the thread that runs steps; ``str`` may be read by any other."""
+    """Written by the thread that runs steps; ``str`` may be read by any other. ``with`` it to have
+    the timeline complete in the end."""
 
     def __init__(self, timeline: Timeline | None = None) -> None:
         self._timeline = timeline
         self._layer = -1
         self._lane = 0
         self._doing = "nothing yet"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._timeline is not None:
+            self._timeline.close()
 
     def __str__(self) -> str:
         if self._layer < 0:

@@ -27,9 +27,9 @@ _TOKEN_BYTES = 32
 _PARITIES = 2
 # Views of lengths met before; beyond so many of one area they are made anew.
 _VIEWS = 4096
-# How a wait begins: looks without pause where every rank has a core; then, and where ranks share
-# cores at once, looks between which others run.
-_SPIN_NS = 30_000
+# How a wait begins: a few looks without pause where every rank has a core, then looks between which
+# others run. Longer ones without pause cost all of it whenever two ranks meet on a core.
+_SPIN_NS = 2_000
 _YIELD_NS = 100_000
 
 

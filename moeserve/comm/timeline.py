@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from moeserve.errors import ConfigError
+
 MOST_EVENTS = 1_000_000
 
 
@@ -21,7 +23,10 @@ class Timeline:
     ``MOST_EVENTS``, so that a server that traces does not fill a disk."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"ep_trace={str(folder)!r}: {error.strerror}") from error
         self._rank = rank
         self._events = 0
         self._open: tuple[str, int, int, int] | None = None

@@ -80,14 +80,16 @@ class _Lane:
 
     def _done(self, wait_s: float) -> bool:
         assert self.work is not None
-        try:
-            if wait_s > 0 or self.work.is_completed():
+        if not self.work.is_completed():
+            if wait_s <= 0:
+                return False
+            with contextlib.suppress(RuntimeError):  # the time is over, or it failed: see below
                 # Less than a millisecond would mean for ever.
                 self.work.wait(timedelta(seconds=max(wait_s, 0.001)))
-        except RuntimeError:
-            if self.work.is_completed():
-                raise
-        return self.work.is_completed()
+            if not self.work.is_completed():
+                return False
+        self.work.wait()  # raises what went wrong
+        return True
 
     def segments(self) -> list[Tensor]:
         return cut(self.come, self.lengths_R.tolist())

@@ -108,8 +108,8 @@ class RoutingRecorder:
             self._seen.add(layer)
 
     def end(self) -> None:
-        if not self._recording:
-            return
+        if not self._recording or not self._fresh:
+            return  # of several ranks, one may have no part in a step
         assert self._seen == set(self._column), f"layers seen: {sorted(self._seen)}"
         for sequence, stop, _ in self._fresh:
             self._reached[sequence] = max(self._reached[sequence], stop)

@@ -66,7 +66,7 @@ async def _serve(config: ServeConfig, load: Load, heed: Callable[[Stop], None] |
     loop = asyncio.get_running_loop()
     if heed is not None:
         heed(lambda: _ask(loop, signals.first))
-    with signals.caught():
+    with signals.caught(), _thawed():
         async with Server(config, load) as server:
             try:
                 await server.load(signals.first)
@@ -83,6 +83,15 @@ async def _serve(config: ServeConfig, load: Load, heed: Callable[[Stop], None] |
             log.info("draining %d requests", server.service.running)
             await server.drain(config.drain_timeout_s, signals.second)
     return 0
+
+
+@contextlib.contextmanager
+def _thawed() -> Iterator[None]:
+    """What was frozen meanwhile is collected in the end, as native objects are to be."""
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _ask(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

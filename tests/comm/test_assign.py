@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.comm.assign import assign
@@ -29,6 +29,7 @@ def batches(draw: st.DrawFn) -> tuple[np.ndarray, LayerLayout]:
     return ids_TC[:tokens].astype(np.int32), LayerLayout(expert_S, experts, world)
 
 
+@settings(deadline=None)
 @given(batches())
 def test_every_choice_travels_once_to_a_slot_of_its_expert(
     batch: tuple[np.ndarray, LayerLayout],
@@ -52,6 +53,7 @@ def test_every_choice_travels_once_to_a_slot_of_its_expert(
         assert (seen == 1).all()
 
 
+@settings(deadline=None)
 @given(batches(), st.booleans())
 def test_many_batches_at_once_split_as_each_by_itself(
     batch: tuple[np.ndarray, LayerLayout], gaps: bool
@@ -105,6 +107,7 @@ def same(one: Copies, other: Copies) -> bool:
     )
 
 
+@settings(deadline=None)
 @given(batches(), st.booleans())
 def test_the_native_table_assigns_as_the_rule_says(
     batch: tuple[np.ndarray, LayerLayout], gaps: bool

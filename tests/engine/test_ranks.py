@@ -22,6 +22,7 @@ from moeserve.comm.progress import Progress
 from moeserve.core import Event, FinishReason, Logprobs, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.engine.rank import Rank, Seat, load_rank, of_rank
+from moeserve.errors import LateRankError
 from moeserve.models.spec import MoeSpec
 from moeserve.placement.plan import Plan, contiguous, dump
 
@@ -61,23 +62,27 @@ def serving(
     errors: list[BaseException] = []
     others: list[Rank] = []
     settings: dict[str, Any] = {**SMALL, "threads": 1, **options}
+    shared = {name: value for name, value in settings.items() if name != "prefix_cache"}
 
     def seat(rank: int) -> Seat:
         return Seat(
-            Group(rank, world, store), Topology(tuple(nodes)), Progress(), wire.alarm, backend,
+            Group(rank, world, store, alarm=wire.alarm), Topology(tuple(nodes)), Progress(),
+            wire.alarm, backend,
             deadline_s=20.0, plan=plan, microbatches=microbatches, near_experts=near_experts,
             replan=replan,
         )  # fmt: skip
 
     def work(rank: int) -> None:
         try:
-            share = {name: told for name, told in settings.items() if name != "prefix_cache"}
-            own = load_rank(path, tokenizer_eos=(), seat=seat(rank), **share)
+            own = load_rank(path, tokenizer_eos=(), seat=seat(rank), **shared)
             others.append(own)
-            own.follow(wire.follower(rank), seat(rank))
-            own.close()
-        except BaseException as error:  # noqa: BLE001 - told by the test's thread
+            try:
+                own.follow(wire.follower(rank), seat(rank))
+            finally:
+                own.close()
+        except BaseException as error:  # noqa: BLE001 - told by the test thread
             errors.append(error)
+            wire.trouble = LateRankError(f"rank {rank}: {error!r}", [rank])
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
     for thread in threads:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.engine.replan import PlanOrder, PlanReport, Switch
@@ -134,6 +134,7 @@ def test_a_plan_that_ranks_cannot_change_to_is_refused_and_nothing_moves(
     assert switch.order() is None
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_whatever_happens_ranks_agree_and_the_last_plan_wins(data: st.DataObject) -> None:
     world = data.draw(st.integers(1, 3))

@@ -17,10 +17,10 @@ from moeserve.pools.server import Server
 
 class Planning:
     def __init__(self) -> None:
-        self.read: list[Path] = []
+        self.read: asyncio.Queue[Path] = asyncio.Queue()
 
     def reread(self, file: Path) -> None:
-        self.read.append(file)
+        self.read.put_nowait(file)
 
 
 def server_with(planning: Planning | None, plan: Path | None) -> Server:
@@ -34,14 +34,11 @@ async def test_a_hangup_reads_the_plan_again() -> None:
     planning, file = Planning(), Path("plan.json")
     server_with(planning, file).reread_plan_on_hangup()
     try:
-        for count in (1, 2):
+        for _ in range(2):
             os.kill(os.getpid(), signal.SIGHUP)
-            async with asyncio.timeout(20):
-                while len(planning.read) < count:
-                    await asyncio.sleep(0.005)
+            assert await asyncio.wait_for(planning.read.get(), 20) == file
     finally:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
-    assert planning.read == [file, file]
 
 
 @pytest.mark.parametrize(("planning", "plan"), [(None, Path("plan.json")), (Planning(), None)])
