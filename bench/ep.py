@@ -33,14 +33,14 @@ from moeserve.bench.overlapped import AUTO, Effort, Load, Samples, Way, fill, me
 from moeserve.errors import InternalError, MoeserveError
 from moeserve.models.library import DEMO
 from moeserve.placement.topology import Dataflow
-from moeserve.testbed.links import parse_rate, show_rate
+from moeserve.testbed.links import MTU, parse_rate, show_rate
 from moeserve.testbed.network import Bed, refusal
 
 COUNTS: tuple[int | str, ...] = (1, 2, 4, AUTO)
 FIXED = tuple(count for count in COUNTS if count != AUTO)
 BASE = Variant()
-# A full TCP segment on the link, and the payload in it.
-FRAME, PAYLOAD = 1514, 1448
+# A full frame of the links, and the payload in it: headers of TCP, with a time stamp, and below.
+FRAME, PAYLOAD = MTU + 14, MTU - 52
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ mount -t tmpfs -o mode=1777 testbed /dev/shm && echo ready && cat
 TRIAL = (
     "ip link add name port type veth peer name eth0 && ip link add name switch type bridge && "
     "ip link set port master switch && "
-    "tc qdisc replace dev eth0 root tbf rate 1mbit burst 3100 limit 9000 && "
+    "tc qdisc replace dev eth0 root tbf rate 1mbit burst 9100 limit 90000 && "
     "mount -t tmpfs testbed /dev/shm"
 )
 
