@@ -138,7 +138,7 @@ def test_generated_messages_accept_the_oldest_declared_runtime() -> None:
 def test_extras_hold_what_a_default_environment_must_not() -> None:
     extras = pyproject()["project"]["optional-dependencies"]
     assert extras.keys() >= EXTRAS
-    assert not {"torch-npu", "deepspeed", "mpi4py", "ortools"} & pins().keys()
+    assert not {"torch-npu", "deepspeed", "ortools"} & pins().keys()
 
 
 def test_versions_agree() -> None:

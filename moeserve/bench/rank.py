@@ -181,7 +181,7 @@ class Rank:
 
 def _per_expert(spread: Spread | None) -> Spread | None:
     # Of a Table, ``Flat`` only asks ``assign``.
-    return spread and replace(spread, table=OnePerExpert(spread.table))  # type: ignore[arg-type]
+    return spread and replace(spread, table=OnePerExpert(spread.table))
 
 
 def blocks_of(sequence: int, tokens: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.comm.layout import LayerLayout
@@ -15,17 +16,23 @@ from moeserve.kernels.wire import Copies
 from moeserve.placement.split import slots_of, split_batch
 
 
-def assign(ids_TC: Tensor, layout: LayerLayout, rank: int) -> Copies:
-    """Copies of this batch, sent by ``rank``; those it keeps for itself are among them."""
+def assign(ids_TC: Tensor, layout: LayerLayout, rank: int, ranks_per_unit: int = 1) -> Copies:
+    """Copies of this batch, sent by ``rank``; those it keeps for itself are among them. A unit is
+    of so many ranks, and gets one copy; its slots are numbered through them."""
     slots = slots_of(layout.expert_S, layout.num_experts)
     slot_TC = split_batch(ids_TC.numpy(), slots, ranks=layout.world, home=rank)
-    rank_TC = np.where(slot_TC >= 0, slot_TC // layout.slots, -1)
+    return by_unit(slot_TC, layout.world // ranks_per_unit, layout.slots * ranks_per_unit)
+
+
+def by_unit(slot_TC: NDArray[np.int32], units: int, per_unit: int) -> Copies:
+    """One copy for each unit that has a slot of the token; -1 is no slot."""
+    unit_TC = np.where(slot_TC >= 0, slot_TC // per_unit, -1)
     starts, tokens, locals_ = [0], [], []
-    for r in range(layout.world):
-        token_N = np.flatnonzero((rank_TC == r).any(axis=1))
-        there_NC = rank_TC[token_N] == r
+    for u in range(units):
+        token_N = np.flatnonzero((unit_TC == u).any(axis=1))
+        there_NC = unit_TC[token_N] == u
         tokens.append(token_N)
-        locals_.append(np.where(there_NC, slot_TC[token_N] - r * layout.slots, -1))
+        locals_.append(np.where(there_NC, slot_TC[token_N] - u * per_unit, -1))
         starts.append(starts[-1] + len(token_N))
     return Copies(
         torch.tensor(starts, dtype=torch.int32),

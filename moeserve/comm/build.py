@@ -13,7 +13,7 @@ from moeserve.comm.open import open_exchange
 from moeserve.comm.pipeline import Parallel
 from moeserve.comm.progress import Progress
 from moeserve.comm.rounds import Lanes
-from moeserve.comm.table import Table
+from moeserve.comm.table import table_of
 from moeserve.errors import InternalError
 from moeserve.kernels.ops import Layer, MoeWeights, Ops, Part, RouterWeights
 from moeserve.kernels.wire import Combine
@@ -104,7 +104,7 @@ def spread_of(
     if held != layout.slots:
         raise InternalError(f"a rank holds {held} experts of a layer, its plan says {layout.slots}")
     wire = ops.wire(experts, router.weights.spec.top_k)
-    return Spread(experts, layout, Table(layout), wire)
+    return Spread(experts, layout, table_of(layout), wire)
 
 
 def _lanes(ops: Ops, spreads: Sequence[Spread | None], bounds: Bounds, tokens: int) -> Lanes:

@@ -14,12 +14,12 @@ import mmap
 import os
 import secrets
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from moeserve.comm.group import Group
+from moeserve.comm.native import native_half
 from moeserve.comm.rounds import Lanes, Rounds
 from moeserve.errors import ConfigError
 
@@ -41,6 +41,8 @@ class ShmExchange(Rounds):
     def __init__(self, group: Group, lanes: Lanes, key: str = "shm") -> None:
         super().__init__(group, lanes)
         native, reason = native_half()
+        if not hasattr(os, "memfd_create"):
+            reason = "this system has no memfd (Linux has)"
         lane_bytes = list(lanes.bytes_L)
         size = 0 if native is None else native.block_bytes(group.world, lane_bytes)
         blocks = share_blocks(group, size, key, reason)
@@ -110,20 +112,6 @@ class ShmExchange(Rounds):
         self._seen_LPR = []
         self._blocks = []
         del self._mailboxes
-
-
-def native_half() -> tuple[ModuleType | None, str]:
-    """Or why there is none."""
-    if not hasattr(os, "memfd_create"):
-        return None, "this system has no memfd (Linux has)"
-    try:
-        from moeserve.comm import _comm
-    except ImportError as missing:
-        return None, (
-            f"moeserve was built without its native half ({missing}): build it with "
-            "`pip install .`, which needs a C++17 compiler"
-        )
-    return _comm, ""
 
 
 def share_blocks(group: Group, size: int, key: str, reason: str = "") -> list[mmap.mmap]:

@@ -1,4 +1,4 @@
-"""Which copies of a batch's tokens go where, by native code; ``assign`` is its numpy twin.
+"""Which copies of a batch's tokens go where: natively, or by the numpy twin (``assign``).
 
 Letters: T tokens, C choices, N copies, U units (ranks, or nodes of several).
 """
@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moeserve.comm import _comm
+from moeserve.comm.assign import assign, by_unit
 from moeserve.comm.layout import LayerLayout
+from moeserve.comm.native import native_half
 from moeserve.errors import ConfigError
 from moeserve.kernels.wire import Copies, Wire
 
@@ -27,23 +31,56 @@ class Assigned:
     count_R: list[int]
 
 
-class Table:
+class Table(Protocol):
     """The slots of one layer, ready for look-up."""
-
-    def __init__(self, layout: LayerLayout) -> None:
-        if len(layout.expert_S) > MOST_SLOTS:
-            raise ConfigError(
-                f"{len(layout.expert_S)} slots in a layer: at most {MOST_SLOTS} are served"
-            )
-        self._slots = layout.slots
-        self._world = layout.world
-        self._handle = _comm.Table(layout.expert_S.tolist(), layout.num_experts, layout.world)
 
     def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
         """Copies of the tokens of rank ``home``; a unit's slots are numbered through its ranks.
 
         ``ids_TC`` is int32 and contiguous, of known experts; -1 is no choice.
         """
+        ...
+
+    def spread(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
+        """Copies of records that came to a unit of ``ranks``, by rank; their slots say where to."""
+        ...
+
+
+def table_of(layout: LayerLayout) -> Table:
+    """ConfigError where there are more slots than a record can name."""
+    if len(layout.expert_S) > MOST_SLOTS:
+        raise ConfigError(
+            f"{len(layout.expert_S)} slots in a layer: at most {MOST_SLOTS} are served"
+        )
+    native, _ = native_half()
+    return SlowTable(layout) if native is None else NativeTable(layout, native)
+
+
+class SlowTable:
+    """In numpy."""
+
+    def __init__(self, layout: LayerLayout) -> None:
+        self._layout = layout
+
+    def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
+        return counted(assign(ids_TC, self._layout, home, ranks_per_unit))
+
+    def spread(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
+        records = torch.cat([s.view(-1, wire.row_bytes) for s in segments])
+        slots = records[:, slots_at(wire) :].contiguous().view(torch.int16)[:, : wire.top_k]
+        return counted(by_unit(slots.numpy().astype(np.int32), ranks, self._layout.slots))
+
+
+class NativeTable:
+    """By ``comm/assign.cc``."""
+
+    def __init__(self, layout: LayerLayout, native: ModuleType) -> None:
+        self._slots = layout.slots
+        self._world = layout.world
+        self._spread = native.spread
+        self._handle = native.Table(layout.expert_S.tolist(), layout.num_experts, layout.world)
+
+    def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
         tokens, chosen = ids_TC.shape
         units = self._world // ranks_per_unit
         room = _room(units, tokens, chosen)
@@ -53,15 +90,13 @@ class Table:
         return _cut(room, counts)
 
     def spread(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
-        """Copies of records that came to a unit of ``ranks``, by rank; their slots say where to."""
         rows = [len(s) // wire.row_bytes for s in segments]
         room = _room(ranks, sum(rows), wire.top_k)
-        slots_at = wire.row_bytes - -(-2 * wire.top_k // 4) * 4
-        counts = _comm.spread(
+        counts = self._spread(
             [s.data_ptr() for s in segments],
             rows,
             wire.row_bytes,
-            slots_at,
+            slots_at(wire),
             wire.top_k,
             ranks,
             self._slots,
@@ -87,3 +122,12 @@ def _cut(room: tuple[Tensor, Tensor, Tensor], counts: list[int]) -> Assigned:
     start_R1, token_N, slot_NC = room
     copies = sum(counts)
     return Assigned(Copies(start_R1, token_N[:copies], slot_NC[:copies]), counts)
+
+
+def slots_at(wire: Wire) -> int:
+    """Where a record's slots begin."""
+    return wire.scale_at + 8 + 4 * wire.top_k
+
+
+def counted(copies: Copies) -> Assigned:
+    return Assigned(copies, copies.start_R1.diff().tolist())

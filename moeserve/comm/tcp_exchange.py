@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.group import START_S, Group, named
+from moeserve.comm.native import native_half
 from moeserve.comm.rounds import Lanes, Rounds
-from moeserve.comm.shm_exchange import native_half
 from moeserve.errors import ConfigError, LateRankError
 
 _TOKEN_BYTES = 32

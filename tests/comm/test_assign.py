@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moeserve.comm.assign import assign
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.table import Table
+from moeserve.comm.table import SlowTable, table_of
 from moeserve.kernels.wire import Copies, Wire
 from moeserve.placement.split import slack_of, slots_of, split_batch, split_batches
 
@@ -115,7 +115,7 @@ def test_the_native_table_assigns_as_the_rule_says(
     ids_TC, layout = batch
     if gaps:
         ids_TC[::2, 0] = -1
-    table = Table(layout)
+    table = table_of(layout)
     for rank in range(layout.world):
         assigned = table.assign(torch.from_numpy(ids_TC), rank)
         assert same(assigned.copies, assign(torch.from_numpy(ids_TC), layout, rank))
@@ -131,7 +131,8 @@ def test_copies_of_nodes_spread_inside_are_copies_of_ranks(
     slots = -(-experts // world) * world + world
     extra = random.integers(experts, size=slots - experts)
     expert_S = random.permutation(np.concatenate((np.arange(experts), extra))).astype(np.int32)
-    table = Table(LayerLayout(expert_S, experts, world))
+    layout = LayerLayout(expert_S, experts, world)
+    table, slow = table_of(layout), SlowTable(layout)
     ids = torch.from_numpy(
         np.array([random.permutation(experts)[:k] for _ in range(tokens)], np.int32).reshape(-1, k)
     )
@@ -139,6 +140,7 @@ def test_copies_of_nodes_spread_inside_are_copies_of_ranks(
     wire = Wire(torch.int8, 8, k)
     flat = table.assign(ids, home).copies
     outer = table.assign(ids, home, ranks_per_unit=size)
+    assert same(outer.copies, slow.assign(ids, home, ranks_per_unit=size).copies)
     starts = outer.copies.start_R1.tolist()
     found: list[list[tuple[int, list[int]]]] = []
     for node in range(nodes):
@@ -148,6 +150,7 @@ def test_copies_of_nodes_spread_inside_are_copies_of_ranks(
         slots_at = wire.row_bytes - (2 * k + 2) // 4 * 4
         records[:, slots_at : slots_at + 2 * k] = slot_NC.view(torch.uint8)
         inside = table.spread([records.flatten()], wire, size).copies
+        assert same(inside, slow.spread([records.flatten()], wire, size).copies)
         token_N = outer.copies.token_N[there][inside.token_N.long()].tolist()
         ends = inside.start_R1.tolist()
         found += [
