@@ -104,7 +104,7 @@ def measure_deepspeed(
             env={
                 **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "DS_ACCELERATOR": "cpu",
+                "DS_ACCELERATOR": "cpu", "PATH": f"{Path(python).parent}:{os.environ['PATH']}",
             },
         )
         for rank in range(world)

@@ -187,6 +187,7 @@ def lead(config: ServeConfig, arriving: Arriving) -> int:
         leaders.append(leader)
         leader.pulse.heed(ending.decide, lambda: stops[0]())
         loading.alarm = leader.alarm
+        leader.pulse.doing = "loading the model".__str__
         seat = seat_of(config, met, lambda: loading.halted(leader.alarm), progress)
         settings = config.model_copy(update={"threads": threads_of(config, met)})
         loaded = load_model(settings, observer, loading, seat, leader)
@@ -244,6 +245,7 @@ def follow(config: ServeConfig, arriving: Arriving) -> int:
     with giving_up(met.group):
         follower = control.follow(met.group, trust_of(config), config.ep_deadline)
     follower.pulse.heed(ending.decide)
+    follower.pulse.doing = "loading the model".__str__
     try:
         with asking_rank_0(follower):
             _follow(config, met, follower)

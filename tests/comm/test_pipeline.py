@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from moeserve.comm.group import Topology
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.progress import Progress
 from moeserve.kernels.ops import Ops
+from moeserve.kernels.wire import Combine
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.spec import MoeSpec
@@ -114,7 +115,7 @@ def random_layouts(decoder: Decoder, world: int, extra: int, seed: int) -> dict[
 
 
 def rank_of_group(
-    path: Path, ops: Ops, layouts: dict[int, LayerLayout], rank: int, how: dict[str, str]
+    path: Path, ops: Ops, layouts: dict[int, LayerLayout], rank: int, how: dict[str, Any]
 ) -> Decoder:
     mine = {layer: layout.of_rank(rank) for layer, layout in layouts.items()}
     return load_decoder(path, dtype=None, ops=ops, experts=mine, **how)
@@ -204,7 +205,11 @@ def jobs(draw: st.DrawFn) -> tuple[int, int, int, Job]:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "gpt_oss"])
-@pytest.mark.parametrize("how", [{}, {"quantization": "int8"}], ids=["floats", "int8"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"quantization": "int8"}, {"combine": Combine.ORDERED}],
+    ids=["floats", "int8", "ordered"],
+)
 @given(setting=jobs())
 @settings(
     max_examples=12,
@@ -215,7 +220,7 @@ def test_ranks_give_the_bits_of_one_process(
     tiny_checkpoint: Callable[[str], Path],
     ops: Ops,
     family: str,
-    how: dict[str, str],
+    how: dict[str, Any],
     setting: tuple[int, int, int, Job],
 ) -> None:
     world, size, extra, job = setting

@@ -1,4 +1,4 @@
-"""Law 1 over real ranks: 2, 4 and 8 processes, over torch, MPI and shared memory.
+"""Law 1 over real ranks: 2, 4 and 8 processes, over torch, TCP, MPI and shared memory.
 
 Eight processes are started once, by mpirun; smaller groups are parts of them (``law_ranks``).
 """
@@ -58,7 +58,7 @@ def test_every_backend_and_number_of_ranks_gives_the_bits_of_one_process(
         "gpt_oss": (str(tiny_checkpoint("gpt_oss")), "none"),
     }
     cases, seed = [], 0
-    for backend in ("torch", "mpi", "shm"):
+    for backend in ("torch", "tcp", "mpi", "shm"):
         for world in (2, 4, 8):
             # gloo takes milliseconds a round: two families are enough there
             for model in list(models)[:2] if backend == "torch" else models:
