@@ -1,6 +1,6 @@
 """How long tokens travel: a whole dispatch and combine, and a whole MoE layer over ranks.
 
-    python bench/dispatch.py [--json] [--ranks 2 4 8] [--tokens 1 8 32 128 1024]
+    python bench/dispatch.py [--json] [--out FILE] [--ranks 2 4 8] [--tokens 1 8 32 128 1024]
         [--backends torch tcp mpi shm] [--only dispatch layer] [--deepspeed PYTHON]
 
 dispatch: hidden 2048, top-8 of 128 experts, exact combine. ``whole``: tokens are assigned, packed
@@ -49,6 +49,7 @@ def mpirun() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="keep the raw figures here too")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 128, 1024])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
@@ -65,6 +66,8 @@ def main() -> None:
             if not args.json:
                 show(what, world, found)
             rows += found
+            if args.out is not None:
+                args.out.write_text(json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=1))
     if args.json:
         print(json.dumps({"cores": os.cpu_count(), "rows": rows}))
 

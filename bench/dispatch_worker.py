@@ -21,7 +21,7 @@ from moeserve.comm.layout import LayerLayout
 from moeserve.comm.open import open_exchange
 from moeserve.comm.progress import Progress
 from moeserve.comm.rounds import Lanes
-from moeserve.comm.table import Table
+from moeserve.comm.table import table_of
 from moeserve.kernels import _cpu
 from moeserve.kernels.cpu import CpuOps
 from moeserve.kernels.matrix import Int8Matrix
@@ -74,7 +74,7 @@ class Bench:
         packed = self.ops.pack_experts(draw(mine, 2 * inner, hidden), draw(mine, hidden, inner))
         part = self.ops.prepare(MoeWeights(packed))
         layout = LayerLayout(np.arange(count, dtype=np.int32), count, self.world)
-        return Spread(part, layout, Table(layout), self.ops.wire(part, top_k))
+        return Spread(part, layout, table_of(layout), self.ops.wire(part, top_k))
 
     def routed(self, tokens: int, hidden: int, experts: int, top_k: int) -> Routed:
         noise = torch.rand(tokens, experts, generator=self.random)

@@ -112,13 +112,11 @@ def overlap_table(
     rows = []
     ways = [Way(BASE, count) for count in COUNTS]
     for load in loads:
-        free_s = 0.0
-        for rate in rates:
-            say(f"{model}: {load.what} of {load.tokens} tokens a rank at {show_rate(rate)}")
-            bed.set_rate(rate)
-            found = measure(crew, load, ways, effort)
+        say(f"{model}: {load.what} of {load.tokens} tokens a rank")
+        by_rate = measure(crew, load, ways, effort, rates, bed.set_rate)
+        free_s = by_rate[0][ways[0]].seconds
+        for rate, found in zip(rates, by_rate, strict=True):
             one_s = found[ways[0]].seconds
-            free_s = free_s or one_s
             rows.append(
                 Overlap(
                     model, load.what, load.tokens, show_rate(rate), 1 - free_s / one_s,
@@ -156,15 +154,11 @@ def row_bytes(material: Material, variant: Variant) -> float:
 def travel_table(
     crew: Crew, bed: Bed, material: Material, load: Load, rate: int, effort: Effort, say: Any
 ) -> list[Travel]:
-    """Steps at the unlimited rate first, then at ``rate``: with one microbatch, and with two."""
+    """Steps at the unlimited rate and at ``rate``: with one microbatch, and with two."""
     named = variants(material)
     ways = [Way(variant, micro) for variant, _ in named.values() for micro in (1, 2)]
-    say(f"{material.model}: variants without a limit")
-    bed.set_rate(None)
-    free = measure(crew, load, ways, effort)
-    say(f"{material.model}: variants at {show_rate(rate)}")
-    bed.set_rate(rate)
-    found = measure(crew, load, ways, effort)
+    say(f"{material.model}: variants without a limit and at {show_rate(rate)}")
+    free, found = measure(crew, load, ways, effort, (None, rate), bed.set_rate)
     rows = []
     for name, (variant, flow) in named.items():
         one, two = found[Way(variant, 1)], found[Way(variant, 2)]

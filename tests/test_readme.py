@@ -100,8 +100,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ports]:
 
 @contextmanager
 def started(command: str, log: Path) -> Iterator[Ports]:
-    """Ready, and ended by SIGTERM with status 0."""
-    ports = free_ports()
+    """Ready, and ended by SIGTERM; ours with status 0, launchers with one of their own."""
+    ports, ours = free_ports(), "/moeserve " in command
     with (
         log.open("w") as said,
         subprocess.Popen(
@@ -116,7 +116,7 @@ def started(command: str, log: Path) -> Iterator[Ports]:
                 pytest.fail(f"the server is not ready:\n{log.read_text()}")
             yield ports
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=60) == 0
+            assert process.wait(timeout=60) == 0 or not ours
         finally:
             process.kill()
 

@@ -8,7 +8,7 @@ a variant of the traffic with a number of microbatches, fixed or chosen as the e
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moeserve.bench.crew import Crew, Spans, Taken, Variant
@@ -108,24 +108,34 @@ def fill(crew: Crew, sequences: int, effort: Effort) -> None:
         crew.step([[(s, 0, effort.length)]] * crew.world, 1, Variant())
 
 
-def measure(crew: Crew, load: Load, ways: Sequence[Way], effort: Effort) -> Mapping[Way, Samples]:
-    """Every way in turn, ``rounds`` times."""
-    choosers: dict[Way, Microbatches] = {
-        way: Measured() if way.micro == AUTO else Fixed(int(way.micro)) for way in ways
-    }
-    for way in ways:
-        for step in range(LEARNING_STEPS if way.micro == AUTO else 2):
-            _one(crew, load, way, choosers[way], effort, step)
-    found = {way: Samples() for way in ways}
-    for _ in range(effort.rounds):
-        for way, samples in found.items():
-            of_round = []
-            for step in range(effort.steps):
-                count, taken = _one(crew, load, way, choosers[way], effort, step)
-                samples.counts[count] = samples.counts.get(count, 0) + 1
-                of_round.append(taken)
-            samples.rounds.append(of_round)
-    return found
+def measure(
+    crew: Crew,
+    load: Load,
+    ways: Sequence[Way],
+    effort: Effort,
+    rates: Sequence[int | None],
+    set_rate: Callable[[int | None], None],
+) -> list[Mapping[Way, Samples]]:
+    """Every way at every rate in turn, ``rounds`` times; by rate."""
+    choosers: list[dict[Way, Microbatches]] = [
+        {way: Measured() if way.micro == AUTO else Fixed(int(way.micro)) for way in ways}
+        for _ in rates
+    ]
+    found = [{way: Samples() for way in ways} for _ in rates]
+    for turn in range(effort.rounds):
+        for rate, chooser, samples_of in zip(rates, choosers, found, strict=True):
+            set_rate(rate)
+            for way, samples in samples_of.items():
+                # What the links still held back from another rate goes by; auto learns first.
+                for step in range(LEARNING_STEPS if way.micro == AUTO and not turn else 2):
+                    _one(crew, load, way, chooser[way], effort, step)
+                of_round = []
+                for step in range(effort.steps):
+                    count, taken = _one(crew, load, way, chooser[way], effort, step)
+                    samples.counts[count] = samples.counts.get(count, 0) + 1
+                    of_round.append(taken)
+                samples.rounds.append(of_round)
+    return list(found)
 
 
 def _one(
