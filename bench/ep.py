@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,8 @@ FRAME, PAYLOAD = MTU + 14, MTU - 52
 @dataclass(frozen=True, slots=True)
 class Overlap:
     """A load at a rate; by number of microbatches: tokens/s (median, least, most), share of a step
-    in which even the rank that waits least waits, and what auto chose how often."""
+    in which even the rank that waits least waits, seconds of a step by round, and what auto chose
+    how often."""
 
     model: str
     what: str
@@ -55,16 +57,22 @@ class Overlap:
     communication: float
     tokens_per_s: Mapping[str, tuple[float, float, float]]
     waiting: Mapping[str, float]
+    round_s: Mapping[str, Sequence[float]]
     chosen: Mapping[int, int]
 
     @property
     def two(self) -> float:
-        return self.tokens_per_s["2"][0] / self.tokens_per_s["1"][0]
+        return self.beside("2", "1")
 
     @property
     def auto(self) -> float:
         """Beside the best fixed number."""
-        return self.tokens_per_s[AUTO][0] / max(self.tokens_per_s[str(c)][0] for c in FIXED)
+        return self.beside(AUTO, max(map(str, FIXED), key=lambda c: self.tokens_per_s[c][0]))
+
+    def beside(self, way: str, other: str) -> float:
+        """How much faster, round by round: what slows the machine for a while slows both."""
+        pairs = zip(self.round_s[way], self.round_s[other], strict=True)
+        return statistics.median(theirs / ours for ours, theirs in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +130,7 @@ def overlap_table(
                     model, load.what, load.tokens, show_rate(rate), 1 - free_s / one_s,
                     {str(w.micro): speed(load, crew.world, s) for w, s in found.items()},
                     {str(w.micro): s.waiting for w, s in found.items()},
+                    {str(w.micro): s.round_s for w, s in found.items()},
                     found[ways[-1]].counts,
                 )
             )  # fmt: skip

@@ -70,8 +70,12 @@ class Samples:
     @property
     def range_s(self) -> tuple[float, float]:
         """The least and the greatest median of a round."""
-        medians = [statistics.median(t.seconds for t in r) for r in self.rounds]
-        return min(medians), max(medians)
+        return min(self.round_s), max(self.round_s)
+
+    @property
+    def round_s(self) -> list[float]:
+        """The median step of each round."""
+        return [statistics.median(t.seconds for t in r) for r in self.rounds]
 
     @property
     def waiting(self) -> float:
