@@ -161,6 +161,7 @@ def test_a_silent_rank_is_named_everywhere() -> None:
 def test_a_lost_leader_is_named_by_all_others() -> None:
     with star(3) as (leader, followers):
         leader.pulse.doing = lambda: "planning"
+        leader.pulse._ended = True  # whoever dies tells nobody
         for link in (*leader._steps.values(), *leader.pulse._links.values()):
             link.socket.shutdown(socket.SHUT_RDWR)
         for follower in followers:
