@@ -69,7 +69,7 @@ class Crew:
         )  # fmt: skip
         try:
             self._ask([told] * len(self._ranks), START_S)
-        except BaseException:
+        except BaseException:  # goes on up; no rank may outlive it
             self.close()
             raise
 

@@ -12,7 +12,7 @@ Letters: T tokens of the batch, C choices, N copies, R ranks, H hidden.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from moeserve.comm.layout import LayerLayout
 from moeserve.comm.progress import Progress
 from moeserve.comm.table import Assigned, Table
 from moeserve.kernels.ops import MoeWeights, Ops, Part, Routed
-from moeserve.kernels.wire import Wire
+from moeserve.kernels.wire import Sums, Wire
 
 
 @dataclass(slots=True)
@@ -79,6 +79,71 @@ class Dispatcher(Protocol):
     def close(self) -> None: ...
 
 
+class Leg:
+    """One exchange on the way of tokens, with what goes over it counted in ``moved``.
+
+    ``member_R`` are the run's numbers of the exchange's ranks.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        exchange: Exchange,
+        member_R: Sequence[int],
+        topology: Topology,
+        moved: Moved,
+        progress: Progress,
+    ) -> None:
+        self.rank = exchange.rank
+        self.world = exchange.world
+        self.close = exchange.close
+        self._ops = ops
+        self._exchange = exchange
+        self._moved = moved
+        self._progress = progress
+        self._others = [(r, rank) for r, rank in enumerate(member_R) if r != exchange.rank]
+        home = topology.node_R[member_R[exchange.rank]]
+        self._abroad_R = [topology.node_R[rank] != home for rank in member_R]
+
+    def send_tokens(
+        self, lane: int, wire: Wire, sent: Assigned, pack: Callable[[list[Tensor]], None]
+    ) -> None:
+        """``pack`` writes the records of ``sent``."""
+        moved = self._moved
+        sizes_R = [count * wire.row_bytes for count in sent.count_R]
+        pack(self._exchange.areas(2 * lane, sizes_R))
+        self._exchange.send(2 * lane, sizes_R)
+        for r, rank in self._others:
+            moved.copies_R[rank] += sent.count_R[r]
+            moved.dispatch_bytes_R[rank] += sizes_R[r]
+            moved.abroad += sent.count_R[r] if self._abroad_R[r] else 0
+
+    def tokens(self, lane: int) -> list[Tensor]:
+        return self._received(2 * lane)
+
+    def send_sums(
+        self, lane: int, spread: Spread, sums: Sums, segments_R: Sequence[Tensor]
+    ) -> None:
+        """Back to where the records of ``segments_R`` came from."""
+        ops, part, wire, back = self._ops, spread.part, spread.wire, 2 * lane + 1
+        most_R = [ops.sums_bytes(part, wire, len(s) // wire.row_bytes) for s in segments_R]
+        areas_R = self._exchange.areas(back, most_R)
+        sizes_R = ops.pack_sums(part, wire, sums, segments_R, areas_R)
+        self._exchange.send(back, sizes_R)
+        for r, rank in self._others:
+            self._moved.combine_bytes_R[rank] += sizes_R[r]
+
+    def sums(self, lane: int) -> list[Tensor]:
+        return self._received(2 * lane + 1)
+
+    def _received(self, lane: int) -> list[Tensor]:
+        self._progress.begin("waiting")
+        begun = time.perf_counter()
+        segments_R = self._exchange.receive(lane)
+        self._moved.waited_s += time.perf_counter() - begun
+        return segments_R
+
+
 class Flat:
     """Every rank to every rank over one exchange; lanes 2 m and 2 m + 1 belong to microbatch m."""
 
@@ -88,53 +153,32 @@ class Flat:
         self.moved = Moved(exchange.world)
         self._ops = ops
         self._progress = progress
-        self._exchange = exchange
-        node_R = topology.node_R
-        self._abroad_R = [node != node_R[exchange.rank] for node in node_R]
+        self._leg = Leg(ops, exchange, range(exchange.world), topology, self.moved, progress)
 
     def moe(
         self, lane: int, spread: Spread, x_TH: Tensor, routed: Routed
     ) -> Generator[None, None, None]:
-        ops, exchange, moved, rank = self._ops, self._exchange, self.moved, self._exchange.rank
-        there, back, part, wire = 2 * lane, 2 * lane + 1, spread.part, spread.wire
+        ops, leg, part, wire = self._ops, self._leg, spread.part, spread.wire
         self._progress.begin("dispatch")
-        sent = spread.table.assign(routed.ids_TC, rank)
-        sizes_R = [count * wire.row_bytes for count in sent.count_R]
-        ops.pack_tokens(x_TH, part, routed, sent.copies, exchange.areas(there, sizes_R))
-        exchange.send(there, sizes_R)
-        self._count(len(x_TH), sent, sizes_R)
+        self.moved.rounds += 1
+        self.moved.tokens += len(x_TH)
+        sent = spread.table.assign(routed.ids_TC, leg.rank)
+        leg.send_tokens(
+            lane, wire, sent, lambda at: ops.pack_tokens(x_TH, part, routed, sent.copies, at)
+        )
         self._progress.begin("shared expert")
         shared_TH = ops.shared(part, routed)
         yield
-        segments_R = self._received(there)
+        segments_R = leg.tokens(lane)
         self._progress.begin("experts")
-        sums = ops.run_experts(part, wire, segments_R)
-        most_R = [ops.sums_bytes(part, wire, len(s) // wire.row_bytes) for s in segments_R]
-        areas_R = exchange.areas(back, most_R)
-        sizes_R = ops.pack_sums(part, wire, sums, segments_R, areas_R)
-        exchange.send(back, sizes_R)
-        for r, size in enumerate(sizes_R):
-            moved.combine_bytes_R[r] += size if r != rank else 0
+        leg.send_sums(lane, spread, ops.run_experts(part, wire, segments_R), segments_R)
         yield
-        segments_R = self._received(back)
+        segments_R = leg.sums(lane)
         self._progress.begin("combine")
         ops.collect(x_TH, part, routed, sent.copies, segments_R, shared_TH)
 
     def close(self) -> None:
-        self._exchange.close()
-
-    def _received(self, lane: int) -> list[Tensor]:
-        return received(self._exchange, lane, self.moved, self._progress)
-
-    def _count(self, tokens: int, sent: Assigned, sizes_R: Sequence[int]) -> None:
-        moved, rank = self.moved, self._exchange.rank
-        moved.rounds += 1
-        moved.tokens += tokens
-        for r, count in enumerate(sent.count_R):
-            if r != rank and count:
-                moved.copies_R[r] += count
-                moved.dispatch_bytes_R[r] += sizes_R[r]
-                moved.abroad += count if self._abroad_R[r] else 0
+        self._leg.close()
 
 
 class ByNode:
@@ -156,94 +200,49 @@ class ByNode:
         self.moved = Moved(topology.world)
         self._ops = ops
         self._progress = progress
-        self._outer = outer
-        self._inner = inner
-        self._size = inner.world
-        self._rank = outer.rank * inner.world + inner.rank
+        size, first = inner.world, outer.rank * inner.world
+        rail = range(inner.rank, topology.world, size)
+        node = range(first, first + size)
+        self._rank = first + inner.rank
+        self._outer = Leg(ops, outer, rail, topology, self.moved, progress)
+        self._inner = Leg(ops, inner, node, topology, self.moved, progress)
 
     def moe(
         self, lane: int, spread: Spread, x_TH: Tensor, routed: Routed
     ) -> Generator[None, None, None]:
         ops, outer, inner = self._ops, self._outer, self._inner
-        there, back, part, wire = 2 * lane, 2 * lane + 1, spread.part, spread.wire
+        part, wire, size = spread.part, spread.wire, inner.world
         self._progress.begin("dispatch")
-        sent = spread.table.assign(routed.ids_TC, self._rank, ranks_per_unit=self._size)
-        sizes_R = [count * wire.row_bytes for count in sent.count_R]
-        ops.pack_tokens(x_TH, part, routed, sent.copies, outer.areas(there, sizes_R))
-        outer.send(there, sizes_R)
-        self._count_abroad(len(x_TH), sent, sizes_R)
+        self.moved.rounds += 1
+        self.moved.tokens += len(x_TH)
+        sent = spread.table.assign(routed.ids_TC, self._rank, ranks_per_unit=size)
+        outer.send_tokens(
+            lane, wire, sent, lambda at: ops.pack_tokens(x_TH, part, routed, sent.copies, at)
+        )
         self._progress.begin("shared expert")
         shared_TH = ops.shared(part, routed)
         yield
-        landed = self._received(outer, there)
+        landed = outer.tokens(lane)
         self._progress.begin("relay of tokens")
-        inside = spread.table.spread(landed, wire, self._size)
-        sizes_R = [count * wire.row_bytes for count in inside.count_R]
-        ops.relay_tokens(wire, landed, inside.copies, inner.areas(there, sizes_R))
-        inner.send(there, sizes_R)
-        self._count_inside(inside, sizes_R)
+        inside = spread.table.spread(landed, wire, size)
+        inner.send_tokens(
+            lane, wire, inside, lambda at: ops.relay_tokens(wire, landed, inside.copies, at)
+        )
         yield
-        segments_R = self._received(inner, there)
+        segments_R = inner.tokens(lane)
         self._progress.begin("experts")
-        sums = ops.run_experts(part, wire, segments_R)
-        most_R = [ops.sums_bytes(part, wire, len(s) // wire.row_bytes) for s in segments_R]
-        sizes_R = ops.pack_sums(part, wire, sums, segments_R, inner.areas(back, most_R))
-        inner.send(back, sizes_R)
-        self._count_back(inner, sizes_R)
+        inner.send_sums(lane, spread, ops.run_experts(part, wire, segments_R), segments_R)
         yield
-        segments_R = self._received(inner, back)
+        segments_R = inner.sums(lane)
         self._progress.begin("relay of contributions")
         rows = sum(len(s) for s in landed) // wire.row_bytes
         sums = ops.relay_sums(part, wire, inside.copies, segments_R, rows)
-        most_R = [ops.sums_bytes(part, wire, len(s) // wire.row_bytes) for s in landed]
-        sizes_R = ops.pack_sums(part, wire, sums, landed, outer.areas(back, most_R))
-        outer.send(back, sizes_R)
-        self._count_back(outer, sizes_R)
+        outer.send_sums(lane, spread, sums, landed)
         yield
-        segments_R = self._received(outer, back)
+        segments_R = outer.sums(lane)
         self._progress.begin("combine")
         ops.collect(x_TH, part, routed, sent.copies, segments_R, shared_TH)
 
     def close(self) -> None:
         self._outer.close()
         self._inner.close()
-
-    def _received(self, exchange: Exchange, lane: int) -> list[Tensor]:
-        return received(exchange, lane, self.moved, self._progress)
-
-    def _member(self, exchange: Exchange, r: int) -> int:
-        """The rank that the exchange calls r."""
-        if exchange is self._outer:
-            return r * self._size + self._inner.rank
-        return self._outer.rank * self._size + r
-
-    def _count_abroad(self, tokens: int, sent: Assigned, sizes_R: Sequence[int]) -> None:
-        moved = self.moved
-        moved.rounds += 1
-        moved.tokens += tokens
-        for node, count in enumerate(sent.count_R):
-            if node != self._outer.rank and count:
-                rank = self._member(self._outer, node)
-                moved.copies_R[rank] += count
-                moved.abroad += count
-                moved.dispatch_bytes_R[rank] += sizes_R[node]
-
-    def _count_inside(self, inside: Assigned, sizes_R: Sequence[int]) -> None:
-        for r, count in enumerate(inside.count_R):
-            if r != self._inner.rank and count:
-                rank = self._member(self._inner, r)
-                self.moved.copies_R[rank] += count
-                self.moved.dispatch_bytes_R[rank] += sizes_R[r]
-
-    def _count_back(self, exchange: Exchange, sizes_R: Sequence[int]) -> None:
-        for r, size in enumerate(sizes_R):
-            if r != exchange.rank:
-                self.moved.combine_bytes_R[self._member(exchange, r)] += size
-
-
-def received(exchange: Exchange, lane: int, moved: Moved, progress: Progress) -> list[Tensor]:
-    progress.begin("waiting")
-    begun = time.perf_counter()
-    segments_R = exchange.receive(lane)
-    moved.waited_s += time.perf_counter() - begun
-    return segments_R

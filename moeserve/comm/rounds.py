@@ -6,6 +6,7 @@ A backend that met an error is closed: the ranks no longer agree on what has mov
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ class Watch:
         return min(SLICE_S, max(0.0, self.until - time.monotonic()))
 
 
-class Rounds:
+class Rounds(ABC):
     """The part of an ``Exchange`` that backends inherit."""
 
     name: str
@@ -141,6 +142,6 @@ class Rounds:
             self._closed_by = why
             self._release()
 
+    @abstractmethod
     def _release(self) -> None:
         """Give back what the backend holds; called once."""
-        raise NotImplementedError
