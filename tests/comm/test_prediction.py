@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.comm.build import copy_bytes, parallel_over
 from moeserve.comm.dispatcher import Flat, Moved
-from moeserve.comm.exchange import Traffic
+from moeserve.comm.exchange import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import layouts, own_experts
 from moeserve.comm.progress import Progress
@@ -36,31 +33,8 @@ from moeserve.placement.topology import Topology as Devices
 
 WORLD, BLOCK, EXPERTS, LENGTH, WAIT_S = 4, 16, 32, 96, 60.0
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass
-class QueueExchange:
-    """One rank among threads."""
-
-    rank: int
-    boxes: dict[tuple[int, int, int], queue.Queue[Tensor]]
-    name: str = "threads"
-    world: int = WORLD
-    traffic: Traffic = field(default_factory=Traffic)
-    open: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
-        self.open[lane] = [torch.empty(size, dtype=torch.uint8) for size in sizes_R]
-        return self.open[lane]
-
-    def send(self, lane: int, sizes_R: Sequence[int]) -> None:
-        for r, (area, size) in enumerate(zip(self.open[lane], sizes_R, strict=True)):
-            self.boxes[lane, self.rank, r].put(area[:size])
-
-    def receive(self, lane: int) -> list[Tensor]:
-        return [self.boxes[lane, r, self.rank].get(timeout=WAIT_S) for r in range(WORLD)]
-
-    def close(self) -> None: ...
+# The exchange of (name, rank, world) in one group of threads.
+Post = Callable[[str, int, int], Exchange]
 
 
 @dataclass
@@ -94,9 +68,10 @@ def routing_of(decoder: Decoder, some: Sequence[Sequence[int]]) -> NDArray[np.in
     return np.stack([routes.layers[layer] for layer in decoder.spec.moe_layers], axis=1)
 
 
-def served(ops: Ops, plan: Plan, homes: Sequence[Sequence[Sequence[int]]]) -> list[Moved]:
+def served(
+    ops: Ops, post: Post, plan: Plan, homes: Sequence[Sequence[Sequence[int]]]
+) -> list[Moved]:
     """Each rank runs the prompts of its home in one step."""
-    boxes: dict[tuple[int, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
     where = layouts(plan, plan.moe_layers, EXPERTS, WORLD)
     counted: dict[int, Moved] = {}
 
@@ -105,7 +80,7 @@ def served(ops: Ops, plan: Plan, homes: Sequence[Sequence[Sequence[int]]]) -> li
             resolve_model("demo"), dtype=None, ops=ops, quantization="int8",
             experts=own_experts(where, rank),
         )  # fmt: skip
-        moves = Flat(ops, QueueExchange(rank, boxes), Topology((0,) * WORLD), Progress())
+        moves = Flat(ops, post("all", rank, WORLD), Topology((0,) * WORLD), Progress())
         parallel = parallel_over(ops, decoder.stack.layers, where, moves, Progress())
         cache = decoder.new_cache(len(homes[rank]) * LENGTH // BLOCK, BLOCK)
         decoder.over(parallel).forward(pack_spans(spans_of(homes[rank]), BLOCK), cache)
@@ -120,7 +95,9 @@ def served(ops: Ops, plan: Plan, homes: Sequence[Sequence[Sequence[int]]]) -> li
 
 
 @pytest.mark.parametrize("extra", [0, 2], ids=["one slot each", "replicas"])
-def test_counted_copies_and_bytes_are_those_predicted(ops: Ops, extra: int) -> None:
+def test_counted_copies_and_bytes_are_those_predicted(
+    ops: Ops, new_post: Callable[[], Post], extra: int
+) -> None:
     """Fitted on half of the texts, served on the other; predicted without knowing the homes."""
     whole = load_decoder(resolve_model("demo"), dtype=None, ops=ops, quantization="int8")
     texts = prompts(32)
@@ -136,7 +113,7 @@ def test_counted_copies_and_bytes_are_those_predicted(ops: Ops, extra: int) -> N
     each = len(other) // WORLD
     home_T = np.repeat(np.arange(WORLD, dtype=np.int32), each * LENGTH)
 
-    moved = served(ops, plan, [other[r * each : (r + 1) * each] for r in range(WORLD)])
+    moved = served(ops, new_post(), plan, [other[r * each : (r + 1) * each] for r in range(WORLD)])
 
     sent = sum(sum(m.copies_R) for m in moved)
     per_token_layer = 2 * sent / len(topk_TLK) / len(layers)

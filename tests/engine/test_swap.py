@@ -12,19 +12,17 @@ import queue
 import threading
 import time
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from moeserve.comm.build import parallel_over
 from moeserve.comm.dispatcher import Flat
-from moeserve.comm.exchange import Traffic
+from moeserve.comm.exchange import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import layouts, own_experts
 from moeserve.comm.pipeline import Parallel
@@ -53,31 +51,8 @@ NEW_ROWS = [
     [0, 1, 2, 3, 4, 1, 0, 7, 6, 5],
 ]
 NEW = Plan(np.array(NEW_ROWS, np.int32), EXPERTS, WORLD, 1, LAYERS)
-
-
-@dataclass
-class QueueExchange:
-    """One rank among threads."""
-
-    rank: int
-    boxes: dict[tuple[int, int, int], queue.Queue[Tensor]]
-    name: str = "threads"
-    world: int = WORLD
-    traffic: Traffic = field(default_factory=Traffic)
-    open: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
-        self.open[lane] = [torch.empty(size, dtype=torch.uint8) for size in sizes_R]
-        return self.open[lane]
-
-    def send(self, lane: int, sizes_R: Sequence[int]) -> None:
-        for r, (area, size) in enumerate(zip(self.open[lane], sizes_R, strict=True)):
-            self.boxes[lane, self.rank, r].put(area[:size])
-
-    def receive(self, lane: int) -> list[Tensor]:
-        return [self.boxes[lane, r, self.rank].get(timeout=WAIT_S) for r in range(WORLD)]
-
-    def close(self) -> None: ...
+# The exchange of (name, rank, world) in one group of threads.
+Post = Callable[[str, int, int], Exchange]
 
 
 @dataclass
@@ -126,7 +101,7 @@ class Member:
     swapper: Swapper
 
 
-def member(path: Path, ops: Ops, rank: int, exchange: QueueExchange, hold: Hold) -> Member:
+def member(path: Path, ops: Ops, rank: int, exchange: Exchange, hold: Hold) -> Member:
     where = layouts(OLD, LAYERS, EXPERTS, WORLD)
     decoder = load_decoder(path, dtype=None, ops=ops, experts=own_experts(where, rank))
     moves = Flat(ops, exchange, Topology((0,) * WORLD), Progress())
@@ -167,10 +142,9 @@ class Group:
 
 
 @contextlib.contextmanager
-def group(path: Path, ops: Ops) -> Iterator[Group]:
-    boxes: dict[tuple[int, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+def group(path: Path, ops: Ops, post: Post) -> Iterator[Group]:
     hold, ends = Hold(), LeaderEnd()
-    ranks = [member(path, ops, r, QueueExchange(r, boxes), hold) for r in range(WORLD)]
+    ranks = [member(path, ops, r, post("all", r, WORLD), hold) for r in range(WORLD)]
     conductor = PlanConductor(OLD, ranks[0].swapper)
     executor = DistributedExecutor(ranks[0].executor, ends, WORLD, conductor=conductor)
     follower = threading.Thread(
@@ -238,8 +212,10 @@ def memory_of(group: Group) -> list[weakref.ref[Tensor]]:
     return found
 
 
-def test_tokens_are_the_same_before_during_and_after(path: Path, ops: Ops) -> None:
-    with group(path, ops) as ranks:
+def test_tokens_are_the_same_before_during_and_after(
+    path: Path, ops: Ops, new_post: Callable[[], Post]
+) -> None:
+    with group(path, ops, new_post()) as ranks:
         before = serve(ranks, NAMES)
         if ops.name == "cpu":
             old = memory_of(ranks)
@@ -279,9 +255,9 @@ def test_tokens_are_the_same_before_during_and_after(path: Path, ops: Ops) -> No
 
 
 def test_a_rank_that_cannot_read_keeps_the_old_plan_and_serves_on(
-    path: Path, ops: Ops, caplog: pytest.LogCaptureFixture
+    path: Path, ops: Ops, new_post: Callable[[], Post], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with group(path, ops) as ranks:
+    with group(path, ops, new_post()) as ranks:
         before = serve(ranks, NAMES)
         ranks.hold.fails = 1
         ranks.hold.go.set()
@@ -302,10 +278,10 @@ def test_a_rank_that_cannot_read_keeps_the_old_plan_and_serves_on(
 
 
 def test_a_plan_of_other_slots_is_refused_in_the_log(
-    path: Path, ops: Ops, caplog: pytest.LogCaptureFixture
+    path: Path, ops: Ops, new_post: Callable[[], Post], caplog: pytest.LogCaptureFixture
 ) -> None:
     wider = Plan(np.array([[*range(8), *range(4)]] * 3, np.int32), EXPERTS, WORLD, 1, LAYERS)
-    with group(path, ops) as ranks:
+    with group(path, ops, new_post()) as ranks:
         ranks.conductor.propose(wider)
         until(lambda: not ranks.conductor.waiting, ranks)
         assert "start again" in caplog.text
