@@ -38,7 +38,7 @@ def ask(*words: str, statuses: tuple[int, ...] = (0,)) -> str:
 
 def main(checkout: Path) -> None:
     home = Path(sysconfig.get_path("purelib")).resolve()
-    for module in ("moeserve", "moeserve.kernels._cpu", "moeserve.pb.inference_pb2"):
+    for module in ("moeserve", "moeserve.kernels.cpu._cpu", "moeserve.pb.inference_pb2"):
         found = origin(module)
         require(found.is_relative_to(home), f"{module} comes from {found}, not from {home}")
         require(not found.is_relative_to(checkout), f"{module} comes from the checkout")

@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from moeserve.kernels import _cpu
-from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.cpu.ops import CpuOps, _cpu
 from moeserve.kernels.ops import AttentionBatch, KvCache, KvShape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)

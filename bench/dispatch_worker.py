@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.dispatcher import Flat, Spread
-from moeserve.comm.exchange import Exchange
+from moeserve.comm.exchange.base import Exchange
+from moeserve.comm.exchange.open import open_exchange
+from moeserve.comm.exchange.rounds import Lanes
 from moeserve.comm.group import Group, Topology, join_store
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.open import open_exchange
-from moeserve.comm.progress import Progress
-from moeserve.comm.rounds import Lanes
 from moeserve.comm.table import table_of
-from moeserve.kernels import _cpu
-from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.cpu.ops import CpuOps, _cpu
 from moeserve.kernels.matrix import Int8Matrix
 from moeserve.kernels.ops import MoeWeights, Part, Routed, RouterSpec, RouterWeights
 from moeserve.kernels.wire import Sums
+from moeserve.observe.progress import Progress
 
 # Of the sums that come back: what fits 16 bits, as nearly all do.
 SUM = 1000

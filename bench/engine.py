@@ -24,8 +24,8 @@ from rich.table import Table
 
 from moeserve.core import Counters, Request, RequestId, SamplingParams, StepPlan
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.rank import open_recorder
-from moeserve.engine.runner import LocalExecutor
+from moeserve.engine.model_runner import LocalExecutor
+from moeserve.engine.rank_model import open_recorder
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder

@@ -33,7 +33,7 @@ from moeserve.bench.material import PLANS, Material, prepare
 from moeserve.bench.overlapped import AUTO, Effort, Load, Samples, Way, fill, measure
 from moeserve.errors import InternalError, MoeserveError
 from moeserve.models.library import DEMO
-from moeserve.placement.topology import Dataflow
+from moeserve.placement.cluster import Dataflow
 from moeserve.testbed.links import MTU, parse_rate, show_rate
 from moeserve.testbed.network import Bed, refusal
 

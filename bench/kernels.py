@@ -21,8 +21,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from moeserve.kernels import _cpu
-from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.cpu.ops import CpuOps, _cpu
 from moeserve.kernels.matrix import Int8Matrix, Matrix, to_int4
 from moeserve.kernels.ops import Experts, Linear
 from moeserve.kernels.probe import Machine, probe_machine

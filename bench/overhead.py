@@ -24,7 +24,7 @@ from rich.table import Table
 
 from moeserve.core import Event, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
-from moeserve.kernels import _cpu
+from moeserve.kernels.cpu import _cpu
 
 PROMPT = 128
 WAIT_S = 300.0

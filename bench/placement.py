@@ -21,17 +21,18 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from moeserve.placement import dp, inputs
-from moeserve.placement.balance import balance_layers, peak
-from moeserve.placement.bounds import balance_bound
+from moeserve.placement.cluster import Dataflow, Topology
 from moeserve.placement.cost import imbalance, slot_loads, traffic
-from moeserve.placement.eplb import eplb
+from moeserve.placement.formats import routing_files as inputs
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.report import figures
 from moeserve.placement.routing import Routing, split, workload_of_tokens
-from moeserve.placement.solve import Budget, Solver, solve
-from moeserve.placement.topology import Dataflow, Topology
+from moeserve.placement.solvers import dp
+from moeserve.placement.solvers.balance import balance_layers, peak
+from moeserve.placement.solvers.bounds import balance_bound
+from moeserve.placement.solvers.eplb import eplb
+from moeserve.placement.solvers.portfolio import Budget, Solver, solve
 
 F64 = NDArray[np.float64]
 SIZES = (

@@ -2,7 +2,7 @@
 //
 // Every rank owns one block of shared memory, zeroed at first and mapped by all:
 //
-//   64 B              identity, checked by moeserve/comm/shm_exchange.py
+//   64 B              identity, checked by moeserve/comm/exchange/shm.py
 //   Progress          what only its owner writes and anybody may read
 //   Bell              what the owner sleeps for, 0 while it is awake; a futex
 //   Count[lane][2]    segments that have arrived, since ever, in rounds of this parity

@@ -10,7 +10,7 @@ Imports run one way, and ``tests/test_layout.py`` holds it::
       ^
     engine  offload                           requests to tokens
       ^
-    pools  doctor  evaluate  bench  testbed   doors; this host; accuracy; speed; many hosts
+    gateway  doctor  evaluate  bench  testbed   doors; this host; accuracy; speed; many hosts
       ^
     worker                                    one rank of several
       ^

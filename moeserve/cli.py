@@ -86,10 +86,10 @@ def _serve(args: argparse.Namespace) -> int:
     # The import takes seconds, and only after it does the server have handlers of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     if config.ep is not None and config.ep > 1:
-        from moeserve.worker import serve_local
+        from moeserve.worker.run import serve_local
 
         return serve_local(config, os.environ)
-    from moeserve.pools.server import serve
+    from moeserve.gateway.server import serve
 
     return serve(config)
 
@@ -166,7 +166,7 @@ def _generate(args: argparse.Namespace) -> int:
         params["stop"] = args.stop
     if args.ignore_eos:
         params["ignore_eos"] = True
-    from moeserve.pools.offline import generate
+    from moeserve.gateway.offline import generate
 
     show = None if args.json else _show
     answer = generate(config, prompt, params, show)

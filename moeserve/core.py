@@ -28,7 +28,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. Bounds are checked at the doors (``pools.limits``), not here.
+    """How tokens are chosen. Bounds are checked at the doors (``gateway.limits``), not here.
 
     ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 are off. Penalties follow
     OpenAI (presence, frequency: on generated tokens) and CTRL (repetition: prompt and generated).

@@ -193,7 +193,7 @@ def examine_kernels(problems: list[Advice], notes: list[Advice]) -> tuple[str | 
     if ops.name == SLOW_TWIN:
         notes.append(Advice("the native kernels are missing: the slow twin serves", REBUILD))
         return ops.name, None
-    from moeserve.kernels import _cpu
+    from moeserve.kernels.cpu import _cpu
 
     return ops.name, _cpu.isa()
 

@@ -1,4 +1,4 @@
-// moeserve.placement._search: the search loops over numpy arrays. moeserve/placement/search.py is
+// moeserve.placement._search: the search loops over numpy arrays. moeserve/placement/solvers/search.py is
 // the only caller and checks every shape; the GIL is not held while searching.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

@@ -1,4 +1,4 @@
-// The hot loops of the placement search. Each has a twin in moeserve/placement/twin.py which takes
+// The hot loops of the placement search. Each has a twin in moeserve/placement/solvers/twin.py which takes
 // the same decisions; tests hold them equal.
 //
 // Letters in shapes: T tokens, K experts per token, E experts, S slots of one layer, D devices,

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeserve.comm.exchange import Exchange, Traffic
+from moeserve.comm.exchange.base import Exchange, Traffic
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moeserve.kernels import _cpu
+from moeserve.kernels.cpu import _cpu
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder
 

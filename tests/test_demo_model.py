@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from moeserve.config import ServeConfig
+from moeserve.gateway.offline import generate
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.families import read_spec
 from moeserve.models.library import resolve_model
 from moeserve.models.spec import MlaSpec, MoeSpec
-from moeserve.pools.offline import generate
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRACE = EXAMPLES / "demo_model" / "routing_by_domain.safetensors"

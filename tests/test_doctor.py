@@ -19,7 +19,7 @@ from moeserve.doctor import HostReport, Port, Report
 from moeserve.errors import CheckpointError
 from moeserve.host import read_memory
 from moeserve.kernels.probe import Machine, Rate
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.decoder import load_decoder
 from moeserve.models.survey import Survey, survey
 
@@ -145,7 +145,7 @@ def test_a_model_without_a_tokenizer_is_served_with_a_note(
 
 def kernels_without_the_native_half(require: str) -> str:
     code = (
-        "import sys; sys.modules['moeserve.kernels._cpu'] = None\n"
+        "import sys; sys.modules['moeserve.kernels.cpu._cpu'] = None\n"
         "from moeserve.doctor import examine_software\n"
         "problems, notes = [], []\n"
         "software = examine_software(problems, notes)\n"

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from moeserve.core import Chunk, Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.runner import LocalExecutor
+from moeserve.engine.model_runner import LocalExecutor
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.kernels.ops import Linear
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 

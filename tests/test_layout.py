@@ -25,16 +25,16 @@ PURE = (
     "core.py",
     "engine/scheduler.py",
     "engine/blocks.py",
-    "engine/fleet.py",
-    "engine/homes.py",
-    "engine/overlap.py",
-    "engine/replan.py",
+    "engine/ranks/fleet.py",
+    "engine/ranks/homes.py",
+    "engine/ranks/microbatches.py",
+    "engine/replan/switch.py",
 )
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
     "heapq itertools math operator struct typing "
     "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.scheduler "
-    "moeserve.engine.fleet".split()
+    "moeserve.engine.ranks.fleet".split()
 )
 BARE = (
     "moeserve",
@@ -44,10 +44,10 @@ BARE = (
     "moeserve.host",
     "moeserve.engine.blocks",
     "moeserve.engine.scheduler",
-    "moeserve.engine.fleet",
-    "moeserve.engine.homes",
-    "moeserve.engine.overlap",
-    "moeserve.engine.replan",
+    "moeserve.engine.ranks.fleet",
+    "moeserve.engine.ranks.homes",
+    "moeserve.engine.ranks.microbatches",
+    "moeserve.engine.replan.switch",
 )
 
 UNPICKLERS = frozenset("pickle cPickle _pickle marshal shelve dill cloudpickle joblib".split())
@@ -127,7 +127,7 @@ def parts_imported(path: Path) -> set[str]:
 def test_the_docstring_draws_the_layers() -> None:
     drawn = layers()
     assert drawn["core"] == drawn["errors"] == drawn["config"] == 0
-    assert drawn["kernels"] < drawn["models"] < drawn["engine"] < drawn["pools"] < drawn["cli"]
+    assert drawn["kernels"] < drawn["models"] < drawn["engine"] < drawn["gateway"] < drawn["cli"]
 
 
 @each_module

@@ -1,5 +1,5 @@
-// moeserve.kernels._cpu: the kernels of the best instruction set this machine has, by raw pointers.
-// moeserve/kernels/cpu.py is the only caller and checks every shape.
+// moeserve.kernels.cpu._cpu: the kernels of the best instruction set this machine has, by raw pointers.
+// moeserve/kernels/cpu/ops.py is the only caller and checks every shape.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from moeserve.bench.roofline import LoadCounter, Roofline, step_seconds
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.runner import LocalExecutor, StepObserver
+from moeserve.engine.model_runner import LocalExecutor, StepObserver
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.models.decoder import Decoder
 

@@ -23,12 +23,12 @@ from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import DEMO, resolve_model
 from moeserve.models.spec import MoeSpec
+from moeserve.placement.cluster import Dataflow, Topology
 from moeserve.placement.cost import traffic
 from moeserve.placement.plan import Plan, contiguous
 from moeserve.placement.problem import Problem
 from moeserve.placement.routing import Routing, workload_of_tokens
-from moeserve.placement.solve import Budget, Solver, solve
-from moeserve.placement.topology import Dataflow, Topology
+from moeserve.placement.solvers.portfolio import Budget, Solver, solve
 
 BLOCK = 16
 SLACK = 1.1  # how much a solved plan may be out of balance

@@ -2,7 +2,7 @@
 
 A load is what every rank has in a step: so many streams that decode, or tokens of prompts. A way is
 a variant of the traffic with a number of microbatches, fixed or chosen as the engine chooses
-(``engine.overlap``), which has learned before it is timed.
+(``engine.ranks.microbatches``), which has learned before it is timed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moeserve.bench.crew import Crew, Spans, Taken, Variant
-from moeserve.engine.overlap import Fixed, Measured, Microbatches, Shape
+from moeserve.engine.ranks.microbatches import Fixed, Measured, Microbatches, Shape
 
 LEARNING_STEPS = 40
 AUTO = "auto"

@@ -29,18 +29,18 @@ from torch import Tensor
 
 from moeserve.comm.build import parallel_over
 from moeserve.comm.dispatcher import Flat, Spread
-from moeserve.comm.exchange import Exchange
+from moeserve.comm.exchange.base import Exchange
+from moeserve.comm.exchange.open import open_exchange
+from moeserve.comm.exchange.rounds import Lanes
 from moeserve.comm.group import Group, Topology, host_store, join_store
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.open import open_exchange
 from moeserve.comm.pipeline import Parallel
-from moeserve.comm.progress import Progress
-from moeserve.comm.rounds import Lanes
 from moeserve.comm.table import Assigned, Table
 from moeserve.kernels.select import choose_ops
 from moeserve.kernels.wire import Copies, Wire
 from moeserve.models.batch import Span, pack_spans, split_spans
 from moeserve.models.decoder import Decoder, KVCache, load_decoder
+from moeserve.observe.progress import Progress
 
 BLOCK = 16
 MOST_MICROBATCHES = 4

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moeserve.comm.dispatcher import ByNode, Dispatcher, Flat, Spread
-from moeserve.comm.exchange import DEADLINE_S, Alarm
+from moeserve.comm.exchange.base import DEADLINE_S, Alarm
+from moeserve.comm.exchange.open import open_exchange
+from moeserve.comm.exchange.rounds import Lanes
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.open import open_exchange
 from moeserve.comm.pipeline import Parallel
-from moeserve.comm.progress import Progress
-from moeserve.comm.rounds import Lanes
 from moeserve.comm.table import table_of
 from moeserve.errors import InternalError
 from moeserve.kernels.ops import Layer, MoeWeights, Ops, Part, RouterWeights
 from moeserve.kernels.wire import Combine
+from moeserve.observe.progress import Progress
 from moeserve.placement.report import CopyBytes
 
 MANY = 1 << 16

@@ -18,13 +18,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moeserve.comm.exchange import Exchange
+from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.progress import Progress
 from moeserve.comm.table import Assigned, Table
 from moeserve.kernels.ops import MoeWeights, Ops, Part, Routed
 from moeserve.kernels.wire import Sums, Wire
+from moeserve.observe.progress import Progress
 
 
 @dataclass(slots=True)

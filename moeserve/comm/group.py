@@ -22,7 +22,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
     TCPStore,
 )
 
-from moeserve.comm.exchange import Alarm
+from moeserve.comm.exchange.base import Alarm
 from moeserve.errors import LateRankError, MoeserveError
 
 START_S = 60.0

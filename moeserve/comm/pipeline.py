@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.dispatcher import Dispatcher, Spread
-from moeserve.comm.progress import Progress
 from moeserve.kernels.ops import (
     DenseWeights,
     KvCache,
@@ -25,6 +24,7 @@ from moeserve.kernels.ops import (
     RouterWeights,
     Step,
 )
+from moeserve.observe.progress import Progress
 
 
 class Parallel:

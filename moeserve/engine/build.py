@@ -13,14 +13,14 @@ from pathlib import Path
 from moeserve.comm.build import copy_bytes
 from moeserve.core import Counters
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.conductor import PlanConductor
-from moeserve.engine.distributed import DistributedExecutor, LeaderChannel
-from moeserve.engine.fleet import Fleet
-from moeserve.engine.homes import NearExperts
 from moeserve.engine.loop import Engine, EngineObserver, Unobserved
-from moeserve.engine.planning import Planning, replan_by_itself
-from moeserve.engine.rank import Rank, Seat, load_rank, widest
-from moeserve.engine.replanner import Habits
+from moeserve.engine.rank_model import Rank, Seat, load_rank, widest
+from moeserve.engine.ranks.fleet import Fleet
+from moeserve.engine.ranks.homes import NearExperts
+from moeserve.engine.ranks.leader import DistributedExecutor, LeaderChannel
+from moeserve.engine.replan.coordinator import PlanConductor
+from moeserve.engine.replan.live import Planning, replan_by_itself
+from moeserve.engine.replan.replanner import Habits
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.library import resolve_model

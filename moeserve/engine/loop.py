@@ -31,7 +31,7 @@ from moeserve.core import (
 )
 from moeserve.engine.blocks import BlockCounts
 from moeserve.engine.executor import Executor
-from moeserve.engine.stream import Sink, Stream
+from moeserve.engine.request_state import Sink, Stream
 from moeserve.engine.text import Decodes, TextStream
 from moeserve.errors import TokenizerError, UnavailableError
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from moeserve.core import Counters, Request
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.runner import LocalExecutor
+from moeserve.engine.model_runner import LocalExecutor
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.errors import InternalError
 from moeserve.models.decoder import Decoder

@@ -176,8 +176,8 @@ def _evaluate(args: argparse.Namespace, bar: Progress) -> Report:
 
 
 def _load(variant: Variant, ops: Ops, bar: Progress) -> Decoder:
-    from moeserve.engine.rank import DTYPES as TORCH_DTYPES
-    from moeserve.engine.rank import KV_DTYPES as TORCH_KV_DTYPES
+    from moeserve.engine.rank_model import DTYPES as TORCH_DTYPES
+    from moeserve.engine.rank_model import KV_DTYPES as TORCH_KV_DTYPES
     from moeserve.models.decoder import load_decoder
     from moeserve.models.library import resolve_model
 

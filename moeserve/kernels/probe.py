@@ -87,7 +87,7 @@ def faster(one: Machine, other: Machine) -> Machine:
 
 def native_half() -> ModuleType | None:
     try:
-        from moeserve.kernels import _cpu
+        from moeserve.kernels.cpu import _cpu
     except ImportError:
         return None
     return _cpu

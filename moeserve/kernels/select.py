@@ -11,7 +11,7 @@ import os
 
 from moeserve.errors import ConfigError
 from moeserve.kernels.ops import Ops
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
 
 REMEDY = "build it with `pip install .`, which needs a C++17 compiler"
 
@@ -21,8 +21,8 @@ def choose_ops(device: str = "cpu", threads: int | None = None) -> Ops:
     if device != "cpu":
         raise ConfigError(f"device={device!r}: expected 'cpu'")
     try:
-        from moeserve.kernels import _cpu
-        from moeserve.kernels.cpu import CpuOps
+        from moeserve.kernels.cpu import _cpu
+        from moeserve.kernels.cpu.ops import CpuOps
     except ImportError as missing:
         if os.environ.get("MOESERVE_REQUIRE_NATIVE", "") not in ("", "0"):
             raise ConfigError(

@@ -32,7 +32,7 @@ from moeserve.kernels.matrix import (
     to_float,
     to_int8,
 )
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.checkpoint import FLOATS, Checkpoint
 from moeserve.models.decoder import build_decoder, open_weights
 from moeserve.models.families import read_spec

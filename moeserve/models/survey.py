@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.checkpoint import FLOATS, Checkpoint
 from moeserve.models.decoder import assemble
 from moeserve.models.spec import ModelSpec, MoeSpec

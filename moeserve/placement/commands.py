@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from moeserve.errors import PlacementError
-from moeserve.placement import exchange, inputs
 from moeserve.placement import plan as plans
+from moeserve.placement.cluster import Dataflow, Phase, Topology
+from moeserve.placement.formats import routing_files as inputs
+from moeserve.placement.formats import runtimes as exchange
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Moves, Problem
 from moeserve.placement.report import CopyBytes, figures
 from moeserve.placement.routing import Routing, split
-from moeserve.placement.solve import Budget, Progress, Solver
-from moeserve.placement.solve import solve as find
-from moeserve.placement.topology import Dataflow, Phase, Topology
+from moeserve.placement.solvers.portfolio import Budget, Progress, Solver
+from moeserve.placement.solvers.portfolio import solve as find
 
 SHOW_AFTER = 2.0  # seconds of silence before a progress bar appears
 

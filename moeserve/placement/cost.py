@@ -30,10 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
+from moeserve.placement.cluster import Dataflow, Phase
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing
 from moeserve.placement.split import split_batches
-from moeserve.placement.topology import Dataflow, Phase
 
 BATCH = 64
 _LANES = 8192  # batches split at once, which bounds memory

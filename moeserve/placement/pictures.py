@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
 from moeserve.placement.cost import device_loads, layer_uses
-from moeserve.placement.dp import affinity
 from moeserve.placement.plan import Plan, contiguous, with_slots
 from moeserve.placement.routing import Routing
+from moeserve.placement.solvers.dp import affinity
 
 F64 = NDArray[np.float64]
 

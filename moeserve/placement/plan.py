@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
-from moeserve.placement.topology import Dataflow, Phase
+from moeserve.placement.cluster import Dataflow, Phase
 
 FORMAT = "moeserve-plan"
 VERSION = 1

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from moeserve.errors import PlacementError
+from moeserve.placement.cluster import Dataflow, Phase, Topology
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing
-from moeserve.placement.topology import Dataflow, Phase, Topology
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
-from moeserve.placement.bounds import copies_bound, mean_balance_bound
+from moeserve.placement.cluster import Dataflow, Topology
 from moeserve.placement.cost import (
     Traffic,
     histogram_homes,
@@ -28,7 +28,7 @@ from moeserve.placement.cost import (
 )
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing
-from moeserve.placement.topology import Dataflow, Topology
+from moeserve.placement.solvers.bounds import copies_bound, mean_balance_bound
 
 
 @dataclass(frozen=True, slots=True)

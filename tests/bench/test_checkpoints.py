@@ -13,7 +13,7 @@ import torch
 from moeserve.bench.generation import Case, prompts
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.runner import LocalExecutor
+from moeserve.engine.model_runner import LocalExecutor
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.kernels.ops import Ops
 from moeserve.models.decoder import Decoder, load_decoder

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from moeserve.comm.exchange import Exchange
+from moeserve.comm.exchange.base import Exchange
+from moeserve.comm.exchange.open import open_exchange
+from moeserve.comm.exchange.rounds import Lanes
+from moeserve.comm.exchange.shm import ShmExchange
 from moeserve.comm.group import Group, Topology, join_store
-from moeserve.comm.open import open_exchange
-from moeserve.comm.rounds import Lanes
-from moeserve.comm.shm_exchange import ShmExchange
 from moeserve.errors import LateRankError, MoeserveError, UnavailableError
 
 

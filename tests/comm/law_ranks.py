@@ -27,13 +27,13 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from moeserve.comm.build import Bounds, open_parallel
 from moeserve.comm.group import Group, Topology, join_store
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.progress import Progress
 from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.families import read_spec
 from moeserve.models.spec import ModelSpec, MoeSpec
+from moeserve.observe.progress import Progress
 
 BLOCK = 8
 BLOCKS = 16  # of a sequence

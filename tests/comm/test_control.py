@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moeserve.comm.control import Follower, Leader, follow, lead, require_trust
+from moeserve.comm.control.channels import Follower, Leader, follow, lead, require_trust
+from moeserve.comm.control.link import LARGEST, Link, Tls, Trust, accept, connect
 from moeserve.comm.group import Group, host_store, join_store
-from moeserve.comm.link import LARGEST, Link, Tls, Trust, accept, connect
 from moeserve.errors import ConfigError, LateRankError, MoeserveError, UnauthenticatedError
 from moeserve.pb import ep_pb2 as pb
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.comm.greetings import LEAVING, Greetings
+from moeserve.comm.exchange.stragglers import LEAVING, Greetings
 
 
 def test_who_does_not_wait_is_late() -> None:

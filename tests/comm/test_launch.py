@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.comm.launch import ALONE, SLURM_PORTS, Launch, expand_hosts, read_launch
+from moeserve.comm.launch.environment import ALONE, SLURM_PORTS, Launch, expand_hosts, read_launch
 from moeserve.errors import ConfigError
 
 TORCHRUN = {

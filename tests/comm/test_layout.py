@@ -10,8 +10,8 @@ import pytest
 
 from moeserve.comm.layout import layouts, own_experts, plan_of
 from moeserve.errors import PlacementError
+from moeserve.placement.cluster import Dataflow
 from moeserve.placement.plan import Plan, dump
-from moeserve.placement.topology import Dataflow
 
 LAYERS = (1, 2)
 PLAN = Plan(np.array([[3, 0, 1, 2], [0, 1, 2, 3]], np.int32), 4, 4, 2, LAYERS)

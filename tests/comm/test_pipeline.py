@@ -21,15 +21,15 @@ from torch import Tensor
 
 from moeserve.comm.build import parallel_over
 from moeserve.comm.dispatcher import ByNode, Dispatcher, Flat
-from moeserve.comm.exchange import Exchange
+from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.progress import Progress
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.wire import Combine
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.spec import MoeSpec
+from moeserve.observe.progress import Progress
 
 T = TypeVar("T")
 DEADLINE_S = 60.0

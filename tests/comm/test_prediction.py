@@ -14,22 +14,22 @@ from torch import Tensor
 
 from moeserve.comm.build import copy_bytes, parallel_over
 from moeserve.comm.dispatcher import Flat, Moved
-from moeserve.comm.exchange import Exchange
+from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import layouts, own_experts
-from moeserve.comm.progress import Progress
 from moeserve.kernels.ops import Ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
 from moeserve.models.tokenizer import Tokenizer
+from moeserve.observe.progress import Progress
 from moeserve.placement import cost
+from moeserve.placement.cluster import Dataflow
+from moeserve.placement.cluster import Topology as Devices
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.routing import Routing, workload_of_tokens
-from moeserve.placement.solve import Budget, solve
-from moeserve.placement.topology import Dataflow
-from moeserve.placement.topology import Topology as Devices
+from moeserve.placement.solvers.portfolio import Budget, solve
 
 WORLD, BLOCK, EXPERTS, LENGTH, WAIT_S = 4, 16, 32, 96, 60.0
 ROOT = Path(__file__).resolve().parents[2]

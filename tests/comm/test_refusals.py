@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moeserve.comm.spawn import child_environ
+from moeserve.comm.launch.spawn import child_environ
 from moeserve.placement.plan import Plan, contiguous, dump
 
 PATIENCE_S = 100.0

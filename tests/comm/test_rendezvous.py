@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from moeserve.comm.control.handshake import Identity, agree
 from moeserve.comm.group import Group, host_store, join_store
-from moeserve.comm.handshake import Identity, agree
-from moeserve.comm.launch import LOOPBACK, Launch
-from moeserve.comm.rendezvous import (
+from moeserve.comm.launch.environment import LOOPBACK, Launch
+from moeserve.comm.launch.rendezvous import (
     HOST_ID,
     Met,
     host_identity,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moeserve.comm.progress import Progress
-from moeserve.comm.timeline import Timeline
 from moeserve.errors import ConfigError
+from moeserve.observe.progress import Progress
+from moeserve.observe.timeline import Timeline
 
 
 def test_what_a_rank_does_becomes_events_on_the_track_of_its_microbatch(tmp_path: Path) -> None:

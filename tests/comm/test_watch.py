@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.comm.watch import Watch
+from moeserve.comm.control.silence import Watch
 
 
 def test_a_rank_is_late_after_the_limit_and_not_before() -> None:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from moeserve.core import Event, FinishReason, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
-from moeserve.engine.rank import size_kv
+from moeserve.engine.rank_model import size_kv
 from moeserve.errors import CheckpointError, ConfigError, TokenizerError
 
 MakeCheckpoint = Callable[[str], Path]

@@ -31,13 +31,13 @@ from moeserve.core import (
     StepResult,
 )
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.distributed import DistributedExecutor
-from moeserve.engine.fleet import Fleet
-from moeserve.engine.follow import follow
 from moeserve.engine.loop import Engine
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.orders import Known, Told
-from moeserve.engine.overlap import Fixed
+from moeserve.engine.ranks.fleet import Fleet
+from moeserve.engine.ranks.follower import follow
+from moeserve.engine.ranks.leader import DistributedExecutor
+from moeserve.engine.ranks.messages import Known, Told
+from moeserve.engine.ranks.microbatches import Fixed
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.errors import InternalError, LateRankError, UnavailableError
 

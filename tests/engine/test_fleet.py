@@ -20,8 +20,8 @@ from moeserve.core import (
     StepResult,
 )
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.fleet import Fleet, Homes, RankLoad
 from moeserve.engine.null import NullExecutor
+from moeserve.engine.ranks.fleet import Fleet, Homes, RankLoad
 from moeserve.engine.scheduler import SchedulerConfig
 from moeserve.errors import ExhaustedError, InvalidRequestError
 

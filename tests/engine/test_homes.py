@@ -22,12 +22,12 @@ from moeserve.core import (
     StepResult,
 )
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.fleet import Fleet, Homes, LeastWork, RankLoad
-from moeserve.engine.homes import HALVED_AT, MOST_KINDS, NearExperts, Use, kind_of
+from moeserve.engine.ranks.expert_use import LOOKED_AT, UseCounter
+from moeserve.engine.ranks.fleet import Fleet, Homes, LeastWork, RankLoad
+from moeserve.engine.ranks.homes import HALVED_AT, MOST_KINDS, NearExperts, Use, kind_of
 from moeserve.engine.scheduler import SchedulerConfig
-from moeserve.engine.uses import LOOKED_AT, UseCounter
 from moeserve.placement.cost import layer_uses
-from moeserve.placement.inputs import read
+from moeserve.placement.formats.routing_files import read
 from moeserve.placement.plan import Plan, contiguous
 
 TRACE = Path(__file__).resolve().parents[2] / "examples/demo_model/routing_by_domain.safetensors"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from moeserve.engine.online import (
+from moeserve.engine.replan.benefit import (
     LEAST_STEPS,
     Load,
     Moving,
@@ -27,11 +27,11 @@ from moeserve.engine.online import (
     layers_that_differ,
     load_of,
 )
+from moeserve.placement.cluster import Dataflow, Topology
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.routing import Routing, workload_of_tokens
-from moeserve.placement.solve import Budget, solve
-from moeserve.placement.topology import Dataflow, Topology
+from moeserve.placement.solvers.portfolio import Budget, solve
 
 DEVICES, EXPERTS, K, LAYERS = 4, 16, 2, (0, 1)
 TRUE = Weights(fixed=1e-3, token=2e-5, copy=4e-6, busiest=1e-5)

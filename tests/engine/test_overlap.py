@@ -7,7 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.engine.overlap import Fixed, Measured, Shape
+from moeserve.engine.ranks.microbatches import Fixed, Measured, Shape
 
 DECODE = Shape(16, True)
 

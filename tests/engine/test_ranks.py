@@ -18,12 +18,12 @@ from safetensors.numpy import load_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moeserve.comm.group import Group, Topology
-from moeserve.comm.progress import Progress
 from moeserve.core import Event, FinishReason, Logprobs, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
-from moeserve.engine.rank import Rank, Seat, load_rank, of_rank
+from moeserve.engine.rank_model import Rank, Seat, load_rank, of_rank
 from moeserve.errors import LateRankError
 from moeserve.models.spec import MoeSpec
+from moeserve.observe.progress import Progress
 from moeserve.placement.plan import Plan, contiguous, dump
 
 MakeCheckpoint = Callable[[str], Path]

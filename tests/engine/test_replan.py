@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.engine.replan import PlanOrder, PlanReport, Switch
+from moeserve.engine.replan.switch import PlanOrder, PlanReport, Switch
 from moeserve.errors import PlacementError
 
 OLD = {1: (0, 1, 2, 3), 3: (3, 2, 1, 0), 4: (0, 1, 2, 3)}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from moeserve.core import BlockId, Chunk, Request, RequestId, SamplingParams, StepPlan
-from moeserve.engine.runner import LocalExecutor
+from moeserve.engine.model_runner import LocalExecutor
 from moeserve.models.batch import StepBatch
 
 GREEDY = SamplingParams(temperature=0)

@@ -22,24 +22,24 @@ from torch import Tensor
 
 from moeserve.comm.build import parallel_over
 from moeserve.comm.dispatcher import Flat
-from moeserve.comm.exchange import Exchange
+from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import layouts, own_experts
 from moeserve.comm.pipeline import Parallel
-from moeserve.comm.progress import Progress
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.conductor import PlanConductor
-from moeserve.engine.distributed import DistributedExecutor
-from moeserve.engine.fleet import Fleet
-from moeserve.engine.follow import follow
-from moeserve.engine.runner import LocalExecutor
+from moeserve.engine.model_runner import LocalExecutor
+from moeserve.engine.ranks.fleet import Fleet
+from moeserve.engine.ranks.follower import follow
+from moeserve.engine.ranks.leader import DistributedExecutor
+from moeserve.engine.replan.coordinator import PlanConductor
+from moeserve.engine.replan.swapper import Swapper
 from moeserve.engine.scheduler import SchedulerConfig
-from moeserve.engine.swap import Swapper
 from moeserve.errors import CheckpointError, LateRankError, MoeserveError
 from moeserve.kernels.ops import Ops
 from moeserve.models.decoder import load_decoder
-from moeserve.models.own import ExpertSource, open_experts
+from moeserve.models.expert_source import ExpertSource, open_experts
+from moeserve.observe.progress import Progress
 from moeserve.placement.plan import Plan
 
 WORLD, BLOCK, WAIT_S = 2, 8, 60.0

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moeserve.kernels import _cpu
-from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.cpu.ops import CpuOps, _cpu
 
 
 @pytest.fixture(params=_cpu.isas(), scope="module")

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.errors import InternalError
-from moeserve.kernels import _cpu
-from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.cpu.ops import CpuOps, _cpu
 from moeserve.kernels.ops import AttentionBatch, KvCache, KvShape, Ops
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
 
 REFERENCE = ReferenceOps()
 FEW = settings(max_examples=25, deadline=None)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.errors import InternalError
-from moeserve.kernels import _cpu
-from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.cpu.ops import CpuOps, _cpu
 from moeserve.kernels.matrix import Matrix, part_of, stack, to_int4, to_int8
 from moeserve.kernels.ops import (
     Activation,
@@ -23,7 +22,7 @@ from moeserve.kernels.ops import (
     Part,
     Routed,
 )
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.wire import Combine, Copies, Sums, Wire
 
 FEW = settings(max_examples=40, deadline=None)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.errors import InternalError
-from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.cpu.ops import CpuOps
 from moeserve.kernels.ops import Activation, RouterSpec
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
 
 REFERENCE = ReferenceOps()
 FEW = settings(max_examples=25, deadline=None)

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeserve.kernels import _cpu
-from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.cpu.ops import CpuOps, _cpu
 from moeserve.kernels.matrix import Matrix, to_int4, to_int8
 from moeserve.kernels.ops import Activation, RouterSpec
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.errors import CheckpointError
-from moeserve.kernels import _cpu
+from moeserve.kernels.cpu import _cpu
+from moeserve.kernels.cpu.packing import pack
 from moeserve.kernels.matrix import Block, Pieces, Rounded, joined, to_int4, to_int8
-from moeserve.kernels.packing import pack
 
 FORMS = ("float32", "bfloat16", "float16", "int8", "int4", "rounded float32", "rounded bfloat16")
 

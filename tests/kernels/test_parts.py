@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels import fused
-from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.cpu.ops import CpuOps
 from moeserve.kernels.ops import (
     AttentionBatch,
     DenseWeights,
@@ -31,7 +31,7 @@ from moeserve.kernels.ops import (
     RouterWeights,
     Step,
 )
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
 
 FEW = settings(max_examples=25, deadline=None)
 BLOCK = 4

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moeserve.kernels import _cpu, probe
+from moeserve.kernels import probe
+from moeserve.kernels.cpu import _cpu
 from moeserve.kernels.probe import KINDS, probe_machine
 
 SMALL = 8 << 20

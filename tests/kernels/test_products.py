@@ -10,8 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeserve.kernels import _cpu
-from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.cpu.ops import CpuOps, _cpu
 from moeserve.kernels.matrix import (
     Int4Matrix,
     Int8Matrix,
@@ -22,8 +21,8 @@ from moeserve.kernels.matrix import (
     to_int8,
 )
 from moeserve.kernels.ops import Activation
-from moeserve.kernels.products import fused
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
+from moeserve.kernels.reference.products import fused
 
 REFERENCE = ReferenceOps()
 FEW = settings(max_examples=20, deadline=None)

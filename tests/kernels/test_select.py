@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from moeserve.errors import ConfigError
-from moeserve.kernels import _cpu
-from moeserve.kernels.cpu import CpuOps
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.cpu.ops import CpuOps, _cpu
+from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
 
-NO_NATIVE = 'import sys; sys.modules["moeserve.kernels._cpu"] = None\n'
+NO_NATIVE = 'import sys; sys.modules["moeserve.kernels.cpu._cpu"] = None\n'
 CHOOSE = "from moeserve.kernels.select import choose_ops; print(choose_ops().name)"
 
 
@@ -44,7 +43,7 @@ def test_a_device_without_a_backend_is_named() -> None:
 def test_without_its_native_half_torch_serves_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "moeserve.kernels.cpu", None)
+    monkeypatch.setitem(sys.modules, "moeserve.kernels.cpu.ops", None)
     monkeypatch.delenv("MOESERVE_REQUIRE_NATIVE", raising=False)
     with caplog.at_level(logging.WARNING):
         assert isinstance(choose_ops(), ReferenceOps)
@@ -61,7 +60,7 @@ def test_without_its_native_half_a_process_that_requires_it_fails() -> None:
 
 
 def test_the_environment_may_only_lower_the_number_of_threads() -> None:
-    count = "from moeserve.kernels import _cpu; print(_cpu.threads())"
+    count = "from moeserve.kernels.cpu import _cpu; print(_cpu.threads())"
     assert python(count, MOESERVE_THREADS="1").stdout == "1\n"
     cores = int(python(count).stdout)
     assert 1 <= cores <= len(os.sched_getaffinity(0))
@@ -116,8 +115,8 @@ def test_callers_at_the_same_time_do_not_disturb_each_other() -> None:
 
 FORK = """
 import os, torch
-from moeserve.kernels import _cpu
-from moeserve.kernels.cpu import CpuOps
+from moeserve.kernels.cpu import _cpu
+from moeserve.kernels.cpu.ops import CpuOps
 _cpu.set_threads(3)
 ops = CpuOps()
 weight, x = ops.pack_linear(torch.randn(500, 300)), torch.randn(8, 300)

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from moeserve.kernels.ops import Ops
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import Decoder, assemble
-from moeserve.models.own import open_experts
+from moeserve.models.expert_source import open_experts
 
 ShareOut = Callable[..., None]
 
-BUILT = importlib.util.find_spec("moeserve.kernels._cpu") is not None
+BUILT = importlib.util.find_spec("moeserve.kernels.cpu._cpu") is not None
 
 
 @pytest.fixture(scope="session", params=["reference", "native"] if BUILT else ["reference"])

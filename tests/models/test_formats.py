@@ -33,7 +33,7 @@ from moeserve.kernels.matrix import (
     to_int8,
 )
 from moeserve.kernels.ops import Activation, Experts, Linear, Ops
-from moeserve.kernels.reference import ReferenceOps
+from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import load_decoder

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from moeserve.errors import CheckpointError, PlacementError
 from moeserve.kernels.ops import Ops
 from moeserve.models.decoder import load_decoder
-from moeserve.models.own import open_experts
+from moeserve.models.expert_source import open_experts
 
 TinyCheckpoint = Callable[[str], Path]
 ShareOut = Callable[..., None]

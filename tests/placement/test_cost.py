@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moeserve.placement.cluster import Dataflow, Phase
 from moeserve.placement.cost import (
     device_loads,
     histogram_homes,
@@ -18,7 +19,6 @@ from moeserve.placement.cost import (
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing, workload_of_tokens
 from moeserve.placement.split import slots_of, split_batch
-from moeserve.placement.topology import Dataflow, Phase
 
 # Two layers of eight experts, two on each of four devices, two devices on each of two nodes.
 PLAN = Plan(np.tile(np.arange(8, dtype=np.int32), (2, 1)), 8, 4, 2, (0, 1))

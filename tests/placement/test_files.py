@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.errors import PlacementError
-from moeserve.placement import exchange
+from moeserve.placement.cluster import Dataflow
+from moeserve.placement.formats import runtimes as exchange
 from moeserve.placement.plan import Plan, contiguous, dump, load, moved_slots, with_slots
-from moeserve.placement.topology import Dataflow
 
 
 def random_plan(seed: int) -> Plan:

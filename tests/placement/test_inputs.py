@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from moeserve.errors import PlacementError
-from moeserve.placement.inputs import read, read_all
+from moeserve.placement.formats.routing_files import read, read_all
 from moeserve.placement.routing import Routing, split, workload_of_tokens
 
 IDS = np.array([[[0, 1], [2, 3]], [[1, 2], [3, 0]], [[3, 1], [0, 1]]], np.int16)

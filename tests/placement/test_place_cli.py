@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from moeserve.placement import cli
-from moeserve.placement.solve import Solver
-from moeserve.placement.topology import Dataflow, Phase
+from moeserve.placement.cluster import Dataflow, Phase
+from moeserve.placement.solvers.portfolio import Solver
 
 FIGURES = {
     "imbalance", "copies_per_token_layer", "cross_node_copies_per_token_layer", "objective",

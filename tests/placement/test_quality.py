@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.errors import PlacementError
-from moeserve.placement import align, dp, ilp, moetuner
-from moeserve.placement.balance import balance_layers, peak
-from moeserve.placement.bounds import balance_bound, copies_bound
+from moeserve.placement.cluster import Dataflow, Topology
 from moeserve.placement.cost import imbalance, priced, traffic
-from moeserve.placement.eplb import eplb
 from moeserve.placement.plan import Plan, moved_slots
 from moeserve.placement.problem import Moves, Problem
 from moeserve.placement.routing import Routing, workload_of_tokens
-from moeserve.placement.solve import Budget, Solver, solve
-from moeserve.placement.topology import Dataflow, Topology
+from moeserve.placement.solvers import align, dp, ilp, moetuner
+from moeserve.placement.solvers.balance import balance_layers, peak
+from moeserve.placement.solvers.bounds import balance_bound, copies_bound
+from moeserve.placement.solvers.eplb import eplb
+from moeserve.placement.solvers.portfolio import Budget, Solver, solve
 
 GOLDEN = Path(__file__).resolve().parents[2] / "placement" / "golden"
 few = settings(max_examples=20, deadline=None)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.errors import PlacementError
-from moeserve.placement import search, twin
+from moeserve.placement.solvers import search, twin
 
 NONE = np.zeros((0, 0), np.int64)
 seeds = st.integers(0, 2**32 - 1)

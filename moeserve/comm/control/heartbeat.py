@@ -1,0 +1,198 @@
+"""Heartbeats: every rank knows that the others live and what they were last doing.
+
+The ranks tell rank 0, and rank 0 tells all of them, on a thread of its own in each. A rank that is
+silent for too long, whose connection ends, or that reports trouble, is an alarm on every rank: the
+one error that ``alarm`` returns from then on, naming who is to blame. What an alarm leads to is not
+decided here but by whoever listens (``heed``), who is called once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from google.protobuf.message import DecodeError
+
+from moeserve.comm.control.link import Link
+from moeserve.comm.control.silence import Watch
+from moeserve.errors import LateRankError
+from moeserve.pb import ep_pb2 as pb
+
+# Ten beats in a deadline, and silence for eight: all ranks have heard before it has passed.
+BEATS = 10
+SILENT_BEATS = 8
+LONGEST_PERIOD_S = 0.5
+SEND_S = 0.5
+
+
+def _idle() -> str:
+    return "starting"
+
+
+class Pulse:
+    """Owns the links ``link_of``: rank 0's to all others, or another rank's to rank 0.
+
+    ``doing`` says in a few words what this rank does; it may be replaced at any time.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        link_of: Mapping[int, Link],
+        deadline_s: float,
+    ) -> None:
+        self.doing: Callable[[], str] = _idle
+        self._on_alarm: Callable[[LateRankError], None] | None = None
+        self._on_stop: Callable[[], None] | None = None
+        self._stop_asked = False
+        self._rank = rank
+        self._links = dict(link_of)
+        self._doings = ["nothing yet"] * world
+        self._limit_s = deadline_s * SILENT_BEATS / BEATS
+        self._period_s = min(deadline_s / BEATS, LONGEST_PERIOD_S)
+        self._watch = Watch.begin(link_of, time.monotonic(), self._limit_s, self._period_s)
+        self._alarm: LateRankError | None = None
+        self._alarmed = threading.Event()
+        self._ended = False
+        self._sending = threading.Lock()
+        self._wake, self._waker = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="moeserve-pulse", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def heed(
+        self, on_alarm: Callable[[LateRankError], None], on_stop: Callable[[], None] | None = None
+    ) -> None:
+        """Hear of the alarm, and on rank 0 of others that were told to stop: on whatever thread,
+        or at once if it has happened."""
+        with self._sending:
+            self._on_alarm, self._on_stop = on_alarm, on_stop
+            alarm = self._alarm
+        if alarm is not None:
+            on_alarm(alarm)
+        if self._stop_asked and on_stop is not None:
+            on_stop()
+
+    def alarm(self) -> LateRankError | None:
+        """Why the run cannot go on, if so: an ``exchange.Alarm``."""
+        return self._alarm
+
+    @property
+    def ended(self) -> bool:
+        """Rank 0 has ended the run."""
+        return self._ended
+
+    def doing_of(self, ranks: Sequence[int]) -> str:
+        """What they were last heard doing."""
+        return "; ".join(
+            f"rank {rank} was last heard doing: {self._doings[rank]}" for rank in ranks
+        )
+
+    def blame(self, rank: int, reason: str) -> LateRankError:
+        """The alarm; where there is none shortly, one that names ``rank``."""
+        if not self._alarmed.wait(self._period_s):
+            self._raise(f"rank {rank} {reason}; {self.doing_of([rank])}", [rank])
+        assert self._alarm is not None
+        return self._alarm
+
+    def fail(self, reason: str, ranks: Sequence[int]) -> None:
+        """This rank cannot go on: everybody shall know why."""
+        self._raise(reason, ranks)
+
+    def ask_to_stop(self) -> None:
+        """This rank was told to stop: rank 0 is to end the run in its own time."""
+        self._send_all(pb.Pulse(stop=pb.Stop()))
+
+    def end(self) -> None:
+        """On rank 0: the run is over, and nobody is to blame."""
+        if self._alarm is None:
+            self._ended = True
+            self._send_all(pb.Pulse(end=pb.End()))
+
+    def close(self) -> None:
+        self._ended = True
+        self._waker.close()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(SEND_S + 2 * self._period_s)
+        self._wake.close()
+        for link in self._links.values():
+            link.close()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake, selectors.EVENT_READ, None)
+            for rank, link in self._links.items():
+                selector.register(link.socket, selectors.EVENT_READ, rank)
+            beat_at = time.monotonic()
+            while self._alarm is None and not self._ended:
+                now = time.monotonic()
+                if now >= beat_at:
+                    self._beat()
+                    beat_at = now + self._period_s
+                for key, _ in selector.select(max(0.0, beat_at - now)):
+                    if key.data is not None:
+                        self._hear(key.data)
+                if self._alarm is None and not self._ended:
+                    self._look()
+
+    def _beat(self) -> None:
+        self._doings[self._rank] = self.doing()
+        told = self._doings if self._rank == 0 else [self._doings[self._rank]]
+        self._send_all(pb.Pulse(beat=pb.Beat(doing=told)))
+
+    def _hear(self, rank: int) -> None:
+        link = self._links[rank]
+        try:
+            link.read_some()
+            while (message := link.ready()) is not None:
+                self._watch.hear(rank, time.monotonic())
+                self._obey(rank, pb.Pulse.FromString(message))
+        except (OSError, DecodeError) as error:
+            if not self._ended:
+                self._raise(f"rank {rank} is gone ({error}); {self.doing_of([rank])}", [rank])
+
+    def _obey(self, rank: int, pulse: pb.Pulse) -> None:
+        if pulse.HasField("beat"):
+            if rank == 0:
+                self._doings[:] = list(pulse.beat.doing)
+            else:
+                self._doings[rank] = pulse.beat.doing[0]
+        elif pulse.HasField("trouble"):
+            self._raise(pulse.trouble.reason, pulse.trouble.ranks)
+        elif pulse.HasField("end"):
+            self._ended = True
+        elif pulse.HasField("stop"):
+            self._stop_asked = True
+            if self._on_stop is not None:
+                self._on_stop()
+
+    def _look(self) -> None:
+        for rank, silent_s in self._watch.late(time.monotonic()).items():
+            told = self.doing_of([rank])
+            self._raise(f"rank {rank} has been silent for {silent_s:.1f} s; {told}", [rank])
+
+    def _raise(self, reason: str, ranks: Sequence[int]) -> None:
+        """The first alarm is the one that counts; everybody hears of it."""
+        with self._sending:
+            if self._alarm is not None or self._ended:
+                return
+            self._alarm = LateRankError(reason, list(ranks))
+            self._alarmed.set()
+            on_alarm = self._on_alarm
+        self._send_all(pb.Pulse(trouble=pb.Trouble(reason=reason, ranks=ranks)))
+        if on_alarm is not None:
+            on_alarm(self._alarm)
+
+    def _send_all(self, pulse: pb.Pulse) -> None:
+        """Whoever cannot be told is found out by reading or by silence."""
+        message = pulse.SerializeToString()
+        with self._sending:
+            for link in self._links.values():
+                with contextlib.suppress(OSError):
+                    link.send(message, SEND_S)

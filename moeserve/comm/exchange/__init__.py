@@ -1,0 +1,1 @@
+"""How bytes travel between ranks: one interface (``base``), a backend a module. Knows no tokens."""

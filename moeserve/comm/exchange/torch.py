@@ -1,0 +1,227 @@
+"""The exchange over torch.distributed: ``all_to_all`` with uneven splits, after one of the sizes.
+
+Every lane has a process group of its own, so that lanes need no common order: the bytes of a round
+are on their way as soon as its sizes are known, which any call of this exchange looks for.
+
+gloo does not say who is late: see ``greetings``, over a group of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import AllToAllOptions, PrefixStore, ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
+
+from moeserve.comm.exchange.rounds import Lanes, Rounds, cut, padded, places
+from moeserve.comm.exchange.stragglers import GREET_AFTER, LEAVING, Greetings
+from moeserve.comm.group import Group
+
+# Our own deadlines end waits; this only bounds what nobody waits for.
+_NEVER = timedelta(hours=24)
+_NO_TAG = (1 << 31) - 1
+# How long a greeting may take that has been sent already.
+_GRACE_S = 0.2
+
+
+class _Lane:
+    """One process group and the round in it. Segments lie padded, one behind the other."""
+
+    def __init__(self, pg: Any, world: int) -> None:
+        self.pg = pg
+        self.out = torch.empty(0, dtype=torch.uint8)
+        self.come = torch.empty(0, dtype=torch.uint8)
+        self.starts_R: list[int] = []
+        self.sizes_R = torch.zeros(world, dtype=torch.int64)
+        self.lengths_R = torch.zeros(world, dtype=torch.int64)
+        self.work: Work | None = None
+        self.moving = False
+
+    def room(self, sizes_R: Sequence[int]) -> list[Tensor]:
+        self.starts_R, end = places(sizes_R)
+        if self.out.shape[0] < end:
+            self.out = torch.empty(end, dtype=torch.uint8)
+        return cut(self.out, sizes_R)
+
+    def start(self, sizes_R: Sequence[int]) -> None:
+        """Close the gaps that unused room left; send the sizes."""
+        at = 0
+        for r, size in enumerate(sizes_R):
+            if at != self.starts_R[r] and size:
+                here = self.starts_R[r]
+                self.out[at : at + size] = self.out[here : here + size].clone()
+            at += padded(size)
+        self.sizes_R.copy_(torch.tensor(sizes_R))
+        self.moving = False
+        self.work = self.pg.alltoall_base(self.lengths_R, self.sizes_R, [], [], AllToAllOptions())
+
+    def advance(self, wait_s: float) -> bool:
+        """Send the bytes once the sizes have come; whether all is there. RuntimeError if a
+        connection broke."""
+        if not self._done(wait_s):
+            return False
+        if self.moving:
+            return True
+        mine, theirs = self.sizes_R.tolist(), self.lengths_R.tolist()
+        out, come = [padded(n) for n in mine], [padded(n) for n in theirs]
+        if len(self.come) < sum(come):
+            self.come = torch.empty(sum(come), dtype=torch.uint8)
+        self.work = self.pg.alltoall_base(
+            self.come[: sum(come)], self.out[: sum(out)], come, out, AllToAllOptions()
+        )
+        self.moving = True
+        return self._done(wait_s)
+
+    def _done(self, wait_s: float) -> bool:
+        assert self.work is not None
+        if not self.work.is_completed():
+            if wait_s <= 0:
+                return False
+            with contextlib.suppress(RuntimeError):  # the time is over, or it failed: see below
+                # Less than a millisecond would mean for ever.
+                self.work.wait(timedelta(seconds=max(wait_s, 0.001)))
+            if not self.work.is_completed():
+                return False
+        self.work.wait()  # raises what went wrong
+        return True
+
+    def segments(self) -> list[Tensor]:
+        return cut(self.come, self.lengths_R.tolist())
+
+
+class TorchExchange(Rounds):
+    """Collective: all ranks of the group build theirs at the same time.
+
+    ``address`` is of the interface that peers reach; by default what the host's name means, or
+    ``GLOO_SOCKET_IFNAME``.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self, group: Group, lanes: Lanes, key: str = "torch", address: str | None = None
+    ) -> None:
+        super().__init__(group, lanes)
+        group.all_gather(f"{key}/ready", b"")
+
+        def pg(name: str) -> Any:
+            return connect(PrefixStore(f"{key}/{name}", group.store), group, address)
+
+        self._lane_L = [_Lane(pg(str(lane)), group.world) for lane in range(len(lanes.bytes_L))]
+        self._side = Side(pg("side"), Greetings(group.rank, group.world, len(lanes.bytes_L)))
+        self._receives = self._greeted = 0
+
+    def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
+        self._begin(lane, sizes_R)
+        self._advance(lane)
+        return self._lane_L[lane].room(sizes_R)
+
+    def send(self, lane: int, sizes_R: Sequence[int]) -> None:
+        self._lane_L[lane].start(sizes_R)
+        self._count(sizes_R)
+        self._advance(lane)
+
+    def receive(self, lane: int) -> list[Tensor]:
+        self._advance(lane)
+        state = self._lane_L[lane]
+        self._receives += 1
+        self._wait(lane, self._look, lambda: self._side.absent(self._receives))
+        return state.segments()
+
+    def _look(self, lane: int, slice_s: float, waited_s: float) -> bool:
+        state = self._lane_L[lane]
+        greet_s = self.lanes.deadline_s * GREET_AFTER - waited_s
+        if greet_s <= 0 and self._greeted < self._receives:
+            self._greeted = self._receives
+            self._side.greet(self._receives)
+        try:
+            return state.advance(slice_s if greet_s <= 0 else min(slice_s, greet_s))
+        except RuntimeError as error:
+            time.sleep(_GRACE_S)  # until the side has noticed, too
+            raise self._late(lane, self._side.absent(self._receives)) from error
+
+    def _advance(self, lane: int) -> None:
+        """What other lanes can do meanwhile; their errors are met where they are waited for."""
+        for other, state in enumerate(self._lane_L):
+            if other != lane and state.work is not None and not state.moving:
+                with contextlib.suppress(RuntimeError):
+                    state.advance(0.0)
+
+    def _release(self) -> None:
+        for state in self._lane_L:
+            if state.work is not None and not state.work.is_completed():
+                hang_up(state.pg, self._others)
+        self._lane_L = []
+        self._side.leave(self.blamed)
+
+
+class Side:
+    """Where greetings travel; a thread listens to each of the others."""
+
+    def __init__(self, pg: Any, greetings: Greetings) -> None:
+        self._pg = pg
+        self._greetings = greetings
+        self._said: list[tuple[Work, Tensor]] = []
+        self._others = [r for r in range(pg.size()) if r != pg.rank()]
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(r,), name=f"rank {r}", daemon=True)
+            for r in self._others
+        ]
+        for listener in self._listeners:
+            listener.start()
+
+    def greet(self, receives: int, blamed: Sequence[int] = ()) -> None:
+        note = torch.tensor(self._greetings.greeting(receives, blamed))
+        self._said = self._said[-len(self._others) :]
+        for r in self._others:
+            with contextlib.suppress(RuntimeError):  # the listener hears of it
+                self._said.append((self._pg.send([note], r, 0), note))
+
+    def absent(self, receives: int) -> list[int]:
+        return self._greetings.absent(receives)
+
+    def leave(self, blamed: Sequence[int]) -> None:
+        self.greet(LEAVING, blamed)
+        until = time.monotonic() + _GRACE_S
+        for said, _ in self._said[-len(self._others) :]:
+            with contextlib.suppress(RuntimeError):
+                said.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
+        hang_up(self._pg, self._others)
+        for listener in self._listeners:
+            listener.join(_GRACE_S)
+        self._said = []
+        del self._pg
+
+    def _listen(self, source: int) -> None:
+        note = torch.zeros(1 + self._pg.size(), dtype=torch.int64)
+        try:
+            while True:
+                self._pg.recv([note], source, 0).wait()
+                self._greetings.hear(source, note.tolist())
+        except RuntimeError:
+            self._greetings.lose(source)
+
+
+def connect(store: Store, group: Group, address: str | None) -> Any:
+    if address is None:
+        return ProcessGroupGloo(store, group.rank, group.world, _NEVER)
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = _NEVER
+    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    options._threads = 1
+    return ProcessGroupGloo(store, group.rank, group.world, options)
+
+
+def hang_up(pg: Any, others: Sequence[int]) -> None:
+    """Break all connections, as gloo does when a wait for any open one times out: then nothing is
+    left waiting."""
+    for other in others:
+        with contextlib.suppress(RuntimeError):
+            word = torch.zeros(1, dtype=torch.uint8)
+            pg.recv([word], other, _NO_TAG).wait(timedelta(milliseconds=1))

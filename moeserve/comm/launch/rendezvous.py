@@ -1,0 +1,242 @@
+"""How the ranks of a launch meet: they reach the notes, say who they are, and learn who shares a
+host with whom.
+
+Under torchrun the agent keeps the notes; else rank 0 does, on loopback where all ranks are on one
+host. Under MPI without MASTER_ADDR rank 0's address goes around by a broadcast. A rank of another
+version, of a group of another size, or that is there twice, is refused on every rank.
+
+Notes are neither secret nor proven: what rests on them must be checked again (``control``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]
+
+import moeserve
+from moeserve.comm.exchange.base import Alarm
+from moeserve.comm.group import (
+    POLL_S,
+    START_S,
+    TELL_S,
+    Group,
+    Topology,
+    host_store,
+    join_store,
+    tell_stderr,
+)
+from moeserve.comm.launch.environment import LOOPBACK, Launch
+from moeserve.errors import ConfigError, LateRankError
+from moeserve.pb import ep_pb2 as pb
+
+# Of what ranks say to one another: raised whenever an older rank would not understand.
+PROTOCOL = 1
+# Names a host instead of what the kernel says of it.
+HOST_ID = "MOESERVE_HOST_ID"
+_SIOCGIFADDR = 0x8915
+_ADDRESS_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """``address`` is of the interface on which the others reach this rank; ``sharing`` is how many
+    ranks, this one included, may run on some of its cores."""
+
+    group: Group
+    topology: Topology
+    address: str
+    sharing: int
+
+
+def open_group(
+    launch: Launch,
+    *,
+    environ: Mapping[str, str],
+    store: Store | None = None,
+    alarm: Alarm | None = None,
+    timeout_s: float = START_S,
+    tell: Callable[[str], None] = tell_stderr,
+) -> Met:
+    """Meet all others. ``store`` is given by who keeps the notes already.
+
+    LateRankError names those that do not come, ConfigError what does not fit.
+    """
+    if store is None:
+        store = _reach(launch, timeout_s, tell)
+    shared = PrefixStore(f"moeserve/{launch.attempt}", store)
+    group = Group(launch.rank, launch.world, shared, alarm=alarm, tell=tell)
+    try:
+        return _meet(group, launch, environ, timeout_s)
+    except (ConfigError, LateRankError) as error:
+        group.give_up(error.message)
+        raise
+
+
+def _meet(group: Group, launch: Launch, environ: Mapping[str, str], timeout_s: float) -> Met:
+    if group.store.add(f"arrived/{group.rank}", 1) > 1:
+        raise ConfigError(f"rank {group.rank} is there twice: the launcher numbered two alike")
+    mine = pb.Arrival(
+        version=moeserve.__version__,
+        protocol=PROTOCOL,
+        world=group.world,
+        host=host_identity(environ),
+        cpus=sorted(os.sched_getaffinity(0)),
+    )
+
+    def fits(rank: int, note: bytes) -> None:
+        refuse(group.rank, mine, rank, pb.Arrival.FromString(note))
+
+    notes = group.all_gather("arrival", mine.SerializeToString(), timeout_s, fits)
+    arrivals = [pb.Arrival.FromString(note) for note in notes]
+    hosts = list(dict.fromkeys(a.host for a in arrivals))
+    topology = Topology(tuple(hosts.index(a.host) for a in arrivals))
+    cpus = set(mine.cpus)
+    sharing = sum(a.host == mine.host and not cpus.isdisjoint(a.cpus) for a in arrivals)
+    near = topology.num_nodes == 1 or launch.one_host
+    return Met(group, topology, LOOPBACK if near else listen_address(launch), sharing)
+
+
+def refuse(rank: int, mine: pb.Arrival, other: int, theirs: pb.Arrival) -> None:
+    """ConfigError where two ranks cannot work together."""
+    if mine.version != theirs.version or mine.protocol != theirs.protocol:
+        raise ConfigError(
+            f"rank {other} runs moeserve {theirs.version} (protocol {theirs.protocol}), rank "
+            f"{rank} {mine.version} (protocol {mine.protocol}): install one version on all hosts"
+        )
+    if mine.world != theirs.world:
+        raise ConfigError(
+            f"rank {other} was started as one of {theirs.world} ranks, rank {rank} as one of "
+            f"{mine.world}: give all the same number"
+        )
+
+
+def host_identity(environ: Mapping[str, str]) -> str:
+    """Equal for processes that see one another's network, processes and memory."""
+    if environ.get(HOST_ID):
+        return environ[HOST_ID]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    spaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid")]
+    return " ".join([os.uname().nodename, boot, *spaces])
+
+
+def listen_address(launch: Launch) -> str:
+    """An address of this machine which the other hosts reach: from where it would reach rank 0."""
+    if launch.host is None:
+        return own_address()
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(
+            launch.host, launch.port or 1, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing: the kernel only chooses whence it would
+            address = str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(
+            f"MASTER_ADDR={launch.host!r}: {error.strerror}; give an address of rank 0's host"
+        ) from error
+    if address.startswith("127.") or address == "::1":
+        raise ConfigError(
+            f"MASTER_ADDR={launch.host!r} is {address} on rank {launch.rank}'s host, which other "
+            "hosts do not reach: give an address instead of the name"
+        )
+    return address
+
+
+def own_address() -> str:
+    """Of the interfaces' addresses the one that the host's name stands for, or the first."""
+    found: list[str] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                told = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("40s", name.encode()))
+            except OSError:
+                continue  # an interface without an address
+            address = socket.inet_ntoa(told[20:24])
+            if not address.startswith("127."):
+                found.append(address)
+    try:
+        named = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        named = ""
+    if not found:
+        raise ConfigError("no interface of this host has an address: set MASTER_ADDR, MASTER_PORT")
+    return named if named in found else found[0]
+
+
+def _reach(launch: Launch, timeout_s: float, tell: Callable[[str], None]) -> Store:
+    if launch.world == 1 and not launch.agent_store:
+        return host_store(LOOPBACK)[0]
+    if launch.host is None or launch.port is None:
+        return _reach_by_mpi(launch, timeout_s, tell)
+    host = LOOPBACK if launch.one_host and not launch.agent_store else launch.host
+    if launch.rank == 0 and not launch.agent_store:
+        own = host if launch.one_host else listen_address(launch)
+        try:
+            return host_store(own, launch.port)[0]
+        except OSError as error:
+            raise ConfigError(
+                f"MASTER_PORT={launch.port}: rank 0 cannot listen on {own}:{launch.port} "
+                f"({error.strerror}): choose another port"
+            ) from error
+    return _join(host, launch.port, launch.rank, timeout_s, tell)
+
+
+def _join(host: str, port: int, rank: int, timeout_s: float, tell: Callable[[str], None]) -> Store:
+    begun = told = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1.0).close()
+            return join_store(host, port, timeout_s)
+        except (OSError, DistError) as error:
+            now = time.monotonic()
+            if now - begun > timeout_s:
+                raise LateRankError(
+                    f"rank 0 did not answer at {host}:{port} within {timeout_s:g} s ({error})", [0]
+                ) from error
+            if now - told > TELL_S:
+                told = now
+                tell(f"rank {rank}: waiting for rank 0 at {host}:{port}")
+        time.sleep(POLL_S)
+
+
+def _reach_by_mpi(launch: Launch, timeout_s: float, tell: Callable[[str], None]) -> Store:
+    """Rank 0 takes any free port and broadcasts where."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"under {launch.launcher} rank 0 is found by mpi4py, which does not load ({error}): "
+            "install moeserve[mpi], or set MASTER_ADDR and MASTER_PORT"
+        ) from error
+    world = MPI.COMM_WORLD
+    if world.Get_size() != launch.world:
+        raise ConfigError(
+            f"mpi4py sees {world.Get_size()} ranks and the launcher started {launch.world}: it is "
+            "of another MPI; start with its own mpirun, or set MASTER_ADDR and MASTER_PORT"
+        )
+    note = bytearray(_ADDRESS_BYTES)
+    store: Store | None = None
+    if launch.rank == 0:
+        own = LOOPBACK if launch.one_host else launch.host or own_address()
+        store, port = host_store(own, launch.port or 0)
+        text = json.dumps([own, port]).encode()
+        note[: len(text)] = text
+    sent = world.Ibcast(note, root=0)
+    begun = time.monotonic()
+    while not sent.Test():
+        if time.monotonic() - begun > timeout_s:
+            raise LateRankError(f"rank 0 told no address within {timeout_s:g} s", [0])
+        time.sleep(POLL_S)
+    if store is not None:
+        return store
+    host, port = json.loads(bytes(note).rstrip(b"\0"))
+    return _join(host, port, launch.rank, timeout_s, tell)

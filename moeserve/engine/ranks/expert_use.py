@@ -1,0 +1,89 @@
+"""Whose experts prompts use, counted on the rank that runs them, for ``homes``.
+
+The first tokens of a prompt's chunk tell as much as all of them, so few are looked at. Letters:
+T tokens, C choices, R ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moeserve.comm.layout import LayerLayout
+from moeserve.comm.pipeline import Parallel
+from moeserve.core import StepPlan
+from moeserve.engine.model_runner import StepObserver
+from moeserve.engine.ranks.homes import Use, kind_of
+
+LOOKED_AT = 32
+
+
+class UseCounter:
+    """A step observer in front of another one, if there is any; a ``homes.Uses``."""
+
+    def __init__(self, parallel: Parallel, world: int, then: StepObserver | None = None) -> None:
+        self._parallel = parallel
+        self._world = world
+        self._then = then
+        self._rows: list[tuple[str, slice]] = []
+        self._step: dict[str, tuple[int, NDArray[np.int64]]] = {}
+        self._found: dict[str, tuple[int, NDArray[np.int64]]] = {}
+        self._held: dict[int, tuple[LayerLayout, NDArray[np.bool_]]] = {}
+
+    def begin(self, plan: StepPlan) -> None:
+        self._rows, self._step = [], {}
+        row = 0
+        for chunk in plan.chunks:
+            count = len(chunk.token_ids)
+            if chunk.start < len(chunk.request.prompt_ids) and count > 1:
+                rows = slice(row, row + min(count, LOOKED_AT))
+                self._rows.append((kind_of(chunk.request), rows))
+            row += count
+        if self._then is not None:
+            self._then.begin(plan)
+
+    def record(self, layer: int, ids_TC: Tensor) -> None:
+        if self._then is not None:
+            self._then.record(layer, ids_TC)
+        if not self._rows:
+            return
+        held_ER = self._held_by(layer)
+        for kind, rows in self._rows:
+            used_TR = held_ER[ids_TC[rows].numpy()].any(axis=1)
+            _add(self._step, kind, len(used_TR), used_TR.sum(axis=0))
+
+    def end(self) -> None:
+        for kind, (tokens, use_R) in self._step.items():
+            _add(self._found, kind, tokens, use_R)
+        if self._then is not None:
+            self._then.end()
+
+    def take(self) -> Sequence[Use]:
+        uses = [Use(kind, n, tuple(use_R.tolist())) for kind, (n, use_R) in self._found.items()]
+        self._found.clear()
+        return uses
+
+    def _held_by(self, layer: int) -> NDArray[np.bool_]:
+        """[E, R]: has the rank a slot of the expert?"""
+        spread = self._parallel.spreads[layer]
+        assert spread is not None, layer
+        known = self._held.get(layer)
+        if known is None or known[0] is not spread.layout:
+            layout = spread.layout
+            held_ER = np.zeros((layout.num_experts, self._world), np.bool_)
+            held_ER[layout.expert_S, np.arange(len(layout.expert_S)) // layout.slots] = True
+            known = self._held[layer] = layout, held_ER
+        return known[1]
+
+
+def _add(
+    counts: dict[str, tuple[int, NDArray[np.int64]]],
+    kind: str,
+    tokens: int,
+    use_R: NDArray[np.int64],
+) -> None:
+    before, sum_R = counts.get(kind, (0, np.zeros_like(use_R)))
+    counts[kind] = before + tokens, sum_R + use_R

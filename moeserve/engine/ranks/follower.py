@@ -1,0 +1,93 @@
+"""A rank that is told what to run: receive an order, run it with all others, report.
+
+It decides nothing. Orders come whenever rank 0 has a step, also when this rank has no part in it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from moeserve.comm.dispatcher import Moved
+from moeserve.engine.executor import RankExecutor
+from moeserve.engine.ranks.homes import Uses
+from moeserve.engine.ranks.messages import Known, write_uses, write_work
+from moeserve.errors import InternalError, MoeserveError
+from moeserve.pb import step_pb2 as pb
+
+
+class FollowerChannel(Protocol):
+    """A follower's end of the control channel (``comm.control.channels.Follower``)."""
+
+    def receive(self, timeout_s: float | None = None) -> bytes | None:
+        """The next order; None when the run is over. LateRankError when it has broken."""
+        ...
+
+    def send(self, message: bytes) -> None: ...
+
+    def fail(self, error: MoeserveError) -> None:
+        """All other ranks are to end, with this reason."""
+        ...
+
+
+class Rider(Protocol):
+    """Whoever lets notes travel with orders and reports; its other end is a ``Conductor``."""
+
+    def hear(self, note: bytes) -> None:
+        """Before a step, on all ranks the same step."""
+        ...
+
+    def say(self) -> bytes:
+        """After a step; empty is nothing."""
+        ...
+
+
+def follow(
+    channel: FollowerChannel,
+    executor: RankExecutor,
+    rank: int,
+    moved: Moved | None = None,
+    rider: Rider | None = None,
+    uses: Uses | None = None,
+) -> int:
+    """Steps run until the run was over. ``moved`` and ``uses`` are what reports tell.
+
+    An error is told to the other ranks and raised: having left a step midway, this rank cannot
+    run another one with them.
+    """
+    known = Known(rank)
+    steps = 0
+    try:
+        while (message := channel.receive()) is not None:
+            report = _step(message, known, executor, moved, rider)
+            if uses is not None:
+                write_uses(report, uses.take())
+            channel.send(report.SerializeToString())
+            steps += 1
+    except MoeserveError as error:
+        channel.fail(error)
+        raise
+    except Exception as error:
+        logging.getLogger("moeserve.engine").critical("a step failed midway", exc_info=True)
+        channel.fail(InternalError(f"a step failed midway ({type(error).__name__}: {error})"))
+        raise
+    return steps
+
+
+def _step(
+    message: bytes,
+    known: Known,
+    executor: RankExecutor,
+    moved: Moved | None,
+    rider: Rider | None,
+) -> pb.StepReport:
+    order = pb.StepOrder.FromString(message)
+    if rider is not None and order.note:
+        rider.hear(order.note)
+    plan = known.plan(order)
+    report = known.report(order, plan, executor.run(plan, order.microbatches))
+    if moved is not None:
+        write_work(report.work, moved)
+    if rider is not None:
+        report.note = rider.say()
+    return report

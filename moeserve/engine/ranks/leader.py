@@ -1,0 +1,200 @@
+"""Runs a planned step over all ranks, from rank 0, which is one of them.
+
+Every rank gets its part of the plan, also where that is nothing; all run theirs in lock-step, for
+each MoE layer is an exchange between all of them; each samples its own rows and reports. Rank 0
+chooses the number of microbatches for all.
+
+What goes wrong around a rank's turn ends the requests it touches (see ``runner``). What goes wrong
+in the exchange or on the way ends the run: lock-step is lost, every rank is told, and no further
+step is run. Carrying on without a rank would begin here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from moeserve.comm.dispatcher import Moved
+from moeserve.comm.exchange.base import DEADLINE_S
+from moeserve.core import Chunk, RequestId, Sampled, StepPlan, StepResult
+from moeserve.engine.executor import RankExecutor
+from moeserve.engine.ranks.homes import Use, Uses
+from moeserve.engine.ranks.messages import Told, read_uses, read_work
+from moeserve.engine.ranks.microbatches import Fixed, Microbatches, Shape
+from moeserve.errors import InternalError, LateRankError, MoeserveError, UnavailableError
+from moeserve.pb import step_pb2 as pb
+
+NOTHING = StepPlan(())
+
+
+class LeaderChannel(Protocol):
+    """Rank 0's end of the control channel (``comm.control.channels.Leader``)."""
+
+    def send(self, rank: int, message: bytes) -> None: ...
+
+    def receive(self, rank: int, timeout_s: float) -> bytes:
+        """LateRankError names who did not report, or what the alarm was."""
+        ...
+
+    def alarm(self) -> LateRankError | None: ...
+
+    def fail(self, error: MoeserveError) -> None:
+        """All other ranks are to end, with this reason."""
+        ...
+
+
+class Conductor(Protocol):
+    """Rank 0's end of notes that travel with orders and reports; theirs is ``follow.Rider``."""
+
+    def board(self) -> Mapping[int, bytes]:
+        """Before a step: what ranks are to hear before they run it. Rank 0 does its own now."""
+        ...
+
+    def arrive(self, rank: int, note: bytes) -> None: ...
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a step would be welcome though there is nothing to run."""
+        ...
+
+
+class DistributedExecutor:
+    """``work[r]`` is what rank r has counted so far, ``chosen`` steps by number of microbatches.
+
+    ``learn`` hears which ranks' experts prompts used: rank 0's own from ``uses``.
+    """
+
+    def __init__(
+        self,
+        executor: RankExecutor,
+        channel: LeaderChannel,
+        world: int,
+        *,
+        moved: Moved | None = None,
+        microbatches: Microbatches | None = None,
+        conductor: Conductor | None = None,
+        uses: Uses | None = None,
+        learn: Callable[[Use], None] = lambda use: None,
+        deadline_s: float = DEADLINE_S,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.work = [moved or Moved(world), *(Moved(world) for _ in range(1, world))]
+        self.chosen: Counter[int] = Counter()
+        self._executor = executor
+        self._channel = channel
+        self._world = world
+        self._microbatches = microbatches or Fixed(1)
+        self._conductor = conductor
+        self._uses = uses
+        self._learn = learn
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._told = {rank: Told() for rank in range(1, world)}
+        self._home: dict[RequestId, int] = {}
+        self._step = 0
+        self._lost: UnavailableError | None = None
+
+    def run(self, plan: StepPlan) -> StepResult:
+        if self._lost is not None:
+            raise self._lost
+        try:
+            return self._run(plan)
+        except Exception as error:
+            self._lost = lost = _as_unavailable(error)
+            self._channel.fail(lost)
+            if lost is error:
+                raise
+            raise lost from error
+
+    def idle(self) -> None:
+        """While there is nothing to run: raises the alarm, and lets notes travel."""
+        if self._lost is not None:
+            raise self._lost
+        alarm = self._channel.alarm()
+        if alarm is not None:
+            raise alarm
+        if self._conductor is not None and self._conductor.waiting:
+            self.run(NOTHING)
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        parts = [[c for c in plan.chunks if c.rank == rank] for rank in range(self._world)]
+        shape = shape_of(parts)
+        count = self._microbatches.choose(shape)
+        waited = [moved.waited_s for moved in self.work]
+        begun = self._clock()
+        self._send(plan, parts, count)
+        mine = StepPlan(tuple(parts[0]), preempted=plan.preempted, ended=plan.ended)
+        results = [self._executor.run(mine, count)]
+        results += [self._receive(rank, parts[rank]) for rank in range(1, self._world)]
+        seconds = self._clock() - begun
+        for use in () if self._uses is None else self._uses.take():
+            self._learn(use)
+        self.chosen[count] += 1
+        least = min(m.waited_s - w for m, w in zip(self.work, waited, strict=True))
+        self._microbatches.learn(shape, count, seconds, least)
+        return merge(plan, results)
+
+    def _send(self, plan: StepPlan, parts: Sequence[Sequence[Chunk]], count: int) -> None:
+        self._step += 1
+        gone = self._gone(plan)
+        notes = {} if self._conductor is None else self._conductor.board()
+        for rank, told in self._told.items():
+            order = told.order(self._step, count, parts[rank], gone.get(rank, ()), plan.preempted)
+            if rank in notes:
+                order.note = notes[rank]
+            self._channel.send(rank, order.SerializeToString())
+
+    def _gone(self, plan: StepPlan) -> dict[int, list[RequestId]]:
+        """What each rank can forget: what ended, and what now runs elsewhere."""
+        gone: dict[int, list[RequestId]] = {}
+        for request_id in plan.ended:
+            home = self._home.pop(request_id, None)
+            if home is not None:
+                gone.setdefault(home, []).append(request_id)
+        for chunk in plan.chunks:
+            home = self._home.get(chunk.request.id)
+            if home != chunk.rank:
+                self._home[chunk.request.id] = chunk.rank
+                if home is not None:
+                    gone.setdefault(home, []).append(chunk.request.id)
+        return gone
+
+    def _receive(self, rank: int, chunks: Sequence[Chunk]) -> StepResult:
+        report = pb.StepReport.FromString(self._channel.receive(rank, self._deadline_s))
+        if report.step != self._step:
+            raise InternalError(f"rank {rank} reports step {report.step} after {self._step}")
+        if report.HasField("work"):
+            self.work[rank] = read_work(report.work, self._world)
+        for use in read_uses(report):
+            self._learn(use)
+        if self._conductor is not None and report.note:
+            self._conductor.arrive(rank, report.note)
+        return self._told[rank].result(chunks, report)
+
+
+def shape_of(parts: Sequence[Sequence[Chunk]]) -> Shape:
+    """``parts`` by rank."""
+    tokens = max(sum(len(c.token_ids) for c in part) for part in parts)
+    return Shape(tokens, all(len(c.token_ids) == 1 for part in parts for c in part))
+
+
+def merge(plan: StepPlan, results: Sequence[StepResult]) -> StepResult:
+    """In the plan's order."""
+    sampled: dict[RequestId, Sampled] = {}
+    failed: dict[RequestId, str] = {}
+    for result in results:
+        sampled.update((s.request_id, s) for s in result.sampled)
+        failed.update(result.failed)
+    ids = [c.request.id for c in plan.chunks]
+    return StepResult(
+        tuple(sampled[i] for i in ids if i in sampled),
+        tuple((i, failed[i]) for i in ids if i in failed),
+    )
+
+
+def _as_unavailable(error: Exception) -> UnavailableError:
+    if isinstance(error, UnavailableError):
+        return error
+    return UnavailableError(f"rank 0 fell out of step ({type(error).__name__}: {error})")

@@ -1,0 +1,1 @@
+"""Another plan while serving: whether it pays, who proposes it, how it changes hands."""

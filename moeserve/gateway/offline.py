@@ -1,0 +1,76 @@
+"""One answer without a server: the service and engine of the doors, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moeserve.config import ServeConfig
+from moeserve.engine.build import LoadedModel
+from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.server import load_model, served_of, shown_progress
+from moeserve.gateway.service import Ask, InferenceService
+from moeserve.observe.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Seconds: submission to first token, and the mean between tokens after it."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    ttft_s: float
+    tpot_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def generate(
+    config: ServeConfig,
+    prompt: str | tuple[int, ...],
+    params: Mapping[str, object],
+    show: Callable[[str], None] | None = None,
+) -> Answer:
+    """Loads the model, answers, and ends; ``show`` gets the text as it comes.
+
+    Raises what the doors would answer with: InvalidRequestError, TokenizerError and so on.
+    """
+    with shown_progress() as tell:
+        loaded = load_model(config, Metrics(), tell)
+    return asyncio.run(_run(loaded, Ask((prompt,), params), show or (lambda text: None)))
+
+
+async def _run(loaded: LoadedModel, ask: Ask, show: Callable[[str], None]) -> Answer:
+    try:
+        return await _answer(loaded, ask, show)
+    finally:
+        # While the loop still runs, for the engine's last events go through it.
+        await asyncio.to_thread(loaded.close)
+
+
+async def _answer(loaded: LoadedModel, ask: Ask, show: Callable[[str], None]) -> Answer:
+    service = InferenceService(Mailbox(asyncio.get_running_loop()))
+    service.serve(served_of(loaded))
+    text: list[str] = []
+    ids: list[int] = []
+    async with await service.open(ask) as stream:
+        async for delta in stream:
+            text.append(delta.text)
+            ids += delta.token_ids
+            show(delta.text)
+            if delta.finish is not None:
+                assert delta.usage is not None and delta.timing is not None
+                return Answer(
+                    token_ids=tuple(ids),
+                    text="".join(text),
+                    finish_reason=str(delta.finish),
+                    prompt_tokens=delta.usage.prompt_tokens,
+                    ttft_s=delta.timing.ttft_s,
+                    tpot_s=delta.timing.tpot_s,
+                )
+    raise AssertionError("a stream ended without a finish")

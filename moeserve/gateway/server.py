@@ -1,0 +1,354 @@
+"""One process, two doors, one model: bind, load, serve, drain.
+
+Ports are bound before the model is loaded, so that a taken one costs nothing; while loading, both
+doors answer UNAVAILABLE. The first SIGTERM or SIGINT drains, the second ends what still runs.
+Either way every stream gets an end, and the exit status is 0. Should the engine die, the server
+ends with status 1, for whoever started it to start it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+import uvicorn
+from rich.console import Console
+from rich.progress import Progress
+from starlette.types import ASGIApp
+
+from moeserve.config import ServeConfig
+from moeserve.engine.build import LoadedModel, build_engine
+from moeserve.engine.rank_model import Seat
+from moeserve.engine.ranks.leader import LeaderChannel
+from moeserve.errors import CancelledError, ConfigError
+from moeserve.gateway.grpc_door import GrpcDoor
+from moeserve.gateway.http_door import http_app
+from moeserve.gateway.limits import ModelLimits
+from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.service import InferenceService, Served
+from moeserve.observe.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+# What the doors get to send the last events after the engine has stopped.
+FAREWELL_S = 5.0
+STOP_S = 30.0
+# How soon a dead engine is noticed.
+PULSE_S = 1.0
+
+Tell = Callable[[int, int], None]
+Stop = Callable[[], None]
+Load = Callable[[ServeConfig, Metrics, Tell], LoadedModel]
+
+
+def serve(
+    config: ServeConfig, load: Load | None = None, heed: Callable[[Stop], None] | None = None
+) -> int:
+    """Serves until a signal; the exit status. ``heed`` is given what asks to stop as the first
+    signal does, from any thread."""
+    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    return asyncio.run(_serve(config, load or load_model, heed))
+
+
+async def _serve(config: ServeConfig, load: Load, heed: Callable[[Stop], None] | None) -> int:
+    signals = _Signals()
+    loop = asyncio.get_running_loop()
+    if heed is not None:
+        heed(lambda: _ask(loop, signals.first))
+    with signals.caught(), _thawed():
+        async with Server(config, load) as server:
+            try:
+                await server.load(signals.first)
+            except CancelledError as stopped:
+                log.info("%s", stopped.message)
+                return 0
+            server.reread_plan_on_hangup()
+            print(f"ready: {server}", flush=True)
+            # What was made by now lives as long as the process: no collection looks at it again.
+            gc.collect()
+            gc.freeze()
+            if not await server.outlived_by(signals.first):
+                return 1
+            log.info("draining %d requests", server.service.running)
+            await server.drain(config.drain_timeout_s, signals.second)
+    return 0
+
+
+@contextlib.contextmanager
+def _thawed() -> Iterator[None]:
+    """What was frozen meanwhile is collected in the end, as native objects are to be."""
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _ask(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has closed: it has stopped already
+        loop.call_soon_threadsafe(event.set)
+
+
+def load_model(
+    config: ServeConfig,
+    observer: Metrics,
+    tell: Tell,
+    seat: Seat | None = None,
+    channel: LeaderChannel | None = None,
+) -> LoadedModel:
+    """Alone, or as rank 0 of several."""
+    return build_engine(
+        config.model,
+        name=config.served_model_name,
+        dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
+        quantization=config.quantization,
+        quantize_attention=config.quantize_attention,
+        combine=config.combine,
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        kv_memory=config.kv_memory,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_queue=config.max_queue,
+        prefix_cache=config.prefix_cache,
+        chat_template=config.chat_template,
+        threads=config.threads,
+        record_routing=config.record_routing,
+        seat=seat,
+        channel=channel,
+        observer=observer,
+        progress=tell,
+    )
+
+
+def served_of(loaded: LoadedModel) -> Served:
+    """What the doors need to know of a model."""
+    return Served(
+        name=loaded.name,
+        engine=loaded.engine,
+        tokenizer=loaded.tokenizer,
+        limits=ModelLimits(loaded.spec.vocab, loaded.max_model_len, loaded.context),
+        architecture=loaded.spec.architecture,
+        eos_ids=tuple(sorted(loaded.config.eos_ids)),
+    )
+
+
+class Server:
+    """Owns sockets, doors and engine for the length of an ``async with``."""
+
+    def __init__(self, config: ServeConfig, load: Load = load_model) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.service = InferenceService(Mailbox(asyncio.get_running_loop()))
+        self.loaded: LoadedModel | None = None
+        self.grpc_port: int | None = None
+        self.http_port: int | None = None
+        self._load = load
+        self._grpc: GrpcDoor | None = None
+        self._http: _HttpDoor | None = None
+
+    def __str__(self) -> str:
+        told = [f"model={self.service.served.name}"]
+        if self.grpc_port is not None:
+            told.append(f"grpc={_address(self.config.host, self.grpc_port)}")
+        if self.http_port is not None:
+            told.append(f"http=http://{_address(self.config.host, self.http_port)}")
+        return " ".join(told)
+
+    async def __aenter__(self) -> Self:
+        """Both doors are open, and answer UNAVAILABLE until ``load``."""
+        config = self.config
+        key = None if config.api_key is None else config.api_key.get_secret_value()
+        if config.http_port is not None:
+            app = http_app(self.service, key, self.metrics.render)
+            self._http = _HttpDoor(app, config.host, config.http_port)
+            self.http_port = self._http.port
+        try:
+            if config.grpc_port is not None:
+                reflected = config.loopback if config.reflection is None else config.reflection
+                self._grpc = GrpcDoor(self.service, config.host, config.grpc_port, key, reflected)
+                self.grpc_port = self._grpc.port
+                await self._grpc.open()
+        except BaseException:  # whatever it is goes on up; the port must not stay taken
+            if self._http is not None:
+                self._http.release()
+            raise
+        if self._http is not None:
+            self._http.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends what still runs with UNAVAILABLE, then closes engine and doors."""
+        self.service.drain()
+        if self.loaded is not None and not await asyncio.to_thread(self.loaded.close, STOP_S):
+            log.error("the engine did not stop within %g s", STOP_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.service.idle(), FAREWELL_S)
+        if self._grpc is not None:
+            await self._grpc.announce(False)
+            await self._grpc.close(FAREWELL_S)
+        if self._http is not None:
+            await self._http.close()
+
+    async def load(self, interrupt: asyncio.Event | None = None) -> None:
+        """Opens for requests when the model is there; CancelledError where ``interrupt`` came."""
+        stopping = threading.Event()
+        with shown_progress() as tell:
+
+            def watched(done: int, total: int) -> None:
+                if stopping.is_set():
+                    raise CancelledError("stopped while loading")
+                tell(done, total)
+
+            loading = asyncio.create_task(
+                asyncio.to_thread(self._load, self.config, self.metrics, watched)
+            )
+            watching = asyncio.create_task((interrupt or asyncio.Event()).wait())
+            await asyncio.wait({loading, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                stopping.set()
+            watching.cancel()
+            self.loaded = loaded = await loading
+        if stopping.is_set():
+            raise CancelledError("stopped while loading")
+        engine = loaded.engine
+        self.metrics.bind(loaded.name, engine.counters, engine.load, loaded.ranks)
+        self.service.serve(served_of(loaded))
+        if self._grpc is not None:
+            await self._grpc.announce(True)
+
+    def reread_plan_on_hangup(self) -> None:
+        """SIGHUP: the file of --plan may hold another one."""
+        planning = None if self.loaded is None else self.loaded.planning
+        if planning is not None and self.config.plan is not None:
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, planning.reread, self.config.plan)
+
+    async def outlived_by(self, stop: asyncio.Event) -> bool:
+        """Waits for ``stop``; False as soon as the engine has died."""
+        while self.loaded is not None and self.loaded.engine.alive:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), PULSE_S)
+                return True
+        log.critical("the engine has died: the server ends")
+        return False
+
+    async def drain(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
+        """Refuses new requests and waits for running ones, no longer than until ``hurry``."""
+        self.service.drain()
+        if self._grpc is not None:
+            await self._grpc.announce(False)
+        idle = asyncio.create_task(self.service.idle())
+        hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
+        done, late = await asyncio.wait(
+            {idle, hurried}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in late:
+            task.cancel()
+        if idle not in done:
+            log.warning("ending %d requests that still run", self.service.running)
+
+
+class _HttpDoor:
+    """Owns a listening socket and the uvicorn that serves it on this loop."""
+
+    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server((host, port), family=family, backlog=1024)
+        except OSError as error:
+            taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+            raise ConfigError(
+                f"http_port={port}: cannot listen on {_address(host, port)} ({error.strerror}): "
+                "choose another --http-port, or 0 for any free one"
+                if taken
+                else f"host={host!r}: cannot listen on {_address(host, port)} ({error.strerror}): "
+                "give an address of this machine"
+            ) from error
+        self.port = int(self._socket.getsockname()[1])
+        self._server = _Uvicorn(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(FAREWELL_S),
+            )
+        )
+        self._running: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        self._running = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    def release(self) -> None:
+        self._socket.close()
+
+    async def close(self) -> None:
+        self._server.should_exit = True
+        if self._running is not None:
+            await self._running
+        self.release()
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves the signals to this process's own handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Signals:
+    """The first and the second request to stop."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    def _caught(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._caught)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def shown_progress() -> Iterator[Tell]:
+    """A bar on a terminal, nothing elsewhere; stdout stays free."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,252 @@
+"""What a request means, whatever door it came through.
+
+An ``Ask`` is checked, tokenised and becomes one engine request per prompt and sequence; a
+``Stream`` yields what they produce. Knows no transport: doors translate to and from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from moeserve.core import Request, RequestId, SamplingParams
+from moeserve.engine.loop import Engine
+from moeserve.errors import (
+    DeadlineError,
+    InvalidRequestError,
+    NotFoundError,
+    TokenizerError,
+    UnavailableError,
+)
+from moeserve.gateway import limits
+from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.stream import Stream
+from moeserve.models.tokenizer import Tokenizer
+
+# Longer texts are tokenised beside the event loop, not on it.
+INLINE_CHARS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The model behind the doors. ``tokenizer`` None serves token ids only."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer | None
+    limits: limits.ModelLimits
+    architecture: str = ""
+    eos_ids: tuple[int, ...] = ()
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a client wants. ``params`` holds only the fields it gave.
+
+    ``fill`` makes the rest of the context the default of ``max_tokens``. ``special_tokens`` adds
+    the model's own to a text (chat templates write them themselves).
+    """
+
+    prompts: tuple[str | tuple[int, ...], ...]
+    params: Mapping[str, object] = field(default_factory=dict)
+    n: int = 1
+    request_id: str = ""
+    model: str = ""
+    salt: str = ""
+    domain: str = ""
+    timeout_s: float | None = None
+    fill: bool = False
+    special_tokens: bool = True
+
+
+class State(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class InferenceService:
+    """Owns the running streams of one model, from loading to draining."""
+
+    def __init__(self, mailbox: Mailbox, clock: Callable[[], float] = time.monotonic) -> None:
+        self.state = State.LOADING
+        self._served: Served | None = None
+        self._mailbox = mailbox
+        self._clock = clock
+        self._streams: dict[str, Stream] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def serve(self, served: Served) -> None:
+        """Opens for requests."""
+        self._served = served
+        self.state = State.READY
+
+    @property
+    def served(self) -> Served:
+        """The model, also while draining."""
+        if self._served is None:
+            raise UnavailableError("the model is loading: try again shortly")
+        return self._served
+
+    @property
+    def running(self) -> int:
+        return len(self._streams)
+
+    def model(self, name: str) -> Served:
+        """The served model, if that is its name or no name is given."""
+        served = self.served
+        if name and name != served.name:
+            raise NotFoundError(
+                f"model {name!a:.100} is not served here; {served.name!r} is", param="model"
+            )
+        return served
+
+    async def open(self, ask: Ask) -> Stream:
+        """Checks and submits; the caller must enter the stream at once."""
+        served = self._admit(ask.model)
+        n = limits.BOUNDS["n"].check("n", ask.n)
+        params = limits.sampling_params(ask.params, served.limits)
+        _require_tokenizer_for_stops(served, params)
+        salt = limits.label("cache_salt", ask.salt, limits.MAX_SALT_BYTES)
+        domain = limits.label("domain", ask.domain, limits.MAX_DOMAIN_BYTES)
+        request_id = limits.request_id(ask.request_id) or f"req-{secrets.token_hex(12)}"
+        arrival = self._clock()
+        if ask.timeout_s is not None and ask.timeout_s <= 0:
+            raise DeadlineError("the deadline has passed before the request arrived")
+        if not 1 <= len(ask.prompts) <= limits.MAX_PROMPTS:
+            raise InvalidRequestError(
+                f"{len(ask.prompts)} prompts: expected 1 to {limits.MAX_PROMPTS}", param="prompt"
+            )
+        requests = []
+        seed = params.seed if "seed" in ask.params else secrets.randbits(63)
+        for p, prompt in enumerate(ask.prompts):
+            ids = await self._ids(served, prompt, ask.special_tokens)
+            fitted = _fit(params, len(ids), ask, served.limits)
+            for i in range(n):
+                child = p * n + i
+                requests.append(
+                    Request(
+                        RequestId(request_id if not child else f"{request_id} {child}"),
+                        ids,
+                        replace(fitted, seed=child_seed(seed, i)),
+                        arrival=arrival,
+                        deadline=None if ask.timeout_s is None else arrival + ask.timeout_s,
+                        salt=salt,
+                        domain=domain,
+                    )
+                )
+        # Tokenising may have let others in: look again.
+        self._admit(ask.model)
+        return self._start(request_id, served, requests)
+
+    def _admit(self, model: str) -> Served:
+        if self.state is State.DRAINING:
+            raise UnavailableError("the server is draining: send the request elsewhere")
+        return self.model(model)
+
+    def _start(self, request_id: str, served: Served, requests: list[Request]) -> Stream:
+        if request_id in self._streams:
+            raise InvalidRequestError(
+                f"request_id={request_id!r} is already running: choose another", param="request_id"
+            )
+        stream = Stream(
+            request_id, served.engine, requests, self._mailbox, self._clock, self._closed
+        )
+        self._streams[request_id] = stream
+        self._idle.clear()
+        stream.start()
+        return stream
+
+    def _closed(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        if not self._streams:
+            self._idle.set()
+
+    async def _ids(
+        self, served: Served, prompt: str | tuple[int, ...], special_tokens: bool
+    ) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(await self.encode(served, limits.prompt_text(prompt), special_tokens))
+        limits.room_for_answer(len(prompt), served.limits)
+        return limits.token_ids(prompt, served.limits)
+
+    async def encode(self, served: Served, text: str, special_tokens: bool) -> list[int]:
+        tokenizer = tokenizer_of(served)
+        if len(text) <= INLINE_CHARS:
+            return tokenizer.encode(text, special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, special_tokens)
+
+    async def tokenize(self, model: str, text: str, special_tokens: bool = True) -> list[int]:
+        served = self.model(model)
+        if not text:
+            return []
+        return await self.encode(served, limits.prompt_text(text, "text"), special_tokens)
+
+    def detokenize(self, model: str, ids: object, skip_special_tokens: bool = True) -> str:
+        served = self.model(model)
+        checked = limits.token_ids(ids, served.limits, "token_ids", served.limits.max_len)
+        return tokenizer_of(served).decode(list(checked), skip_special_tokens)
+
+    def abort(self, request_id: str) -> None:
+        if (stream := self._streams.get(request_id)) is None:
+            raise NotFoundError(
+                f"request {request_id!a:.150} is not running here", param="request_id"
+            )
+        stream.abort()
+
+    def drain(self) -> None:
+        """From now on new requests are refused; running ones go on."""
+        self.state = State.DRAINING
+
+    async def idle(self) -> None:
+        """Waits until no stream is open; callers bound the wait."""
+        await self._idle.wait()
+
+
+def tokenizer_of(served: Served) -> Tokenizer:
+    if served.tokenizer is None:
+        raise TokenizerError(
+            f"model {served.name!r} has no tokenizer: send token ids instead of text",
+            param="prompt",
+        )
+    return served.tokenizer
+
+
+def child_seed(seed: int, index: int) -> int:
+    """Sequence 0 has the seed itself, so that n = 1 is the first of n."""
+    if not index:
+        return seed
+    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _fit(
+    params: SamplingParams, prompt_len: int, ask: Ask, model: limits.ModelLimits
+) -> SamplingParams:
+    room = limits.room_for_answer(prompt_len, model)
+    if "max_tokens" in ask.params:
+        limits.require_fits(prompt_len, params.max_tokens, model)
+        return params
+    fitted = replace(params, max_tokens=room if ask.fill else min(room, params.max_tokens))
+    if fitted.min_tokens > fitted.max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens={fitted.min_tokens} is more than the {fitted.max_tokens} tokens of the "
+            "answer: set max_tokens too",
+            param="min_tokens",
+        )
+    return fitted
+
+
+def _require_tokenizer_for_stops(served: Served, params: SamplingParams) -> None:
+    if params.stop and served.tokenizer is None:
+        raise TokenizerError(
+            f"model {served.name!r} has no tokenizer: use stop_token_ids instead of stop",
+            param="stop",
+        )

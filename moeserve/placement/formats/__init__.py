@@ -1,0 +1,1 @@
+"""Files of others: recorded routing, ``torch.save``, plans of other runtimes."""

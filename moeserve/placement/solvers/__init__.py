@@ -1,0 +1,1 @@
+"""From loads and routing to a plan: searches, integer programs, baselines, bounds."""

@@ -1,0 +1,257 @@
+"""The integer programs, through PuLP: HiGHS where it is installed, else PuLP's own CBC.
+
+Each model is built and solved in a process of its own, so that a watchdog can end a solver that
+overshoots its limit. PuLP calls a time-limit stop "Optimal": only ``sol_status`` is believed, and
+without an incumbent there is no answer rather than a wrong one. Constraints carry names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.errors import PlacementError
+
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+
+GRACE = 5.0  # seconds a solver may overshoot its limit before it is ended
+START = 20.0  # seconds its process may take to import it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """``device_E`` of one program; ``proven`` when the solver showed that nothing is better."""
+
+    device_E: I32
+    value: float
+    proven: bool
+
+
+def have_highs() -> bool:
+    return importlib.util.find_spec("highspy") is not None
+
+
+def cluster_layer(
+    load_E: F64, devices: int, *, limit: float, objective: str = "abs"
+) -> Answer | None:
+    """MoETuner's first program for one layer: equal groups of least load deviation.
+
+    ``objective`` "abs" is the paper's sum over groups of |load - mean|; "max" the largest load,
+    which can be proven. None: no incumbent within ``limit`` seconds.
+    """
+    if objective not in ("abs", "max"):
+        raise PlacementError(f"objective={objective!r}: expected 'abs' or 'max'")
+    return _within(limit, "cluster", [load_E], [devices, objective])
+
+
+def polish_layer(gain_ED: F64, load_E: F64, cap_D: F64, *, limit: float) -> Answer | None:
+    """One layer as a generalised assignment: the most gain with equal groups under load caps."""
+    return _within(limit, "polish", [gain_ED, load_E, cap_D], [])
+
+
+def best_chain(pairs_LEE: F64, load_LE: F64, devices: int, *, limit: float) -> Answer | None:
+    """All layers at once (tiny instances): the most pair mass kept on one device.
+
+    ``device_E`` is [L * E], layer after layer.
+    """
+    return _within(limit, "chain", [pairs_LEE, load_LE], [devices])
+
+
+def label_layers(flow_LGG: F64, cost_DD: F64, *, limit: float) -> Answer | None:
+    """MoETuner's second program: [L * G] device of each group, least sum of worst links."""
+    return _within(limit, "labels", [flow_LGG, cost_DD], [])
+
+
+def _within(limit: float, program: str, arrays: list[F64], options: list[Any]) -> Answer | None:
+    """The worker's answer; None when it had none, or had to be ended."""
+    task = json.dumps([program, limit, [array.tolist() for array in arrays], options])
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "moeserve.placement.solvers.ilp"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # CBC is a process of its own, to be ended with its parent
+    )
+    try:
+        out, err = worker.communicate(task, timeout=limit + GRACE + START)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if worker.poll() is None:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.communicate()
+    if worker.returncode != 0:
+        last = err.strip().splitlines()[-1:] or ["no message"]
+        raise PlacementError(f"the integer-program solver failed: {last[0]}")
+    answer = json.loads(out.strip().splitlines()[-1])
+    if answer is None:
+        return None
+    return Answer(np.array(answer[0], np.int32), float(answer[1]), bool(answer[2]))
+
+
+def main() -> None:
+    """The worker: one program from stdin as JSON, its answer to stdout."""
+    program, limit, arrays, options = json.loads(sys.stdin.read())
+    answer = _PROGRAMS[program](*[np.array(a, np.float64) for a in arrays], limit, *options)
+    parts = None if answer is None else [answer.device_E.tolist(), answer.value, answer.proven]
+    print(json.dumps(parts))
+
+
+def _solve(problem: Any, limit: float) -> bool | None:
+    """Whether the incumbent is proven; None without one."""
+    import pulp  # slow to import
+
+    if have_highs():
+        solver = pulp.HiGHS(msg=False, timeLimit=limit, threads=1)
+    else:
+        solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=limit, threads=1)
+    problem.solve(solver)
+    if problem.sol_status == pulp.LpSolutionOptimal:
+        return True
+    return False if problem.sol_status == pulp.LpSolutionIntegerFeasible else None
+
+
+def _choices(pulp: Any, problem: Any, experts: int, devices: int, tag: str = "") -> Any:
+    x = pulp.LpVariable.dicts(f"x{tag}", (range(experts), range(devices)), cat="Binary")
+    for e in range(experts):
+        problem += pulp.lpSum(x[e].values()) == 1, f"expert{tag}_{e}_lies_once"
+    for d in range(devices):
+        size = experts // devices
+        problem += pulp.lpSum(x[e][d] for e in range(experts)) == size, f"group{tag}_{d}_is_full"
+    return x
+
+
+def _chosen(x: Any, experts: int, devices: int) -> list[int]:
+    return [max(range(devices), key=lambda d: x[e][d].value()) for e in range(experts)]
+
+
+def _cluster_layer(load_E: F64, limit: float, devices: int, objective: str) -> Answer | None:
+    import pulp
+
+    share_E = load_E / load_E.sum() * devices
+    problem = pulp.LpProblem("cluster", pulp.LpMinimize)
+    x = _choices(pulp, problem, len(share_E), devices)
+    off = [pulp.LpVariable(f"off_{d}", 0) for d in range(devices)]
+    peak = pulp.LpVariable("peak", 0)
+    problem += peak if objective == "max" else pulp.lpSum(off)
+    for d in range(devices):
+        load = pulp.lpSum(float(share_E[e]) * x[e][d] for e in range(len(share_E)))
+        problem += load - 1 <= off[d], f"over_{d}"
+        problem += 1 - load <= off[d], f"under_{d}"
+        problem += load <= peak, f"peak_{d}"
+    proven = _solve(problem, limit)
+    if proven is None:
+        return None
+    device_E = np.array(_chosen(x, len(share_E), devices), np.int32)
+    load_D = np.bincount(device_E, share_E, devices)
+    value = load_D.max() if objective == "max" else np.abs(load_D - 1).sum()
+    return Answer(device_E, float(value), proven)
+
+
+def _polish_layer(gain_ED: F64, load_E: F64, cap_D: F64, limit: float) -> Answer | None:
+    import pulp
+
+    experts, devices = gain_ED.shape
+    problem = pulp.LpProblem("polish", pulp.LpMaximize)
+    x = _choices(pulp, problem, experts, devices)
+    problem += pulp.lpSum(
+        float(gain_ED[e, d]) * x[e][d] for e in range(experts) for d in range(devices)
+    )
+    for d in range(devices):
+        load = pulp.lpSum(float(load_E[e]) * x[e][d] for e in range(experts))
+        problem += load <= float(cap_D[d]), f"cap_{d}"
+    proven = _solve(problem, limit)
+    if proven is None:
+        return None
+    device_E = np.array(_chosen(x, experts, devices), np.int32)
+    return Answer(device_E, float(gain_ED[np.arange(experts), device_E].sum()), proven)
+
+
+def _best_chain(pairs_LEE: F64, load_LE: F64, limit: float, devices: int) -> Answer | None:
+    import pulp
+
+    layers, experts = load_LE.shape
+    size = experts // devices
+    problem = pulp.LpProblem("chain", pulp.LpMaximize)
+    x = [_choices(pulp, problem, experts, devices, f"_{l}_") for l in range(layers)]
+    terms = []
+    both = range(experts)
+    for l in range(layers - 1):
+        z = pulp.LpVariable.dicts(f"z_{l}", (both, both, range(devices)), 0, 1)
+        for e in both:
+            for d in range(devices):
+                # Without these sums the relaxation is worthless; with them, about b-matching.
+                ahead = pulp.lpSum(z[e][f][d] for f in both)
+                behind = pulp.lpSum(z[f][e][d] for f in both)
+                problem += ahead == size * x[l][e][d], f"links_out_{l}_{e}_{d}"
+                problem += behind == size * x[l + 1][e][d], f"links_in_{l}_{e}_{d}"
+            terms += [float(pairs_LEE[l, e, f]) * z[e][f][d] for f in both for d in range(devices)]
+    problem += pulp.lpSum(terms)
+    proven = _solve(problem, limit)
+    if proven is None:
+        return None
+    device_LE = np.array([_chosen(x[l], experts, devices) for l in range(layers)], np.int32)
+    same_LEE = device_LE[:-1, :, None] == device_LE[1:, None, :]
+    value = float((pairs_LEE * same_LEE).sum() / max(1, layers - 1))
+    return Answer(device_LE.ravel(), value, proven)
+
+
+def _label_layers(flow_LGG: F64, cost_DD: F64, limit: float) -> Answer | None:
+    import pulp
+
+    pairs, groups = flow_LGG.shape[:2]
+    everyone = range(groups)
+    problem = pulp.LpProblem("labels", pulp.LpMinimize)
+    y = [_choices(pulp, problem, groups, groups, f"_{l}_") for l in range(pairs + 1)]
+    worst = [pulp.LpVariable(f"worst_{l}", 0) for l in range(pairs)]
+    problem += pulp.lpSum(worst)
+    for l in range(pairs):
+        links = (everyone, everyone, everyone, everyone)
+        z = pulp.LpVariable.dicts(f"z_{l}", links, 0, 1)
+        for a in everyone:
+            for b in everyone:
+                for g in everyone:
+                    row = pulp.lpSum(z[a][b][g][h] for h in everyone)
+                    column = pulp.lpSum(z[a][b][h][g] for h in everyone)
+                    problem += row == y[l][a][g], f"from_{l}_{a}_{b}_{g}"
+                    problem += column == y[l + 1][b][g], f"to_{l}_{a}_{b}_{g}"
+        for g in everyone:
+            for h in everyone:
+                time_on_link = pulp.lpSum(
+                    float(flow_LGG[l, a, b] * cost_DD[g, h]) * z[a][b][g][h]
+                    for a in everyone
+                    for b in everyone
+                )
+                problem += time_on_link <= worst[l], f"link_{l}_{g}_{h}"
+    proven = _solve(problem, limit)
+    if proven is None:
+        return None
+    device_LG = np.array([_chosen(y[l], groups, groups) for l in range(pairs + 1)], np.int32)
+    value = sum(
+        float((flow_LGG[l] * cost_DD[device_LG[l]][:, device_LG[l + 1]]).max())
+        for l in range(pairs)
+    )
+    return Answer(device_LG.ravel(), value, proven)
+
+
+_PROGRAMS: dict[str, Callable[..., Answer | None]] = {
+    "cluster": _cluster_layer,
+    "polish": _polish_layer,
+    "chain": _best_chain,
+    "labels": _label_layers,
+}
+
+if __name__ == "__main__":
+    main()

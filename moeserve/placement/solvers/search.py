@@ -1,0 +1,143 @@
+"""The hot loops of the search: native where they were built, else their twins.
+
+``MOESERVE_REQUIRE_NATIVE=1`` makes a missing native half an error. Arguments are checked here, so
+that neither side has to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.errors import PlacementError
+from moeserve.placement.solvers import twin
+
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+
+PLACE = twin.PLACE
+WIDEST = 16  # PLACE is divisible by every count of choices up to this one
+
+
+def core() -> ModuleType:
+    """The native module, or the twin."""
+    try:
+        return importlib.import_module("moeserve.placement._search")
+    except ModuleNotFoundError as cause:
+        if os.environ.get("MOESERVE_REQUIRE_NATIVE") == "1":
+            raise PlacementError(
+                "moeserve.placement._search is not built; install moeserve from its wheel, or "
+                "run `make setup`"
+            ) from cause
+        return twin
+
+
+def is_native() -> bool:
+    return core() is not twin
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grouping:
+    """One layer's problem: swap slots between devices so that tokens occupy cheap places.
+
+    Each token pays ``weight_DT`` for every device it occupies and ``weight_NT`` for every node
+    (with one node, nothing). ``load_SW`` above ``cap_DW`` is charged ``penalty`` per unit.
+    ``bond_SS`` (or empty) is the price of two slots sharing a device, ``price_SD`` (or empty) that
+    of a slot lying on a device.
+    """
+
+    slot_TK: I32
+    node_D: I32
+    weight_DT: U8
+    weight_NT: U8
+    load_SW: I64
+    cap_DW: I64
+    penalty: int
+    bond_SS: I64
+    price_SD: I64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grouped:
+    device_S: I32
+    cost: int
+    excess: int
+
+
+def exponential_draws() -> I32:
+    """1024 quantiles of the exponential distribution, times 1024."""
+    return np.round(-1024 * np.log((np.arange(1024) + 0.5) / 1024)).astype(np.int32)
+
+
+def group(problem: Grouping, start_S: I32, *, steps: int, heat: int, seed: int) -> Grouped:
+    """Anneal from ``start_S``; the best arrangement met, least excess first, then least cost."""
+    slots, devices = len(start_S), len(problem.node_D)
+    assert problem.weight_DT.shape == (devices, len(problem.slot_TK))
+    assert problem.weight_NT.shape == (problem.node_D.max() + 1, len(problem.slot_TK))
+    assert problem.cap_DW.shape == (devices, problem.load_SW.shape[1])
+    assert len(problem.load_SW) == slots
+    assert problem.bond_SS.shape in {(slots, slots), (0, 0)}
+    assert problem.price_SD.shape in {(slots, devices), (0, 0)}
+    assert problem.slot_TK.max(initial=-1) < slots
+    assert problem.slot_TK.shape[1] <= 255
+    device_S = start_S.astype(np.int32)
+    cost, excess = core().group(
+        np.ascontiguousarray(problem.slot_TK, np.int32), device_S, problem.node_D,
+        np.ascontiguousarray(problem.weight_DT), np.ascontiguousarray(problem.weight_NT),
+        np.ascontiguousarray(problem.load_SW), np.ascontiguousarray(problem.cap_DW),
+        problem.bond_SS, problem.price_SD, exponential_draws(), problem.penalty, heat, steps, seed,
+    )  # fmt: skip
+    return Grouped(device_S, int(cost), int(excess))
+
+
+def improve(
+    problem: Grouping, start_S: I32, *, steps: int, heat: int, seed: int, rounds: int
+) -> Grouped:
+    """Anneal ``rounds`` times, each from the best so far and cooler than the one before."""
+    best = group(problem, start_S, steps=steps, heat=heat, seed=seed)
+    for r in range(1, rounds):
+        found = group(problem, best.device_S, steps=steps, heat=heat >> r, seed=seed + r)
+        if (found.excess, found.cost) < (best.excess, best.cost):
+            best = found
+    return replace(best)
+
+
+def saved_bound(slot_TK: I32, *, slots: int, partners: int) -> float:
+    """No arrangement with ``partners + 1`` slots per place saves more places than this.
+
+    A token of k choices that occupies n places saves k - n of them.
+    """
+    if slot_TK.shape[1] > WIDEST:
+        return float((slot_TK >= 0).sum())
+    ids_TK = np.ascontiguousarray(slot_TK, np.int32)
+    return int(core().saved_bound(ids_TK, slots, max(0, partners))) / PLACE
+
+
+def balance(load_EW: F64, speed_D: F64, *, slots: int, recounts: int) -> tuple[I32, float]:
+    """Copies and places for one layer: slot -> expert, and the largest load / speed."""
+    assert slots % len(speed_D) == 0
+    assert slots >= len(load_EW)
+    expert_S = np.zeros(slots, np.int32)
+    top = core().balance(
+        np.ascontiguousarray(load_EW, np.float64),
+        np.ascontiguousarray(speed_D, np.float64),
+        recounts,
+        expert_S,
+    )
+    return expert_S, float(top)
+
+
+def assign(cost_RC: F64) -> I32:
+    """Column of each row in the cheapest perfect assignment."""
+    assert cost_RC.ndim == 2
+    assert cost_RC.shape[0] == cost_RC.shape[1]
+    column_R = np.zeros(len(cost_RC), np.int32)
+    core().assign(np.ascontiguousarray(cost_RC, np.float64), column_R)
+    return column_R

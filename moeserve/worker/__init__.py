@@ -1,0 +1,1 @@
+"""One rank of several: ``python -m moeserve.worker``."""

@@ -1,0 +1,281 @@
+"""Seeds, wake-ups and endings, without a transport."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeserve.core import Counters, Event, FinishReason, Request, RequestId
+from moeserve.engine.loop import Engine
+from moeserve.errors import (
+    CancelledError,
+    DeadlineError,
+    ExhaustedError,
+    InternalError,
+    InvalidRequestError,
+    MoeserveError,
+    UnavailableError,
+)
+from moeserve.gateway import stream as stream_module
+from moeserve.gateway.limits import ModelLimits
+from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.service import Ask, InferenceService, Served, child_seed
+from moeserve.gateway.stream import Durations, Usage
+
+seeds = st.integers(0, 2**63 - 1)
+
+
+@dataclass
+class FakeEngine:
+    """Keeps what it is given; a test plays the engine's part. Refuses from ``room`` on."""
+
+    room: int = 99
+    sinks: dict[RequestId, Callable[[Event], None]] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    aborted: list[RequestId] = field(default_factory=list)
+
+    @property
+    def counters(self) -> Counters:
+        return Counters()
+
+    def submit(self, request: Request, sink: Callable[[Event], None]) -> None:
+        if len(self.requests) >= self.room:
+            raise ExhaustedError("full")
+        self.requests.append(request)
+        self.sinks[request.id] = sink
+
+    def abort(self, request_id: RequestId) -> None:
+        self.aborted.append(request_id)
+
+    def say(self, index: int, *tokens: int, **event: Any) -> None:
+        request = self.requests[index]
+        self.sinks[request.id](Event(request.id, tokens, **event))
+
+
+class BusyEngine(FakeEngine):
+    """Steps whenever it is looked at; the first request has its turn after ``turn`` looks."""
+
+    def __init__(self, turn: int) -> None:
+        super().__init__()
+        self._turn = turn
+
+    @property
+    def counters(self) -> Counters:
+        self._turn -= 1
+        if not self._turn:
+            self.say(0, 7)
+        return Counters(steps=-self._turn)
+
+
+def served_by(engine: FakeEngine) -> InferenceService:
+    service = InferenceService(Mailbox(asyncio.get_running_loop()), clock=lambda: 100.0)
+    model = ModelLimits(vocab_size=100, max_len=64)
+    service.serve(Served("fake", cast("Engine", engine), None, model))
+    return service
+
+
+@given(seeds, st.integers(0, 15), st.integers(0, 15))
+def test_children_of_a_seed_have_their_own_and_always_the_same(seed: int, a: int, b: int) -> None:
+    assert child_seed(seed, 0) == seed
+    assert (child_seed(seed, a) == child_seed(seed, b)) == (a == b)
+    assert 0 <= child_seed(seed, a) < 2**63
+
+
+async def test_an_ask_becomes_one_request_per_prompt_and_sequence() -> None:
+    engine = FakeEngine()
+    ask = Ask(
+        prompts=((1, 2), (3,)),
+        params={"seed": 5},
+        n=2,
+        request_id="r",
+        salt="s",
+        domain="d",
+        timeout_s=2.5,
+    )
+    async with await served_by(engine).open(ask):
+        found = engine.requests
+    assert [r.prompt_ids for r in found] == [(1, 2), (1, 2), (3,), (3,)]
+    assert [r.params.seed for r in found] == [5, child_seed(5, 1)] * 2
+    assert [r.id for r in found] == ["r", "r 1", "r 2", "r 3"]
+    assert {(r.salt, r.domain, r.arrival, r.deadline) for r in found} == {("s", "d", 100.0, 102.5)}
+
+
+async def test_max_tokens_defaults_to_16_or_fills_the_context_where_asked() -> None:
+    engine = FakeEngine()
+    service = served_by(engine)
+    for prompt, fill in ((10, False), (60, False), (10, True)):
+        async with await service.open(Ask(prompts=((1,) * prompt,), fill=fill)):
+            pass
+    assert [r.params.max_tokens for r in engine.requests] == [16, 4, 54]
+
+
+async def test_min_tokens_beyond_the_default_answer_asks_for_max_tokens() -> None:
+    service = served_by(FakeEngine())
+    with pytest.raises(InvalidRequestError, match=r"min_tokens=20 .*16 tokens.*max_tokens too"):
+        await service.open(Ask(prompts=((1,),), params={"min_tokens": 20}))
+    async with await service.open(Ask(prompts=((1,),), params={"min_tokens": 20}, fill=True)):
+        pass
+
+
+async def test_leaving_a_stream_aborts_what_still_runs_and_only_that() -> None:
+    engine = FakeEngine()
+    service = served_by(engine)
+    async with await service.open(Ask(prompts=((1,),), n=3, request_id="r")) as stream:
+        engine.say(1, 7, finish=FinishReason.LENGTH)
+        assert (await anext(stream)).index == 1
+        assert service.running == 1
+    assert engine.aborted == ["r", "r 2"]
+    assert service.running == 0
+
+
+async def test_a_cancelled_reader_leaves_nothing_running() -> None:
+    engine = FakeEngine()
+    service = served_by(engine)
+
+    async def read() -> None:
+        async with await service.open(Ask(prompts=((1,),), request_id="r")) as stream:
+            async for _ in stream:
+                pass
+
+    reader = asyncio.create_task(read())
+    await asyncio.sleep(0)
+    assert service.running == 1
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert engine.aborted == ["r"]
+    assert service.running == 0
+
+
+async def test_if_one_sequence_is_refused_none_runs() -> None:
+    engine = FakeEngine(room=2)
+    service = served_by(engine)
+    with pytest.raises(ExhaustedError):
+        await service.open(Ask(prompts=((1,),), n=4, request_id="r"))
+    assert engine.aborted == ["r", "r 1"]
+    assert service.running == 0
+
+
+async def test_what_a_slow_reader_missed_comes_at_once_and_the_failure_after_it() -> None:
+    engine = FakeEngine()
+    async with await served_by(engine).open(Ask(prompts=((1,),), n=2)) as stream:
+        engine.say(0, 5, text="a")
+        engine.say(1, 8, text="x")
+        engine.say(0, 6, text="b")
+        engine.say(1, finish=FinishReason.DEADLINE)
+        found = [await anext(stream) for _ in range(2)]
+        assert [(d.index, d.text, d.token_ids) for d in found] == [
+            (0, "ab", (5, 6)),
+            (1, "x", (8,)),
+        ]
+        with pytest.raises(DeadlineError):
+            await anext(stream)
+
+
+async def test_the_end_of_a_sequence_counts_and_times_it() -> None:
+    engine = FakeEngine()
+    async with await served_by(engine).open(Ask(prompts=((1, 2),))) as stream:
+        engine.say(0, 5)
+        engine.say(0, 6, finish=FinishReason.STOP, cached_tokens=1)
+        delta = await anext(stream)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+    assert delta.usage == Usage(prompt_tokens=2, completion_tokens=2, cached_tokens=1)
+    assert delta.timing == Durations(ttft_s=0.0, tpot_s=0.0, total_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("finish", "error"),
+    [
+        (FinishReason.ABORT, CancelledError),
+        (FinishReason.DEADLINE, DeadlineError),
+        (FinishReason.UNAVAILABLE, UnavailableError),
+        (FinishReason.ERROR, InternalError),
+    ],
+)
+async def test_endings_that_are_no_success_are_errors(
+    finish: FinishReason, error: type[MoeserveError]
+) -> None:
+    engine = FakeEngine()
+    async with await served_by(engine).open(Ask(prompts=((1,),), n=2, request_id="r")) as stream:
+        engine.say(0, finish=finish, error="the reason")
+        with pytest.raises(error, match="the reason"):
+            await anext(stream)
+    assert engine.aborted == ["r 1"], "the other sequence is of no use any more"
+
+
+async def test_a_silent_engine_is_reported_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream_module, "SILENCE_S", 0.01)
+    monkeypatch.setattr(stream_module, "DEADLINE_GRACE_S", 0.0)
+    service = served_by(FakeEngine())
+    async with await service.open(Ask(prompts=((1,),))) as stream:
+        with pytest.raises(InternalError, match="ended no step"):
+            await anext(stream)
+    async with await service.open(Ask(prompts=((1,),), timeout_s=0.01)) as stream:
+        with pytest.raises(DeadlineError, match="passed its deadline"):
+            await anext(stream)
+
+
+async def test_a_long_queue_is_waited_for_while_the_engine_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream_module, "SILENCE_S", 0.01)
+    engine = BusyEngine(turn=5)
+    async with await served_by(engine).open(Ask(((1,),))) as stream:
+        assert (await anext(stream)).token_ids == (7,)
+
+
+async def test_a_deadline_that_has_passed_is_refused_at_once() -> None:
+    engine = FakeEngine()
+    with pytest.raises(DeadlineError, match="before the request arrived"):
+        await served_by(engine).open(Ask(prompts=((1,),), timeout_s=0.0))
+    assert engine.requests == []
+
+
+async def test_draining_ends_when_the_last_stream_does() -> None:
+    engine = FakeEngine()
+    service = served_by(engine)
+    async with await service.open(Ask(prompts=((1,),))):
+        service.drain()
+        idle = asyncio.create_task(service.idle())
+        await asyncio.sleep(0)
+        assert not idle.done()
+        with pytest.raises(UnavailableError, match="draining"):
+            await service.open(Ask(prompts=((1,),)))
+    await asyncio.wait_for(idle, 10)
+
+
+async def test_prompts_are_bounded_in_number() -> None:
+    service = served_by(FakeEngine())
+    async with await service.open(Ask(prompts=((1,),) * 64)):
+        pass
+    with pytest.raises(InvalidRequestError, match="65 prompts: expected 1 to 64"):
+        await service.open(Ask(prompts=((1,),) * 65))
+
+
+async def test_letters_arrive_in_order_and_many_for_one_wake_up() -> None:
+    mailbox = Mailbox(asyncio.get_running_loop())
+    read: list[int] = []
+    done = asyncio.Event()
+
+    def post_all() -> None:
+        for i in range(1000):
+            mailbox.post(lambda i=i: read.append(i))  # type: ignore[misc]
+
+    mailbox.post(lambda: read.append(-1))
+    thread = threading.Thread(target=post_all)
+    thread.start()
+    thread.join(10)  # blocks the loop: everything waits in the box
+    mailbox.post(done.set)
+    await asyncio.wait_for(done.wait(), 10)
+    assert read == [-1, *range(1000)]
+    assert mailbox.wakeups == 1
