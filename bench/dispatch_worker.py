@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeserve.comm.dispatcher import Flat, Spread
+from moeserve.comm.dispatcher import FlatDispatcher, ShardedExperts
 from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.exchange.open import open_exchange
 from moeserve.comm.exchange.rounds import Lanes
@@ -48,9 +48,9 @@ class Bench:
         self.random = torch.Generator().manual_seed(rank)
         self.turn = 0
 
-    def open(self, spread: Spread, most: int) -> dict[str, Exchange]:
-        there = spread.wire.row_bytes * most
-        back = self.ops.sums_bytes(spread.part, spread.wire, most)
+    def open(self, sharded: ShardedExperts, most: int) -> dict[str, Exchange]:
+        there = sharded.wire.row_bytes * most
+        back = self.ops.sums_bytes(sharded.part, sharded.wire, most)
         self.turn += 1
         topology, lanes = Topology((0,) * self.world), Lanes((there, back), 60.0)
         return {
@@ -60,7 +60,7 @@ class Bench:
             for backend in self.backends
         }
 
-    def experts(self, count: int, hidden: int, inner: int, kind: str, top_k: int) -> Spread:
+    def experts(self, count: int, hidden: int, inner: int, kind: str, top_k: int) -> ShardedExperts:
         """Contiguous: this rank holds its share."""
         mine = count // self.world
 
@@ -73,7 +73,7 @@ class Bench:
         packed = self.ops.pack_experts(draw(mine, 2 * inner, hidden), draw(mine, hidden, inner))
         part = self.ops.prepare(MoeWeights(packed))
         layout = LayerLayout(np.arange(count, dtype=np.int32), count, self.world)
-        return Spread(part, layout, table_of(layout), self.ops.wire(part, top_k))
+        return ShardedExperts(part, layout, table_of(layout), self.ops.wire(part, top_k))
 
     def routed(self, tokens: int, hidden: int, experts: int, top_k: int) -> Routed:
         noise = torch.rand(tokens, experts, generator=self.random)
@@ -101,7 +101,7 @@ class Bench:
                     taken[name].append((time.perf_counter() - begun) * 1e6)
         return taken
 
-    def tell(self, taken: Taken, tokens: int, nbytes: int = 0) -> None:
+    def notify(self, taken: Taken, tokens: int, nbytes: int = 0) -> None:
         for (by, kind), times in taken.items() if self.rank == 0 else ():
             row = {
                 "ranks": self.world, "tokens": tokens, "by": by, "kind": kind, "bytes": nbytes,
@@ -112,26 +112,26 @@ class Bench:
 
 def dispatch(bench: Bench, tokens: Sequence[int]) -> None:
     hidden, top_k, experts = 2048, 8, 128
-    spread = bench.experts(experts, hidden, 32, "int8", top_k)
-    exchanges = bench.open(spread, max(tokens))
+    sharded = bench.experts(experts, hidden, 32, "int8", top_k)
+    exchanges = bench.open(sharded, max(tokens))
     for count in tokens:
         draws = [bench.routed(count, hidden, experts, top_k) for _ in range(DRAWS)]
         x_TH = torch.randn(count, hidden, generator=bench.random)
         given = torch.randint(-SUM, SUM, (count * bench.world, 1, hidden), dtype=torch.int32)
         first = next(iter(exchanges.values()))
-        there_R, back_R = there_and_back(bench, first, spread, x_TH, draws[0], given)
+        there_R, back_R = there_and_back(bench, first, sharded, x_TH, draws[0], given)
         nbytes = sum(there_R) + sum(back_R)
         source, target = (torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
         acts: dict[tuple[str, str], Callable[[int], object]] = {}
         for name, exchange in exchanges.items():
             acts[name, "whole"] = lambda i, exchange=exchange, x_TH=x_TH, given=given, of=draws: (
-                there_and_back(bench, exchange, spread, x_TH, of[i % DRAWS], given)
+                there_and_back(bench, exchange, sharded, x_TH, of[i % DRAWS], given)
             )
             acts[name, "bytes"] = lambda _, exchange=exchange, sizes=(there_R, back_R), of=source: (
                 bytes_alone(exchange, sizes, of)
             )
         acts["memcpy", "bytes"] = lambda _, to=target, of=source: to.copy_(of)
-        bench.tell(bench.times(acts), count, nbytes)
+        bench.notify(bench.times(acts), count, nbytes)
     for exchange in exchanges.values():
         exchange.close()
 
@@ -150,11 +150,16 @@ def bytes_alone(
 
 
 def there_and_back(
-    bench: Bench, exchange: Exchange, spread: Spread, x_TH: Tensor, routed: Routed, given: Tensor
+    bench: Bench,
+    exchange: Exchange,
+    sharded: ShardedExperts,
+    x_TH: Tensor,
+    routed: Routed,
+    given: Tensor,
 ) -> tuple[list[int], list[int]]:
-    """As ``Flat.moe``, but for the experts; the bytes handed over, out and back."""
-    ops, part, wire = bench.ops, spread.part, spread.wire
-    sent = spread.table.assign(routed.ids_TC, bench.rank)
+    """As ``FlatDispatcher.moe``, but for the experts; the bytes handed over, out and back."""
+    ops, part, wire = bench.ops, sharded.part, sharded.wire
+    sent = sharded.table.assign(routed.ids_TC, bench.rank)
     there_R = [n * wire.row_bytes for n in sent.count_R]
     ops.pack_tokens(x_TH, part, routed, sent.copies, exchange.areas(0, there_R))
     exchange.send(0, there_R)
@@ -164,15 +169,15 @@ def there_and_back(
     most_R = [ops.sums_bytes(part, wire, rows) for rows in rows_R]
     back_R = ops.pack_sums(part, wire, sums, segments, exchange.areas(1, most_R))
     exchange.send(1, back_R)
-    ops.collect(x_TH, part, routed, sent.copies, exchange.receive(1), None)
+    ops.combine(x_TH, part, routed, sent.copies, exchange.receive(1), None)
     return there_R, back_R
 
 
 def layer(bench: Bench, tokens: Sequence[int]) -> None:
     hidden, top_k, experts, inner = 1024, 4, 32, 512
     for kind in ("int8", "bf16"):
-        spread = bench.experts(experts, hidden, inner, kind, top_k)
-        exchanges = bench.open(spread, max(tokens))
+        sharded = bench.experts(experts, hidden, inner, kind, top_k)
+        exchanges = bench.open(sharded, max(tokens))
         router = bench.ops.prepare(
             RouterWeights(
                 torch.ones(hidden), 1e-6, bench.ops.pack_linear(torch.randn(experts, hidden)),
@@ -180,28 +185,32 @@ def layer(bench: Bench, tokens: Sequence[int]) -> None:
             )
         )  # fmt: skip
         flats = {
-            name: Flat(bench.ops, exchange, Topology((0,) * bench.world), Progress())
+            name: FlatDispatcher(bench.ops, exchange, Topology((0,) * bench.world), Progress())
             for name, exchange in exchanges.items()
         }
         for count in tokens:
             x_TH = torch.randn(count, hidden, generator=bench.random)
             acts: dict[tuple[str, str], Callable[[int], object]] = {
-                (name, kind): lambda _, flat=flat, router=router, spread=spread, x_TH=x_TH: (
-                    whole_layer(bench, flat, router, spread, x_TH)
+                (name, kind): lambda _, flat=flat, router=router, sharded=sharded, x_TH=x_TH: (
+                    whole_layer(bench, flat, router, sharded, x_TH)
                 )
                 for name, flat in flats.items()
             }
-            bench.tell(bench.times(acts), count)
+            bench.notify(bench.times(acts), count)
         for flat in flats.values():
             flat.close()
 
 
 def whole_layer(
-    bench: Bench, flat: Flat, router: Part[RouterWeights], spread: Spread, x_TH: Tensor
+    bench: Bench,
+    flat: FlatDispatcher,
+    router: Part[RouterWeights],
+    sharded: ShardedExperts,
+    x_TH: Tensor,
 ) -> None:
     x_TH = x_TH.clone()
     routed = route(bench, x_TH, router)
-    for _ in flat.moe(0, spread, x_TH, routed):
+    for _ in flat.moe(0, sharded, x_TH, routed):
         pass
 
 

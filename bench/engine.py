@@ -24,7 +24,7 @@ from rich.table import Table
 
 from moeserve.core import Counters, Request, RequestId, SamplingParams, StepPlan
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.model_runner import LocalExecutor
+from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.rank_model import open_recorder
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.kernels.select import choose_ops
@@ -70,7 +70,7 @@ def seconds(decoder: Decoder, case: Case, record: Path | None) -> float:
     blocks = case.streams * ((case.prompt + case.answer) // BLOCK + 1)
     config = SchedulerConfig(CONTEXT, 64, 512, prefix_cache=False)
     scheduler = Scheduler(config, BlockPool(blocks, BLOCK, counters), counters)
-    executor = LocalExecutor(decoder, blocks, BLOCK, observer=recorder)
+    executor = ModelRunner(decoder, blocks, BLOCK, observer=recorder)
     params = SamplingParams(max_tokens=case.answer, temperature=0, ignore_eos=True)
     for s in range(case.streams):
         prompt = tuple((7 * s + 13 * i) % 4000 + 1 for i in range(case.prompt))

@@ -147,7 +147,7 @@ std::vector<int32_t> assign(const Table& table, uintptr_t ids, int64_t tokens, i
 }
 
 // Copies of records that came: `slots_at` bytes into each record lie its slots of this unit.
-std::vector<int32_t> spread(std::vector<uintptr_t> segments, std::vector<int64_t> rows,
+std::vector<int32_t> relay(std::vector<uintptr_t> segments, std::vector<int64_t> rows,
                             int64_t row_bytes, int64_t slots_at, int64_t chosen, int32_t ranks,
                             int32_t per_rank, uintptr_t start, uintptr_t token, uintptr_t slot) {
   int64_t all = 0;
@@ -171,8 +171,8 @@ std::vector<int32_t> spread(std::vector<uintptr_t> segments, std::vector<int64_t
 }  // namespace
 
 void bind_assign(nb::module_& m) {
-  nb::class_<Table>(m, "Table").def("__init__", make_table).def("assign", assign);
-  m.def("spread", spread);
+  nb::class_<Table>(m, "AssignmentTable").def("__init__", make_table).def("assign", assign);
+  m.def("relay", relay);
 }
 
 }  // namespace moeserve

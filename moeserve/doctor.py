@@ -100,7 +100,7 @@ class Port:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Report:
+class DoctorReport:
     """What was found; ``ports`` are those that ``serve`` would take without flags."""
 
     host: HostReport
@@ -118,7 +118,7 @@ class Report:
         return dataclasses.asdict(self) | {"exit_status": self.exit_status}
 
 
-def run_doctor(model: str | None = None) -> Report:
+def run_doctor(model: str | None = None) -> DoctorReport:
     """Looks at this host, this installation and, where named, the model; takes about a second."""
     problems: list[Advice] = []
     notes: list[Advice] = []
@@ -137,7 +137,7 @@ def run_doctor(model: str | None = None) -> Report:
             problems.append(Advice(refused.message))
     if report is not None and not report.fits:
         problems.append(Advice(report.binding, "free memory, or serve a smaller model"))
-    return Report(host, software, ports, report, tuple(problems), tuple(notes))
+    return DoctorReport(host, software, ports, report, tuple(problems), tuple(notes))
 
 
 def examine_host() -> HostReport:
@@ -295,8 +295,8 @@ def size(number: float) -> str:
     return f"{number:.1f} TiB"
 
 
-def render(report: Report, console: Console) -> None:
-    """For people; ``Report.to_json`` says the same to programs."""
+def render(report: DoctorReport, console: Console) -> None:
+    """For people; ``DoctorReport.to_json`` says the same to programs."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -326,7 +326,7 @@ def speed(machine: Machine) -> str:
     return ", ".join([f"{of}: read {machine.read.best / 1e9:.1f} GB/s", *peaks])
 
 
-def rows(report: Report) -> list[tuple[str, str]]:
+def rows(report: DoctorReport) -> list[tuple[str, str]]:
     host, software, model = report.host, report.software, report.model
     quota = "" if host.quota is None else f", limited to {host.quota:g} by the control group"
     limit = "" if host.memory_limit is None else f", limited to {size(host.memory_limit)}"

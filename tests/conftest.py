@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeserve.comm.exchange.base import Exchange, Traffic
+from moeserve.comm.exchange.base import Exchange, ExchangeStats
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
@@ -256,7 +256,7 @@ class ThreadExchange:
         self.name = name
         self.rank = rank
         self.world = world
-        self.traffic = Traffic(sent_R=[0] * world)
+        self.traffic = ExchangeStats(sent_R=[0] * world)
         self._post = post
         self._areas: dict[int, list[Tensor]] = {}
 

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from moeserve import doctor
-from moeserve.doctor import HostReport, Port, Report
+from moeserve.doctor import DoctorReport, HostReport, Port
 from moeserve.errors import CheckpointError
 from moeserve.host import read_memory
 from moeserve.kernels.probe import Machine, Rate
@@ -44,7 +44,7 @@ def own_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "is_free", lambda host, port: True)
 
 
-def shown(report: Report) -> str:
+def shown(report: DoctorReport) -> str:
     screen = io.StringIO()
     doctor.render(report, Console(file=screen, width=200))
     return screen.getvalue()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeserve.core import Chunk, Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.model_runner import LocalExecutor
+from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.kernels.ops import Linear
 from moeserve.kernels.reference.ops import ReferenceOps
@@ -72,7 +72,7 @@ def run(
         prefix_cache=prefix_cache,
     )
     scheduler = Scheduler(config, BlockPool(num_blocks, block_size, counters), counters)
-    executor = LocalExecutor(decoder, num_blocks, block_size, on_logits=keep)
+    executor = ModelRunner(decoder, num_blocks, block_size, on_logits=keep)
     for wave in waves:
         for request in wave:
             scheduler.add(request)

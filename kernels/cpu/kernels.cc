@@ -82,8 +82,8 @@ extern const Kernels kernels = {
     route_topk, paged::kv_bytes_per_block,
     paged::write_kv, paged::paged_attention,
     attend_gqa, attend_mla, dense,
-    route,      mix,
-    pack_tokens, relay_tokens, run_experts, relay_sums, pack_sums, collect, shared,
+    route,      moe,
+    pack_tokens, relay_tokens, run_experts, relay_sums, pack_sums, combine, shared,
     head,
 };
 

@@ -199,7 +199,7 @@ struct Kernels {
   void (*dense)(float* x, int64_t rows, const Dense& w);
   void (*route)(const float* x, int64_t rows, const Router& w, float* normed, int32_t* ids,
                 float* weights);
-  bool (*mix)(float* x, int64_t rows, const Mixture& w, const float* normed, const int32_t* ids,
+  bool (*moe)(float* x, int64_t rows, const Mixture& w, const float* normed, const int32_t* ids,
               int64_t chosen, const float* weights);
   // Tokens on their way to other ranks and back: wire.h. False (or -1) where a row, a slot or a
   // size is not as it must be. The records have `chosen` slots each, features of kind `payload`.
@@ -214,7 +214,7 @@ struct Kernels {
   bool (*pack_sums)(const Mixture& w, int64_t chosen, const void* sums, const Segments& from,
                     const Segments& areas, int64_t* written);
   // `extra` is the shared expert's rows, or null.
-  bool (*collect)(float* x, const float* weights, int64_t rows, const Mixture& w,
+  bool (*combine)(float* x, const float* weights, int64_t rows, const Mixture& w,
                   const Copies& copies, const Segments& came, const float* extra);
   void (*shared)(const float* normed, int64_t rows, const Mixture& w, float* out);
   // Of the wanted rows of x, all of which exist.

@@ -193,7 +193,7 @@ void shared(const float* normed, int64_t rows, const Mixture& w, float* out) {
   shared_of(normed, rows, w, room.take(floats), out);
 }
 
-bool mix(float* x, int64_t rows, const Mixture& w, const float* normed, const int32_t* ids,
+bool moe(float* x, int64_t rows, const Mixture& w, const float* normed, const int32_t* ids,
          int64_t chosen, const float* weights) {
   const int64_t hidden = w.experts.down.n;
   Room room(rows * (2 * hidden + 1) + shared_room(w, rows));

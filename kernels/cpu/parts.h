@@ -149,7 +149,7 @@ void route(uintptr_t x, int64_t rows, const Router& w, uintptr_t normed, uintptr
 
 // All layers, a cache for each. The ids of a routed layer follow those of the one before it.
 // False as the kernels that they are made of.
-bool run(uintptr_t x_at, const Stack& stack, const Pass& pass, std::vector<const Cache*> caches,
+bool forward_layers(uintptr_t x_at, const Stack& stack, const Pass& pass, std::vector<const Cache*> caches,
          uintptr_t ids_at) {
   if (caches.size() != stack.layers.size()) return false;
   const nb::gil_scoped_release unlocked;
@@ -170,7 +170,7 @@ bool run(uintptr_t x_at, const Stack& stack, const Pass& pass, std::vector<const
     float* normed = static_cast<float*>(scratch(3, 4 * step.rows * (hidden + chosen)));
     float* weights = normed + step.rows * hidden;
     kernels.route(x, step.rows, *layer.router, normed, ids, weights);
-    if (!kernels.mix(x, step.rows, *layer.mixture, normed, ids, chosen, weights)) return false;
+    if (!kernels.moe(x, step.rows, *layer.mixture, normed, ids, chosen, weights)) return false;
     ids += step.rows * chosen;
   }
   return true;
@@ -221,10 +221,10 @@ void bind_parts(nb::module_& m) {
     table().dense(at<float>(x), rows, w);
   }, unlocked);
   m.def("route", route, counted);
-  m.def("run", run, counted);
-  m.def("mix", [](uintptr_t x, int64_t rows, const Mixture& w, uintptr_t normed, uintptr_t ids,
+  m.def("forward_layers", forward_layers, counted);
+  m.def("moe", [](uintptr_t x, int64_t rows, const Mixture& w, uintptr_t normed, uintptr_t ids,
                   int64_t chosen, uintptr_t weights) {
-    return table().mix(at<float>(x), rows, w, at<const float>(normed), at<const int32_t>(ids),
+    return table().moe(at<float>(x), rows, w, at<const float>(normed), at<const int32_t>(ids),
                        chosen, at<const float>(weights));
   }, unlocked);
   m.def("embed", embed, unlocked);

@@ -72,10 +72,10 @@ int64_t relay_sums(const Mixture& w, const CopiesAt& which, const Addresses& cam
   });
 }
 
-bool collect(uintptr_t x, uintptr_t weights, int64_t rows, const Mixture& w, const CopiesAt& which,
+bool combine(uintptr_t x, uintptr_t weights, int64_t rows, const Mixture& w, const CopiesAt& which,
              const Addresses& came, const Sizes& bytes, uintptr_t extra) {
   return unlocked_if(rows > kQuickRows, [&] {
-    return table().collect(at<float>(x), at<const float>(weights), rows, w, copies(which),
+    return table().combine(at<float>(x), at<const float>(weights), rows, w, copies(which),
                            segments(came, bytes), at<const float>(extra));
   });
 }
@@ -87,7 +87,7 @@ void bind_travel(nb::module_& m) {
   m.def("run_experts", run_experts, counted);
   m.def("pack_sums", pack_sums, counted);
   m.def("relay_sums", relay_sums, counted);
-  m.def("collect", collect, counted);
+  m.def("combine", combine, counted);
   m.def("shared", [](uintptr_t normed, int64_t rows, const Mixture& w, uintptr_t out) {
     table().shared(at<const float>(normed), rows, w, at<float>(out));
   }, nb::call_guard<Counted, nb::gil_scoped_release>());

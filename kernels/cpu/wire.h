@@ -446,7 +446,7 @@ INLINE F16 ordered_at(const Came* const* row, const float* weights, int64_t chos
   return total;
 }
 
-bool collect(float* x, const float* weights, int64_t rows, const Mixture& w, const Copies& copies,
+bool combine(float* x, const float* weights, int64_t rows, const Mixture& w, const Copies& copies,
              const Segments& came, const float* extra) {
   const bool ordered = w.combine == Combine::ordered;
   const int64_t hidden = w.experts.down.n, chosen = copies.chosen;

@@ -19,7 +19,7 @@ from moeserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from moeserve.bench.generation import Case
-    from moeserve.bench.rows import Report, Row
+    from moeserve.bench.rows import BenchReport, Row
     from moeserve.kernels.probe import Machine
     from moeserve.models.decoder import Decoder
 
@@ -109,8 +109,8 @@ def tell(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def measure_kernel(args: argparse.Namespace, threads: Sequence[int]) -> Report:
-    from moeserve.bench.kernel import Layer, measure, other_runtimes, ours, torch_loops
+def measure_kernel(args: argparse.Namespace, threads: Sequence[int]) -> BenchReport:
+    from moeserve.bench.kernel import MoeLayer, measure, other_runtimes, ours, torch_loops
 
     sizes = integers("--layer", args.layer)
     if len(sizes) != 4 or sizes[1] > sizes[0]:
@@ -123,7 +123,7 @@ def measure_kernel(args: argparse.Namespace, threads: Sequence[int]) -> Report:
         contenders += [*torch_loops(), *other_runtimes(args.peers)]
     return measure(
         contenders,
-        layer=Layer(*sizes),
+        layer=MoeLayer(*sizes),
         tokens=integers("--tokens", args.tokens or TOKENS["kernel"]),
         threads=threads,
         rounds=args.rounds,
@@ -132,9 +132,9 @@ def measure_kernel(args: argparse.Namespace, threads: Sequence[int]) -> Report:
     )
 
 
-def measure_model(args: argparse.Namespace, threads: Sequence[int]) -> Report:
+def measure_model(args: argparse.Namespace, threads: Sequence[int]) -> BenchReport:
     from moeserve.bench.generation import Case
-    from moeserve.bench.rows import Report
+    from moeserve.bench.rows import BenchReport
 
     tokens = integers("--tokens", args.tokens or TOKENS[args.what])
     if args.what == "prefill":
@@ -153,7 +153,7 @@ def measure_model(args: argparse.Namespace, threads: Sequence[int]) -> Report:
         machine, found = measure_cases(args, decoder, cases, count)
         machines.append(machine)
         rows += found
-    return Report(tuple(machines), tuple(rows))
+    return BenchReport(tuple(machines), tuple(rows))
 
 
 def load(model: str, quantization: str, threads: int) -> Decoder:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from moeserve.bench.roofline import LoadCounter, Roofline, step_seconds
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.model_runner import LocalExecutor, StepObserver
+from moeserve.engine.model_runner import ModelRunner, StepObserver
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.models.decoder import Decoder
 
@@ -32,7 +32,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class CaseTiming:
     """Seconds of both phases, measured or at least, and the tokens that each computed."""
 
     prefill_s: float
@@ -56,7 +56,7 @@ def prompts(case: Case, vocab: int) -> list[tuple[int, ...]]:
     return [tuple(draw.choices(range(1, vocab), k=case.prompt)) for _ in range(case.streams)]
 
 
-def run_case(decoder: Decoder, case: Case, observer: StepObserver | None = None) -> Timing:
+def run_case(decoder: Decoder, case: Case, observer: StepObserver | None = None) -> CaseTiming:
     return run_prompts(decoder, prompts(case, decoder.spec.vocab), case.answer, observer)
 
 
@@ -65,14 +65,14 @@ def run_prompts(
     asked: Sequence[tuple[int, ...]],
     answer: int,
     observer: StepObserver | None = None,
-) -> Timing:
+) -> CaseTiming:
     """All of them at once, each with so many tokens for an answer."""
     counters = Counters()
     longest = max(map(len, asked)) + answer
     blocks = len(asked) * (longest // BLOCK + 2)
     config = SchedulerConfig(longest, len(asked), max(STEP_TOKENS, len(asked)), prefix_cache=False)
     scheduler = Scheduler(config, BlockPool(blocks, BLOCK, counters), counters)
-    executor = LocalExecutor(decoder, blocks, BLOCK, observer=observer)
+    executor = ModelRunner(decoder, blocks, BLOCK, observer=observer)
     params = SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
     silent = {RequestId(str(s)) for s in range(len(asked))}
     for s, prompt in enumerate(asked):
@@ -90,10 +90,10 @@ def run_prompts(
         if not silent:
             first = time.perf_counter()
     took = time.perf_counter() - first
-    return Timing(first - begun, took, sum(map(len, asked)), decoded, steps)
+    return CaseTiming(first - begun, took, sum(map(len, asked)), decoded, steps)
 
 
-def bounds(decoder: Decoder, case: Case, limit: Roofline) -> Timing:
+def bounds(decoder: Decoder, case: Case, limit: Roofline) -> CaseTiming:
     """The same with the roofline's seconds, from a run that counts what its steps touch."""
     counter = LoadCounter(decoder.spec)
     timing = run_case(decoder, case, counter)

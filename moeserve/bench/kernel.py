@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeserve.bench.roofline import experts_seconds, roofline
-from moeserve.bench.rows import Report, Row, summarise
+from moeserve.bench.rows import BenchReport, Row, summarise
 from moeserve.bench.workers import Worker
 from moeserve.errors import MoeserveError
 from moeserve.kernels.probe import Machine, faster, probe_machine
@@ -26,7 +26,7 @@ RUN_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class MoeLayer:
     """The default is a layer of Qwen3-30B-A3B."""
 
     experts: int = 128
@@ -89,7 +89,7 @@ def other_runtimes(peers: Path) -> list[Contender]:
     return found
 
 
-def routing(layer: Layer, tokens: int) -> list[list[int]]:
+def routing(layer: MoeLayer, tokens: int) -> list[list[int]]:
     """Uniform, drawn once: every implementation meets the same."""
     draw = random.Random(tokens)
     return [draw.sample(range(layer.experts), layer.per_token) for _ in range(tokens)]
@@ -98,13 +98,13 @@ def routing(layer: Layer, tokens: int) -> list[list[int]]:
 def measure(
     contenders: Sequence[Contender],
     *,
-    layer: Layer,
+    layer: MoeLayer,
     tokens: Sequence[int],
     threads: Sequence[int],
     rounds: int,
     seconds: float,
     heard: Callable[[str], None] = lambda _: None,
-) -> Report:
+) -> BenchReport:
     """Microseconds of one call, for each number of tokens and threads."""
     machines: list[Machine] = []
     rows: list[Row] = []
@@ -133,13 +133,13 @@ def measure(
                 )
                 found = samples.get(contender)
                 rows.append(summarise(row, found) if found else row)
-    return Report(tuple(machines), tuple(rows))
+    return BenchReport(tuple(machines), tuple(rows))
 
 
 def start_all(
     stack: ExitStack,
     contenders: Sequence[Contender],
-    layer: Layer,
+    layer: MoeLayer,
     threads: int,
     folder: Path,
     heard: Callable[[str], None],
@@ -163,7 +163,7 @@ def start_all(
 
 
 def start(
-    stack: ExitStack, contender: Contender, layer: Layer, threads: int, folder: Path
+    stack: ExitStack, contender: Contender, layer: MoeLayer, threads: int, folder: Path
 ) -> Worker:
     worker = Worker(
         contender.peer,
@@ -188,7 +188,7 @@ def start(
 def take_samples(
     workers: dict[Contender, Worker],
     problems: dict[Contender, str],
-    layer: Layer,
+    layer: MoeLayer,
     tokens: int,
     rounds: int,
     seconds: float,
@@ -210,7 +210,7 @@ def take_samples(
 
 
 def least_us(
-    machine: Machine, layer: Layer, tokens: int, contenders: Sequence[Contender]
+    machine: Machine, layer: MoeLayer, tokens: int, contenders: Sequence[Contender]
 ) -> dict[Contender, float]:
     met = Counter(expert for chosen in routing(layer, tokens) for expert in chosen)
     return {

@@ -12,7 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moeserve.bench.crew import Crew, Spans, Taken, Variant
-from moeserve.engine.ranks.microbatches import Fixed, Measured, Microbatches, Shape
+from moeserve.engine.ranks.microbatches import (
+    FixedMicrobatches,
+    MeasuredMicrobatches,
+    MicrobatchPolicy,
+    StepShape,
+)
 
 LEARNING_STEPS = 40
 AUTO = "auto"
@@ -26,8 +31,8 @@ class Load:
     tokens: int
 
     @property
-    def shape(self) -> Shape:
-        return Shape(self.tokens, self.what == "decode")
+    def shape(self) -> StepShape:
+        return StepShape(self.tokens, self.what == "decode")
 
     def spans(self, world: int, step: int, length: int, prompt: int) -> Spans:
         """Of sequences that are ``length`` long: in decode one token of each, walking from
@@ -121,8 +126,11 @@ def measure(
     set_rate: Callable[[int | None], None],
 ) -> list[Mapping[Way, Samples]]:
     """Every way at every rate in turn, ``rounds`` times; by rate."""
-    choosers: list[dict[Way, Microbatches]] = [
-        {way: Measured() if way.micro == AUTO else Fixed(int(way.micro)) for way in ways}
+    choosers: list[dict[Way, MicrobatchPolicy]] = [
+        {
+            way: MeasuredMicrobatches() if way.micro == AUTO else FixedMicrobatches(int(way.micro))
+            for way in ways
+        }
         for _ in rates
     ]
     found = [{way: Samples() for way in ways} for _ in rates]
@@ -143,7 +151,7 @@ def measure(
 
 
 def _one(
-    crew: Crew, load: Load, way: Way, chooser: Microbatches, effort: Effort, step: int
+    crew: Crew, load: Load, way: Way, chooser: MicrobatchPolicy, effort: Effort, step: int
 ) -> tuple[int, Taken]:
     count = chooser.choose(load.shape)
     spans = load.spans(crew.world, step, effort.length, effort.prompt)

@@ -28,18 +28,18 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.build import parallel_over
-from moeserve.comm.dispatcher import Flat, Spread
+from moeserve.comm.dispatcher import FlatDispatcher, ShardedExperts
 from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.exchange.open import open_exchange
 from moeserve.comm.exchange.rounds import Lanes
 from moeserve.comm.group import Group, Topology, host_store, join_store
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.pipeline import Parallel
-from moeserve.comm.table import Assigned, Table
+from moeserve.comm.pipeline import ParallelLayerRunner
+from moeserve.comm.table import Assigned, AssignmentTable
 from moeserve.kernels.select import choose_ops
 from moeserve.kernels.wire import Copies, Wire
 from moeserve.models.batch import Span, pack_spans, split_spans
-from moeserve.models.decoder import Decoder, KVCache, load_decoder
+from moeserve.models.decoder import Decoder, ModelKvCache, load_decoder
 from moeserve.observe.progress import Progress
 
 BLOCK = 16
@@ -51,7 +51,7 @@ DEADLINE_S = 60.0
 class OnePerExpert:
     """A table that sends a token away once for every expert."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: AssignmentTable) -> None:
         self._table = table
 
     def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
@@ -72,8 +72,8 @@ class OnePerExpert:
         starts = torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int32)
         return Assigned(Copies(starts, torch.cat(tokens), torch.cat(slots)), counts)
 
-    def spread(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
-        return self._table.spread(segments, wire, ranks)
+    def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
+        return self._table.relay(segments, wire, ranks)
 
 
 class Widened:
@@ -113,7 +113,7 @@ class Rank:
     decoders: Mapping[str, Decoder]
     layouts: Mapping[str, Mapping[int, LayerLayout]]
     sequences: Sequence[Sequence[int]]
-    cache: KVCache
+    cache: ModelKvCache
     variants: dict[tuple[str, str, str], Decoder]
 
     def run(self, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,17 +123,17 @@ class Rank:
         parts = split_spans(spans, asked["micro"])
         steps = [pack_spans(part, BLOCK) for part in parts]
         assert decoder.parallel is not None
-        moved, traffic = decoder.parallel.dispatcher.moved, self.exchange.traffic
-        before = (moved.waited_s, sum(moved.copies_R), moved.tokens, list(traffic.sent_R))
+        stats, traffic = decoder.parallel.dispatcher.stats, self.exchange.traffic
+        before = (stats.waited_s, sum(stats.copies_R), stats.tokens, list(traffic.sent_R))
         begun = time.monotonic()
         logits = decoder.forward_micro(steps, self.cache)
         ended = time.monotonic()
         said = {
             "begun": begun,
             "ended": ended,
-            "waited": moved.waited_s - before[0],
-            "copies": sum(moved.copies_R) - before[1],
-            "token_layers": moved.tokens - before[2],
+            "waited": stats.waited_s - before[0],
+            "copies": sum(stats.copies_R) - before[1],
+            "token_layers": stats.tokens - before[2],
             "sent_R": [a - b for a, b in zip(traffic.sent_R, before[3], strict=True)],
         }
         if asked.get("digest"):
@@ -153,14 +153,14 @@ class Rank:
     def _build(self, plan: str, copies: str, wire: str) -> Decoder:
         decoder, layouts = self.decoders[plan], self.layouts[plan]
         progress, exchange = Progress(), self._exchange_for(plan, wire)
-        dispatcher = Flat(decoder.ops, exchange, self.topology, progress)
+        dispatcher = FlatDispatcher(decoder.ops, exchange, self.topology, progress)
         layers = decoder.stack.layers
         parallel = parallel_over(decoder.ops, layers, layouts, dispatcher, progress)
         if copies == "expert":
-            parallel = Parallel(
+            parallel = ParallelLayerRunner(
                 decoder.ops,
                 layers,
-                [_per_expert(s) for s in parallel.spreads],
+                [_per_expert(s) for s in parallel.sharded],
                 dispatcher,
                 progress,
             )
@@ -170,18 +170,18 @@ class Rank:
         if wire == "own":
             return self.exchange
         decoder, layouts = self.decoders[plan], self.layouts[plan]
-        flat = Flat(decoder.ops, self.exchange, self.topology, Progress())
-        spreads = parallel_over(
+        flat = FlatDispatcher(decoder.ops, self.exchange, self.topology, Progress())
+        sharded = parallel_over(
             decoder.ops, decoder.stack.layers, layouts, flat, Progress()
-        ).spreads
-        own = next(s.wire for s in spreads if s is not None)
+        ).sharded
+        own = next(s.wire for s in sharded if s is not None)
         dtype, back = {"bf16": (torch.bfloat16, 1), "fp32": (torch.float32, 2)}[wire]
         return Widened(self.exchange, own.row_bytes, replace(own, payload=dtype).row_bytes, back)
 
 
-def _per_expert(spread: Spread | None) -> Spread | None:
-    # Of a Table, ``Flat`` only asks ``assign``.
-    return spread and replace(spread, table=OnePerExpert(spread.table))
+def _per_expert(sharded: ShardedExperts | None) -> ShardedExperts | None:
+    # Of an ``AssignmentTable``, ``FlatDispatcher`` only asks ``assign``.
+    return sharded and replace(sharded, table=OnePerExpert(sharded.table))
 
 
 def blocks_of(sequence: int, tokens: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ BETTER_IS_LESS = frozenset({"us", "ms", "s", "MB"})
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class BenchReport:
     """Rows, and what the machine could do while they were measured."""
 
     machines: tuple[Machine, ...]

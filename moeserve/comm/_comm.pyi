@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-class Table:
+class AssignmentTable:
     """The slots of a layer."""
 
     def __init__(self, expert_of_slot: list[int], experts: int, world: int) -> None: ...
@@ -19,7 +19,7 @@ class Table:
     ) -> list[int]:
         """Copies for each unit; fills start, token and slot."""
 
-def spread(
+def relay(
     segments: list[int],
     rows: list[int],
     row_bytes: int,

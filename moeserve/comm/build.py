@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moeserve.comm.dispatcher import ByNode, Dispatcher, Flat, Spread
+from moeserve.comm.dispatcher import (
+    Dispatcher,
+    FlatDispatcher,
+    HierarchicalDispatcher,
+    ShardedExperts,
+)
 from moeserve.comm.exchange.base import DEADLINE_S, Alarm
 from moeserve.comm.exchange.open import open_exchange
 from moeserve.comm.exchange.rounds import Lanes
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.pipeline import Parallel
+from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.comm.table import table_of
 from moeserve.errors import InternalError
 from moeserve.kernels.ops import Layer, MoeWeights, Ops, Part, RouterWeights
@@ -44,27 +49,28 @@ def open_parallel(
     bounds: Bounds,
     progress: Progress,
     address: str | None = None,
-) -> Parallel:
+) -> ParallelLayerRunner:
     """Collective over ``group``, which is all of the run. ``layouts`` are by layer number.
 
-    Where nodes have several ranks each, in order, tokens cross to a node once; see ``ByNode``.
+    Where nodes have several ranks each, in order, tokens cross to a node once; see
+    ``HierarchicalDispatcher``.
     """
-    spreads = spreads_of(ops, layers, layouts)
-    lanes = _lanes(ops, spreads, bounds, bounds.tokens)
+    sharded = shard_layers(ops, layers, layouts)
+    lanes = _lanes(ops, sharded, bounds, bounds.tokens)
     size = node_size(topology)
     dispatcher: Dispatcher
     if size is None:
         exchange = open_exchange(backend, group, topology, lanes, address=address)
-        dispatcher = Flat(ops, exchange, topology, progress)
+        dispatcher = FlatDispatcher(ops, exchange, topology, progress)
     else:
         rail = group.sub_group(range(group.rank % size, group.world, size))
         node = group.sub_group(topology.ranks_of(topology.node_R[group.rank]))
         outer = open_exchange(backend, rail, topology, lanes, key="outer", address=address)
         # Whatever comes from all nodes may be for one rank inside.
-        wide = _lanes(ops, spreads, bounds, bounds.tokens * topology.num_nodes)
+        wide = _lanes(ops, sharded, bounds, bounds.tokens * topology.num_nodes)
         inner = open_exchange(backend, node, topology, wide, key="inner", address=address)
-        dispatcher = ByNode(ops, outer, inner, topology, progress)
-    return Parallel(ops, layers, spreads, dispatcher, progress)
+        dispatcher = HierarchicalDispatcher(ops, outer, inner, topology, progress)
+    return ParallelLayerRunner(ops, layers, sharded, dispatcher, progress)
 
 
 def node_size(topology: Topology) -> int | None:
@@ -81,35 +87,39 @@ def parallel_over(
     layouts: Mapping[int, LayerLayout],
     dispatcher: Dispatcher,
     progress: Progress,
-) -> Parallel:
+) -> ParallelLayerRunner:
     """The same over a dispatcher that is there."""
-    return Parallel(ops, layers, spreads_of(ops, layers, layouts), dispatcher, progress)
+    return ParallelLayerRunner(
+        ops, layers, shard_layers(ops, layers, layouts), dispatcher, progress
+    )
 
 
-def spreads_of(
+def shard_layers(
     ops: Ops, layers: Sequence[Layer], layouts: Mapping[int, LayerLayout]
-) -> list[Spread | None]:
+) -> list[ShardedExperts | None]:
     """By layer; each layer's experts are those of this rank's slots."""
     return [
-        None if isinstance(layer.mlp, Part) else spread_of(ops, *layer.mlp, layouts[number])
+        None if isinstance(layer.mlp, Part) else shard_experts(ops, *layer.mlp, layouts[number])
         for number, layer in enumerate(layers)
     ]
 
 
-def spread_of(
+def shard_experts(
     ops: Ops, router: Part[RouterWeights], experts: Part[MoeWeights], layout: LayerLayout
-) -> Spread:
+) -> ShardedExperts:
     """InternalError where the experts are not as many as the layout has slots on a rank."""
     held = experts.weights.experts.num_experts
     if held != layout.slots:
         raise InternalError(f"a rank holds {held} experts of a layer, its plan says {layout.slots}")
     wire = ops.wire(experts, router.weights.spec.top_k)
-    return Spread(experts, layout, table_of(layout), wire)
+    return ShardedExperts(experts, layout, table_of(layout), wire)
 
 
-def _lanes(ops: Ops, spreads: Sequence[Spread | None], bounds: Bounds, tokens: int) -> Lanes:
+def _lanes(
+    ops: Ops, sharded: Sequence[ShardedExperts | None], bounds: Bounds, tokens: int
+) -> Lanes:
     """One there and one back for each microbatch, with room for the widest layer."""
-    routed = [s for s in spreads if s is not None]
+    routed = [s for s in sharded if s is not None]
     there = max((s.wire.row_bytes * tokens for s in routed), default=0)
     back = max((ops.sums_bytes(s.part, s.wire, tokens) for s in routed), default=0)
     return Lanes((there, back) * bounds.microbatches, bounds.deadline_s, bounds.alarm)

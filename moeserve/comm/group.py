@@ -27,7 +27,7 @@ from moeserve.errors import LateRankError, MoeserveError
 
 START_S = 60.0
 # How soon a wait says whom it is for, and how often it looks.
-TELL_S = 2.0
+NOTICE_S = 2.0
 POLL_S = 0.01
 FAREWELL_S = 2.0
 _GIVEN_UP = "given up"
@@ -52,7 +52,7 @@ class Topology:
         return tuple(r for r, n in enumerate(self.node_R) if n == node)
 
 
-def tell_stderr(text: str) -> None:
+def print_notice(text: str) -> None:
     print(f"moeserve: {text}", file=sys.stderr, flush=True)
 
 
@@ -61,8 +61,8 @@ class Group:
     """This rank among ``world``; ``store`` holds the notes.
 
     ``members`` are the ranks of the run that this group is of, ascending; empty: all of them.
-    ``alarm`` is asked while notes are awaited, which is at most for ``patience_s``; ``tell`` hears
-    whom a long wait is for.
+    ``alarm`` is asked while notes are awaited, which is at most for ``patience_s``; ``notify`` is
+    told whom a long wait is for.
     """
 
     rank: int
@@ -71,7 +71,7 @@ class Group:
     members: tuple[int, ...] = ()
     alarm: Alarm | None = None
     patience_s: float = START_S
-    tell: Callable[[str], None] = tell_stderr
+    notify: Callable[[str], None] = print_notice
 
     def sub_group(self, members: Sequence[int]) -> Group:
         """This rank among some of this group's, ascending; their notes are apart."""
@@ -101,7 +101,7 @@ class Group:
         for by those who are not. LateRankError names the ranks that did not come or gave up.
         """
         begun = time.monotonic()
-        tell_at = begun + TELL_S
+        tell_at = begun + NOTICE_S
         limit_s = self.patience_s if timeout_s is None else timeout_s
         notes: dict[int, bytes] = {}
         try:
@@ -126,7 +126,7 @@ class Group:
                     )
                 if now > tell_at:
                     tell_at = now + (now - begun)  # ever less often
-                    self.tell(f"rank {self.rank}, {key}: waiting for {named(missing)}")
+                    self.notify(f"rank {self.rank}, {key}: waiting for {named(missing)}")
                 time.sleep(POLL_S)
         except DistError as error:
             raise LateRankError(f"{key}: whoever keeps the notes is gone", [0]) from error

@@ -13,7 +13,7 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
-from moeserve.comm.dispatcher import Dispatcher, Spread
+from moeserve.comm.dispatcher import Dispatcher, ShardedExperts
 from moeserve.kernels.ops import (
     DenseWeights,
     KvCache,
@@ -27,23 +27,23 @@ from moeserve.kernels.ops import (
 from moeserve.observe.progress import Progress
 
 
-class Parallel:
-    """Owns where experts lie. ``spreads`` is by layer, None where nothing is routed, and may be
+class ParallelLayerRunner:
+    """Owns where experts lie. ``sharded`` is by layer, None where nothing is routed, and may be
     changed between steps, on all ranks between the same two."""
 
     def __init__(
         self,
         ops: Ops,
         layers: Sequence[Layer],
-        spreads: Sequence[Spread | None],
+        sharded: Sequence[ShardedExperts | None],
         dispatcher: Dispatcher,
         progress: Progress,
     ) -> None:
-        self.spreads = list(spreads)
+        self.sharded = list(sharded)
         self.dispatcher = dispatcher
         self._progress = progress
         self._ops = ops
-        self._halves = tuple((x.attention, unspread(x)) for x in layers)
+        self._halves = tuple((x.attention, without_experts(x)) for x in layers)
 
     def run(
         self,
@@ -74,8 +74,8 @@ class Parallel:
         routed: list[Tensor] | None,
     ) -> Generator[bool, None, None]:
         ops, progress = self._ops, self._progress
-        for l, ((attention, half), spread, cache) in enumerate(
-            zip(self._halves, self.spreads, caches, strict=True)
+        for l, ((attention, half), sharded, cache) in enumerate(
+            zip(self._halves, self.sharded, caches, strict=True)
         ):
             progress.at(l, lane)
             progress.begin("attention")
@@ -85,20 +85,20 @@ class Parallel:
                 if step is not None:
                     ops.dense(x_TH, half)
                 continue
-            assert spread is not None, l
+            assert sharded is not None, l
             router = half
             chosen = nothing(x_TH, router) if step is None else ops.route(x_TH, router, step)
             if routed is not None:
                 routed.append(chosen.ids_TC.clone())
-            for _ in self.dispatcher.moe(lane, spread, x_TH, chosen):
+            for _ in self.dispatcher.moe(lane, sharded, x_TH, chosen):
                 progress.pause()
                 yield True
                 progress.at(l, lane)
         progress.pause()
 
 
-def unspread(layer: Layer) -> Part[DenseWeights] | Part[RouterWeights]:
-    """The half after attention without experts, which only ``spreads`` holds: they may go."""
+def without_experts(layer: Layer) -> Part[DenseWeights] | Part[RouterWeights]:
+    """The half after attention without experts, which only ``sharded`` holds: they may go."""
     return layer.mlp if isinstance(layer.mlp, Part) else layer.mlp[0]
 
 

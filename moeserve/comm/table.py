@@ -31,7 +31,7 @@ class Assigned:
     count_R: list[int]
 
 
-class Table(Protocol):
+class AssignmentTable(Protocol):
     """The slots of one layer, ready for look-up."""
 
     def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
@@ -41,22 +41,22 @@ class Table(Protocol):
         """
         ...
 
-    def spread(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
+    def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
         """Copies of records that came to a unit of ``ranks``, by rank; their slots say where to."""
         ...
 
 
-def table_of(layout: LayerLayout) -> Table:
+def table_of(layout: LayerLayout) -> AssignmentTable:
     """ConfigError where there are more slots than a record can name."""
     if len(layout.expert_S) > MOST_SLOTS:
         raise ConfigError(
             f"{len(layout.expert_S)} slots in a layer: at most {MOST_SLOTS} are served"
         )
     native, _ = native_half()
-    return SlowTable(layout) if native is None else NativeTable(layout, native)
+    return NumpyAssignmentTable(layout) if native is None else NativeAssignmentTable(layout, native)
 
 
-class SlowTable:
+class NumpyAssignmentTable:
     """In numpy."""
 
     def __init__(self, layout: LayerLayout) -> None:
@@ -65,20 +65,22 @@ class SlowTable:
     def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
         return counted(assign(ids_TC, self._layout, home, ranks_per_unit))
 
-    def spread(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
+    def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
         records = torch.cat([s.view(-1, wire.row_bytes) for s in segments])
         slots = records[:, slots_at(wire) :].contiguous().view(torch.int16)[:, : wire.top_k]
         return counted(by_unit(slots.numpy().astype(np.int32), ranks, self._layout.slots))
 
 
-class NativeTable:
+class NativeAssignmentTable:
     """By ``comm/assign.cc``."""
 
     def __init__(self, layout: LayerLayout, native: ModuleType) -> None:
         self._slots = layout.slots
         self._world = layout.world
-        self._spread = native.spread
-        self._handle = native.Table(layout.expert_S.tolist(), layout.num_experts, layout.world)
+        self._relay = native.relay
+        self._handle = native.AssignmentTable(
+            layout.expert_S.tolist(), layout.num_experts, layout.world
+        )
 
     def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
         tokens, chosen = ids_TC.shape
@@ -89,10 +91,10 @@ class NativeTable:
         )
         return _cut(room, counts)
 
-    def spread(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
+    def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
         rows = [len(s) // wire.row_bytes for s in segments]
         room = _room(ranks, sum(rows), wire.top_k)
-        counts = self._spread(
+        counts = self._relay(
             [s.data_ptr() for s in segments],
             rows,
             wire.row_bytes,

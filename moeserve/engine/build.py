@@ -14,13 +14,13 @@ from moeserve.comm.build import copy_bytes
 from moeserve.core import Counters
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.loop import Engine, EngineObserver, Unobserved
-from moeserve.engine.rank_model import Rank, Seat, load_rank, widest
+from moeserve.engine.rank_model import EpContext, RankModel, load_rank_model, widest
 from moeserve.engine.ranks.fleet import Fleet
 from moeserve.engine.ranks.homes import NearExperts
 from moeserve.engine.ranks.leader import DistributedExecutor, LeaderChannel
-from moeserve.engine.replan.coordinator import PlanConductor
-from moeserve.engine.replan.live import Planning, replan_by_itself
-from moeserve.engine.replan.replanner import Habits
+from moeserve.engine.replan.coordinator import PlanCoordinator
+from moeserve.engine.replan.live import LivePlan, build_replanner
+from moeserve.engine.replan.replanner import ReplanSettings
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.library import resolve_model
@@ -34,7 +34,7 @@ class LoadedModel:
     """A model being served. Where ``tokenizer`` is None, ``no_tokenizer`` says why.
 
     ``context`` is the longest sequence asked for, ``max_model_len`` what KV memory leaves of it;
-    ``num_blocks`` are those of all ranks, ``kv_bytes`` of this one. ``ranks`` and ``planning`` are
+    ``num_blocks`` are those of all ranks, ``kv_bytes`` of this one. ``ranks`` and ``live_plan`` are
     there if there are several.
     """
 
@@ -49,9 +49,9 @@ class LoadedModel:
     num_blocks: int
     kv_bytes: int
     context: int
-    own: Rank
+    own: RankModel
     ranks: DistributedExecutor | None = None
-    planning: Planning | None = None
+    live_plan: LivePlan | None = None
 
     @property
     def recorder(self) -> RoutingRecorder | None:
@@ -63,8 +63,8 @@ class LoadedModel:
 
     def close(self, timeout: float = 30.0) -> bool:
         """Stop the engine, end its streams, and complete the routing trace."""
-        if self.planning is not None:
-            self.planning.close()
+        if self.live_plan is not None:
+            self.live_plan.close()
         stopped = self.engine.stop(timeout)
         if stopped:
             self.own.close()
@@ -91,19 +91,18 @@ def build_engine(
     chat_template: Path | None = None,
     threads: int | None = None,
     record_routing: Path | None = None,
-    seat: Seat | None = None,
+    context: EpContext | None = None,
     channel: LeaderChannel | None = None,
     observer: EngineObserver | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Load a model and start its engine. ``progress`` hears bytes read and bytes in all.
 
-    With a ``seat`` this is rank 0 of several, whose others are on the ``channel`` (see ``rank``);
-    bounds are then of each rank, but for ``max_queue``.
+    With a ``context`` this is rank 0 of several, whose others are on the ``channel``; bounds are then of each rank, but for ``max_queue``.
     """
     path = resolve_model(model)
     tokenizer, no_tokenizer = load_tokenizer(path, chat_template)
-    own = load_rank(
+    own = load_rank_model(
         path,
         tokenizer_eos=tokenizer.eos_ids if tokenizer else (),
         name=name,
@@ -120,7 +119,7 @@ def build_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         threads=threads,
         record_routing=record_routing,
-        seat=seat,
+        context=context,
         progress=progress,
     )
     config = SchedulerConfig(
@@ -133,19 +132,19 @@ def build_engine(
     )
     counters = Counters()
     pools = [BlockPool(own.size.num_blocks, block_size, counters) for _ in range(own.world)]
-    planning = None
-    if seat is None:
+    live_plan = None
+    if context is None:
         engine = Engine(Scheduler(config, pools[0], counters), own.executor, tokenizer, observer)
         ranks = None
     else:
         assert channel is not None, "rank 0 needs a channel to the others"
-        near = NearExperts() if seat.near_experts else None
-        ranks, planning, observer = _lead(own, channel, seat, counters, observer, near)
+        near = NearExperts() if context.near_experts else None
+        ranks, live_plan, observer = _lead(own, channel, context, counters, observer, near)
         fleet = Fleet(config, pools, counters, near)
         engine = Engine(fleet, ranks, tokenizer, observer, idle=ranks.idle)
     engine.start()
-    if planning is not None and planning.replanner is not None:
-        planning.replanner.start()
+    if live_plan is not None and live_plan.replanner is not None:
+        live_plan.replanner.start()
     spec = own.decoder.spec
     return LoadedModel(
         name=name or path.name,
@@ -161,33 +160,33 @@ def build_engine(
         context=max_model_len or spec.max_positions,
         own=own,
         ranks=ranks,
-        planning=planning,
+        live_plan=live_plan,
     )
 
 
 def _lead(
-    own: Rank,
+    own: RankModel,
     channel: LeaderChannel,
-    seat: Seat,
+    context: EpContext,
     counters: Counters,
     observer: EngineObserver | None,
     near: NearExperts | None,
-) -> tuple[DistributedExecutor, Planning, EngineObserver]:
+) -> tuple[DistributedExecutor, LivePlan, EngineObserver]:
     """What runs steps over all ranks, what changes their plan, and who looks on."""
     assert own.plan is not None
     assert own.swapper is not None
     observer = observer or Unobserved()
-    conductor = PlanConductor(own.plan, own.swapper, counters)
+    coordinator = PlanCoordinator(own.plan, own.swapper, counters)
     learn = (lambda use: None) if near is None else near.learn
-    ranks = own.lead(channel, seat, conductor, learn)
-    if not seat.replan:
-        return ranks, Planning(conductor, seat.topology.node_R), observer
-    spread = next(s for s in own.parallel.spreads if s is not None)
-    weigh = copy_bytes(own.decoder.ops, spread.part, spread.wire.top_k)
+    ranks = own.lead(channel, context, coordinator, learn)
+    if not context.replan:
+        return ranks, LivePlan(coordinator, context.topology.node_R), observer
+    sharded = next(s for s in own.parallel.sharded if s is not None)
+    weigh = copy_bytes(own.decoder.ops, sharded.part, sharded.wire.top_k)
     rate = own.read_bytes_per_s * own.world
-    habits = Habits(own.expert_bytes, rate, widest(own.swapper.routers))
-    replanner, watch = replan_by_itself(conductor, ranks, observer, habits, weigh)
-    return ranks, Planning(conductor, seat.topology.node_R, replanner), watch
+    habits = ReplanSettings(own.expert_bytes, rate, widest(own.swapper.routers))
+    replanner, watch = build_replanner(coordinator, ranks, observer, habits, weigh)
+    return ranks, LivePlan(coordinator, context.topology.node_R, replanner), watch
 
 
 def load_tokenizer(path: Path, chat_template: Path | None = None) -> tuple[Tokenizer | None, str]:

@@ -31,7 +31,7 @@ from moeserve.core import (
 )
 from moeserve.engine.blocks import BlockCounts
 from moeserve.engine.executor import Executor
-from moeserve.engine.request_state import Sink, Stream
+from moeserve.engine.request_state import RequestState, Sink
 from moeserve.engine.text import Decodes, TextStream
 from moeserve.errors import TokenizerError, UnavailableError
 
@@ -40,7 +40,7 @@ LOCK_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class EngineLoad:
     """A snapshot. Free blocks are those nobody holds; some of them may still be cached."""
 
     running: int
@@ -101,14 +101,14 @@ class Unobserved:
     def on_finish(self, reason: FinishReason, timing: Timing) -> None: ...
 
 
-class Owned:
+class EngineLock:
     """``with`` it for a moment: no step runs and no sink is called inside. Reentrant."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._mutex = threading.RLock()
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(timeout=LOCK_S):
+        if not self._mutex.acquire(timeout=LOCK_S):
             raise UnavailableError(f"the engine has not answered for {LOCK_S:.0f} s")
 
     def __exit__(
@@ -117,7 +117,7 @@ class Owned:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._lock.release()
+        self._mutex.release()
 
 
 class Engine:
@@ -144,10 +144,10 @@ class Engine:
         self._rest = idle
         self._farewell = "the server stopped: retry elsewhere"
         self._log = logging.getLogger("moeserve.engine")
-        self._owned = Owned()  # scheduler, streams and accepting; never while a step runs
-        self._streams: dict[RequestId, Stream] = {}
+        self._lock = EngineLock()  # scheduler, streams and accepting; never while a step runs
+        self._streams: dict[RequestId, RequestState] = {}
         self._accepting = True
-        self._cancelled: deque[Stream] = deque()
+        self._cancelled: deque[RequestState] = deque()
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._idle = threading.Event()
@@ -186,8 +186,8 @@ class Engine:
                 param="stop",
             )
         text = None if self._tokenizer is None else TextStream(self._tokenizer, request)
-        stream = Stream(request, sink, text, submitted=self._clock())
-        with self._owned:
+        stream = RequestState(request, sink, text, submitted=self._clock())
+        with self._lock:
             if not self._accepting:
                 raise UnavailableError("the server is draining or stopped: retry elsewhere")
             self._scheduler.add(request)
@@ -202,10 +202,10 @@ class Engine:
             self._cancelled.append(stream)
             self._wake.set()
 
-    def load(self) -> Load:
-        with self._owned:
+    def load(self) -> EngineLoad:
+        with self._lock:
             blocks = self._scheduler.blocks
-            return Load(
+            return EngineLoad(
                 running=self._scheduler.num_running,
                 waiting=self._scheduler.num_waiting,
                 total_blocks=blocks.total,
@@ -217,13 +217,13 @@ class Engine:
 
     def drain(self, timeout: float) -> bool:
         """Accept nothing new and wait for what runs; False if that took longer."""
-        with self._owned:
+        with self._lock:
             self._accepting = False
         return self._idle.wait(timeout)
 
     def stop(self, timeout: float = 30.0) -> bool:
         """End every stream and the thread; False if a step still ran after ``timeout``."""
-        with self._owned:
+        with self._lock:
             self._accepting = False
         self._stopping.set()
         self._wake.set()
@@ -247,7 +247,7 @@ class Engine:
         except Exception:  # noqa: BLE001 - the thread's last stop: log it, then end every stream
             self._log.critical("the engine stopped", exc_info=True)
         finally:
-            with self._owned:
+            with self._lock:
                 self._accepting = False
             self._end_all()
 
@@ -257,7 +257,7 @@ class Engine:
             stream = self._cancelled.popleft()
             if self._streams.get(stream.request.id) is stream:
                 self._end(stream.request.id, FinishReason.ABORT, "the request was cancelled")
-        with self._owned:
+        with self._lock:
             if not self._scheduler.has_work:
                 return False
             plan = self._scheduler.plan(self._clock())
@@ -285,7 +285,7 @@ class Engine:
         for request_id, problem in result.failed:
             self._log.error("%s", problem)
             self._fail(request_id)
-        with self._owned:
+        with self._lock:
             outs = self._scheduler.apply(result)
         now = self._clock()
         self._observer.on_step(plan, now - begun)
@@ -294,7 +294,7 @@ class Engine:
             if stream is not None:
                 self._deliver(stream, out, now)
 
-    def _deliver(self, stream: Stream, out: TokenOut, now: float) -> None:
+    def _deliver(self, stream: RequestState, out: TokenOut, now: float) -> None:
         stream.made += 1
         if stream.first_token is None:
             stream.first_token = now
@@ -316,7 +316,7 @@ class Engine:
         logprobs = () if out.logprobs is None else (out.logprobs,)
         event = stream.event(text, (out.token_id,), logprobs, finish)
         if finish is not None:
-            with self._owned:
+            with self._lock:
                 self._scheduler.abort(out.request_id, finish)  # still runs if a stop string hit
             self._forget(out.request_id, finish)
         self._emit(stream, event)
@@ -326,7 +326,7 @@ class Engine:
 
     def _end(self, request_id: RequestId, reason: FinishReason, error: str) -> None:
         """End a request in scheduler and stream."""
-        with self._owned:
+        with self._lock:
             self._scheduler.abort(request_id, reason)
         self._close(request_id, reason, error)
 
@@ -337,22 +337,22 @@ class Engine:
             text = "" if stream.text is None else stream.text.flush()
             self._emit(stream, stream.event(text, finish=reason, error=error))
 
-    def _forget(self, request_id: RequestId, reason: FinishReason) -> Stream | None:
+    def _forget(self, request_id: RequestId, reason: FinishReason) -> RequestState | None:
         """Whoever takes the stream out sends its last event: there is exactly one."""
-        with self._owned:
+        with self._lock:
             stream = self._streams.pop(request_id, None)
         if stream is not None:
             self._observer.on_finish(reason, stream.timing(self._clock()))
         return stream
 
-    def _emit(self, stream: Stream, event: Event) -> None:
+    def _emit(self, stream: RequestState, event: Event) -> None:
         try:
             stream.sink(event)
         except Exception:  # noqa: BLE001 - a sink that breaks has lost its client
             self._log.exception("request %s: its sink failed", event.request_id)
             self._cancelled.append(stream)
         if event.finish is not None:
-            with self._owned:
+            with self._lock:
                 if not self._streams:
                     self._idle.set()
 

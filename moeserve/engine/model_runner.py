@@ -46,7 +46,7 @@ class Forward(Protocol[Cache]):
     ) -> list[Tensor]: ...
 
 
-class LocalExecutor(Generic[Cache]):
+class ModelRunner(Generic[Cache]):
     """``on_logits`` sees each sampled chunk with its logits [V], before they are used.
 
     As one rank of a group it must not fall out of step with the others: what goes wrong before or

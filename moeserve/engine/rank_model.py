@@ -1,7 +1,7 @@
 """One rank's share of a model: weights, KV memory, threads, and the way to the other ranks.
 
-A process by itself is one rank with everything. With a ``Seat`` it holds its slots' experts, and
-every step is run with all others: rank 0 by a ``DistributedExecutor``, the others by ``follow``.
+A process by itself is one rank with everything. With an ``EpContext`` it holds its slots' experts,
+and every step is run with all others: rank 0 by a ``DistributedExecutor``, others by ``follow``.
 
 KV memory defaults to room for ``max_num_seqs`` sequences of a usual length, and at most a share of
 what is available to the rank; where that cannot hold the checkpoint's longest sequence,
@@ -25,15 +25,15 @@ from moeserve.comm.build import Bounds, open_parallel
 from moeserve.comm.exchange.base import DEADLINE_S, Alarm
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout, layouts, own_experts, plan_of
-from moeserve.comm.pipeline import Parallel
-from moeserve.engine.model_runner import LocalExecutor, StepObserver
-from moeserve.engine.ranks.expert_use import UseCounter
-from moeserve.engine.ranks.follower import FollowerChannel, Rider, follow
-from moeserve.engine.ranks.homes import Use
-from moeserve.engine.ranks.leader import Conductor, DistributedExecutor, LeaderChannel
-from moeserve.engine.ranks.microbatches import LARGEST, Fixed, Measured
-from moeserve.engine.replan.routing_counts import Tally, both
-from moeserve.engine.replan.swapper import Swapper
+from moeserve.comm.pipeline import ParallelLayerRunner
+from moeserve.engine.model_runner import ModelRunner, StepObserver
+from moeserve.engine.ranks.expert_use import ExpertUseCounter
+from moeserve.engine.ranks.follower import FollowerChannel, FollowerNotes, follow
+from moeserve.engine.ranks.homes import ExpertUse
+from moeserve.engine.ranks.leader import DistributedExecutor, LeaderChannel, LeaderNotes
+from moeserve.engine.ranks.microbatches import LARGEST, FixedMicrobatches, MeasuredMicrobatches
+from moeserve.engine.replan.routing_counts import RoutingCounts, chain_observers
+from moeserve.engine.replan.swapper import ExpertSwapper
 from moeserve.errors import ConfigError
 from moeserve.host import read_memory
 from moeserve.kernels.ops import Ops, Part, RouterWeights
@@ -41,7 +41,7 @@ from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
 from moeserve.kernels.wire import Combine
 from moeserve.models.checkpoint import Checkpoint
-from moeserve.models.decoder import Decoder, KVCache, assemble
+from moeserve.models.decoder import Decoder, ModelKvCache, assemble
 from moeserve.models.expert_source import expert_bytes, open_experts
 from moeserve.models.families import read_spec
 from moeserve.models.spec import ModelSpec, MoeSpec
@@ -65,7 +65,7 @@ class KvSize:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class EpContext:
     """A place among several ranks, and how these reach one another (see ``comm.build``).
 
     ``plan`` None is experts in their own order; ``microbatches`` None is as measured. ``progress``
@@ -96,24 +96,24 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True)
-class Rank:
+class RankModel:
     """A loaded share, ready to run steps; ``plan`` and ``swapper`` where there are others.
     ``read_bytes_per_s`` is what loading was measured at."""
 
     decoder: Decoder
-    executor: LocalExecutor[KVCache]
+    executor: ModelRunner[ModelKvCache]
     size: KvSize
     eos_ids: frozenset[int]
     world: int
     recorder: RoutingRecorder | None
     plan: Plan | None = None
-    uses: UseCounter | None = None
-    swapper: Swapper | None = None
+    uses: ExpertUseCounter | None = None
+    swapper: ExpertSwapper | None = None
     expert_bytes: int = 0
     read_bytes_per_s: float = 0.0
 
     @property
-    def parallel(self) -> Parallel:
+    def parallel(self) -> ParallelLayerRunner:
         """The way to the others, of which there must be some."""
         assert self.decoder.parallel is not None
         return self.decoder.parallel
@@ -121,28 +121,32 @@ class Rank:
     def lead(
         self,
         channel: LeaderChannel,
-        seat: Seat,
-        conductor: Conductor | None = None,
-        learn: Callable[[Use], None] = lambda use: None,
+        context: EpContext,
+        coordinator: LeaderNotes | None = None,
+        learn: Callable[[ExpertUse], None] = lambda use: None,
     ) -> DistributedExecutor:
         """On rank 0: what runs plans of all ranks."""
         return DistributedExecutor(
             self.executor,
             channel,
             self.world,
-            moved=self.parallel.dispatcher.moved,
-            microbatches=Measured() if seat.microbatches is None else Fixed(seat.microbatches),
-            conductor=conductor,
+            stats=self.parallel.dispatcher.stats,
+            microbatches=MeasuredMicrobatches()
+            if context.microbatches is None
+            else FixedMicrobatches(context.microbatches),
+            notes=coordinator,
             uses=self.uses,
             learn=learn,
-            deadline_s=seat.deadline_s,
+            deadline_s=context.deadline_s,
         )
 
-    def follow(self, channel: FollowerChannel, seat: Seat, rider: Rider | None = None) -> int:
+    def follow(
+        self, channel: FollowerChannel, context: EpContext, notes: FollowerNotes | None = None
+    ) -> int:
         """On the others: run what rank 0 says until the run is over; how many steps that were."""
-        moved = self.parallel.dispatcher.moved
-        rider = rider or self.swapper
-        return follow(channel, self.executor, seat.rank, moved, rider, self.uses)
+        stats = self.parallel.dispatcher.stats
+        notes = notes or self.swapper
+        return follow(channel, self.executor, context.rank, stats, notes, self.uses)
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""
@@ -154,7 +158,7 @@ class Rank:
             self.recorder.close()
 
 
-def load_rank(
+def load_rank_model(
     path: Path,
     *,
     tokenizer_eos: Sequence[int],
@@ -172,9 +176,9 @@ def load_rank(
     max_num_batched_tokens: int = 512,
     threads: int | None = None,
     record_routing: Path | None = None,
-    seat: Seat | None = None,
+    context: EpContext | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Rank:
+) -> RankModel:
     """All ranks of a group come here, with the same settings. ``progress`` hears bytes read and
     bytes in all."""
     if dtype not in DTYPES:
@@ -186,7 +190,7 @@ def load_rank(
     if combine not in set(Combine):
         raise ConfigError(f"combine={combine!r}: expected one of {sorted(Combine)}")
     checkpoint = Checkpoint.open(path)
-    plan = None if seat is None else plan_of_seat(checkpoint, seat)
+    plan = None if context is None else plan_of_context(checkpoint, context)
     ops = choose_table(threads)
     begun = time.perf_counter()
     decoder = assemble(
@@ -196,7 +200,9 @@ def load_rank(
         kv_dtype=KV_DTYPES[kv_dtype],
         quantization=quantization,
         quantize_attention=quantize_attention,
-        experts=None if seat is None or plan is None else own_experts(_spread(plan), seat.rank),
+        experts=None
+        if context is None or plan is None
+        else own_experts(_spread(plan), context.rank),
         combine=Combine(combine),
         progress=progress,
     )
@@ -209,14 +215,17 @@ def load_rank(
         num_blocks=num_blocks,
         kv_memory=kv_memory,
         max_num_seqs=max_num_seqs,
-        available=read_memory().available // (1 if seat is None else seat.neighbours),
+        available=read_memory().available // (1 if context is None else context.neighbours),
     )
     tally, swapper = None, None
-    if seat is not None and plan is not None:
-        size = agree_on_size(seat, size)
-        parallel, routers = join(seat, decoder, plan, max_num_batched_tokens), routers_of(decoder)
-        if seat.replan:
-            tally = Tally(plan.moe_layers, plan.num_experts, widest(routers))
+    if context is not None and plan is not None:
+        size = agree_on_size(context, size)
+        parallel, routers = (
+            join(context, decoder, plan, max_num_batched_tokens),
+            routers_of(decoder),
+        )
+        if context.replan:
+            tally = RoutingCounts(plan.moe_layers, plan.num_experts, widest(routers))
         again = partial(
             open_experts,
             path,
@@ -225,25 +234,25 @@ def load_rank(
             quantization=quantization,
             quantize_attention=quantize_attention,
         )
-        swapper = Swapper(seat.rank, ops, parallel, routers, again, tally)
+        swapper = ExpertSwapper(context.rank, ops, parallel, routers, again, tally)
         decoder = decoder.over(parallel)
     recorder = None
     if record_routing is not None:
-        file = record_routing if seat is None else of_rank(record_routing, seat.rank)
+        file = record_routing if context is None else of_rank(record_routing, context.rank)
         recorder = open_recorder(file, name or path.name, decoder)
     eos_ids = frozenset(
         i for i in (*decoder.spec.eos_ids, *tokenizer_eos) if i < decoder.spec.vocab
     )
-    uses: UseCounter | None = None
-    observer: StepObserver | None = both(recorder, tally)
-    if seat is not None and seat.near_experts and decoder.parallel is not None:
-        observer = uses = UseCounter(decoder.parallel, seat.group.world, observer)
-    return Rank(
+    uses: ExpertUseCounter | None = None
+    observer: StepObserver | None = chain_observers(recorder, tally)
+    if context is not None and context.near_experts and decoder.parallel is not None:
+        observer = uses = ExpertUseCounter(decoder.parallel, context.group.world, observer)
+    return RankModel(
         decoder=decoder,
-        executor=LocalExecutor(decoder, size.num_blocks, block_size, eos_ids, observer),
+        executor=ModelRunner(decoder, size.num_blocks, block_size, eos_ids, observer),
         size=size,
         eos_ids=eos_ids,
-        world=1 if seat is None else seat.group.world,
+        world=1 if context is None else context.group.world,
         recorder=recorder,
         plan=plan,
         uses=uses,
@@ -275,10 +284,10 @@ def choose_table(threads: int | None) -> Ops:
     return ops
 
 
-def plan_of_seat(checkpoint: Checkpoint, seat: Seat) -> Plan:
+def plan_of_context(checkpoint: Checkpoint, context: EpContext) -> Plan:
     """Which rank holds which expert."""
     spec, _ = read_spec(checkpoint)
-    return plan_of(seat.plan, spec.moe_layers, num_experts(spec), seat.topology.node_R)
+    return plan_of(context.plan, spec.moe_layers, num_experts(spec), context.topology.node_R)
 
 
 def num_experts(spec: ModelSpec) -> int:
@@ -289,25 +298,25 @@ def num_experts(spec: ModelSpec) -> int:
     return max(found)
 
 
-def join(seat: Seat, decoder: Decoder, plan: Plan, tokens: int) -> Parallel:
+def join(context: EpContext, decoder: Decoder, plan: Plan, tokens: int) -> ParallelLayerRunner:
     """The way to the others; ``tokens`` is the most that a rank has in a step."""
     return open_parallel(
         decoder.ops,
         decoder.stack.layers,
         _spread(plan),
-        seat.group,
-        seat.topology,
-        backend=seat.backend,
-        bounds=Bounds(tokens, seat.microbatches or LARGEST, seat.deadline_s, seat.alarm),
-        progress=seat.progress,
-        address=seat.address,
+        context.group,
+        context.topology,
+        backend=context.backend,
+        bounds=Bounds(tokens, context.microbatches or LARGEST, context.deadline_s, context.alarm),
+        progress=context.progress,
+        address=context.address,
     )
 
 
-def agree_on_size(seat: Seat, mine: KvSize) -> KvSize:
+def agree_on_size(context: EpContext, mine: KvSize) -> KvSize:
     """The least of all ranks."""
     note = json.dumps([mine.num_blocks, mine.max_model_len]).encode()
-    sizes = [json.loads(said) for said in seat.group.all_gather("kv size", note)]
+    sizes = [json.loads(said) for said in context.group.all_gather("kv size", note)]
     return KvSize(min(blocks for blocks, _ in sizes), min(longest for _, longest in sizes))
 
 

@@ -12,7 +12,7 @@ Sink = Callable[[Event], None]
 
 
 @dataclass(slots=True)
-class Stream:
+class RequestState:
     """A request on its way through the engine."""
 
     request: Request

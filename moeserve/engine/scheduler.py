@@ -59,7 +59,7 @@ class SchedulerConfig:
 
 
 @dataclass(slots=True)
-class Sequence:
+class SequenceState:
     """A request under way. The KV of its first ``computed`` tokens lies in ``blocks``.
 
     ``reached`` is the most it ever had computed: below it, work is done again. ``arrival`` counts
@@ -117,23 +117,25 @@ def refuse_when_full(waiting: int, config: SchedulerConfig) -> None:
 class Admission(Protocol):
     """Chooses who is admitted next; None admits nobody in this step."""
 
-    def pick(self, waiting: Mapping[RequestId, Sequence], now: float) -> Sequence | None: ...
+    def pick(
+        self, waiting: Mapping[RequestId, SequenceState], now: float
+    ) -> SequenceState | None: ...
 
 
 class FirstComeFirstServed:
     """In order of arrival; preempted requests stand before those that never ran."""
 
-    def pick(self, waiting: Mapping[RequestId, Sequence], now: float) -> Sequence | None:
+    def pick(self, waiting: Mapping[RequestId, SequenceState], now: float) -> SequenceState | None:
         return next(iter(waiting.values()), None)
 
 
 @dataclass(slots=True)
-class Draft:
+class StepBuilder:
     """A step being planned; ``budget`` tokens are left of it."""
 
     budget: int
     expired: list[RequestId]
-    chunks: list[tuple[Sequence, Chunk]] = field(default_factory=list)
+    chunks: list[tuple[SequenceState, Chunk]] = field(default_factory=list)
     preempted: list[RequestId] = field(default_factory=list)
 
 
@@ -158,9 +160,11 @@ class Scheduler:
         self.pool = pool
         self.counters = counters
         self._admission = admission or FirstComeFirstServed()
-        self._waiting: OrderedDict[RequestId, Sequence] = OrderedDict()
-        self._running: OrderedDict[RequestId, Sequence] = OrderedDict()  # oldest admission first
-        self._in_flight: list[tuple[Sequence, Chunk]] = []
+        self._waiting: OrderedDict[RequestId, SequenceState] = OrderedDict()
+        self._running: OrderedDict[RequestId, SequenceState] = (
+            OrderedDict()
+        )  # oldest admission first
+        self._in_flight: list[tuple[SequenceState, Chunk]] = []
         self._ended: list[RequestId] = []
 
     @property
@@ -217,7 +221,7 @@ class Scheduler:
         self.check(request)
         refuse_duplicate(request, self.owns(request.id))
         refuse_when_full(self.num_waiting, self.config)
-        self._waiting[request.id] = Sequence(request)
+        self._waiting[request.id] = SequenceState(request)
         self.counters.prompt_tokens += len(request.prompt_ids)
 
     def abort(self, request_id: RequestId, reason: FinishReason) -> bool:
@@ -230,39 +234,43 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's chunks. Its result goes to ``apply``, or its requests abort."""
-        draft = self.begin(now)
-        while (seq := self._admission.pick(self._waiting, now)) and self.has_room(draft, seq):
-            self.admit(draft, seq)
-        return self.commit(draft, self.take_ended() if draft.chunks else ())
+        builder = self.begin(now)
+        while (seq := self._admission.pick(self._waiting, now)) and self.has_room(builder, seq):
+            self.admit(builder, seq)
+        return self.commit(builder, self.take_ended() if builder.chunks else ())
 
-    def begin(self, now: float) -> Draft:
+    def begin(self, now: float) -> StepBuilder:
         """What running requests need of the next step."""
-        draft = Draft(self.config.max_num_batched_tokens, self._expire(now))
+        builder = StepBuilder(self.config.max_num_batched_tokens, self._expire(now))
         for seq in [s for s in self._running.values() if s.generating]:
-            if seq.request.id in self._running and self._grow(seq, draft.preempted):
-                self._put(draft, seq, 1)
+            if seq.request.id in self._running and self._grow(seq, builder.preempted):
+                self._put(builder, seq, 1)
         for seq in self._running.values():
-            if draft.budget and not seq.generating:
-                self._put(draft, seq, draft.budget)
-        return draft
+            if builder.budget and not seq.generating:
+                self._put(builder, seq, builder.budget)
+        return builder
 
-    def has_room(self, draft: Draft, seq: Sequence) -> bool:
+    def has_room(self, builder: StepBuilder, seq: SequenceState) -> bool:
         """Whether a request can start: its tokens fit and all running ones can still grow a block.
 
         Not in a step that had to preempt.
         """
-        if not draft.budget or draft.preempted or len(self._running) >= self.config.max_num_seqs:
+        if (
+            not builder.budget
+            or builder.preempted
+            or len(self._running) >= self.config.max_num_seqs
+        ):
             return False
         shared = self._cached_prefix(seq)
         fresh = self.pool.blocks_for(len(seq)) - len(shared)
         revived = sum(self.pool.is_free(b) for b in shared)
         return fresh + revived + len(self._running) <= self.pool.num_free
 
-    def cached_tokens(self, seq: Sequence) -> int:
+    def cached_tokens(self, seq: SequenceState) -> int:
         """Of a request's beginning, those whose KV is here."""
         return len(self._cached_prefix(seq)) * self.pool.block_size
 
-    def admit(self, draft: Draft, seq: Sequence) -> None:
+    def admit(self, builder: StepBuilder, seq: SequenceState) -> None:
         """Start a request for which there is room."""
         shared = self._cached_prefix(seq)
         self.pool.share(shared)
@@ -275,13 +283,13 @@ class Scheduler:
         seq.reached = max(seq.reached, seq.computed)
         self._waiting.pop(seq.request.id, None)
         self._running[seq.request.id] = seq
-        self._put(draft, seq, draft.budget)
+        self._put(builder, seq, builder.budget)
 
-    def commit(self, draft: Draft, ended: tuple[RequestId, ...]) -> StepPlan:
+    def commit(self, builder: StepBuilder, ended: tuple[RequestId, ...]) -> StepPlan:
         """The step as it will run."""
-        self._in_flight = draft.chunks
-        chunks = tuple(c for _, c in draft.chunks)
-        return StepPlan(chunks, tuple(draft.expired), tuple(draft.preempted), ended)
+        self._in_flight = builder.chunks
+        chunks = tuple(c for _, c in builder.chunks)
+        return StepPlan(chunks, tuple(builder.expired), tuple(builder.preempted), ended)
 
     def take_ended(self) -> tuple[RequestId, ...]:
         """Those that ended since the last call."""
@@ -289,7 +297,7 @@ class Scheduler:
         self._ended.clear()
         return ended
 
-    def withdraw(self) -> list[Sequence]:
+    def withdraw(self) -> list[SequenceState]:
         """Let go of everything that waits."""
         waiting = list(self._waiting.values())
         self._waiting.clear()
@@ -318,7 +326,7 @@ class Scheduler:
         self._in_flight = []
         return outs
 
-    def _put(self, draft: Draft, seq: Sequence, most: int) -> None:
+    def _put(self, builder: StepBuilder, seq: SequenceState, most: int) -> None:
         """Add a request's next tokens to the step."""
         stop = min(len(seq), seq.computed + most)
         chunk = Chunk(
@@ -330,8 +338,8 @@ class Scheduler:
             output_ids=seq.output_ids,
             rank=self.rank,
         )
-        draft.chunks.append((seq, chunk))
-        draft.budget -= stop - seq.computed
+        builder.chunks.append((seq, chunk))
+        builder.budget -= stop - seq.computed
 
     def _expire(self, now: float) -> list[RequestId]:
         late = [
@@ -344,7 +352,7 @@ class Scheduler:
             self._finish(seq, FinishReason.DEADLINE)
         return [seq.request.id for seq in late]
 
-    def _grow(self, seq: Sequence, preempted: list[RequestId]) -> bool:
+    def _grow(self, seq: SequenceState, preempted: list[RequestId]) -> bool:
         """Give a generating sequence room for its newest token; False if it had to yield."""
         while len(seq.blocks) * self.pool.block_size < len(seq):
             if self.pool.num_free:
@@ -357,20 +365,20 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self, seq: SequenceState) -> None:
         del self._running[seq.request.id]
         self._free_blocks(seq)
         self._waiting[seq.request.id] = seq
         self._waiting.move_to_end(seq.request.id, last=False)
         self.counters.preemptions += 1
 
-    def _cached_prefix(self, seq: Sequence) -> list[BlockId]:
+    def _cached_prefix(self, seq: SequenceState) -> list[BlockId]:
         if not self.config.prefix_cache:
             return []
         usable = (len(seq) - 1) // self.pool.block_size  # one token must be left to compute
         return self.pool.find(seq.full_keys(self.pool.block_size)[:usable])
 
-    def _advance(self, seq: Sequence, count: int) -> None:
+    def _advance(self, seq: SequenceState, count: int) -> None:
         self.counters.computed_tokens += count
         self.counters.recomputed_tokens += max(0, min(seq.reached - seq.computed, count))
         first, seq.computed = seq.computed // self.pool.block_size, seq.computed + count
@@ -382,7 +390,7 @@ class Scheduler:
         for block, key in zip(seq.blocks[first:last], keys[first:last], strict=True):
             self.pool.publish(block, key)
 
-    def _reason_to_end(self, seq: Sequence) -> FinishReason | None:
+    def _reason_to_end(self, seq: SequenceState) -> FinishReason | None:
         params, token, made = seq.request.params, seq.output_ids[-1], len(seq.output_ids)
         ends = token in params.stop_token_ids or (
             token in self.config.eos_ids and not params.ignore_eos
@@ -393,7 +401,7 @@ class Scheduler:
             return FinishReason.LENGTH
         return None
 
-    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+    def _finish(self, seq: SequenceState, reason: FinishReason) -> None:
         seq.finish = reason
         self._ended.append(seq.request.id)
         queue = self._running if seq.request.id in self._running else self._waiting
@@ -401,7 +409,7 @@ class Scheduler:
         self._free_blocks(seq, forget=reason is FinishReason.ERROR)
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
-    def _free_blocks(self, seq: Sequence, *, forget: bool = False) -> None:
+    def _free_blocks(self, seq: SequenceState, *, forget: bool = False) -> None:
         self.pool.release(seq.blocks, forget=forget)
         seq.blocks = []
         seq.computed = 0

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from moeserve.core import Counters, Request
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.model_runner import LocalExecutor
+from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.errors import InternalError
 from moeserve.models.decoder import Decoder
@@ -34,7 +34,7 @@ def answer(
     counters = Counters()
     config = SchedulerConfig(longest, at_once, TOKENS_PER_STEP, len(requests), eos)
     scheduler = Scheduler(config, BlockPool(blocks, BLOCK, counters), counters)
-    executor = LocalExecutor(decoder, blocks, BLOCK, eos)
+    executor = ModelRunner(decoder, blocks, BLOCK, eos)
     answers: dict[str, list[int]] = {r.id: [] for r in requests}
     for request in requests:
         scheduler.add(request)

@@ -30,7 +30,7 @@ NOISE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ArithmeticProblem:
     """``prompt`` ends where the answer begins."""
 
     kind: str
@@ -84,19 +84,19 @@ class Exam:
         return self.p_value >= NOISE
 
 
-def draw_problems(count: int, seed: int) -> list[Problem]:
+def draw_problems(count: int, seed: int) -> list[ArithmeticProblem]:
     """``count`` different problems, kinds in turn, no answer negative."""
     draw = random.Random(seed)
-    found: dict[str, Problem] = {}
+    found: dict[str, ArithmeticProblem] = {}
     while len(found) < count:
         kind, sign, limit = KINDS[len(found) % len(KINDS)]
         b, a = sorted(draw.randrange(limit // 10, limit) for _ in range(2))
         prompt = f"{a} {sign} {b} ="
-        found[prompt] = Problem(kind, prompt, a + b if sign == "+" else a - b)
+        found[prompt] = ArithmeticProblem(kind, prompt, a + b if sign == "+" else a - b)
     return list(found.values())
 
 
-def ask(problems: Sequence[Problem], tokenizer: Tokenizer) -> list[Request]:
+def ask(problems: Sequence[ArithmeticProblem], tokenizer: Tokenizer) -> list[Request]:
     """Greedy requests, one per problem."""
     params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
     return [
@@ -105,14 +105,14 @@ def ask(problems: Sequence[Problem], tokenizer: Tokenizer) -> list[Request]:
     ]
 
 
-def is_right(problem: Problem, text: str) -> bool:
+def is_right(problem: ArithmeticProblem, text: str) -> bool:
     """The first thing said is the number, whole."""
     said = ANSWER.match(text)
     return said is not None and int(said[1]) == problem.answer
 
 
 def mark(
-    problems: Sequence[Problem],
+    problems: Sequence[ArithmeticProblem],
     reference: Sequence[bool],
     tested: Sequence[bool],
     kind: str = "all",

@@ -15,7 +15,7 @@ from moeserve.errors import ConfigError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from moeserve.evaluate.report import Report, Variant
+    from moeserve.evaluate.report import EvaluationReport, RunVariant
     from moeserve.evaluate.texts import Window
     from moeserve.kernels.ops import Ops
     from moeserve.models.decoder import Decoder
@@ -130,19 +130,19 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--text {file}: no such file")
 
 
-def _evaluate(args: argparse.Namespace, bar: Progress) -> Report:
+def _evaluate(args: argparse.Namespace, bar: Progress) -> EvaluationReport:
     import torch
 
     from moeserve.engine.build import load_tokenizer
     from moeserve.evaluate.arithmetic import draw_problems
     from moeserve.evaluate.compare import compare, examine
-    from moeserve.evaluate.report import Report, Variant
+    from moeserve.evaluate.report import EvaluationReport, RunVariant
     from moeserve.kernels.select import choose_ops
     from moeserve.models.library import resolve_model
 
     attention = args.quantize_attention
-    tested_as = Variant(args.model, args.dtype, args.quantization, attention, args.kv_dtype)
-    reference_as = Variant(
+    tested_as = RunVariant(args.model, args.dtype, args.quantization, attention, args.kv_dtype)
+    reference_as = RunVariant(
         args.against or args.model,
         args.against_dtype,
         args.against_quantization or ("auto" if args.against else "none"),
@@ -164,7 +164,7 @@ def _evaluate(args: argparse.Namespace, bar: Progress) -> Report:
         task = bar.add_task("arithmetic", total=None)
         problems = draw_problems(args.problems, args.seed)
         exams = examine(reference, tested, tokenizer, problems, lambda n: bar.advance(task, n))
-    return Report(
+    return EvaluationReport(
         reference=reference_as,
         tested=tested_as,
         window=max(len(w.ids) - 1 for w in windows),
@@ -175,7 +175,7 @@ def _evaluate(args: argparse.Namespace, bar: Progress) -> Report:
     )
 
 
-def _load(variant: Variant, ops: Ops, bar: Progress) -> Decoder:
+def _load(variant: RunVariant, ops: Ops, bar: Progress) -> Decoder:
     from moeserve.engine.rank_model import DTYPES as TORCH_DTYPES
     from moeserve.engine.rank_model import KV_DTYPES as TORCH_KV_DTYPES
     from moeserve.models.decoder import load_decoder

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from moeserve.evaluate.answers import BLOCK, answer
-from moeserve.evaluate.arithmetic import Exam, Problem, ask, is_right, mark
+from moeserve.evaluate.arithmetic import ArithmeticProblem, Exam, ask, is_right, mark
 from moeserve.evaluate.divergence import Divergence, TokenScores, compare_logits, join, summarise
 from moeserve.evaluate.routing import LayerAgreement, RoutingNotes, RoutingTally
 from moeserve.evaluate.texts import Window
 from moeserve.models.batch import Span, pack_spans
-from moeserve.models.decoder import Decoder, KVCache
+from moeserve.models.decoder import Decoder, ModelKvCache
 from moeserve.models.tokenizer import Tokenizer
 
 # Logits of one model at a time: 64 MiB.
@@ -46,7 +46,7 @@ class Run:
         self.notes = RoutingNotes()
         self._decoder = decoder
         self._blocks = range(-(-longest // BLOCK))
-        self._cache: KVCache = decoder.new_cache(len(self._blocks), BLOCK)
+        self._cache: ModelKvCache = decoder.new_cache(len(self._blocks), BLOCK)
 
     def feed(self, ids: Sequence[int], start: int, *, logits: bool) -> Tensor:
         """The next tokens of the window; logits after each of them, or of none."""
@@ -91,7 +91,7 @@ def examine(
     reference: Decoder,
     tested: Decoder,
     tokenizer: Tokenizer,
-    problems: Sequence[Problem],
+    problems: Sequence[ArithmeticProblem],
     progress: Progress,
 ) -> list[Exam]:
     """Marks on all problems, then kind by kind; ``progress`` hears tokens generated."""

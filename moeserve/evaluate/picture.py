@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moeserve.errors import ConfigError
-from moeserve.evaluate.report import Report
+from moeserve.evaluate.report import EvaluationReport
 
 # Below, a divergence is rounding: it is drawn at the left edge.
 LEAST = 1e-9
@@ -25,7 +25,7 @@ def require_figures() -> None:
         )
 
 
-def draw(report: Report, file: Path) -> None:
+def draw(report: EvaluationReport, file: Path) -> None:
     """Writes ``file`` in the format that its name ends in, PNG where it has no ending."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ FORMAT = "moeserve.evaluation.v1"
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class RunVariant:
     """A checkpoint and how it is run."""
 
     model: str
@@ -39,11 +39,11 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class EvaluationReport:
     """``exams`` begin with that of all problems; where there are none ``no_exams`` says why."""
 
-    reference: Variant
-    tested: Variant
+    reference: RunVariant
+    tested: RunVariant
     window: int
     seed: int
     comparison: Comparison
@@ -113,7 +113,7 @@ def _exam_json(exam: Exam) -> dict[str, Any]:
     }
 
 
-def render(report: Report, console: Console) -> None:
+def render(report: EvaluationReport, console: Console) -> None:
     """For people."""
     whole, exams = report.comparison.whole, report.exams
     kl = whole.kl_quantiles

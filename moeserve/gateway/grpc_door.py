@@ -31,7 +31,7 @@ from moeserve.errors import (
     UnauthenticatedError,
 )
 from moeserve.gateway.limits import MAX_MESSAGE_BYTES
-from moeserve.gateway.service import Ask, InferenceService, State
+from moeserve.gateway.service import ClientRequest, InferenceService, ServiceState
 from moeserve.gateway.stream import Delta, Durations, Usage
 from moeserve.pb import inference_pb2 as pb
 
@@ -185,7 +185,7 @@ class GrpcDoor:
             total_blocks=load.total_blocks,
             free_blocks=load.free_blocks,
             block_size=load.block_size,
-            ready=self._service.state is State.READY,
+            ready=self._service.state is ServiceState.READY,
         )
 
 
@@ -274,7 +274,7 @@ def _refuse_unknown(message: Message) -> None:
             _refuse_unknown(value)
 
 
-def _ask(request: pb.GenerateRequest, time_remaining: float | None) -> Ask:
+def _ask(request: pb.GenerateRequest, time_remaining: float | None) -> ClientRequest:
     sampling = request.sampling
     params: dict[str, object] = {
         field.name: value
@@ -296,7 +296,7 @@ def _ask(request: pb.GenerateRequest, time_remaining: float | None) -> Ask:
             raise InvalidRequestError(
                 "the prompt is missing: set text or token_ids", param="prompt"
             )
-    return Ask(
+    return ClientRequest(
         prompts=(prompt,),
         params=params,
         n=request.n or 1,

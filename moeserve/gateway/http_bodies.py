@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from moeserve.errors import InvalidRequestError
 from moeserve.gateway import limits
-from moeserve.gateway.service import Ask
+from moeserve.gateway.service import ClientRequest
 
 Body = Mapping[str, Any]
 
@@ -96,7 +96,7 @@ def parse_json(raw: bytes) -> Body:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def parse_completion(body: Body) -> tuple[Ask, Shape]:
+def parse_completion(body: Body) -> tuple[ClientRequest, Shape]:
     _refuse_others(body, _COMPLETION)
     ask, shape = _common(body, chat=False)
     if "prompt" not in body:
@@ -107,7 +107,7 @@ def parse_completion(body: Body) -> tuple[Ask, Shape]:
     return replace(ask, prompts=_prompts(body["prompt"]), params=params), shape
 
 
-def parse_chat(body: Body) -> tuple[Ask, Shape, Conversation]:
+def parse_chat(body: Body) -> tuple[ClientRequest, Shape, Conversation]:
     """The ask lacks its prompt, which is the rendered conversation."""
     _refuse_others(body, _CHAT)
     ask, shape = _common(body, chat=True)
@@ -160,7 +160,7 @@ def parse_detokenize(body: Body) -> tuple[str, object, bool]:
     return _text(body, "model"), body["tokens"], _flag(body, "skip_special_tokens", default=True)
 
 
-def _common(body: Body, *, chat: bool) -> tuple[Ask, Shape]:
+def _common(body: Body, *, chat: bool) -> tuple[ClientRequest, Shape]:
     params = {name: body[name] for name in _SAMPLING if name in body}
     if "include_stop_str_in_output" in body:
         params["include_stop"] = _flag(body, "include_stop_str_in_output")
@@ -170,7 +170,7 @@ def _common(body: Body, *, chat: bool) -> tuple[Ask, Shape]:
     stream = _flag(body, "stream")
     if options and not stream:
         _refuse("stream_options", "needs stream: true")
-    ask = Ask(
+    ask = ClientRequest(
         prompts=(),
         params=params,
         n=body.get("n", 1),

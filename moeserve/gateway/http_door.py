@@ -35,8 +35,14 @@ from moeserve.errors import (
 from moeserve.gateway import http_bodies as bodies
 from moeserve.gateway.http_shapes import Json, Writer, error_body, error_object
 from moeserve.gateway.limits import MAX_BODY_BYTES, prompt_text
-from moeserve.gateway.service import Ask, InferenceService, Served, State, tokenizer_of
-from moeserve.gateway.stream import Stream
+from moeserve.gateway.service import (
+    ClientRequest,
+    InferenceService,
+    ServedModel,
+    ServiceState,
+    tokenizer_of,
+)
+from moeserve.gateway.stream import ResponseStream
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +116,7 @@ class _Routes:
         return JSONResponse({"status": "alive"})
 
     async def ready(self, _: Request) -> Response:
-        ready = self._service.state is State.READY
+        ready = self._service.state is ServiceState.READY
         return JSONResponse({"status": self._service.state.value}, 200 if ready else 503)
 
     async def version(self, _: Request) -> Response:
@@ -124,7 +130,7 @@ class _Routes:
 class _Generation(Response):
     """Runs one ask for as long as the client listens."""
 
-    def __init__(self, service: InferenceService, ask: Ask, shape: bodies.Shape) -> None:
+    def __init__(self, service: InferenceService, ask: ClientRequest, shape: bodies.Shape) -> None:
         super().__init__()
         self._service = service
         self._ask = ask
@@ -167,7 +173,7 @@ class _Generation(Response):
         else:
             await _failed(failed)(scope, receive, send)
 
-    async def _tell(self, stream: Stream, writer: Writer, events: _Events) -> None:
+    async def _tell(self, stream: ResponseStream, writer: Writer, events: _Events) -> None:
         async for delta in stream:
             for chunk in writer.chunks(delta):
                 await events.send(chunk)
@@ -176,7 +182,7 @@ class _Generation(Response):
         await events.send_raw("[DONE]")
         await events.end()
 
-    def _writer(self, stream: Stream) -> Writer:
+    def _writer(self, stream: ResponseStream) -> Writer:
         served = self._service.served
         return Writer(
             self._shape,
@@ -296,18 +302,18 @@ async def _body(request: Request) -> bodies.Body:
     return bodies.parse_json(bytes(raw))
 
 
-def _named(ask: Ask, prefix: str) -> Ask:
+def _named(ask: ClientRequest, prefix: str) -> ClientRequest:
     return ask if ask.request_id else replace(ask, request_id=f"{prefix}-{secrets.token_hex(12)}")
 
 
-def _render(served: Served, talk: bodies.Conversation) -> str:
+def _render(served: ServedModel, talk: bodies.Conversation) -> str:
     text = tokenizer_of(served).render_chat(
         talk.messages, talk.add_generation_prompt, **talk.template_args
     )
     return prompt_text(text, "messages")
 
 
-def _model_card(served: Served) -> Json:
+def _model_card(served: ServedModel) -> Json:
     return {
         "id": served.name,
         "object": "model",

@@ -11,12 +11,12 @@ from moeserve.config import ServeConfig
 from moeserve.engine.build import LoadedModel
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.server import load_model, served_of, shown_progress
-from moeserve.gateway.service import Ask, InferenceService
+from moeserve.gateway.service import ClientRequest, InferenceService
 from moeserve.observe.metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Completion:
     """Seconds: submission to first token, and the mean between tokens after it."""
 
     token_ids: tuple[int, ...]
@@ -35,17 +35,17 @@ def generate(
     prompt: str | tuple[int, ...],
     params: Mapping[str, object],
     show: Callable[[str], None] | None = None,
-) -> Answer:
+) -> Completion:
     """Loads the model, answers, and ends; ``show`` gets the text as it comes.
 
     Raises what the doors would answer with: InvalidRequestError, TokenizerError and so on.
     """
     with shown_progress() as tell:
         loaded = load_model(config, Metrics(), tell)
-    return asyncio.run(_run(loaded, Ask((prompt,), params), show or (lambda text: None)))
+    return asyncio.run(_run(loaded, ClientRequest((prompt,), params), show or (lambda text: None)))
 
 
-async def _run(loaded: LoadedModel, ask: Ask, show: Callable[[str], None]) -> Answer:
+async def _run(loaded: LoadedModel, ask: ClientRequest, show: Callable[[str], None]) -> Completion:
     try:
         return await _answer(loaded, ask, show)
     finally:
@@ -53,7 +53,9 @@ async def _run(loaded: LoadedModel, ask: Ask, show: Callable[[str], None]) -> An
         await asyncio.to_thread(loaded.close)
 
 
-async def _answer(loaded: LoadedModel, ask: Ask, show: Callable[[str], None]) -> Answer:
+async def _answer(
+    loaded: LoadedModel, ask: ClientRequest, show: Callable[[str], None]
+) -> Completion:
     service = InferenceService(Mailbox(asyncio.get_running_loop()))
     service.serve(served_of(loaded))
     text: list[str] = []
@@ -65,7 +67,7 @@ async def _answer(loaded: LoadedModel, ask: Ask, show: Callable[[str], None]) ->
             show(delta.text)
             if delta.finish is not None:
                 assert delta.usage is not None and delta.timing is not None
-                return Answer(
+                return Completion(
                     token_ids=tuple(ids),
                     text="".join(text),
                     finish_reason=str(delta.finish),

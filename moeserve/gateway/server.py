@@ -27,14 +27,14 @@ from starlette.types import ASGIApp
 
 from moeserve.config import ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
-from moeserve.engine.rank_model import Seat
+from moeserve.engine.rank_model import EpContext
 from moeserve.engine.ranks.leader import LeaderChannel
 from moeserve.errors import CancelledError, ConfigError
 from moeserve.gateway.grpc_door import GrpcDoor
 from moeserve.gateway.http_door import http_app
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
-from moeserve.gateway.service import InferenceService, Served
+from moeserve.gateway.service import InferenceService, ServedModel
 from moeserve.observe.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -47,13 +47,15 @@ STOP_S = 30.0
 # How soon a dead engine is noticed.
 PULSE_S = 1.0
 
-Tell = Callable[[int, int], None]
-Stop = Callable[[], None]
-Load = Callable[[ServeConfig, Metrics, Tell], LoadedModel]
+ProgressCallback = Callable[[int, int], None]
+StopCallback = Callable[[], None]
+LoadModel = Callable[[ServeConfig, Metrics, ProgressCallback], LoadedModel]
 
 
 def serve(
-    config: ServeConfig, load: Load | None = None, heed: Callable[[Stop], None] | None = None
+    config: ServeConfig,
+    load: LoadModel | None = None,
+    heed: Callable[[StopCallback], None] | None = None,
 ) -> int:
     """Serves until a signal; the exit status. ``heed`` is given what asks to stop as the first
     signal does, from any thread."""
@@ -61,7 +63,9 @@ def serve(
     return asyncio.run(_serve(config, load or load_model, heed))
 
 
-async def _serve(config: ServeConfig, load: Load, heed: Callable[[Stop], None] | None) -> int:
+async def _serve(
+    config: ServeConfig, load: LoadModel, heed: Callable[[StopCallback], None] | None
+) -> int:
     signals = _Signals()
     loop = asyncio.get_running_loop()
     if heed is not None:
@@ -102,8 +106,8 @@ def _ask(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
 def load_model(
     config: ServeConfig,
     observer: Metrics,
-    tell: Tell,
-    seat: Seat | None = None,
+    tell: ProgressCallback,
+    context: EpContext | None = None,
     channel: LeaderChannel | None = None,
 ) -> LoadedModel:
     """Alone, or as rank 0 of several."""
@@ -126,16 +130,16 @@ def load_model(
         chat_template=config.chat_template,
         threads=config.threads,
         record_routing=config.record_routing,
-        seat=seat,
+        context=context,
         channel=channel,
         observer=observer,
         progress=tell,
     )
 
 
-def served_of(loaded: LoadedModel) -> Served:
+def served_of(loaded: LoadedModel) -> ServedModel:
     """What the doors need to know of a model."""
-    return Served(
+    return ServedModel(
         name=loaded.name,
         engine=loaded.engine,
         tokenizer=loaded.tokenizer,
@@ -148,7 +152,7 @@ def served_of(loaded: LoadedModel) -> Served:
 class Server:
     """Owns sockets, doors and engine for the length of an ``async with``."""
 
-    def __init__(self, config: ServeConfig, load: Load = load_model) -> None:
+    def __init__(self, config: ServeConfig, load: LoadModel = load_model) -> None:
         self.config = config
         self.metrics = Metrics()
         self.service = InferenceService(Mailbox(asyncio.get_running_loop()))
@@ -236,10 +240,10 @@ class Server:
 
     def reread_plan_on_hangup(self) -> None:
         """SIGHUP: the file of --plan may hold another one."""
-        planning = None if self.loaded is None else self.loaded.planning
-        if planning is not None and self.config.plan is not None:
+        live_plan = None if self.loaded is None else self.loaded.live_plan
+        if live_plan is not None and self.config.plan is not None:
             loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, planning.reread, self.config.plan)
+            loop.add_signal_handler(signal.SIGHUP, live_plan.reread, self.config.plan)
 
     async def outlived_by(self, stop: asyncio.Event) -> bool:
         """Waits for ``stop``; False as soon as the engine has died."""
@@ -342,7 +346,7 @@ class _Signals:
 
 
 @contextlib.contextmanager
-def shown_progress() -> Iterator[Tell]:
+def shown_progress() -> Iterator[ProgressCallback]:
     """A bar on a terminal, nothing elsewhere; stdout stays free."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

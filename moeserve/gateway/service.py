@@ -1,7 +1,7 @@
 """What a request means, whatever door it came through.
 
-An ``Ask`` is checked, tokenised and becomes one engine request per prompt and sequence; a
-``Stream`` yields what they produce. Knows no transport: doors translate to and from it.
+An ``ClientRequest`` is checked, tokenised and becomes one engine request per prompt and sequence; a
+``ResponseStream`` yields what they produce. Knows no transport: doors translate to and from it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moeserve.errors import (
 )
 from moeserve.gateway import limits
 from moeserve.gateway.mailbox import Mailbox
-from moeserve.gateway.stream import Stream
+from moeserve.gateway.stream import ResponseStream
 from moeserve.models.tokenizer import Tokenizer
 
 # Longer texts are tokenised beside the event loop, not on it.
@@ -33,7 +33,7 @@ INLINE_CHARS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """The model behind the doors. ``tokenizer`` None serves token ids only."""
 
     name: str
@@ -46,7 +46,7 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ClientRequest:
     """What a client wants. ``params`` holds only the fields it gave.
 
     ``fill`` makes the rest of the context the default of ``max_tokens``. ``special_tokens`` adds
@@ -65,7 +65,7 @@ class Ask:
     special_tokens: bool = True
 
 
-class State(StrEnum):
+class ServiceState(StrEnum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
@@ -75,21 +75,21 @@ class InferenceService:
     """Owns the running streams of one model, from loading to draining."""
 
     def __init__(self, mailbox: Mailbox, clock: Callable[[], float] = time.monotonic) -> None:
-        self.state = State.LOADING
-        self._served: Served | None = None
+        self.state = ServiceState.LOADING
+        self._served: ServedModel | None = None
         self._mailbox = mailbox
         self._clock = clock
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, ResponseStream] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def serve(self, served: Served) -> None:
+    def serve(self, served: ServedModel) -> None:
         """Opens for requests."""
         self._served = served
-        self.state = State.READY
+        self.state = ServiceState.READY
 
     @property
-    def served(self) -> Served:
+    def served(self) -> ServedModel:
         """The model, also while draining."""
         if self._served is None:
             raise UnavailableError("the model is loading: try again shortly")
@@ -99,7 +99,7 @@ class InferenceService:
     def running(self) -> int:
         return len(self._streams)
 
-    def model(self, name: str) -> Served:
+    def model(self, name: str) -> ServedModel:
         """The served model, if that is its name or no name is given."""
         served = self.served
         if name and name != served.name:
@@ -108,7 +108,7 @@ class InferenceService:
             )
         return served
 
-    async def open(self, ask: Ask) -> Stream:
+    async def open(self, ask: ClientRequest) -> ResponseStream:
         """Checks and submits; the caller must enter the stream at once."""
         served = self._admit(ask.model)
         n = limits.BOUNDS["n"].check("n", ask.n)
@@ -146,17 +146,19 @@ class InferenceService:
         self._admit(ask.model)
         return self._start(request_id, served, requests)
 
-    def _admit(self, model: str) -> Served:
-        if self.state is State.DRAINING:
+    def _admit(self, model: str) -> ServedModel:
+        if self.state is ServiceState.DRAINING:
             raise UnavailableError("the server is draining: send the request elsewhere")
         return self.model(model)
 
-    def _start(self, request_id: str, served: Served, requests: list[Request]) -> Stream:
+    def _start(
+        self, request_id: str, served: ServedModel, requests: list[Request]
+    ) -> ResponseStream:
         if request_id in self._streams:
             raise InvalidRequestError(
                 f"request_id={request_id!r} is already running: choose another", param="request_id"
             )
-        stream = Stream(
+        stream = ResponseStream(
             request_id, served.engine, requests, self._mailbox, self._clock, self._closed
         )
         self._streams[request_id] = stream
@@ -170,14 +172,14 @@ class InferenceService:
             self._idle.set()
 
     async def _ids(
-        self, served: Served, prompt: str | tuple[int, ...], special_tokens: bool
+        self, served: ServedModel, prompt: str | tuple[int, ...], special_tokens: bool
     ) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(await self.encode(served, limits.prompt_text(prompt), special_tokens))
         limits.room_for_answer(len(prompt), served.limits)
         return limits.token_ids(prompt, served.limits)
 
-    async def encode(self, served: Served, text: str, special_tokens: bool) -> list[int]:
+    async def encode(self, served: ServedModel, text: str, special_tokens: bool) -> list[int]:
         tokenizer = tokenizer_of(served)
         if len(text) <= INLINE_CHARS:
             return tokenizer.encode(text, special_tokens)
@@ -203,14 +205,14 @@ class InferenceService:
 
     def drain(self) -> None:
         """From now on new requests are refused; running ones go on."""
-        self.state = State.DRAINING
+        self.state = ServiceState.DRAINING
 
     async def idle(self) -> None:
         """Waits until no stream is open; callers bound the wait."""
         await self._idle.wait()
 
 
-def tokenizer_of(served: Served) -> Tokenizer:
+def tokenizer_of(served: ServedModel) -> Tokenizer:
     if served.tokenizer is None:
         raise TokenizerError(
             f"model {served.name!r} has no tokenizer: send token ids instead of text",
@@ -228,7 +230,7 @@ def child_seed(seed: int, index: int) -> int:
 
 
 def _fit(
-    params: SamplingParams, prompt_len: int, ask: Ask, model: limits.ModelLimits
+    params: SamplingParams, prompt_len: int, ask: ClientRequest, model: limits.ModelLimits
 ) -> SamplingParams:
     room = limits.room_for_answer(prompt_len, model)
     if "max_tokens" in ask.params:
@@ -244,7 +246,7 @@ def _fit(
     return fitted
 
 
-def _require_tokenizer_for_stops(served: Served, params: SamplingParams) -> None:
+def _require_tokenizer_for_stops(served: ServedModel, params: SamplingParams) -> None:
     if params.stop and served.tokenizer is None:
         raise TokenizerError(
             f"model {served.name!r} has no tokenizer: use stop_token_ids instead of stop",

@@ -76,7 +76,7 @@ class _Sequence:
         )
 
 
-class Stream:
+class ResponseStream:
     """The running sequences of one ask. Use as ``async with``; iterate once.
 
     A reader slower than the engine gets fewer, longer deltas: what came for a sequence in the

@@ -61,16 +61,16 @@ class Composed:
     def route(self: Ops, x_TH: Tensor, part: Part[RouterWeights], step: Step) -> Routed:
         return route(self, x_TH, part.weights)
 
-    def mix(self: Ops, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
-        mix(self, x_TH, part.weights, routed)
+    def moe(self: Ops, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
+        moe(self, x_TH, part.weights, routed)
 
     def shared(self: Ops, part: Part[MoeWeights], routed: Routed) -> Tensor | None:
         return shared(self, part.weights, routed.normed_TH)
 
-    def pile(self, layers: Sequence[Layer]) -> Stack:
+    def stack_layers(self, layers: Sequence[Layer]) -> Stack:
         return Stack(tuple(layers), None)
 
-    def run(
+    def forward_layers(
         self: Ops,
         x_TH: Tensor,
         stack: Stack,
@@ -78,7 +78,7 @@ class Composed:
         caches: Sequence[KvCache],
         routed: list[Tensor] | None = None,
     ) -> None:
-        chosen = run(self, x_TH, stack.layers, step, caches)
+        chosen = forward_layers(self, x_TH, stack.layers, step, caches)
         if routed is not None:
             routed += chosen
 
@@ -150,7 +150,7 @@ def route(ops: Ops, x_TH: Tensor, w: RouterWeights) -> Routed:
     return Routed(normed_TH, *ops.route_topk(ops.linear(normed_TH, w.router), w.spec, w.bias_E))
 
 
-def mix(ops: Ops, x_TH: Tensor, w: MoeWeights, routed: Routed) -> None:
+def moe(ops: Ops, x_TH: Tensor, w: MoeWeights, routed: Routed) -> None:
     normed_TH = routed.normed_TH
     units_T = ops.units(x_TH, w.experts) if w.combine is Combine.EXACT else None
     out_TH = ops.moe_ffn(normed_TH, w.experts, routed.ids_TC, routed.weights_TC, units_T)
@@ -167,7 +167,7 @@ def shared(ops: Ops, w: MoeWeights, normed_TH: Tensor) -> Tensor | None:
     return None
 
 
-def run(
+def forward_layers(
     ops: Ops, x_TH: Tensor, layers: Sequence[Layer], step: Step, caches: Sequence[KvCache]
 ) -> list[Tensor]:
     chosen: list[Tensor] = []
@@ -178,7 +178,7 @@ def run(
             continue
         router, experts = layer.mlp
         routed = ops.route(x_TH, router, step)
-        ops.mix(x_TH, experts, routed)
+        ops.moe(x_TH, experts, routed)
         chosen.append(routed.ids_TC.clone())
     return chosen
 

@@ -437,7 +437,7 @@ class Ops(Protocol):
 
     def route(self, x_TH: Tensor, part: Part[RouterWeights], step: Step) -> Routed: ...
 
-    def mix(self, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
+    def moe(self, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
         """Experts and shared expert, added to ``x_TH``."""
         ...
 
@@ -500,10 +500,10 @@ class Ops(Protocol):
         ...
 
     def shared(self, part: Part[MoeWeights], routed: Routed) -> Tensor | None:
-        """[T, H] of the shared expert, for ``collect``; to be done while tokens travel."""
+        """[T, H] of the shared expert, for ``combine``; to be done while tokens travel."""
         ...
 
-    def collect(
+    def combine(
         self,
         x_TH: Tensor,
         part: Part[MoeWeights],
@@ -512,15 +512,15 @@ class Ops(Protocol):
         segments_R: Sequence[Tensor],
         shared_TH: Tensor | None,
     ) -> None:
-        """Add what came back, and the shared expert's, to ``x_TH``: what ``mix`` adds, to the bit,
+        """Add what came back, and the shared expert's, to ``x_TH``: what ``moe`` adds, to the bit,
         unless combine is fast. ``x_TH`` must be as it was in ``pack_tokens``."""
         ...
 
-    def pile(self, layers: Sequence[Layer]) -> Stack:
+    def stack_layers(self, layers: Sequence[Layer]) -> Stack:
         """Once, when a model is loaded."""
         ...
 
-    def run(
+    def forward_layers(
         self,
         x_TH: Tensor,
         stack: Stack,

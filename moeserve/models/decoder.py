@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeserve.comm.pipeline import Parallel
+from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.errors import CheckpointError
 from moeserve.kernels.ops import HeadWeights, KvCache, Layer, Linear, Ops, Part, Rope, Stack, Step
 from moeserve.kernels.wire import Combine
@@ -35,7 +35,7 @@ from moeserve.models.weights import Rounding, Weights
 
 
 @dataclass(frozen=True, slots=True)
-class KVCache:
+class ModelKvCache:
     """One ``KvCache`` per decoder layer, and the MTP block's last if it was asked for."""
 
     layers: tuple[KvCache, ...]
@@ -70,9 +70,9 @@ class Decoder:
     rope: Rope
     mtp: Mtp | None
     unread: tuple[str, ...]
-    parallel: Parallel | None = None
+    parallel: ParallelLayerRunner | None = None
 
-    def over(self, parallel: Parallel) -> Decoder:
+    def over(self, parallel: ParallelLayerRunner) -> Decoder:
         """The same over ranks. Experts are ``parallel``'s alone from here on: what it lets go of
         is freed."""
         return replace(self, stack=Stack((), None), parallel=parallel)
@@ -83,15 +83,15 @@ class Decoder:
         shapes = (kv_shape(layer.attention, 1, 1, self.kv_dtype) for layer in self.spec.layers)
         return sum(self.ops.kv_bytes_per_block(shape) for shape in shapes)
 
-    def new_cache(self, num_blocks: int, block_size: int, *, mtp: bool = False) -> KVCache:
+    def new_cache(self, num_blocks: int, block_size: int, *, mtp: bool = False) -> ModelKvCache:
         specs = [layer.attention for layer in self.spec.layers]
         if mtp and self.spec.mtp is not None:
             specs.append(self.spec.mtp.attention)
         shapes = (kv_shape(s, num_blocks, block_size, self.kv_dtype) for s in specs)
-        return KVCache(tuple(self.ops.new_kv(s) for s in shapes), num_blocks, block_size)
+        return ModelKvCache(tuple(self.ops.new_kv(s) for s in shapes), num_blocks, block_size)
 
     def forward(
-        self, step: StepBatch, cache: KVCache, observer: RoutingObserver | None = None
+        self, step: StepBatch, cache: ModelKvCache, observer: RoutingObserver | None = None
     ) -> Tensor:
         """Runs the step's tokens, writes their KV, and returns logits_RW of the wanted rows."""
         return self.forward_micro([step], cache, observer)[0]
@@ -99,7 +99,7 @@ class Decoder:
     def forward_micro(
         self,
         steps: Sequence[StepBatch],
-        cache: KVCache,
+        cache: ModelKvCache,
         observer: RoutingObserver | None = None,
     ) -> list[Tensor]:
         """``forward`` of microbatches, over the ranks of ``parallel`` if there are any.
@@ -114,13 +114,13 @@ class Decoder:
         ]
 
     def trunk(
-        self, step: StepBatch, cache: KVCache, observer: RoutingObserver | None = None
+        self, step: StepBatch, cache: ModelKvCache, observer: RoutingObserver | None = None
     ) -> Tensor:
         """The residual stream after the last block, before the final norm: [T, H]."""
         return self._layers([step], cache, observer)[0]
 
     def _layers(
-        self, steps: Sequence[StepBatch], cache: KVCache, observer: RoutingObserver | None
+        self, steps: Sequence[StepBatch], cache: ModelKvCache, observer: RoutingObserver | None
     ) -> list[Tensor]:
         caches = cache.layers[: len(self.spec.layers)]
         hidden = [self.ops.embed(self.embedding_WH, step.token_ids_T) for step in steps]
@@ -132,7 +132,7 @@ class Decoder:
             for m, (x_TH, own) in enumerate(zip(hidden, shared, strict=True)):
                 if own is not None:
                     ids = None if chosen is None else chosen[m]
-                    self.ops.run(x_TH, self.stack, own, caches, ids)
+                    self.ops.forward_layers(x_TH, self.stack, own, caches, ids)
         if observer is not None and chosen is not None:
             for layer, *ids_TC in zip(self.spec.moe_layers, *filter(None, chosen), strict=True):
                 observer.record(layer, ids_TC[0] if len(ids_TC) == 1 else torch.cat(ids_TC))
@@ -146,7 +146,7 @@ class Decoder:
         """What all layers need of the step."""
         return self.ops.new_step(self.rope, step.positions_T, step.slot_T, step.attention)
 
-    def mtp_forward(self, normed_TH: Tensor, step: StepBatch, cache: KVCache) -> Tensor:
+    def mtp_forward(self, normed_TH: Tensor, step: StepBatch, cache: ModelKvCache) -> Tensor:
         """Draft logits_RW of the token after next.
 
         Row t joins the trunk's state at position p, after the final norm, with the token at p + 1:
@@ -164,7 +164,7 @@ class Decoder:
             -1,
         )
         x_TH = ops.linear(pair_T2H, mtp.project)
-        ops.run(x_TH, mtp.stack, self._shared(step), cache.layers[-1:])
+        ops.forward_layers(x_TH, mtp.stack, self._shared(step), cache.layers[-1:])
         return ops.head(x_TH, step.logit_rows_R, mtp.head)
 
 
@@ -270,7 +270,7 @@ def build_decoder(w: Weights, kv_dtype: torch.dtype | None = None) -> Decoder:
         dtype=w.dtype,
         kv_dtype=kv_dtype or w.dtype,
         embedding_WH=embedding_WH,
-        stack=w.ops.pile(layers),
+        stack=w.ops.stack_layers(layers),
         head=w.ops.prepare(
             HeadWeights(w.vector("model.norm.weight", spec.hidden), spec.norm_eps, head)
         ),
@@ -310,7 +310,7 @@ def _load_mtp(
         embedding_norm_H=w.vector(f"{prefix}.enorm.weight", spec.hidden),
         hidden_norm_H=w.vector(f"{prefix}.hnorm.weight", spec.hidden),
         project=w.linear(f"{prefix}.eh_proj", spec.hidden, 2 * spec.hidden),
-        stack=w.ops.pile([_load_layer(w, len(spec.layers), spec.mtp, names, spec)]),
+        stack=w.ops.stack_layers([_load_layer(w, len(spec.layers), spec.mtp, names, spec)]),
         head=w.ops.prepare(
             HeadWeights(
                 w.vector(f"{prefix}.shared_head.norm.weight", spec.hidden), spec.norm_eps, head

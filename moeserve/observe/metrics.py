@@ -60,10 +60,10 @@ class LoadView(Protocol):
 
 
 class RankWork(Protocol):
-    """What a rank has counted (``comm.dispatcher.Moved``); lists are by destination."""
+    """What a rank has counted (``comm.dispatcher.DispatchStats``); lists are by destination."""
 
     tokens: int
-    abroad: int
+    inter_node: int
     waited_s: float
     copies_R: list[int]
     dispatch_bytes_R: list[int]
@@ -200,14 +200,14 @@ def _of_ranks(model: str, ranks: RanksView) -> Iterator[Metric]:
 
     tokens = family("rank_layer_tokens", "tokens routed, each once per MoE layer", "rank")
     waited = family("rank_waited_seconds", "time spent waiting for other ranks", "rank")
-    abroad = family("rank_copies_abroad", "copies of tokens sent to other nodes", "rank")
+    inter_node = family("rank_copies_inter_node", "copies of tokens sent to other nodes", "rank")
     copies = family("rank_copies", "copies of tokens sent to experts of a rank", "rank", "to")
     moved = family("rank_sent_bytes", "bytes of tokens and of results", "rank", "to", "direction")
     steps = family("steps_by_microbatches", "forward passes cut into so many", "microbatches")
     for rank, work in enumerate(ranks.work):
         tokens.add_metric([model, str(rank)], work.tokens)
         waited.add_metric([model, str(rank)], work.waited_s)
-        abroad.add_metric([model, str(rank)], work.abroad)
+        inter_node.add_metric([model, str(rank)], work.inter_node)
         for to, count in _by_destination(rank, work.copies_R):
             copies.add_metric([model, str(rank), to], count)
         for direction, sent_R in (
@@ -218,7 +218,7 @@ def _of_ranks(model: str, ranks: RanksView) -> Iterator[Metric]:
                 moved.add_metric([model, str(rank), to, direction], count)
     for count, number in sorted(ranks.chosen.items()):
         steps.add_metric([model, str(count)], number)
-    yield from (tokens, waited, abroad, copies, moved, steps)
+    yield from (tokens, waited, inter_node, copies, moved, steps)
 
 
 def _by_destination(rank: int, sent_R: Sequence[int]) -> list[tuple[str, int]]:

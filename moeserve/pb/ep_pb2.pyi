@@ -11,10 +11,10 @@ class Channel(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CHANNEL_UNSPECIFIED: _ClassVar[Channel]
     CHANNEL_STEPS: _ClassVar[Channel]
-    CHANNEL_PULSE: _ClassVar[Channel]
+    CHANNEL_HEARTBEAT: _ClassVar[Channel]
 CHANNEL_UNSPECIFIED: Channel
 CHANNEL_STEPS: Channel
-CHANNEL_PULSE: Channel
+CHANNEL_HEARTBEAT: Channel
 
 class Arrival(_message.Message):
     __slots__ = ("version", "protocol", "world", "host", "cpus")
@@ -82,7 +82,7 @@ class Welcome(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class Pulse(_message.Message):
+class Heartbeat(_message.Message):
     __slots__ = ("beat", "trouble", "end", "stop")
     BEAT_FIELD_NUMBER: _ClassVar[int]
     TROUBLE_FIELD_NUMBER: _ClassVar[int]

@@ -131,19 +131,19 @@ class Failure(_message.Message):
     def __init__(self, chunk: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Work(_message.Message):
-    __slots__ = ("rounds", "tokens", "abroad", "waited_s", "copies", "dispatch_bytes", "combine_bytes")
+    __slots__ = ("rounds", "tokens", "inter_node", "waited_s", "copies", "dispatch_bytes", "combine_bytes")
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
-    ABROAD_FIELD_NUMBER: _ClassVar[int]
+    INTER_NODE_FIELD_NUMBER: _ClassVar[int]
     WAITED_S_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
     DISPATCH_BYTES_FIELD_NUMBER: _ClassVar[int]
     COMBINE_BYTES_FIELD_NUMBER: _ClassVar[int]
     rounds: int
     tokens: int
-    abroad: int
+    inter_node: int
     waited_s: float
     copies: _containers.RepeatedScalarFieldContainer[int]
     dispatch_bytes: _containers.RepeatedScalarFieldContainer[int]
     combine_bytes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, rounds: _Optional[int] = ..., tokens: _Optional[int] = ..., abroad: _Optional[int] = ..., waited_s: _Optional[float] = ..., copies: _Optional[_Iterable[int]] = ..., dispatch_bytes: _Optional[_Iterable[int]] = ..., combine_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, rounds: _Optional[int] = ..., tokens: _Optional[int] = ..., inter_node: _Optional[int] = ..., waited_s: _Optional[float] = ..., copies: _Optional[_Iterable[int]] = ..., dispatch_bytes: _Optional[_Iterable[int]] = ..., combine_bytes: _Optional[_Iterable[int]] = ...) -> None: ...

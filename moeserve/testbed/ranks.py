@@ -27,7 +27,7 @@ Write = Callable[[int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Rank:
+class RankSpec:
     rank: int
     world: int
     host: int
@@ -56,9 +56,9 @@ class End:
     rank: int = 0
 
 
-def ranks_of(hosts: int, ranks_per_host: int) -> list[Rank]:
+def ranks_of(hosts: int, ranks_per_host: int) -> list[RankSpec]:
     return [
-        Rank(host * ranks_per_host + local, hosts * ranks_per_host, host, local, ranks_per_host)
+        RankSpec(host * ranks_per_host + local, hosts * ranks_per_host, host, local, ranks_per_host)
         for host in range(hosts)
         for local in range(ranks_per_host)
     ]

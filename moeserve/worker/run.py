@@ -3,7 +3,8 @@ any launcher that ``comm.launch`` reads; and ``moeserve serve --ep N``, which la
 
 Rank 0 opens the doors and decides; the others follow it until it ends the run. A rank that is told
 to stop asks rank 0 to, which drains and ends them all. What happens when a rank is lost is decided
-in one place, ``Ending``: the run ends, requests with UNAVAILABLE, every process with status 1.
+in one place, ``FailurePolicy``: the run ends, requests with UNAVAILABLE, every process with status
+1.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from moeserve.comm.control.link import Tls, Trust
 from moeserve.comm.exchange.base import Alarm
 from moeserve.comm.group import Group, host_store
 from moeserve.comm.launch.environment import ALONE, LOOPBACK, Launch, read_launch
-from moeserve.comm.launch.rendezvous import Met, open_group
+from moeserve.comm.launch.rendezvous import Rendezvous, open_group
 from moeserve.comm.launch.spawn import Children, child_environ, worker_command
 from moeserve.config import ServeConfig, add_options, config_from_args, to_environ, to_yaml
 from moeserve.engine.build import LoadedModel, load_tokenizer
-from moeserve.engine.rank_model import Seat, load_rank
+from moeserve.engine.rank_model import EpContext, load_rank_model
 from moeserve.errors import CancelledError, ConfigError, LateRankError, MoeserveError
-from moeserve.gateway.server import LOG_FORMAT, Stop, Tell, load_model, serve
+from moeserve.gateway.server import LOG_FORMAT, ProgressCallback, StopCallback, load_model, serve
 from moeserve.host import read_cpu
 from moeserve.models.fingerprint import fingerprint
 from moeserve.models.library import resolve_model
@@ -114,8 +115,8 @@ def run_rank(config: ServeConfig, launch: Launch, environ: Mapping[str, str]) ->
     if launch.world == 1:
         return serve(config)
     if launch.rank == 0:
-        return lead(config, Arriving(launch, environ))
-    return follow(config, Arriving(launch, environ))
+        return lead(config, RankStart(launch, environ))
+    return follow(config, RankStart(launch, environ))
 
 
 def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
@@ -135,7 +136,7 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
     grace_s = HURRY_S
     try:
         launch = replace(ALONE, world=world, local_world=world, port=port, launcher="moeserve")
-        status = lead(config, Arriving(launch, environ, store, children.alarm))
+        status = lead(config, RankStart(launch, environ, store, children.alarm))
         grace_s = GRACE_S if status == 0 else HURRY_S
         return status
     finally:
@@ -143,7 +144,7 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Arriving:
+class RankStart:
     """What a rank has before it has met the others. ``store`` where this process keeps the notes,
     ``alarm`` where it knows of ranks by other means."""
 
@@ -153,7 +154,7 @@ class Arriving:
     alarm: Alarm | None = None
 
 
-class Ending:
+class FailurePolicy:
     """The one place that decides what the loss of a rank leads to.
 
     Now: the run ends on all ranks. Whatever waits hears the same alarm by itself (exchange, orders,
@@ -172,28 +173,28 @@ class Ending:
         last.start()
 
 
-def lead(config: ServeConfig, arriving: Arriving) -> int:
+def lead(config: ServeConfig, arriving: RankStart) -> int:
     """Rank 0: the doors open at once, and serve when all ranks have loaded."""
-    ending = Ending(config.ep_deadline)
+    ending = FailurePolicy(config.ep_deadline)
     leaders: list[Leader] = []
-    stops: list[Stop] = []
+    stops: list[StopCallback] = []
     progress = progress_of(config, 0)
 
-    def load(config: ServeConfig, observer: Metrics, tell: Tell) -> LoadedModel:
+    def load(config: ServeConfig, observer: Metrics, tell: ProgressCallback) -> LoadedModel:
         loading = Loading(tell)
         met = meet(config, replace(arriving, alarm=lambda: loading.halted(arriving.alarm)))
         with giving_up(met.group):
             leader = control.lead(met.group, met.address, trust_of(config), config.ep_deadline)
         leaders.append(leader)
-        leader.pulse.heed(ending.decide, lambda: stops[0]())
+        leader.heartbeat.subscribe(ending.decide, lambda: stops[0]())
         loading.alarm = leader.alarm
-        leader.pulse.doing = "loading the model".__str__
-        seat = seat_of(config, met, lambda: loading.halted(leader.alarm), progress)
+        leader.heartbeat.doing = "loading the model".__str__
+        context = context_of(config, met, lambda: loading.halted(leader.alarm), progress)
         settings = config.model_copy(update={"threads": threads_of(config, met)})
-        loaded = load_model(settings, observer, loading, seat, leader)
-        seat.group.all_gather("ready", b"")
+        loaded = load_model(settings, observer, loading, context, leader)
+        context.group.all_gather("ready", b"")
         loading.over = True
-        leader.pulse.doing = progress.__str__
+        leader.heartbeat.doing = progress.__str__
         return loaded
 
     in_peace = False
@@ -214,7 +215,7 @@ def lead(config: ServeConfig, arriving: Arriving) -> int:
 class Loading:
     """Progress that stops where there is an ``alarm``, or where whoever is told says so."""
 
-    def __init__(self, tell: Tell, alarm: Alarm | None = None) -> None:
+    def __init__(self, tell: ProgressCallback, alarm: Alarm | None = None) -> None:
         self.over = False
         self.alarm = alarm
         self._tell = tell
@@ -233,19 +234,19 @@ class Loading:
         return None if alarm is None else alarm()
 
 
-def follow(config: ServeConfig, arriving: Arriving) -> int:
+def follow(config: ServeConfig, arriving: RankStart) -> int:
     """Every other rank: load, and run what rank 0 orders until it ends the run."""
     launch = arriving.launch
     who = "" if launch.launcher == "moeserve" else f"rank {launch.rank} "
     logging.basicConfig(
         level=config.log_level.upper(), format=LOG_FORMAT.replace("%(l", who + "%(l", 1)
     )
-    ending = Ending(config.ep_deadline)
+    ending = FailurePolicy(config.ep_deadline)
     met = meet(config, arriving)
     with giving_up(met.group):
         follower = control.follow(met.group, trust_of(config), config.ep_deadline)
-    follower.pulse.heed(ending.decide)
-    follower.pulse.doing = "loading the model".__str__
+    follower.heartbeat.subscribe(ending.decide)
+    follower.heartbeat.doing = "loading the model".__str__
     try:
         with asking_rank_0(follower):
             _follow(config, met, follower)
@@ -259,17 +260,17 @@ def follow(config: ServeConfig, arriving: Arriving) -> int:
     return 1 if ending.error is not None else 0
 
 
-def _follow(config: ServeConfig, met: Met, follower: Follower) -> None:
+def _follow(config: ServeConfig, met: Rendezvous, follower: Follower) -> None:
     def halted() -> MoeserveError | None:
-        if follower.pulse.ended:
+        if follower.heartbeat.ended:
             return CancelledError("rank 0 ended the run")
         return follower.alarm()
 
     progress = progress_of(config, met.group.rank)
-    seat = seat_of(config, met, halted, progress)
+    context = context_of(config, met, halted, progress)
     path = resolve_model(config.model)
     tokenizer, _ = load_tokenizer(path)
-    rank = load_rank(
+    rank = load_rank_model(
         path,
         tokenizer_eos=tokenizer.eos_ids if tokenizer else (),
         name=config.served_model_name,
@@ -286,20 +287,20 @@ def _follow(config: ServeConfig, met: Met, follower: Follower) -> None:
         max_num_batched_tokens=config.max_num_batched_tokens,
         threads=threads_of(config, met),
         record_routing=config.record_routing,
-        seat=seat,
+        context=context,
         progress=Loading(lambda done, total: None, halted),
     )
     try:
-        seat.group.all_gather("ready", b"")
-        follower.pulse.doing = progress.__str__
+        context.group.all_gather("ready", b"")
+        follower.heartbeat.doing = progress.__str__
         with progress:
-            steps = rank.follow(follower, seat)
+            steps = rank.follow(follower, context)
         log.info("rank 0 ended the run after %d steps", steps)
     finally:
         rank.close()
 
 
-def meet(config: ServeConfig, arriving: Arriving) -> Met:
+def meet(config: ServeConfig, arriving: RankStart) -> Rendezvous:
     """All ranks are there, and will serve the same."""
     met = open_group(
         arriving.launch, environ=arriving.environ, store=arriving.store, alarm=arriving.alarm
@@ -323,10 +324,10 @@ def progress_of(config: ServeConfig, rank: int) -> Progress:
     return Progress(None if config.ep_trace is None else Timeline(config.ep_trace, rank))
 
 
-def seat_of(config: ServeConfig, met: Met, alarm: Alarm, progress: Progress) -> Seat:
-    """Loading may take long: from here on whoever waits trusts the pulse."""
+def context_of(config: ServeConfig, met: Rendezvous, alarm: Alarm, progress: Progress) -> EpContext:
+    """Loading may take long: from here on whoever waits trusts the heartbeats."""
     group = replace(met.group, alarm=alarm, patience_s=LOAD_S)
-    return Seat(
+    return EpContext(
         group,
         met.topology,
         progress,
@@ -363,7 +364,7 @@ def trust_of(config: ServeConfig) -> Trust:
     )
 
 
-def threads_of(config: ServeConfig, met: Met) -> int:
+def threads_of(config: ServeConfig, met: Rendezvous) -> int:
     """The cores that this rank may use, shared evenly with the ranks that may use them too."""
     return config.threads or max(1, read_cpu().usable // met.sharing)
 
@@ -374,7 +375,7 @@ def asking_rank_0(follower: Follower) -> Iterator[None]:
 
     def told(number: int, frame: FrameType | None) -> None:
         # Not here: the signal may have interrupted whoever holds the connection.
-        threading.Thread(target=follower.pulse.ask_to_stop, daemon=True).start()
+        threading.Thread(target=follower.heartbeat.ask_to_stop, daemon=True).start()
 
     before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -10,11 +10,11 @@ import pytest
 
 from moeserve import cli
 from moeserve.bench import kernel
-from moeserve.bench.kernel import Contender, Layer, measure, other_runtimes, ours, routing
+from moeserve.bench.kernel import Contender, MoeLayer, measure, other_runtimes, ours, routing
 
 KEYS = {"what", "peer", "unit", "threads", "median", "min", "max", "roofline", "note"}
 SMALL = ["--rounds", "2", "--threads", "1", "--json"]
-LAYER = Layer(experts=4, per_token=2, hidden=64, inner=32)
+LAYER = MoeLayer(experts=4, per_token=2, hidden=64, inner=32)
 
 
 def rows_of(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from moeserve.bench.generation import Case, prompts
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.model_runner import LocalExecutor
+from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.kernels.ops import Ops
 from moeserve.models.decoder import Decoder, load_decoder
@@ -51,7 +51,7 @@ def greedy(decoder: Decoder, prompt: tuple[int, ...]) -> list[int]:
     counters = Counters()
     config = SchedulerConfig(len(prompt) + TOKENS, prefix_cache=False)
     scheduler = Scheduler(config, BlockPool(8, 16, counters), counters)
-    executor = LocalExecutor(decoder, 8, 16)
+    executor = ModelRunner(decoder, 8, 16)
     params = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
     scheduler.add(Request(RequestId("r"), prompt, params))
     tokens = []

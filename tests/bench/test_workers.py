@@ -31,8 +31,8 @@ channel.serve({"echo": echo, "child": child, "die": die, "late": late})
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[Worker]:
-    (tmp_path / "worker/__main__.py").write_text(SCRIPT)
-    command = (sys.executable, str(tmp_path / "worker/__main__.py"))
+    (tmp_path / "worker.py").write_text(SCRIPT)
+    command = (sys.executable, str(tmp_path / "worker.py"))
     with Worker("bob", command, cpus=1, log=tmp_path / "log") as made:
         yield made
 

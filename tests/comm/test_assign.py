@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moeserve.comm.assign import assign
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.table import SlowTable, table_of
+from moeserve.comm.table import NumpyAssignmentTable, table_of
 from moeserve.kernels.wire import Copies, Wire
 from moeserve.placement.split import slack_of, slots_of, split_batch, split_batches
 
@@ -132,7 +132,7 @@ def test_copies_of_nodes_spread_inside_are_copies_of_ranks(
     extra = random.integers(experts, size=slots - experts)
     expert_S = random.permutation(np.concatenate((np.arange(experts), extra))).astype(np.int32)
     layout = LayerLayout(expert_S, experts, world)
-    table, slow = table_of(layout), SlowTable(layout)
+    table, slow = table_of(layout), NumpyAssignmentTable(layout)
     ids = torch.from_numpy(
         np.array([random.permutation(experts)[:k] for _ in range(tokens)], np.int32).reshape(-1, k)
     )
@@ -149,8 +149,8 @@ def test_copies_of_nodes_spread_inside_are_copies_of_ranks(
         slot_NC = outer.copies.slot_NC[there].contiguous()
         slots_at = wire.row_bytes - (2 * k + 2) // 4 * 4
         records[:, slots_at : slots_at + 2 * k] = slot_NC.view(torch.uint8)
-        inside = table.spread([records.flatten()], wire, size).copies
-        assert same(inside, slow.spread([records.flatten()], wire, size).copies)
+        inside = table.relay([records.flatten()], wire, size).copies
+        assert same(inside, slow.relay([records.flatten()], wire, size).copies)
         token_N = outer.copies.token_N[there][inside.token_N.long()].tolist()
         ends = inside.start_R1.tolist()
         found += [

@@ -31,7 +31,7 @@ def groups(world: int) -> list[Group]:
     """Of threads of this process."""
     store, port = host_store("127.0.0.1")
     stores = [store, *(join_store("127.0.0.1", port) for _ in range(world - 1))]
-    return [Group(r, world, s, tell=lambda text: None) for r, s in enumerate(stores)]
+    return [Group(r, world, s, notify=lambda text: None) for r, s in enumerate(stores)]
 
 
 @contextlib.contextmanager
@@ -100,23 +100,23 @@ def test_orders_go_out_reports_come_back_and_the_end_is_told() -> None:
 def test_everybody_hears_what_everybody_does() -> None:
     with star(3, deadline_s=0.5) as (leader, followers):
         for rank, one in enumerate([leader, *followers]):
-            one.pulse.doing = f"step {rank}".__str__
+            one.heartbeat.doing = f"step {rank}".__str__
         give_up = time.monotonic() + PATIENCE_S
         wanted = "; ".join(f"rank {r} was last heard doing: step {r}" for r in range(3))
-        while any(f.pulse.doing_of([0, 1, 2]) != wanted for f in followers):
+        while any(f.heartbeat.doing_of([0, 1, 2]) != wanted for f in followers):
             assert time.monotonic() < give_up
             time.sleep(0.01)
 
 
 def test_a_rank_that_goes_is_named_everywhere_with_what_it_was_doing() -> None:
     with star(4) as (leader, followers):
-        followers[1].pulse.doing = lambda: "layer 7 of step 12"
+        followers[1].heartbeat.doing = lambda: "layer 7 of step 12"
         give_up = time.monotonic() + PATIENCE_S
-        while "layer 7" not in followers[0].pulse.doing_of([2]):
+        while "layer 7" not in followers[0].heartbeat.doing_of([2]):
             assert time.monotonic() < give_up
             time.sleep(0.01)
         heard: list[LateRankError] = []
-        leader.pulse.heed(heard.append)
+        leader.heartbeat.subscribe(heard.append)
         followers[1].close()
         for one in (leader, followers[0], followers[2]):
             error = eventually(one.alarm)
@@ -131,7 +131,7 @@ def test_a_rank_that_goes_is_named_everywhere_with_what_it_was_doing() -> None:
             followers[0].receive()
         assert [e.ranks for e in heard] == [(2,)]
         late: list[LateRankError] = []
-        leader.pulse.heed(late.append)
+        leader.heartbeat.subscribe(late.append)
         assert late == heard, "whoever listens later hears it at once"
 
 
@@ -143,7 +143,7 @@ def test_a_silent_rank_is_named_everywhere() -> None:
         place = json.loads(ranks[2].all_gather("control", b"", PATIENCE_S)[0])
         mute = [
             connect(tuple(place), 2, channel, SECRET, PATIENCE_S)
-            for channel in (pb.CHANNEL_STEPS, pb.CHANNEL_PULSE)
+            for channel in (pb.CHANNEL_STEPS, pb.CHANNEL_HEARTBEAT)
         ]
         leader, follower = leads.result(PATIENCE_S), follows.result(PATIENCE_S)
     try:
@@ -160,9 +160,9 @@ def test_a_silent_rank_is_named_everywhere() -> None:
 
 def test_a_lost_leader_is_named_by_all_others() -> None:
     with star(3) as (leader, followers):
-        leader.pulse.doing = lambda: "planning"
-        leader.pulse._ended = True  # whoever dies tells nobody
-        for link in (*leader._steps.values(), *leader.pulse._links.values()):
+        leader.heartbeat.doing = lambda: "planning"
+        leader.heartbeat._ended = True  # whoever dies tells nobody
+        for link in (*leader._steps.values(), *leader.heartbeat._links.values()):
             link.socket.shutdown(socket.SHUT_RDWR)
         for follower in followers:
             assert eventually(follower.alarm).ranks == (0,)
@@ -186,11 +186,11 @@ def test_a_failure_is_told_with_its_reason_and_whom_it_blames() -> None:
 def test_a_rank_that_is_told_to_stop_asks_rank_0() -> None:
     with star(2) as (leader, followers):
         asked = threading.Event()
-        leader.pulse.heed(lambda error: None, asked.set)
-        followers[0].pulse.ask_to_stop()
+        leader.heartbeat.subscribe(lambda error: None, asked.set)
+        followers[0].heartbeat.ask_to_stop()
         assert asked.wait(PATIENCE_S)
         again = threading.Event()
-        leader.pulse.heed(lambda error: None, again.set)
+        leader.heartbeat.subscribe(lambda error: None, again.set)
         assert again.is_set()
 
 
@@ -216,7 +216,7 @@ def test_strangers_do_not_get_in_and_do_not_keep_others_out(
                 connect((host, port), 1, pb.CHANNEL_STEPS, trust, PATIENCE_S)
         links = [
             connect((host, port), 1, channel, SECRET, PATIENCE_S)
-            for channel in (pb.CHANNEL_STEPS, pb.CHANNEL_PULSE)
+            for channel in (pb.CHANNEL_STEPS, pb.CHANNEL_HEARTBEAT)
         ]
         leader = leads.result(PATIENCE_S)
     leader.close()

@@ -59,7 +59,7 @@ class Ranks:
                 self._lines[hello["rank"]] = words
                 self.pids[hello["rank"]] = hello["pid"]
 
-    def tell(self, do: str, who: Sequence[int] | None = None, **order: Any) -> None:
+    def notify(self, do: str, who: Sequence[int] | None = None, **order: Any) -> None:
         for rank in range(self.world) if who is None else who:
             print(json.dumps({"do": do, **order}), file=self._lines[rank], flush=True)
 
@@ -68,7 +68,7 @@ class Ranks:
         return [json.loads(self._lines[r].readline()) for r in ranks]
 
     def ask(self, do: str, who: Sequence[int] | None = None, **order: Any) -> list[Any]:
-        self.tell(do, who, **order)
+        self.notify(do, who, **order)
         return self.hear(who)
 
     def open(
@@ -208,7 +208,7 @@ def test_ranks_of_a_part_are_named_as_the_run_names_them(ranks: Ranks, backend: 
 
 def test_a_stopped_rank_is_named(ranks: Ranks, backend: str) -> None:
     name = ranks.open(backend, deadline_s=1.5)
-    ranks.tell("wait", name=name, lane=0, times=1_000_000)
+    ranks.notify("wait", name=name, lane=0, times=1_000_000)
     time.sleep(0.2)
     os.kill(ranks.pids[1], signal.SIGSTOP)
     try:
@@ -288,7 +288,7 @@ def test_a_killed_rank_is_named() -> None:
     made = Ranks(3)
     try:
         by_torch, *others = (made.open(b, deadline_s=2.0) for b in ("torch", "shm", "tcp"))
-        made.tell("wait", name=by_torch, lane=0, times=1_000_000)
+        made.notify("wait", name=by_torch, lane=0, times=1_000_000)
         time.sleep(0.2)
         os.kill(made.pids[1], signal.SIGKILL)
         answers = made.hear([0, 2])

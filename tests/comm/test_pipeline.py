@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.comm.build import parallel_over
-from moeserve.comm.dispatcher import ByNode, Dispatcher, Flat
+from moeserve.comm.dispatcher import Dispatcher, FlatDispatcher, HierarchicalDispatcher
 from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import LayerLayout
@@ -83,10 +83,10 @@ def rank_of_group(
 def dispatcher(ops: Ops, post: Post, rank: int, world: int, size: int) -> Dispatcher:
     topology = Topology(tuple(r // size for r in range(world)))
     if size == 1 or size == world:
-        return Flat(ops, post("all", rank, world), topology, Progress())
+        return FlatDispatcher(ops, post("all", rank, world), topology, Progress())
     outer = post(f"rail {rank % size}", rank // size, world // size)
     inner = post(f"node {rank // size}", rank % size, size)
-    return ByNode(ops, outer, inner, topology, Progress())
+    return HierarchicalDispatcher(ops, outer, inner, topology, Progress())
 
 
 @dataclass(frozen=True)

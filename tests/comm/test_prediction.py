@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.comm.build import copy_bytes, parallel_over
-from moeserve.comm.dispatcher import Flat, Moved
+from moeserve.comm.dispatcher import DispatchStats, FlatDispatcher
 from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import layouts, own_experts
@@ -70,21 +70,21 @@ def routing_of(decoder: Decoder, some: Sequence[Sequence[int]]) -> NDArray[np.in
 
 def served(
     ops: Ops, post: Post, plan: Plan, homes: Sequence[Sequence[Sequence[int]]]
-) -> list[Moved]:
+) -> list[DispatchStats]:
     """Each rank runs the prompts of its home in one step."""
     where = layouts(plan, plan.moe_layers, EXPERTS, WORLD)
-    counted: dict[int, Moved] = {}
+    counted: dict[int, DispatchStats] = {}
 
     def run(rank: int) -> None:
         decoder = load_decoder(
             resolve_model("demo"), dtype=None, ops=ops, quantization="int8",
             experts=own_experts(where, rank),
         )  # fmt: skip
-        moves = Flat(ops, post("all", rank, WORLD), Topology((0,) * WORLD), Progress())
+        moves = FlatDispatcher(ops, post("all", rank, WORLD), Topology((0,) * WORLD), Progress())
         parallel = parallel_over(ops, decoder.stack.layers, where, moves, Progress())
         cache = decoder.new_cache(len(homes[rank]) * LENGTH // BLOCK, BLOCK)
         decoder.over(parallel).forward(pack_spans(spans_of(homes[rank]), BLOCK), cache)
-        counted[rank] = moves.moved
+        counted[rank] = moves.stats
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(WORLD)]
     for thread in threads:
@@ -113,9 +113,9 @@ def test_counted_copies_and_bytes_are_those_predicted(
     each = len(other) // WORLD
     home_T = np.repeat(np.arange(WORLD, dtype=np.int32), each * LENGTH)
 
-    moved = served(ops, new_post(), plan, [other[r * each : (r + 1) * each] for r in range(WORLD)])
+    stats = served(ops, new_post(), plan, [other[r * each : (r + 1) * each] for r in range(WORLD)])
 
-    sent = sum(sum(m.copies_R) for m in moved)
+    sent = sum(sum(m.copies_R) for m in stats)
     per_token_layer = 2 * sent / len(topk_TLK) / len(layers)
     known = cost.traffic(plan, topk_TLK, home_T=home_T, batch=each * LENGTH)
     assert per_token_layer == pytest.approx(known.copies, rel=1e-12)
@@ -125,5 +125,5 @@ def test_counted_copies_and_bytes_are_those_predicted(
     assert isinstance(mlp, tuple)
     weigh = copy_bytes(ops, mlp[1], mlp[0].weights.spec.top_k)
     expected = predicted.copies / 2 * (weigh.dispatch + weigh.combine) * len(layers)
-    counted = sum(sum(m.dispatch_bytes_R) + sum(m.combine_bytes_R) for m in moved)
+    counted = sum(sum(m.dispatch_bytes_R) + sum(m.combine_bytes_R) for m in stats)
     assert counted / len(topk_TLK) == pytest.approx(expected, rel=0.02)

@@ -18,7 +18,7 @@ from moeserve.comm.group import Group, host_store, join_store
 from moeserve.comm.launch.environment import LOOPBACK, Launch
 from moeserve.comm.launch.rendezvous import (
     HOST_ID,
-    Met,
+    Rendezvous,
     host_identity,
     listen_address,
     open_group,
@@ -44,7 +44,7 @@ def launches(world: int) -> list[Launch]:
 
 def meet(
     starts: list[Launch], hosts: Mapping[int, str] | None = None, timeout_s: float = PATIENCE_S
-) -> list[Future[Met]]:
+) -> list[Future[Rendezvous]]:
     """As so many processes would; what became of each."""
     named = hosts or {}
     with ThreadPoolExecutor(len(starts)) as pool:
@@ -54,7 +54,7 @@ def meet(
                 start,
                 environ={HOST_ID: named[i]} if i in named else {},
                 timeout_s=timeout_s,
-                tell=lambda text: None,
+                notify=lambda text: None,
             )
             for i, start in enumerate(starts)
         ]
@@ -84,7 +84,7 @@ def test_who_does_not_come_is_named_and_told_of_while_others_wait() -> None:
     starts = launches(4)
     with ThreadPoolExecutor(2) as pool:
         waiting = [
-            pool.submit(open_group, s, environ={}, timeout_s=2.5, tell=told.append)
+            pool.submit(open_group, s, environ={}, timeout_s=2.5, notify=told.append)
             for s in (starts[0], starts[2])
         ]
     for one in waiting:

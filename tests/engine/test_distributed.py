@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.comm.dispatcher import Moved
+from moeserve.comm.dispatcher import DispatchStats
 from moeserve.core import (
     BlockId,
     Chunk,
@@ -36,8 +36,8 @@ from moeserve.engine.null import NullExecutor
 from moeserve.engine.ranks.fleet import Fleet
 from moeserve.engine.ranks.follower import follow
 from moeserve.engine.ranks.leader import DistributedExecutor
-from moeserve.engine.ranks.messages import Known, Told
-from moeserve.engine.ranks.microbatches import Fixed
+from moeserve.engine.ranks.messages import StepDecoder, StepEncoder
+from moeserve.engine.ranks.microbatches import FixedMicrobatches
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.errors import InternalError, LateRankError, UnavailableError
 
@@ -70,7 +70,7 @@ class Band:
     wire: Any
     executor: DistributedExecutor
     ranks: list[Ranked]
-    moved: list[Moved]
+    stats: list[DispatchStats]
     errors: dict[int, BaseException]
 
 
@@ -83,11 +83,11 @@ def band(
 ) -> Iterator[Band]:
     world, errors = wire.world, dict[int, BaseException]()
     ranks = [Ranked(blocks, (before or {}).get(r, lambda plan: None)) for r in range(world)]
-    moved = [Moved(world) for _ in range(world)]
+    stats = [DispatchStats(world) for _ in range(world)]
 
     def work(rank: int) -> None:
         try:
-            follow(wire.follower(rank), ranks[rank], rank, moved[rank])
+            follow(wire.follower(rank), ranks[rank], rank, stats[rank])
         except Exception as error:  # noqa: BLE001 - looked at by the test
             errors[rank] = error
 
@@ -95,10 +95,10 @@ def band(
     for thread in threads:
         thread.start()
     executor = DistributedExecutor(
-        ranks[0], wire.leader(), world, moved=moved[0], microbatches=Fixed(microbatches)
+        ranks[0], wire.leader(), world, stats=stats[0], microbatches=FixedMicrobatches(microbatches)
     )
     try:
-        yield Band(wire, executor, ranks, moved, errors)
+        yield Band(wire, executor, ranks, stats, errors)
     finally:
         for mailbox in wire.down.values():
             mailbox.put(None)
@@ -224,12 +224,12 @@ def test_ranks_without_requests_take_part(wires: Wires) -> None:
 def test_what_ranks_counted_comes_with_their_reports(wires: Wires) -> None:
     fleet, _ = fleet_of(2, 16)
     with band(wires(2), 16) as group:
-        moved = group.moved[1]
-        moved.tokens, moved.waited_s, moved.copies_R[0], moved.abroad = 7, 0.25, 5, 2
-        moved.dispatch_bytes_R[0] = 1 << 40
+        stats = group.stats[1]
+        stats.tokens, stats.waited_s, stats.copies_R[0], stats.inter_node = 7, 0.25, 5, 2
+        stats.dispatch_bytes_R[0] = 1 << 40
         fleet.add(request("a", range(5), 1))
         fleet.apply(group.executor.run(fleet.plan(0.0)))
-    assert group.executor.work[1] == moved
+    assert group.executor.work[1] == stats
 
 
 def test_a_part_that_fails_ends_its_requests_and_nobody_elses(wires: Wires) -> None:
@@ -304,7 +304,7 @@ def test_an_alarm_ends_an_engine_that_has_nothing_to_run(wires: Wires) -> None:
 
 
 class Notes:
-    """Both ends of a ride."""
+    """Both ends of the notes."""
 
     def __init__(self) -> None:
         self.outbox: dict[int, bytes] = {}
@@ -312,20 +312,20 @@ class Notes:
         self.arrived: list[tuple[int, bytes]] = []
 
     @property
-    def waiting(self) -> bool:
+    def pending(self) -> bool:
         return bool(self.outbox)
 
-    def board(self) -> dict[int, bytes]:
+    def outgoing(self) -> dict[int, bytes]:
         notes, self.outbox = self.outbox, {}
         return notes
 
-    def arrive(self, rank: int, note: bytes) -> None:
+    def collect(self, rank: int, note: bytes) -> None:
         self.arrived.append((rank, note))
 
-    def hear(self, note: bytes) -> None:
+    def receive(self, note: bytes) -> None:
         self.heard.append(note)
 
-    def say(self) -> bytes:
+    def reply(self) -> bytes:
         return b"heard" if self.heard else b""
 
 
@@ -334,7 +334,7 @@ def test_notes_travel_with_orders_and_reports_also_when_nothing_runs(wires: Wire
     rank = Ranked(4)
     thread = threading.Thread(target=follow, args=(wire.follower(1), rank, 1, None, notes))
     thread.start()
-    executor = DistributedExecutor(Ranked(4), wire.leader(), 2, conductor=notes)
+    executor = DistributedExecutor(Ranked(4), wire.leader(), 2, notes=notes)
     executor.idle()
     notes.outbox[1] = b"prepare"
     executor.idle()
@@ -370,7 +370,7 @@ def chunk(r: Request, start: int, count: int, blocks: Sequence[int], outputs: li
 
 def test_all_that_sampling_needs_arrives() -> None:
     asked = Request(RequestId("é-1"), (1, 2, 300_000), EVERYTHING, salt="s", domain="law")
-    told, known = Told(), Known(1)
+    told, known = StepEncoder(), StepDecoder(1)
     sent = chunk(asked, 0, 3, [2, 0], [])
     order = told.order(1, 2, [sent])
     (got,) = known.plan(order).chunks
@@ -383,12 +383,12 @@ def test_all_that_sampling_needs_arrives() -> None:
 
 def test_a_negative_seed_draws_the_same_tokens() -> None:
     asked = request("a", [1], seed=-5)
-    (got,) = Known(1).plan(Told().order(1, 1, [chunk(asked, 0, 1, [0], [])])).chunks
+    (got,) = StepDecoder(1).plan(StepEncoder().order(1, 1, [chunk(asked, 0, 1, [0], [])])).chunks
     assert got.request.params.seed & (2**64 - 1) == -5 & (2**64 - 1)
 
 
 def test_a_preempted_request_comes_with_all_its_blocks_and_no_more() -> None:
-    asked, told, known = request("a", range(6)), Told(), Known(1)
+    asked, told, known = request("a", range(6)), StepEncoder(), StepDecoder(1)
     known.plan(told.order(1, 1, [chunk(asked, 0, 6, [3, 1], [])]))
     order = told.order(2, 1, [chunk(asked, 4, 2, [3, 1, 2], [])], preempted=[asked.id])
     plan = known.plan(order)
@@ -398,14 +398,14 @@ def test_a_preempted_request_comes_with_all_its_blocks_and_no_more() -> None:
 
 
 def test_an_order_about_a_stranger_is_refused() -> None:
-    order = Told().order(4, 1, [chunk(request("a", [1]), 0, 1, [0], [])])
+    order = StepEncoder().order(4, 1, [chunk(request("a", [1]), 0, 1, [0], [])])
     order.ClearField("begun")
     with pytest.raises(InternalError, match="step 4: request number 0 is not known"):
-        Known(1).plan(order)
+        StepDecoder(1).plan(order)
 
 
 def test_a_rank_that_samples_too_much_is_found_out() -> None:
-    told, known = Told(), Known(1)
+    told, known = StepEncoder(), StepDecoder(1)
     sent = [chunk(request("a", [1, 2]), 0, 2, [0], [])]
     order = told.order(1, 1, sent)
     report = known.report(order, known.plan(order), StepResult((Sampled(RequestId("a"), 7),)))

@@ -22,9 +22,9 @@ from moeserve.core import (
     StepResult,
 )
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.ranks.expert_use import LOOKED_AT, UseCounter
+from moeserve.engine.ranks.expert_use import LOOKED_AT, ExpertUseCounter
 from moeserve.engine.ranks.fleet import Fleet, Homes, LeastWork, RankLoad
-from moeserve.engine.ranks.homes import HALVED_AT, MOST_KINDS, NearExperts, Use, kind_of
+from moeserve.engine.ranks.homes import HALVED_AT, MOST_KINDS, ExpertUse, NearExperts, kind_of
 from moeserve.engine.scheduler import SchedulerConfig
 from moeserve.placement.cost import layer_uses
 from moeserve.placement.formats.routing_files import read
@@ -51,7 +51,7 @@ def test_a_request_is_of_its_domain_else_of_its_tenant_else_of_its_beginning() -
 
 def test_a_known_kind_goes_near_its_experts_unless_that_overloads_the_rank() -> None:
     homes = NearExperts()
-    homes.learn(Use("domain law", 100, (20, 60, 50)))
+    homes.learn(ExpertUse("domain law", 100, (20, 60, 50)))
     law = ask(domain="law")
     assert homes.pick(law, [load(0, 100), load(1, 110), load(2, 90)]) == 1
     assert homes.pick(law, [load(0, 100), load(1, 160), load(2, 90)]) == 2
@@ -61,7 +61,7 @@ def test_a_known_kind_goes_near_its_experts_unless_that_overloads_the_rank() -> 
 
 def test_an_unknown_kind_goes_where_least_is_to_do() -> None:
     homes = NearExperts()
-    homes.learn(Use("domain law", 10, (0, 9)))
+    homes.learn(ExpertUse("domain law", 10, (0, 9)))
     loads = [load(0, 5), load(1, 6)]
     assert homes.pick(ask(domain="law"), loads) == 0
     assert homes.pick(ask(domain="art"), loads) == LeastWork().pick(ask(), loads) == 0
@@ -69,18 +69,18 @@ def test_an_unknown_kind_goes_where_least_is_to_do() -> None:
 
 def test_old_counts_fade_and_kinds_are_bounded() -> None:
     homes = NearExperts()
-    homes.learn(Use("domain law", HALVED_AT, (HALVED_AT, 0)))
+    homes.learn(ExpertUse("domain law", HALVED_AT, (HALVED_AT, 0)))
     for _ in range(3):
-        homes.learn(Use("domain law", HALVED_AT // 2, (0, HALVED_AT // 2)))
+        homes.learn(ExpertUse("domain law", HALVED_AT // 2, (0, HALVED_AT // 2)))
     idle = [load(0, 0), load(1, 0)]
     assert homes.pick(ask(domain="law"), idle) == 1
     for i in range(MOST_KINDS):
-        homes.learn(Use(f"domain {i}", 100, (100, 0)))
+        homes.learn(ExpertUse(f"domain {i}", 100, (100, 0)))
     assert homes.pick(ask(domain="law"), [load(0, 1), load(1, 0)]) == 1
     assert homes.pick(ask(domain="0"), idle) == 0
 
 
-class Spread:
+class ShardedExperts:
     """A layer's layout, where a pipeline keeps it."""
 
     def __init__(self, layout: LayerLayout) -> None:
@@ -89,13 +89,13 @@ class Spread:
 
 class Pipeline:
     def __init__(self, *layouts: LayerLayout | None) -> None:
-        self.spreads = [None if layout is None else Spread(layout) for layout in layouts]
+        self.sharded = [None if layout is None else ShardedExperts(layout) for layout in layouts]
 
 
 def test_ranks_that_hold_a_prompts_experts_are_counted() -> None:
     """Expert 1 has a replica: it is near both ranks. Decoding tokens are not looked at."""
     layout = LayerLayout(np.array([0, 1, 2, 1], np.int32), 3, 2)
-    counter = UseCounter(Pipeline(None, layout, layout), 2)  # type: ignore[arg-type]
+    counter = ExpertUseCounter(Pipeline(None, layout, layout), 2)  # type: ignore[arg-type]
     chunks = (
         Chunk(ask("a", domain="x"), (5,), 9, (BlockId(0),), True, (1,)),
         Chunk(ask("b", domain="x"), (0, 1, 2), 0, (BlockId(1),), False),
@@ -108,8 +108,8 @@ def test_ranks_that_hold_a_prompts_experts_are_counted() -> None:
     assert counter.take() == []
     counter.end()
     assert counter.take() == [
-        Use("domain x", 6, (4, 4)),
-        Use("salt y", 2 * LOOKED_AT, (2 * LOOKED_AT, 2 * LOOKED_AT)),
+        ExpertUse("domain x", 6, (4, 4)),
+        ExpertUse("salt y", 2 * LOOKED_AT, (2 * LOOKED_AT, 2 * LOOKED_AT)),
     ]
     assert counter.take() == []
     counter.begin(StepPlan(chunks[:1]))
@@ -153,7 +153,9 @@ def copies(homes: Homes, ranks: int) -> tuple[int, float]:
             if chunk.start == 0 and isinstance(homes, NearExperts):
                 seen_TR = rows_TR[:LOOKED_AT]
                 kind = kind_of(chunk.request)
-                homes.learn(Use(kind, layers * len(seen_TR), tuple(seen_TR.sum(axis=0).tolist())))
+                homes.learn(
+                    ExpertUse(kind, layers * len(seen_TR), tuple(seen_TR.sum(axis=0).tolist()))
+                )
         made = tuple(Sampled(c.request.id, 1) for c in step.chunks if c.sample)
         fleet.apply(StepResult(made))
     return sent, max(served_R) * ranks / sum(served_R)

@@ -20,7 +20,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from moeserve.comm.group import Group, Topology
 from moeserve.core import Event, FinishReason, Logprobs, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
-from moeserve.engine.rank_model import Rank, Seat, load_rank, of_rank
+from moeserve.engine.rank_model import EpContext, RankModel, load_rank_model, of_rank
 from moeserve.errors import LateRankError
 from moeserve.models.spec import MoeSpec
 from moeserve.observe.progress import Progress
@@ -36,11 +36,11 @@ SMALL = {"num_blocks": 64, "block_size": 4, "max_num_batched_tokens": 24, "max_n
 
 
 @dataclass
-class Served:
+class ServedModel:
     """Several ranks that serve; ``loaded`` is rank 0's view of them."""
 
     loaded: LoadedModel
-    others: list[Rank]
+    others: list[RankModel]
     wire: Any
     errors: list[BaseException] = field(default_factory=list)
 
@@ -57,15 +57,15 @@ def serving(
     near_experts: bool = False,
     replan: bool = False,
     **options: object,
-) -> Iterator[Served]:
+) -> Iterator[ServedModel]:
     world, store = wire.world, HashStore()
     errors: list[BaseException] = []
-    others: list[Rank] = []
+    others: list[RankModel] = []
     settings: dict[str, Any] = {**SMALL, "threads": 1, **options}
     shared = {name: value for name, value in settings.items() if name != "prefix_cache"}
 
-    def seat(rank: int) -> Seat:
-        return Seat(
+    def context(rank: int) -> EpContext:
+        return EpContext(
             Group(rank, world, store, alarm=wire.alarm), Topology(tuple(nodes)), Progress(),
             wire.alarm, backend,
             deadline_s=20.0, plan=plan, microbatches=microbatches, near_experts=near_experts,
@@ -74,10 +74,10 @@ def serving(
 
     def work(rank: int) -> None:
         try:
-            own = load_rank(path, tokenizer_eos=(), seat=seat(rank), **shared)
+            own = load_rank_model(path, tokenizer_eos=(), context=context(rank), **shared)
             others.append(own)
             try:
-                own.follow(wire.follower(rank), seat(rank))
+                own.follow(wire.follower(rank), context(rank))
             finally:
                 own.close()
         except BaseException as error:  # noqa: BLE001 - told by the test thread
@@ -87,9 +87,9 @@ def serving(
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
     for thread in threads:
         thread.start()
-    loaded = build_engine(str(path), seat=seat(0), channel=wire.leader(), **settings)
+    loaded = build_engine(str(path), context=context(0), channel=wire.leader(), **settings)
     try:
-        yield Served(loaded, others, wire, errors)
+        yield ServedModel(loaded, others, wire, errors)
     finally:
         assert loaded.close()
         for mailbox in wire.down.values():
@@ -179,9 +179,9 @@ def test_ranks_answer_as_one_process_does(
         assert ask_all(group.loaded, PROMPTS, MIXED) == alone(family)
         work = group.loaded.ranks.work if group.loaded.ranks else []
         assert group.loaded.engine.load().free_blocks == len(nodes) * 64
-    assert all(moved.tokens for moved in work), "a rank had no request"
-    assert len({moved.rounds for moved in work}) == 1
-    assert all(sum(moved.copies_R) for moved in work)
+    assert all(stats.tokens for stats in work), "a rank had no request"
+    assert len({stats.rounds for stats in work}) == 1
+    assert all(sum(stats.copies_R) for stats in work)
 
 
 def test_a_solved_plan_with_replicas_changes_nothing(
@@ -232,10 +232,10 @@ def test_a_plan_read_again_while_requests_run_changes_nothing_they_see(
     first = Plan(np.stack([row, row]), 16, 2, 1, (1, 2))
     file.write_text(dump(first))
     with serving(wires(2), path, (0, 0), plan=file) as group:
-        planning, count = group.loaded.planning, group.loaded.engine.counters
-        assert planning is not None
+        live_plan, count = group.loaded.live_plan, group.loaded.engine.counters
+        assert live_plan is not None
         file.write_text(dump(Plan(np.stack([row[::-1], row]).copy(), 16, 2, 1, (1, 2))))
-        planning.reread(file)
+        live_plan.reread(file)
         for _ in range(20):
             assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
             if count.plan_changes:
@@ -243,7 +243,7 @@ def test_a_plan_read_again_while_requests_run_changes_nothing_they_see(
         assert (count.plan_changes, count.plan_layers_switched) == (1, 1)
         assert count.plan_bytes_read == 16 * 3 * 32 * 64 * 4
         assert count.plan_paused_s > 0
-        assert planning.conductor.plan.expert_LS[0].tolist() == row[::-1].tolist()
+        assert live_plan.coordinator.plan.expert_LS[0].tolist() == row[::-1].tolist()
         assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
 
 
@@ -257,29 +257,29 @@ def test_a_file_that_holds_no_plan_for_these_ranks_leaves_everything_as_it_is(
     other = Plan(np.stack([row, row]), 16, 4, 1, (1, 2))
     (tmp_path / "plan.json").write_text(dump(other))
     with serving(wires(2), tiny_checkpoint("deepseek_v3"), (0, 0)) as group:
-        planning = group.loaded.planning
-        assert planning is not None
-        planning.reread(tmp_path / "plan.json")
-        planning.reread(tmp_path / "absent.json")
+        live_plan = group.loaded.live_plan
+        assert live_plan is not None
+        live_plan.reread(tmp_path / "plan.json")
+        live_plan.reread(tmp_path / "absent.json")
         assert "2 ranks serve it" in caplog.text
         assert "no such file" in caplog.text.lower()
-        assert not planning.conductor.waiting
+        assert not live_plan.coordinator.waiting
 
 
 def test_re_planning_looks_at_what_all_ranks_counted(
     tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], wires: Wires
 ) -> None:
     with serving(wires(2), tiny_checkpoint("deepseek_v3"), (0, 0), replan=True) as group:
-        planning = group.loaded.planning
-        assert planning is not None
-        assert planning.replanner is not None
+        live_plan = group.loaded.live_plan
+        assert live_plan is not None
+        assert live_plan.replanner is not None
         for _ in range(8):
             assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
-        found = planning.replanner.consider()
+        found = live_plan.replanner.consider()
         assert ("saves" in found.why) is found.apply
         assert found.cost_s > 0
         assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
-        counts = planning.conductor.counts
+        counts = live_plan.coordinator.counts
         assert sorted(counts) == [0, 1]
         for said in counts.values():
             assert np.array(said["load"]).sum(axis=1).tolist() == [4 * said["tokens"]] * 2
@@ -301,7 +301,7 @@ def test_more_ranks_than_requests(
     with serving(wires(4), path, (0, 0, 0, 0)) as group:
         (got,) = ask_all(group.loaded, PROMPTS[:1], MIXED[:1])
         assert group.loaded.ranks is not None
-        tokens = [moved.tokens for moved in group.loaded.ranks.work]
+        tokens = [stats.tokens for stats in group.loaded.ranks.work]
     assert got == alone("deepseek_v3")[0]
     assert tokens[0] > 0
     assert tokens[1:] == [0, 0, 0]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.engine.replan.switch import PlanOrder, PlanReport, Switch
+from moeserve.engine.replan.switch import PlanOrder, PlanReport, PlanSwitch
 from moeserve.errors import PlacementError
 
 OLD = {1: (0, 1, 2, 3), 3: (3, 2, 1, 0), 4: (0, 1, 2, 3)}
@@ -24,7 +24,7 @@ class Rank:
         self.prepared: PlanOrder | None = None
         self.said: deque[PlanReport] = deque()
 
-    def obey(self, order: PlanOrder) -> None:
+    def apply(self, order: PlanOrder) -> None:
         if order.abandon:
             self.task = self.prepared = None
         if order.switch is not None:
@@ -44,18 +44,18 @@ class Rank:
             self.prepared, self.task = None if error else self.task, None
 
 
-def step(switch: Switch, ranks: list[Rank]) -> PlanOrder | None:
+def step(switch: PlanSwitch, ranks: list[Rank]) -> PlanOrder | None:
     order = switch.order()
     for number, rank in enumerate(ranks):
         if order is not None:
-            rank.obey(order)
+            rank.apply(order)
         while rank.said:
             switch.report(number, rank.said.popleft())
     return order
 
 
 def test_each_layer_that_differs_is_prepared_then_switched() -> None:
-    switch, ranks = Switch(OLD, 2), [Rank(OLD), Rank(OLD)]
+    switch, ranks = PlanSwitch(OLD, 2), [Rank(OLD), Rank(OLD)]
     assert step(switch, ranks) is None
 
     assert switch.propose(NEW) == 2
@@ -88,7 +88,7 @@ def test_each_layer_that_differs_is_prepared_then_switched() -> None:
 
 
 def test_the_same_plan_changes_nothing() -> None:
-    switch = Switch(OLD, 2)
+    switch = PlanSwitch(OLD, 2)
     assert switch.propose(dict(OLD)) == 0
     assert switch.order() is None
     assert switch.change is not None
@@ -96,7 +96,7 @@ def test_the_same_plan_changes_nothing() -> None:
 
 
 def test_a_rank_that_cannot_prepare_ends_the_change_and_keeps_what_was_switched() -> None:
-    switch, ranks = Switch(OLD, 2), [Rank(OLD), Rank(OLD)]
+    switch, ranks = PlanSwitch(OLD, 2), [Rank(OLD), Rank(OLD)]
     switch.propose(NEW)
     step(switch, ranks)
     for rank in ranks:
@@ -128,7 +128,7 @@ def test_a_rank_that_cannot_prepare_ends_the_change_and_keeps_what_was_switched(
 def test_a_plan_that_ranks_cannot_change_to_is_refused_and_nothing_moves(
     rows: dict[int, tuple[int, ...]], said: str
 ) -> None:
-    switch = Switch(OLD, 2)
+    switch = PlanSwitch(OLD, 2)
     with pytest.raises(PlacementError, match=said):
         switch.propose(rows)
     assert switch.order() is None
@@ -138,7 +138,7 @@ def test_a_plan_that_ranks_cannot_change_to_is_refused_and_nothing_moves(
 @given(st.data())
 def test_whatever_happens_ranks_agree_and_the_last_plan_wins(data: st.DataObject) -> None:
     world = data.draw(st.integers(1, 3))
-    switch, ranks = Switch(OLD, world), [Rank(OLD) for _ in range(world)]
+    switch, ranks = PlanSwitch(OLD, world), [Rank(OLD) for _ in range(world)]
     plans = st.fixed_dictionaries({l: st.permutations(range(4)).map(tuple) for l in OLD})
     last = dict(OLD)
     for _ in range(data.draw(st.integers(0, 30))):

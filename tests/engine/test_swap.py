@@ -21,19 +21,19 @@ import pytest
 from torch import Tensor
 
 from moeserve.comm.build import parallel_over
-from moeserve.comm.dispatcher import Flat
+from moeserve.comm.dispatcher import FlatDispatcher
 from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import layouts, own_experts
-from moeserve.comm.pipeline import Parallel
+from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.model_runner import LocalExecutor
+from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.ranks.fleet import Fleet
 from moeserve.engine.ranks.follower import follow
 from moeserve.engine.ranks.leader import DistributedExecutor
-from moeserve.engine.replan.coordinator import PlanConductor
-from moeserve.engine.replan.swapper import Swapper
+from moeserve.engine.replan.coordinator import PlanCoordinator
+from moeserve.engine.replan.swapper import ExpertSwapper
 from moeserve.engine.scheduler import SchedulerConfig
 from moeserve.errors import CheckpointError, LateRankError, MoeserveError
 from moeserve.kernels.ops import Ops
@@ -96,15 +96,15 @@ class FollowerEnd:
 
 @dataclass
 class Member:
-    executor: LocalExecutor[object]
-    parallel: Parallel
-    swapper: Swapper
+    executor: ModelRunner[object]
+    parallel: ParallelLayerRunner
+    swapper: ExpertSwapper
 
 
 def member(path: Path, ops: Ops, rank: int, exchange: Exchange, hold: Hold) -> Member:
     where = layouts(OLD, LAYERS, EXPERTS, WORLD)
     decoder = load_decoder(path, dtype=None, ops=ops, experts=own_experts(where, rank))
-    moves = Flat(ops, exchange, Topology((0,) * WORLD), Progress())
+    moves = FlatDispatcher(ops, exchange, Topology((0,) * WORLD), Progress())
     parallel = parallel_over(ops, decoder.stack.layers, where, moves, Progress())
     routers = {
         layer: mlp[0]
@@ -116,8 +116,8 @@ def member(path: Path, ops: Ops, rank: int, exchange: Exchange, hold: Hold) -> M
         hold.before_reading(rank)
         return open_experts(path, dtype=None, ops=ops)
 
-    swapper = Swapper(rank, ops, parallel, routers, opened)
-    return Member(LocalExecutor(decoder.over(parallel), 64, BLOCK), parallel, swapper)
+    swapper = ExpertSwapper(rank, ops, parallel, routers, opened)
+    return Member(ModelRunner(decoder.over(parallel), 64, BLOCK), parallel, swapper)
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Hold:
 @dataclass
 class Group:
     executor: DistributedExecutor
-    conductor: PlanConductor
+    coordinator: PlanCoordinator
     members: list[Member]
     hold: Hold
 
@@ -145,16 +145,16 @@ class Group:
 def group(path: Path, ops: Ops, post: Post) -> Iterator[Group]:
     hold, ends = Hold(), LeaderEnd()
     ranks = [member(path, ops, r, post("all", r, WORLD), hold) for r in range(WORLD)]
-    conductor = PlanConductor(OLD, ranks[0].swapper)
-    executor = DistributedExecutor(ranks[0].executor, ends, WORLD, conductor=conductor)
+    coordinator = PlanCoordinator(OLD, ranks[0].swapper)
+    executor = DistributedExecutor(ranks[0].executor, ends, WORLD, notes=coordinator)
     follower = threading.Thread(
         target=follow,
         args=(FollowerEnd(ends), ranks[1].executor, 1),
-        kwargs={"rider": ranks[1].swapper},
+        kwargs={"notes": ranks[1].swapper},
     )
     follower.start()
     try:
-        yield Group(executor, conductor, ranks, hold)
+        yield Group(executor, coordinator, ranks, hold)
     finally:
         hold.go.set()
         ends.down.put(None)
@@ -206,9 +206,9 @@ def memory_of(group: Group) -> list[weakref.ref[Tensor]]:
     found = []
     for rank in group.members:
         for layer in (0, 3):
-            spread = rank.parallel.spreads[layer]
-            assert spread is not None
-            found.append(weakref.ref(spread.part.weights.experts.data.gate_up.memory[0]))
+            sharded = rank.parallel.sharded[layer]
+            assert sharded is not None
+            found.append(weakref.ref(sharded.part.weights.experts.data.gate_up.memory[0]))
     return found
 
 
@@ -223,30 +223,30 @@ def test_tokens_are_the_same_before_during_and_after(
 
         def each_step(step: int) -> None:
             if step == 2:
-                ranks.conductor.propose(NEW)
+                ranks.coordinator.propose(NEW)
             if step == 6:
                 ranks.hold.go.set()
-            rows = ranks.conductor.plan.expert_LS
+            rows = ranks.coordinator.plan.expert_LS
             seen.append(int((rows == NEW.expert_LS).all(axis=1).sum()))
 
         during = serve(ranks, NAMES, each_step)
-        until(lambda: not ranks.conductor.changing, ranks)
+        until(lambda: not ranks.coordinator.changing, ranks)
         after = serve(ranks, NAMES)
 
         assert before == during == after
         assert seen[:7] == [1] * 7  # only layer 2, which does not change
-        assert ranks.conductor.plan.expert_LS.tolist() == NEW_ROWS
+        assert ranks.coordinator.plan.expert_LS.tolist() == NEW_ROWS
         for rank, member in enumerate(ranks.members):
             held = own_experts(layouts(NEW, LAYERS, EXPERTS, WORLD), rank)
             for layer in LAYERS:
-                spread = member.parallel.spreads[layer]
-                assert spread is not None
-                assert spread.layout.of_rank(rank) == held[layer]
+                sharded = member.parallel.sharded[layer]
+                assert sharded is not None
+                assert sharded.layout.of_rank(rank) == held[layer]
         if ops.name == "cpu":
-            del member, spread
+            del member, sharded
             gc.collect()
             assert [ref() is None for ref in old] == [True, False, True, True]
-        (change,) = ranks.conductor.changes
+        (change,) = ranks.coordinator.changes
         assert (change.layers, change.switched, change.error) == (2, 2, "")
         # Layer 0 on both ranks; of layer 3 rank 0's experts stay as they were.
         expert = 3 * 32 * 64 * 4
@@ -262,18 +262,18 @@ def test_a_rank_that_cannot_read_keeps_the_old_plan_and_serves_on(
         ranks.hold.fails = 1
         ranks.hold.go.set()
         with caplog.at_level(logging.CRITICAL, "moeserve.plan"):
-            ranks.conductor.propose(NEW)
+            ranks.coordinator.propose(NEW)
             during = serve(ranks, NAMES)
-            until(lambda: not ranks.conductor.changing, ranks)
-            until(lambda: not ranks.conductor.waiting, ranks)
+            until(lambda: not ranks.coordinator.changing, ranks)
+            until(lambda: not ranks.coordinator.pending, ranks)
         assert before == during == serve(ranks, NAMES)
-        assert ranks.conductor.plan.expert_LS.tolist() == OLD.expert_LS.tolist()
-        (change,) = ranks.conductor.changes
+        assert ranks.coordinator.plan.expert_LS.tolist() == OLD.expert_LS.tolist()
+        (change,) = ranks.coordinator.changes
         assert change.error == "rank 1, layer 0: the folder is gone"
 
         ranks.hold.fails = None
-        ranks.conductor.propose(NEW)
-        until(lambda: ranks.conductor.changes[-1].switched == 2, ranks)
+        ranks.coordinator.propose(NEW)
+        until(lambda: ranks.coordinator.changes[-1].switched == 2, ranks)
         assert serve(ranks, NAMES) == before
 
 
@@ -282,7 +282,7 @@ def test_a_plan_of_other_slots_is_refused_in_the_log(
 ) -> None:
     wider = Plan(np.array([[*range(8), *range(4)]] * 3, np.int32), EXPERTS, WORLD, 1, LAYERS)
     with group(path, ops, new_post()) as ranks:
-        ranks.conductor.propose(wider)
-        until(lambda: not ranks.conductor.waiting, ranks)
+        ranks.coordinator.propose(wider)
+        until(lambda: not ranks.coordinator.pending, ranks)
         assert "start again" in caplog.text
-        assert ranks.conductor.changes == []
+        assert ranks.coordinator.changes == []

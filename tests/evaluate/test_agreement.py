@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from moeserve.evaluate.arithmetic import (
     KINDS,
+    ArithmeticProblem,
     Exam,
     Marks,
-    Problem,
     draw_problems,
     is_right,
     mark,
@@ -112,7 +112,11 @@ def test_thousands_of_problems_are_no_trouble() -> None:
 
 
 def test_marks_pair_what_both_runs_said() -> None:
-    problems = [Problem("a", "1 + 1 =", 2), Problem("b", "2 + 2 =", 4), Problem("b", "3 + 3 =", 6)]
+    problems = [
+        ArithmeticProblem("a", "1 + 1 =", 2),
+        ArithmeticProblem("b", "2 + 2 =", 4),
+        ArithmeticProblem("b", "3 + 3 =", 6),
+    ]
     both = mark(problems, [True, True, False], [True, False, True])
     assert (both.reference.right, both.tested.right) == (2, 2)
     assert (both.only_reference, both.only_tested) == (1, 1)
@@ -133,7 +137,7 @@ def test_marks_pair_what_both_runs_said() -> None:
     ],
 )
 def test_an_answer_is_right_when_its_first_number_is(text: str, right: bool) -> None:
-    assert is_right(Problem("sum", "12 + 34 =", 46), text) == right
+    assert is_right(ArithmeticProblem("sum", "12 + 34 =", 46), text) == right
 
 
 @given(st.integers(0, 10), st.integers(1, 60))

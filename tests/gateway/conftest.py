@@ -16,7 +16,7 @@ import pytest
 
 from moeserve.config import ServeConfig
 from moeserve.engine.loop import Engine
-from moeserve.gateway.server import Load, Server, load_model
+from moeserve.gateway.server import LoadModel, Server, load_model
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
 
@@ -26,7 +26,7 @@ PATIENCE_S = 60.0
 class House:
     """A running server and the clients that visit it."""
 
-    def __init__(self, config: ServeConfig, load: Load = load_model) -> None:
+    def __init__(self, config: ServeConfig, load: LoadModel = load_model) -> None:
         self._config = config
         self._load = load
         self._ready = threading.Event()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from moeserve.comm.dispatcher import Moved
+from moeserve.comm.dispatcher import DispatchStats
 from moeserve.core import Counters, FinishReason, StepPlan, Timing
 from moeserve.observe.metrics import ALIASES, Metrics
 
@@ -121,15 +121,15 @@ def test_before_a_model_is_there_the_page_has_no_load() -> None:
 class Ranks:
     """Two ranks of a group, or many."""
 
-    work: list[Moved]
+    work: list[DispatchStats]
     chosen: dict[int, int] = field(default_factory=dict)
 
 
 def test_what_moves_between_ranks_is_shown_by_sender_and_receiver() -> None:
-    metrics, ranks = Metrics(), Ranks([Moved(2), Moved(2)], {1: 3, 2: 5})
+    metrics, ranks = Metrics(), Ranks([DispatchStats(2), DispatchStats(2)], {1: 3, 2: 5})
     metrics.bind("tiny", Counters(), Load, ranks)
     moved = ranks.work[1]
-    moved.tokens, moved.waited_s, moved.abroad = 30, 0.5, 4
+    moved.tokens, moved.waited_s, moved.inter_node = 30, 0.5, 4
     moved.copies_R[0], moved.dispatch_bytes_R[0], moved.combine_bytes_R[0] = 9, 900, 700
     found = samples(metrics)
 
@@ -138,7 +138,7 @@ def test_what_moves_between_ranks_is_shown_by_sender_and_receiver() -> None:
 
     assert value("moeserve_rank_layer_tokens_total", rank="1") == 30
     assert value("moeserve_rank_waited_seconds_total", rank="1") == 0.5
-    assert value("moeserve_rank_copies_abroad_total", rank="1") == 4
+    assert value("moeserve_rank_copies_inter_node_total", rank="1") == 4
     assert value("moeserve_rank_copies_total", rank="1", to="0") == 9
     assert value("moeserve_rank_sent_bytes_total", rank="1", to="0", direction="dispatch") == 900
     assert value("moeserve_rank_sent_bytes_total", rank="1", to="0", direction="combine") == 700
@@ -147,7 +147,7 @@ def test_what_moves_between_ranks_is_shown_by_sender_and_receiver() -> None:
 
 
 def test_many_ranks_show_one_number_for_all_their_receivers() -> None:
-    metrics, ranks = Metrics(), Ranks([Moved(20) for _ in range(20)])
+    metrics, ranks = Metrics(), Ranks([DispatchStats(20) for _ in range(20)])
     ranks.work[3].copies_R[:] = range(20)
     metrics.bind("tiny", Counters(), Load, ranks)
     copies = {

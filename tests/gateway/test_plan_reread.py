@@ -15,7 +15,7 @@ from moeserve.config import ServeConfig
 from moeserve.gateway.server import Server
 
 
-class Planning:
+class LivePlan:
     def __init__(self) -> None:
         self.read: asyncio.Queue[Path] = asyncio.Queue()
 
@@ -23,27 +23,27 @@ class Planning:
         self.read.put_nowait(file)
 
 
-def server_with(planning: Planning | None, plan: Path | None) -> Server:
+def server_with(live_plan: LivePlan | None, plan: Path | None) -> Server:
     server = Server(ServeConfig(model="demo", plan=plan))
-    loaded: Any = SimpleNamespace(planning=planning)
+    loaded: Any = SimpleNamespace(live_plan=live_plan)
     server.loaded = loaded
     return server
 
 
 async def test_a_hangup_reads_the_plan_again() -> None:
-    planning, file = Planning(), Path("plan.json")
-    server_with(planning, file).reread_plan_on_hangup()
+    live_plan, file = LivePlan(), Path("plan.json")
+    server_with(live_plan, file).reread_plan_on_hangup()
     try:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGHUP)
-            assert await asyncio.wait_for(planning.read.get(), 20) == file
+            assert await asyncio.wait_for(live_plan.read.get(), 20) == file
     finally:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
 
 
-@pytest.mark.parametrize(("planning", "plan"), [(None, Path("plan.json")), (Planning(), None)])
+@pytest.mark.parametrize(("live_plan", "plan"), [(None, Path("plan.json")), (LivePlan(), None)])
 async def test_without_ranks_or_a_plan_nothing_is_caught(
-    planning: Planning | None, plan: Path | None
+    live_plan: LivePlan | None, plan: Path | None
 ) -> None:
-    server_with(planning, plan).reread_plan_on_hangup()
+    server_with(live_plan, plan).reread_plan_on_hangup()
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL

@@ -26,7 +26,7 @@ from moeserve.errors import (
 from moeserve.gateway import stream as stream_module
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
-from moeserve.gateway.service import Ask, InferenceService, Served, child_seed
+from moeserve.gateway.service import ClientRequest, InferenceService, ServedModel, child_seed
 from moeserve.gateway.stream import Durations, Usage
 
 seeds = st.integers(0, 2**63 - 1)
@@ -77,7 +77,7 @@ class BusyEngine(FakeEngine):
 def served_by(engine: FakeEngine) -> InferenceService:
     service = InferenceService(Mailbox(asyncio.get_running_loop()), clock=lambda: 100.0)
     model = ModelLimits(vocab_size=100, max_len=64)
-    service.serve(Served("fake", cast("Engine", engine), None, model))
+    service.serve(ServedModel("fake", cast("Engine", engine), None, model))
     return service
 
 
@@ -90,7 +90,7 @@ def test_children_of_a_seed_have_their_own_and_always_the_same(seed: int, a: int
 
 async def test_an_ask_becomes_one_request_per_prompt_and_sequence() -> None:
     engine = FakeEngine()
-    ask = Ask(
+    ask = ClientRequest(
         prompts=((1, 2), (3,)),
         params={"seed": 5},
         n=2,
@@ -111,7 +111,7 @@ async def test_max_tokens_defaults_to_16_or_fills_the_context_where_asked() -> N
     engine = FakeEngine()
     service = served_by(engine)
     for prompt, fill in ((10, False), (60, False), (10, True)):
-        async with await service.open(Ask(prompts=((1,) * prompt,), fill=fill)):
+        async with await service.open(ClientRequest(prompts=((1,) * prompt,), fill=fill)):
             pass
     assert [r.params.max_tokens for r in engine.requests] == [16, 4, 54]
 
@@ -119,15 +119,17 @@ async def test_max_tokens_defaults_to_16_or_fills_the_context_where_asked() -> N
 async def test_min_tokens_beyond_the_default_answer_asks_for_max_tokens() -> None:
     service = served_by(FakeEngine())
     with pytest.raises(InvalidRequestError, match=r"min_tokens=20 .*16 tokens.*max_tokens too"):
-        await service.open(Ask(prompts=((1,),), params={"min_tokens": 20}))
-    async with await service.open(Ask(prompts=((1,),), params={"min_tokens": 20}, fill=True)):
+        await service.open(ClientRequest(prompts=((1,),), params={"min_tokens": 20}))
+    async with await service.open(
+        ClientRequest(prompts=((1,),), params={"min_tokens": 20}, fill=True)
+    ):
         pass
 
 
 async def test_leaving_a_stream_aborts_what_still_runs_and_only_that() -> None:
     engine = FakeEngine()
     service = served_by(engine)
-    async with await service.open(Ask(prompts=((1,),), n=3, request_id="r")) as stream:
+    async with await service.open(ClientRequest(prompts=((1,),), n=3, request_id="r")) as stream:
         engine.say(1, 7, finish=FinishReason.LENGTH)
         assert (await anext(stream)).index == 1
         assert service.running == 1
@@ -140,7 +142,7 @@ async def test_a_cancelled_reader_leaves_nothing_running() -> None:
     service = served_by(engine)
 
     async def read() -> None:
-        async with await service.open(Ask(prompts=((1,),), request_id="r")) as stream:
+        async with await service.open(ClientRequest(prompts=((1,),), request_id="r")) as stream:
             async for _ in stream:
                 pass
 
@@ -158,14 +160,14 @@ async def test_if_one_sequence_is_refused_none_runs() -> None:
     engine = FakeEngine(room=2)
     service = served_by(engine)
     with pytest.raises(ExhaustedError):
-        await service.open(Ask(prompts=((1,),), n=4, request_id="r"))
+        await service.open(ClientRequest(prompts=((1,),), n=4, request_id="r"))
     assert engine.aborted == ["r", "r 1"]
     assert service.running == 0
 
 
 async def test_what_a_slow_reader_missed_comes_at_once_and_the_failure_after_it() -> None:
     engine = FakeEngine()
-    async with await served_by(engine).open(Ask(prompts=((1,),), n=2)) as stream:
+    async with await served_by(engine).open(ClientRequest(prompts=((1,),), n=2)) as stream:
         engine.say(0, 5, text="a")
         engine.say(1, 8, text="x")
         engine.say(0, 6, text="b")
@@ -181,7 +183,7 @@ async def test_what_a_slow_reader_missed_comes_at_once_and_the_failure_after_it(
 
 async def test_the_end_of_a_sequence_counts_and_times_it() -> None:
     engine = FakeEngine()
-    async with await served_by(engine).open(Ask(prompts=((1, 2),))) as stream:
+    async with await served_by(engine).open(ClientRequest(prompts=((1, 2),))) as stream:
         engine.say(0, 5)
         engine.say(0, 6, finish=FinishReason.STOP, cached_tokens=1)
         delta = await anext(stream)
@@ -204,7 +206,9 @@ async def test_endings_that_are_no_success_are_errors(
     finish: FinishReason, error: type[MoeserveError]
 ) -> None:
     engine = FakeEngine()
-    async with await served_by(engine).open(Ask(prompts=((1,),), n=2, request_id="r")) as stream:
+    async with await served_by(engine).open(
+        ClientRequest(prompts=((1,),), n=2, request_id="r")
+    ) as stream:
         engine.say(0, finish=finish, error="the reason")
         with pytest.raises(error, match="the reason"):
             await anext(stream)
@@ -217,10 +221,10 @@ async def test_a_silent_engine_is_reported_and_not_waited_for(
     monkeypatch.setattr(stream_module, "SILENCE_S", 0.01)
     monkeypatch.setattr(stream_module, "DEADLINE_GRACE_S", 0.0)
     service = served_by(FakeEngine())
-    async with await service.open(Ask(prompts=((1,),))) as stream:
+    async with await service.open(ClientRequest(prompts=((1,),))) as stream:
         with pytest.raises(InternalError, match="ended no step"):
             await anext(stream)
-    async with await service.open(Ask(prompts=((1,),), timeout_s=0.01)) as stream:
+    async with await service.open(ClientRequest(prompts=((1,),), timeout_s=0.01)) as stream:
         with pytest.raises(DeadlineError, match="passed its deadline"):
             await anext(stream)
 
@@ -230,36 +234,36 @@ async def test_a_long_queue_is_waited_for_while_the_engine_steps(
 ) -> None:
     monkeypatch.setattr(stream_module, "SILENCE_S", 0.01)
     engine = BusyEngine(turn=5)
-    async with await served_by(engine).open(Ask(((1,),))) as stream:
+    async with await served_by(engine).open(ClientRequest(((1,),))) as stream:
         assert (await anext(stream)).token_ids == (7,)
 
 
 async def test_a_deadline_that_has_passed_is_refused_at_once() -> None:
     engine = FakeEngine()
     with pytest.raises(DeadlineError, match="before the request arrived"):
-        await served_by(engine).open(Ask(prompts=((1,),), timeout_s=0.0))
+        await served_by(engine).open(ClientRequest(prompts=((1,),), timeout_s=0.0))
     assert engine.requests == []
 
 
 async def test_draining_ends_when_the_last_stream_does() -> None:
     engine = FakeEngine()
     service = served_by(engine)
-    async with await service.open(Ask(prompts=((1,),))):
+    async with await service.open(ClientRequest(prompts=((1,),))):
         service.drain()
         idle = asyncio.create_task(service.idle())
         await asyncio.sleep(0)
         assert not idle.done()
         with pytest.raises(UnavailableError, match="draining"):
-            await service.open(Ask(prompts=((1,),)))
+            await service.open(ClientRequest(prompts=((1,),)))
     await asyncio.wait_for(idle, 10)
 
 
 async def test_prompts_are_bounded_in_number() -> None:
     service = served_by(FakeEngine())
-    async with await service.open(Ask(prompts=((1,),) * 64)):
+    async with await service.open(ClientRequest(prompts=((1,),) * 64)):
         pass
     with pytest.raises(InvalidRequestError, match="65 prompts: expected 1 to 64"):
-        await service.open(Ask(prompts=((1,),) * 65))
+        await service.open(ClientRequest(prompts=((1,),) * 65))
 
 
 async def test_letters_arrive_in_order_and_many_for_one_wake_up() -> None:

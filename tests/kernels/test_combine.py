@@ -88,7 +88,7 @@ class Mixture:
     def alone(self) -> Tensor:
         """What one process makes of it."""
         x_TH = self.x_TH.clone()
-        self.ops.mix(x_TH, self.part(list(range(self.num_experts))), self.routed)
+        self.ops.moe(x_TH, self.part(list(range(self.num_experts))), self.routed)
         return x_TH
 
 
@@ -131,7 +131,7 @@ def mixture(
 
 
 @dataclass(frozen=True)
-class Spread:
+class ShardedExperts:
     """Slot s of rank r holds ``experts[r][s]``; choice c of token t goes to ``chosen[t][c]``, a
     rank and its slot."""
 
@@ -164,7 +164,7 @@ def copies(starts: list[int], tokens: list[int], slots: list[list[int]], top_k: 
     )
 
 
-def spread(m: Mixture, world: int, spare: int) -> Spread:
+def spread(m: Mixture, world: int, spare: int) -> ShardedExperts:
     """Every expert somewhere, some of them more than once; a replica drawn for every choice."""
     slots = -(-m.num_experts // world) + spare
     extra = torch.randint(m.num_experts, (slots * world - m.num_experts,)).tolist()
@@ -176,7 +176,9 @@ def spread(m: Mixture, world: int, spare: int) -> Spread:
         [homes[e][int(torch.randint(len(homes[e]), ()))] for e in ids]
         for ids in m.routed.ids_TC.tolist()
     ]
-    return Spread([order[r * slots : (r + 1) * slots] for r in range(world)], chosen, m.top_k)
+    return ShardedExperts(
+        [order[r * slots : (r + 1) * slots] for r in range(world)], chosen, m.top_k
+    )
 
 
 def area(nbytes: int) -> Tensor:
@@ -219,7 +221,7 @@ def served(
 
 def relayed(
     m: Mixture,
-    s: Spread,
+    s: ShardedExperts,
     parts: list[Part[MoeWeights]],
     group: list[int],
     came: list[Tensor],
@@ -247,7 +249,7 @@ def relayed(
     return answered(m, parts[0], wire, sums, came)
 
 
-def together(m: Mixture, s: Spread, groups: list[list[int]]) -> Tensor:
+def together(m: Mixture, s: ShardedExperts, groups: list[list[int]]) -> Tensor:
     """What ranks make of it, each the home of some tokens; groups of several pass tokens on."""
     parts = [m.part(experts) for experts in s.experts]
     rows = len(m.x_TH)
@@ -273,7 +275,7 @@ def together(m: Mixture, s: Spread, groups: list[list[int]]) -> Tensor:
         routed, x_TH = here(m.routed, rows_here), out[rows_here]
         shared_TH = m.ops.shared(parts[0], routed)
         segments = [segments[h] for segments in back]
-        m.ops.collect(x_TH, parts[0], routed, which[h], segments, shared_TH)
+        m.ops.combine(x_TH, parts[0], routed, which[h], segments, shared_TH)
     return out
 
 
@@ -460,8 +462,8 @@ def test_native_and_twin_write_the_same_records_and_read_the_same_rows(
     assert wire == REFERENCE.wire(parts[1][0], m.top_k)
     back = [served(m, parts[0], r, [segment])[0] for r, segment in enumerate(sent)]
     one, other = m.x_TH.clone(), m.x_TH.clone()
-    native.collect(one, parts[0][0], m.routed, which, back, None)
-    REFERENCE.collect(other, parts[1][0], m.routed, which, back, None)
+    native.combine(one, parts[0][0], m.routed, which, back, None)
+    REFERENCE.combine(other, parts[1][0], m.routed, which, back, None)
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     if combine is Combine.EXACT:
         assert same(one, other)
@@ -525,7 +527,7 @@ def test_bytes_and_slots_that_no_peer_should_send_are_errors(ops: NativeOrTwin) 
     x_TH = m.x_TH.clone()
     for wrong in (back[:-4], torch.cat((back, back[-4:]))):
         with pytest.raises(InternalError, match="bytes are not the sums of"):
-            ops.collect(x_TH, part, m.routed, which, [wrong], None)
+            ops.combine(x_TH, part, m.routed, which, [wrong], None)
     assert same(x_TH, m.x_TH)
 
 

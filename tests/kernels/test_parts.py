@@ -299,8 +299,8 @@ def test_routing_and_mixing_are_their_composition(
     assert same_bits(mine.normed_TH, theirs.normed_TH)
     assert torch.equal(mine.ids_TC, theirs.ids_TC)
     assert same_bits(mine.weights_TC, theirs.weights_TC)
-    native.mix(x, native.prepare(mixture), mine)
-    fused.mix(native, y, mixture, theirs)
+    native.moe(x, native.prepare(mixture), mine)
+    fused.moe(native, y, mixture, theirs)
     assert same_bits(x, y)
 
 
@@ -342,7 +342,7 @@ def test_a_stack_is_its_layers_in_turn(
     x = torch.randn(batch.rows, 24)
     y, routed = x.clone(), list[Tensor]()
     # What a pass reads of this step's slots it has written itself: caches can be shared.
-    native.run(x, native.pile(layers), step, caches, routed)
+    native.run(x, native.stack_layers(layers), step, caches, routed)
     expected = fused.run(native, y, layers, step, caches)
     assert same_bits(x, y)
     assert len(routed) == sum(kinds)

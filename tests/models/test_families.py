@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.models.batch import Span, pack_spans
-from moeserve.models.decoder import Decoder, KVCache
+from moeserve.models.decoder import Decoder, ModelKvCache
 
 FAMILIES = [
     "deepseek_v2",
@@ -50,7 +50,7 @@ class Sequences:
         for count in counts:
             self.blocks.append([shuffled.pop() for _ in range(count)])
         self.decoder = decoder
-        self.cache: KVCache = decoder.new_cache(total, BLOCK)
+        self.cache: ModelKvCache = decoder.new_cache(total, BLOCK)
 
     def run(self, *parts: tuple[int, Sequence[int], int]) -> list[Tensor]:
         """Runs (sequence, tokens, start) together; all their logits, part by part."""

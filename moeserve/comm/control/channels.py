@@ -1,8 +1,9 @@
-"""The star around rank 0: orders of steps go out, reports come back, and everybody's pulse is felt.
+"""The star around rank 0: orders of steps go out, reports come back, heartbeats both ways.
 
 Two connections from each rank to rank 0: one for steps, used by the thread that runs them and by
-nobody else, so that a step costs one message down and one up and no change of threads; one for the
-pulse. On one host they run over loopback; beyond it a secret or TLS is required (``link.Trust``).
+nobody else, so that a step costs one message down and one up and no change of threads; one for
+heartbeats. On one host they run over loopback; beyond it a secret or TLS is required
+(``link.Trust``).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import ssl
 import time
 from collections.abc import Mapping
 
-from moeserve.comm.control.heartbeat import Pulse
+from moeserve.comm.control.heartbeat import Heartbeat
 from moeserve.comm.control.link import SLICE_S, Link, Trust, accept, connect
-from moeserve.comm.group import START_S, TELL_S, Group, named
+from moeserve.comm.group import NOTICE_S, START_S, Group, named
 from moeserve.errors import ConfigError, LateRankError, MoeserveError, UnauthenticatedError
 from moeserve.pb import ep_pb2 as pb
 
@@ -31,13 +32,13 @@ _END = b""
 class Leader:
     """Rank 0's end. ``send`` and ``receive`` belong to the thread that runs the steps."""
 
-    def __init__(self, steps: Mapping[int, Link], pulse: Pulse, deadline_s: float) -> None:
-        self.pulse = pulse
+    def __init__(self, steps: Mapping[int, Link], heartbeat: Heartbeat, deadline_s: float) -> None:
+        self.heartbeat = heartbeat
         self.deadline_s = deadline_s
         self._steps = dict(steps)
 
     def alarm(self) -> LateRankError | None:
-        return self.pulse.alarm()
+        return self.heartbeat.alarm()
 
     def send(self, rank: int, message: bytes) -> None:
         """An order, which is never empty. LateRankError where the rank does not take it."""
@@ -46,53 +47,53 @@ class Leader:
         try:
             self._steps[rank].send(message, self.deadline_s)
         except OSError as error:
-            raise self.pulse.blame(rank, f"takes no orders ({error})") from error
+            raise self.heartbeat.blame(rank, f"takes no orders ({error})") from error
 
     def receive(self, rank: int, timeout_s: float) -> bytes:
         """Its next report; LateRankError where none comes, or at once when there is an alarm."""
         try:
             return self._steps[rank].receive(timeout_s, self._raise_alarm)
         except OSError as error:
-            raise self.pulse.blame(rank, f"has not reported ({error})") from error
+            raise self.heartbeat.blame(rank, f"has not reported ({error})") from error
 
     def fail(self, error: MoeserveError) -> None:
         """Rank 0 cannot go on: all others are to end with the reason."""
-        self.pulse.fail(f"rank 0 failed: {error.message}", getattr(error, "ranks", (0,)))
+        self.heartbeat.fail(f"rank 0 failed: {error.message}", getattr(error, "ranks", (0,)))
 
     def close(self, in_peace: bool = True) -> None:
         """End the run; the others end well, unless something failed."""
         if in_peace:
-            self.pulse.end()
+            self.heartbeat.end()
         for link in self._steps.values():
             with contextlib.suppress(OSError):  # then it has gone already
                 if in_peace:
                     link.send(_END, SLICE_S)
             link.close()
-        self.pulse.close()
+        self.heartbeat.close()
 
     def _raise_alarm(self) -> None:
-        if (alarm := self.pulse.alarm()) is not None:
+        if (alarm := self.heartbeat.alarm()) is not None:
             raise alarm
 
 
 class Follower:
     """Every other rank's end."""
 
-    def __init__(self, rank: int, steps: Link, pulse: Pulse, deadline_s: float) -> None:
+    def __init__(self, rank: int, steps: Link, heartbeat: Heartbeat, deadline_s: float) -> None:
         self.rank = rank
-        self.pulse = pulse
+        self.heartbeat = heartbeat
         self.deadline_s = deadline_s
         self._steps = steps
 
     def alarm(self) -> LateRankError | None:
-        return self.pulse.alarm()
+        return self.heartbeat.alarm()
 
     def send(self, message: bytes) -> None:
         self._raise_alarm()
         try:
             self._steps.send(message, self.deadline_s)
         except OSError as error:
-            raise self.pulse.blame(0, f"takes no reports ({error})") from error
+            raise self.heartbeat.blame(0, f"takes no reports ({error})") from error
 
     def receive(self, timeout_s: float | None = None) -> bytes | None:
         """The next order, None when the run is over; LateRankError when there is an alarm.
@@ -102,14 +103,14 @@ class Follower:
         try:
             return self._steps.receive(timeout_s, self._raise_alarm) or None
         except OSError as error:
-            if self.pulse.ended:
+            if self.heartbeat.ended:
                 return None
-            raise self.pulse.blame(0, f"gives no orders ({error})") from error
+            raise self.heartbeat.blame(0, f"gives no orders ({error})") from error
 
     def fail(self, error: MoeserveError) -> None:
         """This rank cannot go on: the group is to end with the reason."""
         reason = f"rank {self.rank} failed: {error.message}"
-        self.pulse.fail(reason, getattr(error, "ranks", (self.rank,)))
+        self.heartbeat.fail(reason, getattr(error, "ranks", (self.rank,)))
 
     def linger(self, timeout_s: float) -> None:
         """After an alarm: until rank 0 has gone, or for so long. Launchers end all ranks when the
@@ -121,10 +122,10 @@ class Follower:
 
     def close(self) -> None:
         self._steps.close()
-        self.pulse.close()
+        self.heartbeat.close()
 
     def _raise_alarm(self) -> None:
-        if (alarm := self.pulse.alarm()) is not None:
+        if (alarm := self.heartbeat.alarm()) is not None:
             raise alarm
 
 
@@ -140,10 +141,10 @@ def lead(
         group.all_gather("control", json.dumps(place).encode(), timeout_s)
         links = _accept_all(group, listening, trust, timeout_s)
     steps = {rank: links[rank, pb.CHANNEL_STEPS] for rank in range(1, group.world)}
-    pulses = {rank: links[rank, pb.CHANNEL_PULSE] for rank in range(1, group.world)}
-    pulse = Pulse(0, group.world, pulses, deadline_s)
-    pulse.start()
-    return Leader(steps, pulse, deadline_s)
+    heartbeats = {rank: links[rank, pb.CHANNEL_HEARTBEAT] for rank in range(1, group.world)}
+    heartbeat = Heartbeat(0, group.world, heartbeats, deadline_s)
+    heartbeat.start()
+    return Leader(steps, heartbeat, deadline_s)
 
 
 def follow(group: Group, trust: Trust, deadline_s: float, timeout_s: float = START_S) -> Follower:
@@ -151,10 +152,10 @@ def follow(group: Group, trust: Trust, deadline_s: float, timeout_s: float = STA
     host, port = json.loads(group.all_gather("control", b"", timeout_s)[0])
     require_trust(host, trust)
     steps = _reach(group, (host, port), pb.CHANNEL_STEPS, trust)
-    link = _reach(group, (host, port), pb.CHANNEL_PULSE, trust)
-    pulse = Pulse(group.rank, group.world, {0: link}, deadline_s)
-    pulse.start()
-    return Follower(group.rank, steps, pulse, deadline_s)
+    link = _reach(group, (host, port), pb.CHANNEL_HEARTBEAT, trust)
+    heartbeat = Heartbeat(group.rank, group.world, {0: link}, deadline_s)
+    heartbeat.start()
+    return Follower(group.rank, steps, heartbeat, deadline_s)
 
 
 def require_trust(host: str, trust: Trust) -> None:
@@ -184,7 +185,7 @@ def _reach(group: Group, place: tuple[str, int], channel: pb.Channel, trust: Tru
 def _accept_all(
     group: Group, listening: socket.socket, trust: Trust, timeout_s: float
 ) -> dict[tuple[int, int], Link]:
-    channels = (pb.CHANNEL_STEPS, pb.CHANNEL_PULSE)
+    channels = (pb.CHANNEL_STEPS, pb.CHANNEL_HEARTBEAT)
     wanted = {(rank, channel) for rank in range(1, group.world) for channel in channels}
     links: dict[tuple[int, int], Link] = {}
     begun = told = time.monotonic()
@@ -195,9 +196,9 @@ def _accept_all(
         missing = sorted({rank for rank, _ in wanted - links.keys()})
         if now - begun > timeout_s:
             raise LateRankError(f"{named(missing)} did not connect in {timeout_s:g} s", missing)
-        if now - told > TELL_S:
+        if now - told > NOTICE_S:
             told = now
-            group.tell(f"rank 0: waiting for {named(missing)} to connect")
+            group.notify(f"rank 0: waiting for {named(missing)} to connect")
         try:
             connected, address = listening.accept()
         except TimeoutError:

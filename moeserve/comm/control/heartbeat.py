@@ -3,7 +3,7 @@
 The ranks tell rank 0, and rank 0 tells all of them, on a thread of its own in each. A rank that is
 silent for too long, whose connection ends, or that reports trouble, is an alarm on every rank: the
 one error that ``alarm`` returns from then on, naming who is to blame. What an alarm leads to is not
-decided here but by whoever listens (``heed``), who is called once.
+decided here but by whoever listens (``subscribe``), who is called once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from google.protobuf.message import DecodeError
 
 from moeserve.comm.control.link import Link
-from moeserve.comm.control.silence import Watch
+from moeserve.comm.control.silence import SilenceDetector
 from moeserve.errors import LateRankError
 from moeserve.pb import ep_pb2 as pb
 
@@ -33,7 +33,7 @@ def _idle() -> str:
     return "starting"
 
 
-class Pulse:
+class Heartbeat:
     """Owns the links ``link_of``: rank 0's to all others, or another rank's to rank 0.
 
     ``doing`` says in a few words what this rank does; it may be replaced at any time.
@@ -55,18 +55,20 @@ class Pulse:
         self._doings = ["nothing yet"] * world
         self._limit_s = deadline_s * SILENT_BEATS / BEATS
         self._period_s = min(deadline_s / BEATS, LONGEST_PERIOD_S)
-        self._watch = Watch.begin(link_of, time.monotonic(), self._limit_s, self._period_s)
+        self._silence = SilenceDetector.begin(
+            link_of, time.monotonic(), self._limit_s, self._period_s
+        )
         self._alarm: LateRankError | None = None
         self._alarmed = threading.Event()
         self._ended = False
         self._sending = threading.Lock()
         self._wake, self._waker = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="moeserve-pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="moeserve-heartbeat", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def heed(
+    def subscribe(
         self, on_alarm: Callable[[LateRankError], None], on_stop: Callable[[], None] | None = None
     ) -> None:
         """Hear of the alarm, and on rank 0 of others that were told to stop: on whatever thread,
@@ -107,13 +109,13 @@ class Pulse:
 
     def ask_to_stop(self) -> None:
         """This rank was told to stop: rank 0 is to end the run in its own time."""
-        self._send_all(pb.Pulse(stop=pb.Stop()))
+        self._send_all(pb.Heartbeat(stop=pb.Stop()))
 
     def end(self) -> None:
         """On rank 0: the run is over, and nobody is to blame."""
         if self._alarm is None:
             self._ended = True
-            self._send_all(pb.Pulse(end=pb.End()))
+            self._send_all(pb.Heartbeat(end=pb.End()))
 
     def close(self) -> None:
         self._ended = True
@@ -137,43 +139,43 @@ class Pulse:
                     beat_at = now + self._period_s
                 for key, _ in selector.select(max(0.0, beat_at - now)):
                     if key.data is not None:
-                        self._hear(key.data)
+                        self._read(key.data)
                 if self._alarm is None and not self._ended:
-                    self._look()
+                    self._check_silence()
 
     def _beat(self) -> None:
         self._doings[self._rank] = self.doing()
         told = self._doings if self._rank == 0 else [self._doings[self._rank]]
-        self._send_all(pb.Pulse(beat=pb.Beat(doing=told)))
+        self._send_all(pb.Heartbeat(beat=pb.Beat(doing=told)))
 
-    def _hear(self, rank: int) -> None:
+    def _read(self, rank: int) -> None:
         link = self._links[rank]
         try:
             link.read_some()
             while (message := link.ready()) is not None:
-                self._watch.hear(rank, time.monotonic())
-                self._obey(rank, pb.Pulse.FromString(message))
+                self._silence.record(rank, time.monotonic())
+                self._handle(rank, pb.Heartbeat.FromString(message))
         except (OSError, DecodeError) as error:
             if not self._ended:
                 self._raise(f"rank {rank} is gone ({error}); {self.doing_of([rank])}", [rank])
 
-    def _obey(self, rank: int, pulse: pb.Pulse) -> None:
-        if pulse.HasField("beat"):
+    def _handle(self, rank: int, heartbeat: pb.Heartbeat) -> None:
+        if heartbeat.HasField("beat"):
             if rank == 0:
-                self._doings[:] = list(pulse.beat.doing)
+                self._doings[:] = list(heartbeat.beat.doing)
             else:
-                self._doings[rank] = pulse.beat.doing[0]
-        elif pulse.HasField("trouble"):
-            self._raise(pulse.trouble.reason, pulse.trouble.ranks)
-        elif pulse.HasField("end"):
+                self._doings[rank] = heartbeat.beat.doing[0]
+        elif heartbeat.HasField("trouble"):
+            self._raise(heartbeat.trouble.reason, heartbeat.trouble.ranks)
+        elif heartbeat.HasField("end"):
             self._ended = True
-        elif pulse.HasField("stop"):
+        elif heartbeat.HasField("stop"):
             self._stop_asked = True
             if self._on_stop is not None:
                 self._on_stop()
 
-    def _look(self) -> None:
-        for rank, silent_s in self._watch.late(time.monotonic()).items():
+    def _check_silence(self) -> None:
+        for rank, silent_s in self._silence.late(time.monotonic()).items():
             told = self.doing_of([rank])
             self._raise(f"rank {rank} has been silent for {silent_s:.1f} s; {told}", [rank])
 
@@ -185,13 +187,13 @@ class Pulse:
             self._alarm = LateRankError(reason, list(ranks))
             self._alarmed.set()
             on_alarm = self._on_alarm
-        self._send_all(pb.Pulse(trouble=pb.Trouble(reason=reason, ranks=ranks)))
+        self._send_all(pb.Heartbeat(trouble=pb.Trouble(reason=reason, ranks=ranks)))
         if on_alarm is not None:
             on_alarm(self._alarm)
 
-    def _send_all(self, pulse: pb.Pulse) -> None:
+    def _send_all(self, heartbeat: pb.Heartbeat) -> None:
         """Whoever cannot be told is found out by reading or by silence."""
-        message = pulse.SerializeToString()
+        message = heartbeat.SerializeToString()
         with self._sending:
             for link in self._links.values():
                 with contextlib.suppress(OSError):

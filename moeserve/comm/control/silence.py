@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
-class Watch:
+class SilenceDetector:
     """``looked`` is when this rank last looked; it means to look every ``period_s``."""
 
     limit_s: float
@@ -20,10 +20,12 @@ class Watch:
     heard: dict[int, float] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, ranks: Iterable[int], now: float, limit_s: float, period_s: float) -> Watch:
+    def begin(
+        cls, ranks: Iterable[int], now: float, limit_s: float, period_s: float
+    ) -> SilenceDetector:
         return cls(limit_s, period_s, now, dict.fromkeys(ranks, now))
 
-    def hear(self, rank: int, now: float) -> None:
+    def record(self, rank: int, now: float) -> None:
         self.heard[rank] = now
 
     def late(self, now: float) -> Mapping[int, float]:

@@ -27,7 +27,7 @@ Alarm = Callable[[], MoeserveError | None]
 
 
 @dataclass(slots=True)
-class Traffic:
+class ExchangeStats:
     """Counted where it happens (law 8): bytes handed to each rank, itself left out, and rounds."""
 
     rounds: int = 0
@@ -40,7 +40,7 @@ class Exchange(Protocol):
     name: str
     rank: int
     world: int
-    traffic: Traffic
+    traffic: ExchangeStats
 
     def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
         """Begin a round: where the segment for each rank is to be written.

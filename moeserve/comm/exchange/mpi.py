@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.exchange.rounds import Lanes, Rounds, cut, places
-from moeserve.comm.exchange.stragglers import GREET_AFTER, LEAVING, Greetings
+from moeserve.comm.exchange.stragglers import GREET_AFTER, LEAVING, StragglerDetector
 from moeserve.comm.group import Group
 from moeserve.errors import ConfigError
 
@@ -89,7 +89,7 @@ class MpiExchange(Rounds):
         super().__init__(group, lanes)
         *comms, self._side = communicators(group, len(lanes.bytes_L) + 1, key)
         self._lane_L = [_Lane(comm, group.world) for comm in comms]
-        self._greetings = Greetings(group.rank, group.world, len(lanes.bytes_L))
+        self._greetings = StragglerDetector(group.rank, group.world, len(lanes.bytes_L))
         self._said: list[Any] = []
         self._receives = self._greeted = 0
 
@@ -143,11 +143,11 @@ class MpiExchange(Rounds):
         for r in self._others:
             while self._side.Iprobe(r):
                 self._side.Recv(note, r)
-                self._greetings.hear(r, note.tolist())
+                self._greetings.receive_greeting(r, note.tolist())
 
     def _absent(self) -> list[int]:
         self._listen()
-        return self._greetings.absent(self._receives)
+        return self._greetings.missing_ranks(self._receives)
 
     def _release(self) -> None:
         # Communicators stay: to free one takes all its ranks, and there are few.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moeserve.comm.exchange.base import DEADLINE_S, Alarm, Traffic
+from moeserve.comm.exchange.base import DEADLINE_S, Alarm, ExchangeStats
 from moeserve.comm.group import Group, named
 from moeserve.errors import ConfigError, LateRankError, MoeserveError, UnavailableError
 
@@ -55,7 +55,7 @@ class Lanes:
     alarm: Alarm | None = None
 
 
-class Watch:
+class WaitDeadline:
     """One wait: it ends in time, and at once where the alarm rings."""
 
     def __init__(self, lanes: Lanes) -> None:
@@ -79,7 +79,7 @@ class Rounds(ABC):
     def __init__(self, group: Group, lanes: Lanes) -> None:
         self.rank = group.rank
         self.world = group.world
-        self.traffic = Traffic(0, [0] * group.world)
+        self.traffic = ExchangeStats(0, [0] * group.world)
         self.lanes = lanes
         self.round_L = [0] * len(lanes.bytes_L)
         self._group = group
@@ -114,11 +114,11 @@ class Rounds(ABC):
     ) -> None:
         """Until ``come``, which gets the lane, how long to wait before another look, and how long
         it has been; else LateRankError names whom ``missing`` gives. Closed on any error."""
-        watch = Watch(self.lanes)
+        deadline = WaitDeadline(self.lanes)
         try:
             while True:
-                slice_s = watch.slice_s()
-                if come(lane, slice_s, time.monotonic() - watch.begun):
+                slice_s = deadline.slice_s()
+                if come(lane, slice_s, time.monotonic() - deadline.begun):
                     return
                 if slice_s == 0.0:
                     raise self._late(lane, missing())

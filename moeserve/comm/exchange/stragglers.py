@@ -16,7 +16,7 @@ LEAVING = -1
 GREET_AFTER = 0.1
 
 
-class Greetings:
+class StragglerDetector:
     """What a rank of ``world`` has heard of others, which may be a round of every lane apart."""
 
     def __init__(self, rank: int, world: int, lanes: int) -> None:
@@ -31,19 +31,19 @@ class Greetings:
     def greeting(self, receives: int, blamed: Collection[int] = ()) -> list[int]:
         return [receives, *(int(r in blamed) for r in range(self._world))]
 
-    def hear(self, source: int, greeting: Sequence[int]) -> None:
+    def receive_greeting(self, source: int, greeting: Sequence[int]) -> None:
         if greeting[0] == LEAVING:
             self._left.add(source)
             self._blamed.update(r for r, blamed in enumerate(greeting[1:]) if blamed)
         else:
             self._heard[source] = max(self._heard[source], greeting[0])
 
-    def lose(self, source: int) -> None:
+    def disconnected(self, source: int) -> None:
         """Its connection is gone; for one that left this is no news."""
         if source not in self._left:
             self._gone.add(source)
 
-    def absent(self, receives: int) -> list[int]:
+    def missing_ranks(self, receives: int) -> list[int]:
         """Whom to blame: gone, or blamed by those who left; else who does not wait, too. All
         others, if all wait and yet nothing comes."""
         known = (self._gone | self._blamed) & set(self._others)

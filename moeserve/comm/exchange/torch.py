@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import AllToAllOptions, PrefixStore, ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
 
 from moeserve.comm.exchange.rounds import Lanes, Rounds, cut, padded, places
-from moeserve.comm.exchange.stragglers import GREET_AFTER, LEAVING, Greetings
+from moeserve.comm.exchange.stragglers import GREET_AFTER, LEAVING, StragglerDetector
 from moeserve.comm.group import Group
 
 # Our own deadlines end waits; this only bounds what nobody waits for.
@@ -114,7 +114,9 @@ class TorchExchange(Rounds):
             return connect(PrefixStore(f"{key}/{name}", group.store), group, address)
 
         self._lane_L = [_Lane(pg(str(lane)), group.world) for lane in range(len(lanes.bytes_L))]
-        self._side = Side(pg("side"), Greetings(group.rank, group.world, len(lanes.bytes_L)))
+        self._side = Side(
+            pg("side"), StragglerDetector(group.rank, group.world, len(lanes.bytes_L))
+        )
         self._receives = self._greeted = 0
 
     def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
@@ -131,7 +133,7 @@ class TorchExchange(Rounds):
         self._advance(lane)
         state = self._lane_L[lane]
         self._receives += 1
-        self._wait(lane, self._look, lambda: self._side.absent(self._receives))
+        self._wait(lane, self._look, lambda: self._side.missing_ranks(self._receives))
         return state.segments()
 
     def _look(self, lane: int, slice_s: float, waited_s: float) -> bool:
@@ -144,7 +146,7 @@ class TorchExchange(Rounds):
             return state.advance(slice_s if greet_s <= 0 else min(slice_s, greet_s))
         except RuntimeError as error:
             time.sleep(_GRACE_S)  # until the side has noticed, too
-            raise self._late(lane, self._side.absent(self._receives)) from error
+            raise self._late(lane, self._side.missing_ranks(self._receives)) from error
 
     def _advance(self, lane: int) -> None:
         """What other lanes can do meanwhile; their errors are met where they are waited for."""
@@ -164,7 +166,7 @@ class TorchExchange(Rounds):
 class Side:
     """Where greetings travel; a thread listens to each of the others."""
 
-    def __init__(self, pg: Any, greetings: Greetings) -> None:
+    def __init__(self, pg: Any, greetings: StragglerDetector) -> None:
         self._pg = pg
         self._greetings = greetings
         self._said: list[tuple[Work, Tensor]] = []
@@ -183,8 +185,8 @@ class Side:
             with contextlib.suppress(RuntimeError):  # the listener hears of it
                 self._said.append((self._pg.send([note], r, 0), note))
 
-    def absent(self, receives: int) -> list[int]:
-        return self._greetings.absent(receives)
+    def missing_ranks(self, receives: int) -> list[int]:
+        return self._greetings.missing_ranks(receives)
 
     def leave(self, blamed: Sequence[int]) -> None:
         self.greet(LEAVING, blamed)
@@ -203,9 +205,9 @@ class Side:
         try:
             while True:
                 self._pg.recv([note], source, 0).wait()
-                self._greetings.hear(source, note.tolist())
+                self._greetings.receive_greeting(source, note.tolist())
         except RuntimeError:
-            self._greetings.lose(source)
+            self._greetings.disconnected(source)
 
 
 def connect(store: Store, group: Group, address: str | None) -> Any:

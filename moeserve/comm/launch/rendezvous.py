@@ -25,14 +25,14 @@ from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr
 import moeserve
 from moeserve.comm.exchange.base import Alarm
 from moeserve.comm.group import (
+    NOTICE_S,
     POLL_S,
     START_S,
-    TELL_S,
     Group,
     Topology,
     host_store,
     join_store,
-    tell_stderr,
+    print_notice,
 )
 from moeserve.comm.launch.environment import LOOPBACK, Launch
 from moeserve.errors import ConfigError, LateRankError
@@ -47,7 +47,7 @@ _ADDRESS_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
+class Rendezvous:
     """``address`` is of the interface on which the others reach this rank; ``sharing`` is how many
     ranks, this one included, may run on some of its cores."""
 
@@ -64,16 +64,16 @@ def open_group(
     store: Store | None = None,
     alarm: Alarm | None = None,
     timeout_s: float = START_S,
-    tell: Callable[[str], None] = tell_stderr,
-) -> Met:
+    notify: Callable[[str], None] = print_notice,
+) -> Rendezvous:
     """Meet all others. ``store`` is given by who keeps the notes already.
 
     LateRankError names those that do not come, ConfigError what does not fit.
     """
     if store is None:
-        store = _reach(launch, timeout_s, tell)
+        store = _reach(launch, timeout_s, notify)
     shared = PrefixStore(f"moeserve/{launch.attempt}", store)
-    group = Group(launch.rank, launch.world, shared, alarm=alarm, tell=tell)
+    group = Group(launch.rank, launch.world, shared, alarm=alarm, notify=notify)
     try:
         return _meet(group, launch, environ, timeout_s)
     except (ConfigError, LateRankError) as error:
@@ -81,7 +81,7 @@ def open_group(
         raise
 
 
-def _meet(group: Group, launch: Launch, environ: Mapping[str, str], timeout_s: float) -> Met:
+def _meet(group: Group, launch: Launch, environ: Mapping[str, str], timeout_s: float) -> Rendezvous:
     if group.store.add(f"arrived/{group.rank}", 1) > 1:
         raise ConfigError(f"rank {group.rank} is there twice: the launcher numbered two alike")
     mine = pb.Arrival(
@@ -102,7 +102,7 @@ def _meet(group: Group, launch: Launch, environ: Mapping[str, str], timeout_s: f
     cpus = set(mine.cpus)
     sharing = sum(a.host == mine.host and not cpus.isdisjoint(a.cpus) for a in arrivals)
     near = topology.num_nodes == 1 or launch.one_host
-    return Met(group, topology, LOOPBACK if near else listen_address(launch), sharing)
+    return Rendezvous(group, topology, LOOPBACK if near else listen_address(launch), sharing)
 
 
 def refuse(rank: int, mine: pb.Arrival, other: int, theirs: pb.Arrival) -> None:
@@ -172,11 +172,11 @@ def own_address() -> str:
     return named if named in found else found[0]
 
 
-def _reach(launch: Launch, timeout_s: float, tell: Callable[[str], None]) -> Store:
+def _reach(launch: Launch, timeout_s: float, notify: Callable[[str], None]) -> Store:
     if launch.world == 1 and not launch.agent_store:
         return host_store(LOOPBACK)[0]
     if launch.host is None or launch.port is None:
-        return _reach_by_mpi(launch, timeout_s, tell)
+        return _reach_by_mpi(launch, timeout_s, notify)
     host = LOOPBACK if launch.one_host and not launch.agent_store else launch.host
     if launch.rank == 0 and not launch.agent_store:
         own = host if launch.one_host else listen_address(launch)
@@ -187,10 +187,12 @@ def _reach(launch: Launch, timeout_s: float, tell: Callable[[str], None]) -> Sto
                 f"MASTER_PORT={launch.port}: rank 0 cannot listen on {own}:{launch.port} "
                 f"({error.strerror}): choose another port"
             ) from error
-    return _join(host, launch.port, launch.rank, timeout_s, tell)
+    return _join(host, launch.port, launch.rank, timeout_s, notify)
 
 
-def _join(host: str, port: int, rank: int, timeout_s: float, tell: Callable[[str], None]) -> Store:
+def _join(
+    host: str, port: int, rank: int, timeout_s: float, notify: Callable[[str], None]
+) -> Store:
     begun = told = time.monotonic()
     while True:
         try:
@@ -202,13 +204,13 @@ def _join(host: str, port: int, rank: int, timeout_s: float, tell: Callable[[str
                 raise LateRankError(
                     f"rank 0 did not answer at {host}:{port} within {timeout_s:g} s ({error})", [0]
                 ) from error
-            if now - told > TELL_S:
+            if now - told > NOTICE_S:
                 told = now
-                tell(f"rank {rank}: waiting for rank 0 at {host}:{port}")
+                notify(f"rank {rank}: waiting for rank 0 at {host}:{port}")
         time.sleep(POLL_S)
 
 
-def _reach_by_mpi(launch: Launch, timeout_s: float, tell: Callable[[str], None]) -> Store:
+def _reach_by_mpi(launch: Launch, timeout_s: float, notify: Callable[[str], None]) -> Store:
     """Rank 0 takes any free port and broadcasts where."""
     try:
         from mpi4py import MPI
@@ -239,4 +241,4 @@ def _reach_by_mpi(launch: Launch, timeout_s: float, tell: Callable[[str], None])
     if store is not None:
         return store
     host, port = json.loads(bytes(note).rstrip(b"\0"))
-    return _join(host, port, launch.rank, timeout_s, tell)
+    return _join(host, port, launch.rank, timeout_s, notify)

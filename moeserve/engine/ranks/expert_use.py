@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.pipeline import Parallel
+from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.core import StepPlan
 from moeserve.engine.model_runner import StepObserver
-from moeserve.engine.ranks.homes import Use, kind_of
+from moeserve.engine.ranks.homes import ExpertUse, kind_of
 
 LOOKED_AT = 32
 
 
-class UseCounter:
-    """A step observer in front of another one, if there is any; a ``homes.Uses``."""
+class ExpertUseCounter:
+    """A step observer in front of another one, if there is any; a ``homes.ExpertUseSource``."""
 
-    def __init__(self, parallel: Parallel, world: int, then: StepObserver | None = None) -> None:
+    def __init__(
+        self, parallel: ParallelLayerRunner, world: int, then: StepObserver | None = None
+    ) -> None:
         self._parallel = parallel
         self._world = world
         self._then = then
@@ -61,18 +63,20 @@ class UseCounter:
         if self._then is not None:
             self._then.end()
 
-    def take(self) -> Sequence[Use]:
-        uses = [Use(kind, n, tuple(use_R.tolist())) for kind, (n, use_R) in self._found.items()]
+    def take(self) -> Sequence[ExpertUse]:
+        uses = [
+            ExpertUse(kind, n, tuple(use_R.tolist())) for kind, (n, use_R) in self._found.items()
+        ]
         self._found.clear()
         return uses
 
     def _held_by(self, layer: int) -> NDArray[np.bool_]:
         """[E, R]: has the rank a slot of the expert?"""
-        spread = self._parallel.spreads[layer]
-        assert spread is not None, layer
+        sharded = self._parallel.sharded[layer]
+        assert sharded is not None, layer
         known = self._held.get(layer)
-        if known is None or known[0] is not spread.layout:
-            layout = spread.layout
+        if known is None or known[0] is not sharded.layout:
+            layout = sharded.layout
             held_ER = np.zeros((layout.num_experts, self._world), np.bool_)
             held_ER[layout.expert_S, np.arange(len(layout.expert_S)) // layout.slots] = True
             known = self._held[layer] = layout, held_ER

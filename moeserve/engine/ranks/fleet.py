@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Sequence as Listed
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -29,10 +29,10 @@ from moeserve.core import (
 )
 from moeserve.engine.blocks import BlockCounts, BlockPool
 from moeserve.engine.scheduler import (
-    Draft,
     Scheduler,
     SchedulerConfig,
-    Sequence,
+    SequenceState,
+    StepBuilder,
     refuse_duplicate,
     refuse_when_full,
 )
@@ -55,7 +55,7 @@ class RankLoad:
 class Homes(Protocol):
     """Chooses one of the ranks in ``loads``, of which there is at least one."""
 
-    def pick(self, request: Request, loads: Listed[RankLoad]) -> int: ...
+    def pick(self, request: Request, loads: Sequence[RankLoad]) -> int: ...
 
 
 class LeastWork:
@@ -64,7 +64,7 @@ class LeastWork:
     So requests follow their prefix for as long as that saves more than it overloads the rank.
     """
 
-    def pick(self, request: Request, loads: Listed[RankLoad]) -> int:
+    def pick(self, request: Request, loads: Sequence[RankLoad]) -> int:
         return min(loads, key=lambda at: (at.tokens - at.cached, at.running, at.rank)).rank
 
 
@@ -74,7 +74,7 @@ class Fleet:
     def __init__(
         self,
         config: SchedulerConfig,
-        pools: Listed[BlockPool],
+        pools: Sequence[BlockPool],
         counters: Counters,
         homes: Homes | None = None,
     ) -> None:
@@ -84,8 +84,8 @@ class Fleet:
             Scheduler(config, pool, counters, rank=rank) for rank, pool in enumerate(pools)
         )
         self._homes = homes or LeastWork()
-        self._again: list[Sequence] = []  # preempted, by arrival
-        self._fresh: OrderedDict[RequestId, Sequence] = OrderedDict()
+        self._again: list[SequenceState] = []  # preempted, by arrival
+        self._fresh: OrderedDict[RequestId, SequenceState] = OrderedDict()
         self._arrivals = 0
         self._ended: list[RequestId] = []
 
@@ -123,7 +123,7 @@ class Fleet:
         refuse_duplicate(request, bool(known))
         refuse_when_full(self.num_waiting, self.config)
         self._arrivals += 1
-        self._fresh[request.id] = Sequence(request, arrival=self._arrivals)
+        self._fresh[request.id] = SequenceState(request, arrival=self._arrivals)
         self.counters.prompt_tokens += len(request.prompt_ids)
 
     def abort(self, request_id: RequestId, reason: FinishReason) -> bool:
@@ -139,14 +139,16 @@ class Fleet:
         late = [seq for seq in chain(self._again, self._fresh.values()) if seq.late(now)]
         for seq in late:
             self._drop(seq, FinishReason.DEADLINE)
-        drafts = [rank.begin(now) for rank in self.ranks]
+        builders = [rank.begin(now) for rank in self.ranks]
         for rank in self.ranks:
             for seq in rank.withdraw():
                 bisect.insort(self._again, seq, key=_arrival)
-        self._place(drafts)
+        self._place(builders)
         for rank in self.ranks:
             self._ended += rank.take_ended()
-        plans = [rank.commit(draft, ()) for rank, draft in zip(self.ranks, drafts, strict=True)]
+        plans = [
+            rank.commit(builder, ()) for rank, builder in zip(self.ranks, builders, strict=True)
+        ]
         chunks = tuple(chain.from_iterable(plan.chunks for plan in plans))
         ended = tuple(self._ended) if chunks else ()
         del self._ended[: len(ended)]
@@ -163,7 +165,7 @@ class Fleet:
         sampled = {s.request_id: s for s in result.sampled}
         return [out for rank in self.ranks for out in rank.settle(sampled)]
 
-    def _place(self, drafts: Listed[Draft]) -> None:
+    def _place(self, builders: Sequence[StepBuilder]) -> None:
         """Give homes, in order, until whoever is next fits nowhere."""
         if not self.num_waiting:
             return
@@ -171,34 +173,34 @@ class Fleet:
         while (seq := self._next()) is not None:
             loads = [
                 RankLoad(at.rank, at.num_running, tokens[at.rank], at.cached_tokens(seq))
-                for at, draft in zip(self.ranks, drafts, strict=True)
-                if at.has_room(draft, seq)
+                for at, builder in zip(self.ranks, builders, strict=True)
+                if at.has_room(builder, seq)
             ]
             if not loads:
                 return
             home = self._homes.pick(seq.request, loads)
             self._unqueue(seq)
-            self.ranks[home].admit(drafts[home], seq)
+            self.ranks[home].admit(builders[home], seq)
             tokens[home] += len(seq)
 
-    def _next(self) -> Sequence | None:
+    def _next(self) -> SequenceState | None:
         return self._again[0] if self._again else next(iter(self._fresh.values()), None)
 
-    def _unqueue(self, seq: Sequence) -> None:
+    def _unqueue(self, seq: SequenceState) -> None:
         if self._fresh.pop(seq.request.id, None) is None:
             self._again.remove(seq)
 
-    def _drop(self, seq: Sequence, reason: FinishReason) -> None:
+    def _drop(self, seq: SequenceState, reason: FinishReason) -> None:
         """End a request that waits."""
         self._unqueue(seq)
         seq.finish = reason
         self._ended.append(seq.request.id)
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
-    def _waiting(self, request_id: RequestId) -> Sequence | None:
+    def _waiting(self, request_id: RequestId) -> SequenceState | None:
         again = (seq for seq in self._again if seq.request.id == request_id)
         return self._fresh.get(request_id) or next(again, None)
 
 
-def _arrival(seq: Sequence) -> int:
+def _arrival(seq: SequenceState) -> int:
     return seq.arrival

@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
-from moeserve.comm.dispatcher import Moved
+from moeserve.comm.dispatcher import DispatchStats
 from moeserve.engine.executor import RankExecutor
-from moeserve.engine.ranks.homes import Uses
-from moeserve.engine.ranks.messages import Known, write_uses, write_work
+from moeserve.engine.ranks.homes import ExpertUseSource
+from moeserve.engine.ranks.messages import StepDecoder, write_uses, write_work
 from moeserve.errors import InternalError, MoeserveError
 from moeserve.pb import step_pb2 as pb
 
@@ -30,14 +30,14 @@ class FollowerChannel(Protocol):
         ...
 
 
-class Rider(Protocol):
-    """Whoever lets notes travel with orders and reports; its other end is a ``Conductor``."""
+class FollowerNotes(Protocol):
+    """Whoever lets notes travel with orders and reports; its other end is a ``LeaderNotes``."""
 
-    def hear(self, note: bytes) -> None:
+    def receive(self, note: bytes) -> None:
         """Before a step, on all ranks the same step."""
         ...
 
-    def say(self) -> bytes:
+    def reply(self) -> bytes:
         """After a step; empty is nothing."""
         ...
 
@@ -46,20 +46,20 @@ def follow(
     channel: FollowerChannel,
     executor: RankExecutor,
     rank: int,
-    moved: Moved | None = None,
-    rider: Rider | None = None,
-    uses: Uses | None = None,
+    stats: DispatchStats | None = None,
+    notes: FollowerNotes | None = None,
+    uses: ExpertUseSource | None = None,
 ) -> int:
-    """Steps run until the run was over. ``moved`` and ``uses`` are what reports tell.
+    """Steps run until the run was over. ``stats`` and ``uses`` are what reports tell.
 
     An error is told to the other ranks and raised: having left a step midway, this rank cannot
     run another one with them.
     """
-    known = Known(rank)
+    known = StepDecoder(rank)
     steps = 0
     try:
         while (message := channel.receive()) is not None:
-            report = _step(message, known, executor, moved, rider)
+            report = _step(message, known, executor, stats, notes)
             if uses is not None:
                 write_uses(report, uses.take())
             channel.send(report.SerializeToString())
@@ -76,18 +76,18 @@ def follow(
 
 def _step(
     message: bytes,
-    known: Known,
+    known: StepDecoder,
     executor: RankExecutor,
-    moved: Moved | None,
-    rider: Rider | None,
+    stats: DispatchStats | None,
+    notes: FollowerNotes | None,
 ) -> pb.StepReport:
     order = pb.StepOrder.FromString(message)
-    if rider is not None and order.note:
-        rider.hear(order.note)
+    if notes is not None and order.note:
+        notes.receive(order.note)
     plan = known.plan(order)
     report = known.report(order, plan, executor.run(plan, order.microbatches))
-    if moved is not None:
-        write_work(report.work, moved)
-    if rider is not None:
-        report.note = rider.say()
+    if stats is not None:
+        write_work(report.work, stats)
+    if notes is not None:
+        report.note = notes.reply()
     return report

@@ -29,7 +29,7 @@ MOST_KINDS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class ExpertUse:
     """``tokens`` counts tokens times MoE layers; ``use_R[r]`` those that rank r has experts for."""
 
     kind: str
@@ -37,10 +37,10 @@ class Use:
     use_R: tuple[int, ...]
 
 
-class Uses(Protocol):
+class ExpertUseSource(Protocol):
     """What a rank has counted of its own prompts."""
 
-    def take(self) -> Iterable[Use]:
+    def take(self) -> Iterable[ExpertUse]:
         """Since the last time."""
         ...
 
@@ -58,15 +58,15 @@ class NearExperts:
     """Homes by what was counted; by work alone (``fleet.LeastWork``) for kinds not known yet."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, Use] = OrderedDict()
+        self._known: OrderedDict[str, ExpertUse] = OrderedDict()
         self._otherwise = LeastWork()
 
-    def learn(self, use: Use) -> None:
+    def learn(self, use: ExpertUse) -> None:
         old = self._known.pop(use.kind, None)
         if old is not None:
             shift = int(old.tokens >= HALVED_AT)
             use_R = zip(old.use_R, use.use_R, strict=True)
-            use = Use(
+            use = ExpertUse(
                 use.kind,
                 (old.tokens >> shift) + use.tokens,
                 tuple((a >> shift) + b for a, b in use_R),

@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from moeserve.comm.dispatcher import Moved
+from moeserve.comm.dispatcher import DispatchStats
 from moeserve.comm.exchange.base import DEADLINE_S
 from moeserve.core import Chunk, RequestId, Sampled, StepPlan, StepResult
 from moeserve.engine.executor import RankExecutor
-from moeserve.engine.ranks.homes import Use, Uses
-from moeserve.engine.ranks.messages import Told, read_uses, read_work
-from moeserve.engine.ranks.microbatches import Fixed, Microbatches, Shape
+from moeserve.engine.ranks.homes import ExpertUse, ExpertUseSource
+from moeserve.engine.ranks.messages import StepEncoder, read_uses, read_work
+from moeserve.engine.ranks.microbatches import FixedMicrobatches, MicrobatchPolicy, StepShape
 from moeserve.errors import InternalError, LateRankError, MoeserveError, UnavailableError
 from moeserve.pb import step_pb2 as pb
 
@@ -45,17 +45,20 @@ class LeaderChannel(Protocol):
         ...
 
 
-class Conductor(Protocol):
-    """Rank 0's end of notes that travel with orders and reports; theirs is ``follow.Rider``."""
+class LeaderNotes(Protocol):
+    """Rank 0's end of notes that travel with orders and reports; theirs is
+    ``follower.FollowerNotes``."""
 
-    def board(self) -> Mapping[int, bytes]:
+    def outgoing(self) -> Mapping[int, bytes]:
         """Before a step: what ranks are to hear before they run it. Rank 0 does its own now."""
         ...
 
-    def arrive(self, rank: int, note: bytes) -> None: ...
+    def collect(self, rank: int, note: bytes) -> None:
+        """What a rank answered."""
+        ...
 
     @property
-    def waiting(self) -> bool:
+    def pending(self) -> bool:
         """Whether a step would be welcome though there is nothing to run."""
         ...
 
@@ -72,26 +75,29 @@ class DistributedExecutor:
         channel: LeaderChannel,
         world: int,
         *,
-        moved: Moved | None = None,
-        microbatches: Microbatches | None = None,
-        conductor: Conductor | None = None,
-        uses: Uses | None = None,
-        learn: Callable[[Use], None] = lambda use: None,
+        stats: DispatchStats | None = None,
+        microbatches: MicrobatchPolicy | None = None,
+        notes: LeaderNotes | None = None,
+        uses: ExpertUseSource | None = None,
+        learn: Callable[[ExpertUse], None] = lambda use: None,
         deadline_s: float = DEADLINE_S,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.work = [moved or Moved(world), *(Moved(world) for _ in range(1, world))]
+        self.work = [
+            stats or DispatchStats(world),
+            *(DispatchStats(world) for _ in range(1, world)),
+        ]
         self.chosen: Counter[int] = Counter()
         self._executor = executor
         self._channel = channel
         self._world = world
-        self._microbatches = microbatches or Fixed(1)
-        self._conductor = conductor
+        self._microbatches = microbatches or FixedMicrobatches(1)
+        self._notes = notes
         self._uses = uses
         self._learn = learn
         self._deadline_s = deadline_s
         self._clock = clock
-        self._told = {rank: Told() for rank in range(1, world)}
+        self._told = {rank: StepEncoder() for rank in range(1, world)}
         self._home: dict[RequestId, int] = {}
         self._step = 0
         self._lost: UnavailableError | None = None
@@ -115,14 +121,14 @@ class DistributedExecutor:
         alarm = self._channel.alarm()
         if alarm is not None:
             raise alarm
-        if self._conductor is not None and self._conductor.waiting:
+        if self._notes is not None and self._notes.pending:
             self.run(NOTHING)
 
     def _run(self, plan: StepPlan) -> StepResult:
         parts = [[c for c in plan.chunks if c.rank == rank] for rank in range(self._world)]
-        shape = shape_of(parts)
+        shape = step_shape(parts)
         count = self._microbatches.choose(shape)
-        waited = [moved.waited_s for moved in self.work]
+        waited = [stats.waited_s for stats in self.work]
         begun = self._clock()
         self._send(plan, parts, count)
         mine = StepPlan(tuple(parts[0]), preempted=plan.preempted, ended=plan.ended)
@@ -139,11 +145,11 @@ class DistributedExecutor:
     def _send(self, plan: StepPlan, parts: Sequence[Sequence[Chunk]], count: int) -> None:
         self._step += 1
         gone = self._gone(plan)
-        notes = {} if self._conductor is None else self._conductor.board()
+        outgoing = {} if self._notes is None else self._notes.outgoing()
         for rank, told in self._told.items():
             order = told.order(self._step, count, parts[rank], gone.get(rank, ()), plan.preempted)
-            if rank in notes:
-                order.note = notes[rank]
+            if rank in outgoing:
+                order.note = outgoing[rank]
             self._channel.send(rank, order.SerializeToString())
 
     def _gone(self, plan: StepPlan) -> dict[int, list[RequestId]]:
@@ -169,15 +175,15 @@ class DistributedExecutor:
             self.work[rank] = read_work(report.work, self._world)
         for use in read_uses(report):
             self._learn(use)
-        if self._conductor is not None and report.note:
-            self._conductor.arrive(rank, report.note)
+        if self._notes is not None and report.note:
+            self._notes.collect(rank, report.note)
         return self._told[rank].result(chunks, report)
 
 
-def shape_of(parts: Sequence[Sequence[Chunk]]) -> Shape:
+def step_shape(parts: Sequence[Sequence[Chunk]]) -> StepShape:
     """``parts`` by rank."""
     tokens = max(sum(len(c.token_ids) for c in part) for part in parts)
-    return Shape(tokens, all(len(c.token_ids) == 1 for part in parts for c in part))
+    return StepShape(tokens, all(len(c.token_ids) == 1 for part in parts for c in part))
 
 
 def merge(plan: StepPlan, results: Sequence[StepResult]) -> StepResult:

@@ -1,9 +1,9 @@
 """What rank 0 tells another rank about a step, and what comes back; only what the other lacks.
 
 A rank keeps, of every request it runs, prompt, parameters, block table and the tokens it sampled.
-So a request travels whole once, and then a chunk of it is a few small numbers. ``Told`` is rank 0's
-memory of what a rank knows, ``Known`` is that rank's: they change in step. Requests have numbers on
-the wire, which are used again.
+So a request travels whole once, and then a chunk of it is a few small numbers. ``StepEncoder`` is
+rank 0's memory of what a rank knows, ``StepDecoder`` is that rank's: they change in step. Requests
+have numbers on the wire, which are used again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from moeserve.comm.dispatcher import Moved
+from moeserve.comm.dispatcher import DispatchStats
 from moeserve.core import (
     BlockId,
     Chunk,
@@ -24,23 +24,23 @@ from moeserve.core import (
     StepPlan,
     StepResult,
 )
-from moeserve.engine.ranks.homes import Use
+from moeserve.engine.ranks.homes import ExpertUse
 from moeserve.errors import InternalError
 from moeserve.pb import step_pb2 as pb
 
 
 @dataclass(slots=True)
-class _Told:
+class _Sent:
     number: int
     outputs: int
     blocks: tuple[BlockId, ...] = ()
 
 
-class Told:
+class StepEncoder:
     """What one rank has been told. Every order made here must reach it, in this sequence."""
 
     def __init__(self) -> None:
-        self._requests: dict[RequestId, _Told] = {}
+        self._requests: dict[RequestId, _Sent] = {}
         self._free: list[int] = []
 
     def order(
@@ -96,12 +96,12 @@ class Told:
         problems = tuple((chunks[i].request.id, reason) for i, reason in failed.items())
         return StepResult(tuple(sampled), problems)
 
-    def _tell(self, order: pb.StepOrder, chunk: Chunk) -> _Told:
+    def _tell(self, order: pb.StepOrder, chunk: Chunk) -> _Sent:
         """A request as a whole; if the rank has another version of it, it takes this one."""
         request = chunk.request
         old = self._requests.get(request.id)
         number = self._number() if old is None else old.number
-        told = self._requests[request.id] = _Told(number, len(chunk.output_ids))
+        told = self._requests[request.id] = _Sent(number, len(chunk.output_ids))
         begun = order.begun.add(
             number=number, id=request.id, salt=request.salt, domain=request.domain
         )
@@ -122,7 +122,7 @@ class Told:
 
 
 @dataclass(slots=True)
-class _Known:
+class _Held:
     request: Request
     outputs: list[int]
     blocks: tuple[BlockId, ...] = ()
@@ -136,17 +136,17 @@ class _Known:
 
 
 @dataclass(slots=True)
-class Known:
+class StepDecoder:
     """What rank ``rank`` knows of its requests."""
 
     rank: int
-    _requests: dict[int, _Known] = field(default_factory=dict)
+    _requests: dict[int, _Held] = field(default_factory=dict)
 
     def plan(self, order: pb.StepOrder) -> StepPlan:
         """The rank's part of the step. Preempted is what comes with all its blocks anew."""
         ended = [self._requests.pop(number).request.id for number in order.forget]
         for begun in order.begun:
-            self._requests[begun.number] = _Known(_read_request(begun), list(begun.outputs))
+            self._requests[begun.number] = _Held(_read_request(begun), list(begun.outputs))
         chunks, preempted = [], []
         blocks, at = [BlockId(b) for b in order.blocks], 0
         for number, start, count, sample, kept, added in zip(
@@ -231,28 +231,30 @@ def _logprobs(scores: pb.Scores) -> Logprobs:
     return Logprobs(scores.chosen, tuple(zip(scores.top_ids, scores.top, strict=True)))
 
 
-def write_work(out: pb.Work, moved: Moved) -> None:
+def write_work(out: pb.Work, stats: DispatchStats) -> None:
     """Into a report."""
-    out.rounds, out.tokens, out.abroad = moved.rounds, moved.tokens, moved.abroad
-    out.waited_s = moved.waited_s
-    out.copies.extend(moved.copies_R)
-    out.dispatch_bytes.extend(moved.dispatch_bytes_R)
-    out.combine_bytes.extend(moved.combine_bytes_R)
+    out.rounds, out.tokens, out.inter_node = stats.rounds, stats.tokens, stats.inter_node
+    out.waited_s = stats.waited_s
+    out.copies.extend(stats.copies_R)
+    out.dispatch_bytes.extend(stats.dispatch_bytes_R)
+    out.combine_bytes.extend(stats.combine_bytes_R)
 
 
-def read_work(work: pb.Work, world: int) -> Moved:
+def read_work(work: pb.Work, world: int) -> DispatchStats:
     """Out of a report."""
-    moved = Moved(world, work.rounds, work.tokens, abroad=work.abroad, waited_s=work.waited_s)
-    moved.copies_R = list(work.copies)
-    moved.dispatch_bytes_R = list(work.dispatch_bytes)
-    moved.combine_bytes_R = list(work.combine_bytes)
-    return moved
+    stats = DispatchStats(
+        world, work.rounds, work.tokens, inter_node=work.inter_node, waited_s=work.waited_s
+    )
+    stats.copies_R = list(work.copies)
+    stats.dispatch_bytes_R = list(work.dispatch_bytes)
+    stats.combine_bytes_R = list(work.combine_bytes)
+    return stats
 
 
-def write_uses(report: pb.StepReport, uses: Iterable[Use]) -> None:
+def write_uses(report: pb.StepReport, uses: Iterable[ExpertUse]) -> None:
     for use in uses:
         report.uses.add(kind=use.kind, tokens=use.tokens).ranks.extend(use.use_R)
 
 
-def read_uses(report: pb.StepReport) -> list[Use]:
-    return [Use(use.kind, use.tokens, tuple(use.ranks)) for use in report.uses]
+def read_uses(report: pb.StepReport) -> list[ExpertUse]:
+    return [ExpertUse(use.kind, use.tokens, tuple(use.ranks)) for use in report.uses]

@@ -33,34 +33,34 @@ SOONEST = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class StepShape:
     """What kind of step: ``tokens`` of the rank that has most of them."""
 
     tokens: int
     decode: bool
 
 
-class Microbatches(Protocol):
+class MicrobatchPolicy(Protocol):
     """Chooses for all ranks; ``learn`` hears of every step that ``choose`` decided.
 
     ``waited`` are the seconds that the rank which waited least for others spent so.
     """
 
-    def choose(self, shape: Shape) -> int: ...
+    def choose(self, shape: StepShape) -> int: ...
 
-    def learn(self, shape: Shape, count: int, seconds: float, waited: float) -> None: ...
+    def learn(self, shape: StepShape, count: int, seconds: float, waited: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Fixed:
+class FixedMicrobatches:
     """Always the same number."""
 
     count: int
 
-    def choose(self, shape: Shape) -> int:
+    def choose(self, shape: StepShape) -> int:
         return self.count
 
-    def learn(self, shape: Shape, count: int, seconds: float, waited: float) -> None: ...
+    def learn(self, shape: StepShape, count: int, seconds: float, waited: float) -> None: ...
 
 
 @dataclass(slots=True)
@@ -88,19 +88,19 @@ class _Kind:
     settled: float | None = None  # seconds per token of the best after the last comparison
 
 
-class Measured:
+class MeasuredMicrobatches:
     """The number that has proved fastest for the kind of step, give or take what trying costs."""
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[int, bool], _Kind] = {}
 
-    def choose(self, shape: Shape) -> int:
+    def choose(self, shape: StepShape) -> int:
         kind = self._kind(shape)
         if kind.rival is not None and kind.rivals_turn:
             return kind.rival.count
         return kind.best.count
 
-    def learn(self, shape: Shape, count: int, seconds: float, waited: float) -> None:
+    def learn(self, shape: StepShape, count: int, seconds: float, waited: float) -> None:
         if shape.tokens < 1 or seconds <= 0:
             return
         kind = self._kind(shape)
@@ -116,7 +116,7 @@ class Measured:
             kind.rivals_turn = not kind.rivals_turn
             _judge(kind, kind.rival)
 
-    def _kind(self, shape: Shape) -> _Kind:
+    def _kind(self, shape: StepShape) -> _Kind:
         size = max(1, shape.tokens).bit_length() - 1
         return self._kinds.setdefault((size, shape.decode), _Kind(min(LARGEST, 1 << size)))
 

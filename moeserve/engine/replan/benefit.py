@@ -45,7 +45,7 @@ class StepSample:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class StepCostModel:
     """Seconds per token, per copy, and per copy at the busiest rank; ``fixed`` per step."""
 
     fixed: float
@@ -55,7 +55,7 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class PlanLoad:
     """What a plan does to a token, on average over recent ones: counts as in ``StepSample``."""
 
     copies: float
@@ -63,7 +63,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Moving:
+class MoveCost:
     """Measured: bytes that ranks read per second, together, and what switching a layer holds up."""
 
     bytes_per_s: float
@@ -71,14 +71,14 @@ class Moving:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class ReplanPolicy:
     horizon_s: float = 600.0
     min_interval_s: float = 120.0
     min_gain: float = 0.03
 
 
 @dataclass(frozen=True, slots=True)
-class Now:
+class Conditions:
     """When, and how much is going on: tokens computed per second by all ranks, and per step."""
 
     seconds: float
@@ -88,7 +88,7 @@ class Now:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ReplanDecision:
     """``gain_s`` over the horizon, ``cost_s`` of moving; ``why`` is for the log."""
 
     apply: bool
@@ -97,7 +97,7 @@ class Decision:
     cost_s: float = 0.0
 
 
-def fit(steps: Sequence[StepSample]) -> Weights | None:
+def fit(steps: Sequence[StepSample]) -> StepCostModel | None:
     """None where there are too few steps to tell anything."""
     if len(steps) < LEAST_STEPS:
         return None
@@ -108,10 +108,10 @@ def fit(steps: Sequence[StepSample]) -> Weights | None:
     doubt_4 = _doubt(x_N4 / scale_4, y_N, best_4, used)
     sure_4 = np.maximum(0.0, best_4 - _CERTAIN * doubt_4) / scale_4
     fixed, token = best_4[:2] / scale_4[:2]
-    return Weights(float(fixed), float(token), float(sure_4[2]), float(sure_4[3]))
+    return StepCostModel(float(fixed), float(token), float(sure_4[2]), float(sure_4[3]))
 
 
-def load_of(plan: Plan, topk_TLK: NDArray[np.int32], batch: int) -> Load:
+def plan_load(plan: Plan, topk_TLK: NDArray[np.int32], batch: int) -> PlanLoad:
     """Of each token that a rank computes, homes in turn, ``batch`` tokens a rank at a time."""
     home_T = turns(len(topk_TLK), plan.num_devices, batch)
     rows_T = np.arange(len(topk_TLK))
@@ -121,7 +121,7 @@ def load_of(plan: Plan, topk_TLK: NDArray[np.int32], batch: int) -> Load:
         away_TD[rows_T, home_T] = False
         came_D += away_TD.sum(axis=0)
     tokens = max(1, len(topk_TLK))
-    return Load(float(came_D.sum()) / tokens, float(came_D.max()) / tokens)
+    return PlanLoad(float(came_D.sum()) / tokens, float(came_D.max()) / tokens)
 
 
 def bytes_to_read(current: Plan, candidate: Plan, expert_bytes: int) -> int:
@@ -136,18 +136,18 @@ def layers_that_differ(current: Plan, candidate: Plan) -> int:
 
 
 def decide(
-    policy: Policy,
-    now: Now,
-    weights: Weights | None,
-    loads: tuple[Load, Load],
+    policy: ReplanPolicy,
+    now: Conditions,
+    weights: StepCostModel | None,
+    loads: tuple[PlanLoad, PlanLoad],
     moves: tuple[int, int],
-    moving: Moving,
-) -> Decision:
+    moving: MoveCost,
+) -> ReplanDecision:
     """``loads`` of the current plan and the candidate; ``moves`` are bytes to read and layers."""
     if weights is None:
-        return Decision(False, "too few steps were measured")
+        return ReplanDecision(False, "too few steps were measured")
     if now.last_change_s is not None and now.seconds - now.last_change_s < policy.min_interval_s:
-        return Decision(False, "the last change is too recent")
+        return ReplanDecision(False, "the last change is too recent")
     current, candidate = loads
     per_token = weights.copy * (current.copies - candidate.copies)
     per_token += weights.busiest * (current.busiest - candidate.busiest)
@@ -158,11 +158,13 @@ def decide(
     cost_s = moves[0] / max(1e-9, moving.bytes_per_s) + moves[1] * moving.pause_s
     if per_token * now.tokens_per_step <= policy.min_gain * step_s:
         why = f"it would save {per_token * now.tokens_per_step:.3g} s of steps of {step_s:.3g} s"
-        return Decision(False, why, gain_s, cost_s)
+        return ReplanDecision(False, why, gain_s, cost_s)
     if gain_s <= cost_s:
         why = f"it would save {gain_s:.3g} s within the horizon, and moving takes {cost_s:.3g} s"
-        return Decision(False, why, gain_s, cost_s)
-    return Decision(True, f"it saves {gain_s:.3g} s for {cost_s:.3g} s of moving", gain_s, cost_s)
+        return ReplanDecision(False, why, gain_s, cost_s)
+    return ReplanDecision(
+        True, f"it saves {gain_s:.3g} s for {cost_s:.3g} s of moving", gain_s, cost_s
+    )
 
 
 def _by_device(plan: Plan) -> NDArray[np.int32]:

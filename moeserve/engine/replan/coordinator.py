@@ -1,7 +1,7 @@
 """Plans on rank 0: a proposal becomes orders that ride on steps, and what came of it is logged.
 
 ``propose`` may be called from any thread; everything else belongs to the thread that runs steps.
-Rank 0 is a rank too, and its ``Swapper`` is driven here.
+Rank 0 is a rank too, and its ``ExpertSwapper`` is driven here.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from typing import Any
 import numpy as np
 
 from moeserve.core import Counters
-from moeserve.engine.replan.swapper import Swapper
-from moeserve.engine.replan.switch import Change, PlanReport, Rows, Switch
+from moeserve.engine.replan.swapper import ExpertSwapper
+from moeserve.engine.replan.switch import PlanChange, PlanReport, PlanSwitch, Rows
 from moeserve.errors import PlacementError
 from moeserve.placement.plan import Plan
 
 
-class PlanConductor:
-    """A ``distributed.Conductor``; ``changes`` are those that ended."""
+class PlanCoordinator:
+    """A ``leader.LeaderNotes``; ``changes`` are those that ended."""
 
-    def __init__(self, plan: Plan, swapper: Swapper, counters: Counters | None = None) -> None:
-        self.changes: list[Change] = []
+    def __init__(
+        self, plan: Plan, swapper: ExpertSwapper, counters: Counters | None = None
+    ) -> None:
+        self.changes: list[PlanChange] = []
         self.counts: dict[int, Mapping[str, Any]] = {}
-        self._switch = Switch(rows_of(plan), plan.num_devices)
+        self._switch = PlanSwitch(rows_of(plan), plan.num_devices)
         self._plan = plan
         self._swapper = swapper
         self._counters = counters or Counters()
@@ -49,7 +51,7 @@ class PlanConductor:
         return self._proposed is not None or (change is not None and not change.finished)
 
     @property
-    def waiting(self) -> bool:
+    def pending(self) -> bool:
         return self.changing or self._asking or self._switch.ready
 
     def propose(self, plan: Plan) -> None:
@@ -64,7 +66,7 @@ class PlanConductor:
             self.counts = {}
             self._asking = True
 
-    def board(self) -> dict[int, bytes]:
+    def outgoing(self) -> dict[int, bytes]:
         self._take_up()
         told: dict[str, Any] = {}
         order = self._switch.order()
@@ -77,11 +79,11 @@ class PlanConductor:
             self._collect()
             return {}
         note = json.dumps(told).encode()
-        self._swapper.hear(note)
+        self._swapper.receive(note)
         self._collect()
         return dict.fromkeys(range(1, self._world), note)
 
-    def arrive(self, rank: int, note: bytes) -> None:
+    def collect(self, rank: int, note: bytes) -> None:
         said = json.loads(note)
         for report in said.get("reports", ()):
             self._switch.report(rank, PlanReport(**report))
@@ -95,9 +97,9 @@ class PlanConductor:
         self._swapper.close()
 
     def _collect(self) -> None:
-        note = self._swapper.say()
+        note = self._swapper.reply()
         if note:
-            self.arrive(0, note)
+            self.collect(0, note)
 
     def _take_up(self) -> None:
         with self._lock:
@@ -114,7 +116,7 @@ class PlanConductor:
         self._conclude(before)
         self._conclude(self._switch.change)
 
-    def _conclude(self, change: Change | None) -> None:
+    def _conclude(self, change: PlanChange | None) -> None:
         """Log a change that has ended, once."""
         if change is None or not change.finished or any(change is c for c in self.changes):
             return

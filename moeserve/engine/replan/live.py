@@ -11,51 +11,51 @@ from pathlib import Path
 from moeserve.comm.layout import plan_of
 from moeserve.engine.loop import EngineObserver
 from moeserve.engine.ranks.leader import DistributedExecutor
-from moeserve.engine.replan.benefit import Policy
-from moeserve.engine.replan.coordinator import PlanConductor
-from moeserve.engine.replan.replanner import Habits, Replanner, StepWatch, solve_aside
+from moeserve.engine.replan.benefit import ReplanPolicy
+from moeserve.engine.replan.coordinator import PlanCoordinator
+from moeserve.engine.replan.replanner import Replanner, ReplanSettings, StepHistory, solve_aside
 from moeserve.errors import PlacementError
 from moeserve.placement.report import CopyBytes
 
 
 @dataclass(frozen=True, slots=True)
-class Planning:
+class LivePlan:
     """``node_R`` are the nodes of the ranks. ``close`` before the engine stops."""
 
-    conductor: PlanConductor
+    coordinator: PlanCoordinator
     node_R: Sequence[int]
     replanner: Replanner | None = None
 
     def reread(self, file: Path) -> None:
         """Change to the plan in ``file``; the log says why not, where it cannot be."""
-        plan = self.conductor.plan
+        plan = self.coordinator.plan
         try:
             found = plan_of(file, plan.moe_layers, plan.num_experts, self.node_R)
         except PlacementError as error:
             logging.getLogger("moeserve.plan").error("%s", error.message)
             return
-        self.conductor.propose(found)
+        self.coordinator.propose(found)
 
     def close(self) -> None:
         if self.replanner is not None:
             self.replanner.close()
 
 
-def replan_by_itself(
-    conductor: PlanConductor,
+def build_replanner(
+    coordinator: PlanCoordinator,
     ranks: DistributedExecutor,
     observer: EngineObserver,
-    habits: Habits,
+    habits: ReplanSettings,
     weigh: CopyBytes,
-    policy: Policy | None = None,
-) -> tuple[Replanner, StepWatch]:
+    policy: ReplanPolicy | None = None,
+) -> tuple[Replanner, StepHistory]:
     """The second is the engine's observer from now on; what a move costs and a copy weighs goes to
     the solver too, so that it does not move what is not worth it."""
-    policy, watch = policy or Policy(), StepWatch(observer, ranks.work)
+    policy, watch = policy or ReplanPolicy(), StepHistory(observer, ranks.work)
     options = [
         "--expert-bytes", str(habits.expert_bytes), "--dispatch-bytes", str(weigh.dispatch),
         "--combine-bytes", str(weigh.combine),
         "--horizon-tokens", str(habits.horizon_tokens),
     ]  # fmt: skip
     solve = partial(solve_aside, weigh=options)
-    return Replanner(conductor, watch, habits, solve, policy), watch
+    return Replanner(coordinator, watch, habits, solve, policy), watch

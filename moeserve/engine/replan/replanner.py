@@ -19,22 +19,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.comm.dispatcher import Moved
+from moeserve.comm.dispatcher import DispatchStats
 from moeserve.core import FinishReason, StepPlan, Timing
 from moeserve.engine.loop import EngineObserver
 from moeserve.engine.replan.benefit import (
-    Decision,
-    Moving,
-    Now,
-    Policy,
+    Conditions,
+    MoveCost,
+    ReplanDecision,
+    ReplanPolicy,
     StepSample,
     bytes_to_read,
     decide,
     fit,
     layers_that_differ,
-    load_of,
+    plan_load,
 )
-from moeserve.engine.replan.coordinator import PlanConductor
+from moeserve.engine.replan.coordinator import PlanCoordinator
 from moeserve.engine.replan.routing_counts import sample_of
 from moeserve.errors import PlacementError
 from moeserve.placement.plan import Plan, dump, load, write_whole
@@ -45,11 +45,11 @@ KEPT_STEPS = 1024
 Solve = Callable[[Plan, NDArray[np.int32]], Plan]
 
 
-class StepWatch:
+class StepHistory:
     """An engine observer that keeps the measured steps and passes everything on. ``work`` is
     ``DistributedExecutor.work``, counted up by every step."""
 
-    def __init__(self, inner: EngineObserver, work: Sequence[Moved]) -> None:
+    def __init__(self, inner: EngineObserver, work: Sequence[DispatchStats]) -> None:
         self.steps: deque[StepSample] = deque(maxlen=KEPT_STEPS)
         self._inner = inner
         self._work = work
@@ -73,14 +73,14 @@ class StepWatch:
         self._inner.on_finish(reason, timing)
 
 
-def came_D(work: Sequence[Moved]) -> NDArray[np.int64]:
+def came_D(work: Sequence[DispatchStats]) -> NDArray[np.int64]:
     """Copies that came to each rank from the others."""
-    came: NDArray[np.int64] = np.array([moved.copies_R for moved in work], np.int64).sum(axis=0)
+    came: NDArray[np.int64] = np.array([stats.copies_R for stats in work], np.int64).sum(axis=0)
     return came
 
 
 @dataclass(frozen=True, slots=True)
-class Habits:
+class ReplanSettings:
     """How often it looks, how long it waits for ranks to answer, and how large experts are.
 
     ``read_bytes_per_s`` is what reading was measured at when ranks started, all together;
@@ -100,19 +100,19 @@ class Replanner:
 
     def __init__(
         self,
-        conductor: PlanConductor,
-        watch: StepWatch,
-        habits: Habits,
+        coordinator: PlanCoordinator,
+        watch: StepHistory,
+        habits: ReplanSettings,
         solve: Solve,
-        policy: Policy | None = None,
+        policy: ReplanPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.decisions: deque[Decision] = deque(maxlen=64)
-        self._conductor = conductor
+        self.decisions: deque[ReplanDecision] = deque(maxlen=64)
+        self._coordinator = coordinator
         self._watch = watch
         self._habits = habits
         self._solve = solve
-        self._policy = policy or Policy()
+        self._policy = policy or ReplanPolicy()
         self._clock = clock
         self._asked_s = clock()
         self._changed_s: float | None = None
@@ -128,7 +128,7 @@ class Replanner:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
-    def consider(self) -> Decision:
+    def consider(self) -> ReplanDecision:
         """Look once, and propose if it pays."""
         found = self._consider()
         self.decisions.append(found)
@@ -142,14 +142,16 @@ class Replanner:
             except (PlacementError, OSError, ValueError) as error:
                 self._log.warning("re-planning: %s", error)
 
-    def _consider(self) -> Decision:
-        conductor, habits = self._conductor, self._habits
-        if conductor.changing:
-            return Decision(False, "a change is under way")
+    def _consider(self) -> ReplanDecision:
+        coordinator, habits = self._coordinator, self._habits
+        if coordinator.changing:
+            return ReplanDecision(False, "a change is under way")
         topk_TLK, tokens, elapsed_s = self._ask()
         if len(topk_TLK) < LEAST_TOKENS:
-            return Decision(False, f"{len(topk_TLK)} tokens were sampled, {LEAST_TOKENS} are few")
-        plan = conductor.plan
+            return ReplanDecision(
+                False, f"{len(topk_TLK)} tokens were sampled, {LEAST_TOKENS} are few"
+            )
+        plan = coordinator.plan
         candidate = self._solve(plan, topk_TLK[::2])
         steps = list(self._watch.steps)
         per_step = sum(s.tokens for s in steps) / max(1, len(steps))
@@ -159,23 +161,23 @@ class Replanner:
         moves = read, layers_that_differ(plan, candidate)
         found = decide(
             self._policy,
-            Now(self._clock(), self._changed_s, tokens / max(1e-9, elapsed_s), per_step),
+            Conditions(self._clock(), self._changed_s, tokens / max(1e-9, elapsed_s), per_step),
             fit(steps),
-            (load_of(plan, judged, batch), load_of(candidate, judged, batch)),
+            (plan_load(plan, judged, batch), plan_load(candidate, judged, batch)),
             moves,
             self._moving(steps),
         )
         if found.apply:
-            conductor.propose(candidate)
+            coordinator.propose(candidate)
             self._changed_s = self._clock()
         return found
 
     def _ask(self) -> tuple[NDArray[np.int32], int, float]:
         """The ranks' samples, how many tokens they computed, and in how many seconds."""
-        plan = self._conductor.plan
-        self._conductor.ask()
+        plan = self._coordinator.plan
+        self._coordinator.ask()
         ends = time.monotonic() + self._habits.answer_s
-        while len(counts := self._conductor.counts) < plan.num_devices:
+        while len(counts := self._coordinator.counts) < plan.num_devices:
             if self._stop.is_set() or time.monotonic() > ends:
                 break
             time.sleep(0.02)
@@ -186,15 +188,15 @@ class Replanner:
         topk_TLK = np.concatenate([np.empty((0, layers, top_k), np.int32), *samples])
         return topk_TLK, sum(int(c["tokens"]) for c in counts.values()), elapsed_s
 
-    def _moving(self, steps: Sequence[StepSample]) -> Moving:
+    def _moving(self, steps: Sequence[StepSample]) -> MoveCost:
         """As the last change measured it; before the first, reading as at the start, and a pause as
         long as a step."""
-        for change in reversed(self._conductor.changes):
+        for change in reversed(self._coordinator.changes):
             if change.switched and change.prepare_s > 0:
                 rate = change.bytes_read / change.prepare_s or self._habits.read_bytes_per_s
-                return Moving(rate, change.paused_s / change.switched)
+                return MoveCost(rate, change.paused_s / change.switched)
         mean_s = sum(s.seconds for s in steps) / max(1, len(steps))
-        return Moving(self._habits.read_bytes_per_s, mean_s)
+        return MoveCost(self._habits.read_bytes_per_s, mean_s)
 
 
 def solve_aside(

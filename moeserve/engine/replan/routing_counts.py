@@ -22,7 +22,7 @@ SAMPLE_BYTES = 96 << 10
 PER_STEP = 8
 
 
-class Tally:
+class RoutingCounts:
     """A step observer; ``take`` gives what came since the last ``take``, as JSON has it."""
 
     def __init__(self, moe_layers: Sequence[int], num_experts: int, top_k: int) -> None:
@@ -71,12 +71,12 @@ def sample_of(counts: Mapping[str, Any], layers: int, top_k: int) -> NDArray[np.
     return flat.reshape(-1, layers, top_k).astype(np.int32)
 
 
-def both(first: StepObserver | None, second: StepObserver | None) -> StepObserver | None:
+def chain_observers(first: StepObserver | None, second: StepObserver | None) -> StepObserver | None:
     """Whoever is there."""
-    return (first and second and Both(first, second)) or first or second
+    return (first and second and ChainedObservers(first, second)) or first or second
 
 
-class Both:
+class ChainedObservers:
     """Two step observers as one."""
 
     def __init__(self, first: StepObserver, second: StepObserver) -> None:

@@ -2,7 +2,7 @@
 
 Experts are read from the checkpoint and packed on a thread of their own; the swap, between two
 steps, is one assignment, and what it held the step up is measured. Rides on orders and reports
-(``follow.Rider``), as JSON.
+(``follow.FollowerNotes``), as JSON.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moeserve.comm.build import spread_of
-from moeserve.comm.dispatcher import Spread
+from moeserve.comm.build import shard_experts
+from moeserve.comm.dispatcher import ShardedExperts
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.pipeline import Parallel
+from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.engine.replan.switch import PlanOrder, PlanReport
 from moeserve.errors import MoeserveError
 from moeserve.kernels.ops import Ops, Part, RouterWeights
@@ -44,14 +44,14 @@ class _Task:
     expert_S: tuple[int, ...]
 
 
-class Swapper:
+class ExpertSwapper:
     """``open_source`` is called once, on the thread that reads."""
 
     def __init__(
         self,
         rank: int,
         ops: Ops,
-        parallel: Parallel,
+        parallel: ParallelLayerRunner,
         routers: Mapping[int, Part[RouterWeights]],
         open_source: Open,
         counts: Counts | None = None,
@@ -66,22 +66,22 @@ class Swapper:
         self._clock = clock
         self._asked = False
         self._wanted = 0  # the turn that is being prepared; 0 is none
-        self._ready: tuple[_Task, Spread] | None = None
+        self._ready: tuple[_Task, ShardedExperts] | None = None
         self._said: deque[PlanReport] = deque()
         self._lock = threading.Lock()
-        self._tasks: SimpleQueue[_Task | Spread | None] = SimpleQueue()
+        self._tasks: SimpleQueue[_Task | ShardedExperts | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._log = logging.getLogger("moeserve.plan")
 
-    def hear(self, note: bytes) -> None:
-        """What ``conductor.PlanConductor`` has for this rank before a step."""
+    def receive(self, note: bytes) -> None:
+        """What ``coordinator.PlanCoordinator`` has for this rank before a step."""
         told = json.loads(note)
         self._asked |= bool(told.get("count"))
         if "order" in told:
             order = told["order"]
-            self.obey(PlanOrder(**{**order, "expert_S": tuple(order["expert_S"])}))
+            self.apply(PlanOrder(**{**order, "expert_S": tuple(order["expert_S"])}))
 
-    def say(self) -> bytes:
+    def reply(self) -> bytes:
         answer: dict[str, Any] = {}
         with self._lock:
             if self._said:
@@ -92,7 +92,7 @@ class Swapper:
         self._asked = False
         return json.dumps(answer).encode() if answer else b""
 
-    def obey(self, order: PlanOrder) -> None:
+    def apply(self, order: PlanOrder) -> None:
         """Before a step."""
         if order.abandon:
             with self._lock:
@@ -119,7 +119,7 @@ class Swapper:
             ready, self._ready = self._ready, None
         assert ready is not None, f"layer {layer} was not prepared"
         assert ready[0].layer == layer, (ready[0], layer)
-        old, self._parallel.spreads[layer] = self._parallel.spreads[layer], ready[1]
+        old, self._parallel.sharded[layer] = self._parallel.sharded[layer], ready[1]
         assert old is not None, layer
         self._tasks.put(old)  # to be freed there, before the next is prepared
         del old
@@ -135,7 +135,7 @@ class Swapper:
     def _work(self) -> None:
         source: ExpertSource | None = None
         while (task := self._tasks.get()) is not None:
-            if isinstance(task, Spread):
+            if isinstance(task, ShardedExperts):
                 del task
                 continue
             if task.turn != self._wanted:
@@ -144,19 +144,19 @@ class Swapper:
             before = 0 if source is None else source.bytes_read
             try:
                 source = source or self._open()
-                spread = self._prepare(source, task)
+                sharded = self._prepare(source, task)
             except (MoeserveError, OSError, MemoryError, RuntimeError) as error:
                 self._log.exception("layer %d cannot be prepared", task.layer)
                 self._answer(task, None, PlanReport(task.turn, error=_shown(error)))
                 continue
             seconds, read = self._clock() - begun, source.bytes_read - before
             done = PlanReport(task.turn, prepare_s=seconds, bytes_read=read)
-            self._answer(task, spread, done)
-            del spread  # or it would outlive its layer here
+            self._answer(task, sharded, done)
+            del sharded  # or it would outlive its layer here
 
-    def _prepare(self, source: ExpertSource, task: _Task) -> Spread:
+    def _prepare(self, source: ExpertSource, task: _Task) -> ShardedExperts:
         """Where the rank's own experts stay, nothing is read."""
-        held = self._parallel.spreads[task.layer]
+        held = self._parallel.sharded[task.layer]
         assert held is not None, task.layer
         row_S = np.array(task.expert_S, np.int32)
         layout = LayerLayout(row_S, held.layout.num_experts, held.layout.world)
@@ -164,13 +164,13 @@ class Swapper:
         if own != held.layout.of_rank(self._rank):
             experts = source.read(task.layer, own)
             part = self._ops.prepare(replace(part.weights, experts=experts))
-        return spread_of(self._ops, self.routers[task.layer], part, layout)
+        return shard_experts(self._ops, self.routers[task.layer], part, layout)
 
-    def _answer(self, task: _Task, spread: Spread | None, report: PlanReport) -> None:
+    def _answer(self, task: _Task, sharded: ShardedExperts | None, report: PlanReport) -> None:
         with self._lock:
             if task.turn != self._wanted:
                 return
-            self._ready = None if spread is None else (task, spread)
+            self._ready = None if sharded is None else (task, sharded)
             self._said.append(report)
 
 

@@ -6,8 +6,8 @@ into use before the same step. One layer is on its way at a time: that is all th
 Where a rank cannot prepare a layer, the rest of the change is abandoned, and what has been switched
 stays.
 
-Pure: rank 0 asks ``Switch`` at every step boundary what to tell the ranks, and tells it what they
-answer. Letters: S slots of a layer on all ranks.
+Pure: rank 0 asks ``PlanSwitch`` at every step boundary what to tell the ranks, and tells it what
+they answer. Letters: S slots of a layer on all ranks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PlanReport:
 
 
 @dataclass(slots=True)
-class Change:
+class PlanChange:
     """How a change went. ``pause_s`` is the longest that a switch held up a rank, ``paused_s`` the
     sum over layers of the slowest rank's, as is ``prepare_s``; ``bytes_read`` are of all ranks."""
 
@@ -62,19 +62,19 @@ class Change:
     finished: bool = False
 
 
-class Switch:
+class PlanSwitch:
     """Rank 0's. ``rows`` are what is in use now, layer by layer."""
 
     def __init__(self, rows: Rows, world: int) -> None:
         self.rows = dict(rows)
-        self.change: Change | None = None
+        self.change: PlanChange | None = None
         self._world = world
         self._pending: deque[tuple[int, tuple[int, ...]]] = deque()
         self._turn = 0
         self._preparing: tuple[int, tuple[int, ...]] | None = None
         self._unprepared: set[int] = set()
         self._unswitched: set[int] = set()
-        self._switching: tuple[int, Change] | None = None
+        self._switching: tuple[int, PlanChange] | None = None
         self._slowest_s = 0.0
         self._prepared_s = 0.0
         self._abandon = False
@@ -98,7 +98,7 @@ class Switch:
         self._stop("another plan came")
         differing = [(layer, row) for layer, row in rows.items() if row != self.rows[layer]]
         self._pending.extend(differing)
-        self.change = Change(len(differing), finished=not differing)
+        self.change = PlanChange(len(differing), finished=not differing)
         return len(differing)
 
     @property

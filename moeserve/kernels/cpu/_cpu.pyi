@@ -306,14 +306,14 @@ class Layer:
 class Stack:
     def __init__(self, layers: list[Layer], /) -> None: ...
 
-def run(x: int, stack: Stack, step: Step, caches: list[Cache], ids: int, /) -> bool:
+def forward_layers(x: int, stack: Stack, step: Step, caches: list[Cache], ids: int, /) -> bool:
     """All layers; [T, C] ids of the routed ones follow one another."""
 
 def attend_gqa(x: int, weights: Gqa, step: Step, cache: Cache, /) -> bool: ...
 def attend_mla(x: int, weights: Mla, step: Step, cache: Cache, /) -> bool: ...
 def dense(x: int, rows: int, weights: Dense, /) -> None: ...
 def route(x: int, rows: int, weights: Router, normed: int, ids: int, shares: int, /) -> None: ...
-def mix(
+def moe(
     x: int, rows: int, weights: Mixture, normed: int, ids: int, chosen: int, shares: int, /
 ) -> bool: ...
 
@@ -373,7 +373,7 @@ def relay_sums(
 ) -> int:
     """The rows of ``out``."""
 
-def collect(
+def combine(
     x: int,
     shares: int,
     rows: int,

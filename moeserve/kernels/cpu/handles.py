@@ -1,7 +1,7 @@
 """Native handles of a decoder's parts, made once; what a step then passes is a handle and numbers.
 
 Shapes are checked here, when a model is loaded. A ``Part``'s data is a ``Native``, a ``Step``'s a
-``Pass``. Letters: see ``ops``.
+``NativeStep``. Letters: see ``ops``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Room:
 
 
 @dataclass(slots=True)
-class Pass:
+class NativeStep:
     """A forward pass. ``rooms`` are used by one layer after the other, by hidden and top-k."""
 
     handle: _cpu.Step
@@ -113,10 +113,10 @@ def new_step(rope: Rope, position_T: Tensor, slot_T: Tensor, attention: Attentio
         sequences,
         width,
     )
-    return Step(rows, rope, position_T, slot_T, attention, Pass(handle))
+    return Step(rows, rope, position_T, slot_T, attention, NativeStep(handle))
 
 
-def pile(layers: Sequence[Layer]) -> Stack:
+def stack_layers(layers: Sequence[Layer]) -> Stack:
     natives, sizes = [], set()
     for layer in layers:
         attention, mlp = layer.attention.data, layer.mlp
@@ -133,7 +133,7 @@ def pile(layers: Sequence[Layer]) -> Stack:
 
 
 def room_of(step: Step, hidden: int, top_k: int) -> Room:
-    rooms = cast("Pass", step.data).rooms
+    rooms = cast("NativeStep", step.data).rooms
     room = rooms.get((hidden, top_k))
     if room is None:
         normed = torch.empty(step.rows, hidden)

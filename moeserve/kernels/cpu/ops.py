@@ -23,9 +23,9 @@ from moeserve.kernels.cpu.handles import (
     check_spec,
     native_of,
     new_step,
-    pile,
     room_of,
     rows_at,
+    stack_layers,
 )
 from moeserve.kernels.cpu.kv import fp32, int32
 from moeserve.kernels.cpu.packing import Panels, pack
@@ -261,13 +261,13 @@ class CpuOps(NativeWire):
         _cpu.route(x_at, step.rows, native.handle, *room.at)
         return room.routed
 
-    def mix(self, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
+    def moe(self, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
         native: Native = part.data
         normed, ids, weights = routed.normed_TH, routed.ids_TC, routed.weights_TC
         rows, chosen = ids.shape
         assert ids.dtype is torch.int32, ids.dtype
         assert ids.is_contiguous(), ids.stride()
-        if not _cpu.mix(
+        if not _cpu.moe(
             rows_at(x_TH, rows, native.hidden),
             rows,
             native.handle,
@@ -278,10 +278,10 @@ class CpuOps(NativeWire):
         ):
             raise InternalError(f"mix: an expert id is not one of {part.weights.experts}")
 
-    def pile(self, layers: Sequence[Layer]) -> Stack:
-        return pile(layers)
+    def stack_layers(self, layers: Sequence[Layer]) -> Stack:
+        return stack_layers(layers)
 
-    def run(
+    def forward_layers(
         self,
         x_TH: Tensor,
         stack: Stack,
@@ -293,7 +293,7 @@ class CpuOps(NativeWire):
         ids = torch.empty(step.rows * sum(native.top_ks), dtype=torch.int32)
         handles = [cache.data.handle for cache in caches]
         x_at = rows_at(x_TH, step.rows, native.hidden)
-        if not _cpu.run(x_at, native.handle, step.data.handle, handles, ids.data_ptr()):
+        if not _cpu.forward_layers(x_at, native.handle, step.data.handle, handles, ids.data_ptr()):
             raise InternalError(
                 f"run: slots, contexts or blocks of {step.attention} do not fit the "
                 f"{len(caches)} caches of {len(stack.layers)} layers"

@@ -137,7 +137,7 @@ class NativeWire:
         _cpu.shared(normed, rows, part.data.handle, out.data_ptr())
         return out
 
-    def collect(
+    def combine(
         self,
         x_TH: Tensor,
         part: Part[MoeWeights],
@@ -147,7 +147,7 @@ class NativeWire:
         shared_TH: Tensor | None,
     ) -> None:
         rows, hidden = x_TH.shape
-        if not _cpu.collect(
+        if not _cpu.combine(
             rows_at(x_TH, rows, part.data.hidden),
             rows_at(routed.weights_TC, rows, copies.slot_NC.shape[1]),
             rows,

@@ -17,7 +17,7 @@ from moeserve.kernels.ops import ATTENTION_SEGMENT, ATTENTION_STEP, AttentionBat
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class KvPart:
     """Some features of every head and position; ``scale_BPG`` where ``x_BPGD`` are codes."""
 
     x_BPGD: Tensor
@@ -47,8 +47,8 @@ class Part:
 class Pages:
     """``keys`` are one part, or two where the cache is latent; the first is then ``values`` too."""
 
-    keys: tuple[Part, ...]
-    values: Part
+    keys: tuple[KvPart, ...]
+    values: KvPart
 
 
 def bytes_per_block(shape: KvShape) -> int:
@@ -61,9 +61,9 @@ def bytes_per_block(shape: KvShape) -> int:
 def new_cache(shape: KvShape) -> KvCache:
     place = (shape.num_blocks, shape.block_size, shape.kv_heads)
 
-    def part(width: int) -> Part:
+    def part(width: int) -> KvPart:
         scale = torch.zeros(place) if shape.dtype is torch.int8 else None
-        return Part(torch.zeros(*place, width, dtype=shape.dtype), scale)
+        return KvPart(torch.zeros(*place, width, dtype=shape.dtype), scale)
 
     values = part(shape.value_size)
     apart = part_sizes(shape)[1:] if shape.latent else part_sizes(shape)

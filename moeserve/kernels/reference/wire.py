@@ -233,7 +233,7 @@ class ReferenceWire:
                 out.append(sum(here, torch.zeros(wire.hidden)))
         return Sums(rows, sums_of(part, wire, out).data)
 
-    def collect(
+    def combine(
         self: Ops,
         x_TH: Tensor,
         part: Part[MoeWeights],

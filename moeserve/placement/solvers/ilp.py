@@ -30,7 +30,7 @@ START = 20.0  # seconds its process may take to import it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Answer:
+class Solution:
     """``device_E`` of one program; ``proven`` when the solver showed that nothing is better."""
 
     device_E: I32
@@ -44,7 +44,7 @@ def have_highs() -> bool:
 
 def cluster_layer(
     load_E: F64, devices: int, *, limit: float, objective: str = "abs"
-) -> Answer | None:
+) -> Solution | None:
     """MoETuner's first program for one layer: equal groups of least load deviation.
 
     ``objective`` "abs" is the paper's sum over groups of |load - mean|; "max" the largest load,
@@ -55,12 +55,12 @@ def cluster_layer(
     return _within(limit, "cluster", [load_E], [devices, objective])
 
 
-def polish_layer(gain_ED: F64, load_E: F64, cap_D: F64, *, limit: float) -> Answer | None:
+def polish_layer(gain_ED: F64, load_E: F64, cap_D: F64, *, limit: float) -> Solution | None:
     """One layer as a generalised assignment: the most gain with equal groups under load caps."""
     return _within(limit, "polish", [gain_ED, load_E, cap_D], [])
 
 
-def best_chain(pairs_LEE: F64, load_LE: F64, devices: int, *, limit: float) -> Answer | None:
+def best_chain(pairs_LEE: F64, load_LE: F64, devices: int, *, limit: float) -> Solution | None:
     """All layers at once (tiny instances): the most pair mass kept on one device.
 
     ``device_E`` is [L * E], layer after layer.
@@ -68,12 +68,12 @@ def best_chain(pairs_LEE: F64, load_LE: F64, devices: int, *, limit: float) -> A
     return _within(limit, "chain", [pairs_LEE, load_LE], [devices])
 
 
-def label_layers(flow_LGG: F64, cost_DD: F64, *, limit: float) -> Answer | None:
+def label_layers(flow_LGG: F64, cost_DD: F64, *, limit: float) -> Solution | None:
     """MoETuner's second program: [L * G] device of each group, least sum of worst links."""
     return _within(limit, "labels", [flow_LGG, cost_DD], [])
 
 
-def _within(limit: float, program: str, arrays: list[F64], options: list[Any]) -> Answer | None:
+def _within(limit: float, program: str, arrays: list[F64], options: list[Any]) -> Solution | None:
     """The worker's answer; None when it had none, or had to be ended."""
     task = json.dumps([program, limit, [array.tolist() for array in arrays], options])
     worker = subprocess.Popen(
@@ -98,7 +98,7 @@ def _within(limit: float, program: str, arrays: list[F64], options: list[Any]) -
     answer = json.loads(out.strip().splitlines()[-1])
     if answer is None:
         return None
-    return Answer(np.array(answer[0], np.int32), float(answer[1]), bool(answer[2]))
+    return Solution(np.array(answer[0], np.int32), float(answer[1]), bool(answer[2]))
 
 
 def main() -> None:
@@ -137,7 +137,7 @@ def _chosen(x: Any, experts: int, devices: int) -> list[int]:
     return [max(range(devices), key=lambda d: x[e][d].value()) for e in range(experts)]
 
 
-def _cluster_layer(load_E: F64, limit: float, devices: int, objective: str) -> Answer | None:
+def _cluster_layer(load_E: F64, limit: float, devices: int, objective: str) -> Solution | None:
     import pulp
 
     share_E = load_E / load_E.sum() * devices
@@ -157,10 +157,10 @@ def _cluster_layer(load_E: F64, limit: float, devices: int, objective: str) -> A
     device_E = np.array(_chosen(x, len(share_E), devices), np.int32)
     load_D = np.bincount(device_E, share_E, devices)
     value = load_D.max() if objective == "max" else np.abs(load_D - 1).sum()
-    return Answer(device_E, float(value), proven)
+    return Solution(device_E, float(value), proven)
 
 
-def _polish_layer(gain_ED: F64, load_E: F64, cap_D: F64, limit: float) -> Answer | None:
+def _polish_layer(gain_ED: F64, load_E: F64, cap_D: F64, limit: float) -> Solution | None:
     import pulp
 
     experts, devices = gain_ED.shape
@@ -176,10 +176,10 @@ def _polish_layer(gain_ED: F64, load_E: F64, cap_D: F64, limit: float) -> Answer
     if proven is None:
         return None
     device_E = np.array(_chosen(x, experts, devices), np.int32)
-    return Answer(device_E, float(gain_ED[np.arange(experts), device_E].sum()), proven)
+    return Solution(device_E, float(gain_ED[np.arange(experts), device_E].sum()), proven)
 
 
-def _best_chain(pairs_LEE: F64, load_LE: F64, limit: float, devices: int) -> Answer | None:
+def _best_chain(pairs_LEE: F64, load_LE: F64, limit: float, devices: int) -> Solution | None:
     import pulp
 
     layers, experts = load_LE.shape
@@ -205,10 +205,10 @@ def _best_chain(pairs_LEE: F64, load_LE: F64, limit: float, devices: int) -> Ans
     device_LE = np.array([_chosen(x[l], experts, devices) for l in range(layers)], np.int32)
     same_LEE = device_LE[:-1, :, None] == device_LE[1:, None, :]
     value = float((pairs_LEE * same_LEE).sum() / max(1, layers - 1))
-    return Answer(device_LE.ravel(), value, proven)
+    return Solution(device_LE.ravel(), value, proven)
 
 
-def _label_layers(flow_LGG: F64, cost_DD: F64, limit: float) -> Answer | None:
+def _label_layers(flow_LGG: F64, cost_DD: F64, limit: float) -> Solution | None:
     import pulp
 
     pairs, groups = flow_LGG.shape[:2]
@@ -243,10 +243,10 @@ def _label_layers(flow_LGG: F64, cost_DD: F64, limit: float) -> Answer | None:
         float((flow_LGG[l] * cost_DD[device_LG[l]][:, device_LG[l + 1]]).max())
         for l in range(pairs)
     )
-    return Answer(device_LG.ravel(), value, proven)
+    return Solution(device_LG.ravel(), value, proven)
 
 
-_PROGRAMS: dict[str, Callable[..., Answer | None]] = {
+_PROGRAMS: dict[str, Callable[..., Solution | None]] = {
     "cluster": _cluster_layer,
     "polish": _polish_layer,
     "chain": _best_chain,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from moeserve.core import BlockId, Chunk, Request, RequestId, SamplingParams, StepPlan
-from moeserve.engine.model_runner import LocalExecutor
+from moeserve.engine.model_runner import ModelRunner
 from moeserve.models.batch import StepBatch
 
 GREEDY = SamplingParams(temperature=0)
@@ -44,7 +44,7 @@ def chunk(name: str, token_ids: list[int], start: int, blocks: list[int], sample
 def test_chunks_of_prefill_and_decode_share_a_batch() -> None:
     decoder = Echo()
     plan = StepPlan((chunk("a", [1, 2], 3, [5, 0], False), chunk("b", [4], 6, [2, 7], True)))
-    result = LocalExecutor(decoder, 8, 4).run(plan)
+    result = ModelRunner(decoder, 8, 4).run(plan)
     (step,) = decoder.steps
     assert step.token_ids_T.tolist() == [1, 2, 4]
     assert step.positions_T.tolist() == [3, 4, 6]
@@ -57,7 +57,7 @@ def test_chunks_of_prefill_and_decode_share_a_batch() -> None:
 
 def test_logits_that_are_no_numbers_fail_one_request_of_the_step() -> None:
     seen: list[str] = []
-    executor = LocalExecutor(Echo(), 4, 4, on_logits=lambda c, _: seen.append(c.request.id))
+    executor = ModelRunner(Echo(), 4, 4, on_logits=lambda c, _: seen.append(c.request.id))
     plan = StepPlan(
         tuple(
             chunk(n, [t], 0, [i], True)
@@ -74,24 +74,24 @@ def test_end_tokens_are_banned_before_min_tokens() -> None:
     params = SamplingParams(temperature=0, min_tokens=1)
     request = Request(RequestId("a"), (6,), params)
     plan = StepPlan((Chunk(request, (6,), 0, (BlockId(0),), True),))
-    result = LocalExecutor(Echo(), 4, 4, eos_ids=frozenset({6})).run(plan)
+    result = ModelRunner(Echo(), 4, 4, eos_ids=frozenset({6})).run(plan)
     assert [s.token_id for s in result.sampled] == [0]
 
 
 def test_microbatches_sample_the_same_rows() -> None:
     chunks = (chunk("a", [1, 2, 4], 0, [0], True), chunk("b", [4], 3, [1], True))
     plain, cut = Echo(), Echo()
-    result = LocalExecutor(plain, 8, 4).run(StepPlan(chunks))
-    assert LocalExecutor(cut, 8, 4).run(StepPlan(chunks), microbatches=2) == result
+    result = ModelRunner(plain, 8, 4).run(StepPlan(chunks))
+    assert ModelRunner(cut, 8, 4).run(StepPlan(chunks), microbatches=2) == result
     assert [s.token_ids_T.tolist() for s in cut.steps] == [[1, 2], [4, 4]]
-    LocalExecutor(cut, 8, 4).run(StepPlan(()), microbatches=3)
+    ModelRunner(cut, 8, 4).run(StepPlan(()), microbatches=3)
     assert [s.token_ids_T.tolist() for s in cut.steps[2:]] == [[], [], []]
 
 
 def test_a_step_that_cannot_be_packed_fails_its_requests_after_the_decoders_turn() -> None:
     decoder = Echo()
     plan = StepPlan((chunk("a", [1], 9, [0], True), chunk("b", [2], 0, [1], True)))
-    result = LocalExecutor(decoder, 8, 4).run(plan, microbatches=2)
+    result = ModelRunner(decoder, 8, 4).run(plan, microbatches=2)
     assert [request_id for request_id, _ in result.failed] == ["a", "b"]
     assert [s.token_ids_T.tolist() for s in decoder.steps] == [[], []]
 
@@ -100,6 +100,6 @@ def test_a_row_that_cannot_be_sampled_fails_one_request() -> None:
     odd = SamplingParams(temperature=0, logit_bias=((V + 5, 1.0),))
     request = Request(RequestId("odd"), (1,), odd)
     plan = StepPlan((Chunk(request, (1,), 0, (BlockId(0),), True), chunk("b", [2], 0, [1], True)))
-    result = LocalExecutor(Echo(), 8, 4).run(plan)
+    result = ModelRunner(Echo(), 8, 4).run(plan)
     assert [i for i, _ in result.failed] == ["odd"]
     assert [(s.request_id, s.token_id) for s in result.sampled] == [("b", 2)]

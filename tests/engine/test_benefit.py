@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 
 from moeserve.engine.replan.benefit import (
     LEAST_STEPS,
-    Load,
-    Moving,
-    Now,
-    Policy,
+    Conditions,
+    MoveCost,
+    PlanLoad,
+    ReplanPolicy,
+    StepCostModel,
     StepSample,
-    Weights,
     bytes_to_read,
     decide,
     fit,
     layers_that_differ,
-    load_of,
+    plan_load,
 )
 from moeserve.placement.cluster import Dataflow, Topology
 from moeserve.placement.plan import Plan
@@ -34,17 +34,17 @@ from moeserve.placement.routing import Routing, workload_of_tokens
 from moeserve.placement.solvers.portfolio import Budget, solve
 
 DEVICES, EXPERTS, K, LAYERS = 4, 16, 2, (0, 1)
-TRUE = Weights(fixed=1e-3, token=2e-5, copy=4e-6, busiest=1e-5)
+TRUE = StepCostModel(fixed=1e-3, token=2e-5, copy=4e-6, busiest=1e-5)
 BATCH = 32
 
 
-def seconds(weights: Weights, tokens: float, copies: float, busiest: float) -> float:
+def seconds(weights: StepCostModel, tokens: float, copies: float, busiest: float) -> float:
     return (
         weights.fixed + weights.token * tokens + weights.copy * copies + weights.busiest * busiest
     )
 
 
-def steps_of(weights: Weights, noise: float, seed: int, count: int = 400) -> list[StepSample]:
+def steps_of(weights: StepCostModel, noise: float, seed: int, count: int = 400) -> list[StepSample]:
     """Steps of all sizes; some crowd one rank more than others do."""
     random = np.random.default_rng(seed)
     found = []
@@ -68,7 +68,7 @@ def test_coefficients_come_from_measured_steps() -> None:
 @settings(max_examples=30, deadline=None)
 def test_what_steps_do_not_show_is_not_believed(seed: int) -> None:
     """Copies that cost nothing, and noise; and steps that cannot tell copies from tokens."""
-    free = Weights(1e-3, 4e-5, 0.0, 0.0)
+    free = StepCostModel(1e-3, 4e-5, 0.0, 0.0)
     found = fit(steps_of(free, 0.2, seed))
     assert found is not None
     assert found.copy <= 0.2 * free.token
@@ -88,9 +88,9 @@ def test_what_steps_do_not_show_is_not_believed(seed: int) -> None:
 
 def test_few_steps_tell_nothing() -> None:
     assert fit(steps_of(TRUE, 0.0, 0, LEAST_STEPS - 1)) is None
-    loads = (Load(3.0, 2.0), Load(1.0, 0.5))
-    now = Now(0.0, None, 1e4, 100.0)
-    assert not decide(Policy(), now, None, loads, (0, 1), Moving(1e9, 0.0)).apply
+    loads = (PlanLoad(3.0, 2.0), PlanLoad(1.0, 0.5))
+    now = Conditions(0.0, None, 1e4, 100.0)
+    assert not decide(ReplanPolicy(), now, None, loads, (0, 1), MoveCost(1e9, 0.0)).apply
 
 
 def tokens_of(topic: int, count: int, seed: int) -> NDArray[np.int32]:
@@ -115,7 +115,7 @@ class World:
     """Serves by a plan, measures, considers another every ``every_s``."""
 
     plan: Plan
-    policy: Policy
+    policy: ReplanPolicy
     noise: float = 0.05
     changes: list[float] = field(default_factory=list)
     whys: list[str] = field(default_factory=list)
@@ -123,7 +123,7 @@ class World:
     def consider(self, now_s: float, topic: int, seed: int) -> None:
         topk = tokens_of(topic, 600, seed)
         candidate = planned(topk[::2])
-        loads = (load_of(self.plan, topk[1::2], BATCH), load_of(candidate, topk[1::2], BATCH))
+        loads = (plan_load(self.plan, topk[1::2], BATCH), plan_load(candidate, topk[1::2], BATCH))
         random = np.random.default_rng(seed)
         steps = []
         for _ in range(200):
@@ -135,9 +135,9 @@ class World:
                 StepSample(exact * random.lognormal(0, self.noise), tokens, copies, busiest)
             )
         last = self.changes[-1] if self.changes else None
-        now = Now(now_s, last, tokens_per_s=2e4, tokens_per_step=128.0)
+        now = Conditions(now_s, last, tokens_per_s=2e4, tokens_per_step=128.0)
         moves = (bytes_to_read(self.plan, candidate, 10**6), 2)
-        found = decide(self.policy, now, fit(steps), loads, moves, Moving(1e8, 1e-3))
+        found = decide(self.policy, now, fit(steps), loads, moves, MoveCost(1e8, 1e-3))
         self.whys.append(found.why)
         if found.apply:
             self.plan = candidate
@@ -145,7 +145,7 @@ class World:
 
 
 def test_after_a_drift_it_changes_once() -> None:
-    world = World(planned(tokens_of(0, 600, 1)), Policy(horizon_s=600))
+    world = World(planned(tokens_of(0, 600, 1)), ReplanPolicy(horizon_s=600))
     for tick in range(12):
         world.consider(60.0 * tick, topic=0 if tick < 4 else 1, seed=100 + tick)
     assert world.changes == [240.0], world.whys
@@ -153,14 +153,14 @@ def test_after_a_drift_it_changes_once() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_on_noise_it_never_changes(seed: int) -> None:
-    world = World(planned(tokens_of(0, 600, seed)), Policy(horizon_s=1e6), noise=0.2)
+    world = World(planned(tokens_of(0, 600, seed)), ReplanPolicy(horizon_s=1e6), noise=0.2)
     for tick in range(6):
         world.consider(60.0 * tick, topic=0, seed=1000 * seed + tick)
     assert world.changes == [], world.whys
 
 
 def test_never_when_the_horizon_is_too_short() -> None:
-    world = World(planned(tokens_of(0, 600, 1)), Policy(horizon_s=0.5))
+    world = World(planned(tokens_of(0, 600, 1)), ReplanPolicy(horizon_s=0.5))
     for tick in range(4):
         world.consider(60.0 * tick, topic=1, seed=tick)
     assert world.changes == []
@@ -168,7 +168,7 @@ def test_never_when_the_horizon_is_too_short() -> None:
 
 
 def test_changes_keep_their_distance() -> None:
-    world = World(planned(tokens_of(0, 600, 1)), Policy(min_interval_s=200.0))
+    world = World(planned(tokens_of(0, 600, 1)), ReplanPolicy(min_interval_s=200.0))
     for tick in range(9):
         world.consider(60.0 * tick, topic=1 + tick % 2, seed=tick)
     assert len(world.changes) > 1
@@ -187,4 +187,4 @@ def test_a_plans_load_is_what_ranks_would_count() -> None:
     plan = Plan(np.array([[0, 1, 2, 3]], np.int32), 4, 4, 1, (0,))
     topk = np.array([[[0, 1]], [[1, 2]], [[1, 3]], [[1, 3]]], np.int32)
     # One token at each home: away from it go 1, 2 (1 is home), 1 and 3, 1 (3 is home).
-    assert load_of(plan, topk, batch=1) == Load(copies=5 / 4, busiest=3 / 4)
+    assert plan_load(plan, topk, batch=1) == PlanLoad(copies=5 / 4, busiest=3 / 4)
