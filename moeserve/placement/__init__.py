@@ -2,7 +2,7 @@
 
 ::
 
-    topology  routing  plan        plain data: devices; what was routed; slots -> experts
+    cluster  routing  plan        plain data: devices; what was routed; slots -> experts
     inputs  torchfile  exchange    files in (ours, SGLang, vLLM) and out (SGLang, Ascend, TRT-LLM)
     cost  bounds                   what a plan costs in each dataflow; what none can beat
     search  twin                   the hot loops: native where built, else their numpy twins
