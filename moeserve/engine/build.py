@@ -98,7 +98,8 @@ def build_engine(
 ) -> LoadedModel:
     """Load a model and start its engine. ``progress`` hears bytes read and bytes in all.
 
-    With a ``context`` this is rank 0 of several, whose others are on the ``channel``; bounds are then of each rank, but for ``max_queue``.
+    With a ``context`` this is rank 0 of several, whose others are on the ``channel``; bounds are
+    then of each rank, but for ``max_queue``.
     """
     path = resolve_model(model)
     tokenizer, no_tokenizer = load_tokenizer(path, chat_template)
