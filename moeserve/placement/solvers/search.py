@@ -6,8 +6,6 @@ that neither side has to.
 
 from __future__ import annotations
 
-import importlib
-import os
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -15,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
+from moeserve.native import native_module
 from moeserve.placement.solvers import twin
 
 F64 = NDArray[np.float64]
@@ -28,19 +27,8 @@ WIDEST = 16  # PLACE is divisible by every count of choices up to this one
 
 def core() -> ModuleType:
     """The native module, or the twin."""
-    try:
-        return importlib.import_module("moeserve.placement._search")
-    except ModuleNotFoundError as cause:
-        if os.environ.get("MOESERVE_REQUIRE_NATIVE") == "1":
-            raise PlacementError(
-                "moeserve.placement._search is not built; install moeserve from its wheel, or "
-                "run `make setup`"
-            ) from cause
-        return twin
-
-
-def is_native() -> bool:
-    return core() is not twin
+    native, _ = native_module("moeserve.placement._search", PlacementError)
+    return native or twin
 
 
 @dataclass(frozen=True, slots=True, eq=False)
