@@ -252,7 +252,7 @@ def test_a_file_that_holds_no_plan_for_these_ranks_leaves_everything_as_it_is(
         live_plan.reread(tmp_path / "absent.json")
         assert "2 ranks serve it" in caplog.text
         assert "no such file" in caplog.text.lower()
-        assert not live_plan.coordinator.waiting
+        assert not live_plan.coordinator.pending
 
 
 def test_re_planning_looks_at_what_all_ranks_counted(
