@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeserve.config.options import LoadOptions
 from moeserve.evaluate.texts import sampled_windows
 from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import Span, pack_spans
@@ -111,7 +112,8 @@ def prepare(
 ) -> Material:
     """``each`` sequences for every rank, ``tokens`` long; half as many again fit the plans."""
     ops = choose_ops(threads=None)
-    decoder = load_decoder(resolve_model(model), dtype=None, ops=ops, quantization=quantization)
+    options = LoadOptions.model_validate({"quantization": quantization})
+    decoder = load_decoder(resolve_model(model), ops=ops, options=options)
     fitting = -(-ranks * each // 2) if len(plans) > 1 else 0
     count = ranks * each + fitting
     say(f"{model}: {count} sequences of {tokens} tokens")

@@ -17,11 +17,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.kernels.matrix import (
     Block,
@@ -59,7 +60,7 @@ class Recipe:
     """What to round: ``attention`` and ``head`` may stay floats. Others cannot read a rounded head
     as widely as the rest."""
 
-    scheme: str = "int8"
+    scheme: Literal["int8", "int4"] = "int8"
     group: int = 128
     attention: bool = True
     head: bool = False
@@ -182,7 +183,7 @@ def quantize(
 def list_modules(model: Path) -> tuple[Modules, tuple[str, ...]]:
     """Puts the decoder together from headers; raises what loading would raise about them."""
     headers = Headers.open(model)
-    plain = open_weights(headers, None, ReferenceOps(), Rounding("none"))
+    plain = open_weights(headers, ReferenceOps(), LoadOptions(quantization="none"))
     modules = Modules(headers, plain.stored, plain.ops, plain.dtype, plain.rounding)
     with torch.device("meta"):
         unread = build_decoder(modules).unread

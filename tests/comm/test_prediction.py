@@ -17,6 +17,7 @@ from moeserve.comm.dispatcher import DispatchStats, FlatDispatcher
 from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import layouts, own_experts
+from moeserve.config.options import LoadOptions
 from moeserve.kernels.ops import Ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
@@ -76,7 +77,7 @@ def served(
 
     def run(rank: int) -> None:
         decoder = load_decoder(
-            resolve_model("demo"), dtype=None, ops=ops, quantization="int8",
+            resolve_model("demo"), ops=ops, options=LoadOptions(quantization="int8"),
             experts=own_experts(where, rank),
         )  # fmt: skip
         moves = FlatDispatcher(ops, post("all", rank, WORLD), Topology((0,) * WORLD), Progress())
@@ -98,7 +99,7 @@ def test_counted_copies_and_bytes_are_those_predicted(
     ops: Ops, new_post: Callable[[], Post], extra: int
 ) -> None:
     """Fitted on half of the texts, served on the other; predicted without knowing the homes."""
-    whole = load_decoder(resolve_model("demo"), dtype=None, ops=ops, quantization="int8")
+    whole = load_decoder(resolve_model("demo"), ops=ops, options=LoadOptions(quantization="int8"))
     texts = prompts(32)
     fit, other = texts[0::2], texts[1::2]
     layers = whole.spec.moe_layers

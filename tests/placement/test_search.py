@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -104,15 +105,17 @@ def test_the_saved_bound_is_that_of_its_twin(seed: int, partners: int) -> None:
     assert fast == twin.saved_bound(slot_TK, 6, partners) / twin.PLACE
 
 
+@pytest.mark.parametrize("value", ["1", "0", "", None])
 def test_a_missing_native_half_is_an_error_where_it_is_required(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(search.importlib, "import_module", missing)
-    monkeypatch.delenv("MOESERVE_REQUIRE_NATIVE", raising=False)
-    assert search.core() is twin
-    monkeypatch.setenv("MOESERVE_REQUIRE_NATIVE", "1")
-    with pytest.raises(PlacementError, match="not built"):
-        search.core()
+    monkeypatch.setitem(sys.modules, "moeserve.placement._search", None)
+    if value is None:
+        monkeypatch.delenv("MOESERVE_REQUIRE_NATIVE", raising=False)
+    else:
+        monkeypatch.setenv("MOESERVE_REQUIRE_NATIVE", value)
+    if value == "1":
+        with pytest.raises(PlacementError, match="not built"):
+            search.core()
+    else:
+        assert search.core() is twin

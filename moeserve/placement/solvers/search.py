@@ -6,14 +6,13 @@ that neither side has to.
 
 from __future__ import annotations
 
-import importlib
-import os
 from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
+from moeserve.native import native_module
 from moeserve.placement.solvers import twin
 from moeserve.placement.solvers.annealing import GroupedLayer, LayerGrouping
 
@@ -26,15 +25,8 @@ WIDEST = 16  # PLACE is divisible by every count of choices up to this one
 
 def core() -> ModuleType:
     """The native module, or the twin."""
-    try:
-        return importlib.import_module("moeserve.placement._search")
-    except ModuleNotFoundError as cause:
-        if os.environ.get("MOESERVE_REQUIRE_NATIVE") == "1":
-            raise PlacementError(
-                "moeserve.placement._search is not built; install moeserve from its wheel, or "
-                "run `make setup`"
-            ) from cause
-        return twin
+    native, _ = native_module("moeserve.placement._search", PlacementError)
+    return native or twin
 
 
 def exponential_draws() -> I32:
