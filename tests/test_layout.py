@@ -67,8 +67,6 @@ MOST_PARAMETERS = 10
 LARGER_WITH_REASON: dict[str, str] = {
     "bench/peers/ggml_experts.py:main": "a script of another environment: one file, run whole",
     "bench/peers/llamacpp_worker.py:main": "a script of another environment: one file, run whole",
-    "moeserve/engine/build.py:build_engine": "one parameter for each setting",
-    "moeserve/engine/rank_model.py:load_rank_model": "one parameter for each setting",
 }
 
 FOLDERS_WITH_A_MAP = ("comm", "engine", "kernels", "models", "placement", "gateway", "worker",
