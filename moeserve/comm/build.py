@@ -11,9 +11,8 @@ from moeserve.comm.dispatcher import (
     HierarchicalDispatcher,
     ShardedExperts,
 )
-from moeserve.comm.exchange.base import DEADLINE_S, Alarm
+from moeserve.comm.exchange.base import DEADLINE_S, Alarm, Lanes
 from moeserve.comm.exchange.open import open_exchange
-from moeserve.comm.exchange.rounds import Lanes
 from moeserve.comm.group import Group, Topology, ranks_per_node
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.pipeline import ParallelLayerRunner

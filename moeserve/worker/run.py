@@ -188,13 +188,13 @@ def lead(config: ServeConfig, arriving: RankStart) -> int:
         leaders.append(leader)
         leader.heartbeat.subscribe(ending.decide, lambda: stops[0]())
         loading.alarm = leader.alarm
-        leader.heartbeat.doing = "loading the model".__str__
+        leader.heartbeat.activity = "loading the model".__str__
         context = context_of(config, met, lambda: loading.halted(leader.alarm), progress)
         settings = config.model_copy(update={"threads": threads_of(config, met)})
         loaded = load_model(settings, observer, loading, context, leader)
         context.group.all_gather("ready", b"")
         loading.over = True
-        leader.heartbeat.doing = progress.__str__
+        leader.heartbeat.activity = progress.__str__
         return loaded
 
     in_peace = False
@@ -246,7 +246,7 @@ def follow(config: ServeConfig, arriving: RankStart) -> int:
     with giving_up(met.group):
         follower = control.follow(met.group, trust_of(config), config.ep_deadline)
     follower.heartbeat.subscribe(ending.decide)
-    follower.heartbeat.doing = "loading the model".__str__
+    follower.heartbeat.activity = "loading the model".__str__
     try:
         with asking_rank_0(follower):
             _follow(config, met, follower)
@@ -292,7 +292,7 @@ def _follow(config: ServeConfig, met: Rendezvous, follower: Follower) -> None:
     )
     try:
         context.group.all_gather("ready", b"")
-        follower.heartbeat.doing = progress.__str__
+        follower.heartbeat.activity = progress.__str__
         with progress:
             steps = rank.follow(follower, context)
         log.info("rank 0 ended the run after %d steps", steps)

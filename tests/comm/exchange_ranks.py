@@ -20,10 +20,8 @@ from typing import Any
 
 import torch
 
-from moeserve.comm.exchange.base import Exchange
+from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.open import open_exchange
-from moeserve.comm.exchange.rounds import Lanes
-from moeserve.comm.exchange.shm import ShmExchange
 from moeserve.comm.group import Group, Topology, join_store
 from moeserve.errors import LateRankError, MoeserveError, UnavailableError
 
@@ -93,13 +91,6 @@ class Rank:
             except MoeserveError as error:
                 return {**told(error), "after_s": time.monotonic() - begun}
         return {}
-
-    def do_progress(self, name: str, word: int | None = None) -> dict[str, Any]:
-        exchange = self.open_ones[name]
-        assert isinstance(exchange, ShmExchange)
-        if word is not None:
-            exchange.note_progress(word)
-        return {"words": [exchange.progress(r) for r in range(exchange.world)]}
 
     def do_hold(self, name: str, lane: int, size: int) -> dict[str, Any]:
         """Keep views of what comes, even when the exchange is closed."""

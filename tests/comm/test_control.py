@@ -100,19 +100,19 @@ def test_orders_go_out_reports_come_back_and_the_end_is_told() -> None:
 def test_everybody_hears_what_everybody_does() -> None:
     with star(3, deadline_s=0.5) as (leader, followers):
         for rank, one in enumerate([leader, *followers]):
-            one.heartbeat.doing = f"step {rank}".__str__
+            one.heartbeat.activity = f"step {rank}".__str__
         give_up = time.monotonic() + PATIENCE_S
         wanted = "; ".join(f"rank {r} was last heard doing: step {r}" for r in range(3))
-        while any(f.heartbeat.doing_of([0, 1, 2]) != wanted for f in followers):
+        while any(f.heartbeat.activity_of([0, 1, 2]) != wanted for f in followers):
             assert time.monotonic() < give_up
             time.sleep(0.01)
 
 
 def test_a_rank_that_goes_is_named_everywhere_with_what_it_was_doing() -> None:
     with star(4) as (leader, followers):
-        followers[1].heartbeat.doing = lambda: "layer 7 of step 12"
+        followers[1].heartbeat.activity = lambda: "layer 7 of step 12"
         give_up = time.monotonic() + PATIENCE_S
-        while "layer 7" not in followers[0].heartbeat.doing_of([2]):
+        while "layer 7" not in followers[0].heartbeat.activity_of([2]):
             assert time.monotonic() < give_up
             time.sleep(0.01)
         heard: list[LateRankError] = []
@@ -160,7 +160,7 @@ def test_a_silent_rank_is_named_everywhere() -> None:
 
 def test_a_lost_leader_is_named_by_all_others() -> None:
     with star(3) as (leader, followers):
-        leader.heartbeat.doing = lambda: "planning"
+        leader.heartbeat.activity = lambda: "planning"
         leader.heartbeat._ended = True  # whoever dies tells nobody
         for link in (*leader._steps.values(), *leader.heartbeat._links.values()):
             link.socket.shutdown(socket.SHUT_RDWR)

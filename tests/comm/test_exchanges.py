@@ -254,15 +254,6 @@ def test_shared_memory_lives_as_long_as_its_last_view(ranks: Ranks) -> None:
     assert ranks.ask("count") == before
 
 
-def test_what_a_rank_is_doing_can_be_read_by_others(ranks: Ranks) -> None:
-    name = ranks.open("shm")
-    for rank in range(WORLD):
-        ranks.ask("progress", [rank], name=name, word=(1 << 60) + rank)
-    words = [(1 << 60) + rank for rank in range(WORLD)]
-    assert ranks.ask("progress", name=name) == [{"words": words}] * WORLD
-    ranks.ask("close", name=name)
-
-
 @pytest.mark.parametrize(
     ("backend_asked", "nodes", "used"),
     [("auto", [0, 0, 0, 0], "shm"), ("auto", [0, 0, 1, 1], "tcp"), ("shm", [0, 0, 1, 1], "")],

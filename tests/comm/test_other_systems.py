@@ -98,7 +98,7 @@ def elsewhere(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_auto_falls_to_torch_and_the_others_say_what_is_missing() -> None:
-    lanes = "from moeserve.comm.exchange.rounds import Lanes"
+    lanes = "from moeserve.comm.exchange.base import Lanes"
     done = elsewhere(RANKS.format(lanes=lanes))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "fine\n"

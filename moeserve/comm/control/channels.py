@@ -60,13 +60,13 @@ class Leader:
         """Rank 0 cannot go on: all others are to end with the reason."""
         self.heartbeat.fail(f"rank 0 failed: {error.message}", getattr(error, "ranks", (0,)))
 
-    def close(self, in_peace: bool = True) -> None:
+    def close(self, clean: bool = True) -> None:
         """End the run; the others end well, unless something failed."""
-        if in_peace:
+        if clean:
             self.heartbeat.end()
         for link in self._steps.values():
             with contextlib.suppress(OSError):  # then it has gone already
-                if in_peace:
+                if clean:
                     link.send(_END, SLICE_S)
             link.close()
         self.heartbeat.close()
