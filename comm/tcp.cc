@@ -9,7 +9,7 @@
 // receive into. Two per lane suffice on both sides, by the argument in shm.cc: whoever begins round
 // n + 2 has received round n + 1 of all, so all have received round n, and have begun n + 1.
 //
-// A ping is answered by whoever calls anything: so it tells who is late from who waits for them.
+// A ping is answered in any call: a rank that answers waits for another one, and is not late.
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>

@@ -29,7 +29,7 @@ MANY = 1 << 16
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """``tokens`` is the most that a rank brings to one microbatch, ``microbatches`` the most of
-    them in a step. A wait ends after ``deadline_s``, or at once when ``alarm`` rings."""
+    them in a step. A wait ends after ``deadline_s``, or at once when ``alarm`` returns an error."""
 
     tokens: int
     microbatches: int

@@ -266,6 +266,22 @@ def test_beyond_loopback_a_secret_or_tls_is_required() -> None:
     require_trust("127.0.0.1", Trust())
 
 
+def both_ways_at_once(one: Link, other: Link) -> None:
+    """Each end sends on one thread while it receives on another."""
+    messages = [bytes([i]) * (1 + 4000 * i) for i in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        sent = [
+            pool.submit(lambda end=end: [end.send(m, PATIENCE_S) for m in messages])
+            for end in (one, other)
+        ]
+        came = [
+            pool.submit(lambda end=end: [end.receive(PATIENCE_S) for _ in messages])
+            for end in (one, other)
+        ]
+        assert [c.result(PATIENCE_S) == messages for c in came] == [True, True]
+        assert [len(s.result(PATIENCE_S)) for s in sent] == [len(messages)] * 2
+
+
 def certify(folder: Path, authority: str) -> Tls:
     """A rank's folder of certificates, by an authority made on the way."""
     if shutil.which("openssl") is None:
@@ -295,6 +311,7 @@ def test_mutual_tls_carries_orders_and_refuses_other_authorities(tmp_path: Path)
             assert followers[0].receive(PATIENCE_S) == bytes(size)
             followers[0].send(bytes(size))
             assert leader.receive(1, PATIENCE_S) == bytes(size)
+        both_ways_at_once(leader._steps[1], followers[0]._steps)  # type: ignore[attr-defined]
         assert "TLSv1.3" in str(leader._steps[1].socket.version())  # type: ignore[attr-defined]
     theirs = Trust(tls=certify(tmp_path / "c", "theirs"))
     ranks = groups(2)

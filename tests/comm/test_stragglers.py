@@ -15,7 +15,7 @@ def test_who_does_not_wait_is_late() -> None:
     assert stragglers.missing_ranks(10) == [2]
 
 
-def test_an_old_greeting_does_not_count() -> None:
+def test_an_old_report_does_not_count() -> None:
     stragglers = StragglerDetector(0, 3, lanes=2)
     stragglers.record(1, stragglers.report(5))
     stragglers.record(2, stragglers.report(9))

@@ -22,7 +22,7 @@ class Identity:
 
 
 def agree(group: Group, mine: Identity, timeout_s: float = START_S) -> None:
-    """Returns when all ranks are known to serve the same; else says who differs in what."""
+    """Returns when all ranks are known to serve the same; the error names who differs in what."""
 
     def same(rank: int, note: bytes) -> None:
         received = pb.Identity.FromString(note)

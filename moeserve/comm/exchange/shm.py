@@ -142,7 +142,7 @@ def share_blocks(group: Group, size: int, key: str, reason: str = "") -> list[mm
 
 
 def map_block(note: str, size: int) -> mmap.mmap:
-    """ValueError if what lies there is not what the note tells of: numbers of processes return."""
+    """ValueError if another block lies there than the note names: numbers of processes return."""
     if not note:
         raise ValueError("it has none")
     pid, number, token = note.split()

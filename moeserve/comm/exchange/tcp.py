@@ -115,7 +115,7 @@ class TcpExchange(ExchangeBackend):
         return LateRankError(f"{named(ranks)} is gone: {why}", ranks)
 
     def _late_ranks(self, lane: int) -> list[int]:
-        """Those who are missing and say nothing; if all of them answer, those who are missing."""
+        """Those who are missing and answer no ping; all who are missing, if all of them answer."""
         missing = self._streams.missing(lane)
         silent = set(self._streams.silent(_GRACE_NS))
         return [r for r in missing if r in silent] or missing
@@ -175,7 +175,7 @@ def connect(group: Group, key: str, address: str | None) -> list[socket.socket |
 def _dial(host: str, port: int, deadline: float) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     stream = socket.socket(family, socket.SOCK_STREAM)
-    _enlarge_buffers(stream)  # before the handshake, which tells how far a window may grow
+    _enlarge_buffers(stream)  # before the handshake, which fixes how far a window may grow
     stream.settimeout(max(0.001, deadline - time.monotonic()))
     try:
         stream.connect((host, port))

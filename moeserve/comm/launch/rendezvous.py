@@ -41,7 +41,7 @@ from moeserve.errors import ConfigError, LateRankError
 from moeserve.host import allowed_cores
 from moeserve.pb import ep_pb2 as pb
 
-# Of what ranks say to one another: raised whenever an older rank would not understand.
+# Of the messages between ranks: raised whenever an older rank would not understand them.
 PROTOCOL = 1
 # Names a host instead of what the kernel says of it.
 HOST_ID = "MOESERVE_HOST_ID"
@@ -143,7 +143,7 @@ def listen_address(launch: Launch) -> str:
             launch.host, launch.port or 1, type=socket.SOCK_DGRAM
         )[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(place)  # sends nothing: the kernel only chooses whence it would
+            probe.connect(place)  # sends nothing: the kernel only chooses the source address
             address = str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(

@@ -32,7 +32,7 @@ def child_environ(rank: int, world: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         LAUNCHER: "moeserve",
-        # That rank 0 has ended our own log says, in one line.
+        # Our own log says in one line that rank 0 has ended.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
 
