@@ -67,7 +67,7 @@ class NumpyAssignmentTable:
 
     def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
         records = torch.cat([s.view(-1, wire.row_bytes) for s in segments])
-        slots = records[:, slots_at(wire) :].contiguous().view(torch.int16)[:, : wire.top_k]
+        slots = records[:, wire.slots_at :].contiguous().view(torch.int16)[:, : wire.top_k]
         return counted(by_unit(slots.numpy().astype(np.int32), ranks, self._layout.slots))
 
 
@@ -98,7 +98,7 @@ class NativeAssignmentTable:
             [s.data_ptr() for s in segments],
             rows,
             wire.row_bytes,
-            slots_at(wire),
+            wire.slots_at,
             wire.top_k,
             ranks,
             self._slots,
@@ -124,11 +124,6 @@ def _cut(room: tuple[Tensor, Tensor, Tensor], counts: list[int]) -> Assigned:
     start_R1, token_N, slot_NC = room
     copies = sum(counts)
     return Assigned(Copies(start_R1, token_N[:copies], slot_NC[:copies]), counts)
-
-
-def slots_at(wire: Wire) -> int:
-    """Where a record's slots begin."""
-    return wire.scale_at + 8 + 4 * wire.top_k
 
 
 def counted(copies: Copies) -> Assigned:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 
+import torch
+
 from moeserve.errors import ConfigError
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.reference.ops import ReferenceOps
@@ -16,10 +18,14 @@ from moeserve.kernels.reference.ops import ReferenceOps
 REMEDY = "build it with `pip install .`, which needs a C++17 compiler"
 
 
-def choose_ops(device: str = "cpu", threads: int | None = None) -> Ops:
-    """``threads`` None leaves the number as it is: all cores this process may use."""
-    if device != "cpu":
-        raise ConfigError(f"device={device!r}: expected 'cpu'")
+def choose_ops(device: str | torch.device = "cpu", threads: int | None = None) -> Ops:
+    """The backend of a device, which is then its ``device``.
+
+    ``threads`` None leaves the number as it is: all cores this process may use. ConfigError where
+    no backend serves the device.
+    """
+    if str(device) != "cpu":
+        raise ConfigError(f"device={str(device)!r}: expected 'cpu'")
     try:
         from moeserve.kernels.cpu import _cpu
         from moeserve.kernels.cpu.ops import CpuOps

@@ -1,4 +1,4 @@
-"""The half of ``CpuOps`` for tokens that travel: one native call each, on the bytes where they lie.
+"""Dispatch and combine of ``CpuOps``: one native call each, on the bytes where they lie.
 
 What a call needs of a segment is its address and its length; the kernels check both, and every row
 and slot, before they read or write. Letters: see ``wire``.
@@ -156,7 +156,7 @@ class NativeWire:
             *segments_at(segments_R),
             0 if shared_TH is None else rows_at(shared_TH, rows, hidden),
         ):
-            raise unexpected("collect", copies, segments_R)
+            raise unexpected("combine", copies, segments_R)
 
 
 def limbs_of(part: Part[MoeWeights]) -> int:

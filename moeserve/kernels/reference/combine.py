@@ -55,7 +55,7 @@ def exact_sum(shares: Sequence[Tensor], unit: float, limbs: int, top_k: int, hid
     return total_LH.int()
 
 
-def number(sum_LH: Tensor, unit: float) -> Tensor:
+def sum_to_float(sum_LH: Tensor, unit: float) -> Tensor:
     """fp32 [H]."""
     whole_H = sum_LH[0].long()
     if len(sum_LH) == 2:
@@ -64,7 +64,7 @@ def number(sum_LH: Tensor, unit: float) -> Tensor:
     return value_H.masked_fill(sum_LH[0] == LOWEST, torch.nan)
 
 
-def together(sums: Sequence[Tensor], limbs: int, hidden: int) -> Tensor:
+def add_sums(sums: Sequence[Tensor], limbs: int, hidden: int) -> Tensor:
     """int32 [L, H] of sums of several devices."""
     total_LH = torch.zeros(limbs, hidden, dtype=torch.int64)
     lost_H = torch.zeros(hidden, dtype=torch.bool)
