@@ -27,9 +27,12 @@ demo: $(STAMP) ## serve the shipped model, ask it over gRPC, print a story and a
 test: $(STAMP) ## run the tests (ARGS="-k name" to choose)
 	$(BIN)/pytest $(ARGS)
 
+DOCS = README.md CONTRIBUTING.md SECURITY.md docs bench/README.md launch/README.md
+
 check: $(STAMP) ## lint, format, types, layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mdformat --check $(DOCS)
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layout.py
 

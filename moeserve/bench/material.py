@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeserve.config.options import LoadOptions
 from moeserve.evaluate.texts import sampled_windows
 from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import DEMO, resolve_model
 from moeserve.models.spec import MoeSpec
-from moeserve.placement.cluster import Dataflow, Topology
+from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.cost import traffic
 from moeserve.placement.plan import Plan, contiguous
 from moeserve.placement.problem import Problem
@@ -111,7 +112,8 @@ def prepare(
 ) -> Material:
     """``each`` sequences for every rank, ``tokens`` long; half as many again fit the plans."""
     ops = choose_ops(threads=None)
-    decoder = load_decoder(resolve_model(model), dtype=None, ops=ops, quantization=quantization)
+    options = LoadOptions.model_validate({"quantization": quantization})
+    decoder = load_decoder(resolve_model(model), ops=ops, options=options)
     fitting = -(-ranks * each // 2) if len(plans) > 1 else 0
     count = ranks * each + fitting
     say(f"{model}: {count} sequences of {tokens} tokens")
@@ -133,7 +135,7 @@ def prepare(
         lens = np.full(fitting, tokens, np.int64)
         work = workload_of_tokens(model, fit, lens, num_experts=router.num_experts)
         routing = Routing((work,), decoder.spec.moe_layers)
-        problem = Problem(Topology(ranks, ranks), router.num_experts, max_imbalance=SLACK)
+        problem = Problem(Cluster(ranks, ranks), router.num_experts, max_imbalance=SLACK)
         found[name] = solve(problem, routing, PLANS[name], Budget(seconds))
     return Material(
         model=model,
