@@ -34,7 +34,8 @@ HEADER = 64
 GRID_BITS, WIDE_GRID_BITS = 11, 20
 LEAST_EXPONENT = -40
 LOWEST = -(2**31)
-MOST_SLOTS = 2**15  # of a unit that records are sent to: int16 numbers 0..32767
+SLOT_DTYPE = torch.int16
+MOST_SLOTS = torch.iinfo(SLOT_DTYPE).max + 1  # of a unit that records are sent to: 0..32767
 
 
 class Combine(StrEnum):

@@ -16,7 +16,7 @@ from moeserve.kernels.cpu import _cpu
 from moeserve.kernels.cpu.handles import rows_at
 from moeserve.kernels.cpu.packing import BF16, FP32, INT4, INT8
 from moeserve.kernels.ops import MoeWeights, Part, Routed
-from moeserve.kernels.wire import Combine, Copies, Sums, Wire, most_bytes
+from moeserve.kernels.wire import SLOT_DTYPE, Combine, Copies, Sums, Wire, most_bytes
 
 PAYLOADS = {FP32: torch.float32, BF16: torch.bfloat16, INT8: torch.int8, INT4: torch.int8}
 KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.int8: INT8}
@@ -174,7 +174,7 @@ def sums_of(part: Part[MoeWeights], top_k: int, rows: int) -> Tensor:
 def copies_at(copies: Copies) -> _cpu.Copies:
     start, token, slot = copies.start_R1, copies.token_N, copies.slot_NC
     assert start.dtype is token.dtype is torch.int32, (start.dtype, token.dtype)
-    assert slot.dtype is torch.int16, slot.dtype
+    assert slot.dtype is SLOT_DTYPE, slot.dtype
     assert slot.is_contiguous(), slot.stride()
     count, chosen = slot.shape
     assert token.shape[0] == count, (token.shape, count)

@@ -24,7 +24,16 @@ from moeserve.kernels.reference.combine import (
     unit_of,
 )
 from moeserve.kernels.reference.products import product, product_of_codes
-from moeserve.kernels.wire import Combine, Copies, Sums, Wire, header_bytes, most_bytes, up_to
+from moeserve.kernels.wire import (
+    SLOT_DTYPE,
+    Combine,
+    Copies,
+    Sums,
+    Wire,
+    header_bytes,
+    most_bytes,
+    up_to,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +67,7 @@ def unpack(wire: Wire, row: Tensor) -> Record:
         scale_1=numbers(wire.scale_at, wire.unit_at, torch.float32),
         unit=float(numbers(wire.unit_at, wire.weights_at, torch.float32)),
         weights_C=numbers(wire.weights_at, wire.slots_at, torch.float32),
-        slots=numbers(wire.slots_at, wire.row_bytes, torch.int16)[: wire.top_k].tolist(),
+        slots=numbers(wire.slots_at, wire.row_bytes, SLOT_DTYPE)[: wire.top_k].tolist(),
     )
 
 
@@ -70,7 +79,7 @@ def pack(wire: Wire, record: Record) -> Tensor:
         (wire.scale_at, record.scale_1),
         (wire.unit_at, torch.tensor([record.unit])),
         (wire.weights_at, record.weights_C),
-        (wire.slots_at, torch.tensor(record.slots, dtype=torch.int16)),
+        (wire.slots_at, torch.tensor(record.slots, dtype=SLOT_DTYPE)),
     ):
         data = numbers.contiguous().view(torch.uint8)
         row[start : start + len(data)] = data
