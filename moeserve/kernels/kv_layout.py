@@ -114,13 +114,11 @@ class KvBlockLayout:
 
     def split(self, data_NX: Tensor) -> dict[str, Tensor]:
         """The sections [N, P, G, ...] of checked blocks, by name; copies."""
-        return {
-            s.name: data_NX[:, s.start : s.end]
-            .contiguous()
-            .view(s.dtype)
-            .view(len(data_NX), *s.shape)
-            for s in self.sections
-        }
+        found = {}
+        for s in self.sections:
+            numbers = data_NX[:, s.start : s.end].clone(memory_format=torch.contiguous_format)
+            found[s.name] = numbers.view(s.dtype).view(len(data_NX), *s.shape)  # copies are aligned
+        return found
 
     def join(self, sections: dict[str, Tensor]) -> Tensor:
         """uint8 [N, ``nbytes``] of the sections [N, P, G, ...]."""
