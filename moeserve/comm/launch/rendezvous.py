@@ -35,13 +35,12 @@ from moeserve.comm.group import (
     print_notice,
 )
 from moeserve.comm.launch.environment import LOOPBACK, Launch
+from moeserve.config.variables import HOST_ID
 from moeserve.errors import ConfigError, LateRankError
 from moeserve.pb import ep_pb2 as pb
 
 # Of what ranks say to one another: raised whenever an older rank would not understand.
 PROTOCOL = 1
-# Names a host instead of what the kernel says of it.
-HOST_ID = "MOESERVE_HOST_ID"
 _SIOCGIFADDR = 0x8915
 _ADDRESS_BYTES = 256
 
