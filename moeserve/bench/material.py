@@ -24,7 +24,7 @@ from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import DEMO, resolve_model
 from moeserve.models.spec import MoeSpec
-from moeserve.placement.cluster import Dataflow, Topology
+from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.cost import traffic
 from moeserve.placement.plan import Plan, contiguous
 from moeserve.placement.problem import Problem
@@ -135,7 +135,7 @@ def prepare(
         lens = np.full(fitting, tokens, np.int64)
         work = workload_of_tokens(model, fit, lens, num_experts=router.num_experts)
         routing = Routing((work,), decoder.spec.moe_layers)
-        problem = Problem(Topology(ranks, ranks), router.num_experts, max_imbalance=SLACK)
+        problem = Problem(Cluster(ranks, ranks), router.num_experts, max_imbalance=SLACK)
         found[name] = solve(problem, routing, PLANS[name], Budget(seconds))
     return Material(
         model=model,

@@ -39,7 +39,7 @@ from moeserve.models.decoder import build_decoder, open_weights
 from moeserve.models.families import read_spec
 from moeserve.models.formats.layouts import Stored
 from moeserve.models.names import TensorNames
-from moeserve.models.shards import Planned, Tensors, write_shards
+from moeserve.models.shards import PlannedTensor, Tensors, write_shards
 from moeserve.models.survey import Headers
 from moeserve.models.weights import Rounding, Weights, pick
 
@@ -237,15 +237,15 @@ class _Plan:
         scheme = self.schemes[module] = self.recipe.of(module, into)
         if scheme == "int8":
             eight = (
-                Planned(f"{module}.weight", torch.int8, (out, into)),
-                Planned(f"{module}.weight_scale", torch.float32, (out, 1)),
+                PlannedTensor(f"{module}.weight", torch.int8, (out, into)),
+                PlannedTensor(f"{module}.weight_scale", torch.float32, (out, 1)),
             )
             return Tensors(eight, lambda: _eight_bits(module, read()))
         group = self.recipe.group
         four = (
-            Planned(f"{module}.weight_packed", torch.int32, (out, into // 8)),
-            Planned(f"{module}.weight_scale", torch.float32, (out, into // group)),
-            Planned(f"{module}.weight_shape", torch.int64, (2,)),
+            PlannedTensor(f"{module}.weight_packed", torch.int32, (out, into // 8)),
+            PlannedTensor(f"{module}.weight_scale", torch.float32, (out, into // group)),
+            PlannedTensor(f"{module}.weight_shape", torch.int64, (2,)),
         )
         return Tensors(four, lambda: _four_bits(module, read(), group))
 
@@ -275,7 +275,7 @@ class _Plan:
         name = f"{module}.weight"
         if self.stored.checkpoint.has(name) and self.stored.checkpoint.dtype(name) in FLOATS:
             return self._copy(name)
-        planned = (Planned(name, torch.bfloat16, shape),)
+        planned = (PlannedTensor(name, torch.bfloat16, shape),)
         return Tensors(
             planned,
             lambda: (
@@ -285,7 +285,7 @@ class _Plan:
 
     def _copy(self, name: str) -> Tensors:
         c = self.stored.checkpoint
-        planned = (Planned(name, c.dtype(name), c.shape(name)),)
+        planned = (PlannedTensor(name, c.dtype(name), c.shape(name)),)
         return Tensors(planned, lambda: torch.split(c.get(name).reshape(-1), _PIECE))
 
 

@@ -25,8 +25,7 @@ from moeserve.models.library import resolve_model
 from moeserve.models.tokenizer import Tokenizer
 from moeserve.observe.progress import Progress
 from moeserve.placement import cost
-from moeserve.placement.cluster import Dataflow
-from moeserve.placement.cluster import Topology as Devices
+from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.routing import Routing, workload_of_tokens
@@ -108,7 +107,7 @@ def test_counted_copies_and_bytes_are_those_predicted(
         "docs", routing_of(whole, fit), np.full(len(fit), LENGTH), num_experts=EXPERTS
     )
     slots = EXPERTS + extra * WORLD
-    problem = Problem(Devices(WORLD), slots, Dataflow.HOME_DEDUP)
+    problem = Problem(Cluster(WORLD), slots, Dataflow.HOME_DEDUP)
     plan = solve(problem, Routing((trace,), layers), budget=Budget(None, threads=1))
     topk_TLK = routing_of(whole, other)
     each = len(other) // WORLD
