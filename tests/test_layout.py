@@ -41,7 +41,8 @@ PURE_IMPORTS = frozenset(
     "moeserve.engine.ranks.fleet".split()
 )
 # What runs where neither torch nor numpy is installed.
-BARE = ("__init__.py", "errors.py", "config.py", "host.py", *PURE)
+BARE = ("__init__.py", "errors.py", "config/options.py", "config/effect.py", "config/reference.py",
+        "host.py", *PURE)  # fmt: skip
 
 UNPICKLERS = frozenset("pickle cPickle _pickle marshal shelve dill cloudpickle joblib".split())
 FORBIDDEN_CALLS = frozenset(
@@ -67,12 +68,10 @@ MOST_PARAMETERS = 10
 LARGER_WITH_REASON: dict[str, str] = {
     "bench/peers/ggml_experts.py:main": "a script of another environment: one file, run whole",
     "bench/peers/llamacpp_worker.py:main": "a script of another environment: one file, run whole",
-    "moeserve/engine/build.py:build_engine": "one parameter for each setting",
-    "moeserve/engine/rank_model.py:load_rank_model": "one parameter for each setting",
 }
 
-FOLDERS_WITH_A_MAP = ("comm", "engine", "kernels", "models", "placement", "gateway", "worker",
-                      "observe")  # fmt: skip
+FOLDERS_WITH_A_MAP = ("comm", "config", "engine", "kernels", "models", "placement", "gateway",
+                      "worker", "observe")  # fmt: skip
 MAPS_STILL_MISSING: dict[str, str] = {
     "moeserve/comm": "not written yet",
     "moeserve/comm/control": "not written yet",
@@ -84,7 +83,6 @@ MAPS_STILL_MISSING: dict[str, str] = {
     "moeserve/kernels": "not written yet",
     "moeserve/kernels/cpu": "not written yet",
     "moeserve/kernels/reference": "not written yet",
-    "moeserve/worker": "not written yet",
 }
 
 
