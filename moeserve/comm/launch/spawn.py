@@ -14,7 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from moeserve.comm.launch.environment import LAUNCHER, LOOPBACK
+from moeserve.comm.launch.environment import LOOPBACK
+from moeserve.config.variables import LAUNCHER
 from moeserve.errors import LateRankError
 
 POLL_S = 0.01
