@@ -12,13 +12,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.config import (
-    ServeConfig,
+from moeserve.config.options import ModelOptions, ServeConfig, parse_bytes
+from moeserve.config.sources import (
     add_options,
-    config_from_args,
     flag_of,
     load_config,
-    parse_bytes,
+    options_of,
+    settings_from_args,
     to_environ,
     to_yaml,
 )
@@ -79,7 +79,7 @@ def write(tmp_path: Path) -> Writer:
 def by_flags(*words: str, environ: dict[str, str] | None = None) -> ServeConfig:
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_options(parser)
-    return config_from_args(parser.parse_args(words), environ or {})
+    return options_of(settings_from_args(parser.parse_args(words), environ or {}), ServeConfig)
 
 
 def flag_words(name: str, value: object) -> list[str]:
@@ -248,7 +248,7 @@ def test_help_names_every_flag() -> None:
 
 def test_a_verb_may_take_only_some_settings() -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_options(parser, only=["model", "threads"])
-    config = config_from_args(parser.parse_args(["--model", "m"]), {})
+    add_options(parser, ModelOptions)
+    config = options_of(settings_from_args(parser.parse_args(["--model", "m"]), {}), ModelOptions)
     assert config.model == "m"
     assert "--http-port" not in parser.format_help()

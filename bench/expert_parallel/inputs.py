@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeserve.config.options import LoadOptions
 from moeserve.evaluate.texts import sampled_windows
 from moeserve.kernels.ops import RouterSpec
 from moeserve.kernels.select import choose_ops
@@ -24,7 +25,7 @@ from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import DEMO, resolve_model
 from moeserve.models.spec import MoeSpec
-from moeserve.placement.cluster import Dataflow, Topology
+from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.cost import traffic
 from moeserve.placement.plan import Plan, contiguous
 from moeserve.placement.problem import Problem
@@ -113,7 +114,8 @@ def prepare(
 ) -> StepInputs:
     """``each`` sequences for every rank, ``tokens`` long; half as many again fit the plans."""
     ops = choose_ops(threads=None)
-    decoder = load_decoder(resolve_model(model), dtype=None, ops=ops, quantization=quantization)
+    options = LoadOptions.model_validate({"quantization": quantization})
+    decoder = load_decoder(resolve_model(model), ops=ops, options=options)
     fitting = -(-ranks * each // 2) if len(plans) > 1 else 0
     count = ranks * each + fitting
     say(f"{model}: {count} sequences of {tokens} tokens")
@@ -153,7 +155,7 @@ def _plan(
         return Plan(rows, experts, ranks, ranks, layers)
     lens = np.array([len(topk_TLK) for topk_TLK in fitting], np.int64)
     work = workload_of_tokens(model, np.concatenate(fitting), lens, num_experts=experts)
-    problem = Problem(Topology(ranks, ranks), experts, max_imbalance=SLACK)
+    problem = Problem(Cluster(ranks, ranks), experts, max_imbalance=SLACK)
     return solve(problem, Routing((work,), layers), PLANS[name], Budget(seconds))
 
 

@@ -33,6 +33,7 @@ from moeserve.comm.group import Group, Topology, host_store, join_store
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.comm.table import Assigned, AssignmentTable
+from moeserve.config.options import LoadOptions
 from moeserve.kernels.select import choose_ops
 from moeserve.kernels.wire import Copies, Wire
 from moeserve.models.batch import Span, pack_spans, split_spans
@@ -213,9 +214,8 @@ def set_up(settings: Mapping[str, Any], environ: Mapping[str, str]) -> StepRunne
     decoders = {
         name: load_decoder(
             settings["model"],
-            dtype=None,
             ops=ops,
-            quantization=settings["quantization"],
+            options=LoadOptions(quantization=settings["quantization"]),
             experts={layer: layout.of_rank(rank) for layer, layout in of_plan.items()},
         )
         for name, of_plan in layouts.items()

@@ -160,6 +160,7 @@ def measure_model(args: argparse.Namespace, threads: Sequence[int]) -> BenchRepo
 def load(model: str, quantization: str, threads: int) -> Decoder:
     import torch
 
+    from moeserve.config.options import LoadOptions
     from moeserve.kernels.select import choose_ops
     from moeserve.models.decoder import load_decoder
     from moeserve.models.library import resolve_model
@@ -167,9 +168,8 @@ def load(model: str, quantization: str, threads: int) -> Decoder:
     torch.set_num_threads(1)  # as the server does: the native pool has the cores
     return load_decoder(
         resolve_model(model),
-        dtype=None,
         ops=choose_ops(threads=threads),
-        quantization=quantization,
+        options=LoadOptions.model_validate({"quantization": quantization}),
     )
 
 

@@ -52,6 +52,16 @@ class Topology:
         return tuple(r for r, n in enumerate(self.node_R) if n == node)
 
 
+def ranks_per_node(topology: Topology) -> int | None:
+    """How many ranks each node has, where there are several nodes of several ranks each, all alike
+    and numbered in order; None otherwise. Where there is a number, tokens cross to a node once
+    (``dispatcher.HierarchicalDispatcher``)."""
+    size, rest = divmod(topology.world, topology.num_nodes)
+    in_order = tuple(r // size for r in range(topology.world))
+    alike = not rest and topology.node_R == in_order
+    return size if alike and topology.num_nodes > 1 and size > 1 else None
+
+
 def print_notice(text: str) -> None:
     print(f"moeserve: {text}", file=sys.stderr, flush=True)
 

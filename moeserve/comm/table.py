@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.assign import assign, by_unit
-from moeserve.comm.layout import LayerLayout
+from moeserve.comm.layout import SLOT_TYPE, LayerLayout, require_numbered
 from moeserve.comm.native import native_half
-from moeserve.errors import ConfigError
 from moeserve.kernels.wire import Copies, Wire
 
-MOST_SLOTS = 32767
+_SLOT_TYPE = torch.from_numpy(np.empty(0, SLOT_TYPE)).dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +45,9 @@ class AssignmentTable(Protocol):
         ...
 
 
-def table_of(layout: LayerLayout) -> AssignmentTable:
-    """ConfigError where there are more slots than a record can name."""
-    if len(layout.expert_S) > MOST_SLOTS:
-        raise ConfigError(
-            f"{len(layout.expert_S)} slots in a layer: at most {MOST_SLOTS} are served"
-        )
+def table_of(layout: LayerLayout, ranks_per_unit: int = 1) -> AssignmentTable:
+    """For units of so many ranks. PlacementError where a record cannot number the slots of one."""
+    require_numbered(layout.slots, ranks_per_unit)
     native, _ = native_half()
     return NumpyAssignmentTable(layout) if native is None else NativeAssignmentTable(layout, native)
 
@@ -67,7 +63,7 @@ class NumpyAssignmentTable:
 
     def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
         records = torch.cat([s.view(-1, wire.row_bytes) for s in segments])
-        slots = records[:, slots_at(wire) :].contiguous().view(torch.int16)[:, : wire.top_k]
+        slots = records[:, slots_at(wire) :].contiguous().view(_SLOT_TYPE)[:, : wire.top_k]
         return counted(by_unit(slots.numpy().astype(np.int32), ranks, self._layout.slots))
 
 
@@ -112,7 +108,7 @@ def _room(units: int, tokens: int, chosen: int) -> tuple[Tensor, Tensor, Tensor]
     return (
         torch.empty(units + 1, dtype=torch.int32),
         torch.empty(most, dtype=torch.int32),
-        torch.empty(most, chosen, dtype=torch.int16),
+        torch.empty(most, chosen, dtype=_SLOT_TYPE),
     )
 
 

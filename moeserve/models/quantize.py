@@ -17,11 +17,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.kernels.matrix import (
     Block,
@@ -38,7 +39,7 @@ from moeserve.models.decoder import build_decoder, open_weights
 from moeserve.models.families import read_spec
 from moeserve.models.formats.layouts import Stored
 from moeserve.models.names import TensorNames
-from moeserve.models.shards import Planned, Tensors, write_shards
+from moeserve.models.shards import PlannedTensor, Tensors, write_shards
 from moeserve.models.survey import Headers
 from moeserve.models.weights import Rounding, Weights, pick
 
@@ -59,7 +60,7 @@ class Recipe:
     """What to round: ``attention`` and ``head`` may stay floats. Others cannot read a rounded head
     as widely as the rest."""
 
-    scheme: str = "int8"
+    scheme: Literal["int8", "int4"] = "int8"
     group: int = 128
     attention: bool = True
     head: bool = False
@@ -182,7 +183,7 @@ def quantize(
 def list_modules(model: Path) -> tuple[Modules, tuple[str, ...]]:
     """Puts the decoder together from headers; raises what loading would raise about them."""
     headers = Headers.open(model)
-    plain = open_weights(headers, None, ReferenceOps(), Rounding("none"))
+    plain = open_weights(headers, ReferenceOps(), LoadOptions(quantization="none"))
     modules = Modules(headers, plain.stored, plain.ops, plain.dtype, plain.rounding)
     with torch.device("meta"):
         unread = build_decoder(modules).unread
@@ -236,15 +237,15 @@ class _Plan:
         scheme = self.schemes[module] = self.recipe.of(module, into)
         if scheme == "int8":
             eight = (
-                Planned(f"{module}.weight", torch.int8, (out, into)),
-                Planned(f"{module}.weight_scale", torch.float32, (out, 1)),
+                PlannedTensor(f"{module}.weight", torch.int8, (out, into)),
+                PlannedTensor(f"{module}.weight_scale", torch.float32, (out, 1)),
             )
             return Tensors(eight, lambda: _eight_bits(module, read()))
         group = self.recipe.group
         four = (
-            Planned(f"{module}.weight_packed", torch.int32, (out, into // 8)),
-            Planned(f"{module}.weight_scale", torch.float32, (out, into // group)),
-            Planned(f"{module}.weight_shape", torch.int64, (2,)),
+            PlannedTensor(f"{module}.weight_packed", torch.int32, (out, into // 8)),
+            PlannedTensor(f"{module}.weight_scale", torch.float32, (out, into // group)),
+            PlannedTensor(f"{module}.weight_shape", torch.int64, (2,)),
         )
         return Tensors(four, lambda: _four_bits(module, read(), group))
 
@@ -274,7 +275,7 @@ class _Plan:
         name = f"{module}.weight"
         if self.stored.checkpoint.has(name) and self.stored.checkpoint.dtype(name) in FLOATS:
             return self._copy(name)
-        planned = (Planned(name, torch.bfloat16, shape),)
+        planned = (PlannedTensor(name, torch.bfloat16, shape),)
         return Tensors(
             planned,
             lambda: (
@@ -284,7 +285,7 @@ class _Plan:
 
     def _copy(self, name: str) -> Tensors:
         c = self.stored.checkpoint
-        planned = (Planned(name, c.dtype(name), c.shape(name)),)
+        planned = (PlannedTensor(name, c.dtype(name), c.shape(name)),)
         return Tensors(planned, lambda: torch.split(c.get(name).reshape(-1), _PIECE))
 
 

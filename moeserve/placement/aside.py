@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import DeadlineError, PlacementError, UnavailableError
-from moeserve.placement.cluster import Topology
+from moeserve.placement.cluster import Cluster
 from moeserve.placement.plan import Plan, slot_table
 from moeserve.placement.problem import Moves, Problem
 from moeserve.placement.routing import Routing, workload_of_tokens
@@ -112,7 +112,7 @@ def answer(
         moves = None
         if weights is not None:
             moves = Moves(Plan(previous, experts, devices, nodes, layers), *weights)
-        problem = Problem(Topology(devices, nodes), previous.shape[1], moves=moves)
+        problem = Problem(Cluster(devices, nodes), previous.shape[1], moves=moves)
         routing = Routing((workload,), layers)
         found = solve(problem, routing, Solver.AUTO, Budget(seconds, threads=1))
     except PlacementError as error:

@@ -15,7 +15,7 @@ import numpy as np
 
 from moeserve.errors import PlacementError
 from moeserve.placement import plan as plans
-from moeserve.placement.cluster import Dataflow, Phase, Topology
+from moeserve.placement.cluster import Cluster, Dataflow, Phase
 from moeserve.placement.formats import routing_files as inputs
 from moeserve.placement.formats import runtimes as exchange
 from moeserve.placement.plan import Plan
@@ -73,11 +73,11 @@ def solve(arguments: argparse.Namespace) -> dict[str, Any]:
     with _progress(arguments.json) as progress:
         plan = find(problem, fitted, Solver(arguments.solver), budget, progress)
     seconds = time.monotonic() - began
-    result = _figures(plan, routing, problem.topology, arguments)
+    result = _figures(plan, routing, problem.cluster, arguments)
     result["seconds"] = seconds
     result["solver"] = arguments.solver
     if held is not None:
-        result["held_out"] = _figures(plan, held, problem.topology, arguments)
+        result["held_out"] = _figures(plan, held, problem.cluster, arguments)
     if problem.moves is not None:
         result["moved_experts"] = plans.moved_slots(problem.moves.previous, plan)
     plans.write_whole(Path(arguments.out), plans.dump(replace(plan, figures=result)))
@@ -90,9 +90,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         plan = replace(plan, dataflow=Dataflow(arguments.dataflow))
     arguments.experts = arguments.experts or plan.num_experts
     routing = _read(arguments)
-    topology = _plan_topology(plan, arguments)
+    cluster = _plan_cluster(plan, arguments)
     began = time.monotonic()
-    result = _figures(plan, routing, topology, arguments)
+    result = _figures(plan, routing, cluster, arguments)
     result["seconds"] = time.monotonic() - began
     return result
 
@@ -108,7 +108,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         with _progress(arguments.json) as progress:
             plan = find(problem, fitted, Solver(name), budget, progress)
         seconds = time.monotonic() - began
-        row = _figures(plan, held or fitted, problem.topology, arguments)
+        row = _figures(plan, held or fitted, problem.cluster, arguments)
         rows[name] = row | {"seconds": seconds}
     return {"evaluated_on": "held out" if held else "all", "solvers": rows}
 
@@ -139,7 +139,7 @@ def plot(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = plans.load(Path(arguments.plan))
     arguments.experts = arguments.experts or plan.num_experts
     routing = _read(arguments)
-    result = figures(plan, routing, _plan_topology(plan, arguments))
+    result = figures(plan, routing, _plan_cluster(plan, arguments))
     files = pictures.write(Path(arguments.out), plan, routing, result, arguments.layer)
     return {"out": arguments.out, "files": files}
 
@@ -187,17 +187,17 @@ def _pairs(texts: Sequence[str], option: str) -> tuple[tuple[int, int], ...]:
 
 
 def _problem(arguments: argparse.Namespace, routing: Routing) -> Problem:
-    topology = Topology(
+    cluster = Cluster(
         arguments.devices,
         arguments.nodes,
         arguments.node_ratio,
         tuple(arguments.speeds),
         arguments.memory,
     )
-    if topology.memory and not arguments.expert_bytes:
+    if cluster.memory and not arguments.expert_bytes:
         raise PlacementError("--memory needs --expert-bytes, to know what a slot takes")
     return Problem(
-        topology,
+        cluster,
         routing.num_experts if arguments.slots is None else arguments.slots,
         Dataflow(arguments.dataflow),
         Phase(arguments.phase),
@@ -221,17 +221,17 @@ def _moves(arguments: argparse.Namespace) -> Moves:
     )
 
 
-def _plan_topology(plan: Plan, arguments: argparse.Namespace) -> Topology:
-    return Topology(plan.num_devices, plan.num_nodes, arguments.node_ratio, tuple(arguments.speeds))
+def _plan_cluster(plan: Plan, arguments: argparse.Namespace) -> Cluster:
+    return Cluster(plan.num_devices, plan.num_nodes, arguments.node_ratio, tuple(arguments.speeds))
 
 
 def _figures(
-    plan: Plan, routing: Routing, topology: Topology, arguments: argparse.Namespace
+    plan: Plan, routing: Routing, cluster: Cluster, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     return figures(
         plan,
         routing,
-        topology,
+        cluster,
         batch=arguments.batch,
         homes=arguments.homes,
         copy_bytes=CopyBytes(arguments.dispatch_bytes, arguments.combine_bytes),

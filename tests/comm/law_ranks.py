@@ -27,6 +27,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from moeserve.comm.build import Bounds, open_parallel
 from moeserve.comm.group import Group, Topology, join_store
 from moeserve.comm.layout import LayerLayout
+from moeserve.config.options import LoadOptions
 from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.checkpoint import Checkpoint
@@ -116,7 +117,7 @@ def run(case: Case, group: Group) -> dict[str, Tensor]:
     layouts = layouts_of(spec, case)
     mine = {layer: layout.of_rank(group.rank) for layer, layout in layouts.items()}
     decoder = load_decoder(
-        case.model, dtype=None, ops=ops, quantization=case.quantization, experts=mine
+        case.model, ops=ops, options=LoadOptions(quantization=case.quantization), experts=mine
     )
     parallel = open_parallel(
         ops,

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError
 from moeserve.kernels.ops import Ops
 from moeserve.models.batch import Span, pack_spans
@@ -78,9 +79,7 @@ def test_bytes_are_counted_as_tensors_are_read(folder: Path) -> None:
 def test_progress_rises_to_the_end(folder: Path, ops: Ops) -> None:
     heard: list[tuple[int, int]] = []
 
-    load_decoder(
-        folder, dtype=None, ops=ops, progress=lambda done, total: heard.append((done, total))
-    )
+    load_decoder(folder, ops=ops, progress=lambda done, total: heard.append((done, total)))
 
     done = [d for d, _ in heard]
     assert done == sorted(done)
@@ -91,7 +90,7 @@ def test_progress_rises_to_the_end(folder: Path, ops: Ops) -> None:
 def test_the_embedding_stays_where_the_file_has_it(folder: Path, ops: Ops) -> None:
     checkpoint = Checkpoint.open(folder)
 
-    decoder = assemble(checkpoint, dtype=None, ops=ops)
+    decoder = assemble(checkpoint, ops=ops)
 
     mapped = checkpoint.get("model.embed_tokens.weight")
     assert decoder.embedding_WH.data_ptr() == mapped.data_ptr()
@@ -102,7 +101,7 @@ def test_a_sharded_checkpoint_is_the_same_model(
 ) -> None:
     shard(folder)
 
-    decoder = load_decoder(folder, dtype=None, ops=ops)
+    decoder = load_decoder(folder, ops=ops)
 
     assert torch.equal(first_logits(decoder), first_logits(tiny_decoder("qwen3_moe")))
 
@@ -124,7 +123,7 @@ def test_fused_experts_are_the_same_model(
 ) -> None:
     edit_tensors(folder, fuse)
 
-    decoder = load_decoder(folder, dtype=None, ops=ops)
+    decoder = load_decoder(folder, ops=ops)
 
     assert torch.equal(first_logits(decoder), first_logits(tiny_decoder("qwen3_moe")))
 
@@ -146,15 +145,15 @@ def test_a_mixtral_may_spell_its_block_either_way(
 
     edit_tensors(folder, rename)
 
-    decoder = load_decoder(folder, dtype=None, ops=ops)
+    decoder = load_decoder(folder, ops=ops)
     assert torch.equal(first_logits(decoder), first_logits(tiny_decoder("mixtral")))
 
 
 def test_float16_is_held_exactly_as_float32(folder: Path, ops: Ops) -> None:
     edit_tensors(folder, lambda t: t.update({k: v.half() for k, v in t.items()}))
-    half = load_decoder(folder, dtype=None, ops=ops)
+    half = load_decoder(folder, ops=ops)
     edit_tensors(folder, lambda t: t.update({k: v.float() for k, v in t.items()}))
-    full = load_decoder(folder, dtype=torch.float32, ops=ops)
+    full = load_decoder(folder, ops=ops, options=LoadOptions(dtype="float32"))
 
     assert half.dtype is full.dtype is torch.float32
     assert torch.equal(first_logits(half), first_logits(full))
@@ -163,13 +162,13 @@ def test_float16_is_held_exactly_as_float32(folder: Path, ops: Ops) -> None:
 def test_bfloat16_stays_bfloat16_unless_asked(folder: Path, ops: Ops) -> None:
     edit_tensors(folder, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
 
-    assert load_decoder(folder, dtype=None, ops=ops).dtype is torch.bfloat16
-    assert load_decoder(folder, dtype=torch.float32, ops=ops).dtype is torch.float32
+    assert load_decoder(folder, ops=ops).dtype is torch.bfloat16
+    assert load_decoder(folder, ops, LoadOptions(dtype="float32")).dtype is torch.float32
 
 
 def refused(folder: Path, ops: Ops, *said: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        load_decoder(folder, dtype=None, ops=ops)
+        load_decoder(folder, ops=ops)
     for word in said:
         assert word in caught.value.message
 
@@ -278,7 +277,7 @@ def test_flipped_bits_of_a_header_load_or_are_refused_in_one_line(
         whole[data.draw(st.integers(0, header - 1))] ^= 1 << data.draw(st.integers(0, 7))
     (folder / "model.safetensors").write_bytes(whole)
     try:
-        load_decoder(folder, dtype=None, ops=ops)
+        load_decoder(folder, ops=ops)
     except CheckpointError as error:
         assert "\n" not in error.message  # noqa: PT017 - a lucky flip may load
 
@@ -302,7 +301,7 @@ def test_needless_tensors_are_listed_not_dropped_in_silence(folder: Path, ops: O
     }
     edit_tensors(folder, lambda t: t.update(needless))
 
-    assert load_decoder(folder, dtype=None, ops=ops).unread == tuple(sorted(needless))
+    assert load_decoder(folder, ops=ops).unread == tuple(sorted(needless))
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "quark", ""])
@@ -321,7 +320,7 @@ def test_an_unknown_architecture_is_named_beside_those_we_know(folder: Path, ops
 def test_generation_config_adds_end_tokens(folder: Path, ops: Ops) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [258, 256]}')
 
-    assert load_decoder(folder, dtype=None, ops=ops).spec.eos_ids == (258, 256)
+    assert load_decoder(folder, ops=ops).spec.eos_ids == (258, 256)
 
 
 def test_the_demo_is_a_name_and_everything_else_a_folder(tmp_path: Path) -> None:

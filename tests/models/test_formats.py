@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError
 from moeserve.kernels.matrix import (
     Int4Matrix,
@@ -300,7 +301,7 @@ def convert(folder: Path, write: Writer, *, exact: bool = False) -> dict[str, Te
 
 
 def logits(folder: Path, ops: ReferenceOps, **options: Any) -> Tensor:
-    decoder = load_decoder(folder, dtype=torch.float32, ops=ops, **options)
+    decoder = load_decoder(folder, ops=ops, options=LoadOptions(dtype="float32", **options))
     step = pack_spans([Span([1, 2, 3, 250, 17], 0, [0], 5)], 8)
     return decoder.forward(step, decoder.new_cache(1, 8))
 
@@ -414,7 +415,7 @@ def test_a_scale_of_nan_is_named(gpt_oss: Path) -> None:
     save_file(tensors, file)
 
     with pytest.raises(CheckpointError, match=f"{name}: holds NaN"):
-        load_decoder(gpt_oss / "codes", dtype=None, ops=FloatOps())
+        load_decoder(gpt_oss / "codes", ops=FloatOps())
 
 
 @each_format

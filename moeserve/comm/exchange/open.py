@@ -10,6 +10,7 @@ from moeserve.comm.exchange.shm import ShmExchange
 from moeserve.comm.exchange.tcp import TcpExchange
 from moeserve.comm.exchange.torch import TorchExchange
 from moeserve.comm.group import Group, Topology
+from moeserve.comm.native import native_half
 from moeserve.errors import ConfigError
 
 BACKENDS = ("auto", "tcp", "torch", "mpi", "shm")
@@ -32,6 +33,7 @@ def open_exchange(
     """
     if backend not in BACKENDS:
         raise ConfigError(f"comm backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    native_half()  # is an error where it is required, before ranks wait for one another
     if group.world == 1:
         return LocalExchange(group, lanes)
     nodes = {topology.node_R[group.of_run(r)] for r in range(group.world)}

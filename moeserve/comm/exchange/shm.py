@@ -22,6 +22,7 @@ from moeserve.comm.exchange.rounds import Lanes, Rounds
 from moeserve.comm.group import Group
 from moeserve.comm.native import native_half
 from moeserve.errors import ConfigError
+from moeserve.host import allowed_cores
 
 _TOKEN_BYTES = 32
 _PARITIES = 2
@@ -52,7 +53,7 @@ class ShmExchange(Rounds):
             group.rank,
             [block.data_ptr() for block in self._blocks],
             lane_bytes,
-            _SPIN_NS if group.world <= len(os.sched_getaffinity(0)) else 0,
+            _SPIN_NS if group.world <= len(allowed_cores()) else 0,
             _YIELD_NS,
         )
 

@@ -50,6 +50,8 @@ class TcpExchange(Rounds):
     ) -> None:
         super().__init__(group, lanes)
         native, reason = native_half()
+        if native is not None and not hasattr(native, "Streams"):
+            reason = "this system has no streams (Linux has)"
         reasons = [note.decode() for note in group.all_gather(f"{key}/able", reason.encode())]
         for rank, why in enumerate(reasons):
             if why:
