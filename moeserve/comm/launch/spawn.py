@@ -8,7 +8,6 @@ may know of another's.
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import IO
@@ -75,7 +74,3 @@ class Children:
 def _echo(out: IO[str], rank: int, line: str) -> None:
     out.write(f"[rank {rank}] {line}")
     out.flush()
-
-
-def worker_command() -> list[str]:
-    return [sys.executable, "-m", "moeserve.worker"]
