@@ -58,10 +58,7 @@ FORBIDDEN_CALLS = frozenset(
 )
 
 # Modules that name, by string, a module above their own layer, and which.
-STARTED_FROM_BELOW: dict[tuple[str, str], str] = {
-    ("moeserve/comm/launch/spawn.py", "worker"): "children of `serve --ep` are ranks",
-    ("moeserve/engine/replan/replanner.py", "cli"): "the solver is started through the CLI",
-}
+STARTED_FROM_BELOW: dict[tuple[str, str], str] = {}
 # A decoder runs its layers through a LayerRunner and knows no exchange.
 MODELS_THAT_IMPORT_COMM: dict[str, str] = {
     "moeserve/models/decoder.py": "runs layers of several ranks itself",
