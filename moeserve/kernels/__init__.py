@@ -1,4 +1,13 @@
 """The op table and its backends.
 
-``ops`` is the contract, ``reference`` plain torch, ``cpu`` native; ``select`` chooses one.
+::
+
+    ops                        the contract: every tensor operation a decoder may use
+    select  probe              the op table of a device; how fast the machine can go at most
+    fused                      the fused operations spelled out: their meaning, and natives' oracle
+    matrix                     weights in 8 and 4 bits, between loader and op table
+    wire                       what ranks send each other for a mixture: records and sums
+    kv_layout                  KV blocks as bytes, once they have left a cache
+    reference/                 the backend in plain torch
+    cpu/                       the native backend
 """

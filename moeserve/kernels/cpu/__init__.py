@@ -1,1 +1,10 @@
-"""The op table by native kernels (``kernels/cpu/`` at the root): shapes are checked here."""
+"""The op table by native kernels (``kernels/cpu/`` at the root): shapes are checked here.
+
+::
+
+    ops                        the op table: pointers go to ``_cpu``
+    handles                    handles of a decoder's parts, made once and passed with every step
+    packing                    weights in the layout of the kernels, made once
+    kv                         the paged cache
+    wire                       dispatch and combine, one native call each
+"""

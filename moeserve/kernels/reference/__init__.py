@@ -1,1 +1,9 @@
-"""The op table in plain torch: slow, obvious, and the oracle of every other backend (law 7)."""
+"""The op table in plain torch: slow, obvious, and the oracle of every other backend (law 7).
+
+::
+
+    ops                        the op table
+    products                   a matrix product for every kind of weight
+    kv                         the paged cache, and attention over it one query head at a time
+    wire  combine              dispatch and combine row by row; exact sums of contributions
+"""
