@@ -115,8 +115,9 @@ class RankModel:
     @property
     def parallel(self) -> ParallelLayerRunner:
         """The way to the others, of which there must be some."""
-        assert self.decoder.parallel is not None
-        return self.decoder.parallel
+        runner = self.decoder.runner
+        assert isinstance(runner, ParallelLayerRunner), runner
+        return runner
 
     def lead(
         self,
@@ -152,8 +153,8 @@ class RankModel:
         """After the last step: give back what reaches the others, complete the routing trace."""
         if self.swapper is not None:
             self.swapper.close()
-        if self.decoder.parallel is not None:
-            self.decoder.parallel.dispatcher.close()
+        if isinstance(self.decoder.runner, ParallelLayerRunner):
+            self.decoder.runner.dispatcher.close()
         if self.recorder is not None:
             self.recorder.close()
 
@@ -245,8 +246,9 @@ def load_rank_model(
     )
     uses: ExpertUseCounter | None = None
     observer: StepObserver | None = chain_observers(recorder, tally)
-    if context is not None and context.near_experts and decoder.parallel is not None:
-        observer = uses = ExpertUseCounter(decoder.parallel, context.group.world, observer)
+    runner = decoder.runner
+    if context is not None and context.near_experts and isinstance(runner, ParallelLayerRunner):
+        observer = uses = ExpertUseCounter(runner, context.group.world, observer)
     return RankModel(
         decoder=decoder,
         executor=ModelRunner(decoder, size.num_blocks, block_size, eos_ids, observer),

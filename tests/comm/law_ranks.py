@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def run(case: Case, group: Group) -> dict[str, Tensor]:
     prompts, home = prompts_of(case, spec.vocab)
     own = [i for i, rank in enumerate(home) if rank == group.rank]
     rows = greedy(
-        replace(decoder, parallel=parallel), [prompts[i] for i in own], case.micro,
+        decoder.over(parallel), [prompts[i] for i in own], case.micro,
         case.seed + group.rank,
     )  # fmt: skip
     parallel.dispatcher.close()

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from moeserve.core import BlockId, Counters
+from moeserve.core import BlockId, CacheScope, Counters
 from moeserve.engine.blocks import BlockKey, BlockPool, child_key, root_key
 
 SIZE = 4
@@ -15,7 +15,7 @@ SIZE = 4
 
 def chain(token_ids: list[int], salt: str = "") -> list[BlockKey]:
     """The keys of all full blocks of a sequence."""
-    keys, parent = [], root_key(salt)
+    keys, parent = [], root_key(CacheScope(salt))
     for at in range(0, len(token_ids) - SIZE + 1, SIZE):
         parent = child_key(parent, token_ids[at : at + SIZE])
         keys.append(parent)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from moeserve.comm.dispatcher import DispatchStats
 from moeserve.core import (
     BlockId,
+    CacheScope,
     Chunk,
     Counters,
     Event,
@@ -365,18 +366,20 @@ def chunk(r: Request, start: int, count: int, blocks: Sequence[int], outputs: li
     history = (*r.prompt_ids, *outputs)
     stop = start + count
     ids = tuple(BlockId(b) for b in blocks)
-    return Chunk(r, history[start:stop], start, ids, stop == len(history), outputs, 1)
+    return Chunk(r, history[start:stop], start, ids, int(stop == len(history)), outputs, 1)
 
 
 def test_all_that_sampling_needs_arrives() -> None:
-    asked = Request(RequestId("é-1"), (1, 2, 300_000), EVERYTHING, salt="s", domain="law")
+    asked = Request(
+        RequestId("é-1"), (1, 2, 300_000), EVERYTHING, scope=CacheScope("s", "a"), domain="law"
+    )
     told, known = StepEncoder(), StepDecoder(1)
     sent = chunk(asked, 0, 3, [2, 0], [])
     order = told.order(1, 2, [sent])
     (got,) = known.plan(order).chunks
     assert got == replace(sent, request=replace(asked, params=replace(EVERYTHING, max_tokens=16)))
     scores = Logprobs(-0.1, ((7, -0.1), (8, -2.5)))
-    made = StepResult((Sampled(asked.id, 7, scores),))
+    made = StepResult((Sampled(asked.id, (7,), (scores,)),))
     report = known.report(order, known.plan(told.order(2, 2, [sent])), made)
     assert told.result([sent], report) == made
 
@@ -394,12 +397,12 @@ def test_a_preempted_request_comes_with_all_its_blocks_and_no_more() -> None:
     plan = known.plan(order)
     assert plan.preempted == ("a",)
     assert plan.chunks[0].blocks == (3, 1, 2)
-    assert (len(order.begun), list(order.kept), list(order.added)) == (0, [0], [3])
+    assert (len(order.new_requests), list(order.kept), list(order.added)) == (0, [0], [3])
 
 
 def test_an_order_about_a_stranger_is_refused() -> None:
     order = StepEncoder().order(4, 1, [chunk(request("a", [1]), 0, 1, [0], [])])
-    order.ClearField("begun")
+    order.ClearField("new_requests")
     with pytest.raises(InternalError, match="step 4: request number 0 is not known"):
         StepDecoder(1).plan(order)
 
@@ -408,7 +411,7 @@ def test_a_rank_that_samples_too_much_is_found_out() -> None:
     told, known = StepEncoder(), StepDecoder(1)
     sent = [chunk(request("a", [1, 2]), 0, 2, [0], [])]
     order = told.order(1, 1, sent)
-    report = known.report(order, known.plan(order), StepResult((Sampled(RequestId("a"), 7),)))
+    report = known.report(order, known.plan(order), StepResult((Sampled(RequestId("a"), (7,)),)))
     report.tokens.append(8)
     with pytest.raises(InternalError, match="more than it was asked to"):
         told.result(sent, report)

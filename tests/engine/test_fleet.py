@@ -73,7 +73,7 @@ class Town:
             assert all(0 <= b < self.num_blocks for c in own for b in c.blocks)
             for sampled in executor.run(replace(plan, chunks=own)).sampled:
                 found[sampled.request_id] = sampled
-        return StepResult(tuple(found[c.request.id] for c in plan.chunks if c.sample))
+        return StepResult(tuple(found[c.request.id] for c in plan.chunks if c.samples))
 
     def step(self) -> StepPlan:
         self.now += 1

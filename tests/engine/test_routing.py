@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -65,7 +64,7 @@ def serve(
                     for c in plan.chunks
                     for position, token in enumerate(c.token_ids, c.start)
                 ]
-                recorder.record(layer, torch.tensor(rows, dtype=torch.int32))
+                recorder.record(layer, np.array(rows, np.int32))
             recorder.end()
             for out in scheduler.apply(executor.run(plan)):
                 tokens[out.request_id].append(out.token_id)

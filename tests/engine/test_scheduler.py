@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.core import Counters, FinishReason, Request, RequestId, SamplingParams, StepPlan
+from moeserve.core import (
+    CacheScope,
+    Counters,
+    FinishReason,
+    Request,
+    RequestId,
+    SamplingParams,
+    StepPlan,
+)
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.null import NullExecutor
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
@@ -33,7 +41,7 @@ def request(
         tuple(prompt),
         SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         deadline=deadline,
-        salt=salt,
+        scope=CacheScope(salt),
     )
 
 

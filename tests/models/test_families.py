@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.models.batch import Span, pack_spans
@@ -161,11 +163,11 @@ def test_only_the_wanted_rows_get_logits(tiny_decoder: LoadDecoder) -> None:
 def test_an_observer_hears_every_routing_layer_once(tiny_decoder: LoadDecoder) -> None:
     class Record:
         def __init__(self) -> None:
-            self.seen: dict[int, Tensor] = {}
+            self.seen: dict[int, NDArray[np.int32]] = {}
 
-        def record(self, layer: int, ids_TC: Tensor) -> None:
+        def record(self, layer: int, ids_TC: NDArray[np.int32]) -> None:
             assert layer not in self.seen
-            self.seen[layer] = ids_TC.clone()
+            self.seen[layer] = ids_TC.copy()
 
     for family, routing in (
         ("deepseek_v3", (1, 2)),
