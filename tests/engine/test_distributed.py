@@ -39,7 +39,7 @@ from moeserve.engine.ranks.follower import follow
 from moeserve.engine.ranks.leader import DistributedExecutor
 from moeserve.engine.ranks.messages import StepDecoder, StepEncoder
 from moeserve.engine.ranks.microbatches import FixedMicrobatches
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.engine.scheduler import Drafter, Scheduler, SchedulerConfig
 from moeserve.errors import InternalError, LateRankError, UnavailableError
 
 Wires = Callable[[int], Any]
@@ -109,11 +109,11 @@ def band(
 
 
 def fleet_of(
-    world: int, blocks: int, config: SchedulerConfig = CONFIG
+    world: int, blocks: int, config: SchedulerConfig = CONFIG, drafter: Drafter | None = None
 ) -> tuple[Fleet, list[BlockPool]]:
     counters = Counters()
     pools = [BlockPool(blocks, BLOCK, counters) for _ in range(world)]
-    return Fleet(config, pools, counters), pools
+    return Fleet(config, pools, counters, drafter=drafter), pools
 
 
 def request(name: str, prompt: Sequence[int], max_tokens: int = 8, **params: object) -> Request:
@@ -146,13 +146,26 @@ def workloads(draw: st.DrawFn) -> list[tuple[int, Request, int | None]]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(workload=workloads(), world=st.integers(1, 4), blocks=st.integers(6, 12))
+@given(
+    workload=workloads(),
+    world=st.integers(1, 4),
+    blocks=st.integers(6, 12),
+    drafts=st.sampled_from([0, 0, 1, 3]),
+    errs=st.integers(0, 4),
+)
 def test_ranks_make_the_tokens_of_one_process(
-    workload: list[tuple[int, Request, int | None]], world: int, blocks: int, wires: Wires
+    workload: list[tuple[int, Request, int | None]],
+    world: int,
+    blocks: int,
+    drafts: int,
+    errs: int,
+    wires: Wires,
+    guessers: Callable[..., Drafter],
 ) -> None:
     """With few blocks, so that requests are preempted and move; ranks run every step together."""
     config = replace(CONFIG, max_model_len=22)
-    fleet, pools = fleet_of(world, blocks, config)
+    drafter = guessers(VOCAB, drafts, errs) if drafts else None
+    fleet, pools = fleet_of(world, blocks, config, drafter)
     tokens: dict[RequestId, list[int]] = {r.id: [] for _, r, _ in workload}
     aborted = set()
     with band(wires(world), blocks) as group:
@@ -415,3 +428,37 @@ def test_a_rank_that_samples_too_much_is_found_out() -> None:
     report.tokens.append(8)
     with pytest.raises(InternalError, match="more than it was asked to"):
         told.result(sent, report)
+
+
+def test_drafts_travel_and_what_was_accepted_comes_back() -> None:
+    asked, encoder, decoder = request("a", range(3), logprobs=0), StepEncoder(), StepDecoder(1)
+    outputs = [9]
+    ids = tuple(BlockId(b) for b in (0, 1))
+    drafted = Chunk(asked, (9, 10, 11), 3, ids, 3, outputs, 1, reached=3)
+    order = encoder.order(1, 1, [drafted])
+    plan = decoder.plan(order)
+    assert plan.chunks[0] == replace(
+        drafted, request=replace(asked, params=replace(asked.params, max_tokens=16))
+    )
+    scores = (Logprobs(-0.5), Logprobs(-0.25))
+    made = StepResult((Sampled(asked.id, (10, 12), scores),))
+    report = decoder.report(order, plan, made)
+    assert encoder.result([drafted], report) == made
+    outputs += [10, 12]
+    following = Chunk(asked, (12,), 5, ids, 1, outputs, 1, reached=5)
+    order = encoder.order(2, 1, [following])
+    assert not order.new_requests
+    assert decoder.plan(order).chunks[0].token_ids == (12,)
+    assert decoder.plan(order).chunks[0].reached == 5
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_a_rank_that_accepts_more_or_less_than_it_could_is_found_out(count: int) -> None:
+    asked, encoder, decoder = request("a", range(3)), StepEncoder(), StepDecoder(1)
+    sent = [Chunk(asked, (2, 10, 11), 2, (BlockId(0),), 3, (), 1)]
+    order = encoder.order(1, 1, sent)
+    made = StepResult((Sampled(asked.id, (10,)),))
+    report = decoder.report(order, decoder.plan(order), made)
+    report.accepted[0] = count
+    with pytest.raises(InternalError, match="where 1 to 3 were asked for"):
+        encoder.result(sent, report)
