@@ -28,6 +28,8 @@ PURE = (
     "core.py",
     "engine/executor.py",
     "engine/scheduler.py",
+    "engine/sequence.py",
+    "engine/step_builder.py",
     "engine/blocks.py",
     "engine/ranks/fleet.py",
     "engine/ranks/homes.py",
@@ -37,8 +39,8 @@ PURE = (
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
     "heapq itertools math operator struct typing "
-    "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.scheduler "
-    "moeserve.engine.ranks.fleet".split()
+    "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.sequence "
+    "moeserve.engine.step_builder moeserve.engine.scheduler moeserve.engine.ranks.fleet".split()
 )
 # What runs where neither torch nor numpy is installed.
 BARE = (
