@@ -1,1 +1,1 @@
-"""Requests to tokens: block pool, scheduler, executors, sampler, text, and the step loop."""
+"""Requests to tokens: block pool, scheduler, executors, text, and the step loop."""

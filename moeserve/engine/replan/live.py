@@ -20,7 +20,8 @@ from moeserve.placement.report import CopyBytes
 
 @dataclass(frozen=True, slots=True)
 class LivePlan:
-    """``node_R`` are the nodes of the ranks. ``close`` before the engine stops."""
+    """``node_R`` are the nodes of the ranks. ``reread`` may be called from any thread, ``close``
+    before the engine stops."""
 
     coordinator: PlanCoordinator
     node_R: Sequence[int]
@@ -45,17 +46,17 @@ def build_replanner(
     coordinator: PlanCoordinator,
     ranks: DistributedExecutor,
     observer: EngineObserver,
-    habits: ReplanSettings,
-    weigh: CopyBytes,
+    settings: ReplanSettings,
+    copy: CopyBytes,
     policy: ReplanPolicy | None = None,
 ) -> tuple[Replanner, StepHistory]:
     """The second is the engine's observer from now on; what a move costs and a copy weighs goes to
     the solver too, so that it does not move what is not worth it."""
-    policy, watch = policy or ReplanPolicy(), StepHistory(observer, ranks.work)
+    policy, history = policy or ReplanPolicy(), StepHistory(observer, ranks.work)
     options = [
-        "--expert-bytes", str(habits.expert_bytes), "--dispatch-bytes", str(weigh.dispatch),
-        "--combine-bytes", str(weigh.combine),
-        "--horizon-tokens", str(habits.horizon_tokens),
+        "--expert-bytes", str(settings.expert_bytes), "--dispatch-bytes", str(copy.dispatch),
+        "--combine-bytes", str(copy.combine),
+        "--horizon-tokens", str(settings.horizon_tokens),
     ]  # fmt: skip
     solve = partial(solve_aside, weigh=options)
-    return Replanner(coordinator, watch, habits, solve, policy), watch
+    return Replanner(coordinator, history, settings, solve, policy), history
