@@ -1,13 +1,14 @@
 """What the kernel and its control groups let this process use: cores and memory.
 
-Reads ``/proc`` and ``/sys`` only, both cgroup versions; whatever is absent reads as None, so the
-functions also answer on systems without them. ``root`` is a parameter so that a test can be a
-machine. Sizes are bytes.
+Reads ``/proc`` and ``/sys``, both cgroup versions; whatever is absent reads as None, and where
+there is no ``/proc`` at all (not on Linux) ``os`` and ``platform`` answer. ``root`` is a parameter
+so that a test can be a machine. Sizes are bytes.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +41,13 @@ class Cpu:
 
 
 def read_memory(root: Path = Path("/")) -> Memory:
-    """Raises OSError where there is no ``/proc/meminfo``."""
+    """Without ``/proc/meminfo`` (not on Linux) what ``sysconf`` says of the machine: pages in all,
+    and those that are free where that is known, else all."""
+    meminfo = _text(root / "proc/meminfo")
+    if meminfo is None:
+        return _memory_by_sysconf()
     sizes = {}
-    for line in (root / "proc/meminfo").read_text().splitlines():
+    for line in meminfo.splitlines():
         name, value = line.split(":")
         sizes[name] = int(value.split()[0]) * (1024 if value.endswith("kB") else 1)
     available = sizes.get("MemAvailable", sizes.get("MemFree", 0))
@@ -57,6 +62,13 @@ def read_memory(root: Path = Path("/")) -> Memory:
     return Memory(sizes["MemTotal"], available, limit)
 
 
+def _memory_by_sysconf() -> Memory:
+    page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+    known = "SC_AVPHYS_PAGES" in os.sysconf_names
+    free = os.sysconf("SC_AVPHYS_PAGES") if known else pages
+    return Memory(page * pages, page * free, None)
+
+
 def read_cpu(root: Path = Path("/")) -> Cpu:
     quota: float | None = None
     for group, _ in _groups(root, "cpu"):
@@ -64,13 +76,15 @@ def read_cpu(root: Path = Path("/")) -> Cpu:
         if share is not None:
             quota = share if quota is None else min(quota, share)
     model, flags = _cpuinfo(root)
-    return Cpu(model, flags, _affinity(), quota)
+    return Cpu(model, flags, len(allowed_cores()), quota)
 
 
-def _affinity() -> int:
+def allowed_cores() -> list[int]:
+    """Numbers of the cores that this process may run on, ascending; where the system does not say
+    (it is not Linux), all of them."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _cpuinfo(root: Path) -> tuple[str, frozenset[str]]:
@@ -79,7 +93,7 @@ def _cpuinfo(root: Path) -> tuple[str, frozenset[str]]:
         name, colon, value = line.partition(":")
         if colon:
             fields.setdefault(name.strip(), value.strip())
-    model = fields.get("model name") or fields.get("CPU part") or os.uname().machine
+    model = fields.get("model name") or fields.get("CPU part") or platform.machine()
     return model, frozenset((fields.get("flags") or fields.get("Features") or "").split())
 
 

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moeserve.config.options import LoadOptions
 from moeserve.core import Chunk, Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.model_runner import ModelRunner
@@ -26,12 +27,12 @@ from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 
 MODELS = [
-    ("deepseek_v3", torch.float32),
-    ("deepseek_v3", torch.bfloat16),
-    ("qwen3_moe", torch.float32),
-    ("qwen3_moe", torch.bfloat16),
-    ("gpt_oss", torch.float32),
-    ("gpt_oss", torch.bfloat16),
+    ("deepseek_v3", "float32"),
+    ("deepseek_v3", "bfloat16"),
+    ("qwen3_moe", "float32"),
+    ("qwen3_moe", "bfloat16"),
+    ("gpt_oss", "float32"),
+    ("gpt_oss", "bfloat16"),
 ]
 VOCAB = 256
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -110,10 +111,10 @@ class Alone:
                 assert torch.equal(a, b), f"{request.id}, token {step}: other bits"
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda m: f"{m[0]}-{str(m[1])[6:]}")
+@pytest.fixture(scope="module", params=MODELS, ids=lambda m: f"{m[0]}-{m[1]}")
 def alone(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]) -> Alone:
     family, dtype = request.param
-    return Alone(load_decoder(tiny_checkpoint(family), dtype=dtype, ops=choose_ops()))
+    return Alone(load_decoder(tiny_checkpoint(family), choose_ops(), LoadOptions(dtype=dtype)))
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -144,7 +145,7 @@ def test_a_batch_that_changes_one_bit_would_be_noticed(
             out_TN = super().linear(x_TK, weight)
             return out_TN if len(x_TK) == 1 else out_TN * (1 + 2**-23)
 
-    leaky = Alone(load_decoder(tiny_checkpoint("qwen3_moe"), dtype=None, ops=Leaky()))
+    leaky = Alone(load_decoder(tiny_checkpoint("qwen3_moe"), ops=Leaky()))
     requests = [ask("a", [1]), ask("b", [2])]
     ran = run(leaky.decoder, [requests])
     with pytest.raises(AssertionError, match=r"other bits"):

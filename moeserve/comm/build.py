@@ -11,10 +11,9 @@ from moeserve.comm.dispatcher import (
     HierarchicalDispatcher,
     ShardedExperts,
 )
-from moeserve.comm.exchange.base import DEADLINE_S, Alarm
+from moeserve.comm.exchange.base import DEADLINE_S, Alarm, Lanes
 from moeserve.comm.exchange.open import open_exchange
-from moeserve.comm.exchange.rounds import Lanes
-from moeserve.comm.group import Group, Topology
+from moeserve.comm.group import Group, Topology, ranks_per_node
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.comm.table import table_of
@@ -30,7 +29,7 @@ MANY = 1 << 16
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """``tokens`` is the most that a rank brings to one microbatch, ``microbatches`` the most of
-    them in a step. A wait ends after ``deadline_s``, or at once when ``alarm`` rings."""
+    them in a step. A wait ends after ``deadline_s``, or at once when ``alarm`` returns an error."""
 
     tokens: int
     microbatches: int
@@ -55,9 +54,9 @@ def open_parallel(
     Where nodes have several ranks each, in order, tokens cross to a node once; see
     ``HierarchicalDispatcher``.
     """
-    sharded = shard_layers(ops, layers, layouts)
+    size = ranks_per_node(topology)
+    sharded = shard_layers(ops, layers, layouts, size or 1)
     lanes = _lanes(ops, sharded, bounds, bounds.tokens)
-    size = node_size(topology)
     dispatcher: Dispatcher
     if size is None:
         exchange = open_exchange(backend, group, topology, lanes, address=address)
@@ -71,14 +70,6 @@ def open_parallel(
         inner = open_exchange(backend, node, topology, wide, key="inner", address=address)
         dispatcher = HierarchicalDispatcher(ops, outer, inner, topology, progress)
     return ParallelLayerRunner(ops, layers, sharded, dispatcher, progress)
-
-
-def node_size(topology: Topology) -> int | None:
-    """Ranks of a node, where there are several nodes of several ranks each, alike and in order."""
-    size, rest = divmod(topology.world, topology.num_nodes)
-    in_order = tuple(r // size for r in range(topology.world))
-    alike = not rest and topology.node_R == in_order
-    return size if alike and topology.num_nodes > 1 and size > 1 else None
 
 
 def parallel_over(
@@ -95,24 +86,33 @@ def parallel_over(
 
 
 def shard_layers(
-    ops: Ops, layers: Sequence[Layer], layouts: Mapping[int, LayerLayout]
+    ops: Ops,
+    layers: Sequence[Layer],
+    layouts: Mapping[int, LayerLayout],
+    ranks_per_unit: int = 1,
 ) -> list[ShardedExperts | None]:
     """By layer; each layer's experts are those of this rank's slots."""
     return [
-        None if isinstance(layer.mlp, Part) else shard_experts(ops, *layer.mlp, layouts[number])
+        None
+        if isinstance(layer.mlp, Part)
+        else shard_experts(ops, *layer.mlp, layouts[number], ranks_per_unit)
         for number, layer in enumerate(layers)
     ]
 
 
 def shard_experts(
-    ops: Ops, router: Part[RouterWeights], experts: Part[MoeWeights], layout: LayerLayout
+    ops: Ops,
+    router: Part[RouterWeights],
+    experts: Part[MoeWeights],
+    layout: LayerLayout,
+    ranks_per_unit: int = 1,
 ) -> ShardedExperts:
     """InternalError where the experts are not as many as the layout has slots on a rank."""
     held = experts.weights.experts.num_experts
     if held != layout.slots:
         raise InternalError(f"a rank holds {held} experts of a layer, its plan says {layout.slots}")
     wire = ops.wire(experts, router.weights.spec.top_k)
-    return ShardedExperts(experts, layout, table_of(layout), wire)
+    return ShardedExperts(experts, layout, table_of(layout, ranks_per_unit), wire)
 
 
 def _lanes(

@@ -1,7 +1,8 @@
 """Where the experts of every layer lie: a placement plan, seen from the ranks that serve it.
 
-Slot s of a layer lies on rank s // (S / R), as in ``placement.plan``; a rank numbers its
-own from 0.
+Slot s of a layer lies on rank s // (S / R), as in ``placement.plan``. A record numbers slots from
+0 within the unit that it is sent to: a rank, or, under the hierarchical dispatcher, a node of
+several ranks (``group.ranks_per_node``). The one limit on slots is ``wire.MOST_SLOTS`` in a unit.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moeserve.comm.group import Topology, ranks_per_node
 from moeserve.errors import PlacementError
+from moeserve.kernels.wire import MOST_SLOTS
 from moeserve.placement.plan import Plan, contiguous, load
-
-MOST_SLOTS = 1 << 15
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +68,8 @@ def check(
     world: int,
     node_R: Sequence[int] | None = None,
 ) -> None:
-    """Can these ranks serve this model by this plan? None: their nodes are not asked."""
+    """PlacementError where these ranks cannot serve this model by this plan. Without ``node_R``
+    their nodes are not compared."""
     if (plan.moe_layers, plan.num_experts, plan.num_devices) != (moe_layers, num_experts, world):
         raise PlacementError(
             f"the plan is for {plan.num_experts} experts in layers {list(plan.moe_layers)} on "
@@ -80,9 +82,18 @@ def check(
             f"the plan has its devices on nodes {plan.node_D.tolist()}, and the ranks run on nodes "
             f"{list(node_R)}: order the hosts so, or solve with --nodes for these"
         )
-    if plan.slots_per_device > MOST_SLOTS:
+    size = None if node_R is None else ranks_per_node(Topology(tuple(node_R)))
+    require_numbered(plan.slots_per_device, size or 1)
+
+
+def require_numbered(slots: int, ranks_per_unit: int) -> None:
+    """PlacementError where a record cannot number the slots of a unit: ``slots`` of each rank."""
+    if slots * ranks_per_unit > MOST_SLOTS:
+        unit = "device" if ranks_per_unit == 1 else f"node of {ranks_per_unit} ranks"
         raise PlacementError(
-            f"the plan has {plan.slots_per_device} slots per device; a record names {MOST_SLOTS}"
+            f"{slots * ranks_per_unit} slots of a layer on a {unit}: a record numbers at most "
+            f"{MOST_SLOTS}; solve a plan with fewer --slots, or spread the experts over more "
+            f"{'devices' if ranks_per_unit == 1 else 'nodes'}"
         )
 
 

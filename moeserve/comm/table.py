@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.assign import assign, by_unit
-from moeserve.comm.layout import LayerLayout
+from moeserve.comm.layout import LayerLayout, require_numbered
 from moeserve.comm.native import native_half
-from moeserve.errors import ConfigError
-from moeserve.kernels.wire import Copies, Wire
-
-MOST_SLOTS = 32767
+from moeserve.kernels.wire import SLOT_DTYPE, Copies, Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +43,9 @@ class AssignmentTable(Protocol):
         ...
 
 
-def table_of(layout: LayerLayout) -> AssignmentTable:
-    """ConfigError where there are more slots than a record can name."""
-    if len(layout.expert_S) > MOST_SLOTS:
-        raise ConfigError(
-            f"{len(layout.expert_S)} slots in a layer: at most {MOST_SLOTS} are served"
-        )
+def table_of(layout: LayerLayout, ranks_per_unit: int = 1) -> AssignmentTable:
+    """For units of so many ranks. PlacementError where a record cannot number the slots of one."""
+    require_numbered(layout.slots, ranks_per_unit)
     native, _ = native_half()
     return NumpyAssignmentTable(layout) if native is None else NativeAssignmentTable(layout, native)
 
@@ -67,7 +61,7 @@ class NumpyAssignmentTable:
 
     def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
         records = torch.cat([s.view(-1, wire.row_bytes) for s in segments])
-        slots = records[:, slots_at(wire) :].contiguous().view(torch.int16)[:, : wire.top_k]
+        slots = records[:, wire.slots_at :].contiguous().view(SLOT_DTYPE)[:, : wire.top_k]
         return counted(by_unit(slots.numpy().astype(np.int32), ranks, self._layout.slots))
 
 
@@ -85,50 +79,45 @@ class NativeAssignmentTable:
     def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
         tokens, chosen = ids_TC.shape
         units = self._world // ranks_per_unit
-        room = _room(units, tokens, chosen)
+        buffers = _buffers(units, tokens, chosen)
         counts = self._handle.assign(
-            ids_TC.data_ptr(), tokens, chosen, home, ranks_per_unit, *_addresses(room)
+            ids_TC.data_ptr(), tokens, chosen, home, ranks_per_unit, *_addresses(buffers)
         )
-        return _cut(room, counts)
+        return _filled(buffers, counts)
 
     def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
         rows = [len(s) // wire.row_bytes for s in segments]
-        room = _room(ranks, sum(rows), wire.top_k)
+        buffers = _buffers(ranks, sum(rows), wire.top_k)
         counts = self._relay(
             [s.data_ptr() for s in segments],
             rows,
             wire.row_bytes,
-            slots_at(wire),
+            wire.slots_at,
             wire.top_k,
             ranks,
             self._slots,
-            *_addresses(room),
+            *_addresses(buffers),
         )
-        return _cut(room, counts)
+        return _filled(buffers, counts)
 
 
-def _room(units: int, tokens: int, chosen: int) -> tuple[Tensor, Tensor, Tensor]:
+def _buffers(units: int, tokens: int, chosen: int) -> tuple[Tensor, Tensor, Tensor]:
     most = tokens * min(units, chosen)
     return (
         torch.empty(units + 1, dtype=torch.int32),
         torch.empty(most, dtype=torch.int32),
-        torch.empty(most, chosen, dtype=torch.int16),
+        torch.empty(most, chosen, dtype=SLOT_DTYPE),
     )
 
 
-def _addresses(room: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
-    return room[0].data_ptr(), room[1].data_ptr(), room[2].data_ptr()
+def _addresses(buffers: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
+    return buffers[0].data_ptr(), buffers[1].data_ptr(), buffers[2].data_ptr()
 
 
-def _cut(room: tuple[Tensor, Tensor, Tensor], counts: list[int]) -> Assigned:
-    start_R1, token_N, slot_NC = room
+def _filled(buffers: tuple[Tensor, Tensor, Tensor], counts: list[int]) -> Assigned:
+    start_R1, token_N, slot_NC = buffers
     copies = sum(counts)
     return Assigned(Copies(start_R1, token_N[:copies], slot_NC[:copies]), counts)
-
-
-def slots_at(wire: Wire) -> int:
-    """Where a record's slots begin."""
-    return wire.scale_at + 8 + 4 * wire.top_k
 
 
 def counted(copies: Copies) -> Assigned:

@@ -7,33 +7,32 @@ much slower, and the log says so. With ``MOESERVE_REQUIRE_NATIVE=1`` that is an 
 from __future__ import annotations
 
 import logging
-import os
+
+import torch
 
 from moeserve.errors import ConfigError
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.reference.ops import ReferenceOps
+from moeserve.native import native_module
 
-REMEDY = "build it with `pip install .`, which needs a C++17 compiler"
 
+def choose_ops(device: str | torch.device = "cpu", threads: int | None = None) -> Ops:
+    """The backend of a device, which is then its ``device``.
 
-def choose_ops(device: str = "cpu", threads: int | None = None) -> Ops:
-    """``threads`` None leaves the number as it is: all cores this process may use."""
-    if device != "cpu":
-        raise ConfigError(f"device={device!r}: expected 'cpu'")
-    try:
-        from moeserve.kernels.cpu import _cpu
-        from moeserve.kernels.cpu.ops import CpuOps
-    except ImportError as missing:
-        if os.environ.get("MOESERVE_REQUIRE_NATIVE", "") not in ("", "0"):
-            raise ConfigError(
-                f"MOESERVE_REQUIRE_NATIVE is set, but there is no native half ({missing}): {REMEDY}"
-            ) from missing
+    ``threads`` None leaves the number as it is: all cores this process may use. ConfigError where
+    no backend serves the device.
+    """
+    if str(device) != "cpu":
+        raise ConfigError(f"device={str(device)!r}: expected 'cpu'")
+    native, reason = native_module("moeserve.kernels.cpu.ops")
+    if native is None:
         logging.getLogger(__name__).warning(
-            "no native kernels (%s): plain torch takes their place, much slower; %s",
-            missing,
-            REMEDY,
+            "no native kernels: plain torch takes their place, much slower; %s", reason
         )
         return ReferenceOps()
+    from moeserve.kernels.cpu import _cpu
+    from moeserve.kernels.cpu.ops import CpuOps
+
     if threads is not None:
         _cpu.set_threads(threads)
     return CpuOps()

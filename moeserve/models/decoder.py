@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.errors import CheckpointError
 from moeserve.kernels.host_copy import to_host
 from moeserve.kernels.ops import HeadWeights, KvCache, Layer, Linear, Ops, Part, Rope, Stack, Step
@@ -32,7 +33,7 @@ from moeserve.models.moe import RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
 from moeserve.models.rope import rope_tables
 from moeserve.models.spec import LayerSpec, ModelSpec, MoeSpec
-from moeserve.models.weights import Rounding, Weights
+from moeserve.models.weights import Rounding, Weights, torch_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,55 +177,34 @@ class Decoder:
 
 def load_decoder(
     path: str | Path,
-    *,
-    dtype: torch.dtype | None,
     ops: Ops,
-    kv_dtype: torch.dtype | None = None,
-    quantization: str = "auto",
-    quantize_attention: bool = True,
+    options: LoadOptions = AS_STORED,
+    *,
     experts: Mapping[int, Sequence[int]] | None = None,
-    combine: Combine = Combine.EXACT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """The model in a folder, its floats in ``dtype``: float32, bfloat16, or the checkpoint's.
+    """The model in a folder, its floats and KV held as ``options`` say.
 
     A float16 checkpoint is held as float32, which is exact. Quantised matrices stay as they are
-    stored, unless ``quantization`` says otherwise (see ``weights.Rounding``). ``kv_dtype`` is
-    float32, bfloat16, int8, or that of the floats. Tensors that the model does not explain are an
-    error. ``experts`` are those to hold of each layer, by its number and in this order (one may
-    occur twice); None is all, and so is a layer that is left out. Of other experts only headers are
-    read.
+    stored, unless ``quantization`` says otherwise (see ``weights.Rounding``). Tensors that the
+    model does not explain are an error. ``experts`` are those to hold of each layer, by its number
+    and in this order (one may occur twice); None is all, and so is a layer that is left out. Of
+    other experts only headers are read. ``progress`` gets bytes read and bytes in all.
     """
-    checkpoint = Checkpoint.open(path)
-    return assemble(
-        checkpoint,
-        dtype=dtype,
-        ops=ops,
-        kv_dtype=kv_dtype,
-        quantization=quantization,
-        quantize_attention=quantize_attention,
-        experts=experts,
-        combine=combine,
-        progress=progress,
-    )
+    return assemble(Checkpoint.open(path), ops, options, experts=experts, progress=progress)
 
 
 def assemble(
     checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype | None,
     ops: Ops,
-    kv_dtype: torch.dtype | None = None,
-    quantization: str = "auto",
-    quantize_attention: bool = True,
+    options: LoadOptions = AS_STORED,
+    *,
     experts: Mapping[int, Sequence[int]] | None = None,
-    combine: Combine = Combine.EXACT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """``load_decoder`` of an open folder."""
-    rounding = Rounding(quantization, quantize_attention)
-    w = replace(open_weights(checkpoint, dtype, ops, rounding, progress, experts), combine=combine)
-    decoder = build_decoder(w, kv_dtype)
+    w = open_weights(checkpoint, ops, options, experts, progress)
+    decoder = build_decoder(w, torch_dtype(options.kv_dtype))
     for method, count in w.stored.rounded.items():
         logging.getLogger("moeserve.models").info(
             "%s: %d matrices of %s rounded to int8, which holds them best",
@@ -239,24 +219,24 @@ def assemble(
 
 def open_weights(
     checkpoint: Checkpoint,
-    dtype: torch.dtype | None,
     ops: Ops,
-    rounding: Rounding,
-    progress: Callable[[int, int], None] | None = None,
+    options: LoadOptions,
     experts: Mapping[int, Sequence[int]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
-    """``dtype`` None is that of the embedding, which no method quantises."""
+    """Floats of dtype "auto" are those of the embedding, which no method quantises."""
     read_spec(checkpoint)  # a config that no family understands is the first thing to be said
-    held = dtype or checkpoint.dtype("model.embed_tokens.weight")
+    held = torch_dtype(options.dtype) or checkpoint.dtype("model.embed_tokens.weight")
     where = str(checkpoint.path / "config.json")
     return Weights(
         checkpoint,
         Stored(checkpoint, read_method(Fields(checkpoint.config, where))),
         ops,
         torch.bfloat16 if held is torch.bfloat16 else torch.float32,
-        rounding,
+        Rounding(options.quantization, options.quantize_attention),
         progress,
         experts or {},
+        Combine(options.combine),
     )
 
 

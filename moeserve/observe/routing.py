@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from moeserve.core import Request, RequestId, StepPlan
 from moeserve.errors import ConfigError
+from moeserve.safetensors_header import StoredTensor, safetensors_header
 
 FORMAT = "moeserve.routing.v1"
 ROWS_PER_WRITE = 65536
@@ -186,28 +187,20 @@ class RoutingRecorder:
         return self._live[request.id]
 
     def _header(self, tensors: dict[str, NDArray[np.int32]], ids: NDArray[np.generic]) -> bytes:
-        header: dict[str, object] = {
-            "__metadata__": {
-                "format": FORMAT,
-                "model": self._model,
-                "num_experts": str(self._num_experts),
-                "moe_layers": json.dumps(list(self._column)),
-                "domains": json.dumps(list(self._domains)),
-                "dropped_tokens": str(self.dropped_tokens),
-            }
+        metadata = {
+            "format": FORMAT,
+            "model": self._model,
+            "num_experts": str(self._num_experts),
+            "moe_layers": json.dumps(list(self._column)),
+            "domains": json.dumps(list(self._domains)),
+            "dropped_tokens": str(self.dropped_tokens),
         }
         kinds = {np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8", np.dtype(np.int16): "I16"}
-        offset = 0
-        for name, values in {**tensors, "topk_ids": ids}.items():
-            header[name] = {
-                "dtype": kinds[values.dtype],
-                "shape": list(values.shape),
-                "data_offsets": [offset, offset + values.nbytes],
-            }
-            offset += values.nbytes
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        stored = [
+            StoredTensor(name, kinds[values.dtype], values.shape, values.nbytes)
+            for name, values in {**tensors, "topk_ids": ids}.items()
+        ]
+        return safetensors_header(stored, metadata)
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

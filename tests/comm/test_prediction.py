@@ -16,6 +16,7 @@ from moeserve.comm.dispatcher import DispatchStats, FlatDispatcher
 from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import layouts, own_experts
+from moeserve.config.options import LoadOptions
 from moeserve.kernels.ops import Ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
@@ -23,8 +24,7 @@ from moeserve.models.library import resolve_model
 from moeserve.models.tokenizer import Tokenizer
 from moeserve.observe.progress import Progress
 from moeserve.placement import cost
-from moeserve.placement.cluster import Dataflow
-from moeserve.placement.cluster import Topology as Devices
+from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.routing import Routing, workload_of_tokens
@@ -48,7 +48,8 @@ class Routes:
 
 def prompts(count: int) -> list[tuple[int, ...]]:
     tokenizer = Tokenizer.load(resolve_model("demo"))
-    text = "".join(file.read_text() for file in sorted((ROOT / "docs").glob("*.md")))
+    # Text that no change of the project changes.
+    text = (ROOT / "LICENSE").read_text()
     ids = tokenizer.encode(text)
     starts = np.linspace(0, len(ids) - LENGTH, count).astype(int)
     return [tuple(ids[start : start + LENGTH]) for start in starts]
@@ -76,7 +77,7 @@ def served(
 
     def run(rank: int) -> None:
         decoder = load_decoder(
-            resolve_model("demo"), dtype=None, ops=ops, quantization="int8",
+            resolve_model("demo"), ops=ops, options=LoadOptions(quantization="int8"),
             experts=own_experts(where, rank),
         )  # fmt: skip
         moves = FlatDispatcher(ops, post("all", rank, WORLD), Topology((0,) * WORLD), Progress())
@@ -98,15 +99,15 @@ def test_counted_copies_and_bytes_are_those_predicted(
     ops: Ops, new_post: Callable[[], Post], extra: int
 ) -> None:
     """Fitted on half of the texts, served on the other; predicted without knowing the homes."""
-    whole = load_decoder(resolve_model("demo"), dtype=None, ops=ops, quantization="int8")
+    whole = load_decoder(resolve_model("demo"), ops=ops, options=LoadOptions(quantization="int8"))
     texts = prompts(32)
     fit, other = texts[0::2], texts[1::2]
     layers = whole.spec.moe_layers
     trace = workload_of_tokens(
-        "docs", routing_of(whole, fit), np.full(len(fit), LENGTH), num_experts=EXPERTS
+        "licence", routing_of(whole, fit), np.full(len(fit), LENGTH), num_experts=EXPERTS
     )
     slots = EXPERTS + extra * WORLD
-    problem = Problem(Devices(WORLD), slots, Dataflow.HOME_DEDUP)
+    problem = Problem(Cluster(WORLD), slots, Dataflow.HOME_DEDUP)
     plan = solve(problem, Routing((trace,), layers), budget=Budget(None, threads=1))
     topk_TLK = routing_of(whole, other)
     each = len(other) // WORLD

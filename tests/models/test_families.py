@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeserve.config.options import LoadOptions
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, ModelKvCache
 
@@ -216,7 +217,7 @@ def test_bf16_weights_stay_near_and_keep_bit_identity(
 ) -> None:
     from moeserve.models.decoder import load_decoder
 
-    decoder = load_decoder(tiny_checkpoint("deepseek_v3"), dtype=torch.bfloat16, ops=ops)
+    decoder = load_decoder(tiny_checkpoint("deepseek_v3"), ops, LoadOptions(dtype="bfloat16"))
     logits = alone(decoder, PROMPT)
 
     assert decoder.kv_bytes_per_token * 2 == tiny_decoder("deepseek_v3").kv_bytes_per_token

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from moeserve.comm.exchange.base import Exchange
+from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.local import LocalExchange
 from moeserve.comm.exchange.mpi import MpiExchange
-from moeserve.comm.exchange.rounds import Lanes
 from moeserve.comm.exchange.shm import ShmExchange
 from moeserve.comm.exchange.tcp import TcpExchange
 from moeserve.comm.exchange.torch import TorchExchange
 from moeserve.comm.group import Group, Topology
+from moeserve.comm.native import native_half
 from moeserve.errors import ConfigError
 
 BACKENDS = ("auto", "tcp", "torch", "mpi", "shm")
@@ -32,6 +32,7 @@ def open_exchange(
     """
     if backend not in BACKENDS:
         raise ConfigError(f"comm backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    native_half()  # is an error where it is required, before ranks wait for one another
     if group.world == 1:
         return LocalExchange(group, lanes)
     nodes = {topology.node_R[group.of_run(r)] for r in range(group.world)}
@@ -50,6 +51,6 @@ def open_exchange(
             if len(nodes) == 1:
                 return ShmExchange(group, lanes, key)
             return TcpExchange(group, lanes, key, address)
-        except ConfigError:  # on all ranks alike: they told each other
+        except ConfigError:  # on all ranks alike: each knows what every other lacks
             key = f"{key}/torch"
     return TorchExchange(group, lanes, key, address)

@@ -10,12 +10,14 @@ Notes are neither secret nor proven: what rests on them must be checked again (`
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import platform
 import socket
 import struct
+import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +37,13 @@ from moeserve.comm.group import (
     print_notice,
 )
 from moeserve.comm.launch.environment import LOOPBACK, Launch
+from moeserve.config.variables import HOST_ID
 from moeserve.errors import ConfigError, LateRankError
+from moeserve.host import allowed_cores
 from moeserve.pb import ep_pb2 as pb
 
-# Of what ranks say to one another: raised whenever an older rank would not understand.
+# Of the messages between ranks: raised whenever an older rank would not understand them.
 PROTOCOL = 1
-# Names a host instead of what the kernel says of it.
-HOST_ID = "MOESERVE_HOST_ID"
 _SIOCGIFADDR = 0x8915
 _ADDRESS_BYTES = 256
 
@@ -66,7 +68,7 @@ def open_group(
     timeout_s: float = START_S,
     notify: Callable[[str], None] = print_notice,
 ) -> Rendezvous:
-    """Meet all others. ``store`` is given by who keeps the notes already.
+    """Meet all others. ``store`` is given where this process keeps the notes already.
 
     LateRankError names those that do not come, ConfigError what does not fit.
     """
@@ -89,7 +91,7 @@ def _meet(group: Group, launch: Launch, environ: Mapping[str, str], timeout_s: f
         protocol=PROTOCOL,
         world=group.world,
         host=host_identity(environ),
-        cpus=sorted(os.sched_getaffinity(0)),
+        cpus=allowed_cores(),
     )
 
     def fits(rank: int, note: bytes) -> None:
@@ -123,9 +125,12 @@ def host_identity(environ: Mapping[str, str]) -> str:
     """Equal for processes that see one another's network, processes and memory."""
     if environ.get(HOST_ID):
         return environ[HOST_ID]
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    spaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid")]
-    return " ".join([os.uname().nodename, boot, *spaces])
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        spaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid")]
+    except OSError:  # not on Linux, which alone has namespaces: the network card's number
+        boot, spaces = f"{uuid.getnode():x}", []
+    return " ".join([platform.node(), boot, *spaces])
 
 
 def listen_address(launch: Launch) -> str:
@@ -137,7 +142,7 @@ def listen_address(launch: Launch) -> str:
             launch.host, launch.port or 1, type=socket.SOCK_DGRAM
         )[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(place)  # sends nothing: the kernel only chooses whence it would
+            probe.connect(place)  # sends nothing: the kernel only chooses the source address
             address = str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(
@@ -152,24 +157,36 @@ def listen_address(launch: Launch) -> str:
 
 
 def own_address() -> str:
-    """Of the interfaces' addresses the one that the host's name stands for, or the first."""
-    found: list[str] = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                told = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("40s", name.encode()))
-            except OSError:
-                continue  # an interface without an address
-            address = socket.inet_ntoa(told[20:24])
-            if not address.startswith("127."):
-                found.append(address)
+    """Of the interfaces' addresses the one that the host's name stands for, or the first; where the
+    system does not list them (it is not Linux), what the name stands for."""
     try:
         named = socket.gethostbyname(socket.gethostname())
     except OSError:
         named = ""
+    if sys.platform == "linux":
+        found = interface_addresses()
+    else:
+        found = [named] if named and not named.startswith("127.") else []
     if not found:
         raise ConfigError("no interface of this host has an address: set MASTER_ADDR, MASTER_PORT")
     return named if named in found else found[0]
+
+
+def interface_addresses() -> list[str]:
+    """IPv4 addresses of this host's interfaces, loopback left out; on Linux."""
+    import fcntl
+
+    found: list[str] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("40s", name.encode()))
+            except OSError:
+                continue  # an interface without an address
+            address = socket.inet_ntoa(answer[20:24])
+            if not address.startswith("127."):
+                found.append(address)
+    return found
 
 
 def _reach(launch: Launch, timeout_s: float, notify: Callable[[str], None]) -> Store:
@@ -193,7 +210,7 @@ def _reach(launch: Launch, timeout_s: float, notify: Callable[[str], None]) -> S
 def _join(
     host: str, port: int, rank: int, timeout_s: float, notify: Callable[[str], None]
 ) -> Store:
-    begun = told = time.monotonic()
+    begun = noticed = time.monotonic()
     while True:
         try:
             socket.create_connection((host, port), timeout=1.0).close()
@@ -204,8 +221,8 @@ def _join(
                 raise LateRankError(
                     f"rank 0 did not answer at {host}:{port} within {timeout_s:g} s ({error})", [0]
                 ) from error
-            if now - told > NOTICE_S:
-                told = now
+            if now - noticed > NOTICE_S:
+                noticed = now
                 notify(f"rank {rank}: waiting for rank 0 at {host}:{port}")
         time.sleep(POLL_S)
 
@@ -236,7 +253,7 @@ def _reach_by_mpi(launch: Launch, timeout_s: float, notify: Callable[[str], None
     begun = time.monotonic()
     while not sent.Test():
         if time.monotonic() - begun > timeout_s:
-            raise LateRankError(f"rank 0 told no address within {timeout_s:g} s", [0])
+            raise LateRankError(f"rank 0 sent no address within {timeout_s:g} s", [0])
         time.sleep(POLL_S)
     if store is not None:
         return store

@@ -13,8 +13,9 @@ from moeserve.engine.loop import EngineObserver
 from moeserve.engine.ranks.leader import DistributedExecutor
 from moeserve.engine.replan.benefit import ReplanPolicy
 from moeserve.engine.replan.coordinator import PlanCoordinator
-from moeserve.engine.replan.replanner import Replanner, ReplanSettings, StepHistory, solve_aside
+from moeserve.engine.replan.replanner import Replanner, ReplanSettings, StepHistory
 from moeserve.errors import PlacementError
+from moeserve.placement.aside import MoveWeights, SolveSettings, solve_aside
 from moeserve.placement.report import CopyBytes
 
 
@@ -52,11 +53,8 @@ def build_replanner(
 ) -> tuple[Replanner, StepHistory]:
     """The second is the engine's observer from now on; what a move costs and a copy weighs goes to
     the solver too, so that it does not move what is not worth it."""
-    policy, history = policy or ReplanPolicy(), StepHistory(observer, ranks.work)
-    options = [
-        "--expert-bytes", str(settings.expert_bytes), "--dispatch-bytes", str(copy.dispatch),
-        "--combine-bytes", str(copy.combine),
-        "--horizon-tokens", str(settings.horizon_tokens),
-    ]  # fmt: skip
-    solve = partial(solve_aside, weigh=options)
+    history = StepHistory(observer, ranks.work)
+    copy_bytes = (copy.dispatch + copy.combine) // 2
+    weights = MoveWeights(settings.expert_bytes, copy_bytes, settings.horizon_tokens)
+    solve = partial(solve_aside, settings=SolveSettings(weights=weights))
     return Replanner(coordinator, history, settings, solve, policy), history
