@@ -364,7 +364,7 @@ class Scheduler:
     def _advance(self, seq: SequenceState, count: int) -> None:
         """So many more tokens are computed; blocks that this fills can be shared."""
         self.counters.computed_tokens += count
-        self.counters.recomputed_tokens += max(0, min(seq.reached - seq.computed, count))
+        self.counters.recomputed_tokens += min(seq.reached - seq.computed, count)
         first, seq.computed = seq.computed // self.pool.block_size, seq.computed + count
         seq.reached = max(seq.reached, seq.computed)
         if not self.config.prefix_cache:
