@@ -1,14 +1,16 @@
-"""Requests to tokens.
+"""Requests to tokens, on one rank or several.
 
 ::
 
-    scheduler  step_builder    which tokens run in the next step; how a step is put together
-    sequence  blocks           a request while it runs; who holds which KV block
-    executor  drive            what runs a planned step; plan, run, apply, in one way
-    model_runner  null         executors: on a decoder, which owns the KV tensors; without a model
-    loop  request_state  text  the thread that owns both; what it keeps of a request; ids to text
-    rank_model  kv_size        a rank's share of a model; how many KV blocks it has
-    build                      from a model folder to a running engine
-    ranks/                     requests over several ranks
-    replan/                    another plan while serving
+    scheduler.py      which tokens run in the next step (sequence: a request under way;
+                      step_builder: the step under construction; blocks: who holds which KV block)
+    executor.py       what runs a step: the seam between decisions and tensors
+    model_runner.py   runs it on this process's decoder; null: without a model, to check schedulers
+    drive.py          plan, run, apply: one step after the other
+    loop.py           the engine: a thread that makes steps and feeds streams (request_state: what
+                      it keeps of a request; text: from token ids to text)
+    rank_model.py     one rank's share of a model, loaded (kv_size: how many KV blocks it gets);
+                      build: from a folder to an engine
+    ranks/            one queue and one step over several ranks
+    replan/           another placement of experts while serving
 """

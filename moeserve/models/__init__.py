@@ -9,7 +9,8 @@
     families/                  ``config.json`` to a spec: a short file per architecture
     formats/                   stored codes to the matrices of the op table
     weights  expert_source     tensors as the op table takes them; experts read again while serving
-    decoder  layer_runner      the one decoder: token ids in, logits out; what runs its layers
+    decoder                    the one decoder: token ids in, logits out
+    layer_runner               who runs its layers: this process; others are in ``comm``
     attention  moe  rope       its parts: attention, feed-forward, rotary tables
     batch                      one forward pass as tensors
     tokenizer                  text to token ids and back; chat messages to a prompt

@@ -2,9 +2,10 @@
 
 ::
 
-    fleet                      which rank runs which request: a scheduler per rank, one queue
-    homes  expert_use          homes near the experts that a request will use; what they are
-    leader  follower           rank 0, which decides and takes part; a rank that runs its orders
-    messages                   what they send each other about a step
-    microbatches               how many microbatches a step is cut into
+    fleet.py          one scheduler per rank behind one queue; which rank is a request's home
+    homes.py          homes near the experts that prompts use (expert_use: counts these)
+    leader.py         rank 0: runs a step over all ranks
+    follower.py       every other rank: runs what rank 0 orders
+    messages.py       orders and reports of a step as protobuf
+    microbatches.py   how many microbatches a step is cut into
 """

@@ -1,9 +1,12 @@
-"""Another plan while serving.
+"""Another placement of experts while serving: layer by layer, without stopping.
 
 ::
 
-    routing_counts             what a rank counts of its own tokens' routing
-    replanner  benefit         proposes plans of itself; whether a new plan pays
-    live  coordinator          plans on rank 0: read again or proposed; put into steps
-    switch  swapper            which layer changes when; a rank's part in a change
+    switch.py           a change of plan, as decisions: what to prepare and when to switch
+    coordinator.py      rank 0: a plan becomes notes that travel with steps
+    swapper.py          every rank: reads a layer's experts beside the steps, swaps them in
+    routing_counts.py   every rank: what its tokens' routing was
+    benefit.py          whether a new plan pays
+    replanner.py        every so often: count, solve, propose what pays
+    live.py             these put together on rank 0, and a plan file read again
 """
