@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: all allowed cores")
     args = parser.parse_args()
     ops = choose_ops(threads=args.threads)
-    decoder = load_decoder(resolve_model("demo"), dtype=None, ops=ops)
+    decoder = load_decoder(resolve_model("demo"), ops=ops)
     rows = measure(decoder, args.rounds)
     if args.json:
         print(json.dumps({"rounds": args.rounds, "rows": [asdict(row) for row in rows]}))

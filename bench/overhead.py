@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
+from moeserve.config.options import EngineOptions
 from moeserve.core import Event, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.kernels.cpu import _cpu
@@ -88,11 +89,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     model = build_engine(
-        args.model,
-        quantization=args.quantization,
-        threads=args.threads,
-        max_model_len=PROMPT + args.steps + max(args.batch) + 1,
-        max_num_seqs=max(args.batch),
+        EngineOptions(
+            model=args.model,
+            quantization=args.quantization,
+            threads=args.threads,
+            max_model_len=PROMPT + args.steps + max(args.batch) + 1,
+            max_num_seqs=max(args.batch),
+        )
     )
     _cpu.measure(True)
     rows = [measure(model, batch, args.steps) for batch in args.batch]

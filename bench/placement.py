@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from moeserve.placement.cluster import Dataflow, Topology
+from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.cost import imbalance, slot_loads, traffic
 from moeserve.placement.formats import routing_files as inputs
 from moeserve.placement.plan import Plan
@@ -69,7 +69,7 @@ def bench_balance(data: Path, limit: float) -> None:
     load_LE = workloads.get("prefill_in1024", next(iter(workloads.values())))
     rows = []
     for slots, devices in SIZES:
-        problem = Problem(Topology(devices), slots, Dataflow.REPLICATED)
+        problem = Problem(Cluster(devices), slots, Dataflow.REPLICATED)
         ones = np.ones(devices)
         base = eplb(load_LE, slots=slots, devices=devices)
         began = time.monotonic()
@@ -118,7 +118,7 @@ def bench_drift(data: Path, limit: float) -> None:
         return
     del limit
     rows = []
-    problem = Problem(Topology(32), 288, Dataflow.REPLICATED)
+    problem = Problem(Cluster(32), 288, Dataflow.REPLICATED)
     shares = {n: w / w.sum(axis=1, keepdims=True) for n, w in workloads.items()}
     for unseen, seen_load in shares.items():
         others = [w for n, w in shares.items() if n != unseen]
@@ -144,7 +144,7 @@ def bench_drift(data: Path, limit: float) -> None:
 def one_plan(problem: Problem, load_LEW: F64) -> Plan:
     rows = balance_layers(problem, load_LEW)
     layers, experts = load_LEW.shape[:2]
-    return Plan(rows, experts, problem.topology.devices, 1, tuple(range(layers)))
+    return Plan(rows, experts, problem.cluster.devices, 1, tuple(range(layers)))
 
 
 def bench_copies(data: Path, limit: float) -> None:
@@ -154,12 +154,12 @@ def bench_copies(data: Path, limit: float) -> None:
         assert held is not None
         for devices, nodes in ((8, 1), (16, 4)):
             for flow in (Dataflow.HOME_DEDUP, Dataflow.MIGRATE):
-                problem = Problem(Topology(devices, nodes), whole.num_experts, flow)
+                problem = Problem(Cluster(devices, nodes), whole.num_experts, flow)
                 for solver in (Solver.CONTIGUOUS, Solver.BALANCE, Solver.AUTO):
                     began = time.monotonic()
                     plan = solve(problem, fitted, solver, Budget(limit))
                     seconds = time.monotonic() - began
-                    found = figures(plan, held, problem.topology)
+                    found = figures(plan, held, problem.cluster)
                     gap = found["gap"]
                     rows.append((
                         name, f"{devices} in {nodes}", flow, solver, found["imbalance"]["mean"],
@@ -205,7 +205,7 @@ def bench_exact(data: Path, limit: float) -> None:
         rows.append((f"layer program, load limit {cap}", exact.value, "proven", seconds))
     for solver in (Solver.CONTIGUOUS, Solver.MOETUNER, Solver.AUTO):
         began = time.monotonic()
-        problem = Problem(Topology(4), 8, Dataflow.MIGRATE, max_imbalance=1.05)
+        problem = Problem(Cluster(4), 8, Dataflow.MIGRATE, max_imbalance=1.05)
         plan = solve(problem, routing, solver, Budget(limit))
         device_LE = np.argsort(plan.expert_LS, axis=1) // 2
         kept = dp.kept(device_LE.astype(np.int32), pairs)
@@ -220,12 +220,12 @@ def bench_scale(data: Path, limit: float) -> None:
         routing = synthetic(16384, layers, 256, 8)
         fitted, held = split(routing, 0.5)
         assert held is not None
-        problem = Problem(Topology(devices, nodes), slots, Dataflow.HOME_DEDUP)
+        problem = Problem(Cluster(devices, nodes), slots, Dataflow.HOME_DEDUP)
         for solver in (Solver.EPLB, Solver.AUTO):
             began = time.monotonic()
             plan = solve(problem, fitted, solver, Budget(limit))
             seconds = time.monotonic() - began
-            found = figures(plan, held, problem.topology)
+            found = figures(plan, held, problem.cluster)
             rows.append((
                 f"{layers} x 256, {slots} slots", f"{devices} in {nodes}", solver,
                 found["imbalance"]["mean"], found["copies_per_token_layer"],
@@ -249,7 +249,7 @@ def bench_table(data: Path, limit: float) -> None:
         fitted, held = split(whole, 0.5)
         assert held is not None
         for flow in Dataflow:
-            problem = Problem(Topology(8), whole.num_experts, flow)
+            problem = Problem(Cluster(8), whole.num_experts, flow)
             found: dict[Solver, tuple[float, float, float]] = {}
             for solver in solvers:
                 began = time.monotonic()

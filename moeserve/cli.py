@@ -63,7 +63,7 @@ def parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _add_serve(commands: Commands) -> None:
-    from moeserve.config import add_options
+    from moeserve.config.sources import add_options
 
     command = commands.add_parser(
         "serve",
@@ -77,16 +77,20 @@ def _add_serve(commands: Commands) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from moeserve.config import config_from_args, to_yaml
+    from moeserve.config.effect import require_effect
+    from moeserve.config.options import ServeConfig
+    from moeserve.config.sources import options_of, settings_from_args, to_yaml
 
-    config = config_from_args(args, os.environ)
+    settings = settings_from_args(args, os.environ)
+    config = options_of(settings, ServeConfig)
+    require_effect(config, settings, config.ep or 1)
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
     # The import takes seconds, and only after it does the server have handlers of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     if config.ep is not None and config.ep > 1:
-        from moeserve.worker.run import serve_local
+        from moeserve.worker.local import serve_local
 
         return serve_local(config, os.environ)
     from moeserve.gateway.server import serve
@@ -95,7 +99,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _add_generate(commands: Commands) -> None:
-    from moeserve.config import add_options
+    from moeserve.config.options import RankModelOptions
+    from moeserve.config.sources import add_options
 
     command = commands.add_parser(
         "generate",
@@ -118,7 +123,7 @@ def _add_generate(commands: Commands) -> None:
     )
     asked.add_argument("--ignore-eos", action="store_true", help="go on after end-of-text")
     asked.add_argument("--json", action="store_true", help="print one JSON object")
-    add_options(command, only=GENERATE_SETTINGS)
+    add_options(command, RankModelOptions)
     command.set_defaults(run=_generate)
 
 
@@ -134,27 +139,18 @@ SAMPLING: Mapping[str, tuple[type, str]] = {
     "frequency_penalty": (float, "subtracted for each occurrence [0]"),
     "seed": (int, "the same seed gives the same tokens; default: drawn"),
 }
-GENERATE_SETTINGS = (
-    "model",
-    "dtype",
-    "kv_dtype",
-    "quantization",
-    "quantize_attention",
-    "max_model_len",
-    "block_size",
-    "num_blocks",
-    "kv_memory",
-    "max_num_batched_tokens",
-    "threads",
-)
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from moeserve.config import config_from_args, to_yaml
+    from moeserve.config.effect import require_effect
+    from moeserve.config.options import RankModelOptions
+    from moeserve.config.sources import options_of, settings_from_args, to_yaml
 
-    config = config_from_args(args, os.environ)
+    settings = settings_from_args(args, os.environ)
+    options = options_of(settings, RankModelOptions)
+    require_effect(options, settings)
     if args.print_config:
-        print(to_yaml(config), end="")
+        print(to_yaml(options), end="")
         return 0
     if args.prompt is None and args.prompt_ids is None:
         raise ConfigError("nothing to answer: give --prompt TEXT or --prompt-ids IDS")
@@ -169,7 +165,7 @@ def _generate(args: argparse.Namespace) -> int:
     from moeserve.gateway.offline import generate
 
     show = None if args.json else _show
-    answer = generate(config, prompt, params, show)
+    answer = generate(options, prompt, params, show)
     if args.json:
         print(json.dumps(answer.to_json()))
     else:

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import platform
 import socket
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,7 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 import moeserve
-from moeserve.config import ServeConfig, flag_of, load_config
+from moeserve.config.effect import require_effect
+from moeserve.config.options import DoorOptions, ServeConfig
+from moeserve.config.sources import flag_of, options_of, read_settings
 from moeserve.errors import ConfigError, MoeserveError, TokenizerError
 from moeserve.host import Cpu, read_cpu, read_memory
 from moeserve.kernels.probe import PROBE_BYTES, Machine, native_half, probe_machine
@@ -46,7 +49,8 @@ class Advice:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostReport:
-    """``speeds`` are of one thread and of ``threads``, all cores there are or ``--threads``."""
+    """``speeds`` are of one thread and of ``threads``: the native pool's, which MOESERVE_THREADS
+    may set, but no more than may run at once."""
 
     cpu: str
     cores: int
@@ -126,7 +130,7 @@ def run_doctor(model: str | None = None) -> DoctorReport:
     software = examine_software(problems, notes)
     ports: dict[str, Port] = {}
     try:
-        ports = examine_ports(load_config({}, os.environ), problems)
+        ports = examine_ports(config_of(os.environ), problems)
     except ConfigError as wrong:
         problems.append(Advice(wrong.message))
     report = None
@@ -138,6 +142,14 @@ def run_doctor(model: str | None = None) -> DoctorReport:
     if report is not None and not report.fits:
         problems.append(Advice(report.binding, "free memory, or serve a smaller model"))
     return DoctorReport(host, software, ports, report, tuple(problems), tuple(notes))
+
+
+def config_of(environ: Mapping[str, str]) -> ServeConfig:
+    """What ``serve`` without flags would take; ConfigError where it would refuse."""
+    settings = read_settings({}, environ)
+    config = options_of(settings, ServeConfig)
+    require_effect(config, settings, config.ep or 1)
+    return config
 
 
 def examine_host() -> HostReport:
@@ -212,7 +224,7 @@ def extra_version(module: str) -> str | None:
     return version_of(module) or "unknown"
 
 
-def examine_ports(config: ServeConfig, problems: list[Advice]) -> dict[str, Port]:
+def examine_ports(config: DoorOptions, problems: list[Advice]) -> dict[str, Port]:
     """The open doors' ports, tried by binding them as ``serve`` would."""
     found = {}
     for name, number in (("grpc_port", config.grpc_port), ("http_port", config.http_port)):

@@ -1,5 +1,5 @@
-// moeserve.placement._search: the search loops over numpy arrays. moeserve/placement/solvers/search.py is
-// the only caller and checks every shape; the GIL is not held while searching.
+// moeserve.placement._search: the search loops over numpy arrays. The only caller is
+// moeserve/placement/solvers/search.py, which checks every shape; the GIL is not held meanwhile.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
@@ -19,7 +19,7 @@ nb::tuple group(In<int32_t, 2> slot_TK, Out<int32_t, 1> device_S, In<int32_t, 1>
                 In<int64_t, 2> cap_DW, In<int64_t, 2> bond_SS, In<int64_t, 2> price_SD,
                 In<int32_t, 1> draw, int64_t penalty, int64_t heat, int64_t steps,
                 uint64_t seed) {
-  moeserve::Grouping in{};
+  moeserve::LayerGrouping in{};
   in.tokens = int64_t(slot_TK.shape(0));
   in.width = int64_t(slot_TK.shape(1));
   in.slots = int64_t(device_S.shape(0));
@@ -40,7 +40,7 @@ nb::tuple group(In<int32_t, 2> slot_TK, Out<int32_t, 1> device_S, In<int32_t, 1>
   in.steps = steps;
   in.seed = seed;
   int32_t* device = device_S.data();
-  moeserve::Grouped done;
+  moeserve::GroupedLayer done;
   {
     nb::gil_scoped_release release;
     done = moeserve::group(in, device);

@@ -70,7 +70,7 @@ int64_t places_of_swap(int64_t tokens, const uint8_t* a, const uint8_t* b, const
 
 class Annealer {
  public:
-  Annealer(const Grouping& in, int32_t* device_S)
+  Annealer(const LayerGrouping& in, int32_t* device_S)
       : in_(in), device_(device_S), lists_(in.tokens, in.width, in.slots, in.slot_TK),
         row_((in.tokens + kLane - 1) / kLane * kLane), count_DT_(in.devices * row_, 0),
         price_DT_(padded(in.weight_DT, in.devices)), load_DW_(in.devices * in.workloads, 0),
@@ -92,8 +92,8 @@ class Annealer {
     }
   }
 
-  Grouped run() {
-    Grouped now{whole_cost(), whole_excess()}, best = now;
+  GroupedLayer run() {
+    GroupedLayer now{whole_cost(), whole_excess()}, best = now;
     std::vector<int32_t> kept(device_, device_ + in_.slots);
     uint64_t random = in_.seed;
     for (int64_t step = 0; step < in_.steps; ++step) {
@@ -217,7 +217,7 @@ class Annealer {
     move(j, d2, d1);
   }
 
-  const Grouping& in_;
+  const LayerGrouping& in_;
   int32_t* device_;
   Tokens lists_;
   int64_t row_;  // tokens, padded
@@ -371,7 +371,7 @@ constexpr int64_t kPlace = 720720;  // divisible by 1..16
 
 }  // namespace
 
-Grouped group(const Grouping& in, int32_t* device_S) { return Annealer(in, device_S).run(); }
+GroupedLayer group(const LayerGrouping& in, int32_t* device_S) { return Annealer(in, device_S).run(); }
 
 double balance(int64_t experts, int64_t workloads, int64_t devices, int64_t slots,
                const double* load_EW, const double* speed_D, int64_t recounts,

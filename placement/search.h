@@ -1,5 +1,5 @@
-// The hot loops of the placement search. Each has a twin in moeserve/placement/solvers/twin.py which takes
-// the same decisions; tests hold them equal.
+// The loops of the placement search that cost time. Each has a twin in
+// moeserve/placement/solvers/twin.py which takes the same decisions; tests hold them equal.
 //
 // Letters in shapes: T tokens, K experts per token, E experts, S slots of one layer, D devices,
 // N nodes, W workloads.
@@ -10,7 +10,7 @@
 
 namespace moeserve {
 
-struct Grouping {
+struct LayerGrouping {
   int64_t tokens, width, slots, devices, nodes, workloads;
   const int32_t* slot_TK;     // slot used by each choice of each token, -1 where there is none
   const int32_t* node_D;
@@ -27,13 +27,13 @@ struct Grouping {
   uint64_t seed;
 };
 
-struct Grouped {
+struct GroupedLayer {
   int64_t cost, excess;
 };
 
 // Anneals by swapping slots of different devices. `device_S` holds the start and receives the
 // best arrangement whose load excess is the least met, and then whose cost is.
-Grouped group(const Grouping& in, int32_t* device_S);
+GroupedLayer group(const LayerGrouping& in, int32_t* device_S);
 
 // Upper bound on the places saved in total when every slot has at most `partners` neighbours: in
 // units of 1/720720 place.

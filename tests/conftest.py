@@ -303,7 +303,7 @@ def tiny_decoder(
     def load(family: str) -> Decoder:
         key = family, ops.name
         if key not in loaded_decoders:
-            loaded_decoders[key] = load_decoder(tiny_checkpoint(family), dtype=None, ops=ops)
+            loaded_decoders[key] = load_decoder(tiny_checkpoint(family), ops=ops)
         return loaded_decoders[key]
 
     return load

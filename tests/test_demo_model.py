@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from moeserve.config import ServeConfig
+from moeserve.config.options import ServeConfig
 from moeserve.gateway.offline import generate
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.families import read_spec

@@ -193,7 +193,7 @@ def test_the_binding_resource_is_one_sentence(
 def test_a_survey_agrees_with_the_loaded_decoder(tiny_checkpoint: Tiny, family: str) -> None:
     folder = tiny_checkpoint(family)
     found = survey(folder)
-    decoder = load_decoder(folder, dtype=None, ops=ReferenceOps())
+    decoder = load_decoder(folder, ops=ReferenceOps())
     assert found.spec == decoder.spec
     assert found.kv_bytes_per_token == decoder.kv_bytes_per_token
     file_bytes = (folder / "model.safetensors").stat().st_size
@@ -218,7 +218,7 @@ def test_a_survey_refuses_what_loading_refuses(tiny_checkpoint: Tiny, tmp_path: 
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
     with pytest.raises(CheckpointError, match=r"model\.layers\.4\..* is missing") as loaded:
-        load_decoder(tmp_path, dtype=None, ops=ReferenceOps())
+        load_decoder(tmp_path, ops=ReferenceOps())
     with pytest.raises(CheckpointError) as surveyed:
         survey(tmp_path)
     assert surveyed.value.message == loaded.value.message

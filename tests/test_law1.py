@@ -16,22 +16,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moeserve.config.options import LoadOptions
 from moeserve.core import Chunk, Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.model_runner import ModelRunner
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.engine.scheduler import Drafter, Scheduler, SchedulerConfig
 from moeserve.kernels.ops import Linear
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 
 MODELS = [
-    ("deepseek_v3", torch.float32),
-    ("deepseek_v3", torch.bfloat16),
-    ("qwen3_moe", torch.float32),
-    ("qwen3_moe", torch.bfloat16),
-    ("gpt_oss", torch.float32),
-    ("gpt_oss", torch.bfloat16),
+    ("deepseek_v3", "float32"),
+    ("deepseek_v3", "bfloat16"),
+    ("qwen3_moe", "float32"),
+    ("qwen3_moe", "bfloat16"),
+    ("gpt_oss", "float32"),
+    ("gpt_oss", "bfloat16"),
 ]
 VOCAB = 256
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -56,6 +57,7 @@ def run(
     chunk: int = 1024,
     max_num_seqs: int = 8,
     prefix_cache: bool = True,
+    drafter: Drafter | None = None,
 ) -> Ran:
     """Each wave is added when the one before has ended."""
     counters = Counters()
@@ -71,7 +73,8 @@ def run(
         max_num_batched_tokens=max(chunk, max_num_seqs),
         prefix_cache=prefix_cache,
     )
-    scheduler = Scheduler(config, BlockPool(num_blocks, block_size, counters), counters)
+    pool = BlockPool(num_blocks, block_size, counters)
+    scheduler = Scheduler(config, pool, counters, drafter=drafter)
     executor = ModelRunner(decoder, num_blocks, block_size, on_logits=keep)
     for wave in waves:
         for request in wave:
@@ -108,10 +111,10 @@ class Alone:
                 assert torch.equal(a, b), f"{request.id}, token {step}: other bits"
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda m: f"{m[0]}-{str(m[1])[6:]}")
+@pytest.fixture(scope="module", params=MODELS, ids=lambda m: f"{m[0]}-{m[1]}")
 def alone(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]) -> Alone:
     family, dtype = request.param
-    return Alone(load_decoder(tiny_checkpoint(family), dtype=dtype, ops=choose_ops()))
+    return Alone(load_decoder(tiny_checkpoint(family), choose_ops(), LoadOptions(dtype=dtype)))
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -142,7 +145,7 @@ def test_a_batch_that_changes_one_bit_would_be_noticed(
             out_TN = super().linear(x_TK, weight)
             return out_TN if len(x_TK) == 1 else out_TN * (1 + 2**-23)
 
-    leaky = Alone(load_decoder(tiny_checkpoint("qwen3_moe"), dtype=None, ops=Leaky()))
+    leaky = Alone(load_decoder(tiny_checkpoint("qwen3_moe"), ops=Leaky()))
     requests = [ask("a", [1]), ask("b", [2])]
     ran = run(leaky.decoder, [requests])
     with pytest.raises(AssertionError, match=r"other bits"):
@@ -179,6 +182,29 @@ def test_a_preemption_changes_nothing(alone: Alone) -> None:
         assert ran.counters.preemptions > 0
         assert ran.counters.recomputed_tokens > 0
         alone.assert_same(requests, ran)
+
+
+class Known:
+    """Drafts what a request is going to answer; every ``errs``-th token is another, if not 0."""
+
+    def __init__(self, answers: dict[str, list[int]], errs: int = 0) -> None:
+        self._answers, self._errs = answers, errs
+
+    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
+        at = len(output_ids)
+        guesses = enumerate(self._answers[request.id][at : at + 3], at)
+        return [(t + (self._errs > 0 and i % self._errs == 0)) % VOCAB for i, t in guesses]
+
+
+def test_several_tokens_a_step_change_nothing(alone: Alone) -> None:
+    requests = [ask("a", prompt(7, 21)), ask("b", prompt(8, 5), SAMPLED), ask("c", prompt(9, 12))]
+    answers = {r.id: alone.answer(r)[0] for r in requests}
+    ran = run(alone.decoder, [requests], drafter=Known(answers), block_size=3)
+    assert (ran.counters.steps, ran.counters.accepted_tokens) == (1 + 2, 3 * (3 + 2))
+    alone.assert_same(requests, ran)
+    for errs in (1, 3):
+        ran = run(alone.decoder, [requests], drafter=Known(answers, errs), block_size=3)
+        assert ran.tokens == answers
 
 
 @settings(

@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    decoder = load_decoder(args.model, dtype=None, ops=choose_ops())
+    decoder = load_decoder(args.model, ops=choose_ops())
     tokenizer = Tokenizer.load(args.model)
     eos = frozenset(decoder.spec.eos_ids)
     stats = json.loads((args.data / "stats.json").read_text())["domains"]

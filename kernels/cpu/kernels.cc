@@ -1,6 +1,7 @@
 // All kernels for one instruction set. CMake compiles this file once per set with ISA naming the
 // namespace. Nothing from the standard library may be instantiated here: the linker could keep a
-// copy made for a set that the machine lacks.
+// copy made for a set that the machine lacks. Hence the fragments (*.inc): they have no includes of
+// their own and are read here, once per set, in this order; README.md says what each holds.
 //
 // Law 1 in this file: every output element is one chain of operations whose order depends on its
 // own row only. Work is divided by rows, columns and heads, never along a sum.
@@ -19,7 +20,7 @@
 namespace moeserve::ISA {
 namespace {
 
-#include "vec.h"
+#include "vec.inc"
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -47,26 +48,33 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
   });
 }
 
-#include "dot.h"
-#include "form.h"
-#include "prepare.h"
-#include "pack.h"
-#include "gemm.h"
-#include "combine.h"
-#include "moe.h"
+#include "dot.inc"
+#include "form.inc"
+#include "prepare.inc"
+#include "pack.inc"
+#include "gemm.inc"
+#include "exact_sum.inc"
+#include "moe.inc"
 namespace paged {
-#include "units.h"
-#include "kv.h"
-#include "attend32.h"
-#include "attend.h"
-#include "attention.h"
+#include "units.inc"
+#include "kv.inc"
+#include "attend32.inc"
+#include "attend_state.inc"
+#include "attend_products.inc"
+#include "attend_softmax.inc"
+#include "attend_latent.inc"
+#include "attend.inc"
+#include "attention.inc"
 }  // namespace paged
+using paged::export_kv;
+using paged::import_kv;
 using paged::kv_bytes_per_block;
 using paged::paged_attention;
 using paged::write_kv;
-#include "rows.h"
-#include "layer.h"
-#include "wire.h"
+#include "rows.inc"
+#include "layer.inc"
+#include "dispatch.inc"
+#include "combine.inc"
 
 #define NAME_OF(x) #x
 #define NAME(x) NAME_OF(x)
@@ -79,8 +87,8 @@ extern const Kernels kernels = {
     linear,     moe_ffn,    units,
     quantize_per_token,
     rms_norm,   glu,        rope,
-    route_topk, paged::kv_bytes_per_block,
-    paged::write_kv, paged::paged_attention,
+    route_topk, kv_bytes_per_block,
+    write_kv,   export_kv,  import_kv,  paged_attention,
     attend_gqa, attend_mla, dense,
     route,      moe,
     pack_tokens, relay_tokens, run_experts, relay_sums, pack_sums, combine, shared,

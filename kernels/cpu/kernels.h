@@ -10,7 +10,7 @@ namespace moeserve {
 enum class Kind : int { fp32, bf16, int8, int4 };
 
 // A matrix [N, K], or several one after the other, in panels of 32 rows (lanes); the layout of a
-// panel is in dot.h. Lanes past N are zero. Where `paired`, panel p holds rows 16 p .. of the
+// panel is in dot.inc. Lanes past N are zero. Where `paired`, panel p holds rows 16 p .. of the
 // matrix's first half and the rows of its second half that go with them: gate and up.
 struct Matrix {
   Kind kind;
@@ -28,7 +28,7 @@ constexpr int kPanel = 32;
 
 // `count` matrices before they are packed. Each has `per_matrix` blocks of rows, one under the
 // other, which may lie apart: block b of matrix m begins at at[m * per_matrix + b] and has rows[b].
-struct Blocks {
+struct RowBlocks {
   const void* const* at;
   const int64_t* rows;
   int64_t per_matrix, count;
@@ -43,7 +43,7 @@ struct Experts {
 
 enum class KvType : int { kFloat32, kBfloat16, kInt8 };
 
-// The KV of one layer: `num_blocks` blocks of kv_bytes_per_block bytes. kv.h has their layout.
+// The KV of one layer: `num_blocks` blocks of kv_bytes_per_block bytes. kv.inc has their layout.
 // `latent`: one head, and the value is the key's first value_size features.
 struct Cache {
   void* data;
@@ -163,12 +163,12 @@ struct Kernels {
   int64_t (*packed_bytes)(Kind kind, int64_t n, int64_t k, int64_t group, bool paired);
   // Rows of k features (int4: two a byte, the even one low) into panels. The layout is the same for
   // every instruction set.
-  void (*pack)(Kind kind, const Blocks& from, int64_t k, int64_t group, bool paired, void* to);
+  void (*pack)(Kind kind, const RowBlocks& from, int64_t k, int64_t group, bool paired, void* to);
   // Rows of floats to [count, panels, columns, 32].
-  void (*pack_floats)(const Blocks& from, int64_t columns, bool paired, float* to);
+  void (*pack_floats)(const RowBlocks& from, int64_t columns, bool paired, float* to);
   // Rows of fp32 or bf16 to int8, as moeserve/kernels/matrix.py does, and one scale per lane. False
   // if a row holds NaN or an infinity; what is packed then is of no use.
-  bool (*round_and_pack)(Kind kind, const Blocks& from, int64_t k, bool paired, void* to,
+  bool (*round_and_pack)(Kind kind, const RowBlocks& from, int64_t k, bool paired, void* to,
                          float* scale);
   // One matrix per head, packed one after the other; a plain linear has one head.
   void (*linear)(const float* x, int64_t rows, int64_t heads, const Matrix& w, float* out);
@@ -191,6 +191,11 @@ struct Kernels {
   // outside the cache.
   bool (*write_kv)(const Cache& cache, const float* k, const float* v, int64_t rows,
                    const int64_t* slots);
+  // Whole blocks as the bytes that moeserve/kernels/kv_layout.py describes, one after the other,
+  // and back. False if a block is outside the cache.
+  bool (*export_kv)(const Cache& cache, const int64_t* blocks, int64_t count, uint8_t* bytes);
+  bool (*import_kv)(const Cache& cache, const int64_t* blocks, int64_t count,
+                    const uint8_t* bytes);
   // False if a sequence needs a block that its table does not name, or a row it does not have.
   bool (*paged_attention)(const Attention& batch);
   // These add to x. False as the kernels that they are made of.
@@ -201,21 +206,22 @@ struct Kernels {
                 float* weights);
   bool (*moe)(float* x, int64_t rows, const Mixture& w, const float* normed, const int32_t* ids,
               int64_t chosen, const float* weights);
-  // Tokens on their way to other ranks and back: wire.h. False (or -1) where a row, a slot or a
-  // size is not as it must be. The records have `chosen` slots each, features of kind `payload`.
+  // Tokens on their way to other ranks and back: dispatch.inc, combine.inc. False (or -1) where a
+  // row, a slot or a size is not as it must be. The records have `chosen` slots each, features of
+  // kind `payload`.
   bool (*pack_tokens)(const float* x, const float* normed, const float* weights, int64_t rows,
                       const Mixture& w, const Copies& copies, const Segments& areas);
   bool (*relay_tokens)(Kind payload, int64_t hidden, const Segments& from, const Copies& copies,
                        const Segments& areas);
   // These two return the rows of `out`.
   int64_t (*run_experts)(const Mixture& w, int64_t chosen, const Segments& from, void* out);
-  int64_t (*relay_sums)(const Mixture& w, const Copies& copies, const Segments& came, int64_t rows,
-                        void* out);
+  int64_t (*relay_sums)(const Mixture& w, const Copies& copies, const Segments& returned,
+                        int64_t rows, void* out);
   bool (*pack_sums)(const Mixture& w, int64_t chosen, const void* sums, const Segments& from,
                     const Segments& areas, int64_t* written);
   // `extra` is the shared expert's rows, or null.
   bool (*combine)(float* x, const float* weights, int64_t rows, const Mixture& w,
-                  const Copies& copies, const Segments& came, const float* extra);
+                  const Copies& copies, const Segments& returned, const float* extra);
   void (*shared)(const float* normed, int64_t rows, const Mixture& w, float* out);
   // Of the wanted rows of x, all of which exist.
   void (*head)(const float* x, const int64_t* wanted, int64_t rows, const Head& w, float* out);

@@ -1,4 +1,5 @@
-// moeserve.kernels.cpu._cpu: the kernels of the best instruction set this machine has, by raw pointers.
+// moeserve.kernels.cpu._cpu: the kernels of the best instruction set this machine has, by raw
+// pointers. handles.inc and wire_calls.inc are read at the end of its namespace.
 // moeserve/kernels/cpu/ops.py is the only caller and checks every shape.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -117,7 +118,7 @@ int64_t packed_bytes(int kind, int64_t n, int64_t k, int64_t group, bool paired)
 using Addresses = std::vector<uintptr_t>;
 using Sizes = std::vector<int64_t>;
 
-Blocks blocks(const Addresses& from, const Sizes& rows) {
+RowBlocks blocks(const Addresses& from, const Sizes& rows) {
   static_assert(sizeof(uintptr_t) == sizeof(void*));
   const int64_t per_matrix = static_cast<int64_t>(rows.size());
   if (!per_matrix || from.size() % rows.size())
@@ -220,22 +221,25 @@ int64_t kv_bytes_per_block(int64_t block_size, int64_t kv_heads, int64_t head_si
       cache(0, 0, block_size, kv_heads, head_size, value_size, type, latent));
 }
 
-bool write_kv(uintptr_t data, int64_t blocks, int64_t block_size, int64_t kv_heads,
-              int64_t head_size, int64_t value_size, int type, bool latent, uintptr_t k,
-              uintptr_t v, int64_t rows, uintptr_t slots) {
-  return table().write_kv(
-      cache(data, blocks, block_size, kv_heads, head_size, value_size, type, latent),
-      at<const float>(k), at<const float>(v), rows, at<const int64_t>(slots));
+bool write_kv(const Cache& kv, uintptr_t k, uintptr_t v, int64_t rows, uintptr_t slots) {
+  return table().write_kv(kv, at<const float>(k), at<const float>(v), rows,
+                          at<const int64_t>(slots));
 }
 
-bool paged_attention(uintptr_t data, int64_t blocks, int64_t block_size, int64_t kv_heads,
-                     int64_t head_size, int64_t value_size, int type, bool latent, uintptr_t q,
-                     int64_t heads, uintptr_t starts, uintptr_t context, uintptr_t tables,
-                     int64_t sequences, int64_t table_width, float scale, int64_t window,
-                     uintptr_t sinks, uintptr_t out) {
+bool export_kv(const Cache& kv, uintptr_t blocks, int64_t count, uintptr_t bytes) {
+  return table().export_kv(kv, at<const int64_t>(blocks), count, at<uint8_t>(bytes));
+}
+
+bool import_kv(const Cache& kv, uintptr_t blocks, int64_t count, uintptr_t bytes) {
+  return table().import_kv(kv, at<const int64_t>(blocks), count, at<const uint8_t>(bytes));
+}
+
+bool paged_attention(const Cache& kv, uintptr_t q, int64_t heads, uintptr_t starts,
+                     uintptr_t context, uintptr_t tables, int64_t sequences, int64_t table_width,
+                     float scale, int64_t window, uintptr_t sinks, uintptr_t out) {
   Attention batch{};
   batch.q = at<const float>(q);
-  batch.kv = cache(data, blocks, block_size, kv_heads, head_size, value_size, type, latent);
+  batch.kv = kv;
   batch.out = at<float>(out);
   batch.starts = at<const int32_t>(starts);
   batch.context = at<const int32_t>(context);
@@ -249,8 +253,8 @@ bool paged_attention(uintptr_t data, int64_t blocks, int64_t block_size, int64_t
   return table().paged_attention(batch);
 }
 
-#include "parts.h"
-#include "travel.h"
+#include "handles.inc"
+#include "wire_calls.inc"
 
 }  // namespace
 }  // namespace moeserve
@@ -299,7 +303,9 @@ NB_MODULE(_cpu, m) {
   m.def("route_topk", route_topk, unlocked);
   m.def("kv_bytes_per_block", kv_bytes_per_block);
   m.def("write_kv", write_kv, unlocked);
+  m.def("export_kv", export_kv, unlocked);
+  m.def("import_kv", import_kv, unlocked);
   m.def("paged_attention", paged_attention, unlocked);
-  bind_parts(m);
-  bind_travel(m);
+  bind_layer_calls(m);
+  bind_wire_calls(m);
 }

@@ -100,7 +100,7 @@ class Pool {
   int threads() const { return threads_.load(std::memory_order_relaxed); }
   void set_threads(int count) { threads_.store(count, std::memory_order_relaxed); }
 
-  void rouse() {
+  void wake() {
     if (threads() > 1 && asleep_.load(std::memory_order_seq_cst)) wake_all();
   }
 
@@ -261,7 +261,7 @@ void run_items(int64_t count, Item item, void* context) {
   }
 }
 
-void rouse_threads() { pool().rouse(); }
+void wake_threads() { pool().wake(); }
 
 std::vector<std::vector<int>> cpus_of_nodes() {
   const cpu_set_t allowed = allowed_cpus();

@@ -22,13 +22,13 @@ using Item = void (*)(void* context, int64_t index);
 void run_items(int64_t count, Item item, void* context);
 
 // Wake who sleeps, without waiting: a loop is to follow soon.
-void rouse_threads();
+void wake_threads();
 
 // Threads that share a loop, the caller included.
 int threads();
 void set_threads(int count);
 
-// The CPUs this process may use, by NUMA node; empty where the system does not tell.
+// The CPUs this process may use, by NUMA node; empty where the system does not say.
 std::vector<std::vector<int>> cpus_of_nodes();
 
 // At least `bytes` of memory of the calling thread, 64-byte aligned, valid until the thread's next

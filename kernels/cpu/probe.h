@@ -13,7 +13,7 @@ namespace moeserve {
 std::vector<std::string> probe_ways(const std::string& what);
 
 // Units per second of `threads` threads together, one figure per round of `seconds` each.
-// `bytes` is the memory that "read" walks through, all threads together: more than caches hold.
+// `bytes` is the memory that "read" reads, all threads together: more than caches hold.
 std::vector<double> probe(const std::string& what, const std::string& way, int threads, int rounds,
                           double seconds, int64_t bytes);
 

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeserve.comm.layout import SLOT_TYPE, LayerLayout
-from moeserve.kernels.wire import Copies
+from moeserve.comm.layout import LayerLayout
+from moeserve.kernels.wire import SLOT_DTYPE, Copies
 from moeserve.placement.split import slots_of, split_batch
 
 
@@ -37,5 +37,5 @@ def by_unit(slot_TC: NDArray[np.int32], units: int, per_unit: int) -> Copies:
     return Copies(
         torch.tensor(starts, dtype=torch.int32),
         torch.from_numpy(np.concatenate(tokens).astype(np.int32)),
-        torch.from_numpy(np.concatenate(locals_).astype(SLOT_TYPE)),
+        torch.from_numpy(np.concatenate(locals_)).to(SLOT_DTYPE),
     )

@@ -2,8 +2,7 @@
 
 Slot s of a layer lies on rank s // (S / R), as in ``placement.plan``. A record numbers slots from
 0 within the unit that it is sent to: a rank, or, under the hierarchical dispatcher, a node of
-several ranks (``group.ranks_per_node``). ``SLOT_TYPE`` is the type of these numbers, -1 for no
-slot, and the one limit on slots follows from it: ``MOST_SLOTS`` in a unit.
+several ranks (``group.ranks_per_node``). The one limit on slots is ``wire.MOST_SLOTS`` in a unit.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from numpy.typing import NDArray
 
 from moeserve.comm.group import Topology, ranks_per_node
 from moeserve.errors import PlacementError
+from moeserve.kernels.wire import MOST_SLOTS
 from moeserve.placement.plan import Plan, contiguous, load
-
-SLOT_TYPE = np.int16
-MOST_SLOTS = int(np.iinfo(SLOT_TYPE).max) + 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

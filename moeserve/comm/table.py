@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.assign import assign, by_unit
-from moeserve.comm.layout import SLOT_TYPE, LayerLayout, require_numbered
+from moeserve.comm.layout import LayerLayout, require_numbered
 from moeserve.comm.native import native_half
-from moeserve.kernels.wire import Copies, Wire
-
-_SLOT_TYPE = torch.from_numpy(np.empty(0, SLOT_TYPE)).dtype
+from moeserve.kernels.wire import SLOT_DTYPE, Copies, Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ class NumpyAssignmentTable:
 
     def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
         records = torch.cat([s.view(-1, wire.row_bytes) for s in segments])
-        slots = records[:, slots_at(wire) :].contiguous().view(_SLOT_TYPE)[:, : wire.top_k]
+        slots = records[:, wire.slots_at :].contiguous().view(SLOT_DTYPE)[:, : wire.top_k]
         return counted(by_unit(slots.numpy().astype(np.int32), ranks, self._layout.slots))
 
 
@@ -94,7 +92,7 @@ class NativeAssignmentTable:
             [s.data_ptr() for s in segments],
             rows,
             wire.row_bytes,
-            slots_at(wire),
+            wire.slots_at,
             wire.top_k,
             ranks,
             self._slots,
@@ -108,7 +106,7 @@ def _buffers(units: int, tokens: int, chosen: int) -> tuple[Tensor, Tensor, Tens
     return (
         torch.empty(units + 1, dtype=torch.int32),
         torch.empty(most, dtype=torch.int32),
-        torch.empty(most, chosen, dtype=_SLOT_TYPE),
+        torch.empty(most, chosen, dtype=SLOT_DTYPE),
     )
 
 
@@ -120,11 +118,6 @@ def _filled(buffers: tuple[Tensor, Tensor, Tensor], counts: list[int]) -> Assign
     start_R1, token_N, slot_NC = buffers
     copies = sum(counts)
     return Assigned(Copies(start_R1, token_N[:copies], slot_NC[:copies]), counts)
-
-
-def slots_at(wire: Wire) -> int:
-    """Where a record's slots begin."""
-    return wire.scale_at + 8 + 4 * wire.top_k
 
 
 def counted(copies: Copies) -> Assigned:

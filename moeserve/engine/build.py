@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeserve.comm.build import copy_bytes
+from moeserve.config.options import EngineOptions
 from moeserve.core import Counters
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.loop import Engine, EngineObserver, Unobserved
@@ -33,25 +34,36 @@ from moeserve.observe.routing import RoutingRecorder
 class LoadedModel:
     """A model being served. Where ``tokenizer`` is None, ``no_tokenizer`` says why.
 
-    ``context`` is the longest sequence asked for, ``max_model_len`` what KV memory leaves of it;
-    ``num_blocks`` are those of all ranks, ``kv_bytes`` of this one. ``ranks`` and ``live_plan`` are
-    there if there are several.
+    ``context`` is the longest sequence asked for, ``max_model_len`` what KV memory leaves of it.
+    ``ranks`` and ``live_plan`` are there if there are several.
     """
 
     name: str
     path: Path
     engine: Engine
-    spec: ModelSpec
     tokenizer: Tokenizer | None
     no_tokenizer: str
     config: SchedulerConfig
     block_size: int
-    num_blocks: int
-    kv_bytes: int
     context: int
     own: RankModel
     ranks: DistributedExecutor | None = None
     live_plan: LivePlan | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.own.decoder.spec
+
+    @property
+    def num_blocks(self) -> int:
+        """Of all ranks."""
+        return self.own.world * self.own.size.num_blocks
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of this rank."""
+        per_token = self.own.decoder.kv_bytes_per_token
+        return self.own.size.num_blocks * self.block_size * per_token
 
     @property
     def recorder(self) -> RoutingRecorder | None:
@@ -72,95 +84,65 @@ class LoadedModel:
 
 
 def build_engine(
-    model: str,
+    options: EngineOptions,
     *,
-    name: str | None = None,
-    dtype: str = "auto",
-    kv_dtype: str = "auto",
-    quantization: str = "auto",
-    quantize_attention: bool = True,
-    combine: str = "exact",
-    max_model_len: int | None = None,
-    block_size: int = 16,
-    num_blocks: int | None = None,
-    kv_memory: int | None = None,
-    max_num_seqs: int = 64,
-    max_num_batched_tokens: int = 512,
-    max_queue: int = 1024,
-    prefix_cache: bool = True,
-    chat_template: Path | None = None,
-    threads: int | None = None,
-    record_routing: Path | None = None,
     context: EpContext | None = None,
     channel: LeaderChannel | None = None,
     observer: EngineObserver | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
-    """Load a model and start its engine. ``progress`` hears bytes read and bytes in all.
+    """Load a model and start its engine. ``progress`` gets bytes read and bytes in all.
 
-    With a ``context`` this is rank 0 of several, whose others are on the ``channel``; bounds are then of each rank, but for ``max_queue``.
+    With a ``context`` this is rank 0 of several, whose others are on the ``channel``; bounds are
+    then of each rank, but for ``max_queue``.
     """
-    path = resolve_model(model)
-    tokenizer, no_tokenizer = load_tokenizer(path, chat_template)
-    own = load_rank_model(
-        path,
-        tokenizer_eos=tokenizer.eos_ids if tokenizer else (),
-        name=name,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        quantization=quantization,
-        quantize_attention=quantize_attention,
-        combine=combine,
-        max_model_len=max_model_len,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        kv_memory=kv_memory,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        threads=threads,
-        record_routing=record_routing,
-        context=context,
-        progress=progress,
-    )
-    config = SchedulerConfig(
-        max_model_len=own.size.max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_queue=max_queue,
-        eos_ids=own.eos_ids,
-        prefix_cache=prefix_cache,
-    )
+    # 1. The tokenizer, and this rank's share of the weights.
+    path = resolve_model(options.model)
+    tokenizer, no_tokenizer = load_tokenizer(path, options.chat_template)
+    eos_ids = tokenizer.eos_ids if tokenizer else ()
+    own = load_rank_model(options, tokenizer_eos=eos_ids, context=context, progress=progress)
+    # 2. What decides: a scheduler over the blocks of one rank, or a fleet over those of all.
+    config = scheduler_config(options, own)
     counters = Counters()
-    pools = [BlockPool(own.size.num_blocks, block_size, counters) for _ in range(own.world)]
-    live_plan = None
+    pools = [BlockPool(own.size.num_blocks, options.block_size, counters) for _ in range(own.world)]
+    # 3. What runs its steps, here or over all ranks, and the engine that drives both.
+    ranks, live_plan = None, None
     if context is None:
         engine = Engine(Scheduler(config, pools[0], counters), own.executor, tokenizer, observer)
-        ranks = None
     else:
         assert channel is not None, "rank 0 needs a channel to the others"
         near = NearExperts() if context.near_experts else None
         ranks, live_plan, observer = _lead(own, channel, context, counters, observer, near)
         fleet = Fleet(config, pools, counters, near)
         engine = Engine(fleet, ranks, tokenizer, observer, idle=ranks.idle)
+    # 4. Start.
     engine.start()
     if live_plan is not None and live_plan.replanner is not None:
         live_plan.replanner.start()
-    spec = own.decoder.spec
     return LoadedModel(
-        name=name or path.name,
+        name=options.served_model_name or path.name,
         path=path,
         engine=engine,
-        spec=spec,
         tokenizer=tokenizer,
         no_tokenizer=no_tokenizer,
         config=config,
-        block_size=block_size,
-        num_blocks=own.world * own.size.num_blocks,
-        kv_bytes=own.size.num_blocks * block_size * own.decoder.kv_bytes_per_token,
-        context=max_model_len or spec.max_positions,
+        block_size=options.block_size,
+        context=options.max_model_len or own.decoder.spec.max_positions,
         own=own,
         ranks=ranks,
         live_plan=live_plan,
+    )
+
+
+def scheduler_config(options: EngineOptions, own: RankModel) -> SchedulerConfig:
+    """The bounds that were asked for, and those that follow from checkpoint and memory."""
+    return SchedulerConfig(
+        max_model_len=own.size.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_queue=options.max_queue,
+        eos_ids=own.eos_ids,
+        prefix_cache=options.prefix_cache,
     )
 
 
@@ -184,8 +166,8 @@ def _lead(
     sharded = next(s for s in own.parallel.sharded if s is not None)
     weigh = copy_bytes(own.decoder.ops, sharded.part, sharded.wire.top_k)
     rate = own.read_bytes_per_s * own.world
-    habits = ReplanSettings(own.expert_bytes, rate, widest(own.swapper.routers))
-    replanner, watch = build_replanner(coordinator, ranks, observer, habits, weigh)
+    settings = ReplanSettings(own.expert_bytes, rate, widest(own.swapper.routers))
+    replanner, watch = build_replanner(coordinator, ranks, observer, settings, weigh)
     return ranks, LivePlan(coordinator, context.topology.node_R, replanner), watch
 
 

@@ -2,17 +2,10 @@
 
 A process by itself is one rank with everything. With an ``EpContext`` it holds its slots' experts,
 and every step is run with all others: rank 0 by a ``DistributedExecutor``, others by ``follow``.
-
-KV memory defaults to room for ``max_num_seqs`` sequences of a usual length, and at most a share of
-what is available to the rank; where that cannot hold the checkpoint's longest sequence,
-``max_model_len`` shrinks to what fits if it was not asked for, and is an error if it was. All ranks
-have as many blocks as the one with the least room.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +15,12 @@ from pathlib import Path
 import torch
 
 from moeserve.comm.build import Bounds, open_parallel
-from moeserve.comm.exchange.base import DEADLINE_S, Alarm
+from moeserve.comm.exchange.base import Alarm
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout, layouts, own_experts, plan_of
 from moeserve.comm.pipeline import ParallelLayerRunner
+from moeserve.config.options import EpOptions, RankModelOptions
+from moeserve.engine.kv_size import KvSize, least_of_all, size_kv
 from moeserve.engine.model_runner import ModelRunner, StepObserver
 from moeserve.engine.ranks.expert_use import ExpertUseCounter
 from moeserve.engine.ranks.follower import FollowerChannel, FollowerNotes, follow
@@ -39,55 +34,50 @@ from moeserve.host import read_memory
 from moeserve.kernels.ops import Ops, Part, RouterWeights
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
-from moeserve.kernels.wire import Combine
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import Decoder, ModelKvCache, assemble
 from moeserve.models.expert_source import expert_bytes, open_experts
 from moeserve.models.families import read_spec
+from moeserve.models.library import resolve_model
 from moeserve.models.spec import ModelSpec, MoeSpec
-from moeserve.models.weights import QUANTIZATIONS
 from moeserve.observe.progress import Progress
 from moeserve.observe.routing import RoutingRecorder
 from moeserve.placement.plan import Plan
-
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-KV_DTYPES = DTYPES | {"int8": torch.int8}
-USUAL_LEN = 2048
-SHARE_OF_AVAILABLE = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class KvSize:
-    """How many blocks, and the longest sequence that they serve."""
-
-    num_blocks: int
-    max_model_len: int
 
 
 @dataclass(frozen=True, slots=True)
 class EpContext:
     """A place among several ranks, and how these reach one another (see ``comm.build``).
 
-    ``plan`` None is experts in their own order; ``microbatches`` None is as measured. ``progress``
-    tells what the rank is doing in a step. With ``near_experts`` homes are chosen by what prompts
-    use (``homes``), else by work alone. With ``replan`` ranks count what re-planning asks for.
+    ``progress`` says what the rank is doing in a step; ``alarm`` ends its waiting; ``address`` is
+    of the interface on which the others reach it, where there is a choice.
     """
 
     group: Group
     topology: Topology
     progress: Progress
+    options: EpOptions
     alarm: Alarm | None = None
-    backend: str = "auto"
-    deadline_s: float = DEADLINE_S
     address: str | None = None
-    plan: Path | None = None
-    microbatches: int | None = None
-    near_experts: bool = False
-    replan: bool = False
 
     @property
     def rank(self) -> int:
         return self.group.rank
+
+    @property
+    def near_experts(self) -> bool:
+        """Whether homes are chosen by what prompts use (``homes``), else by work alone."""
+        return self.options.homes == "experts"
+
+    @property
+    def replan(self) -> bool:
+        """Whether ranks count what re-planning asks for."""
+        return self.options.replan == "auto"
+
+    @property
+    def microbatches(self) -> int | None:
+        """Parts of every step; None is as measured."""
+        return None if self.options.microbatches == "auto" else self.options.microbatches
 
     @property
     def neighbours(self) -> int:
@@ -115,8 +105,9 @@ class RankModel:
     @property
     def parallel(self) -> ParallelLayerRunner:
         """The way to the others, of which there must be some."""
-        assert self.decoder.parallel is not None
-        return self.decoder.parallel
+        runner = self.decoder.runner
+        assert isinstance(runner, ParallelLayerRunner), runner
+        return runner
 
     def lead(
         self,
@@ -137,13 +128,13 @@ class RankModel:
             notes=coordinator,
             uses=self.uses,
             learn=learn,
-            deadline_s=context.deadline_s,
+            deadline_s=context.options.ep_deadline,
         )
 
     def follow(
         self, channel: FollowerChannel, context: EpContext, notes: FollowerNotes | None = None
     ) -> int:
-        """On the others: run what rank 0 says until the run is over; how many steps that were."""
+        """On the others: run what rank 0 orders until the run is over; how many steps that were."""
         stats = self.parallel.dispatcher.stats
         notes = notes or self.swapper
         return follow(channel, self.executor, context.rank, stats, notes, self.uses)
@@ -152,104 +143,56 @@ class RankModel:
         """After the last step: give back what reaches the others, complete the routing trace."""
         if self.swapper is not None:
             self.swapper.close()
-        if self.decoder.parallel is not None:
-            self.decoder.parallel.dispatcher.close()
+        if isinstance(self.decoder.runner, ParallelLayerRunner):
+            self.decoder.runner.dispatcher.close()
         if self.recorder is not None:
             self.recorder.close()
 
 
 def load_rank_model(
-    path: Path,
+    options: RankModelOptions,
     *,
-    tokenizer_eos: Sequence[int],
-    name: str | None = None,
-    dtype: str = "auto",
-    kv_dtype: str = "auto",
-    quantization: str = "auto",
-    quantize_attention: bool = True,
-    combine: str = "exact",
-    max_model_len: int | None = None,
-    block_size: int = 16,
-    num_blocks: int | None = None,
-    kv_memory: int | None = None,
-    max_num_seqs: int = 64,
-    max_num_batched_tokens: int = 512,
-    threads: int | None = None,
-    record_routing: Path | None = None,
+    tokenizer_eos: Sequence[int] = (),
     context: EpContext | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RankModel:
-    """All ranks of a group come here, with the same settings. ``progress`` hears bytes read and
-    bytes in all."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: expected one of {sorted(DTYPES)}")
-    if kv_dtype not in KV_DTYPES:
-        raise ConfigError(f"kv_dtype={kv_dtype!r}: expected one of {sorted(KV_DTYPES)}")
-    if quantization not in QUANTIZATIONS:
-        raise ConfigError(f"quantization={quantization!r}: expected one of {QUANTIZATIONS}")
-    if combine not in set(Combine):
-        raise ConfigError(f"combine={combine!r}: expected one of {sorted(Combine)}")
-    checkpoint = Checkpoint.open(path)
+    """All ranks of a group call it, with the same options, and wait for one another in it.
+
+    ``tokenizer_eos`` end an answer beside those that the checkpoint names. ``progress`` gets bytes
+    read and bytes in all.
+    """
+    # 1. Which of the experts are this rank's.
+    checkpoint = Checkpoint.open(resolve_model(options.model))
     plan = None if context is None else plan_of_context(checkpoint, context)
-    ops = choose_table(threads)
+    own = None if context is None or plan is None else own_experts(_layouts(plan), context.rank)
+    # 2. Read the weights, and pack them as the op table wants them.
+    ops = choose_table(options.threads)
     begun = time.perf_counter()
-    decoder = assemble(
-        checkpoint,
-        dtype=DTYPES[dtype],
-        ops=ops,
-        kv_dtype=KV_DTYPES[kv_dtype],
-        quantization=quantization,
-        quantize_attention=quantize_attention,
-        experts=None
-        if context is None or plan is None
-        else own_experts(_spread(plan), context.rank),
-        combine=Combine(combine),
-        progress=progress,
-    )
-    seconds = time.perf_counter() - begun
-    size = size_kv(
-        decoder.kv_bytes_per_token,
-        decoder.spec.max_positions,
-        block_size=block_size,
-        max_model_len=max_model_len,
-        num_blocks=num_blocks,
-        kv_memory=kv_memory,
-        max_num_seqs=max_num_seqs,
-        available=read_memory().available // (1 if context is None else context.neighbours),
-    )
-    tally, swapper = None, None
+    decoder = assemble(checkpoint, ops, options, experts=own, progress=progress)
+    read_bytes_per_s = checkpoint.bytes_read / (time.perf_counter() - begun)
+    # 3. Share what memory is left among the ranks of this node, as KV blocks.
+    available = read_memory().available // (1 if context is None else context.neighbours)
+    size = size_kv(decoder.kv_bytes_per_token, decoder.spec.max_positions, options, available)
+    # 4. Join the other ranks.
+    counts, swapper = None, None
     if context is not None and plan is not None:
-        size = agree_on_size(context, size)
-        parallel, routers = (
-            join(context, decoder, plan, max_num_batched_tokens),
-            routers_of(decoder),
-        )
-        if context.replan:
-            tally = RoutingCounts(plan.moe_layers, plan.num_experts, widest(routers))
-        again = partial(
-            open_experts,
-            path,
-            dtype=DTYPES[dtype],
-            ops=ops,
-            quantization=quantization,
-            quantize_attention=quantize_attention,
-        )
-        swapper = ExpertSwapper(context.rank, ops, parallel, routers, again, tally)
+        size = least_of_all(context.group, size)
+        parallel = join(context, decoder, plan, options.max_num_batched_tokens)
+        counts, swapper = _for_plan_changes(context, decoder, parallel, plan, options)
         decoder = decoder.over(parallel)
-    recorder = None
-    if record_routing is not None:
-        file = record_routing if context is None else of_rank(record_routing, context.rank)
-        recorder = open_recorder(file, name or path.name, decoder)
-    eos_ids = frozenset(
-        i for i in (*decoder.spec.eos_ids, *tokenizer_eos) if i < decoder.spec.vocab
-    )
+    # 5. What looks on at every step.
+    recorder = _recorder(options, decoder, 0 if context is None else context.rank)
     uses: ExpertUseCounter | None = None
-    observer: StepObserver | None = chain_observers(recorder, tally)
-    if context is not None and context.near_experts and decoder.parallel is not None:
-        observer = uses = ExpertUseCounter(decoder.parallel, context.group.world, observer)
+    observer: StepObserver | None = chain_observers(recorder, counts)
+    runner = decoder.runner
+    if context is not None and context.near_experts and isinstance(runner, ParallelLayerRunner):
+        observer = uses = ExpertUseCounter(runner, context.group.world, observer)
+    # 6. What runs a step.
+    ends = (*decoder.spec.eos_ids, *tokenizer_eos)
+    eos_ids = frozenset(i for i in ends if i < decoder.spec.vocab)
     return RankModel(
         decoder=decoder,
-        executor=ModelRunner(decoder, size.num_blocks, block_size, eos_ids, observer),
+        executor=ModelRunner(decoder, size.num_blocks, options.block_size, eos_ids, observer),
         size=size,
         eos_ids=eos_ids,
         world=1 if context is None else context.group.world,
@@ -257,11 +200,31 @@ def load_rank_model(
         plan=plan,
         uses=uses,
         swapper=swapper,
-        expert_bytes=0
-        if plan is None
-        else expert_bytes(checkpoint, plan.moe_layers, plan.num_experts),
-        read_bytes_per_s=checkpoint.bytes_read / seconds,
+        expert_bytes=_bytes_of_an_expert(checkpoint, plan),
+        read_bytes_per_s=read_bytes_per_s,
     )
+
+
+def _for_plan_changes(
+    context: EpContext,
+    decoder: Decoder,
+    parallel: ParallelLayerRunner,
+    plan: Plan,
+    options: RankModelOptions,
+) -> tuple[RoutingCounts | None, ExpertSwapper]:
+    """What counts the routing, where re-planning asks for it, and what changes this rank's experts.
+    ``decoder`` is still that of one process."""
+    routers = routers_of(decoder)
+    counts = None
+    if context.replan:
+        counts = RoutingCounts(plan.moe_layers, plan.num_experts, widest(routers))
+    again = partial(open_experts, resolve_model(options.model), decoder.ops, options)
+    return counts, ExpertSwapper(context.rank, decoder.ops, parallel, routers, again, counts)
+
+
+def _bytes_of_an_expert(checkpoint: Checkpoint, plan: Plan | None) -> int:
+    """In the checkpoint's files; 0 where there are no others to send it to."""
+    return 0 if plan is None else expert_bytes(checkpoint, plan.moe_layers, plan.num_experts)
 
 
 def routers_of(decoder: Decoder) -> dict[int, Part[RouterWeights]]:
@@ -287,7 +250,9 @@ def choose_table(threads: int | None) -> Ops:
 def plan_of_context(checkpoint: Checkpoint, context: EpContext) -> Plan:
     """Which rank holds which expert."""
     spec, _ = read_spec(checkpoint)
-    return plan_of(context.plan, spec.moe_layers, num_experts(spec), context.topology.node_R)
+    return plan_of(
+        context.options.plan, spec.moe_layers, num_experts(spec), context.topology.node_R
+    )
 
 
 def num_experts(spec: ModelSpec) -> int:
@@ -303,21 +268,19 @@ def join(context: EpContext, decoder: Decoder, plan: Plan, tokens: int) -> Paral
     return open_parallel(
         decoder.ops,
         decoder.stack.layers,
-        _spread(plan),
+        _layouts(plan),
         context.group,
         context.topology,
-        backend=context.backend,
-        bounds=Bounds(tokens, context.microbatches or LARGEST, context.deadline_s, context.alarm),
+        backend=context.options.ep_backend,
+        bounds=Bounds(
+            tokens,
+            context.microbatches or LARGEST,
+            context.options.ep_deadline,
+            context.alarm,
+        ),
         progress=context.progress,
         address=context.address,
     )
-
-
-def agree_on_size(context: EpContext, mine: KvSize) -> KvSize:
-    """The least of all ranks."""
-    note = json.dumps([mine.num_blocks, mine.max_model_len]).encode()
-    sizes = [json.loads(said) for said in context.group.all_gather("kv size", note)]
-    return KvSize(min(blocks for blocks, _ in sizes), min(longest for _, longest in sizes))
 
 
 def of_rank(file: Path, rank: int) -> Path:
@@ -325,65 +288,25 @@ def of_rank(file: Path, rank: int) -> Path:
     return file if rank == 0 else file.with_name(f"{file.stem}.rank{rank}{file.suffix}")
 
 
-def _spread(plan: Plan) -> dict[int, LayerLayout]:
+def _layouts(plan: Plan) -> dict[int, LayerLayout]:
     return layouts(plan, plan.moe_layers, plan.num_experts, plan.num_devices)
 
 
-def open_recorder(path: Path, name: str, decoder: Decoder) -> RoutingRecorder:
-    """A routing trace of this model."""
-    layers = decoder.spec.moe_layers
+def _recorder(options: RankModelOptions, decoder: Decoder, rank: int) -> RoutingRecorder | None:
+    """The routing trace of this rank, if one was asked for."""
+    file = options.record_routing
+    if file is None:
+        return None
+    name = options.served_model_name or resolve_model(options.model).name
     routers = {m.router for x in decoder.spec.layers if isinstance(m := x.mlp, MoeSpec)}
     if not routers:
-        raise ConfigError(f"record_routing={str(path)!r}: model {name!r} has no MoE layers")
+        raise ConfigError(
+            f"record_routing={str(of_rank(file, rank))!r}: model {name!r} has no MoE layers"
+        )
     return RoutingRecorder(
-        path,
+        of_rank(file, rank),
         model=name,
-        moe_layers=layers,
+        moe_layers=decoder.spec.moe_layers,
         num_experts=max(r.num_experts for r in routers),
         top_k=max(r.top_k for r in routers),
     )
-
-
-def size_kv(
-    bytes_per_token: int,
-    max_positions: int,
-    *,
-    block_size: int,
-    max_model_len: int | None,
-    num_blocks: int | None,
-    kv_memory: int | None,
-    max_num_seqs: int,
-    available: int,
-) -> KvSize:
-    """Pure; refuses what is not ``available``."""
-    if max_model_len is not None and max_model_len > max_positions:
-        raise ConfigError(
-            f"max_model_len={max_model_len}: the checkpoint was made for {max_positions} positions"
-        )
-    longest = max_model_len or max_positions
-    bytes_per_block = bytes_per_token * block_size
-    if num_blocks is None and kv_memory is not None:
-        num_blocks = kv_memory // bytes_per_block
-    elif num_blocks is None:
-        usual = max_num_seqs * -(-min(longest, USUAL_LEN) // block_size)
-        wanted = max(usual, -(-longest // block_size))
-        num_blocks = min(wanted, int(available * SHARE_OF_AVAILABLE) // bytes_per_block)
-    if num_blocks * bytes_per_block > available:
-        raise ConfigError(
-            f"{num_blocks} KV blocks of {bytes_per_block} bytes do not fit in the {available} "
-            f"bytes of memory available: lower num_blocks or kv_memory"
-        )
-    fits = num_blocks * block_size
-    if fits < 2 or (max_model_len is not None and fits < max_model_len):
-        raise ConfigError(
-            f"KV memory holds {fits} tokens ({num_blocks} blocks of {block_size}, "
-            f"{bytes_per_block} bytes each), and one request of max_model_len={longest} needs "
-            f"{longest}: lower max_model_len, or give kv_memory={longest * bytes_per_token} or more"
-        )
-    if fits < longest:
-        logging.getLogger("moeserve.engine").warning(
-            "max_model_len is %d instead of the checkpoint's %d: that is what KV memory holds",
-            fits,
-            longest,
-        )
-    return KvSize(num_blocks, min(longest, fits))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from moeserve.config.options import Dtype, KvDtype, LoadOptions, Quantization
 from moeserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
 
 Subparsers = Any  # argparse's own type for these is private
 
-DTYPES = ("auto", "float32", "bfloat16")
-KV_DTYPES = (*DTYPES, "int8")
-QUANTIZATIONS = ("auto", "none", "int8", "int4")
+DTYPES, KV_DTYPES, QUANTIZATIONS = get_args(Dtype), get_args(KvDtype), get_args(Quantization)
 WINDOW = 512
 PROBE = (
     "One text, 2 tokenizers? They differ (if they do) in words, digits such as 345, or  spaces.\n"
@@ -123,6 +122,14 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < bound:
             raise ConfigError(f"--{name}={value}: must be at least {bound}")
+    if not args.quantize_attention and not {"int8", "int4"} & {
+        args.quantization,
+        args.against_quantization,
+    }:
+        raise ConfigError(
+            "--no-quantize-attention: has no effect, --quantization rounds nothing: give "
+            "--quantization int8 or int4, or leave it out"
+        )
     if args.plot is not None and not args.plot.absolute().parent.is_dir():
         raise ConfigError(f"--plot {args.plot}: there is no folder {args.plot.parent}")
     for file in args.text or ():
@@ -176,19 +183,15 @@ def _evaluate(args: argparse.Namespace, bar: Progress) -> EvaluationReport:
 
 
 def _load(variant: RunVariant, ops: Ops, bar: Progress) -> Decoder:
-    from moeserve.engine.rank_model import DTYPES as TORCH_DTYPES
-    from moeserve.engine.rank_model import KV_DTYPES as TORCH_KV_DTYPES
     from moeserve.models.decoder import load_decoder
     from moeserve.models.library import resolve_model
 
     task = bar.add_task(f"loading {variant}")
+    names = ("dtype", "quantization", "quantize_attention", "kv_dtype")
     return load_decoder(
         resolve_model(variant.model),
-        dtype=TORCH_DTYPES[variant.dtype],
-        ops=ops,
-        quantization=variant.quantization,
-        quantize_attention=variant.quantize_attention,
-        kv_dtype=TORCH_KV_DTYPES[variant.kv_dtype],
+        ops,
+        LoadOptions.model_validate({name: getattr(variant, name) for name in names}),
         progress=lambda done, total: bar.update(task, completed=done, total=total),
     )
 

@@ -1,1 +1,15 @@
-"""Peers that serve each other; here the doors through which clients come in."""
+"""The doors through which clients come in, and what stands behind them.
+
+::
+
+    grpc_door                  ``moeserve.v1.Inference`` with health and reflection
+    http_door                  OpenAI's routes: who may call, status codes, server-sent events
+    http_bodies  http_answers  OpenAI's JSON: request bodies in; answers, whole and in chunks, out
+    http_server                a listening socket and the uvicorn on it
+    limits                     every bound on a request; client fields to sampling parameters
+    service                    what a request means, whatever door it came through
+    stream                     the running sequences of one request, for whoever reads them
+    mailbox                    events from the engine's thread to the event loop
+    server                     one process that serves: bind, load, serve, drain
+    offline                    one answer without a server
+"""

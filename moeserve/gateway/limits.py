@@ -51,9 +51,10 @@ class Bound:
         return value if self.integer else float(value)
 
     def __str__(self) -> str:
+        # Integers are written in full: as a float, 2**63 - 1 would be 2**63.
+        low, high = (f"{x}" if self.integer else f"{x:g}" for x in (self.low, self.high))
         kind = "an integer" if self.integer else "a number"
-        low = f"above {self.low:g} and" if self.above else f"from {self.low:g}"
-        return f"{kind} {low} up to {self.high:.19g}"
+        return f"{kind} {'above' if self.above else 'from'} {low}{' and' * self.above} up to {high}"
 
 
 BOUNDS: Mapping[str, Bound] = {

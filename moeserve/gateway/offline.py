@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moeserve.config import ServeConfig
+from moeserve.config.options import EngineOptions, RankModelOptions
 from moeserve.engine.build import LoadedModel
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.server import load_model, served_of, shown_progress
@@ -31,7 +31,7 @@ class Completion:
 
 
 def generate(
-    config: ServeConfig,
+    options: RankModelOptions,
     prompt: str | tuple[int, ...],
     params: Mapping[str, object],
     show: Callable[[str], None] | None = None,
@@ -40,8 +40,9 @@ def generate(
 
     Raises what the doors would answer with: InvalidRequestError, TokenizerError and so on.
     """
-    with shown_progress() as tell:
-        loaded = load_model(config, Metrics(), tell)
+    chosen = {name: getattr(options, name) for name in RankModelOptions.model_fields}
+    with shown_progress() as progress:
+        loaded = load_model(EngineOptions(**chosen), Metrics(), progress)
     return asyncio.run(_run(loaded, ClientRequest((prompt,), params), show or (lambda text: None)))
 
 

@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-import uvicorn
 from rich.console import Console
 from rich.progress import Progress
-from starlette.types import ASGIApp
 
-from moeserve.config import ServeConfig
+from moeserve.config.options import EngineOptions, ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.engine.rank_model import EpContext
 from moeserve.engine.ranks.leader import LeaderChannel
-from moeserve.errors import CancelledError, ConfigError
+from moeserve.errors import CancelledError
 from moeserve.gateway.grpc_door import GrpcDoor
 from moeserve.gateway.http_door import http_app
+from moeserve.gateway.http_server import HttpServer, address_of
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.service import InferenceService, ServedModel
@@ -45,7 +42,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 FAREWELL_S = 5.0
 STOP_S = 30.0
 # How soon a dead engine is noticed.
-PULSE_S = 1.0
+ALIVE_POLL_S = 1.0
 
 ProgressCallback = Callable[[int, int], None]
 StopCallback = Callable[[], None]
@@ -55,21 +52,21 @@ LoadModel = Callable[[ServeConfig, Metrics, ProgressCallback], LoadedModel]
 def serve(
     config: ServeConfig,
     load: LoadModel | None = None,
-    heed: Callable[[StopCallback], None] | None = None,
+    on_stop: Callable[[StopCallback], None] | None = None,
 ) -> int:
-    """Serves until a signal; the exit status. ``heed`` is given what asks to stop as the first
-    signal does, from any thread."""
+    """Serves until a signal; the exit status. Before it loads, ``on_stop`` is given what asks to
+    stop as the first signal does, from any thread."""
     logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
-    return asyncio.run(_serve(config, load or load_model, heed))
+    return asyncio.run(_serve(config, load or load_model, on_stop))
 
 
 async def _serve(
-    config: ServeConfig, load: LoadModel, heed: Callable[[StopCallback], None] | None
+    config: ServeConfig, load: LoadModel, on_stop: Callable[[StopCallback], None] | None
 ) -> int:
     signals = _Signals()
     loop = asyncio.get_running_loop()
-    if heed is not None:
-        heed(lambda: _ask(loop, signals.first))
+    if on_stop is not None:
+        on_stop(lambda: _ask(loop, signals.first))
     with signals.caught(), _thawed():
         async with Server(config, load) as server:
             try:
@@ -104,36 +101,15 @@ def _ask(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
 
 
 def load_model(
-    config: ServeConfig,
+    options: EngineOptions,
     observer: Metrics,
-    tell: ProgressCallback,
+    progress: ProgressCallback,
     context: EpContext | None = None,
     channel: LeaderChannel | None = None,
 ) -> LoadedModel:
     """Alone, or as rank 0 of several."""
     return build_engine(
-        config.model,
-        name=config.served_model_name,
-        dtype=config.dtype,
-        kv_dtype=config.kv_dtype,
-        quantization=config.quantization,
-        quantize_attention=config.quantize_attention,
-        combine=config.combine,
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        num_blocks=config.num_blocks,
-        kv_memory=config.kv_memory,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_queue=config.max_queue,
-        prefix_cache=config.prefix_cache,
-        chat_template=config.chat_template,
-        threads=config.threads,
-        record_routing=config.record_routing,
-        context=context,
-        channel=channel,
-        observer=observer,
-        progress=tell,
+        options, context=context, channel=channel, observer=observer, progress=progress
     )
 
 
@@ -161,15 +137,15 @@ class Server:
         self.http_port: int | None = None
         self._load = load
         self._grpc: GrpcDoor | None = None
-        self._http: _HttpDoor | None = None
+        self._http: HttpServer | None = None
 
     def __str__(self) -> str:
-        told = [f"model={self.service.served.name}"]
+        parts = [f"model={self.service.served.name}"]
         if self.grpc_port is not None:
-            told.append(f"grpc={_address(self.config.host, self.grpc_port)}")
+            parts.append(f"grpc={address_of(self.config.host, self.grpc_port)}")
         if self.http_port is not None:
-            told.append(f"http=http://{_address(self.config.host, self.http_port)}")
-        return " ".join(told)
+            parts.append(f"http=http://{address_of(self.config.host, self.http_port)}")
+        return " ".join(parts)
 
     async def __aenter__(self) -> Self:
         """Both doors are open, and answer UNAVAILABLE until ``load``."""
@@ -177,7 +153,7 @@ class Server:
         key = None if config.api_key is None else config.api_key.get_secret_value()
         if config.http_port is not None:
             app = http_app(self.service, key, self.metrics.render)
-            self._http = _HttpDoor(app, config.host, config.http_port)
+            self._http = HttpServer(app, config.host, config.http_port, FAREWELL_S)
             self.http_port = self._http.port
         try:
             if config.grpc_port is not None:
@@ -214,12 +190,12 @@ class Server:
     async def load(self, interrupt: asyncio.Event | None = None) -> None:
         """Opens for requests when the model is there; CancelledError where ``interrupt`` came."""
         stopping = threading.Event()
-        with shown_progress() as tell:
+        with shown_progress() as progress:
 
             def watched(done: int, total: int) -> None:
                 if stopping.is_set():
                     raise CancelledError("stopped while loading")
-                tell(done, total)
+                progress(done, total)
 
             loading = asyncio.create_task(
                 asyncio.to_thread(self._load, self.config, self.metrics, watched)
@@ -249,7 +225,7 @@ class Server:
         """Waits for ``stop``; False as soon as the engine has died."""
         while self.loaded is not None and self.loaded.engine.alive:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), PULSE_S)
+                await asyncio.wait_for(stop.wait(), ALIVE_POLL_S)
                 return True
         log.critical("the engine has died: the server ends")
         return False
@@ -268,59 +244,6 @@ class Server:
             task.cancel()
         if idle not in done:
             log.warning("ending %d requests that still run", self.service.running)
-
-
-class _HttpDoor:
-    """Owns a listening socket and the uvicorn that serves it on this loop."""
-
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            self._socket = socket.create_server((host, port), family=family, backlog=1024)
-        except OSError as error:
-            taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
-            raise ConfigError(
-                f"http_port={port}: cannot listen on {_address(host, port)} ({error.strerror}): "
-                "choose another --http-port, or 0 for any free one"
-                if taken
-                else f"host={host!r}: cannot listen on {_address(host, port)} ({error.strerror}): "
-                "give an address of this machine"
-            ) from error
-        self.port = int(self._socket.getsockname()[1])
-        self._server = _Uvicorn(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                proxy_headers=False,
-                server_header=False,
-                timeout_graceful_shutdown=int(FAREWELL_S),
-            )
-        )
-        self._running: asyncio.Task[None] | None = None
-
-    def open(self) -> None:
-        self._running = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-
-    def release(self) -> None:
-        self._socket.close()
-
-    async def close(self) -> None:
-        self._server.should_exit = True
-        if self._running is not None:
-            await self._running
-        self.release()
-
-
-class _Uvicorn(uvicorn.Server):
-    """Leaves the signals to this process's own handlers."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class _Signals:
@@ -352,7 +275,3 @@ def shown_progress() -> Iterator[ProgressCallback]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading")
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

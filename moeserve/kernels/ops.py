@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from moeserve.kernels.matrix import Source
+from moeserve.kernels.sampling import SampledRow, SamplingRow
 from moeserve.kernels.wire import Combine, Copies, Sums, Wire
 
 ATTENTION_SEGMENT = 512
@@ -308,13 +309,14 @@ class Routed:
 
 
 class Ops(Protocol):
-    """One backend. Tensors are contiguous unless said otherwise.
+    """One backend. Tensors are contiguous unless said otherwise, and lie on ``device``.
 
     A decoder calls the fused ones at the end, each of which is the composition that ``fused``
     spells out, to the bit.
     """
 
     name: str
+    device: torch.device
 
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear: ...
 
@@ -394,6 +396,21 @@ class Ops(Protocol):
         """
         ...
 
+    def export_kv(self, cache: KvCache, blocks_N: Tensor) -> Tensor:
+        """uint8 [N, X]: whole blocks (int64 numbers) as ``kv_layout`` describes them; a copy.
+
+        InternalError if a block is not one of the cache.
+        """
+        ...
+
+    def import_kv(self, cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
+        """Put exported blocks in the places ``blocks_N``, which are distinct; attention over them
+        is the same bits as over the cache they came from.
+
+        InternalError if a block is not one of the cache, or the bytes are not N of its blocks.
+        """
+        ...
+
     def paged_attention(
         self,
         q_TAD: Tensor,
@@ -458,7 +475,7 @@ class Ops(Protocol):
     def relay_tokens(
         self, wire: Wire, segments: Sequence[Tensor], copies: Copies, areas_R: Sequence[Tensor]
     ) -> None:
-        """As ``pack_tokens`` of records that came: row n of all segments, with other slots."""
+        """As ``pack_tokens`` of received records: row n of all segments, with other slots."""
         ...
 
     def run_experts(self, part: Part[MoeWeights], wire: Wire, segments: Sequence[Tensor]) -> Sums:
@@ -496,11 +513,11 @@ class Ops(Protocol):
         segments_R: Sequence[Tensor],
         rows: int,
     ) -> Sums:
-        """What came back for ``relay_tokens``' copies, added up by row; to be packed once more."""
+        """The sums returned for ``relay_tokens``' copies, added by row; to be packed once more."""
         ...
 
     def shared(self, part: Part[MoeWeights], routed: Routed) -> Tensor | None:
-        """[T, H] of the shared expert, for ``combine``; to be done while tokens travel."""
+        """[T, H] of the shared expert, for ``combine``; to be done while tokens are sent."""
         ...
 
     def combine(
@@ -512,8 +529,8 @@ class Ops(Protocol):
         segments_R: Sequence[Tensor],
         shared_TH: Tensor | None,
     ) -> None:
-        """Add what came back, and the shared expert's, to ``x_TH``: what ``moe`` adds, to the bit,
-        unless combine is fast. ``x_TH`` must be as it was in ``pack_tokens``."""
+        """Add the returned sums and the shared expert's rows to ``x_TH``: what ``moe`` adds, to
+        the bit, unless combine is fast. ``x_TH`` must be as it was in ``pack_tokens``."""
         ...
 
     def stack_layers(self, layers: Sequence[Layer]) -> Stack:
@@ -540,4 +557,14 @@ class Ops(Protocol):
 
     def head(self, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
         """[R, N] of the rows (int64) that are wanted."""
+        ...
+
+    def sample(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
+    ) -> list[SampledRow]:
+        """One token for every row of logits, each by itself; once per step.
+
+        ``eos_ids`` are banned as long as a request has fewer tokens than ``min_tokens``, unless it
+        ignores them. The results are on the host.
+        """
         ...

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from moeserve.errors import ConfigError
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.native import native_module
 
 
-def choose_ops(device: str = "cpu", threads: int | None = None) -> Ops:
-    """``threads`` None leaves the number as it is: all cores this process may use."""
-    if device != "cpu":
-        raise ConfigError(f"device={device!r}: expected 'cpu'")
+def choose_ops(device: str | torch.device = "cpu", threads: int | None = None) -> Ops:
+    """The backend of a device, which is then its ``device``.
+
+    ``threads`` None leaves the number as it is: all cores this process may use. ConfigError where
+    no backend serves the device.
+    """
+    if str(device) != "cpu":
+        raise ConfigError(f"device={str(device)!r}: expected 'cpu'")
     native, reason = native_module("moeserve.kernels.cpu.ops")
     if native is None:
         logging.getLogger(__name__).warning(

@@ -1,4 +1,4 @@
-"""What travels between ranks for a mixture: records of tokens, and sums of what experts make.
+"""What ranks send each other for a mixture: records of tokens, and sums of what experts make.
 
 How the contributions w_c * y_c of a token's experts become one row is a ``Combine``:
 
@@ -15,7 +15,7 @@ How the contributions w_c * y_c of a token's experts become one row is a ``Combi
   1.83e-3 (1.78e-3), with 10 to 14 bits within the error of that; and of the sums of a rank of four
   99.94 % of rows fit int16, 99.8 % with 12 bits, 98.7 % with 13. With 20 in fp32: 2e-12 nats from
   ordered, as adding the other way round gives 6e-13.
-- ordered: fma of the contributions in order of c, in fp32; over devices every contribution travels.
+- ordered: fma of the contributions in order of c, in fp32; over devices every contribution is sent.
 - fast: as ordered in one process; over devices fp32 sums of each device, rounded to bf16.
 
 Letters: T tokens, H hidden, C experts per token, R ranks, N copies (or records), M contributions.
@@ -30,10 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HEADING = 64
+HEADER = 64
 GRID_BITS, WIDE_GRID_BITS = 11, 20
 LEAST_EXPONENT = -40
 LOWEST = -(2**31)
+SLOT_DTYPE = torch.int16
+MOST_SLOTS = torch.iinfo(SLOT_DTYPE).max + 1  # of a unit that records are sent to: 0..32767
 
 
 class Combine(StrEnum):
@@ -46,12 +48,17 @@ class Combine(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """The record in which a token travels to experts of one layer, ``row_bytes`` long.
+    """The record in which a token is sent to experts of one layer, ``row_bytes`` long.
+
+    The only place (beside its native twin, ``Record`` in dispatch.inc) that knows where in a record
+    something lies; ``..._at`` are bytes from its beginning.
 
     First H features as the experts' products want them (``payload``: int8 codes, bfloat16 or
     float32, so that nothing is rounded twice), padded to 4 bytes; then fp32 scale (int8; else 0),
-    fp32 unit, C fp32 weights, C int16 slots, padded to 4 bytes. A slot is one of the rank it
-    travels to, -1 where that choice goes elsewhere. The weight stands at its choice's place.
+    fp32 unit, C fp32 weights, C int16 slots, padded to 4 bytes. A slot is one of the unit that the
+    record is sent to (a rank, or under the hierarchical dispatcher a node, whose slots are numbered
+    through its ranks): 0..``MOST_SLOTS`` - 1, or -1 where that choice goes elsewhere. The weight
+    stands at its choice's place.
     """
 
     payload: torch.dtype
@@ -59,12 +66,28 @@ class Wire:
     top_k: int
 
     @property
+    def feature_bytes(self) -> int:
+        return self.hidden * self.payload.itemsize
+
+    @property
     def scale_at(self) -> int:
-        return -(-self.hidden * self.payload.itemsize // 4) * 4
+        return up_to(self.feature_bytes, 4)
+
+    @property
+    def unit_at(self) -> int:
+        return self.scale_at + 4
+
+    @property
+    def weights_at(self) -> int:
+        return self.unit_at + 4
+
+    @property
+    def slots_at(self) -> int:
+        return self.weights_at + 4 * self.top_k
 
     @property
     def row_bytes(self) -> int:
-        return self.scale_at + 8 + 4 * self.top_k + -(-2 * self.top_k // 4) * 4
+        return self.slots_at + up_to(2 * self.top_k, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +113,20 @@ class Sums:
     data: Any
 
 
-def heading(rows: int) -> int:
-    """The bytes that tell of the width of so many exact sums."""
-    return -(-rows // HEADING) * HEADING
+def up_to(size: int, multiple: int) -> int:
+    """The least multiple that is not below ``size``."""
+    return -(-size // multiple) * multiple
+
+
+def header_bytes(rows: int) -> int:
+    """Of the bytes before so many exact sums, one of each, that say how wide its elements are."""
+    return up_to(rows, HEADER)
 
 
 def most_bytes(combine: Combine, wire: Wire, limbs: int, rows: int) -> int:
     """The most that so many records' sums take on their way back."""
     if combine is Combine.EXACT:
-        return heading(rows) + rows * 4 * limbs * wire.hidden
+        return header_bytes(rows) + rows * 4 * limbs * wire.hidden
     if combine is Combine.ORDERED:
         return rows * wire.top_k * 4 * wire.hidden
-    return rows * -(-2 * wire.hidden // 4) * 4
+    return rows * up_to(2 * wire.hidden, 4)

@@ -1,1 +1,17 @@
-"""From a checkpoint folder to logits: reader, one decoder, and a short file per family."""
+"""From a checkpoint folder to logits.
+
+::
+
+    library                    where a model's name leads: the demo, or a folder
+    checkpoint  fields         ``config.json`` and memory-mapped safetensors, every read checked
+    fingerprint  survey        is it the same checkpoint; what serving it would take
+    spec  names                what a model is, and what its tensors are called: plain data
+    families/                  ``config.json`` to a spec: a short file per architecture
+    formats/                   stored codes to the matrices of the op table
+    weights  expert_source     tensors as the op table takes them; experts read again while serving
+    decoder                    the one decoder: token ids in, logits out
+    attention  moe  rope       its parts: attention, feed-forward, rotary tables
+    batch                      one forward pass as tensors
+    tokenizer                  text to token ids and back; chat messages to a prompt
+    quantize  shards           a quantised copy of a folder; safetensors written piece by piece
+"""

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeserve.comm.pipeline import ParallelLayerRunner
+from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.errors import CheckpointError
+from moeserve.kernels.host_copy import to_host
 from moeserve.kernels.ops import HeadWeights, KvCache, Layer, Linear, Ops, Part, Rope, Stack, Step
 from moeserve.kernels.wire import Combine
 from moeserve.models.attention import kv_shape, load_attention
@@ -27,11 +28,12 @@ from moeserve.models.families import read_spec
 from moeserve.models.fields import Fields
 from moeserve.models.formats.layouts import Stored
 from moeserve.models.formats.method import read_method
+from moeserve.models.layer_runner import LayerRunner, LocalLayerRunner
 from moeserve.models.moe import RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
 from moeserve.models.rope import rope_tables
-from moeserve.models.spec import LayerSpec, ModelSpec
-from moeserve.models.weights import Rounding, Weights
+from moeserve.models.spec import LayerSpec, ModelSpec, MoeSpec
+from moeserve.models.weights import Rounding, Weights, torch_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,9 @@ class Mtp:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A loaded model. ``unread`` lists tensors that were left aside on purpose. With ``parallel``
-    the experts of ``stack`` are those of this rank alone, and it runs the layers."""
+    """A loaded model. ``unread`` lists tensors that were left aside on purpose. ``stack`` are the
+    layers as they were loaded, on a rank of several with its own experts alone; ``runner`` runs
+    them."""
 
     spec: ModelSpec
     ops: Ops
@@ -70,12 +73,12 @@ class Decoder:
     rope: Rope
     mtp: Mtp | None
     unread: tuple[str, ...]
-    parallel: ParallelLayerRunner | None = None
+    runner: LayerRunner
 
-    def over(self, parallel: ParallelLayerRunner) -> Decoder:
-        """The same over ranks. Experts are ``parallel``'s alone from here on: what it lets go of
-        is freed."""
-        return replace(self, stack=Stack((), None), parallel=parallel)
+    def over(self, runner: LayerRunner) -> Decoder:
+        """The same with other means to run its layers. These are the runner's alone from here on:
+        what it lets go of is freed."""
+        return replace(self, stack=Stack((), None), runner=runner)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -102,10 +105,10 @@ class Decoder:
         cache: ModelKvCache,
         observer: RoutingObserver | None = None,
     ) -> list[Tensor]:
-        """``forward`` of microbatches, over the ranks of ``parallel`` if there are any.
+        """``forward`` of microbatches.
 
-        All ranks come with the same number of microbatches, some of which may be empty. Where a
-        sequence is in several, the earlier one has the earlier tokens.
+        Where there are several ranks, all come with the same number of microbatches, some of which
+        may be empty. Where a sequence is in several, the earlier one has the earlier tokens.
         """
         hidden = self._layers(steps, cache, observer)
         return [
@@ -125,18 +128,22 @@ class Decoder:
         caches = cache.layers[: len(self.spec.layers)]
         hidden = [self.ops.embed(self.embedding_WH, step.token_ids_T) for step in steps]
         shared = [self._shared(step) if len(step.token_ids_T) else None for step in steps]
-        chosen: list[list[Tensor]] | None = None if observer is None else [[] for _ in steps]
-        if self.parallel is not None:
-            self.parallel.run(hidden, shared, caches, chosen)
-        else:
-            for m, (x_TH, own) in enumerate(zip(hidden, shared, strict=True)):
-                if own is not None:
-                    ids = None if chosen is None else chosen[m]
-                    self.ops.forward_layers(x_TH, self.stack, own, caches, ids)
-        if observer is not None and chosen is not None:
-            for layer, *ids_TC in zip(self.spec.moe_layers, *filter(None, chosen), strict=True):
-                observer.record(layer, ids_TC[0] if len(ids_TC) == 1 else torch.cat(ids_TC))
+        routed: list[list[Tensor]] | None = None if observer is None else [[] for _ in steps]
+        self.runner.run(hidden, shared, caches, routed)
+        if observer is not None and routed is not None:
+            self._show_routing(observer, routed)
         return hidden
+
+    def _show_routing(self, observer: RoutingObserver, routed: Sequence[list[Tensor]]) -> None:
+        """Every MoE layer's choices for the tokens of all microbatches, of which there may be
+        none. Here they are copied to the host."""
+        for l, layer in enumerate(self.spec.moe_layers):
+            parts = [of_layers[l] for of_layers in routed if of_layers]
+            if not parts:
+                mlp = self.spec.layers[layer].mlp
+                assert isinstance(mlp, MoeSpec), layer
+                parts = [torch.empty(0, mlp.router.top_k, dtype=torch.int32)]
+            observer.record(layer, to_host(parts[0] if len(parts) == 1 else torch.cat(parts)))
 
     def final_norm(self, hidden_RH: Tensor) -> Tensor:
         weights = self.head.weights
@@ -170,55 +177,34 @@ class Decoder:
 
 def load_decoder(
     path: str | Path,
-    *,
-    dtype: torch.dtype | None,
     ops: Ops,
-    kv_dtype: torch.dtype | None = None,
-    quantization: str = "auto",
-    quantize_attention: bool = True,
+    options: LoadOptions = AS_STORED,
+    *,
     experts: Mapping[int, Sequence[int]] | None = None,
-    combine: Combine = Combine.EXACT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """The model in a folder, its floats in ``dtype``: float32, bfloat16, or the checkpoint's.
+    """The model in a folder, its floats and KV held as ``options`` say.
 
     A float16 checkpoint is held as float32, which is exact. Quantised matrices stay as they are
-    stored, unless ``quantization`` says otherwise (see ``weights.Rounding``). ``kv_dtype`` is
-    float32, bfloat16, int8, or that of the floats. Tensors that the model does not explain are an
-    error. ``experts`` are those to hold of each layer, by its number and in this order (one may
-    occur twice); None is all, and so is a layer that is left out. Of other experts only headers are
-    read.
+    stored, unless ``quantization`` says otherwise (see ``weights.Rounding``). Tensors that the
+    model does not explain are an error. ``experts`` are those to hold of each layer, by its number
+    and in this order (one may occur twice); None is all, and so is a layer that is left out. Of
+    other experts only headers are read. ``progress`` gets bytes read and bytes in all.
     """
-    checkpoint = Checkpoint.open(path)
-    return assemble(
-        checkpoint,
-        dtype=dtype,
-        ops=ops,
-        kv_dtype=kv_dtype,
-        quantization=quantization,
-        quantize_attention=quantize_attention,
-        experts=experts,
-        combine=combine,
-        progress=progress,
-    )
+    return assemble(Checkpoint.open(path), ops, options, experts=experts, progress=progress)
 
 
 def assemble(
     checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype | None,
     ops: Ops,
-    kv_dtype: torch.dtype | None = None,
-    quantization: str = "auto",
-    quantize_attention: bool = True,
+    options: LoadOptions = AS_STORED,
+    *,
     experts: Mapping[int, Sequence[int]] | None = None,
-    combine: Combine = Combine.EXACT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """``load_decoder`` of an open folder."""
-    rounding = Rounding(quantization, quantize_attention)
-    w = replace(open_weights(checkpoint, dtype, ops, rounding, progress, experts), combine=combine)
-    decoder = build_decoder(w, kv_dtype)
+    w = open_weights(checkpoint, ops, options, experts, progress)
+    decoder = build_decoder(w, torch_dtype(options.kv_dtype))
     for method, count in w.stored.rounded.items():
         logging.getLogger("moeserve.models").info(
             "%s: %d matrices of %s rounded to int8, which holds them best",
@@ -233,24 +219,24 @@ def assemble(
 
 def open_weights(
     checkpoint: Checkpoint,
-    dtype: torch.dtype | None,
     ops: Ops,
-    rounding: Rounding,
-    progress: Callable[[int, int], None] | None = None,
+    options: LoadOptions,
     experts: Mapping[int, Sequence[int]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
-    """``dtype`` None is that of the embedding, which no method quantises."""
+    """Floats of dtype "auto" are those of the embedding, which no method quantises."""
     read_spec(checkpoint)  # a config that no family understands is the first thing to be said
-    held = dtype or checkpoint.dtype("model.embed_tokens.weight")
+    held = torch_dtype(options.dtype) or checkpoint.dtype("model.embed_tokens.weight")
     where = str(checkpoint.path / "config.json")
     return Weights(
         checkpoint,
         Stored(checkpoint, read_method(Fields(checkpoint.config, where))),
         ops,
         torch.bfloat16 if held is torch.bfloat16 else torch.float32,
-        rounding,
+        Rounding(options.quantization, options.quantize_attention),
         progress,
         experts or {},
+        Combine(options.combine),
     )
 
 
@@ -264,19 +250,21 @@ def build_decoder(w: Weights, kv_dtype: torch.dtype | None = None) -> Decoder:
         head = w.linear("lm_head", spec.vocab, spec.hidden)
     w.checkpoint.release()
     layers = [_load_layer(w, i, layer, names, spec) for i, layer in enumerate(spec.layers)]
+    stack = w.ops.stack_layers(layers)
     return Decoder(
         spec=spec,
         ops=w.ops,
         dtype=w.dtype,
         kv_dtype=kv_dtype or w.dtype,
         embedding_WH=embedding_WH,
-        stack=w.ops.stack_layers(layers),
+        stack=stack,
         head=w.ops.prepare(
             HeadWeights(w.vector("model.norm.weight", spec.hidden), spec.norm_eps, head)
         ),
         rope=rope_tables(spec.rope, spec.max_positions),
         mtp=_load_mtp(w, names, spec, embedding_WH, head),
         unread=_explained(w, spec),
+        runner=LocalLayerRunner(w.ops, stack),
     )
 
 

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.errors import PlacementError
 from moeserve.kernels.ops import Experts, Ops
 from moeserve.models.checkpoint import Checkpoint
@@ -21,7 +20,7 @@ from moeserve.models.families import read_spec
 from moeserve.models.moe import load_experts
 from moeserve.models.names import TensorNames
 from moeserve.models.spec import ModelSpec, MoeSpec
-from moeserve.models.weights import Rounding, Weights
+from moeserve.models.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +53,8 @@ def expert_bytes(checkpoint: Checkpoint, layers: Sequence[int], num_experts: int
     return sum(map(checkpoint.nbytes, mine)) // (len(layers) * num_experts)
 
 
-def open_experts(
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None,
-    ops: Ops,
-    quantization: str = "auto",
-    quantize_attention: bool = True,
-) -> ExpertSource:
+def open_experts(path: str | Path, ops: Ops, options: LoadOptions = AS_STORED) -> ExpertSource:
     """With the arguments that ``load_decoder`` had, so that what is read is what it would hold."""
     checkpoint = Checkpoint.open(path)
     spec, names = read_spec(checkpoint)
-    rounding = Rounding(quantization, quantize_attention)
-    return ExpertSource(open_weights(checkpoint, dtype, ops, rounding), spec, names)
+    return ExpertSource(open_weights(checkpoint, ops, options), spec, names)

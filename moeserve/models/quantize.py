@@ -15,13 +15,15 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.kernels.matrix import (
     Block,
@@ -38,7 +40,7 @@ from moeserve.models.decoder import build_decoder, open_weights
 from moeserve.models.families import read_spec
 from moeserve.models.formats.layouts import Stored
 from moeserve.models.names import TensorNames
-from moeserve.models.shards import Planned, Tensors, write_shards
+from moeserve.models.shards import PlannedTensor, Tensors, write_shards
 from moeserve.models.survey import Headers
 from moeserve.models.weights import Rounding, Weights, pick
 
@@ -59,7 +61,7 @@ class Recipe:
     """What to round: ``attention`` and ``head`` may stay floats. Others cannot read a rounded head
     as widely as the rest."""
 
-    scheme: str = "int8"
+    scheme: Literal["int8", "int4"] = "int8"
     group: int = 128
     attention: bool = True
     head: bool = False
@@ -104,7 +106,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Modules(Weights):
-    """Hears which modules a decoder reads: matrices that may be rounded, and floats."""
+    """Records which modules a decoder reads: matrices that may be rounded, and floats."""
 
     matrices: dict[str, tuple[int, int]] = field(default_factory=dict)
     floated: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -135,15 +137,15 @@ def quantize(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """``progress`` hears bytes written and bytes in all. ``out`` must not exist."""
+    """``progress`` is called with bytes written and bytes in all. ``out`` must not exist."""
     if out.exists():
         raise ConfigError(f"{out}: exists; give a folder that does not")
+    # 1. What becomes of every tensor, from headers alone.
     modules, unread = list_modules(model)
     checkpoint = Checkpoint.open(model)
     plan = _Plan(Stored(checkpoint, modules.stored.method), recipe, modules)
     parts = list(plan.parts(read_spec(checkpoint)[1]))
     size = sum(part.nbytes for part in parts)
-    part_folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
     done = 0
 
     def written(count: int) -> None:
@@ -153,20 +155,13 @@ def quantize(
         if progress is not None:
             progress(done, size)
 
-    try:
-        part_folder.mkdir(parents=True)
-        _require_space(part_folder, size)
-        write_shards(part_folder, parts, shard_bytes, written)
-        _copy_others(model, part_folder)
+    # 2. Weights one by one, then what stands beside them.
+    with _whole_or_not_at_all(out, size) as folder:
+        write_shards(folder, parts, shard_bytes, written)
+        _copy_others(model, folder)
         config = {k: v for k, v in checkpoint.config.items() if k != "compression_config"}
         config["quantization_config"] = quantization_config(plan.schemes, recipe.group, plan.kept)
-        (part_folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        part_folder.rename(out)
-    except OSError as error:
-        remedy = f"{size} bytes are needed" if error.errno == errno.ENOSPC else "nothing was kept"
-        raise CheckpointError(f"{out}: cannot be written: {error.strerror}; {remedy}") from error
-    finally:
-        shutil.rmtree(part_folder, ignore_errors=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     kinds = list(plan.schemes.values())
     return Summary(
         out,
@@ -179,10 +174,29 @@ def quantize(
     )
 
 
+@contextmanager
+def _whole_or_not_at_all(out: Path, size: int) -> Iterator[Path]:
+    """A folder beside ``out`` to write ``size`` bytes into, which then becomes ``out``.
+
+    Raises ``CheckpointError`` where that cannot be written; whatever is raised, nothing is left.
+    """
+    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        folder.mkdir(parents=True)
+        _require_space(folder, size)
+        yield folder
+        folder.rename(out)
+    except OSError as error:
+        remedy = f"{size} bytes are needed" if error.errno == errno.ENOSPC else "nothing was kept"
+        raise CheckpointError(f"{out}: cannot be written: {error.strerror}; {remedy}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def list_modules(model: Path) -> tuple[Modules, tuple[str, ...]]:
     """Puts the decoder together from headers; raises what loading would raise about them."""
     headers = Headers.open(model)
-    plain = open_weights(headers, None, ReferenceOps(), Rounding("none"))
+    plain = open_weights(headers, ReferenceOps(), LoadOptions(quantization="none"))
     modules = Modules(headers, plain.stored, plain.ops, plain.dtype, plain.rounding)
     with torch.device("meta"):
         unread = build_decoder(modules).unread
@@ -236,15 +250,15 @@ class _Plan:
         scheme = self.schemes[module] = self.recipe.of(module, into)
         if scheme == "int8":
             eight = (
-                Planned(f"{module}.weight", torch.int8, (out, into)),
-                Planned(f"{module}.weight_scale", torch.float32, (out, 1)),
+                PlannedTensor(f"{module}.weight", torch.int8, (out, into)),
+                PlannedTensor(f"{module}.weight_scale", torch.float32, (out, 1)),
             )
             return Tensors(eight, lambda: _eight_bits(module, read()))
         group = self.recipe.group
         four = (
-            Planned(f"{module}.weight_packed", torch.int32, (out, into // 8)),
-            Planned(f"{module}.weight_scale", torch.float32, (out, into // group)),
-            Planned(f"{module}.weight_shape", torch.int64, (2,)),
+            PlannedTensor(f"{module}.weight_packed", torch.int32, (out, into // 8)),
+            PlannedTensor(f"{module}.weight_scale", torch.float32, (out, into // group)),
+            PlannedTensor(f"{module}.weight_shape", torch.int64, (2,)),
         )
         return Tensors(four, lambda: _four_bits(module, read(), group))
 
@@ -274,7 +288,7 @@ class _Plan:
         name = f"{module}.weight"
         if self.stored.checkpoint.has(name) and self.stored.checkpoint.dtype(name) in FLOATS:
             return self._copy(name)
-        planned = (Planned(name, torch.bfloat16, shape),)
+        planned = (PlannedTensor(name, torch.bfloat16, shape),)
         return Tensors(
             planned,
             lambda: (
@@ -284,7 +298,7 @@ class _Plan:
 
     def _copy(self, name: str) -> Tensors:
         c = self.stored.checkpoint
-        planned = (Planned(name, c.dtype(name), c.shape(name)),)
+        planned = (PlannedTensor(name, c.dtype(name), c.shape(name)),)
         return Tensors(planned, lambda: torch.split(c.get(name).reshape(-1), _PIECE))
 
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from moeserve.models.checkpoint import DTYPES
+from moeserve.safetensors_header import StoredTensor, safetensors_header
 
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedTensor:
     """A tensor that is yet to be made."""
 
     name: str
@@ -31,6 +32,10 @@ class Planned:
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def stored(self) -> StoredTensor:
+        return StoredTensor(self.name, _KINDS[self.dtype], self.shape, self.nbytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
@@ -39,7 +44,7 @@ class Tensors:
     ``make`` yields pieces; one after the other, their bytes are those of ``planned``.
     """
 
-    planned: tuple[Planned, ...]
+    planned: tuple[PlannedTensor, ...]
     make: Callable[[], Iterable[Tensor]]
 
     @property
@@ -52,7 +57,7 @@ def write_shards(
 ) -> None:
     """``model.safetensors``, or several of at most ``most_bytes`` (or one part) and an index.
 
-    ``written`` hears the bytes of every part as it is done.
+    ``written`` is called with the bytes of every part as it is done.
     """
     shards = list(_shards(parts, most_bytes))
     index: dict[str, str] = {}
@@ -82,7 +87,8 @@ def _shards(parts: Sequence[Tensors], most_bytes: int) -> Iterator[list[Tensors]
 
 def _write(file: Path, parts: Sequence[Tensors], written: Callable[[int], None]) -> None:
     with file.open("wb") as out:
-        out.write(_header([planned for part in parts for planned in part.planned]))
+        tensors = [planned.stored for part in parts for planned in part.planned]
+        out.write(safetensors_header(tensors, {"format": "pt"}))
         for part in parts:
             start = out.tell()
             for piece in part.make():
@@ -90,15 +96,3 @@ def _write(file: Path, parts: Sequence[Tensors], written: Callable[[int], None])
                     out.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             assert out.tell() - start == part.nbytes, part.planned
             written(part.nbytes)
-
-
-def _header(planned: Sequence[Planned]) -> bytes:
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for p in planned:
-        offsets = [at, at + p.nbytes]
-        table[p.name] = {"dtype": _KINDS[p.dtype], "shape": p.shape, "data_offsets": offsets}
-        at += p.nbytes
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

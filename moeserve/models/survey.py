@@ -52,11 +52,11 @@ class Headers(Checkpoint):
         }
 
 
-def survey(path: str | Path, dtype: torch.dtype | None = None) -> Survey:
+def survey(path: str | Path) -> Survey:
     """Raises what loading this folder would raise about its config, tensors and shapes."""
     headers = Headers.open(path)
     with torch.device("meta"):
-        decoder = assemble(headers, dtype=dtype, ops=ReferenceOps())
+        decoder = assemble(headers, ReferenceOps())
     sizes = headers.held_bytes(decoder.dtype)
     row = decoder.spec.hidden * decoder.dtype.itemsize
     return Survey(

@@ -15,6 +15,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from moeserve.config.options import KvDtype, Quantization
 from moeserve.errors import CheckpointError
 from moeserve.kernels.matrix import (
     Block,
@@ -36,7 +37,12 @@ from moeserve.models.checkpoint import Checkpoint, HeaderView
 from moeserve.models.formats.layouts import Stored
 
 FEED_FORWARD = (".mlp.", ".block_sparse_moe.")
-QUANTIZATIONS = ("auto", "none", "int8", "int4")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def torch_dtype(name: KvDtype) -> torch.dtype | None:
+    """Of a setting's word; None is what "auto" leaves to the checkpoint."""
+    return DTYPES.get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +53,10 @@ class Rounding:
     ``attention`` False leaves attention's matrices in floats when others are rounded.
     """
 
-    to: str = "auto"
+    to: Quantization = "auto"
     attention: bool = True
 
-    def __post_init__(self) -> None:
-        assert self.to in QUANTIZATIONS, self.to
-
-    def of(self, module: str) -> str:
+    def of(self, module: str) -> Quantization:
         if self.to not in ("int8", "int4"):
             return self.to
         if ".self_attn." in module and not self.attention:
@@ -66,7 +69,7 @@ AS_STORED = Rounding()
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Reads and packs; ``progress`` hears (bytes read, bytes in all).
+    """Reads and packs; ``progress`` is called with (bytes read, bytes in all).
 
     ``own`` are the experts wanted of each layer, in their order, by layer number; all of a layer
     that is not there. ``combine`` is how what they make is added.

@@ -2,14 +2,16 @@
 
 ::
 
-    topology  routing  plan        plain data: devices; what was routed; slots -> experts
-    inputs  torchfile  exchange    files in (ours, SGLang, vLLM) and out (SGLang, Ascend, TRT-LLM)
-    cost  bounds                   what a plan costs in each dataflow; what none can beat
-    search  twin                   the hot loops: native where built, else their numpy twins
-    eplb  balance  grouping        one layer at a time
-    align  dp  ilp  moetuner       across layers; exact methods
-    solve  report                  the portfolio under a time limit; the figures of a plan
-    pictures  cli                  heat maps; ``moeserve place``
+    cluster  routing  plan     plain data: devices and links; what was routed; slots -> experts
+    problem                    what is asked of a solver, and what can be refused at once
+    split                      which copy of a replicated expert a token uses: the runtime's rule
+    layer_use  migration       where the tokens of a layer go; where a migrating token is after it
+    cost                       balance and copies of a plan in each dataflow
+    report  pictures           the figures of a plan with its bound and gap; heat maps
+    cli  commands              ``moeserve place``: the arguments; the verbs
+    aside                      a plan solved in a process of low priority, beside one that serves
+    formats/                   files of others, in and out
+    solvers/                   how plans are found
 
 Letters at the end of names are shapes, everywhere in this package: T tokens, L layers, K experts
 chosen per token, E experts, S slots per layer, D devices, N nodes, W workloads, C sequences.

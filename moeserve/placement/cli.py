@@ -90,7 +90,7 @@ def _routing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=int, help="experts per layer, where files do not say")
 
 
-def _topology(parser: argparse.ArgumentParser) -> None:
+def _cluster(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, required=True)
     parser.add_argument("--nodes", type=int, default=1)
     _link(parser)
@@ -168,7 +168,7 @@ def _record(verbs: Subparsers) -> None:
 def _solve(verbs: Subparsers) -> None:
     parser = _verb(verbs, "solve", "find a plan, with its bound and gap")
     _routing(parser)
-    _topology(parser)
+    _cluster(parser)
     _problem(parser)
     parser.add_argument("--solver", choices=SOLVERS, default="auto")
     parser.add_argument("--previous", metavar="PLAN", help="existing plan; moving away costs")
@@ -190,7 +190,7 @@ def _evaluate(verbs: Subparsers) -> None:
 def _compare(verbs: Subparsers) -> None:
     parser = _verb(verbs, "compare", "solvers side by side, fitted and held out")
     _routing(parser)
-    _topology(parser)
+    _cluster(parser)
     _problem(parser)
     parser.set_defaults(held_out=0.5)
     parser.add_argument(

@@ -36,7 +36,7 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Topology:
+class Cluster:
     """``node_ratio`` is how much dearer a copy across nodes is than one inside a node.
 
     ``speeds`` are relative, one per device; empty means all alike. ``memory`` is bytes for

@@ -15,9 +15,8 @@ import numpy as np
 
 from moeserve.errors import PlacementError
 from moeserve.placement import plan as plans
-from moeserve.placement.cluster import Dataflow, Phase, Topology
-from moeserve.placement.formats import routing_files as inputs
-from moeserve.placement.formats import runtimes as exchange
+from moeserve.placement.cluster import Cluster, Dataflow, Phase
+from moeserve.placement.formats import routing_files, runtimes
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Moves, Problem
 from moeserve.placement.report import CopyBytes, figures
@@ -73,11 +72,11 @@ def solve(arguments: argparse.Namespace) -> dict[str, Any]:
     with _progress(arguments.json) as progress:
         plan = find(problem, fitted, Solver(arguments.solver), budget, progress)
     seconds = time.monotonic() - began
-    result = _figures(plan, routing, problem.topology, arguments)
+    result = _figures(plan, routing, problem.cluster, arguments)
     result["seconds"] = seconds
     result["solver"] = arguments.solver
     if held is not None:
-        result["held_out"] = _figures(plan, held, problem.topology, arguments)
+        result["held_out"] = _figures(plan, held, problem.cluster, arguments)
     if problem.moves is not None:
         result["moved_experts"] = plans.moved_slots(problem.moves.previous, plan)
     plans.write_whole(Path(arguments.out), plans.dump(replace(plan, figures=result)))
@@ -90,9 +89,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         plan = replace(plan, dataflow=Dataflow(arguments.dataflow))
     arguments.experts = arguments.experts or plan.num_experts
     routing = _read(arguments)
-    topology = _plan_topology(plan, arguments)
+    cluster = _plan_cluster(plan, arguments)
     began = time.monotonic()
-    result = _figures(plan, routing, topology, arguments)
+    result = _figures(plan, routing, cluster, arguments)
     result["seconds"] = time.monotonic() - began
     return result
 
@@ -108,7 +107,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         with _progress(arguments.json) as progress:
             plan = find(problem, fitted, Solver(name), budget, progress)
         seconds = time.monotonic() - began
-        row = _figures(plan, held or fitted, problem.topology, arguments)
+        row = _figures(plan, held or fitted, problem.cluster, arguments)
         rows[name] = row | {"seconds": seconds}
     return {"evaluated_on": "held out" if held else "all", "solvers": rows}
 
@@ -118,7 +117,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.importing:
         if arguments.experts is None or arguments.devices is None:
             raise PlacementError("--import needs --experts and --devices: the file lacks them")
-        plan = exchange.load(
+        plan = runtimes.load(
             path,
             arguments.format,
             num_experts=arguments.experts,
@@ -129,7 +128,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
         plans.write_whole(out, plans.dump(plan))
     else:
         plan = plans.load(path)
-        plans.write_whole(out, exchange.export(plan, arguments.format))
+        plans.write_whole(out, runtimes.export(plan, arguments.format))
     return {"out": arguments.out, "layers": plan.num_layers, "slots": plan.num_slots}
 
 
@@ -139,7 +138,7 @@ def plot(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = plans.load(Path(arguments.plan))
     arguments.experts = arguments.experts or plan.num_experts
     routing = _read(arguments)
-    result = figures(plan, routing, _plan_topology(plan, arguments))
+    result = figures(plan, routing, _plan_cluster(plan, arguments))
     files = pictures.write(Path(arguments.out), plan, routing, result, arguments.layer)
     return {"out": arguments.out, "files": files}
 
@@ -172,7 +171,7 @@ def show(verb: str, result: dict[str, Any]) -> None:
 
 
 def _read(arguments: argparse.Namespace) -> Routing:
-    return inputs.read_all(arguments.routing, num_experts=arguments.experts)
+    return routing_files.read_all(arguments.routing, num_experts=arguments.experts)
 
 
 def _pairs(texts: Sequence[str], option: str) -> tuple[tuple[int, int], ...]:
@@ -187,17 +186,17 @@ def _pairs(texts: Sequence[str], option: str) -> tuple[tuple[int, int], ...]:
 
 
 def _problem(arguments: argparse.Namespace, routing: Routing) -> Problem:
-    topology = Topology(
+    cluster = Cluster(
         arguments.devices,
         arguments.nodes,
         arguments.node_ratio,
         tuple(arguments.speeds),
         arguments.memory,
     )
-    if topology.memory and not arguments.expert_bytes:
+    if cluster.memory and not arguments.expert_bytes:
         raise PlacementError("--memory needs --expert-bytes, to know what a slot takes")
     return Problem(
-        topology,
+        cluster,
         routing.num_experts if arguments.slots is None else arguments.slots,
         Dataflow(arguments.dataflow),
         Phase(arguments.phase),
@@ -221,17 +220,17 @@ def _moves(arguments: argparse.Namespace) -> Moves:
     )
 
 
-def _plan_topology(plan: Plan, arguments: argparse.Namespace) -> Topology:
-    return Topology(plan.num_devices, plan.num_nodes, arguments.node_ratio, tuple(arguments.speeds))
+def _plan_cluster(plan: Plan, arguments: argparse.Namespace) -> Cluster:
+    return Cluster(plan.num_devices, plan.num_nodes, arguments.node_ratio, tuple(arguments.speeds))
 
 
 def _figures(
-    plan: Plan, routing: Routing, topology: Topology, arguments: argparse.Namespace
+    plan: Plan, routing: Routing, cluster: Cluster, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     return figures(
         plan,
         routing,
-        topology,
+        cluster,
         batch=arguments.batch,
         homes=arguments.homes,
         copy_bytes=CopyBytes(arguments.dispatch_bytes, arguments.combine_bytes),

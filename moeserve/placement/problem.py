@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from moeserve.errors import PlacementError
-from moeserve.placement.cluster import Dataflow, Phase, Topology
+from moeserve.placement.cluster import Cluster, Dataflow, Phase
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing
 
@@ -49,7 +49,7 @@ class Problem:
     every layer. ``batch`` is the tokens of a decode step, read only in that phase.
     """
 
-    topology: Topology
+    cluster: Cluster
     slots: int
     dataflow: Dataflow = Dataflow.HOME_DEDUP
     phase: Phase = Phase.PREFILL
@@ -64,22 +64,21 @@ class Problem:
 
     @property
     def slots_per_device(self) -> int:
-        return self.slots // self.topology.devices
+        return self.slots // self.cluster.devices
 
 
 def check(problem: Problem, routing: Routing) -> None:
     """Refuse what cannot be done, before anything is searched or written."""
-    topology, experts = problem.topology, routing.num_experts
+    cluster, experts = problem.cluster, routing.num_experts
     if problem.slots < experts:
         raise PlacementError(
             f"{problem.slots} slots cannot hold {experts} experts; every expert needs one "
-            f"(--slots {-(-experts // topology.devices) * topology.devices} or more)"
+            f"(--slots {-(-experts // cluster.devices) * cluster.devices} or more)"
         )
-    if problem.slots % topology.devices:
-        fit = -(-problem.slots // topology.devices) * topology.devices
+    if problem.slots % cluster.devices:
+        fit = -(-problem.slots // cluster.devices) * cluster.devices
         raise PlacementError(
-            f"{problem.slots} slots do not divide over {topology.devices} devices; "
-            f"use --slots {fit}"
+            f"{problem.slots} slots do not divide over {cluster.devices} devices; use --slots {fit}"
         )
     for name in ("max_imbalance", "max_workload_imbalance"):
         limit = getattr(problem, name)
@@ -88,11 +87,11 @@ def check(problem: Problem, routing: Routing) -> None:
     if problem.batch < 1:
         raise PlacementError(f"batch={problem.batch}: must be at least 1 token")
     needed = problem.expert_bytes * problem.slots_per_device * routing.num_layers
-    if topology.memory and needed > topology.memory:
+    if cluster.memory and needed > cluster.memory:
         raise PlacementError(
             f"memory: {problem.slots_per_device} slots x {routing.num_layers} layers x "
             f"{problem.expert_bytes} bytes = {needed} bytes per device, but a device has "
-            f"{topology.memory}; use more devices or fewer slots"
+            f"{cluster.memory}; use more devices or fewer slots"
         )
     _check_pairs(problem, experts)
     if problem.moves is not None:
@@ -124,7 +123,7 @@ def _check_pairs(problem: Problem, experts: int) -> None:
 
 def _check_previous(problem: Problem, previous: Plan, routing: Routing) -> None:
     was = (previous.num_layers, previous.num_experts, previous.num_devices, previous.num_slots)
-    now = (routing.num_layers, routing.num_experts, problem.topology.devices, problem.slots)
+    now = (routing.num_layers, routing.num_experts, problem.cluster.devices, problem.slots)
     if was != now:
         raise PlacementError(
             f"the existing plan has (layers, experts, devices, slots) = {was}, asked is {now}; "

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
-from moeserve.placement.cluster import Dataflow, Topology
+from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.cost import (
     Traffic,
     histogram_homes,
@@ -63,7 +63,7 @@ def check_fits(plan: Plan, routing: Routing) -> None:
 def figures(
     plan: Plan,
     routing: Routing,
-    topology: Topology,
+    cluster: Cluster,
     *,
     batch: int = 256,
     homes: str = "uniform",
@@ -75,9 +75,9 @@ def figures(
     load_LEW = loads(plan, routing, batch)
     share_W = routing.mix_W
     by_workload_WL = np.stack(
-        [imbalance(plan, load_LEW[:, :, w], topology.speed_D) for w in range(len(share_W))]
+        [imbalance(plan, load_LEW[:, :, w], cluster.speed_D) for w in range(len(share_W))]
     )
-    mixed_L = imbalance(plan, load_LEW @ share_W, topology.speed_D)
+    mixed_L = imbalance(plan, load_LEW @ share_W, cluster.speed_D)
     moves = traffic_of(plan, routing, homes)
     report: dict[str, Any] = {
         "imbalance": {
@@ -94,7 +94,7 @@ def figures(
     }
     report |= _bytes(moves, plan, copy_bytes or CopyBytes())
     alternatives = load_LEW if not routing.has_tokens else (load_LEW @ share_W)[:, :, None]
-    report |= _objective(plan, routing, topology, moves, alternatives, with_bound)
+    report |= _objective(plan, routing, cluster, moves, alternatives, with_bound)
     return report
 
 
@@ -124,16 +124,16 @@ def _bytes(moves: Traffic | None, plan: Plan, weigh: CopyBytes) -> Mapping[str, 
     }
 
 
-def worst_imbalance(plan: Plan, load_LEW: NDArray[np.float64], topology: Topology) -> float:
+def worst_imbalance(plan: Plan, load_LEW: NDArray[np.float64], cluster: Cluster) -> float:
     """Mean over layers, of the worst workload."""
-    means = [imbalance(plan, w, topology.speed_D).mean() for w in np.moveaxis(load_LEW, 2, 0)]
+    means = [imbalance(plan, w, cluster.speed_D).mean() for w in np.moveaxis(load_LEW, 2, 0)]
     return float(max(means))
 
 
 def _objective(
     plan: Plan,
     routing: Routing,
-    topology: Topology,
+    cluster: Cluster,
     moves: Traffic | None,
     load_LEW: NDArray[np.float64],
     with_bound: bool,
@@ -141,20 +141,20 @@ def _objective(
     bound = None
     if plan.dataflow.moved_by_grouping and moves is not None:
         kind = "priced copies per token-layer"
-        objective = priced(moves.copies, moves.cross, topology.node_ratio)
+        objective = priced(moves.copies, moves.cross, cluster.node_ratio)
         if with_bound:
             bound = copies_bound(
                 plan,
                 routing.tokens_TLK,
-                node_ratio=topology.node_ratio,
+                node_ratio=cluster.node_ratio,
                 weight_T=routing.token_weight_T,
             )
     else:
         kind = "mean imbalance" if load_LEW.shape[2] == 1 else "mean imbalance, worst workload"
-        objective = worst_imbalance(plan, load_LEW, topology)
+        objective = worst_imbalance(plan, load_LEW, cluster)
         if with_bound:
             bound = max(
-                mean_balance_bound(load_LE, topology.speed_D, plan.num_slots)
+                mean_balance_bound(load_LE, cluster.speed_D, plan.num_slots)
                 for load_LE in np.moveaxis(load_LEW, 2, 0)
             )
     gap = objective / bound - 1 if bound else None

@@ -1,6 +1,6 @@
 """``python -m moeserve.worker``: this process is one rank."""
 
-from moeserve.worker.run import leave, main
+from moeserve.worker.command import leave, main
 
 if __name__ == "__main__":
     leave(main())

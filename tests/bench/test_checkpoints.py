@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moeserve.bench.generation import Case, prompts
+from moeserve.config.options import LoadOptions
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.model_runner import ModelRunner
@@ -64,7 +65,7 @@ def test_transformers_generates_the_same_tokens(folder: Path, ops: Ops) -> None:
     import transformers
 
     (prompt,) = prompts(Case(1, 20, TOKENS), 400)
-    ours = greedy(load_decoder(folder, dtype=torch.float32, ops=ops), prompt)
+    ours = greedy(load_decoder(folder, ops=ops, options=LoadOptions(dtype="float32")), prompt)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )

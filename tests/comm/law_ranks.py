@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from moeserve.comm.build import Bounds, open_parallel
 from moeserve.comm.group import Group, Topology, join_store
 from moeserve.comm.layout import LayerLayout
+from moeserve.config.options import LoadOptions
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import Span, pack_spans
@@ -125,7 +126,7 @@ def load(case: Case, rank: int, ops: Ops) -> Loaded:
     layouts = layouts_of(spec, case)
     mine = {layer: layout.of_rank(rank) for layer, layout in layouts.items()}
     decoder = load_decoder(
-        case.model, dtype=None, ops=ops, quantization=case.quantization, experts=mine
+        case.model, ops=ops, options=LoadOptions(quantization=case.quantization), experts=mine
     )
     return Loaded(case.seed, decoder, layouts)
 
@@ -145,7 +146,7 @@ def run(case: Case, loaded: Loaded, group: Group, ops: Ops) -> dict[str, Tensor]
     prompts, home = prompts_of(case, decoder.spec.vocab)
     own = [i for i, rank in enumerate(home) if rank == group.rank]
     rows = greedy(
-        replace(decoder, parallel=parallel), [prompts[i] for i in own], case.micro,
+        decoder.over(parallel), [prompts[i] for i in own], case.micro,
         case.seed + group.rank,
     )  # fmt: skip
     parallel.dispatcher.close()

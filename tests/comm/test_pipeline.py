@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from moeserve.comm.dispatcher import Dispatcher, FlatDispatcher, HierarchicalDis
 from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import LayerLayout
+from moeserve.config.options import LoadOptions
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.wire import Combine
 from moeserve.models.batch import Span, pack_spans
@@ -77,7 +78,7 @@ def rank_of_group(
     path: Path, ops: Ops, layouts: dict[int, LayerLayout], rank: int, how: dict[str, Any]
 ) -> Decoder:
     mine = {layer: layout.of_rank(rank) for layer, layout in layouts.items()}
-    return load_decoder(path, dtype=None, ops=ops, experts=mine, **how)
+    return load_decoder(path, ops=ops, options=LoadOptions(**how), experts=mine)
 
 
 def dispatcher(ops: Ops, post: Post, rank: int, world: int, size: int) -> Dispatcher:
@@ -185,7 +186,7 @@ def test_ranks_give_the_bits_of_one_process(
 ) -> None:
     world, size, extra, job = setting
     path = tiny_checkpoint(family)
-    whole = load_decoder(path, dtype=None, ops=ops, **how)
+    whole = load_decoder(path, ops=ops, options=LoadOptions(**how))
     layouts = random_layouts(whole, world, extra, job.seed)
     post = new_post()
 
@@ -193,7 +194,7 @@ def test_ranks_give_the_bits_of_one_process(
         decoder = rank_of_group(path, ops, layouts, rank, how)
         moves = dispatcher(ops, post, rank, world, size)
         over = parallel_over(ops, decoder.stack.layers, layouts, moves, Progress())
-        return logits_of_rank(replace(decoder, parallel=over), job, rank)
+        return logits_of_rank(decoder.over(over), job, rank)
 
     found = {n: row for rows in in_threads(world, work) for n, row in rows.items()}
     expected = alone(whole, job.prompts)

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeserve.comm.build import copy_bytes, parallel_over
 from moeserve.comm.dispatcher import DispatchStats, FlatDispatcher
 from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import layouts, own_experts
+from moeserve.config.options import LoadOptions
 from moeserve.kernels.ops import Ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
@@ -24,8 +24,7 @@ from moeserve.models.library import resolve_model
 from moeserve.models.tokenizer import Tokenizer
 from moeserve.observe.progress import Progress
 from moeserve.placement import cost
-from moeserve.placement.cluster import Dataflow
-from moeserve.placement.cluster import Topology as Devices
+from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.routing import Routing, workload_of_tokens
@@ -43,8 +42,8 @@ class Routes:
 
     layers: dict[int, NDArray[np.int32]] = field(default_factory=dict)
 
-    def record(self, layer: int, ids_TC: Tensor) -> None:
-        self.layers[layer] = ids_TC.numpy().copy()
+    def record(self, layer: int, ids_TC: NDArray[np.int32]) -> None:
+        self.layers[layer] = ids_TC.copy()
 
 
 def prompts(count: int) -> list[tuple[int, ...]]:
@@ -78,7 +77,7 @@ def served(
 
     def run(rank: int) -> None:
         decoder = load_decoder(
-            resolve_model("demo"), dtype=None, ops=ops, quantization="int8",
+            resolve_model("demo"), ops=ops, options=LoadOptions(quantization="int8"),
             experts=own_experts(where, rank),
         )  # fmt: skip
         moves = FlatDispatcher(ops, post("all", rank, WORLD), Topology((0,) * WORLD), Progress())
@@ -100,7 +99,7 @@ def test_counted_copies_and_bytes_are_those_predicted(
     ops: Ops, new_post: Callable[[], Post], extra: int
 ) -> None:
     """Fitted on half of the texts, served on the other; predicted without knowing the homes."""
-    whole = load_decoder(resolve_model("demo"), dtype=None, ops=ops, quantization="int8")
+    whole = load_decoder(resolve_model("demo"), ops=ops, options=LoadOptions(quantization="int8"))
     texts = prompts(32)
     fit, other = texts[0::2], texts[1::2]
     layers = whole.spec.moe_layers
@@ -108,7 +107,7 @@ def test_counted_copies_and_bytes_are_those_predicted(
         "licence", routing_of(whole, fit), np.full(len(fit), LENGTH), num_experts=EXPERTS
     )
     slots = EXPERTS + extra * WORLD
-    problem = Problem(Devices(WORLD), slots, Dataflow.HOME_DEDUP)
+    problem = Problem(Cluster(WORLD), slots, Dataflow.HOME_DEDUP)
     plan = solve(problem, Routing((trace,), layers), budget=Budget(None, threads=1))
     topk_TLK = routing_of(whole, other)
     each = len(other) // WORLD

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moeserve.comm.group import host_store
+from moeserve.config.options import LoadOptions
 from moeserve.kernels.ops import Ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
@@ -100,7 +101,7 @@ def test_every_backend_and_number_of_ranks_gives_the_bits_of_one_process(
         key = case.model + case.quantization
         if key not in whole:
             whole[key] = load_decoder(
-                case.model, dtype=None, ops=ops, quantization=case.quantization
+                case.model, ops=ops, options=LoadOptions(quantization=case.quantization)
             )
         prompts, home = ranks.prompts_of(case, whole[key].spec.vocab)
         if case.seed not in expected:

@@ -27,7 +27,7 @@ from moeserve.engine.replan.benefit import (
     layers_that_differ,
     plan_load,
 )
-from moeserve.placement.cluster import Dataflow, Topology
+from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.routing import Routing, workload_of_tokens
@@ -106,7 +106,7 @@ def tokens_of(topic: int, count: int, seed: int) -> NDArray[np.int32]:
 
 def planned(topk: NDArray[np.int32]) -> Plan:
     trace = workload_of_tokens("now", topk, None, num_experts=EXPERTS)
-    problem = Problem(Topology(DEVICES), EXPERTS, Dataflow.HOME_DEDUP, max_imbalance=1.3)
+    problem = Problem(Cluster(DEVICES), EXPERTS, Dataflow.HOME_DEDUP, max_imbalance=1.3)
     return solve(problem, Routing((trace,), LAYERS), budget=Budget(None, threads=1))
 
 

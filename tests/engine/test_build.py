@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from moeserve.config.options import RankModelOptions
+from moeserve.config.sources import load_config
 from moeserve.core import Event, FinishReason, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
-from moeserve.engine.rank_model import size_kv
+from moeserve.engine.kv_size import size_kv
 from moeserve.errors import CheckpointError, ConfigError, TokenizerError
 
 MakeCheckpoint = Callable[[str], Path]
@@ -24,7 +26,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 @contextmanager
 def built(path: Path, **options: object) -> Iterator[LoadedModel]:
-    loaded = build_engine(str(path), **{"num_blocks": 64, **options})  # type: ignore[arg-type]
+    progress = options.pop("progress", None)
+    config = load_config({"model": str(path), "num_blocks": 64, **options}, {})
+    loaded = build_engine(config, progress=progress)  # type: ignore[arg-type]
     try:
         yield loaded
     finally:
@@ -112,16 +116,9 @@ def test_a_folder_that_is_not_there_is_named() -> None:
         pass
 
 
-def sized(**options: int | None) -> tuple[int, int]:
-    chosen: dict[str, int | None] = {
-        "max_model_len": None,
-        "num_blocks": None,
-        "kv_memory": None,
-        "max_num_seqs": 4,
-        "available": 10**12,
-        **options,
-    }
-    size = size_kv(100, 8192, block_size=16, **chosen)  # type: ignore[arg-type]
+def sized(available: int = 10**12, **options: int | None) -> tuple[int, int]:
+    chosen = RankModelOptions.model_validate({"block_size": 16, "max_num_seqs": 4, **options})
+    size = size_kv(100, 8192, chosen, available)
     return size.num_blocks, size.max_model_len
 
 

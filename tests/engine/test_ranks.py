@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moeserve.comm.group import Group, Topology
+from moeserve.config.options import EngineOptions, ServeConfig
 from moeserve.core import Event, FinishReason, Logprobs, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.engine.rank_model import EpContext, RankModel, load_rank_model, of_rank
@@ -47,34 +48,21 @@ class ServedModel:
 
 @contextmanager
 def serving(
-    wire: Any,
-    path: Path,
-    nodes: Sequence[int],
-    *,
-    backend: str = "auto",
-    plan: Path | None = None,
-    microbatches: int | None = 1,
-    near_experts: bool = False,
-    replan: bool = False,
-    **options: object,
+    wire: Any, path: Path, nodes: Sequence[int], **settings: object
 ) -> Iterator[ServedModel]:
     world, store = wire.world, HashStore()
     errors: list[BaseException] = []
     others: list[RankModel] = []
-    settings: dict[str, Any] = {**SMALL, "threads": 1, **options}
-    shared = {name: value for name, value in settings.items() if name != "prefix_cache"}
+    ranks = {"threads": 1, "microbatches": 1, "ep_deadline": 20.0}
+    config = ServeConfig.model_validate({"model": str(path), **SMALL, **ranks, **settings})
 
     def context(rank: int) -> EpContext:
-        return EpContext(
-            Group(rank, world, store, alarm=wire.alarm), Topology(tuple(nodes)), Progress(),
-            wire.alarm, backend,
-            deadline_s=20.0, plan=plan, microbatches=microbatches, near_experts=near_experts,
-            replan=replan,
-        )  # fmt: skip
+        group = Group(rank, world, store, alarm=wire.alarm)
+        return EpContext(group, Topology(tuple(nodes)), Progress(), config, wire.alarm)
 
     def work(rank: int) -> None:
         try:
-            own = load_rank_model(path, tokenizer_eos=(), context=context(rank), **shared)
+            own = load_rank_model(config, context=context(rank))
             others.append(own)
             try:
                 own.follow(wire.follower(rank), context(rank))
@@ -87,7 +75,7 @@ def serving(
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
     for thread in threads:
         thread.start()
-    loaded = build_engine(str(path), context=context(0), channel=wire.leader(), **settings)
+    loaded = build_engine(config, context=context(0), channel=wire.leader())
     try:
         yield ServedModel(loaded, others, wire, errors)
     finally:
@@ -148,7 +136,8 @@ def alone(tiny_checkpoint: MakeCheckpoint) -> Callable[[str], list[Any]]:
 
     def answer(family: str) -> list[Any]:
         if family not in known:
-            loaded = build_engine(str(tiny_checkpoint(family)), threads=1, **SMALL)  # type: ignore[arg-type]
+            model = str(tiny_checkpoint(family))
+            loaded = build_engine(EngineOptions(model=model, threads=1, **SMALL))
             known[family] = ask_all(loaded, PROMPTS, MIXED)
             assert loaded.close()
         return known[family]
@@ -162,7 +151,7 @@ def alone(tiny_checkpoint: MakeCheckpoint) -> Callable[[str], list[Any]]:
         ("deepseek_v3", (0, 0), "shm", 1),
         ("qwen2_moe", (0, 0, 0), "shm", 2),
         ("gpt_oss", (0, 1), "torch", 2),
-        ("deepseek_v3", (0, 0, 1, 1), "auto", None),
+        ("deepseek_v3", (0, 0, 1, 1), "auto", "auto"),
     ],
 )
 def test_ranks_answer_as_one_process_does(
@@ -172,10 +161,10 @@ def test_ranks_answer_as_one_process_does(
     family: str,
     nodes: tuple[int, ...],
     backend: str,
-    microbatches: int | None,
+    microbatches: int | str,
 ) -> None:
     wire, path = wires(len(nodes)), tiny_checkpoint(family)
-    with serving(wire, path, nodes, backend=backend, microbatches=microbatches) as group:
+    with serving(wire, path, nodes, ep_backend=backend, microbatches=microbatches) as group:
         assert ask_all(group.loaded, PROMPTS, MIXED) == alone(family)
         work = group.loaded.ranks.work if group.loaded.ranks else []
         assert group.loaded.engine.load().free_blocks == len(nodes) * 64
@@ -211,8 +200,8 @@ def test_homes_near_experts_change_nothing_but_homes(
 ) -> None:
     """Prompts come twice, so that their kinds are known; all ranks count, recorded or not."""
     path, trace = tiny_checkpoint("deepseek_v3"), tmp_path / "trace.safetensors"
-    options = {"near_experts": True, "record_routing": trace, "prefix_cache": False}
-    with serving(wires(2), path, (0, 0), **options) as group:  # type: ignore[arg-type]
+    options = {"homes": "experts", "record_routing": trace, "prefix_cache": False}
+    with serving(wires(2), path, (0, 0), **options) as group:
         for _ in range(2):
             assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
         assert all(rank.uses is not None and rank.uses.take() == [] for rank in group.others)
@@ -263,13 +252,13 @@ def test_a_file_that_holds_no_plan_for_these_ranks_leaves_everything_as_it_is(
         live_plan.reread(tmp_path / "absent.json")
         assert "2 ranks serve it" in caplog.text
         assert "no such file" in caplog.text.lower()
-        assert not live_plan.coordinator.waiting
+        assert not live_plan.coordinator.pending
 
 
 def test_re_planning_looks_at_what_all_ranks_counted(
     tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], wires: Wires
 ) -> None:
-    with serving(wires(2), tiny_checkpoint("deepseek_v3"), (0, 0), replan=True) as group:
+    with serving(wires(2), tiny_checkpoint("deepseek_v3"), (0, 0), replan="auto") as group:
         live_plan = group.loaded.live_plan
         assert live_plan is not None
         assert live_plan.replanner is not None

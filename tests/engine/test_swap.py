@@ -103,7 +103,7 @@ class Member:
 
 def member(path: Path, ops: Ops, rank: int, exchange: Exchange, hold: Hold) -> Member:
     where = layouts(OLD, LAYERS, EXPERTS, WORLD)
-    decoder = load_decoder(path, dtype=None, ops=ops, experts=own_experts(where, rank))
+    decoder = load_decoder(path, ops=ops, experts=own_experts(where, rank))
     moves = FlatDispatcher(ops, exchange, Topology((0,) * WORLD), Progress())
     parallel = parallel_over(ops, decoder.stack.layers, where, moves, Progress())
     routers = {
@@ -114,7 +114,7 @@ def member(path: Path, ops: Ops, rank: int, exchange: Exchange, hold: Hold) -> M
 
     def opened() -> ExpertSource:
         hold.before_reading(rank)
-        return open_experts(path, dtype=None, ops=ops)
+        return open_experts(path, ops=ops)
 
     swapper = ExpertSwapper(rank, ops, parallel, routers, opened)
     return Member(ModelRunner(decoder.over(parallel), 64, BLOCK), parallel, swapper)

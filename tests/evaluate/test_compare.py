@@ -53,7 +53,7 @@ def with_permuted_head(decoder: Decoder, folder: Path, tmp_path: Path) -> Decode
     order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(5))
     save_file(tensors | {"lm_head.weight": weight[order]}, tmp_path / "model.safetensors")
     shutil.copy(folder / "config.json", tmp_path)
-    return load_decoder(tmp_path, dtype=None, ops=decoder.ops)
+    return load_decoder(tmp_path, ops=decoder.ops)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from moeserve.config import ServeConfig
+from moeserve.config.options import ServeConfig
 from moeserve.engine.loop import Engine
 from moeserve.gateway.server import LoadModel, Server, load_model
 from moeserve.pb import inference_pb2 as pb

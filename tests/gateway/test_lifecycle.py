@@ -15,7 +15,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from moeserve.config import ServeConfig
+from moeserve.config.options import ServeConfig
 from moeserve.errors import CancelledError, CheckpointError, ConfigError, MoeserveError
 from moeserve.gateway.server import Server, load_model
 from moeserve.pb import inference_pb2 as pb

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moeserve.config import ServeConfig
+from moeserve.config.options import ServeConfig
 from moeserve.gateway.server import Server
 
 

@@ -108,10 +108,24 @@ def attends_alike(
         assert same_bits(x, y)
 
 
-@FEW
-@given(
-    seed=seeds,
-    batch=spans,
+@dataclass(frozen=True)
+class GqaCase:
+    hidden: int
+    kv_heads: int
+    group: int
+    pairs: int
+    rest: int
+    norm: str
+    clip: float | None
+    window: int | None
+    bias: bool
+    sinks: bool
+    interleaved: bool
+    dtype: torch.dtype
+
+
+gqa_cases = st.builds(
+    GqaCase,
     hidden=sizes,
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
@@ -120,56 +134,60 @@ def attends_alike(
     norm=st.sampled_from(["none", "head", "row"]),
     clip=st.sampled_from([None, 0.5]),
     window=st.sampled_from([None, 3]),
-    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    bias=st.booleans(),
+    sinks=st.booleans(),
+    interleaved=st.booleans(),
     dtype=dtypes,
 )
+
+
+@FEW
+@given(seeds, spans, gqa_cases)
 @pytest.mark.usefixtures("two_threads")
 def test_grouped_query_attention_is_its_composition(
-    native: CpuOps,
-    seed: int,
-    batch: Spans,
-    hidden: int,
-    kv_heads: int,
-    group: int,
-    pairs: int,
-    rest: int,
-    norm: str,
-    clip: float | None,
-    window: int | None,
-    flags: tuple[bool, bool, bool],
-    dtype: torch.dtype,
+    native: CpuOps, seed: int, batch: Spans, c: GqaCase
 ) -> None:
     torch.manual_seed(seed)
-    bias, sinks, interleaved = flags
-    heads, size = kv_heads * group, 2 * pairs + rest
-    of = {"none": (0, 0), "head": (size, size), "row": (heads * size, kv_heads * size)}[norm]
+    heads, size, kv_heads = c.kv_heads * c.group, 2 * c.pairs + c.rest, c.kv_heads
+    of = {"none": (0, 0), "head": (size, size), "row": (heads * size, kv_heads * size)}[c.norm]
     weights = GqaWeights(
-        norm_H=torch.randn(hidden),
+        norm_H=torch.randn(c.hidden),
         eps=1e-6,
         heads=heads,
         kv_heads=kv_heads,
         head_size=size,
         scale=size**-0.5,
-        qkv=linear(native, (heads + 2 * kv_heads) * size, hidden, dtype, bias),
-        o=linear(native, hidden, heads * size, dtype, bias),
+        qkv=linear(native, (heads + 2 * kv_heads) * size, c.hidden, c.dtype, c.bias),
+        o=linear(native, c.hidden, heads * size, c.dtype, c.bias),
         q_norm=torch.randn(of[0]) if of[0] else None,
         k_norm=torch.randn(of[1]) if of[1] else None,
-        clip=clip,
-        window=window,
-        sinks_A=torch.randn(heads) if sinks else None,
+        clip=c.clip,
+        window=c.window,
+        sinks_A=torch.randn(heads) if c.sinks else None,
     )
-    cos, sin = torch.randn(batch.rows, pairs), torch.randn(batch.rows, pairs)
-    step = batch.step(native, cos, sin, interleaved)
+    cos, sin = torch.randn(batch.rows, c.pairs), torch.randn(batch.rows, c.pairs)
+    step = batch.step(native, cos, sin, c.interleaved)
     blocks = step.attention.blocks_SM.numel()
-    attends_alike(
-        native, weights, step, KvShape(blocks, BLOCK, kv_heads, size, size, dtype), hidden
-    )
+    shape = KvShape(blocks, BLOCK, kv_heads, size, size, c.dtype)
+    attends_alike(native, weights, step, shape, c.hidden)
 
 
-@FEW
-@given(
-    seed=seeds,
-    batch=spans,
+@dataclass(frozen=True)
+class MlaCase:
+    hidden: int
+    heads: int
+    nope: int
+    pairs: int
+    latent: int
+    value: int
+    low: int
+    bias: bool
+    interleaved: bool
+    dtype: torch.dtype
+
+
+mla_cases = st.builds(
+    MlaCase,
     hidden=sizes,
     heads=st.integers(1, 5),
     nope=st.integers(1, 20),
@@ -177,49 +195,43 @@ def test_grouped_query_attention_is_its_composition(
     latent=st.integers(1, 40),
     value=st.integers(1, 20),
     low=st.integers(0, 30),
-    flags=st.tuples(st.booleans(), st.booleans()),
+    bias=st.booleans(),
+    interleaved=st.booleans(),
     dtype=dtypes,
 )
+
+
+@FEW
+@given(seeds, spans, mla_cases)
 @pytest.mark.usefixtures("two_threads")
 def test_latent_attention_is_its_composition(
-    native: CpuOps,
-    seed: int,
-    batch: Spans,
-    hidden: int,
-    heads: int,
-    nope: int,
-    pairs: int,
-    latent: int,
-    value: int,
-    low: int,
-    flags: tuple[bool, bool],
-    dtype: torch.dtype,
+    native: CpuOps, seed: int, batch: Spans, c: MlaCase
 ) -> None:
     torch.manual_seed(seed)
-    bias, interleaved = flags
-    rotated, queries = 2 * pairs, heads * (nope + 2 * pairs)
+    rotated, queries, low = 2 * c.pairs, c.heads * (c.nope + 2 * c.pairs), c.low
+    down = (low or queries) + c.latent + rotated
     weights = MlaWeights(
-        norm_H=torch.randn(hidden),
+        norm_H=torch.randn(c.hidden),
         eps=1e-6,
-        heads=heads,
-        nope=nope,
+        heads=c.heads,
+        nope=c.nope,
         rotated=rotated,
-        latent=latent,
-        scale=(nope + rotated) ** -0.5,
+        latent=c.latent,
+        scale=(c.nope + rotated) ** -0.5,
         latent_eps=1e-5,
-        down=linear(native, (low or queries) + latent + rotated, hidden, dtype, bias),
-        latent_norm=torch.randn(latent),
-        into_latent=native.pack_heads(torch.randn(heads, latent, nope).to(dtype)),
-        out_of_latent=native.pack_heads(torch.randn(heads, value, latent).to(dtype)),
-        o=linear(native, hidden, heads * value, dtype, bias),
+        down=linear(native, down, c.hidden, c.dtype, c.bias),
+        latent_norm=torch.randn(c.latent),
+        into_latent=native.pack_heads(torch.randn(c.heads, c.latent, c.nope).to(c.dtype)),
+        out_of_latent=native.pack_heads(torch.randn(c.heads, c.value, c.latent).to(c.dtype)),
+        o=linear(native, c.hidden, c.heads * c.value, c.dtype, c.bias),
         q_norm=torch.randn(low) if low else None,
-        q_up=linear(native, queries, low, dtype) if low else None,
+        q_up=linear(native, queries, low, c.dtype) if low else None,
     )
-    cos, sin = torch.randn(batch.rows, pairs), torch.randn(batch.rows, pairs)
-    step = batch.step(native, cos, sin, interleaved)
-    blocks, width = step.attention.blocks_SM.numel(), latent + rotated
-    shape = KvShape(blocks, BLOCK, 1, width, latent, dtype, latent=True)
-    attends_alike(native, weights, step, shape, hidden)
+    cos, sin = torch.randn(batch.rows, c.pairs), torch.randn(batch.rows, c.pairs)
+    step = batch.step(native, cos, sin, c.interleaved)
+    blocks, width = step.attention.blocks_SM.numel(), c.latent + rotated
+    shape = KvShape(blocks, BLOCK, 1, width, c.latent, c.dtype, latent=True)
+    attends_alike(native, weights, step, shape, c.hidden)
 
 
 @FEW
@@ -342,8 +354,8 @@ def test_a_stack_is_its_layers_in_turn(
     x = torch.randn(batch.rows, 24)
     y, routed = x.clone(), list[Tensor]()
     # What a pass reads of this step's slots it has written itself: caches can be shared.
-    native.run(x, native.stack_layers(layers), step, caches, routed)
-    expected = fused.run(native, y, layers, step, caches)
+    native.forward_layers(x, native.stack_layers(layers), step, caches, routed)
+    expected = fused.forward_layers(native, y, layers, step, caches)
     assert same_bits(x, y)
     assert len(routed) == sum(kinds)
     assert all(torch.equal(a, b) for a, b in zip(routed, expected, strict=True))

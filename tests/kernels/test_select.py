@@ -16,9 +16,6 @@ from moeserve.kernels.cpu.ops import CpuOps, _cpu
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
 
-NO_NATIVE = 'import sys; sys.modules["moeserve.kernels.cpu._cpu"] = None\n'
-CHOOSE = "from moeserve.kernels.select import choose_ops; print(choose_ops().name)"
-
 
 def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MOESERVE_")}
@@ -32,12 +29,16 @@ def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_cpu_gets_the_native_kernels() -> None:
-    assert isinstance(choose_ops(), CpuOps)
+    for device in ("cpu", torch.device("cpu")):
+        ops = choose_ops(device)
+        assert isinstance(ops, CpuOps)
+        assert ops.device == ReferenceOps().device == torch.device("cpu")
 
 
 def test_a_device_without_a_backend_is_named() -> None:
-    with pytest.raises(ConfigError, match="device='abacus': expected 'cpu'"):
-        choose_ops("abacus")
+    for device in ("abacus", torch.device("meta")):
+        with pytest.raises(ConfigError, match=r"device='(abacus|meta)': expected 'cpu'"):
+            choose_ops(device)
 
 
 def test_without_its_native_half_torch_serves_and_the_log_says_so(
@@ -51,12 +52,26 @@ def test_without_its_native_half_torch_serves_and_the_log_says_so(
     assert "pip install" in caplog.text
 
 
+REQUIRE = """
+import os, sys
+from moeserve.errors import ConfigError
+from moeserve.kernels.select import choose_ops
+sys.modules["moeserve.kernels.cpu._cpu"] = None
+print(choose_ops().name)
+os.environ["MOESERVE_REQUIRE_NATIVE"] = "1"
+try:
+    choose_ops()
+except ConfigError as missing:
+    print(missing)
+del sys.modules["moeserve.kernels.cpu._cpu"]
+print(choose_ops().name)
+"""
+
+
 def test_without_its_native_half_a_process_that_requires_it_fails() -> None:
-    required = python(NO_NATIVE + CHOOSE, MOESERVE_REQUIRE_NATIVE="1")
-    assert required.returncode != 0
-    assert "ConfigError: MOESERVE_REQUIRE_NATIVE is set" in required.stderr
-    assert python(NO_NATIVE + CHOOSE).stdout == "reference\n"
-    assert python(CHOOSE, MOESERVE_REQUIRE_NATIVE="1").stdout == "cpu\n"
+    without, required, present = python(REQUIRE).stdout.splitlines()
+    assert (without, present) == ("reference", "cpu")
+    assert required.startswith("MOESERVE_REQUIRE_NATIVE is set")
 
 
 def test_the_environment_may_only_lower_the_number_of_threads() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from moeserve.config.options import LoadOptions
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
@@ -65,9 +66,9 @@ def share_out() -> ShareOut:
     process, and every byte of an expert read once per rank that holds it."""
 
     def check(folder: Path, ops: Ops, **options: Any) -> None:
-        options = {"dtype": None, **options}
+        how = LoadOptions(**options)
         checkpoint = Checkpoint.open(folder)
-        whole = assemble(checkpoint, ops=ops, **options)
+        whole = assemble(checkpoint, ops=ops, options=how)
         layers = whole.spec.moe_layers
         mlp = whole.stack.layers[layers[0]].mlp
         assert isinstance(mlp, tuple)
@@ -79,10 +80,10 @@ def share_out() -> ShareOut:
         for half in halves:
             own = {layer: half[layer % 2 :] for layer in layers}
             opened = Checkpoint.open(folder)
-            some = assemble(opened, ops=ops, experts=own, **options)
+            some = assemble(opened, ops=ops, options=how, experts=own)
             assert_same_experts(ops, own, some, whole)
             assert opened.bytes_read == common + expert_bytes(folder, own, num)
-            again = open_experts(folder, ops=ops, **options)
+            again = open_experts(folder, ops=ops, options=how)
             again.read(layers[-1], own[layers[-1]])
             assert again.bytes_read == expert_bytes(folder, {layers[-1]: own[layers[-1]]}, num)
 

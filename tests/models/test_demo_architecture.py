@@ -118,7 +118,7 @@ def exported(model: Any) -> dict[str, Tensor]:
 
 
 def test_logits_agree_with_the_training_code(folder: Path, trained: Any, ops: Ops) -> None:
-    decoder = load_decoder(folder, dtype=None, ops=ops)
+    decoder = load_decoder(folder, ops=ops)
     step = pack_spans([Span(IDS.tolist(), 0, BLOCKS, len(IDS))], 8)
 
     ours = decoder.forward(step, decoder.new_cache(4, 8))
@@ -142,7 +142,7 @@ def draft(decoder: Decoder, cuts: list[int]) -> Tensor:
 
 
 def test_drafts_agree_with_the_training_code(folder: Path, trained: Any, ops: Ops) -> None:
-    decoder = load_decoder(folder, dtype=None, ops=ops)
+    decoder = load_decoder(folder, ops=ops)
 
     ours = draft(decoder, [0, 29])
 
@@ -156,13 +156,13 @@ def test_drafts_agree_with_the_training_code(folder: Path, trained: Any, ops: Op
 def test_an_mtp_module_may_bring_its_own_embedding_and_head(
     folder: Path, trained: Any, ops: Ops
 ) -> None:
-    shared = draft(load_decoder(folder, dtype=None, ops=ops), [0, 29])
+    shared = draft(load_decoder(folder, ops=ops), [0, 29])
     own = exported(trained)
     own["model.layers.3.embed_tokens.weight"] = own["model.embed_tokens.weight"].roll(1, 0)
     own["model.layers.3.shared_head.head.weight"] = own["lm_head.weight"].roll(1, 0)
     save_file(own, folder / "model.safetensors")
 
-    ours = draft(load_decoder(folder, dtype=None, ops=ops), [0, 29])
+    ours = draft(load_decoder(folder, ops=ops), [0, 29])
 
     assert not torch.allclose(ours, shared, atol=0.1)
 

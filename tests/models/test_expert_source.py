@@ -68,7 +68,7 @@ def test_the_headers_of_others_experts_are_checked(
     save_file(tensors, file)
 
     with pytest.raises(CheckpointError, match=name):
-        load_decoder(tmp_path / "bad", dtype=None, ops=ops, experts={1: [0, 1], 3: [0, 1]})
+        load_decoder(tmp_path / "bad", ops=ops, experts={1: [0, 1], 3: [0, 1]})
 
 
 @pytest.mark.parametrize("own", [[8], [-1, 0], []])
@@ -76,11 +76,11 @@ def test_an_expert_that_the_model_lacks_is_named(
     tiny_checkpoint: TinyCheckpoint, ops: Ops, own: list[int]
 ) -> None:
     with pytest.raises(PlacementError, match=r"layers\.1: experts .* wanted of 0\.\.7"):
-        load_decoder(tiny_checkpoint("qwen3_moe"), dtype=None, ops=ops, experts={1: own})
+        load_decoder(tiny_checkpoint("qwen3_moe"), ops=ops, experts={1: own})
 
 
 def test_a_dense_layer_has_no_experts_to_read(tiny_checkpoint: TinyCheckpoint, ops: Ops) -> None:
-    source = open_experts(tiny_checkpoint("qwen3_moe"), dtype=None, ops=ops)
+    source = open_experts(tiny_checkpoint("qwen3_moe"), ops=ops)
     for layer in (0, 4, -1):
         with pytest.raises(PlacementError, match="has no experts"):
             source.read(layer, [0])

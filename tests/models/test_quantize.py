@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moeserve.cli import main
+from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.kernels.matrix import to_float, to_int4
 from moeserve.kernels.ops import Ops
@@ -38,7 +39,7 @@ FAMILIES = [
 
 
 def logits(folder: Path, ops: Ops, quantization: str = "auto") -> Tensor:
-    decoder = load_decoder(folder, dtype=None, ops=ops, quantization=quantization)
+    decoder = load_decoder(folder, ops=ops, options=LoadOptions(quantization=quantization))
     step = pack_spans([Span([1, 2, 3, 250, 17], 0, [0], 5)], 8)
     return decoder.forward(step, decoder.new_cache(1, 8))
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.errors import PlacementError
-from moeserve.placement.cluster import Dataflow, Topology
+from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.cost import imbalance, priced, traffic
 from moeserve.placement.plan import Plan, moved_slots
 from moeserve.placement.problem import Moves, Problem
@@ -78,15 +78,15 @@ def test_balance_is_never_worse_than_the_baseline_on_any_layer(
 ) -> None:
     experts, slots, devices = shape
     load_LE = np.random.default_rng(seed).random((3, experts)) ** 4 + 1e-4
-    topology = Topology(devices)
-    ours = balance_layers(Problem(topology, slots), load_LE[:, :, None])
+    cluster = Cluster(devices)
+    ours = balance_layers(Problem(cluster, slots), load_LE[:, :, None])
     base = eplb(load_LE, slots=slots, devices=devices)
     for l in range(3):
         one = load_LE[l][:, None]
-        assert peak(ours[l], one, topology.speed_D) <= peak(base[l], one, topology.speed_D) + 1e-12
+        assert peak(ours[l], one, cluster.speed_D) <= peak(base[l], one, cluster.speed_D) + 1e-12
 
 
-def all_deals(experts: int, devices: int) -> list[tuple[int, ...]]:
+def all_even_placements(experts: int, devices: int) -> list[tuple[int, ...]]:
     equal = (experts // devices,) * devices
     every = itertools.product(range(devices), repeat=experts)
     return [d for d in every if tuple(d.count(g) for g in range(devices)) == equal]
@@ -99,12 +99,12 @@ def test_the_layer_program_equals_brute_force(seed: int) -> None:
     pairs = random.random((2, 4, 4))
     load_LE = random.random((3, 4)) + 0.1
     exact = dp.best_chain(pairs, load_LE, 2, max_imbalance=1.2)
-    deals = np.array(all_deals(4, 2))
+    placements = np.array(all_even_placements(4, 2))
 
     def allowed(l: int) -> list[np.ndarray]:
-        peaks = [np.bincount(d, load_LE[l], 2).max() / load_LE[l].sum() * 2 for d in deals]
+        peaks = [np.bincount(d, load_LE[l], 2).max() / load_LE[l].sum() * 2 for d in placements]
         limit = max(1.2, min(peaks) + 1e-9)
-        return [d for d, p in zip(deals, peaks, strict=True) if p <= limit]
+        return [d for d, p in zip(placements, peaks, strict=True) if p <= limit]
 
     chains = itertools.product(allowed(0), allowed(1), allowed(2))
     best = max(dp.kept(np.array(c), pairs) for c in chains)
@@ -115,7 +115,7 @@ def test_the_layer_program_equals_brute_force(seed: int) -> None:
 def test_labels_by_program_equal_brute_force() -> None:
     random = np.random.default_rng(5)
     flow_LGG = random.random((2, 3, 3))
-    cost_DD = moetuner.link_costs(Topology(3))
+    cost_DD = moetuner.link_costs(Cluster(3))
     orders = list(itertools.permutations(range(3)))
 
     def worst_links(names: tuple[tuple[int, ...], ...]) -> float:
@@ -143,20 +143,22 @@ def test_integer_programs_agree_with_the_exact_methods() -> None:
     assert joint.value == pytest.approx(dp.best_chain(pairs, load_LE, 3).value, abs=1e-6)
 
     flow_LGG = random.random((2, 3, 3))
-    cost_DD = moetuner.link_costs(Topology(3))
+    cost_DD = moetuner.link_costs(Cluster(3))
     labels = ilp.label_layers(flow_LGG, cost_DD, limit=20)
     assert labels is not None
     assert labels.value == pytest.approx(dp.best_labels(flow_LGG, cost_DD)[1], abs=1e-6)
 
     load_E = random.random(8)
     cluster = ilp.cluster_layer(load_E, 4, limit=20, objective="max")
-    best = min(np.bincount(d, load_E, 4).max() for d in all_deals(8, 4)) / load_E.sum() * 4
+    best = (
+        min(np.bincount(d, load_E, 4).max() for d in all_even_placements(8, 4)) / load_E.sum() * 4
+    )
     assert cluster is not None
     assert cluster.value == pytest.approx(best, abs=1e-6)
 
     gain_ED = random.random((6, 3))
     polished = ilp.polish_layer(gain_ED, np.ones(6), np.full(3, 2.5), limit=20)
-    top = max(gain_ED[range(6), list(d)].sum() for d in all_deals(6, 3))
+    top = max(gain_ED[range(6), list(d)].sum() for d in all_even_placements(6, 3))
     assert polished is not None
     assert polished.value == pytest.approx(top, abs=1e-6)
 
@@ -168,12 +170,12 @@ def test_a_solver_that_found_nothing_gives_no_answer() -> None:
 
 def test_grouping_equals_brute_force_on_a_small_layer() -> None:
     topk = random_topk(4, 60, 1, 6, 2)
-    problem = Problem(Topology(3), 6, Dataflow.HOME_DEDUP, max_imbalance=10.0)
+    problem = Problem(Cluster(3), 6, Dataflow.HOME_DEDUP, max_imbalance=10.0)
     plan = solve(problem, routed(topk, 6), Solver.AUTO, NO_CLOCK)
     blank = replace(plan, expert_LS=np.arange(6, dtype=np.int32)[None])
     best = min(
         traffic(replace(blank, expert_LS=dp.slots_of(np.array([d]))), topk).copies
-        for d in all_deals(6, 3)
+        for d in all_even_placements(6, 3)
     )
     assert traffic(plan, topk).copies == pytest.approx(best)
 
@@ -181,7 +183,7 @@ def test_grouping_equals_brute_force_on_a_small_layer() -> None:
 @pytest.mark.parametrize(("devices", "nodes"), [(4, 1), (8, 4)])
 def test_planted_groups_are_recovered(planted, devices: int, nodes: int) -> None:
     topk = planted(tokens=400, layers=2, groups=4, size=8, k=4)
-    problem = Problem(Topology(devices, nodes), 32, Dataflow.HOME_DEDUP, max_imbalance=1.5)
+    problem = Problem(Cluster(devices, nodes), 32, Dataflow.HOME_DEDUP, max_imbalance=1.5)
     plan = solve(problem, routed(topk, 32), Solver.AUTO, NO_CLOCK)
     moves = traffic(plan, topk)
     if nodes == 1:
@@ -192,7 +194,7 @@ def test_planted_groups_are_recovered(planted, devices: int, nodes: int) -> None
 
 def test_planted_paths_let_migrating_tokens_stay(planted) -> None:
     topk = planted(tokens=400, layers=4, groups=4, size=4, k=2)
-    problem = Problem(Topology(4), 16, Dataflow.MIGRATE, max_imbalance=1.5)
+    problem = Problem(Cluster(4), 16, Dataflow.MIGRATE, max_imbalance=1.5)
     plan = solve(problem, routed(topk, 16), Solver.AUTO, NO_CLOCK)
     copies_L = traffic(plan, topk).copies_L
     assert copies_L[1:].max() <= 0.01
@@ -203,7 +205,7 @@ def test_planted_paths_let_migrating_tokens_stay(planted) -> None:
 def test_golden_instances_are_solved_as_well_as_ever(path: Path) -> None:
     golden = json.loads(path.read_text())
     load_LE = np.array(golden["load"])
-    problem = Problem(Topology(golden["devices"]), golden["slots"])
+    problem = Problem(Cluster(golden["devices"]), golden["slots"])
     rows = balance_layers(problem, load_LE[:, :, None])
     peaks = [peak(r, w[:, None], np.ones(golden["devices"])) for r, w in zip(rows, load_LE)]  # noqa: B905
     assert peaks == pytest.approx(golden["peaks"], rel=1e-9)
@@ -214,7 +216,7 @@ def test_a_plan_for_several_workloads_has_the_better_worst_case() -> None:
     random = np.random.default_rng(7)
     base = random.random((1, 32, 1)) ** 3 + 0.01
     load_LEW = base * np.exp(random.normal(size=(1, 32, 3)) * 0.4)
-    problem = Problem(Topology(8), 40)
+    problem = Problem(Cluster(8), 40)
     one = balance_layers(problem, load_LEW[:, :, :1])
     all_three = balance_layers(problem, load_LEW)
     speed_D = np.ones(8)
@@ -225,7 +227,7 @@ def test_grouping_obeys_the_load_limit(topk) -> None:
     ids = topk(tokens=600, layers=2, experts=16, k=3)
     whole = routed(ids, 16)
     for limit in (1.02, 1.2):
-        problem = Problem(Topology(4), 16, Dataflow.HOME_DEDUP, max_imbalance=limit)
+        problem = Problem(Cluster(4), 16, Dataflow.HOME_DEDUP, max_imbalance=limit)
         plan = solve(problem, whole, Solver.AUTO, NO_CLOCK)
         least = solve(problem, whole, Solver.BALANCE, NO_CLOCK)
         load_LE = whole.workloads[0].load_LE
@@ -238,7 +240,7 @@ def test_grouping_obeys_the_load_limit(topk) -> None:
 def test_auto_is_never_worse_than_the_baseline(
     routing: Routing, flow: Dataflow, solver: Solver
 ) -> None:
-    problem = Problem(Topology(4), 16, flow, max_imbalance=1.1)
+    problem = Problem(Cluster(4), 16, flow, max_imbalance=1.1)
     ours = solve(problem, routing, Solver.AUTO, NO_CLOCK)
     other = solve(problem, routing, Solver.EPLB if solver is Solver.AUTO else solver, NO_CLOCK)
     ids = routing.tokens_TLK
@@ -250,7 +252,7 @@ def test_auto_is_never_worse_than_the_baseline(
 
 
 def test_relabelling_changes_nothing_where_tokens_return_home(routing: Routing) -> None:
-    problem = Problem(Topology(4), 16, Dataflow.HOME_DEDUP)
+    problem = Problem(Cluster(4), 16, Dataflow.HOME_DEDUP)
     plan = solve(problem, routing, Solver.BALANCE, NO_CLOCK)
     ids = routing.tokens_TLK
     chained = replace(align.chain(plan, ids, np.ones(len(ids))), guide_LED=None)
@@ -258,7 +260,7 @@ def test_relabelling_changes_nothing_where_tokens_return_home(routing: Routing) 
 
 
 def test_pairs_are_kept_apart_and_together(routing: Routing) -> None:
-    problem = Problem(Topology(4), 16, apart=((0, 1),), together=((2, 3),), max_imbalance=2.0)
+    problem = Problem(Cluster(4), 16, apart=((0, 1),), together=((2, 3),), max_imbalance=2.0)
     plan = solve(problem, routing, Solver.AUTO, NO_CLOCK)
     device = dict(zip(plan.expert_LS[0].tolist(), plan.device_S.tolist(), strict=True))
     assert device[0] != device[1]
@@ -266,13 +268,13 @@ def test_pairs_are_kept_apart_and_together(routing: Routing) -> None:
 
 
 def test_copies_of_an_expert_lie_on_different_devices(routing: Routing) -> None:
-    plan = solve(Problem(Topology(4), 24), routing, Solver.AUTO, NO_CLOCK)
+    plan = solve(Problem(Cluster(4), 24), routing, Solver.AUTO, NO_CLOCK)
     for row in plan.expert_LS.reshape(-1, 6).tolist():
         assert len(set(row)) == len(row)
 
 
 def test_dear_moves_are_not_made(routing: Routing) -> None:
-    problem = Problem(Topology(4), 16, max_imbalance=1.2)
+    problem = Problem(Cluster(4), 16, max_imbalance=1.2)
     old = solve(problem, routing, Solver.CONTIGUOUS, NO_CLOCK)
 
     def moved(horizon: int) -> int:
@@ -283,15 +285,15 @@ def test_dear_moves_are_not_made(routing: Routing) -> None:
 
 
 def test_slower_devices_get_less(routing: Routing) -> None:
-    topology = Topology(4, speeds=(1.0, 1.0, 1.0, 0.5))
-    problem = Problem(topology, 24, Dataflow.REPLICATED)
+    cluster = Cluster(4, speeds=(1.0, 1.0, 1.0, 0.5))
+    problem = Problem(cluster, 24, Dataflow.REPLICATED)
     plan = solve(problem, routing, Solver.BALANCE, NO_CLOCK)
-    even = solve(replace(problem, topology=Topology(4)), routing, Solver.BALANCE, NO_CLOCK)
+    even = solve(replace(problem, cluster=Cluster(4)), routing, Solver.BALANCE, NO_CLOCK)
     load_LE = routing.mixed_LE
-    speed_D = topology.speed_D
+    speed_D = cluster.speed_D
     assert imbalance(plan, load_LE, speed_D).max() < imbalance(even, load_LE, speed_D).max()
 
 
 def test_the_exact_method_refuses_what_it_cannot_enumerate() -> None:
     with pytest.raises(PlacementError, match="too many placements"):
-        dp.deals(64, 8)
+        dp.even_placements(64, 8)

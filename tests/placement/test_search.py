@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from moeserve.errors import PlacementError
 from moeserve.placement.solvers import search, twin
+from moeserve.placement.solvers.annealing import LayerGrouping
 
 NONE = np.zeros((0, 0), np.int64)
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=25, deadline=None)
 
 
-def random_grouping(seed: int) -> tuple[search.Grouping, np.ndarray]:
+def random_grouping(seed: int) -> tuple[LayerGrouping, np.ndarray]:
     random = np.random.default_rng(seed)
     nodes = int(random.integers(1, 3))
     devices = nodes * int(random.integers(1, 3)) * 2
@@ -31,7 +32,7 @@ def random_grouping(seed: int) -> tuple[search.Grouping, np.ndarray]:
     slot_TK = np.stack([random.permutation(slots)[:width] for _ in range(tokens)])
     slot_TK[0, -1] = -1
     bond_SS = random.integers(-5, 5, (slots, slots))
-    problem = search.Grouping(
+    problem = LayerGrouping(
         slot_TK.astype(np.int32),
         (np.arange(devices) // (devices // nodes)).astype(np.int32),
         random.integers(0, 255, (devices, tokens)).astype(np.uint8),
@@ -51,11 +52,8 @@ def test_annealing_takes_the_decisions_of_its_twin(seed: int) -> None:
     problem, start_S = random_grouping(seed)
     fast = search.group(problem, start_S, steps=120, heat=300, seed=seed)
     slow_S = start_S.copy()
-    slow = twin.group(
-        problem.slot_TK, slow_S, problem.node_D, problem.weight_DT, problem.weight_NT,
-        problem.load_SW, problem.cap_DW, problem.bond_SS, problem.price_SD,
-        search.exponential_draws(), problem.penalty, 300, 120, seed,
-    )  # fmt: skip
+    draws = search.exponential_draws()
+    slow = twin.group(problem, slow_S, draws, steps=120, heat=300, seed=seed)
     assert (fast.cost, fast.excess) == slow
     assert fast.device_S.tolist() == slow_S.tolist()
 

@@ -23,12 +23,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from moeserve.config.variables import LAUNCHER
 from moeserve.errors import ConfigError
 
 # Below the ports that Linux hands out by itself, so that none of them is taken by chance.
 SLURM_PORTS = range(12_000, 32_000)
 LOOPBACK = "127.0.0.1"
-LAUNCHER = "MOESERVE_LAUNCHER"
 
 
 @dataclass(frozen=True, slots=True)

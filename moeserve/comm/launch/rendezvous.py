@@ -37,14 +37,13 @@ from moeserve.comm.group import (
     print_notice,
 )
 from moeserve.comm.launch.environment import LOOPBACK, Launch
+from moeserve.config.variables import HOST_ID
 from moeserve.errors import ConfigError, LateRankError
 from moeserve.host import allowed_cores
 from moeserve.pb import ep_pb2 as pb
 
 # Of the messages between ranks: raised whenever an older rank would not understand them.
 PROTOCOL = 1
-# Names a host instead of what the kernel says of it.
-HOST_ID = "MOESERVE_HOST_ID"
 _SIOCGIFADDR = 0x8915
 _ADDRESS_BYTES = 256
 

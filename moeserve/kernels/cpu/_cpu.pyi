@@ -22,7 +22,7 @@ def nanoseconds() -> int:
     """CPU time of the callers' threads in calls, while they were measured."""
 
 def cpus_of_nodes() -> list[list[int]]:
-    """The CPUs this process may use, by NUMA node; empty where the system does not tell."""
+    """The CPUs this process may use, by NUMA node; empty where the system does not say."""
 
 def probe_ways(what: str, /) -> list[str]:
     """Ways of ``probe`` that run here, best first; ``what`` is read, int8, bf16 or fp32."""
@@ -32,7 +32,7 @@ def probe(
 ) -> list[float]:
     """Bytes or operations per second of all threads, one figure per round of so many seconds.
 
-    ``size`` is the memory in bytes that "read" walks through.
+    ``size`` is the memory in bytes that "read" reads.
     """
 
 def packed_bytes(kind: int, n: int, k: int, group: int, paired: bool, /) -> int:
@@ -139,30 +139,11 @@ def route_topk(
 def kv_bytes_per_block(
     block_size: int, kv_heads: int, head_size: int, value_size: int, kind: int, latent: bool, /
 ) -> int: ...
-def write_kv(
-    data: int,
-    blocks: int,
-    block_size: int,
-    kv_heads: int,
-    head_size: int,
-    value_size: int,
-    kind: int,
-    latent: bool,
-    k: int,
-    v: int,
-    rows: int,
-    slots: int,
-    /,
-) -> bool: ...
+def write_kv(cache: Cache, k: int, v: int, rows: int, slots: int, /) -> bool: ...
+def export_kv(cache: Cache, blocks: int, count: int, data: int, /) -> bool: ...
+def import_kv(cache: Cache, blocks: int, count: int, data: int, /) -> bool: ...
 def paged_attention(
-    data: int,
-    blocks: int,
-    block_size: int,
-    kv_heads: int,
-    head_size: int,
-    value_size: int,
-    kind: int,
-    latent: bool,
+    cache: Cache,
     q: int,
     heads: int,
     starts: int,
@@ -181,7 +162,7 @@ def paged_attention(
 # ``fused`` says what is computed. An absent norm has address 0.
 
 class Cache:
-    """A KV cache; the arguments are those that ``write_kv`` begins with."""
+    """A KV cache: its memory, and the sizes of ``ops.KvShape``."""
 
     def __init__(
         self,
@@ -317,7 +298,7 @@ def moe(
     x: int, rows: int, weights: Mixture, normed: int, ids: int, chosen: int, shares: int, /
 ) -> bool: ...
 
-# Tokens that travel: ``wire`` says what lies in a segment. Segments and areas are two lists, of
+# Dispatch and combine: ``wire`` says what lies in a segment. Segments and areas are two lists, of
 # addresses and of bytes, with one of each rank. Copies are (starts, tokens, slots; ranks, copies,
 # choices of a token). False, -1 or an empty list where a row, a slot or a size cannot be.
 

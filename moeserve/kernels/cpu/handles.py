@@ -1,7 +1,7 @@
-"""Native handles of a decoder's parts, made once; what a step then passes is a handle and numbers.
+"""Handles of a decoder's parts, made once; what a step then passes is a handle and numbers.
 
-Shapes are checked here, when a model is loaded. A ``Part``'s data is a ``Native``, a ``Step``'s a
-``NativeStep``. Letters: see ``ops``.
+Shapes are checked here, when a model is loaded. A ``Part``'s data is a ``NativePart``, a ``Step``'s
+a ``NativeStep``. Letters: see ``ops``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COMBINES = tuple(Combine)
 
 
 @dataclass(frozen=True, slots=True)
-class Native:
+class NativePart:
     """``run`` with ``handle``; ``memory`` is what the handle points to beside packed weights.
 
     ``top_ks`` are of the layers of a stack that route.
@@ -56,8 +56,8 @@ class Native:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """Where a route goes, and the addresses of its three tensors."""
+class RouteBuffers:
+    """What a route is written to, and the addresses of its three tensors."""
 
     routed: Routed
     at: tuple[int, int, int]
@@ -65,27 +65,27 @@ class Room:
 
 @dataclass(slots=True)
 class NativeStep:
-    """A forward pass. ``rooms`` are used by one layer after the other, by hidden and top-k."""
+    """A forward pass. ``buffers`` serve one layer after the other, by hidden size and top-k."""
 
     handle: _cpu.Step
-    rooms: dict[tuple[int, int], Room] = field(default_factory=dict)
+    buffers: dict[tuple[int, int], RouteBuffers] = field(default_factory=dict)
 
 
-def native_of(weights: PartWeights) -> Native:
+def native_part(weights: PartWeights) -> NativePart:
     if isinstance(weights, GqaWeights):
         return _gqa(weights)
     if isinstance(weights, MlaWeights):
         return _mla(weights)
     if isinstance(weights, MoeWeights):
-        return Native(weights.experts.hidden, _moe(weights), None, (), ())
+        return NativePart(weights.experts.hidden, _moe(weights), None, (), ())
     norm = _vector(weights.norm_H)
     hidden, handle = len(norm), _norm(norm, weights.eps)
     if isinstance(weights, DenseWeights):
         _check_mlp(weights.mlp, hidden)
-        return Native(hidden, _cpu.Dense(handle, _mlp(weights.mlp)), None, (), (norm,))
+        return NativePart(hidden, _cpu.Dense(handle, _mlp(weights.mlp)), None, (), (norm,))
     if isinstance(weights, HeadWeights):
         assert weights.head.in_features == hidden, (weights.head, hidden)
-        return Native(hidden, _cpu.Head(handle, matrix(weights.head)), None, (), (norm,))
+        return NativePart(hidden, _cpu.Head(handle, matrix(weights.head)), None, (), (norm,))
     return _router(weights, norm, handle)
 
 
@@ -129,21 +129,20 @@ def stack_layers(layers: Sequence[Layer]) -> Stack:
             sizes |= {attention.hidden, router.hidden, experts.hidden}
     assert len(sizes) == 1, f"layers of several widths: {sizes}"
     top_ks = tuple(x.mlp[0].weights.spec.top_k for x in layers if isinstance(x.mlp, tuple))
-    return Stack(tuple(layers), Native(sizes.pop(), _cpu.Stack(natives), None, top_ks, ()))
+    return Stack(tuple(layers), NativePart(sizes.pop(), _cpu.Stack(natives), None, top_ks, ()))
 
 
-def room_of(step: Step, hidden: int, top_k: int) -> Room:
-    rooms = cast("NativeStep", step.data).rooms
-    room = rooms.get((hidden, top_k))
-    if room is None:
+def route_buffers(step: Step, hidden: int, top_k: int) -> RouteBuffers:
+    buffers = cast("NativeStep", step.data).buffers
+    found = buffers.get((hidden, top_k))
+    if found is None:
         normed = torch.empty(step.rows, hidden)
         ids = torch.empty(step.rows, top_k, dtype=torch.int32)
         weights = torch.empty(step.rows, top_k)
-        room = Room(
-            Routed(normed, ids, weights), (normed.data_ptr(), ids.data_ptr(), weights.data_ptr())
-        )
-        rooms[hidden, top_k] = room
-    return room
+        at = (normed.data_ptr(), ids.data_ptr(), weights.data_ptr())
+        found = RouteBuffers(Routed(normed, ids, weights), at)
+        buffers[hidden, top_k] = found
+    return found
 
 
 def rows_at(x: Tensor, rows: int, size: int) -> int:
@@ -169,7 +168,7 @@ def _experts(experts: Experts) -> _cpu.Experts:
     return cast("_cpu.Experts", experts.data.handle)
 
 
-def _gqa(w: GqaWeights) -> Native:
+def _gqa(w: GqaWeights) -> NativePart:
     hidden, wide, narrow = w.qkv.in_features, w.heads * w.head_size, w.kv_heads * w.head_size
     assert w.heads % w.kv_heads == 0, (w.heads, w.kv_heads)
     assert w.qkv.out_features == wide + 2 * narrow, (w.qkv.out_features, wide, narrow)
@@ -199,10 +198,10 @@ def _gqa(w: GqaWeights) -> Native:
         w.window or 0,
         0 if sinks is None else sinks.data_ptr(),
     )
-    return Native(hidden, handle, _cpu.attend_gqa, (), (norm, q_norm, k_norm, sinks))
+    return NativePart(hidden, handle, _cpu.attend_gqa, (), (norm, q_norm, k_norm, sinks))
 
 
-def _mla(w: MlaWeights) -> Native:
+def _mla(w: MlaWeights) -> NativePart:
     hidden, head, value = w.down.in_features, w.nope + w.rotated, w.out_of_latent.out_features
     low = w.down.out_features - w.latent - w.rotated
     assert w.norm_H.shape == (hidden,), w.norm_H.shape
@@ -235,10 +234,10 @@ def _mla(w: MlaWeights) -> Native:
         w.latent,
         w.scale,
     )
-    return Native(hidden, handle, _cpu.attend_mla, (), (norm, q_norm, latent_norm))
+    return NativePart(hidden, handle, _cpu.attend_mla, (), (norm, q_norm, latent_norm))
 
 
-def _router(w: RouterWeights, norm: Tensor, handle: _cpu.Norm) -> Native:
+def _router(w: RouterWeights, norm: Tensor, handle: _cpu.Norm) -> NativePart:
     spec, num = w.spec, w.router.out_features
     check_spec(spec)
     assert (w.router.in_features, num) == (len(norm), spec.num_experts), (w.router, spec)
@@ -256,7 +255,7 @@ def _router(w: RouterWeights, norm: Tensor, handle: _cpu.Norm) -> Native:
         spec.group_score == "top2",
         0 if bias is None else bias.data_ptr(),
     )
-    return Native(len(norm), router, None, (), (norm, bias))
+    return NativePart(len(norm), router, None, (), (norm, bias))
 
 
 def _moe(w: MoeWeights) -> _cpu.Mixture:

@@ -1,6 +1,6 @@
 """The native paged cache: shapes are checked here, addresses go to ``_cpu``.
 
-A ``KvCache`` of these functions holds a ``Blocks``: bytes whose layout only the kernels know.
+A ``KvCache`` of these functions holds a ``NativeCache``: bytes whose layout only the kernels know.
 Letters: see ``ops``.
 """
 
@@ -14,19 +14,18 @@ from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels.cpu import _cpu
-from moeserve.kernels.cpu.packing import fresh
+from moeserve.kernels.cpu.packing import empty_bytes
+from moeserve.kernels.kv_layout import KvBlockLayout, outside
 from moeserve.kernels.ops import AttentionBatch, KvCache, KvShape
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-Head = tuple[int, int, int, int, int, int, int, bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
-    """The memory, and what every native call is told of it first."""
+class NativeCache:
+    """The memory, and the handle that native calls get."""
 
-    data: Tensor
-    head: Head
+    memory: Tensor
     handle: _cpu.Cache
 
 
@@ -44,9 +43,9 @@ def bytes_per_block(shape: KvShape) -> int:
 
 def new_cache(shape: KvShape) -> KvCache:
     nbytes = shape.num_blocks * bytes_per_block(shape)
-    data = fresh(nbytes)  # what was never written is never read
-    head = (
-        data.data_ptr(),
+    memory = empty_bytes(nbytes)  # what was never written is never read
+    handle = _cpu.Cache(
+        memory.data_ptr(),
         shape.num_blocks,
         shape.block_size,
         shape.kv_heads,
@@ -55,11 +54,11 @@ def new_cache(shape: KvShape) -> KvCache:
         KINDS[shape.dtype],
         shape.latent,
     )
-    return KvCache(shape, nbytes, Blocks(data, head, _cpu.Cache(*head)))
+    return KvCache(shape, nbytes, NativeCache(memory, handle))
 
 
 def write(cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
-    shape, blocks = cache.shape, cast("Blocks", cache.data)
+    shape, handle = cache.shape, handle_of(cache)
     rows = len(slot_T)
     assert k_TGD.shape == (rows, shape.kv_heads, shape.head_size), (k_TGD.shape, shape)
     assert (v_TGV is None) is shape.latent, shape
@@ -69,15 +68,30 @@ def write(cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -
     )
     k, slots = fp32(k_TGD), slot_T.to(torch.int64).contiguous()
     v = None if v_TGV is None else fp32(v_TGV)
-    if not _cpu.write_kv(
-        *blocks.head,
-        k.data_ptr(),
-        0 if v is None else v.data_ptr(),
-        rows,
-        slots.data_ptr(),
-    ):
+    v_at = 0 if v is None else v.data_ptr()
+    if not _cpu.write_kv(handle, k.data_ptr(), v_at, rows, slots.data_ptr()):
         most = shape.num_blocks * shape.block_size - 1
         raise InternalError(f"write_kv: a slot is not in 0..{most}")
+
+
+def export_blocks(cache: KvCache, blocks_N: Tensor) -> Tensor:
+    layout, blocks = KvBlockLayout.of(cache.shape), blocks_N.to(torch.int64).contiguous()
+    data = torch.empty(len(blocks), layout.nbytes, dtype=torch.uint8)
+    if not _cpu.export_kv(handle_of(cache), blocks.data_ptr(), len(blocks), data.data_ptr()):
+        raise outside("export_kv", cache, blocks)
+    return data
+
+
+def import_blocks(cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
+    blocks = blocks_N.to(torch.int64).contiguous()
+    KvBlockLayout.of(cache.shape).check_blocks(data_NX, len(blocks))
+    data = data_NX.contiguous()
+    if not _cpu.import_kv(handle_of(cache), blocks.data_ptr(), len(blocks), data.data_ptr()):
+        raise outside("import_kv", cache, blocks)
+
+
+def handle_of(cache: KvCache) -> _cpu.Cache:
+    return cast("NativeCache", cache.data).handle
 
 
 def attend(
@@ -88,7 +102,7 @@ def attend(
     window: int | None,
     sinks_A: Tensor | None,
 ) -> Tensor:
-    shape, blocks = cache.shape, cast("Blocks", cache.data)
+    shape, handle = cache.shape, handle_of(cache)
     rows, heads, size = q_TAD.shape
     sequences, width = batch.blocks_SM.shape
     assert size == shape.head_size, (q_TAD.shape, shape)
@@ -107,7 +121,7 @@ def attend(
     sinks = None if sinks_A is None else sinks_A.float().contiguous()
     out = torch.empty(rows, heads, shape.value_size)
     if not _cpu.paged_attention(
-        *blocks.head,
+        handle,
         q.data_ptr(),
         heads,
         starts.data_ptr(),

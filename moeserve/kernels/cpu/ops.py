@@ -19,11 +19,11 @@ from moeserve.errors import InternalError
 from moeserve.kernels.cpu import _cpu, kv
 from moeserve.kernels.cpu.handles import (
     SCORING,
-    Native,
+    NativePart,
     check_spec,
-    native_of,
+    native_part,
     new_step,
-    room_of,
+    route_buffers,
     rows_at,
     stack_layers,
 )
@@ -53,6 +53,8 @@ from moeserve.kernels.ops import (
     Step,
     W,
 )
+from moeserve.kernels.reference.sampling import sample_rows
+from moeserve.kernels.sampling import SampledRow, SamplingRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class CpuOps(NativeWire):
     """The native backend. Stateless: instruction set and threads belong to ``_cpu``."""
 
     name = "cpu"
+    device = torch.device("cpu")
 
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
         out, into = weight_NK.shape
@@ -214,6 +217,12 @@ class CpuOps(NativeWire):
     def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
         kv.write(cache, k_TGD, v_TGV, slot_T)
 
+    def export_kv(self, cache: KvCache, blocks_N: Tensor) -> Tensor:
+        return kv.export_blocks(cache, blocks_N)
+
+    def import_kv(self, cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
+        kv.import_blocks(cache, blocks_N, data_NX)
+
     def paged_attention(
         self,
         q_TAD: Tensor,
@@ -227,7 +236,7 @@ class CpuOps(NativeWire):
         return kv.attend(q_TAD, cache, batch, scale, window, sinks_A)
 
     def prepare(self, weights: W) -> Part[W]:
-        return Part(weights, native_of(weights))
+        return Part(weights, native_part(weights))
 
     def new_step(
         self,
@@ -241,7 +250,7 @@ class CpuOps(NativeWire):
     def attend(
         self, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache
     ) -> None:
-        native: Native = part.data
+        native: NativePart = part.data
         assert native.run is not None, part
         x_at = rows_at(x_TH, step.rows, native.hidden)
         if not native.run(x_at, native.handle, step.data.handle, cache.data.handle):
@@ -250,19 +259,19 @@ class CpuOps(NativeWire):
             )
 
     def dense(self, x_TH: Tensor, part: Part[DenseWeights]) -> None:
-        native: Native = part.data
+        native: NativePart = part.data
         rows = x_TH.shape[0]
         _cpu.dense(rows_at(x_TH, rows, native.hidden), rows, native.handle)
 
     def route(self, x_TH: Tensor, part: Part[RouterWeights], step: Step) -> Routed:
-        native: Native = part.data
-        room = room_of(step, native.hidden, part.weights.spec.top_k)
+        native: NativePart = part.data
+        buffers = route_buffers(step, native.hidden, part.weights.spec.top_k)
         x_at = rows_at(x_TH, step.rows, native.hidden)
-        _cpu.route(x_at, step.rows, native.handle, *room.at)
-        return room.routed
+        _cpu.route(x_at, step.rows, native.handle, *buffers.at)
+        return buffers.routed
 
     def moe(self, x_TH: Tensor, part: Part[MoeWeights], routed: Routed) -> None:
-        native: Native = part.data
+        native: NativePart = part.data
         normed, ids, weights = routed.normed_TH, routed.ids_TC, routed.weights_TC
         rows, chosen = ids.shape
         assert ids.dtype is torch.int32, ids.dtype
@@ -276,7 +285,7 @@ class CpuOps(NativeWire):
             chosen,
             rows_at(weights, rows, chosen),
         ):
-            raise InternalError(f"mix: an expert id is not one of {part.weights.experts}")
+            raise InternalError(f"moe: an expert id is not one of {part.weights.experts}")
 
     def stack_layers(self, layers: Sequence[Layer]) -> Stack:
         return stack_layers(layers)
@@ -289,13 +298,13 @@ class CpuOps(NativeWire):
         caches: Sequence[KvCache],
         routed: list[Tensor] | None = None,
     ) -> None:
-        native: Native = stack.data
+        native: NativePart = stack.data
         ids = torch.empty(step.rows * sum(native.top_ks), dtype=torch.int32)
         handles = [cache.data.handle for cache in caches]
         x_at = rows_at(x_TH, step.rows, native.hidden)
         if not _cpu.forward_layers(x_at, native.handle, step.data.handle, handles, ids.data_ptr()):
             raise InternalError(
-                f"run: slots, contexts or blocks of {step.attention} do not fit the "
+                f"forward_layers: slots, contexts or blocks of {step.attention} do not fit the "
                 f"{len(caches)} caches of {len(stack.layers)} layers"
             )
         if routed is not None:
@@ -316,7 +325,7 @@ class CpuOps(NativeWire):
         return out
 
     def head(self, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
-        native: Native = part.data
+        native: NativePart = part.data
         assert rows_R.dtype is torch.int64, rows_R.dtype
         rows, wanted = x_TH.shape[0], rows_R.contiguous()
         out = torch.empty(len(wanted), part.weights.head.out_features)
@@ -330,6 +339,11 @@ class CpuOps(NativeWire):
         ):
             raise InternalError(f"head: a row of {rows_R.tolist()} is not in 0..{rows - 1}")
         return out
+
+    def sample(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
+    ) -> list[SampledRow]:
+        return sample_rows(logits_RV, rows, eos_ids)
 
 
 def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:

@@ -48,56 +48,96 @@ def pack(weight: Source, bias: Tensor | None = None, *, paired: bool = False) ->
     ``paired`` puts row i and row N/2 + i into the same panel: gate and up of one feature.
     """
     *leading, out, into = weight.shape
-    count = leading[0] if leading else 1
-    assert len(leading) < 2, weight.shape
+    stack = PackedStack.of(weight, paired)
     assert not paired or out % 2 == 0, weight.shape
-    blocks = blocks_of(weight)
-    first = blocks[0]
-    rows = [block.shape[0] for block in blocks[: len(blocks) // count]]
-    kind, group = kind_of(first)
-    assert kind in (FP32, BF16) or into <= MOST_FEATURES, weight.shape
-    data = fresh(count * _cpu.packed_bytes(kind, out, into, group, paired))
-    memory = [data]
-
-    def floats(parts: Sequence[Tensor], rows: Sequence[int]) -> int:
-        memory.append(pack_floats(parts, rows, count, paired))
-        return memory[-1].data_ptr()
-
-    scale = zero = levels = same_zero = 0
-    codes = Held([codes_of(block) for block in blocks])
-    if isinstance(first, Rounded):
-        memory.append(torch.empty(count * lanes(out, paired)))
-        scale, stored = memory[-1].data_ptr(), BF16 if codes.dtype is torch.bfloat16 else FP32
-        to = data.data_ptr(), scale
-        if not _cpu.round_and_pack(stored, codes.at, rows, into, paired, *to):
-            raise next(not_finite(b) for b in blocks if isinstance(b, Rounded) and not sound(b))
-    else:
-        _cpu.pack(kind, codes.at, rows, into, group, paired, data.data_ptr())
-    if isinstance(first, Int8Matrix | Int4Matrix):
-        same = [b.scale for b in blocks if isinstance(b, Int8Matrix | Int4Matrix)]
-        scale = floats(same, rows)
-    if isinstance(first, Int4Matrix):
-        zeros = [b.zero for b in blocks if isinstance(b, Int4Matrix)]
-        same_zero = int(zeros[0].flatten()[0]) if zeros[0].numel() else 0
-        if any(bool((z != same_zero).any()) for z in zeros):
-            memory.append(pack_floats(zeros, rows, count, paired).to(torch.uint8))
-            zero = memory[-1].data_ptr()
-        if first.levels is not None:
-            memory.append(torch.tensor(first.levels, dtype=torch.int8))
-            assert memory[-1].shape == (16,), first.levels
-            assert not zero and not same_zero, "levels have no zero points"
-            levels = memory[-1].data_ptr()
-    bias_at = 0
+    assert stack.kind in (FP32, BF16) or into <= MOST_FEATURES, weight.shape
+    data = empty_bytes(stack.count * _cpu.packed_bytes(stack.kind, out, into, stack.group, paired))
+    scale = pack_codes(stack, into, data)
+    zero, same_zero = pack_zeros(stack)
+    levels = levels_of(stack)
+    assert levels is None or (zero is None and not same_zero), "levels have no zero points"
+    biases = None
     if bias is not None:
-        bias_at = floats(list(bias) if leading else [bias], [out])
+        biases = pack_floats(list(bias) if leading else [bias], [out], stack.count, paired)
+    memory = (data, scale, biases, zero, levels)
     handle = _cpu.Matrix(
-        kind, out, into, data.data_ptr(), scale, bias_at, zero, levels, group, same_zero
+        stack.kind,
+        out,
+        into,
+        data.data_ptr(),
+        address(scale),
+        address(biases),
+        address(zero),
+        address(levels),
+        stack.group,
+        same_zero,
     )
-    return Panels(count, handle, tuple(memory))
+    return Panels(stack.count, handle, tuple(part for part in memory if part is not None))
 
 
-class Held:
-    """Tensors of one dtype and their addresses, which stay valid as long as this lives."""
+@dataclass(frozen=True, slots=True)
+class PackedStack:
+    """What is packed: ``count`` matrices of the same blocks, each block of ``rows`` rows."""
+
+    blocks: list[Block]
+    count: int
+    rows: list[int]
+    kind: int
+    group: int
+    paired: bool
+
+    @staticmethod
+    def of(weight: Source, paired: bool) -> PackedStack:
+        *leading, _, _ = weight.shape
+        assert len(leading) < 2, weight.shape
+        blocks, count = blocks_of(weight), leading[0] if leading else 1
+        rows = [block.shape[0] for block in blocks[: len(blocks) // count]]
+        return PackedStack(blocks, count, rows, *kind_of(blocks[0]), paired)
+
+
+def pack_codes(stack: PackedStack, into: int, data: Tensor) -> Tensor | None:
+    """Fill ``data`` with the panels; the scales of codes, packed, or None where there are none.
+
+    CheckpointError where floats that are to be rounded hold NaN or infinity.
+    """
+    codes = Addresses([codes_of(block) for block in stack.blocks])
+    if isinstance(stack.blocks[0], Rounded):
+        scale = torch.empty(stack.count * lanes(sum(stack.rows), stack.paired))
+        stored = BF16 if codes.dtype is torch.bfloat16 else FP32
+        to = data.data_ptr(), scale.data_ptr()
+        if not _cpu.round_and_pack(stored, codes.at, stack.rows, into, stack.paired, *to):
+            raise next(
+                not_finite(b) for b in stack.blocks if isinstance(b, Rounded) and not finite(b)
+            )
+        return scale
+    _cpu.pack(stack.kind, codes.at, stack.rows, into, stack.group, stack.paired, data.data_ptr())
+    scales = [b.scale for b in stack.blocks if isinstance(b, Int8Matrix | Int4Matrix)]
+    return pack_floats(scales, stack.rows, stack.count, stack.paired) if scales else None
+
+
+def pack_zeros(stack: PackedStack) -> tuple[Tensor | None, int]:
+    """int4's zero points, packed, or None and the one that all groups have."""
+    zeros = [b.zero for b in stack.blocks if isinstance(b, Int4Matrix)]
+    same = int(zeros[0].flatten()[0]) if zeros and zeros[0].numel() else 0
+    if not any(bool((z != same).any()) for z in zeros):
+        return None, same
+    return pack_floats(zeros, stack.rows, stack.count, stack.paired).to(torch.uint8), same
+
+
+def levels_of(stack: PackedStack) -> Tensor | None:
+    first = stack.blocks[0]
+    if not isinstance(first, Int4Matrix) or first.levels is None:
+        return None
+    assert len(first.levels) == 16, first.levels
+    return torch.tensor(first.levels, dtype=torch.int8)
+
+
+def address(part: Tensor | None) -> int:
+    return 0 if part is None else part.data_ptr()
+
+
+class Addresses:
+    """Of tensors of one dtype; they stay valid as long as this lives."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self._parts = [part.contiguous() for part in parts]
@@ -137,16 +177,16 @@ def codes_of(block: Block) -> Tensor:
     return floats if floats.dtype is torch.bfloat16 else floats.float()
 
 
-def sound(block: Rounded) -> bool:
+def finite(block: Rounded) -> bool:
     return bool(block.floats.isfinite().all())
 
 
 def pack_floats(parts: Sequence[Tensor], rows: Sequence[int], count: int, paired: bool) -> Tensor:
     """Per output feature, or per output feature and group: biases, scales, zeros."""
-    held = Held([part.float() for part in parts])
+    floats = Addresses([part.float() for part in parts])
     columns = parts[0].shape[1] if parts[0].ndim == 2 else 1
     packed = torch.empty(count * lanes(sum(rows), paired) * columns)
-    _cpu.pack_floats(held.at, list(rows), columns, paired, packed.data_ptr())
+    _cpu.pack_floats(floats.at, list(rows), columns, paired, packed.data_ptr())
     return packed
 
 
@@ -156,12 +196,12 @@ def lanes(out: int, paired: bool) -> int:
     return -(-rows // panel) * PANEL
 
 
-def fresh(nbytes: int) -> Tensor:
+def empty_bytes(nbytes: int) -> Tensor:
     """Untouched memory, in huge pages where it is large: few rows read it at memory bandwidth."""
     if nbytes < HUGE_PAGE:
         return torch.empty(nbytes, dtype=torch.uint8)
-    room = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
-    skip = -room.data_ptr() % HUGE_PAGE
-    data = room[skip : skip + nbytes]
+    whole = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
+    skip = -whole.data_ptr() % HUGE_PAGE
+    data = whole[skip : skip + nbytes]
     _cpu.use_huge_pages(data.data_ptr(), nbytes)
     return data

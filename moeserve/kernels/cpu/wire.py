@@ -1,4 +1,4 @@
-"""The half of ``CpuOps`` for tokens that travel: one native call each, on the bytes where they lie.
+"""Dispatch and combine of ``CpuOps``: one native call each, on the bytes where they lie.
 
 What a call needs of a segment is its address and its length; the kernels check both, and every row
 and slot, before they read or write. Letters: see ``wire``.
@@ -16,7 +16,7 @@ from moeserve.kernels.cpu import _cpu
 from moeserve.kernels.cpu.handles import rows_at
 from moeserve.kernels.cpu.packing import BF16, FP32, INT4, INT8
 from moeserve.kernels.ops import MoeWeights, Part, Routed
-from moeserve.kernels.wire import Combine, Copies, Sums, Wire, most_bytes
+from moeserve.kernels.wire import SLOT_DTYPE, Combine, Copies, Sums, Wire, most_bytes
 
 PAYLOADS = {FP32: torch.float32, BF16: torch.bfloat16, INT8: torch.int8, INT4: torch.int8}
 KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.int8: INT8}
@@ -156,7 +156,7 @@ class NativeWire:
             *segments_at(segments_R),
             0 if shared_TH is None else rows_at(shared_TH, rows, hidden),
         ):
-            raise unexpected("collect", copies, segments_R)
+            raise unexpected("combine", copies, segments_R)
 
 
 def limbs_of(part: Part[MoeWeights]) -> int:
@@ -174,7 +174,7 @@ def sums_of(part: Part[MoeWeights], top_k: int, rows: int) -> Tensor:
 def copies_at(copies: Copies) -> _cpu.Copies:
     start, token, slot = copies.start_R1, copies.token_N, copies.slot_NC
     assert start.dtype is token.dtype is torch.int32, (start.dtype, token.dtype)
-    assert slot.dtype is torch.int16, slot.dtype
+    assert slot.dtype is SLOT_DTYPE, slot.dtype
     assert slot.is_contiguous(), slot.stride()
     count, chosen = slot.shape
     assert token.shape[0] == count, (token.shape, count)

@@ -38,24 +38,29 @@ def unit_of(x_H: Tensor, experts: Experts) -> float:
 
 
 def exact_sum(shares: Sequence[Tensor], unit: float, limbs: int, top_k: int, hidden: int) -> Tensor:
-    """int32 [L, H] of weighed contributions fp32 [H]."""
+    """int32 [L, H]: weighed contributions, fp32 [H] each, rounded to whole units and added.
+
+    A contribution that is no number, or so great that ``top_k`` of them could overflow, makes the
+    element ``LOWEST``.
+    """
+    bound = 2.0 ** (30 - (top_k - 1).bit_length())
     total_LH = torch.zeros(limbs, hidden, dtype=torch.int64)
     lost_H = torch.zeros(hidden, dtype=torch.bool)
     for share_H in shares:
         units_H = share_H.double() / unit
-        first_H = units_H / LIMB ** (limbs - 1)
-        lost_here_H = ~(first_H.abs() <= 2.0 ** (30 - (top_k - 1).bit_length()))
-        lost_H |= lost_here_H
-        units_H = units_H.masked_fill(lost_here_H, 0.0)
-        first_H = first_H.masked_fill(lost_here_H, 0.0).round()
-        total_LH[0] += first_H.long()
+        high_H = units_H / LIMB ** (limbs - 1)  # in units of the first limb
+        too_great_H = ~(high_H.abs() <= bound)  # or NaN
+        lost_H |= too_great_H
+        units_H = units_H.masked_fill(too_great_H, 0.0)
+        high_H = high_H.masked_fill(too_great_H, 0.0).round()
+        total_LH[0] += high_H.long()
         if limbs == 2:
-            total_LH[1] += (units_H.round() - first_H * LIMB).long()
+            total_LH[1] += (units_H.round() - high_H * LIMB).long()
     total_LH[0, lost_H] = LOWEST
     return total_LH.int()
 
 
-def number(sum_LH: Tensor, unit: float) -> Tensor:
+def sum_to_float(sum_LH: Tensor, unit: float) -> Tensor:
     """fp32 [H]."""
     whole_H = sum_LH[0].long()
     if len(sum_LH) == 2:
@@ -64,7 +69,7 @@ def number(sum_LH: Tensor, unit: float) -> Tensor:
     return value_H.masked_fill(sum_LH[0] == LOWEST, torch.nan)
 
 
-def together(sums: Sequence[Tensor], limbs: int, hidden: int) -> Tensor:
+def add_sums(sums: Sequence[Tensor], limbs: int, hidden: int) -> Tensor:
     """int32 [L, H] of sums of several devices."""
     total_LH = torch.zeros(limbs, hidden, dtype=torch.int64)
     lost_H = torch.zeros(hidden, dtype=torch.bool)

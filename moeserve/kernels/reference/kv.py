@@ -1,7 +1,7 @@
 """The paged cache in plain torch, and attention over it one query head at a time.
 
-An fp32 cache is one softmax over the whole past. The others are walked in the steps and segments
-that ``ops`` tells of, because what is rounded there depends on them. Letters: see ``ops``.
+An fp32 cache is one softmax over the whole past. The others are taken in the steps and segments
+that ``ops`` states, because what is rounded there depends on them. Letters: see ``ops``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from moeserve.kernels.kv_layout import KvBlockLayout, outside
 from moeserve.kernels.matrix import quantize_rows
 from moeserve.kernels.ops import ATTENTION_SEGMENT, ATTENTION_STEP, AttentionBatch, KvCache, KvShape
 
@@ -44,11 +45,16 @@ class KvPart:
 
 
 @dataclass(frozen=True, slots=True)
-class Pages:
+class ReferenceCache:
     """``keys`` are one part, or two where the cache is latent; the first is then ``values`` too."""
 
     keys: tuple[KvPart, ...]
     values: KvPart
+
+    @property
+    def parts(self) -> tuple[KvPart, ...]:
+        """Each once: the order of ``kv_layout``'s scales."""
+        return self.keys if self.values is self.keys[0] else (*self.keys, self.values)
 
 
 def bytes_per_block(shape: KvShape) -> int:
@@ -69,11 +75,11 @@ def new_cache(shape: KvShape) -> KvCache:
     apart = part_sizes(shape)[1:] if shape.latent else part_sizes(shape)
     keys = tuple(part(size) for size in apart)
     nbytes = values.nbytes + sum(key.nbytes for key in keys)
-    return KvCache(shape, nbytes, Pages((values, *keys) if shape.latent else keys, values))
+    return KvCache(shape, nbytes, ReferenceCache((values, *keys) if shape.latent else keys, values))
 
 
 def write(cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
-    pages, shape = cast("Pages", cache.data), cache.shape
+    pages, shape = cast("ReferenceCache", cache.data), cache.shape
     place = slot_T.long() // shape.block_size, slot_T.long() % shape.block_size
     if v_TGV is not None:
         pages.values.write(v_TGV, *place)
@@ -81,6 +87,38 @@ def write(cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -
         return
     for part, x_TGD in zip(pages.keys, parts_of(k_TGD, shape), strict=True):
         part.write(x_TGD, *place)
+
+
+def export_blocks(cache: KvCache, blocks_N: Tensor) -> Tensor:
+    layout, pages = KvBlockLayout.of(cache.shape), cast("ReferenceCache", cache.data)
+    check_inside("export_kv", cache, blocks_N)
+    scales = [part.scale_BPG[blocks_N] for part in pages.parts if part.scale_BPG is not None]
+    sections = {"keys": torch.cat([key.x_BPGD[blocks_N] for key in pages.keys], -1)}
+    if not cache.shape.latent:
+        sections["values"] = pages.values.x_BPGD[blocks_N]
+    if scales:
+        sections["scales"] = torch.stack(scales, -1)
+    return layout.join(sections)
+
+
+def import_blocks(cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
+    layout, pages = KvBlockLayout.of(cache.shape), cast("ReferenceCache", cache.data)
+    check_inside("import_kv", cache, blocks_N)
+    layout.check_blocks(data_NX, len(blocks_N))
+    sections = layout.split(data_NX)
+    widths = [key.x_BPGD.shape[-1] for key in pages.keys]
+    for key, x_NPGD in zip(pages.keys, torch.split(sections["keys"], widths, -1), strict=True):
+        key.x_BPGD[blocks_N] = x_NPGD
+    if not cache.shape.latent:
+        pages.values.x_BPGD[blocks_N] = sections["values"]
+    for s, part in enumerate(pages.parts):
+        if part.scale_BPG is not None:
+            part.scale_BPG[blocks_N] = sections["scales"][..., s]
+
+
+def check_inside(what: str, cache: KvCache, blocks_N: Tensor) -> None:
+    if any(not 0 <= block < cache.shape.num_blocks for block in blocks_N.tolist()):
+        raise outside(what, cache, blocks_N)
 
 
 def part_sizes(shape: KvShape) -> list[int]:
@@ -102,7 +140,7 @@ def attend(
     window: int | None,
     sinks_A: Tensor | None,
 ) -> Tensor:
-    pages, shape = cast("Pages", cache.data), cache.shape
+    pages, shape = cast("ReferenceCache", cache.data), cache.shape
     heads, group = q_TAD.shape[1], q_TAD.shape[1] // shape.kv_heads
     out = torch.empty(len(q_TAD), heads, shape.value_size)
     starts, contexts = batch.query_start_S1.tolist(), batch.context_S.tolist()
@@ -117,7 +155,7 @@ def attend(
                 for a in range(g * group, (g + 1) * group):
                     score_P = scores(q_TAD[t, a], keys, shape, first, end) * scale
                     sink = None if sinks_A is None else sinks_A[a : a + 1].float()
-                    out[t, a] = weigh(score_P, values, shape.dtype, first, end, sink)
+                    out[t, a] = attend_row(score_P, values, shape.dtype, first, end, sink)
     return out
 
 
@@ -135,7 +173,7 @@ def scores(
     return total
 
 
-def weigh(
+def attend_row(
     score_P: Tensor,
     values: tuple[Tensor, Tensor],
     dtype: torch.dtype,
@@ -143,43 +181,83 @@ def weigh(
     end: int,
     sink: Tensor | None,
 ) -> Tensor:
-    """The softmax's mean of positions first .. end - 1."""
+    """[V]: the softmax's mean of the values at positions first .. end - 1."""
     v_PV, v_scale_P = values
     if dtype is torch.float32:
         logits = score_P if sink is None else torch.cat((score_P, sink))
         return torch.mv(v_PV[first:end].T.contiguous(), logits.softmax(0)[: end - first])
-    highest, total, mean = torch.tensor(-torch.inf), torch.tensor(0.0), torch.zeros(v_PV.shape[1])
-    for segment in range(first // ATTENTION_SEGMENT * ATTENTION_SEGMENT, end, ATTENTION_SEGMENT):
-        stop = min(segment + ATTENTION_SEGMENT, end)
-        here, count, part = torch.tensor(-torch.inf), torch.tensor(0.0), torch.zeros_like(mean)
-        for step in range(segment, stop, ATTENTION_STEP):
-            low, high = max(step, first), min(step + ATTENTION_STEP, stop)
-            if low >= high:
-                continue
-            score = score_P[low - first : high - first]
-            most = torch.maximum(here, score.amax())
-            share = (score - most).exp()
-            shrink = (here - most).exp()
-            rounded, counted = round_share(share, v_scale_P[low:high], dtype)
-            part = part * shrink + torch.mv(v_PV[low:high].T.contiguous(), rounded)
-            here, count = most, count * shrink + counted.sum()
-        most = torch.maximum(highest, here)
-        mean = mean * (highest - most).exp() + part * (here - most).exp()
-        total = total * (highest - most).exp() + count * (here - most).exp()
-        highest = most
+    whole = OnlineSoftmax.empty(v_PV.shape[1])
+    for segment in cut(first, end, ATTENTION_SEGMENT):
+        part = OnlineSoftmax.empty(v_PV.shape[1])
+        for step in cut(segment.start, segment.stop, ATTENTION_STEP):
+            score = score_P[step.start - first : step.stop - first]
+            part = part.update(score, v_PV[step], v_scale_P[step], dtype)
+        whole = whole.merge(part)
     if sink is not None:
-        most = torch.maximum(highest, sink[0])
-        mean, total = mean * (highest - most).exp(), total * (highest - most).exp()
-        total = total + (sink[0] - most).exp()
-    return mean / total
+        whole = whole.with_sink(sink[0])
+    return whole.mean_V / whole.total
 
 
-def round_share(share_P: Tensor, v_scale_P: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cut(first: int, end: int, size: int) -> list[slice]:
+    """first .. end - 1 in pieces that begin at multiples of ``size``, but for the first."""
+    starts = range(first // size * size, end, size)
+    return [slice(max(start, first), min(start + size, end)) for start in starts]
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineSoftmax:
+    """The softmax of the scores so far, from which it goes on without the scores themselves
+    (Milakov and Gimelshein, 2018; with values: FlashAttention, Dao et al., 2022).
+
+    ``highest`` is m, the greatest score; ``total`` is l, the sum of exp(score - m); ``mean_V`` the
+    sum of exp(score - m) * value, which the caller divides by l at the end.
+    """
+
+    highest: Tensor
+    total: Tensor
+    mean_V: Tensor
+
+    @staticmethod
+    def empty(size: int) -> OnlineSoftmax:
+        return OnlineSoftmax(torch.tensor(-torch.inf), torch.tensor(0.0), torch.zeros(size))
+
+    def update(
+        self, score_P: Tensor, v_PV: Tensor, v_scale_P: Tensor, dtype: torch.dtype
+    ) -> OnlineSoftmax:
+        """With more positions, whose probabilities are rounded as a cache of ``dtype`` has it."""
+        highest = torch.maximum(self.highest, score_P.amax())
+        rescale = (self.highest - highest).exp()
+        weight_P, counted_P = round_probs((score_P - highest).exp(), v_scale_P, dtype)
+        return OnlineSoftmax(
+            highest,
+            self.total * rescale + counted_P.sum(),
+            self.mean_V * rescale + torch.mv(v_PV.T.contiguous(), weight_P),
+        )
+
+    def merge(self, later: OnlineSoftmax) -> OnlineSoftmax:
+        """With the softmax of positions that were taken apart."""
+        highest = torch.maximum(self.highest, later.highest)
+        mine, theirs = (self.highest - highest).exp(), (later.highest - highest).exp()
+        return OnlineSoftmax(
+            highest,
+            self.total * mine + later.total * theirs,
+            self.mean_V * mine + later.mean_V * theirs,
+        )
+
+    def with_sink(self, sink: Tensor) -> OnlineSoftmax:
+        """With one more score that has no value."""
+        highest = torch.maximum(self.highest, sink)
+        rescale = (self.highest - highest).exp()
+        total = self.total * rescale + (sink - highest).exp()
+        return OnlineSoftmax(highest, total, self.mean_V * rescale)
+
+
+def round_probs(prob_P: Tensor, v_scale_P: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What multiplies the values (or their codes), and what is added up below the line."""
     if dtype is torch.bfloat16:
-        rounded = share_P.bfloat16().float()
+        rounded = prob_P.bfloat16().float()
         return rounded, rounded
-    scaled = share_P * v_scale_P
+    scaled = prob_P * v_scale_P
     unit = scaled.amax() / 255
     codes = (scaled / unit).round() if unit > 0 else torch.zeros_like(scaled)
-    return codes * unit, share_P + scaled * 0
+    return codes * unit, prob_P + scaled * 0

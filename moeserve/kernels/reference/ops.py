@@ -7,6 +7,7 @@ a torch matmul of many rows may add in another order than that of one row, and a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -24,15 +25,18 @@ from moeserve.kernels.ops import (
     RouterSpec,
 )
 from moeserve.kernels.reference import kv as reference_kv
-from moeserve.kernels.reference.combine import exact_sum, limbs_of, number
+from moeserve.kernels.reference.combine import exact_sum, limbs_of, sum_to_float
 from moeserve.kernels.reference.products import product
+from moeserve.kernels.reference.sampling import sample_rows
 from moeserve.kernels.reference.wire import ReferenceWire
+from moeserve.kernels.sampling import SampledRow, SamplingRow
 
 
 class ReferenceOps(Composed, ReferenceWire):
     """Plain torch, one row at a time."""
 
     name = "reference"
+    device = torch.device("cpu")
 
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
         matrix, (out, into) = joined(weight_NK), weight_NK.shape
@@ -140,7 +144,7 @@ class ReferenceOps(Composed, ReferenceWire):
             else:
                 unit, limbs = float(units_T[t]), limbs_of(experts)
                 total = exact_sum(shares, unit, limbs, len(ids), experts.hidden)
-                out[t] = number(total, unit)
+                out[t] = sum_to_float(total, unit)
         return out
 
     def new_kv(self, shape: KvShape) -> KvCache:
@@ -151,6 +155,12 @@ class ReferenceOps(Composed, ReferenceWire):
 
     def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
         reference_kv.write(cache, k_TGD, v_TGV, slot_T)
+
+    def export_kv(self, cache: KvCache, blocks_N: Tensor) -> Tensor:
+        return reference_kv.export_blocks(cache, blocks_N)
+
+    def import_kv(self, cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
+        reference_kv.import_blocks(cache, blocks_N, data_NX)
 
     def paged_attention(
         self,
@@ -163,6 +173,11 @@ class ReferenceOps(Composed, ReferenceWire):
         sinks_A: Tensor | None = None,
     ) -> Tensor:
         return reference_kv.attend(q_TAD, cache, batch, scale, window, sinks_A)
+
+    def sample(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
+    ) -> list[SampledRow]:
+        return sample_rows(logits_RV, rows, eos_ids)
 
 
 def route_row(logits_E: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ def product(x_TK: Tensor, weight_NK: Matrix, bias_N: Tensor | None) -> Tensor:
     if isinstance(weight_NK, Int8Matrix | Int4Matrix):
         return product_of_codes(*quantize_rows(x_TK), weight_NK, bias_N)
     if weight_NK.dtype is torch.bfloat16:
-        # In fp64, which differs from the chain that ``ops`` tells of in its last bits.
+        # In fp64, which differs from the chain that ``ops`` states in its last bits.
         out = each_row(x_TK.bfloat16().double(), weight_NK.double()).float()
     else:
         out = each_row(x_TK, weight_NK.float())

@@ -1,4 +1,4 @@
-"""The half of ``ReferenceOps`` for tokens that travel: the oracle, row by row.
+"""Dispatch and combine of ``ReferenceOps``: the oracle, row by row.
 
 Letters: see ``wire``; L limbs of an exact sum.
 """
@@ -16,15 +16,24 @@ from moeserve.errors import InternalError
 from moeserve.kernels.matrix import Int4Matrix, Int8Matrix, Matrix
 from moeserve.kernels.ops import Experts, Linear, MoeWeights, Ops, Part, Routed
 from moeserve.kernels.reference.combine import (
+    add_sums,
     exact_sum,
     limbs_of,
     matrix_of,
-    number,
-    together,
+    sum_to_float,
     unit_of,
 )
 from moeserve.kernels.reference.products import product, product_of_codes
-from moeserve.kernels.wire import Combine, Copies, Sums, Wire, heading, most_bytes
+from moeserve.kernels.wire import (
+    SLOT_DTYPE,
+    Combine,
+    Copies,
+    Sums,
+    Wire,
+    header_bytes,
+    most_bytes,
+    up_to,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,37 +59,49 @@ def rows_of(wire: Wire, segments: Sequence[Tensor]) -> list[Tensor]:
 
 
 def unpack(wire: Wire, row: Tensor) -> Record:
-    row = row.clone()
-    features_1H = row[: wire.hidden * wire.payload.itemsize].view(wire.payload)[None]
-    rest = row[wire.scale_at :].clone()
-    weights_C = rest[8 : 8 + 4 * wire.top_k].clone().view(torch.float32)
-    slots_C = rest[8 + 4 * wire.top_k :].clone().view(torch.int16)[: wire.top_k]
-    scale, unit = rest[:8].view(torch.float32)
-    return Record(features_1H, scale[None], float(unit), weights_C, slots_C.tolist())
+    def numbers(start: int, end: int, dtype: torch.dtype) -> Tensor:
+        return row[start:end].clone().view(dtype)  # a copy is aligned
+
+    return Record(
+        features_1H=numbers(0, wire.feature_bytes, wire.payload)[None],
+        scale_1=numbers(wire.scale_at, wire.unit_at, torch.float32),
+        unit=float(numbers(wire.unit_at, wire.weights_at, torch.float32)),
+        weights_C=numbers(wire.weights_at, wire.slots_at, torch.float32),
+        slots=numbers(wire.slots_at, wire.row_bytes, SLOT_DTYPE)[: wire.top_k].tolist(),
+    )
 
 
 def pack(wire: Wire, record: Record) -> Tensor:
     """uint8 [row_bytes]."""
     row = torch.zeros(wire.row_bytes, dtype=torch.uint8)
-    features = record.features_1H[0].contiguous().view(torch.uint8)
-    row[: len(features)] = features
-    rest = torch.cat((record.scale_1, torch.tensor([record.unit]), record.weights_C))
-    slots = torch.tensor(record.slots, dtype=torch.int16).view(torch.uint8)
-    end = wire.scale_at + 8 + 4 * wire.top_k
-    row[wire.scale_at : end] = rest.view(torch.uint8)
-    row[end : end + len(slots)] = slots
+    for start, numbers in (
+        (0, record.features_1H[0]),
+        (wire.scale_at, record.scale_1),
+        (wire.unit_at, torch.tensor([record.unit])),
+        (wire.weights_at, record.weights_C),
+        (wire.slots_at, torch.tensor(record.slots, dtype=SLOT_DTYPE)),
+    ):
+        data = numbers.contiguous().view(torch.uint8)
+        row[start : start + len(data)] = data
     return row
 
 
-def of_ranks(copies: Copies) -> Iterator[tuple[int, int]]:
+def by_rank(copies: Copies) -> Iterator[tuple[int, int]]:
     """Rank and copy, in order of copies."""
-    bounds = copies.start_R1.tolist()
-    for rank in range(len(bounds) - 1):
-        for n in range(bounds[rank], bounds[rank + 1]):
+    for rank in range(len(copies.start_R1) - 1):
+        for n in copies_for(copies, rank):
             yield rank, n
 
 
-def apply(ops: Ops, record: Record, experts: Experts, slot: int) -> Tensor:
+def copies_for(copies: Copies, rank: int) -> range:
+    return range(int(copies.start_R1[rank]), int(copies.start_R1[rank + 1]))
+
+
+def copies_of_token(copies: Copies, token: int) -> list[int]:
+    return [n for n, t in enumerate(copies.token_N.tolist()) if t == token]
+
+
+def apply_expert(ops: Ops, record: Record, experts: Experts, slot: int) -> Tensor:
     """What the expert makes of the record, fp32 [H]."""
     ups, downs = cast("tuple[list[Linear], list[Linear]]", experts.data)
     if not 0 <= slot < experts.num_experts:
@@ -93,7 +114,7 @@ def apply(ops: Ops, record: Record, experts: Experts, slot: int) -> Tensor:
     return ops.linear(ops.glu(inner, experts.activation), downs[slot])[0]
 
 
-def sums_of(part: Part[MoeWeights], wire: Wire, rows: Sequence[Tensor]) -> Sums:
+def stack_sums(part: Part[MoeWeights], wire: Wire, rows: Sequence[Tensor]) -> Sums:
     """Of so many records; of each contribution where ordered."""
     experts, exact = part.weights.experts, part.weights.combine is Combine.EXACT
     size = (limbs_of(experts), wire.hidden) if exact else (wire.hidden,)
@@ -101,7 +122,7 @@ def sums_of(part: Part[MoeWeights], wire: Wire, rows: Sequence[Tensor]) -> Sums:
     return Sums(len(rows), torch.stack(list(rows)) if rows else empty)
 
 
-def in_order(choices: Sequence[Tensor], weights: Sequence[Tensor], hidden: int) -> Tensor:
+def weighted_chain(choices: Sequence[Tensor], weights: Sequence[Tensor], hidden: int) -> Tensor:
     """The chain of ``ReferenceOps.moe_ffn``."""
     total_H = torch.zeros(hidden)
     for y_H, weight in zip(choices, weights, strict=True):
@@ -138,7 +159,7 @@ class ReferenceWire:
         if part.weights.combine is Combine.EXACT:
             units_T = self.units(x_TH, part.weights.experts)
         written = [0] * len(areas_R)
-        for rank, n in of_ranks(copies):
+        for rank, n in by_rank(copies):
             t = int(copies.token_N[n])
             row = pack(
                 wire,
@@ -156,9 +177,9 @@ class ReferenceWire:
     def relay_tokens(
         self, wire: Wire, segments: Sequence[Tensor], copies: Copies, areas_R: Sequence[Tensor]
     ) -> None:
-        came, written = records_of(wire, segments), [0] * len(areas_R)
-        for rank, n in of_ranks(copies):
-            r = came[int(copies.token_N[n])]
+        records, written = records_of(wire, segments), [0] * len(areas_R)
+        for rank, n in by_rank(copies):
+            r = records[int(copies.token_N[n])]
             slots = copies.slot_NC[n].tolist()
             row = pack(wire, Record(r.features_1H, r.scale_1, r.unit, r.weights_C, slots))
             areas_R[rank][written[rank] : written[rank] + len(row)] = row
@@ -171,16 +192,16 @@ class ReferenceWire:
         records = records_of(wire, segments)
         for r in records:
             here = [c for c, slot in enumerate(r.slots) if slot != -1]
-            made = [apply(self, r, experts, r.slots[c]) for c in here]
+            made = [apply_expert(self, r, experts, r.slots[c]) for c in here]
             weights = [r.weights_C[c] for c in here]
             if combine is Combine.ORDERED:
                 rows += made
             elif combine is Combine.FAST:
-                rows.append(in_order(made, weights, wire.hidden))
+                rows.append(weighted_chain(made, weights, wire.hidden))
             else:
                 shares = [weight * y_H for weight, y_H in zip(weights, made, strict=True)]
                 rows.append(exact_sum(shares, r.unit, limbs_of(experts), wire.top_k, wire.hidden))
-        return Sums(len(records), sums_of(part, wire, rows).data)
+        return Sums(len(records), stack_sums(part, wire, rows).data)
 
     def sums_bytes(self, part: Part[MoeWeights], wire: Wire, rows: int) -> int:
         return most_bytes(part.weights.combine, wire, limbs_of(part.weights.experts), rows)
@@ -203,7 +224,7 @@ class ReferenceWire:
             done += count
             whole = torch.cat([torch.empty(0, dtype=torch.uint8), *(row for _, row in rows)])
             if combine is Combine.EXACT:
-                head = torch.zeros(heading(count), dtype=torch.uint8)
+                head = torch.zeros(header_bytes(count), dtype=torch.uint8)
                 head[:count] = torch.tensor([width for width, _ in rows], dtype=torch.uint8)
                 whole = torch.cat((head, whole))
             area[: len(whole)] = whole
@@ -219,19 +240,19 @@ class ReferenceWire:
         rows: int,
     ) -> Sums:
         combine = part.weights.combine
-        came = unpack_sums(part, wire.hidden, copies, segments_R)
+        sums = unpack_sums(part, wire.hidden, copies, segments_R)
         out: list[Tensor] = []
         for t in range(rows):
-            of_row = [n for n, token in enumerate(copies.token_N.tolist()) if token == t]
+            sent = copies_of_token(copies, t)
             if combine is Combine.ORDERED:
-                out += [came[n, c] for c in range(wire.top_k) for n in of_row if (n, c) in came]
+                out += [sums[n, c] for c in range(wire.top_k) for n in sent if (n, c) in sums]
                 continue
-            here = [came[n, 0] for n in of_row]
+            here = [sums[n, 0] for n in sent]
             if combine is Combine.EXACT:
-                out.append(together(here, limbs_of(part.weights.experts), wire.hidden))
+                out.append(add_sums(here, limbs_of(part.weights.experts), wire.hidden))
             else:
                 out.append(sum(here, torch.zeros(wire.hidden)))
-        return Sums(rows, sums_of(part, wire, out).data)
+        return Sums(rows, stack_sums(part, wire, out).data)
 
     def combine(
         self: Ops,
@@ -243,20 +264,19 @@ class ReferenceWire:
         shared_TH: Tensor | None,
     ) -> None:
         experts, combine, hidden = part.weights.experts, part.weights.combine, x_TH.shape[1]
-        came = unpack_sums(part, hidden, copies, segments_R)
-        tokens = copies.token_N.tolist()
+        sums = unpack_sums(part, hidden, copies, segments_R)
         for t, x_H in enumerate(x_TH):
-            of_row = [n for n, token in enumerate(tokens) if token == t]
+            sent = copies_of_token(copies, t)
             if combine is Combine.ORDERED:
-                found = sorted((c, n) for n, c in came if n in of_row)
-                made = [came[n, c] for c, n in found]
-                total_H = in_order(made, [routed.weights_TC[t, c] for c, _ in found], hidden)
+                found = sorted((c, n) for n, c in sums if n in sent)
+                made = [sums[n, c] for c, n in found]
+                total_H = weighted_chain(made, [routed.weights_TC[t, c] for c, _ in found], hidden)
             elif combine is Combine.FAST:
-                total_H = sum((came[n, 0] for n in of_row), torch.zeros(hidden))
+                total_H = sum((sums[n, 0] for n in sent), torch.zeros(hidden))
             else:
                 unit = unit_of(x_H, experts)
-                here = [came[n, 0] for n in of_row]
-                total_H = number(together(here, limbs_of(experts), hidden), unit)
+                here = [sums[n, 0] for n in sent]
+                total_H = sum_to_float(add_sums(here, limbs_of(experts), hidden), unit)
             x_TH[t] += total_H if shared_TH is None else total_H + shared_TH[t]
 
 
@@ -267,35 +287,56 @@ def packed_sum(combine: Combine, row: Tensor) -> tuple[int, Tensor]:
     elif combine is Combine.EXACT and len(row) == 1 and int(row.long().abs().max()) <= 32767:
         row = row.short()
     flat = row.flatten().contiguous().view(torch.uint8)
-    return row.itemsize, torch.nn.functional.pad(flat, (0, -len(flat) % 4))
+    return row.itemsize, torch.nn.functional.pad(flat, (0, up_to(len(flat), 4) - len(flat)))
 
 
 def unpack_sums(
     part: Part[MoeWeights], hidden: int, copies: Copies, segments_R: Sequence[Tensor]
 ) -> dict[tuple[int, int], Tensor]:
-    """By copy and choice; unless ordered the choice is 0. Exact: int32 [L, H]; else fp32."""
-    combine, bounds = part.weights.combine, copies.start_R1.tolist()
-    limbs = limbs_of(part.weights.experts) if combine is Combine.EXACT else 1
-    found: dict[tuple[int, int], Tensor] = {}
+    """By copy and choice; unless ordered the choice is 0. Exact: int32 [L, H]; else fp32 [H].
+
+    InternalError if a segment is not as long as the sums of its rank's copies.
+    """
+    combine, found = part.weights.combine, dict[tuple[int, int], Tensor]()
+    exact = combine is Combine.EXACT
+    limbs = limbs_of(part.weights.experts) if exact else 1
     for rank, segment in enumerate(segments_R):
-        here = range(bounds[rank], bounds[rank + 1])
-        at = heading(len(here)) if combine is Combine.EXACT else 0
-        keys = [(n, 0) for n in here]
-        if combine is Combine.ORDERED:
-            chosen = copies.slot_NC.shape[1]
-            keys = [(n, c) for n in here for c in range(chosen) if copies.slot_NC[n, c] != -1]
-        for i, key in enumerate(keys):
-            if combine is Combine.EXACT:
-                dtype = torch.int16 if int(segment[i]) == 2 else torch.int32
-            else:
-                dtype = torch.float32 if combine is Combine.ORDERED else torch.bfloat16
-            size = limbs * hidden * dtype.itemsize
-            row = segment[at : at + size].clone()
-            at += -(-size // 4) * 4
-            if at <= len(segment):
-                exact = combine is Combine.EXACT
-                values = row.view(dtype)
-                found[key] = values.int().view(limbs, hidden) if exact else values.float()
-        if at != len(segment):
-            raise InternalError(f"{len(segment)} bytes are not the sums of {len(here)} copies")
+        keys = returned_rows(combine, copies, rank)
+        first, dtypes = row_dtypes(combine, segment, len(keys))
+        rows = read_rows(segment, first, dtypes, limbs * hidden)
+        for key, row in zip(keys, rows, strict=True):
+            found[key] = row.int().view(limbs, hidden) if exact else row.float()
     return found
+
+
+def returned_rows(combine: Combine, copies: Copies, rank: int) -> list[tuple[int, int]]:
+    """Copy and choice of every row that a rank sends back, in their order."""
+    sent = copies_for(copies, rank)
+    if combine is not Combine.ORDERED:
+        return [(n, 0) for n in sent]
+    return [(n, c) for n in sent for c, slot in enumerate(copies.slot_NC[n].tolist()) if slot != -1]
+
+
+def row_dtypes(combine: Combine, segment: Tensor, rows: int) -> tuple[int, list[torch.dtype]]:
+    """Where the first row begins, and what each row's elements are; exact: the header says it."""
+    if combine is Combine.EXACT:
+        widths = segment[:rows].tolist()
+        return header_bytes(rows), [torch.int16 if w == 2 else torch.int32 for w in widths]
+    return 0, [torch.float32 if combine is Combine.ORDERED else torch.bfloat16] * rows
+
+
+def read_rows(
+    segment: Tensor, first: int, dtypes: Sequence[torch.dtype], size: int
+) -> list[Tensor]:
+    """Rows of ``size`` elements from byte ``first`` on, each padded to 4 bytes."""
+    bounds = [first]
+    for dtype in dtypes:
+        bounds.append(bounds[-1] + up_to(size * dtype.itemsize, 4))
+    if bounds[-1] != len(segment):
+        raise InternalError(
+            f"{len(segment)} bytes are not the sums of {len(dtypes)} rows, which take {bounds[-1]}"
+        )
+    return [
+        segment[start : start + size * dtype.itemsize].clone().view(dtype)
+        for start, dtype in zip(bounds, dtypes, strict=False)
+    ]

@@ -1,4 +1,12 @@
-"""Which architectures we know; each family is one declarative file beside this one."""
+"""Which architectures we know; each is one declarative file beside this one.
+
+::
+
+    family                     what a family's file declares, and the keys that all share
+    deepseek  glm4_moe         DeepSeek V2 to V3 and R1; GLM-4-MoE
+    gpt_oss  mixtral  olmoe    GPT-OSS; Mixtral; OLMoE
+    qwen2_moe  qwen3_moe       Qwen1.5 and 2; Qwen3
+"""
 
 from __future__ import annotations
 

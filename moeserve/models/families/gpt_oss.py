@@ -1,6 +1,6 @@
 """GPT-OSS: attention sinks, every other layer in a sliding window, biased clamped experts.
 
-Its published MXFP4 weights are quantised and refused as such; bf16 conversions load.
+Loads as it is published, experts in MXFP4 (``formats.layouts``), and in bf16 conversions.
 """
 
 from __future__ import annotations

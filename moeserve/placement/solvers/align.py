@@ -13,10 +13,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.placement.cost import fit_guide, landing, layer_uses
+from moeserve.placement.layer_use import layer_uses
+from moeserve.placement.migration import fit_guide, landing
 from moeserve.placement.plan import Plan, held, tidy, with_slots
 from moeserve.placement.problem import Problem
-from moeserve.placement.solvers.grouping import Effort, group_layer, prices
+from moeserve.placement.solvers.annealing import AnnealingSchedule
+from moeserve.placement.solvers.grouping import group_layer, prices
 from moeserve.placement.solvers.search import assign
 
 F64 = NDArray[np.float64]
@@ -89,9 +91,15 @@ def _landed(plan: Plan, l: int, topk_TLK: I32) -> I32:
 
 
 def sweep(
-    problem: Problem, plan: Plan, topk_TLK: I32, load_LEW: F64, weight_T: F64, effort: Effort,
-    *, forward: bool,
-) -> Plan:  # fmt: skip
+    problem: Problem,
+    plan: Plan,
+    topk_TLK: I32,
+    load_LEW: F64,
+    weight_T: F64,
+    schedule: AnnealingSchedule,
+    *,
+    forward: bool,
+) -> Plan:
     """Every layer regrouped once, given where its tokens come from and go to."""
     rows = plan.expert_LS.copy()
     price = prices(problem)[0]
@@ -105,7 +113,7 @@ def sweep(
         if l + 1 < plan.num_layers:
             rebate_DT[_landed(current, l + 1, topk_TLK), tokens] += np.uint8(price // 4)
         rows[l] = group_layer(
-            problem, rows[l], topk_TLK[:, l], load_LEW[l], weight_T, l, effort, rebate_DT
+            problem, rows[l], topk_TLK[:, l], load_LEW[l], weight_T, l, schedule, rebate_DT
         )
         current = with_slots(current, rows.copy())
     return with_guide(with_slots(plan, tidy(rows, plan.num_devices)), topk_TLK)

@@ -36,7 +36,7 @@ def balance_layers(
     problem: Problem, load_LEW: F64, *, recounts: int = 0, deadline: float = float("inf")
 ) -> I32:
     """[L, S]. Recounting stops at ``deadline`` (of ``time.monotonic``)."""
-    speed_D = problem.topology.speed_D
+    speed_D = problem.cluster.speed_D
     rows = [_balanced(problem, load_EW, speed_D, 0) for load_EW in load_LEW]
     if recounts:
         for l, load_EW in enumerate(load_LEW):
@@ -46,7 +46,7 @@ def balance_layers(
             if peak(rows[l], load_EW, speed_D) > _GOOD * floor:
                 found = _balanced(problem, load_EW, speed_D, recounts)
                 rows[l] = min((rows[l], found), key=lambda r: peak(r, load_EW, speed_D))
-    return tidy(np.stack(rows), problem.topology.devices)
+    return tidy(np.stack(rows), problem.cluster.devices)
 
 
 def _balanced(problem: Problem, load_EW: F64, speed_D: F64, recounts: int) -> I32:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.placement.cost import slots_of_tokens
-from moeserve.placement.plan import held, tidy
+from moeserve.placement.layer_use import slots_of_tokens
+from moeserve.placement.plan import held
 from moeserve.placement.problem import Problem
-from moeserve.placement.solvers.search import Grouping, improve
+from moeserve.placement.solvers.annealing import AnnealingSchedule, LayerGrouping
+from moeserve.placement.solvers.search import improve
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
@@ -31,21 +31,11 @@ _PENALTY = 8  # per unit of load above a cap; less, and few arrangements met are
 _DEAREST = 120  # prices are bytes; token weights may double them
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """Swaps tried per slot and round; heat is the share of a slot's tokens risked at first."""
-
-    swaps_per_slot: int = 400
-    rounds: int = 2
-    heat: float = 0.04
-    seed: int = 1
-
-
 def prices(problem: Problem) -> tuple[int, int]:
     """(device, node): whole prices in the ratio of what occupying one costs in copies."""
-    topology = problem.topology
-    device = 1 - 1 / topology.devices if topology.devices > 1 else 1.0
-    node = (topology.node_ratio - 1) * (1 - 1 / topology.nodes)
+    cluster = problem.cluster
+    device = 1 - 1 / cluster.devices if cluster.devices > 1 else 1.0
+    node = (cluster.node_ratio - 1) * (1 - 1 / cluster.nodes)
     unit = min(16.0, _DEAREST / max(device, node))
     return max(1, round(unit * device)), round(unit * node)
 
@@ -72,7 +62,7 @@ def moving_prices(problem: Problem, expert_S: I32, layer: int, tokens: int) -> I
         return _NONE
     held_DE = held(problem.moves.previous)[layer]
     device = prices(problem)[0]
-    per_copy = device / max(1e-9, 2 * (1 - 1 / problem.topology.devices))
+    per_copy = device / max(1e-9, 2 * (1 - 1 / problem.cluster.devices))
     price = round(problem.moves.copies_per_token * tokens * per_copy)
     return np.ascontiguousarray(np.where(held_DE[:, expert_S], 0, price).T).astype(np.int64)
 
@@ -82,15 +72,15 @@ def caps(problem: Problem, load_SW: I64, device_S: I32) -> I64:
 
     The first column is the mixture of the others, which have a limit of their own.
     """
-    topology = problem.topology
-    start_DW = np.zeros((topology.devices, load_SW.shape[1]))
+    cluster = problem.cluster
+    start_DW = np.zeros((cluster.devices, load_SW.shape[1]))
     np.add.at(start_DW, device_S, load_SW)
-    fair_W = load_SW.sum(axis=0) / topology.devices
-    peak_W = (start_DW / topology.speed_D[:, None]).max(axis=0) / fair_W
+    fair_W = load_SW.sum(axis=0) / cluster.devices
+    peak_W = (start_DW / cluster.speed_D[:, None]).max(axis=0) / fair_W
     limit_W = np.full(load_SW.shape[1], problem.max_workload_imbalance)
     limit_W[0] = problem.max_imbalance
     limit_W = np.maximum(limit_W, peak_W)
-    cap_DW: I64 = np.ceil(topology.speed_D[:, None] * limit_W * fair_W).astype(np.int64)
+    cap_DW: I64 = np.ceil(cluster.speed_D[:, None] * limit_W * fair_W).astype(np.int64)
     return cap_DW
 
 
@@ -108,22 +98,22 @@ def layer_problem(
     weight_T: F64,
     layer: int,
     rebate_DT: U8 | None = None,
-) -> Grouping:
+) -> LayerGrouping:
     """``rebate_DT`` is taken off the price of a device (migrating tokens that are near anyway)."""
-    topology = problem.topology
+    cluster = problem.cluster
     device, node = prices(problem)
-    weight_DT = token_prices(device, topology.devices, weight_T)
+    weight_DT = token_prices(device, cluster.devices, weight_T)
     if rebate_DT is not None:
         weight_DT = weight_DT - np.minimum(weight_DT, rebate_DT)
     copies_E = np.bincount(expert_S, minlength=len(load_EW))
     share_SW = (load_EW / load_EW.sum(axis=0) / copies_E[:, None])[expert_S]
     load_SW = np.round(share_SW * topk_TK.size).astype(np.int64)
     device_S = start_devices(problem)
-    return Grouping(
+    return LayerGrouping(
         slots_of_tokens(expert_S, topk_TK, len(load_EW)),
-        topology.node_D,
+        cluster.node_D,
         weight_DT,
-        token_prices(node, topology.nodes, weight_T),
+        token_prices(node, cluster.nodes, weight_T),
         load_SW,
         caps(problem, load_SW, device_S),
         _PENALTY * (device + node),
@@ -149,20 +139,20 @@ def group_layer(
     load_EW: F64,
     weight_T: F64,
     layer: int,
-    effort: Effort,
+    schedule: AnnealingSchedule,
     rebate_DT: U8 | None = None,
 ) -> I32:
     """One layer regrouped: slot -> expert. Without improvement, the start itself."""
     grouping = layer_problem(problem, expert_S, topk_TK, load_EW, weight_T, layer, rebate_DT)
     device, node = prices(problem)
-    heat = round(effort.heat * (device + node) * topk_TK.size / problem.slots)
+    heat = round(schedule.heat * (device + node) * topk_TK.size / problem.slots)
     found = improve(
         grouping,
         start_devices(problem),
-        steps=effort.swaps_per_slot * problem.slots,
+        steps=schedule.swaps_per_slot * problem.slots,
         heat=heat,
-        seed=effort.seed + 1000 * layer,
-        rounds=effort.rounds,
+        seed=schedule.seed + 1000 * layer,
+        rounds=schedule.rounds,
     )
     return arranged(expert_S, found.device_S)
 
@@ -173,22 +163,3 @@ def each_layer(work: Callable[[int], I32], layers: Sequence[int], threads: int) 
         return [work(l) for l in layers]
     with ThreadPoolExecutor(max_workers=threads) as pool:
         return list(pool.map(work, layers))
-
-
-def group_layers(
-    problem: Problem,
-    expert_LS: I32,
-    topk_TLK: I32,
-    load_LEW: F64,
-    weight_T: F64,
-    effort: Effort,
-    *,
-    threads: int = 1,
-) -> I32:
-    """Every layer regrouped from ``expert_LS``."""
-
-    def work(l: int) -> I32:
-        return group_layer(problem, expert_LS[l], topk_TLK[:, l], load_LEW[l], weight_T, l, effort)
-
-    rows = each_layer(work, range(len(expert_LS)), threads)
-    return tidy(np.stack(rows), problem.topology.devices)

@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.placement.cluster import Topology
+from moeserve.placement.cluster import Cluster
 from moeserve.placement.problem import Problem
 from moeserve.placement.solvers.align import best_names, renamed
 from moeserve.placement.solvers.balance import balance_layers
@@ -53,39 +53,37 @@ def _shares(expert_S: I32, experts: int, devices: int) -> F64:
     return share_GE
 
 
-def link_costs(topology: Topology) -> F64:
-    node_D = topology.node_D
-    cost_DD = np.where(node_D[:, None] == node_D[None, :], 1.0, topology.node_ratio)
+def link_costs(cluster: Cluster) -> F64:
+    node_D = cluster.node_D
+    cost_DD = np.where(node_D[:, None] == node_D[None, :], 1.0, cluster.node_ratio)
     np.fill_diagonal(cost_DD, 0.0)
     return cost_DD
 
 
-def label(expert_LS: I32, pairs_LEE: F64, topology: Topology) -> I32:
+def label(expert_LS: I32, pairs_LEE: F64, cluster: Cluster) -> I32:
     """Stage 2: [L, S] with groups moved to their devices."""
-    devices = topology.devices
+    devices = cluster.devices
     flow_LGG = flows(expert_LS, pairs_LEE, devices)
     if not len(flow_LGG):
         return expert_LS
     if math.factorial(devices) <= 720:
-        names_LG, _ = best_labels(flow_LGG, link_costs(topology))
+        names_LG, _ = best_labels(flow_LGG, link_costs(cluster))
         return np.stack([renamed(r, n) for r, n in zip(expert_LS, names_LG, strict=True)])
     rows = [expert_LS[0]]
     names_G = np.arange(devices, dtype=np.int32)
     for l, flow_GG in enumerate(flow_LGG):
         gain_GD = np.zeros((devices, devices))
         gain_GD[:, names_G] = flow_GG.T
-        names_G = best_names(gain_GD, topology.nodes)
+        names_G = best_names(gain_GD, cluster.nodes)
         rows.append(renamed(expert_LS[l + 1], names_G))
     return np.stack(rows)
 
 
 def two_stages(problem: Problem, load_LE: F64, topk_TLK: I32, *, limit: float = 0.0) -> I32:
     """Both stages. ``limit`` seconds for the integer programs; 0 groups by packing and swaps."""
-    topology = problem.topology
+    cluster = problem.cluster
     if limit > 0 and problem.slots == load_LE.shape[1]:
-        expert_LS = group_by_program(
-            load_LE, topology.devices, limit_per_layer=limit / len(load_LE)
-        )
+        expert_LS = group_by_program(load_LE, cluster.devices, limit_per_layer=limit / len(load_LE))
     else:
         expert_LS = balance_layers(problem, load_LE[:, :, None])
-    return label(expert_LS, affinity(topk_TLK, load_LE.shape[1]), topology)
+    return label(expert_LS, affinity(topk_TLK, load_LE.shape[1]), cluster)

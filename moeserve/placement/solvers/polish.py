@@ -35,7 +35,7 @@ def polish(
 ) -> I32:  # fmt: skip
     """[L, S]: each layer replaced where the program finds more kept pair mass under the caps."""
     layers, experts = load_LEW.shape[:2]
-    devices = problem.topology.devices
+    devices = problem.cluster.devices
     if problem.slots != experts:
         return expert_LS
     pairs_LEE = affinity(topk_TLK, experts)
@@ -47,7 +47,7 @@ def polish(
             break
         load_E = load_LEW[l, :, 0]
         peak = np.bincount(device_LE[l], load_E, devices).max()
-        fair_D = load_E.sum() / devices * problem.topology.speed_D
+        fair_D = load_E.sum() / devices * problem.cluster.speed_D
         cap_D = np.maximum(fair_D * problem.max_imbalance, peak)
         gain_ED = gains(device_LE, pairs_LEE, l, devices)
         answer = polish_layer(gain_ED, load_E, cap_D, limit=limit_per_layer)

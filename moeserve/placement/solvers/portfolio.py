@@ -25,9 +25,10 @@ from moeserve.placement.problem import Problem, check
 from moeserve.placement.report import loads, worst_imbalance
 from moeserve.placement.routing import Routing
 from moeserve.placement.solvers import align, dp, moetuner
+from moeserve.placement.solvers.annealing import AnnealingSchedule
 from moeserve.placement.solvers.balance import balance_layers
 from moeserve.placement.solvers.eplb import eplb
-from moeserve.placement.solvers.grouping import Effort, each_layer, group_layer
+from moeserve.placement.solvers.grouping import each_layer, group_layer
 from moeserve.placement.solvers.polish import polish
 
 F64 = NDArray[np.float64]
@@ -97,7 +98,7 @@ class _Work:
         return self.load_LEW[:, :, :1] if self.topk_TLK is not None else self.load_LEW
 
     def plan(self, expert_LS: I32) -> Plan:
-        return with_slots(self.blank, tidy(expert_LS, self.problem.topology.devices))
+        return with_slots(self.blank, tidy(expert_LS, self.problem.cluster.devices))
 
 
 def solve(
@@ -120,19 +121,19 @@ def solve(
 
 
 def _prepare(problem: Problem, routing: Routing, budget: Budget, progress: Progress) -> _Work:
-    topology = problem.topology
+    cluster = problem.cluster
     start_LS = contiguous(
         layers=routing.num_layers,
         experts=routing.num_experts,
         slots=problem.slots,
-        devices=topology.devices,
-        nodes=topology.nodes,
+        devices=cluster.devices,
+        nodes=cluster.nodes,
     )
     blank = Plan(
         start_LS,
         routing.num_experts,
-        topology.devices,
-        topology.nodes,
+        cluster.devices,
+        cluster.nodes,
         routing.moe_layers,
         problem.dataflow,
         problem.phase,
@@ -164,12 +165,12 @@ def _balance(work: _Work) -> Plan:
 
 
 def _eplb(work: _Work) -> Plan:
-    topology = work.problem.topology
+    cluster = work.problem.cluster
     rows = eplb(
         work.load_LEW[:, :, 0],
         slots=work.problem.slots,
-        devices=topology.devices,
-        nodes=topology.nodes,
+        devices=cluster.devices,
+        nodes=cluster.nodes,
         groups=work.problem.groups,
     )
     return work.plan(rows)
@@ -194,8 +195,8 @@ def _auto(work: _Work) -> Plan:
 
 def _better_balanced(work: _Work, plan: Plan) -> Plan:
     """The plan, or the baseline where several workloads leave that ahead."""
-    base, topology = _eplb(work), work.problem.topology
-    values = [worst_imbalance(p, work.alternatives, topology) for p in (plan, base)]
+    base, cluster = _eplb(work), work.problem.cluster
+    values = [worst_imbalance(p, work.alternatives, cluster) for p in (plan, base)]
     return base if values[1] < values[0] else plan
 
 
@@ -211,10 +212,12 @@ def _or_exact(work: _Work, plan: Plan) -> Plan:
 
 def objective(work: _Work, plan: Plan) -> float:
     moves = traffic(plan, work.tokens, weight_T=work.weight_T)
-    return priced(moves.copies, moves.cross, work.problem.topology.node_ratio)
+    return priced(moves.copies, moves.cross, work.problem.cluster.node_ratio)
 
 
-def _group_with(work: _Work, start_LS: I32, effort: Effort, stage: str) -> tuple[I32, bool]:
+def _group_with(
+    work: _Work, start_LS: I32, schedule: AnnealingSchedule, stage: str
+) -> tuple[I32, bool]:
     """Every layer regrouped while there is time; whether all of them were."""
     done = 0
 
@@ -224,7 +227,13 @@ def _group_with(work: _Work, start_LS: I32, effort: Effort, stage: str) -> tuple
             kept_S: I32 = start_LS[l]
             return kept_S
         row_S = group_layer(
-            work.problem, start_LS[l], work.tokens[:, l], work.load_LEW[l], work.weight_T, l, effort
+            work.problem,
+            start_LS[l],
+            work.tokens[:, l],
+            work.load_LEW[l],
+            work.weight_T,
+            l,
+            schedule,
         )
         done += 1
         work.progress(stage, done, len(start_LS))
@@ -237,7 +246,7 @@ def _group_with(work: _Work, start_LS: I32, effort: Effort, stage: str) -> tuple
 def _grouped(work: _Work) -> Plan:
     start_LS = balance_layers(work.problem, work.alternatives)
     began = time.monotonic()
-    probe = Effort(_PROBE, 2, _HEAT, work.budget.seed)
+    probe = AnnealingSchedule(_PROBE, 2, _HEAT, work.budget.seed)
     best_LS, whole = _group_with(work, start_LS, probe, "grouping")
     if not whole:
         return work.plan(best_LS)
@@ -248,7 +257,7 @@ def _grouped(work: _Work) -> Plan:
             spare *= 0.6
         depth = int(min(_DEEPEST, _PROBE * spare / max(1e-3, time.monotonic() - began)))
     if depth > 2 * _PROBE:
-        deep = Effort(depth, 2, _HEAT, work.budget.seed)
+        deep = AnnealingSchedule(depth, 2, _HEAT, work.budget.seed)
         deep_LS, _ = _group_with(work, start_LS, deep, "annealing")
         unfinished_L = (deep_LS == start_LS).all(axis=1)
         best_LS = np.where(unfinished_L[:, None], best_LS, deep_LS)
@@ -263,9 +272,9 @@ def _aligned(work: _Work, plan: Plan) -> Plan:
         began = time.monotonic()
         if began + 1.2 * seconds >= work.deadline or len(work.tokens) * plan.num_devices > 4e6:
             break
-        effort = Effort(200, 1, 0.02, work.budget.seed)
+        schedule = AnnealingSchedule(200, 1, 0.02, work.budget.seed)
         found = align.sweep(
-            work.problem, best, work.tokens, work.load_LEW, work.weight_T, effort, forward=forward
+            work.problem, best, work.tokens, work.load_LEW, work.weight_T, schedule, forward=forward
         )
         seconds = time.monotonic() - began
         if (found_value := objective(work, found)) < value:
@@ -281,7 +290,13 @@ def _paired(work: _Work) -> Plan:
     strict = replace(work.problem, max_imbalance=1.0)
     rows = [
         group_layer(
-            strict, start_LS[l], idle[:, l], work.load_LEW[l], np.ones(1), l, Effort(2000, 2, 1.0)
+            strict,
+            start_LS[l],
+            idle[:, l],
+            work.load_LEW[l],
+            np.ones(1),
+            l,
+            AnnealingSchedule(2000, 2, 1.0),
         )
         for l in range(layers)
     ]
@@ -294,7 +309,7 @@ def _dp(work: _Work) -> Plan:
     exact = dp.best_chain(
         dp.affinity(work.tokens, work.routing.num_experts),
         work.load_LEW[:, :, 0],
-        work.problem.topology.devices,
+        work.problem.cluster.devices,
         max_imbalance=work.problem.max_imbalance,
     )
     return work.plan(dp.slots_of(exact.device_LE))
@@ -322,7 +337,7 @@ def _contiguous(work: _Work) -> Plan:
 
 
 def _lightllm(work: _Work) -> Plan:
-    devices = work.problem.topology.devices
+    devices = work.problem.cluster.devices
     return work.plan(lightllm_rows(work.load_LEW[:, :, 0], work.problem.slots, devices))
 
 

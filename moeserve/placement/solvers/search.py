@@ -1,4 +1,4 @@
-"""The hot loops of the search: native where they were built, else their twins.
+"""The loops of the search that cost time: native where they were built, else their twins.
 
 ``MOESERVE_REQUIRE_NATIVE=1`` makes a missing native half an error. Arguments are checked here, so
 that neither side has to.
@@ -6,7 +6,6 @@ that neither side has to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -15,11 +14,10 @@ from numpy.typing import NDArray
 from moeserve.errors import PlacementError
 from moeserve.native import native_module
 from moeserve.placement.solvers import twin
+from moeserve.placement.solvers.annealing import GroupedLayer, LayerGrouping
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
-I64 = NDArray[np.int64]
-U8 = NDArray[np.uint8]
 
 PLACE = twin.PLACE
 WIDEST = 16  # PLACE is divisible by every count of choices up to this one
@@ -31,70 +29,41 @@ def core() -> ModuleType:
     return native or twin
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Grouping:
-    """One layer's problem: swap slots between devices so that tokens occupy cheap places.
-
-    Each token pays ``weight_DT`` for every device it occupies and ``weight_NT`` for every node
-    (with one node, nothing). ``load_SW`` above ``cap_DW`` is charged ``penalty`` per unit.
-    ``bond_SS`` (or empty) is the price of two slots sharing a device, ``price_SD`` (or empty) that
-    of a slot lying on a device.
-    """
-
-    slot_TK: I32
-    node_D: I32
-    weight_DT: U8
-    weight_NT: U8
-    load_SW: I64
-    cap_DW: I64
-    penalty: int
-    bond_SS: I64
-    price_SD: I64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Grouped:
-    device_S: I32
-    cost: int
-    excess: int
-
-
 def exponential_draws() -> I32:
     """1024 quantiles of the exponential distribution, times 1024."""
     return np.round(-1024 * np.log((np.arange(1024) + 0.5) / 1024)).astype(np.int32)
 
 
-def group(problem: Grouping, start_S: I32, *, steps: int, heat: int, seed: int) -> Grouped:
+def group(
+    problem: LayerGrouping, start_S: I32, *, steps: int, heat: int, seed: int
+) -> GroupedLayer:
     """Anneal from ``start_S``; the best arrangement met, least excess first, then least cost."""
-    slots, devices = len(start_S), len(problem.node_D)
-    assert problem.weight_DT.shape == (devices, len(problem.slot_TK))
-    assert problem.weight_NT.shape == (problem.node_D.max() + 1, len(problem.slot_TK))
-    assert problem.cap_DW.shape == (devices, problem.load_SW.shape[1])
-    assert len(problem.load_SW) == slots
-    assert problem.bond_SS.shape in {(slots, slots), (0, 0)}
-    assert problem.price_SD.shape in {(slots, devices), (0, 0)}
-    assert problem.slot_TK.max(initial=-1) < slots
-    assert problem.slot_TK.shape[1] <= 255
-    device_S = start_S.astype(np.int32)
-    cost, excess = core().group(
+    problem.require_shapes(len(start_S))
+    device_S, loops = start_S.astype(np.int32), core()
+    if loops is twin:
+        cost, excess = twin.group(
+            problem, device_S, exponential_draws(), steps=steps, heat=heat, seed=seed
+        )
+        return GroupedLayer(device_S, cost, excess)
+    cost, excess = loops.group(
         np.ascontiguousarray(problem.slot_TK, np.int32), device_S, problem.node_D,
         np.ascontiguousarray(problem.weight_DT), np.ascontiguousarray(problem.weight_NT),
         np.ascontiguousarray(problem.load_SW), np.ascontiguousarray(problem.cap_DW),
         problem.bond_SS, problem.price_SD, exponential_draws(), problem.penalty, heat, steps, seed,
     )  # fmt: skip
-    return Grouped(device_S, int(cost), int(excess))
+    return GroupedLayer(device_S, int(cost), int(excess))
 
 
 def improve(
-    problem: Grouping, start_S: I32, *, steps: int, heat: int, seed: int, rounds: int
-) -> Grouped:
+    problem: LayerGrouping, start_S: I32, *, steps: int, heat: int, seed: int, rounds: int
+) -> GroupedLayer:
     """Anneal ``rounds`` times, each from the best so far and cooler than the one before."""
     best = group(problem, start_S, steps=steps, heat=heat, seed=seed)
     for r in range(1, rounds):
         found = group(problem, best.device_S, steps=steps, heat=heat >> r, seed=seed + r)
         if (found.excess, found.cost) < (best.excess, best.cost):
             best = found
-    return replace(best)
+    return best
 
 
 def saved_bound(slot_TK: I32, *, slots: int, partners: int) -> float:

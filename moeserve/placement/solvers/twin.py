@@ -11,10 +11,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from moeserve.placement.solvers.annealing import LayerGrouping
+
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
-U8 = NDArray[np.uint8]
 
 _WORD = (1 << 64) - 1
 PLACE = 720720
@@ -42,18 +43,17 @@ def _uses(slot_TK: I32, slots: int) -> NDArray[np.bool_]:
 
 
 class _Annealer:
-    def __init__(
-        self, slot_TK: I32, device_S: I32, node_D: I32, weight_DT: U8, weight_NT: U8,
-        load_SW: I64, cap_DW: I64, bond_SS: I64, price_SD: I64,
-    ) -> None:  # fmt: skip
-        self.uses_ST = _uses(slot_TK, len(device_S))
-        self.device_S, self.node_D = device_S, node_D
-        self.weight_DT = weight_DT.astype(np.int64)
-        self.weight_NT = weight_NT.astype(np.int64) * (len(weight_NT) > 1)
-        self.load_SW, self.cap_DW = load_SW, cap_DW
-        self.bond_SS = bond_SS if len(bond_SS) else np.zeros((len(device_S),) * 2, np.int64)
-        size = (len(device_S), len(node_D))
-        self.price_SD = price_SD if len(price_SD) else np.zeros(size, np.int64)
+    """An arrangement of one layer; cost and excess are summed anew after every swap."""
+
+    def __init__(self, problem: LayerGrouping, device_S: I32) -> None:
+        slots, devices = len(device_S), len(problem.node_D)
+        self.uses_ST = _uses(problem.slot_TK, slots)
+        self.device_S, self.node_D = device_S, problem.node_D
+        self.weight_DT = problem.weight_DT.astype(np.int64)
+        self.weight_NT = problem.weight_NT.astype(np.int64) * (len(problem.weight_NT) > 1)
+        self.load_SW, self.cap_DW = problem.load_SW, problem.cap_DW
+        self.bond_SS = _or_zeros(problem.bond_SS, (slots, slots))
+        self.price_SD = _or_zeros(problem.price_SD, (slots, devices))
 
     def cost(self) -> int:
         tokens = self.weight_DT.shape[1]
@@ -79,14 +79,16 @@ class _Annealer:
         self.device_S[i], self.device_S[j] = self.device_S[j], self.device_S[i]
 
 
+def _or_zeros(price: I64, shape: tuple[int, int]) -> I64:
+    """``price``, or zeros where it is empty."""
+    return price if len(price) else np.zeros(shape, np.int64)
+
+
 def group(
-    slot_TK: I32, device_S: I32, node_D: I32, weight_DT: U8, weight_NT: U8, load_SW: I64,
-    cap_DW: I64, bond_SS: I64, price_SD: I64, draw: I32, penalty: int, heat: int, steps: int,
-    seed: int,
-) -> tuple[int, int]:  # fmt: skip
-    state = _Annealer(
-        slot_TK, device_S, node_D, weight_DT, weight_NT, load_SW, cap_DW, bond_SS, price_SD
-    )
+    problem: LayerGrouping, device_S: I32, draw: I32, *, steps: int, heat: int, seed: int
+) -> tuple[int, int]:
+    """(cost, excess) of the best arrangement met, which ``device_S`` receives."""
+    state = _Annealer(problem, device_S)
     cost, excess = state.cost(), state.excess()
     best, kept_S = (excess, cost), device_S.copy()
     random = Random(seed)
@@ -97,10 +99,11 @@ def group(
         if device_S[i] == device_S[j]:
             continue
         left = steps - step
-        room = (heat * left // steps * left // steps * sample) >> 10
+        # A cost this much higher is still accepted: exponential, and cooling with the square.
+        accepted = (heat * left // steps * left // steps * sample) >> 10
         state.swap(i, j)
         new_cost, new_excess = state.cost(), state.excess()
-        if new_cost - cost + penalty * (new_excess - excess) > room:
+        if new_cost - cost + problem.penalty * (new_excess - excess) > accepted:
             state.swap(i, j)
             continue
         cost, excess = new_cost, new_excess

@@ -1,0 +1,245 @@
+"""One rank of an expert-parallel group that runs the steps it is asked for: a script.
+
+No server, no scheduler, no sampling: a line of JSON on standard input is a step, a line on standard
+output what it took. All ranks run the same steps in the same order (``group``). The decoders of
+several plans are held at once and share KV, which by law 1 does not depend on the plan.
+
+A variant of a step may send more than it needs, to measure what is saved: ``copies`` "expert" sends
+a token once for every expert away from home instead of once per rank; ``wire`` "bf16" and "fp32"
+fill every record up to the length it would have with features, and contributions, of that type.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeserve.comm.build import parallel_over
+from moeserve.comm.dispatcher import FlatDispatcher, ShardedExperts
+from moeserve.comm.exchange.base import Exchange, Lanes
+from moeserve.comm.exchange.open import open_exchange
+from moeserve.comm.group import Group, Topology, host_store, join_store
+from moeserve.comm.layout import LayerLayout
+from moeserve.comm.pipeline import ParallelLayerRunner
+from moeserve.comm.table import Assigned, AssignmentTable
+from moeserve.config.options import LoadOptions
+from moeserve.kernels.select import choose_ops
+from moeserve.kernels.wire import Copies, Wire
+from moeserve.models.batch import Span, pack_spans, split_spans
+from moeserve.models.decoder import Decoder, ModelKvCache, load_decoder
+from moeserve.observe.progress import Progress
+from moeserve.process.answer import Channel
+
+BLOCK = 16
+MOST_MICROBATCHES = 4
+SEGMENT_BYTES = 8 << 20
+DEADLINE_S = 60.0
+
+
+class OnePerExpert:
+    """A table that sends a token away once for every expert."""
+
+    def __init__(self, table: AssignmentTable) -> None:
+        self._table = table
+
+    def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
+        once = self._table.assign(ids_TC, home, ranks_per_unit=ranks_per_unit)
+        start_R1, slot_NC = once.copies.start_R1.tolist(), once.copies.slot_NC
+        tokens, slots, counts = [], [], []
+        for r in range(len(once.count_R)):
+            here = slice(start_R1[r], start_R1[r + 1])
+            token_N, kept_NC = once.copies.token_N[here], slot_NC[here]
+            if r != home:
+                row_M, choice_M = torch.nonzero(kept_NC >= 0, as_tuple=True)
+                single_MC = torch.full((len(row_M), kept_NC.shape[1]), -1, dtype=torch.int16)
+                single_MC[torch.arange(len(row_M)), choice_M] = kept_NC[row_M, choice_M]
+                token_N, kept_NC = token_N[row_M], single_MC
+            tokens.append(token_N)
+            slots.append(kept_NC)
+            counts.append(len(token_N))
+        starts = torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int32)
+        return Assigned(Copies(starts, torch.cat(tokens), torch.cat(slots)), counts)
+
+    def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
+        return self._table.relay(segments, wire, ranks)
+
+
+class Widened:
+    """An exchange whose segments are filled up: rows of ``row_bytes`` to ``wide_bytes`` on the way
+    out, ``back`` times as long on the way back."""
+
+    def __init__(self, exchange: Exchange, row_bytes: int, wide_bytes: int, back: int) -> None:
+        self.name = exchange.name
+        self.rank = exchange.rank
+        self.world = exchange.world
+        self.traffic = exchange.traffic
+        self._exchange = exchange
+        self._factors = (Fraction(wide_bytes, row_bytes), Fraction(back))
+
+    def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
+        return self._exchange.areas(lane, self._wide(lane, sizes_R))
+
+    def send(self, lane: int, sizes_R: Sequence[int]) -> None:
+        self._exchange.send(lane, self._wide(lane, sizes_R))
+
+    def receive(self, lane: int) -> list[Tensor]:
+        factor = self._factors[lane % 2]
+        return [s[: int(len(s) / factor)] for s in self._exchange.receive(lane)]
+
+    def close(self) -> None:
+        self._exchange.close()
+
+    def _wide(self, lane: int, sizes_R: Sequence[int]) -> list[int]:
+        return [int(size * self._factors[lane % 2]) for size in sizes_R]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRunner:
+    """Everything a step needs. ``sequences`` are this rank's, in blocks of their own."""
+
+    exchange: Exchange
+    topology: Topology
+    decoders: Mapping[str, Decoder]
+    layouts: Mapping[str, Mapping[int, LayerLayout]]
+    sequences: Sequence[Sequence[int]]
+    cache: ModelKvCache
+    variants: dict[tuple[str, str, str], Decoder]
+
+    def run(
+        self,
+        spans: Sequence[tuple[int, int, int]],
+        microbatches: int,
+        plan: str,
+        copies: str,
+        wire: str,
+        digest: bool,
+    ) -> dict[str, Any]:
+        """One step over ``spans`` of [sequence, start, stop]."""
+        decoder = self._decoder(plan, copies, wire)
+        parts = split_spans([self._span(*span) for span in spans], microbatches)
+        steps = [pack_spans(part, BLOCK) for part in parts]
+        assert isinstance(decoder.runner, ParallelLayerRunner)
+        stats, traffic = decoder.runner.dispatcher.stats, self.exchange.traffic
+        before = (stats.waited_s, sum(stats.copies_R), stats.tokens, list(traffic.sent_R))
+        begun = time.monotonic()
+        logits = decoder.forward_micro(steps, self.cache)
+        ended = time.monotonic()
+        taken = {
+            "begun": begun,
+            "ended": ended,
+            "waited": stats.waited_s - before[0],
+            "copies": sum(stats.copies_R) - before[1],
+            "token_layers": stats.tokens - before[2],
+            "sent_R": [a - b for a, b in zip(traffic.sent_R, before[3], strict=True)],
+        }
+        if digest:
+            taken["digest"] = hashlib.sha256(torch.cat(logits).numpy().tobytes()).hexdigest()
+        return taken
+
+    def _span(self, sequence: int, start: int, stop: int) -> Span:
+        blocks = blocks_of(sequence, len(self.sequences[sequence]))
+        return Span(self.sequences[sequence][start:stop], start, blocks)
+
+    def _decoder(self, plan: str, copies: str, wire: str) -> Decoder:
+        key = (plan, copies, wire)
+        if key not in self.variants:
+            self.variants[key] = self._build(*key)
+        return self.variants[key]
+
+    def _build(self, plan: str, copies: str, wire: str) -> Decoder:
+        decoder, layouts = self.decoders[plan], self.layouts[plan]
+        progress, exchange = Progress(), self._exchange_for(plan, wire)
+        dispatcher = FlatDispatcher(decoder.ops, exchange, self.topology, progress)
+        layers = decoder.stack.layers
+        parallel = parallel_over(decoder.ops, layers, layouts, dispatcher, progress)
+        if copies == "expert":
+            parallel = ParallelLayerRunner(
+                decoder.ops,
+                layers,
+                [_per_expert(s) for s in parallel.sharded],
+                dispatcher,
+                progress,
+            )
+        return decoder.over(parallel)
+
+    def _exchange_for(self, plan: str, wire: str) -> Exchange:
+        if wire == "own":
+            return self.exchange
+        decoder, layouts = self.decoders[plan], self.layouts[plan]
+        flat = FlatDispatcher(decoder.ops, self.exchange, self.topology, Progress())
+        sharded = parallel_over(
+            decoder.ops, decoder.stack.layers, layouts, flat, Progress()
+        ).sharded
+        own = next(s.wire for s in sharded if s is not None)
+        dtype, back = {"bf16": (torch.bfloat16, 1), "fp32": (torch.float32, 2)}[wire]
+        return Widened(self.exchange, own.row_bytes, replace(own, payload=dtype).row_bytes, back)
+
+
+def _per_expert(sharded: ShardedExperts | None) -> ShardedExperts | None:
+    # Of an ``AssignmentTable``, ``FlatDispatcher`` only asks ``assign``.
+    return sharded and replace(sharded, table=OnePerExpert(sharded.table))
+
+
+def blocks_of(sequence: int, tokens: int) -> tuple[int, ...]:
+    """Sequences are of one length, and follow one another."""
+    each = -(-tokens // BLOCK)
+    return tuple(range(sequence * each, (sequence + 1) * each))
+
+
+def set_up(settings: Mapping[str, Any], environ: Mapping[str, str]) -> StepRunner:
+    """Load the experts of every plan that are this rank's, and meet the others."""
+    rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    here = int(environ["LOCAL_WORLD_SIZE"])
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    torch.set_num_threads(1)
+    ops = choose_ops(threads=settings["threads"])
+    layouts = {
+        name: {
+            int(layer): LayerLayout(np.array(expert_S, np.int32), settings["experts"], world)
+            for layer, expert_S in rows.items()
+        }
+        for name, rows in settings["plans"].items()
+    }
+    decoders = {
+        name: load_decoder(
+            settings["model"],
+            ops=ops,
+            options=LoadOptions(quantization=settings["quantization"]),
+            experts={layer: layout.of_rank(rank) for layer, layout in of_plan.items()},
+        )
+        for name, of_plan in layouts.items()
+    }
+    sequences = settings["sequences"][rank]
+    blocks = len(sequences) * len(blocks_of(0, len(sequences[0])))
+    cache = next(iter(decoders.values())).new_cache(blocks, BLOCK)
+    store = host_store(host, port)[0] if rank == 0 else join_store(host, port)
+    lanes = Lanes((SEGMENT_BYTES,) * 2 * MOST_MICROBATCHES, DEADLINE_S)
+    topology = Topology(tuple(r // here for r in range(world)))
+    exchange = open_exchange(settings["backend"], Group(rank, world, store), topology, lanes)
+    return StepRunner(exchange, topology, decoders, layouts, sequences, cache, {})
+
+
+def main() -> None:
+    channel = Channel()
+    requests = channel.requests()
+    runner = set_up(next(requests), os.environ)
+    channel.reply({"rank": runner.exchange.rank})
+    gc.disable()
+    for request in requests:
+        channel.reply(runner.run(**request))
+        gc.collect(0)  # here, where it is not timed
+    runner.exchange.close()
+
+
+if __name__ == "__main__":
+    main()

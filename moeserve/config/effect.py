@@ -1,0 +1,71 @@
+"""A setting that was given and would change nothing is an error, which says what it needs.
+
+Looked at are settings whose value is not the default: to be told what holds anyway is no mistake,
+and what ``--print-config`` printed can be read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moeserve.config.options import EpOptions, Options
+from moeserve.config.sources import Setting, shown
+from moeserve.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """``settings`` are without effect where ``idle`` holds of the options and the ranks: ``why``
+    says so, ``needs`` what would give them one."""
+
+    settings: frozenset[str]
+    idle: Callable[[Any, int], bool]
+    why: str
+    needs: str
+
+
+RULES = (
+    Rule(
+        frozenset(EpOptions.model_fields) - {"ep"},
+        lambda options, ranks: ranks == 1,
+        "there is only one rank",
+        "several ranks, by `--ep 2` or more, or by a launcher",
+    ),
+    Rule(
+        frozenset({"quantize_attention"}),
+        lambda options, ranks: not options.rounds,
+        "--quantization rounds nothing",
+        "`--quantization int8` or `int4`",
+    ),
+    Rule(
+        frozenset({"reflection"}),
+        lambda options, ranks: options.grpc_port is None,
+        "grpc_port is none",
+        "a `--grpc-port`",
+    ),
+    Rule(
+        frozenset({"chat_template"}),
+        lambda options, ranks: options.http_port is None,
+        "chats come over HTTP, and http_port is none",
+        "an `--http-port`",
+    ),
+)
+
+
+def require_effect(options: Options, settings: Mapping[str, Setting], ranks: int = 1) -> None:
+    """ConfigError for settings that change nothing in a run of so many ranks."""
+    fields = type(options).model_fields
+    idle = [
+        f"{shown(name, settings[name])}: has no effect, {rule.why}: leave it out, or give "
+        f"{rule.needs.replace('`', '')}"
+        for rule in RULES
+        for name in fields
+        if name in settings
+        and name in rule.settings
+        and getattr(options, name) != fields[name].default
+        and rule.idle(options, ranks)
+    ]
+    if idle:
+        raise ConfigError("; ".join(idle))

@@ -1,0 +1,302 @@
+"""Every setting, declared once in the group of those who use it; defaults and bounds are here.
+
+    group           used by                                       taken by
+    ModelOptions    every rank, as it loads                       serve, worker, generate
+    LoadOptions     every rank, as it reads weights               serve, worker, generate
+    CacheOptions    every rank, as it makes its KV cache          serve, worker, generate
+    StepOptions     every rank: bounds of a step                  serve, worker, generate
+    ProcessOptions  every rank: its process                       serve, worker, generate
+    RequestOptions  rank 0: how requests are taken in             serve, worker
+    EpOptions       every rank of several                         serve, worker
+    LogOptions      every rank                                    serve, worker
+    DoorOptions     rank 0: what clients connect to               serve, worker
+
+A class that is several groups has their settings flat, and can be passed wherever one of the groups
+is expected: a ``ServeConfig`` is a ``LoadOptions``. Options are frozen; a value out of bounds is a
+``pydantic.ValidationError``, which ``sources`` turns into a ConfigError that names the source.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    model_validator,
+)
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+KvDtype = Literal["auto", "float32", "bfloat16", "int8"]
+Quantization = Literal["auto", "none", "int8", "int4"]
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{unit}iB": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
+_UNITS |= {f"{unit}B": 1000 ** (i + 1) for i, unit in enumerate("KMGT")}
+_MOST_BYTES = 1 << 60
+
+
+def parse_bytes(text: object) -> object:
+    """``"2GiB"`` -> 2147483648; integers pass."""
+    if not isinstance(text, str):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {name.lower(): factor for name, factor in _UNITS.items()}
+    if not found or found[2].lower() not in units:
+        raise ValueError(f"not a size; write bytes or a number with one of {', '.join(_UNITS)[2:]}")
+    size = float(found[1]) * units[found[2].lower()]
+    if size > _MOST_BYTES:
+        raise ValueError("more than any machine has")
+    return int(size)
+
+
+def _reveal(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+# Hidden wherever it is shown, and written out where settings are handed on.
+Secret = Annotated[SecretStr | None, PlainSerializer(_reveal)]
+
+
+class Options(BaseModel):
+    """Settings that belong together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelOptions(Options):
+    """Which model is served."""
+
+    model: str = Field(default="demo", min_length=1, description="checkpoint folder, or 'demo'")
+    served_model_name: str | None = Field(
+        default=None, min_length=1, description="name that clients use; default: the folder's name"
+    )
+    max_model_len: Count | None = Field(
+        default=None, description="tokens of prompt and answer together; default: the checkpoint's"
+    )
+
+
+class LoadOptions(Options):
+    """How weights and KV are held, and how experts' results are added."""
+
+    dtype: Dtype = Field(
+        default="auto", description="weights in memory; auto keeps the checkpoint's"
+    )
+    kv_dtype: KvDtype = Field(default="auto", description="KV in memory; auto is as the weights")
+    quantization: Quantization = Field(
+        default="auto", description="bits of the matrices; auto as stored, none as floats"
+    )
+    quantize_attention: bool = Field(
+        default=True, description="attention's matrices too, where --quantization rounds"
+    )
+    combine: Literal["exact", "ordered", "fast"] = Field(
+        default="exact",
+        description="how experts' results are added; exact is the same for any --ep",
+    )
+
+    @property
+    def rounds(self) -> bool:
+        """Whether matrices are rounded to other bits than they are stored in."""
+        return self.quantization in ("int8", "int4")
+
+
+class CacheOptions(Options):
+    """The KV cache of a rank."""
+
+    block_size: int = Field(default=16, ge=1, le=1024, description="tokens per KV block")
+    num_blocks: Count | None = Field(
+        default=None, description="KV blocks; default: sized from memory"
+    )
+    kv_memory: Bytes | None = Field(
+        default=None, ge=1, description="memory for KV, such as 2GiB; instead of --num-blocks"
+    )
+
+    @model_validator(mode="after")
+    def _sized_once(self) -> Self:
+        if self.num_blocks is not None and self.kv_memory is not None:
+            raise ValueError("num_blocks and kv_memory both size the KV cache: set one")
+        return self
+
+
+class StepOptions(Options):
+    """What a rank runs in one step at most."""
+
+    max_num_seqs: Count = Field(default=64, description="sequences in one step")
+    max_num_batched_tokens: Count = Field(default=512, description="tokens in one step")
+
+    @model_validator(mode="after")
+    def _every_sequence_has_a_token(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs="
+                f"{self.max_num_seqs}: every running sequence needs a token in a step"
+            )
+        return self
+
+
+class ProcessOptions(Options):
+    """The process of a rank, and what it writes beside its answers."""
+
+    threads: Count | None = Field(
+        default=None,
+        description="CPU threads of a rank; default: its share of the host's allowed cores",
+    )
+    record_routing: Path | None = Field(
+        default=None, description="safetensors file for the trace of routing decisions"
+    )
+
+
+class RequestOptions(Options):
+    """How requests are taken in."""
+
+    max_queue: Count = Field(default=1024, description="requests that may wait; more are refused")
+    prefix_cache: bool = Field(default=True, description="reuse the KV of equal prompt beginnings")
+    chat_template: Path | None = Field(
+        default=None, description="Jinja file; default: the checkpoint's"
+    )
+
+
+class EpOptions(Options):
+    """Ranks that share the experts (expert parallelism)."""
+
+    ep: Count | None = Field(
+        default=None,
+        description="ranks that share the experts; default: 1, or as many as were launched",
+    )
+    ep_backend: Literal["auto", "tcp", "torch", "mpi", "shm"] = Field(
+        default="auto", description="how tokens travel between ranks; auto goes by where they are"
+    )
+    plan: Path | None = Field(
+        default=None,
+        description="which rank holds which expert, from moeserve place; default: in order",
+    )
+    homes: Literal["load", "experts"] = Field(
+        default="load",
+        description="a request's rank: the least loaded, or near experts its kind uses",
+    )
+    replan: Literal["auto", "off"] = Field(
+        default="off",
+        description="auto: change to a better plan while serving, where that is worth it",
+    )
+    microbatches: Literal["auto"] | Count = Field(
+        default="auto",
+        description="parts of a step that overlap; auto chooses per step from measurements",
+    )
+    ep_trace: Path | None = Field(
+        default=None, description="folder for a timeline of each rank's steps, as Perfetto opens it"
+    )
+    ep_deadline: float = Field(
+        default=5.0, ge=0.5, le=600, description="seconds after which a silent rank is lost"
+    )
+    ep_secret: Secret = Field(
+        default=None,
+        min_length=16,
+        description="what ranks on several hosts prove to know as they connect",
+    )
+    ep_tls: Path | None = Field(
+        default=None,
+        description="folder of cert.pem, key.pem, ca.pem: control between ranks by mutual TLS",
+    )
+
+
+class LogOptions(Options):
+    """What is logged."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severe messages to log"
+    )
+
+
+class DoorOptions(Options):
+    """What clients connect to."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
+    grpc_port: Port | None = Field(
+        default=50051, description="0 takes any free port, 'none' closes it"
+    )
+    http_port: Port | None = Field(
+        default=8000, description="0 takes any free port, 'none' closes it"
+    )
+    api_key: Secret = Field(
+        default=None,
+        min_length=8,
+        description="secret that clients send as 'authorization: Bearer ...'",
+    )
+    reflection: bool | None = Field(
+        default=None, description="gRPC reflection; default: only when listening on loopback"
+    )
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, le=3600, description="seconds that running streams get after SIGTERM"
+    )
+
+    @property
+    def loopback(self) -> bool:
+        return self.host == "localhost" or _is_loopback(self.host)
+
+    @model_validator(mode="after")
+    def _open_to_whom_it_should_be(self) -> Self:
+        if self.grpc_port is None and self.http_port is None:
+            raise ValueError("grpc_port and http_port are both none: keep at least one door open")
+        if self.grpc_port and self.grpc_port == self.http_port:
+            raise ValueError(f"grpc_port and http_port are both {self.grpc_port}: choose two")
+        if not self.loopback and self.api_key is None:
+            raise ValueError(
+                f"host {self.host!r} can be reached by others: set api_key, or keep 127.0.0.1"
+            )
+        return self
+
+
+# Fields of the last base come first, in help and in what is printed.
+class RankModelOptions(ProcessOptions, StepOptions, CacheOptions, LoadOptions, ModelOptions):
+    """What a rank loads its share of the model with, and a process that is all there is."""
+
+
+class EngineOptions(RequestOptions, RankModelOptions):
+    """What the engine of rank 0, or of a process by itself, is built with."""
+
+
+class FollowerOptions(LogOptions, EpOptions, RankModelOptions):
+    """Everything that a rank other than 0 uses."""
+
+
+class ServeConfig(DoorOptions, FollowerOptions, EngineOptions):
+    """Every setting there is."""
+
+
+# The defaults of ``LoadOptions``: weights and KV as the checkpoint holds them.
+AS_STORED = LoadOptions()
+GROUPS: tuple[type[Options], ...] = (
+    ModelOptions,
+    LoadOptions,
+    CacheOptions,
+    StepOptions,
+    ProcessOptions,
+    RequestOptions,
+    EpOptions,
+    LogOptions,
+    DoorOptions,
+)
+# The commands that read settings, and those they take.
+COMMANDS: Mapping[str, type[Options]] = {
+    "moeserve serve": ServeConfig,
+    "python -m moeserve.worker": ServeConfig,
+    "moeserve generate": RankModelOptions,
+}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,50 @@
+"""``moeserve serve --ep N``: rank 0 in this process, the others as its children.
+
+A child gets what it uses of the settings and no more: the key of clients stays with the doors.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pydantic import SecretStr
+
+from moeserve.comm.group import host_store
+from moeserve.comm.launch.environment import ALONE, LOOPBACK
+from moeserve.comm.launch.spawn import Children, child_environ
+from moeserve.config.options import FollowerOptions, ServeConfig
+from moeserve.config.sources import to_environ
+from moeserve.gateway.server import serve
+from moeserve.worker.lead import lead
+from moeserve.worker.start import RankStart
+
+# What children get to end by themselves once the run is over, and once it has broken.
+GRACE_S = 5.0
+HURRY_S = 1.0
+
+
+def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
+    """Serves until a signal; the exit status."""
+    world = config.ep or 1
+    if world == 1:
+        return serve(config)
+    if config.ep_secret is None:
+        config = config.model_copy(update={"ep_secret": SecretStr(secrets.token_hex(32))})
+    store, port = host_store(LOOPBACK)
+    settings = to_environ(config, environ, FollowerOptions)
+    children = Children(
+        [sys.executable, "-m", "moeserve.worker"],
+        {rank: settings | child_environ(rank, world, port) for rank in range(1, world)},
+        sys.stderr,
+    )
+    grace_s = HURRY_S
+    try:
+        launch = replace(ALONE, world=world, local_world=world, port=port, launcher="moeserve")
+        status = lead(config, RankStart(launch, environ, store, children.alarm))
+        grace_s = GRACE_S if status == 0 else HURRY_S
+        return status
+    finally:
+        children.end(grace_s)

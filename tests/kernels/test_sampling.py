@@ -1,0 +1,290 @@
+"""The sampler: each filter equals its slow definition, and a row knows nothing of others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from moeserve.core import RequestId, SamplingParams
+from moeserve.errors import InternalError
+from moeserve.kernels.cpu.ops import CpuOps
+from moeserve.kernels.reference.ops import ReferenceOps
+from moeserve.kernels.reference.sampling import (
+    adjust_logits,
+    draw_token,
+    logprobs_of,
+    sample_row,
+    top_k,
+    top_p,
+    uniform,
+)
+from moeserve.kernels.sampling import SamplingRow
+
+V = 24
+Row = NDArray[np.float32]
+GREEDY = SamplingParams(temperature=0)
+
+# Few distinct values, so that ties are common.
+rows = st.lists(
+    st.integers(-6, 6).map(lambda x: x / 2) | st.floats(-20, 20, width=32), min_size=V, max_size=V
+).map(lambda values: np.asarray(values, np.float32))
+
+
+def row(
+    params: SamplingParams, prompt: tuple[int, ...] = (1, 2, 3), outputs: tuple[int, ...] = ()
+) -> SamplingRow:
+    return SamplingRow(RequestId("r"), params, prompt, outputs)
+
+
+def token(logits: Row, params: SamplingParams, **history: tuple[int, ...]) -> int:
+    return sample_row(logits, row(params, **history), frozenset({0})).token_id
+
+
+def weights(logits: Row) -> NDArray[np.float64]:
+    return np.exp(logits.astype(np.float64) - logits.max())
+
+
+@given(rows)
+def test_greedy_takes_the_best_and_of_equals_the_lowest(logits: Row) -> None:
+    best = max(range(V), key=lambda i: (logits[i], -i))
+    assert token(logits, GREEDY) == best
+
+
+@given(rows, st.integers(1, V + 2))
+def test_the_k_greatest_are_found_and_of_equals_the_first(logits: Row, k: int) -> None:
+    order = sorted(range(V), key=lambda i: (-logits[i], i))
+    assert top_k(logits, k).tolist() == sorted(order[:k])
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 20, 78, 79, 300]), st.booleans())
+def test_the_k_greatest_of_a_large_vocabulary_are_the_same(
+    seed: int, k: int, has_ties: bool
+) -> None:
+    values = np.random.Generator(np.random.Philox(seed)).normal(0, 3, 10_003)
+    values = values.round(1 if has_ties else 9)
+    order = np.argsort(-values, kind="stable")[:k]
+    assert top_k(values, k).tolist() == sorted(order.tolist())
+
+
+def most_likely(weight: NDArray[np.float64], p: float) -> list[int]:
+    """By sorting everything: the fewest heaviest whose share reaches p."""
+    order = sorted(range(len(weight)), key=lambda i: (-weight[i], i))
+    reached = np.cumsum(weight[order])
+    return sorted(order[: 1 + sum(r < p * weight.sum() for r in reached[:-1])])
+
+
+@settings(max_examples=200)
+@given(rows, st.floats(0.01, 0.99), st.integers(1, V))
+def test_top_p_keeps_the_fewest_that_reach_p(logits: Row, p: float, count: int) -> None:
+    weight = weights(logits)[:count]
+    assert top_p(weight, p).tolist() == most_likely(weight, p)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.01, 0.99), st.floats(0.05, 3.0))
+def test_top_p_of_a_large_vocabulary_is_the_same(seed: int, p: float, spread: float) -> None:
+    logits = np.random.Generator(np.random.Philox(seed)).normal(0, spread, 5000)
+    weight = weights(logits.round(1).astype(np.float32))
+    assert top_p(weight, p).tolist() == most_likely(weight, p)
+
+
+@settings(max_examples=300)
+@given(
+    rows,
+    st.floats(0, 1, exclude_max=True),
+    st.sampled_from([0, 1, 3, V]),
+    st.sampled_from([0.3, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.05, 1.0]),
+    st.sampled_from([0.3, 1.0, 2.0]),
+)
+def test_a_draw_is_what_the_filters_leave_by_their_definition(
+    logits: Row, u: float, top_k: int, top_p: float, min_p: float, temperature: float
+) -> None:
+    weight = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    ids = [i for i in range(V) if weight[i] >= min_p]
+    if top_k:
+        ids = sorted(sorted(ids, key=lambda i: (-logits[i], i))[:top_k])
+    if top_p < 1:
+        ids = [ids[j] for j in most_likely(weight[ids], top_p)]
+    reached = np.cumsum(weight[ids])
+    expected = ids[sum(r <= u * reached[-1] for r in reached[:-1])]
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert draw_token(logits.astype(np.float64), params, u) == expected
+
+
+def test_what_has_no_weight_is_never_drawn() -> None:
+    logits = np.array([-np.inf, 0.0, -np.inf])
+    assert {draw_token(logits, SamplingParams(), u) for u in (0.0, 0.5, 1 - 2**-53, 1.0)} == {1}
+
+
+@given(rows, st.floats(0, 1, exclude_max=True), st.floats(0.1, 3))
+def test_a_draw_is_the_quantile_of_the_distribution(
+    logits: Row, u: float, temperature: float
+) -> None:
+    share = np.exp(logits.astype(np.float64) / temperature)
+    cumulative = np.cumsum(share / share.sum())
+    chosen = draw_token(logits.astype(np.float64), SamplingParams(temperature=temperature), u)
+    assert cumulative[chosen] >= u - 1e-9
+    assert chosen == 0 or cumulative[chosen - 1] <= u + 1e-9
+
+
+def test_frequencies_match_probabilities() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    params = SamplingParams(temperature=1.0, seed=11)
+    count = 20_000
+    drawn = [draw_token(logits.astype(np.float64), params, uniform(11, p)) for p in range(count)]
+    share = np.bincount(drawn, minlength=4) / count
+    assert np.abs(share - [0.5, 0.3, 0.15, 0.05]).max() < 4 * np.sqrt(0.25 / count)
+
+
+def test_the_generator_depends_on_seed_and_position_alone() -> None:
+    assert uniform(3, 9) == uniform(3, 9)
+    drawn = {uniform(seed, position) for seed in range(40) for position in range(40)}
+    assert len(drawn) == 1600
+    assert uniform(0, 0) == 0.011546754286331562
+    assert all(0 <= u < 1 for u in drawn)
+    assert abs(np.mean(list(drawn)) - 0.5) < 0.03
+
+
+def test_the_same_seed_draws_anew_at_every_position() -> None:
+    flat = np.zeros(V, np.float32)
+    params = SamplingParams(seed=5)
+    made = [token(flat, params, prompt=tuple(range(n))) for n in range(1, 60)]
+    assert len(set(made)) > V // 2
+    assert made == [token(flat, params, prompt=tuple(range(n))) for n in range(1, 60)]
+    other = replace(params, seed=6)
+    assert made != [token(flat, other, prompt=tuple(range(n))) for n in range(1, 60)]
+
+
+def test_a_position_reached_by_outputs_draws_like_one_reached_by_prompt() -> None:
+    flat, params = np.zeros(V, np.float32), SamplingParams(seed=5)
+    assert token(flat, params, prompt=(1,), outputs=(2, 3)) == token(flat, params, prompt=(1, 2, 3))
+
+
+@given(
+    rows,
+    st.lists(st.integers(0, V - 1), min_size=1, max_size=6),
+    st.lists(st.integers(0, V - 1), max_size=8),
+    st.floats(0.5, 2),
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+    st.dictionaries(st.integers(0, V - 1), st.floats(-50, 50), max_size=4),
+)
+def test_penalties_and_bias_follow_their_definition(
+    logits: Row,
+    prompt: list[int],
+    outputs: list[int],
+    repetition: float,
+    presence: float,
+    frequency: float,
+    bias: dict[int, float],
+) -> None:
+    params = SamplingParams(
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias=tuple(bias.items()),
+    )
+    expected = []
+    for i, logit in enumerate(logits.tolist()):
+        if i in prompt or i in outputs:
+            logit = logit / repetition if logit > 0 else logit * repetition
+        if i in outputs:
+            logit -= presence + frequency * outputs.count(i)
+        expected.append(logit + bias.get(i, 0.0))
+    got = adjust_logits(logits, params, prompt, outputs, ())
+    assert got.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_min_tokens_bans_what_would_end_the_request() -> None:
+    logits = np.zeros(V, np.float32)
+    logits[[0, 4, 9]] = [3, 2, 1]
+    params = replace(GREEDY, min_tokens=2, stop_token_ids=(4,))
+    assert token(logits, params) == 9
+    assert token(logits, params, outputs=(9, 9)) == 0
+    assert token(logits, replace(params, ignore_eos=True)) == 0
+
+
+@given(rows, st.integers(0, V - 1), st.integers(0, 20))
+def test_logprobs_are_the_models_own(logits: Row, chosen: int, count: int) -> None:
+    share = np.exp(logits.astype(np.float64))
+    expected = np.log(share / share.sum())
+    found = logprobs_of(logits, chosen, count)
+    assert found.chosen == pytest.approx(expected[chosen], abs=1e-9)
+    order = sorted(range(V), key=lambda i: (-logits[i], i))[:count]
+    assert [i for i, _ in found.top] == order
+    assert [p for _, p in found.top] == pytest.approx(expected[order].tolist(), abs=1e-9)
+
+
+def test_logprobs_ignore_temperature_and_penalties() -> None:
+    logits = np.arange(V, dtype=np.float32)
+    plain = sample_row(logits, row(replace(GREEDY, logprobs=2)), frozenset())
+    bent = sample_row(
+        logits,
+        row(SamplingParams(temperature=0.1, top_k=1, logit_bias=((3, 1.0),), logprobs=2)),
+        frozenset(),
+    )
+    assert plain.logprobs == bent.logprobs
+    assert sample_row(logits, row(GREEDY), frozenset()).logprobs is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams()])
+def test_logits_that_are_not_numbers_name_the_request(bad: float, params: SamplingParams) -> None:
+    logits = np.zeros(V, np.float32)
+    logits[5] = bad
+    with pytest.raises(InternalError, match=r"request r: the logits after position 2 .* token 5"):
+        token(logits, params)
+
+
+def test_a_vocabulary_of_banned_tokens_is_an_error() -> None:
+    with pytest.raises(InternalError, match="request r: no token is allowed"):
+        token(np.zeros(1, np.float32), replace(GREEDY, min_tokens=1), prompt=(0,))
+
+
+@settings(max_examples=50)
+@given(
+    rows,
+    st.integers(0, 8),
+    st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.0, 1e-6, 0.7, 1.0, 2.0]),
+        top_k=st.integers(0, V),
+        top_p=st.floats(0.01, 1.0),
+        min_p=st.floats(0.0, 1.0),
+        presence_penalty=st.floats(-2, 2),
+        seed=st.integers(0, 2**63),
+        logprobs=st.none() | st.integers(0, 5),
+    ),
+)
+def test_the_rows_beside_and_the_place_in_memory_do_not_matter(
+    logits: Row, before: int, params: SamplingParams
+) -> None:
+    alone = sample_row(logits, row(params, outputs=(4, 4)), frozenset())
+    batch = np.full((before + 2, V), 9, np.float32)
+    batch[before] = logits
+    assert sample_row(batch[before], row(params, outputs=(4, 4)), frozenset()) == alone
+
+
+@pytest.mark.parametrize("ops", [ReferenceOps(), CpuOps()], ids=lambda ops: ops.name)
+def test_an_op_table_samples_each_row_and_one_that_fails_alone_says_why(
+    ops: ReferenceOps | CpuOps, caplog: pytest.LogCaptureFixture
+) -> None:
+    logits_RV = torch.zeros(4, V)
+    logits_RV[0, 7], logits_RV[1, 3] = 1, torch.nan
+    odd = replace(GREEDY, logit_bias=((V + 5, 1.0),))
+    rows = [row(GREEDY), row(GREEDY), row(odd), row(SamplingParams(seed=2))]
+    first, bad, strange, drawn = ops.sample(logits_RV, rows, frozenset())
+    assert (first.token_id, first.failure) == (7, "")
+    assert bad.failure == "request r: the logits after position 2 hold nan at token 3"
+    assert strange.failure == "request r: sampling failed"
+    assert "request r cannot be sampled" in caplog.text
+    assert drawn == sample_row(np.zeros(V, np.float32), rows[3], frozenset())
+    assert ops.sample(logits_RV[:0], [], frozenset()) == []
