@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check sanitize bench proto lock hooks clean distclean
+.PHONY: help setup demo test check sanitize bench docs proto lock hooks clean distclean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ sanitize: $(STAMP) ## run the native tests under AddressSanitizer and UBSan (min
 
 bench: $(STAMP) ## measure the kernels on this machine
 	$(BIN)/python bench/kernels.py
+
+docs: $(STAMP) ## regenerate docs/settings.md from the settings
+	$(BIN)/python -m moeserve.config.reference > docs/settings.md
 
 proto: $(STAMP) ## regenerate moeserve/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. \

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.dispatcher import FlatDispatcher, ShardedExperts
-from moeserve.comm.exchange.base import Exchange
+from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.open import open_exchange
-from moeserve.comm.exchange.rounds import Lanes
 from moeserve.comm.group import Group, Topology, join_store
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.table import table_of

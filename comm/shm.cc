@@ -3,8 +3,8 @@
 // Every rank owns one block of shared memory, zeroed at first and mapped by all:
 //
 //   64 B              identity, checked by moeserve/comm/exchange/shm.py
-//   Progress          what only its owner writes and anybody may read
-//   Bell              what the owner sleeps for, 0 while it is awake; a futex
+//   Waiting           whether the owner has waited for a while; it writes, anybody may read
+//   Sleep             what the owner sleeps for, 0 while it is awake; a futex
 //   Count[lane][2]    segments that have arrived, since ever, in rounds of this parity
 //   Flag[lane][2][s]  the last round of this parity announced by source s, and its length
 //   area[lane][2][s]  the bytes, page-aligned; pages exist from the first touch on
@@ -18,8 +18,8 @@
 // everybody's send(n + 1), which follows everybody's send(n). So Count of a parity reaches world * k
 // exactly when the k-th round of this parity is complete.
 //
-// Waking. The receiver stores what it sleeps for in Bell and then looks at Count once more; a sender
-// adds to Count and then looks at Bell. All four are sequentially consistent, so one of them sees
+// Waking. The receiver stores what it sleeps for in Sleep and then looks at Count once more; a sender
+// adds to Count and then looks at Sleep. All four are sequentially consistent, so one of them sees
 // the other. Only the sender whose segment completes the round looks: one wake-up a round.
 #include <algorithm>
 #include <atomic>
@@ -53,11 +53,10 @@ constexpr int kParities = 2;
 static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<uint32_t>) == 4);
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
 
-struct alignas(kLine) Progress {
-  std::atomic<uint64_t> word;
-  std::atomic<uint32_t> waiting;  // since a while, for a round; stays so when it gives up
+struct alignas(kLine) Waiting {
+  std::atomic<uint32_t> waiting;  // for a round, since a while; stays so when it gives up
 };
-struct alignas(kLine) Bell {
+struct alignas(kLine) Sleep {
   std::atomic<uint32_t> waits_for;
 };
 struct alignas(kLine) Count {
@@ -97,14 +96,14 @@ void wake(std::atomic<uint32_t>& word) {
 }
 
 // Where everything lies in a rank's block.
-struct Shape {
+struct BlockLayout {
   size_t world;
   std::vector<size_t> bytes_L;   // most of a segment, by lane
   std::vector<size_t> areas_L;   // where a lane's areas begin
   size_t total;
 
-  Shape(size_t world, const std::vector<size_t>& lane_bytes) : world(world), bytes_L(lane_bytes) {
-    size_t at = kLine + sizeof(Progress) + sizeof(Bell);
+  BlockLayout(size_t world, const std::vector<size_t>& lane_bytes) : world(world), bytes_L(lane_bytes) {
+    size_t at = kLine + sizeof(Waiting) + sizeof(Sleep);
     at += lane_bytes.size() * kParities * (sizeof(Count) + world * sizeof(Flag));
     for (size_t bytes : lane_bytes) {
       at = round_up(at, kPage);
@@ -114,12 +113,12 @@ struct Shape {
     total = round_up(at, kPage);
   }
 
-  Progress& progress(char* block) const { return *reinterpret_cast<Progress*>(block + kLine); }
-  Bell& bell(char* block) const {
-    return *reinterpret_cast<Bell*>(block + kLine + sizeof(Progress));
+  Waiting& waiting(char* block) const { return *reinterpret_cast<Waiting*>(block + kLine); }
+  Sleep& sleep(char* block) const {
+    return *reinterpret_cast<Sleep*>(block + kLine + sizeof(Waiting));
   }
   Count& count(char* block, size_t lane, size_t parity) const {
-    auto counts = reinterpret_cast<Count*>(block + kLine + sizeof(Progress) + sizeof(Bell));
+    auto counts = reinterpret_cast<Count*>(block + kLine + sizeof(Waiting) + sizeof(Sleep));
     return counts[lane * kParities + parity];
   }
   Flag& flag(char* block, size_t lane, size_t parity, size_t source) const {
@@ -133,11 +132,11 @@ struct Shape {
 
 class Mailboxes {
  public:
-  // ``blocks``: the address of every rank's block, zeroed but for the identity. A look lasts
-  // ``spin_ns``, then lets others run between looks for ``yield_ns``.
+  // ``blocks``: the address of every rank's block, zeroed but for the identity. ``receive`` spins
+  // for ``spin_ns``, then yields between looks for ``yield_ns``.
   Mailboxes(size_t rank, const std::vector<uintptr_t>& blocks,
             const std::vector<size_t>& lane_bytes, int64_t spin_ns, int64_t yield_ns)
-      : shape_(blocks.size(), lane_bytes), rank_(rank), spin_ns_(spin_ns), yield_ns_(yield_ns),
+      : layout_(blocks.size(), lane_bytes), rank_(rank), spin_ns_(spin_ns), yield_ns_(yield_ns),
         round_L_(lane_bytes.size(), 0) {
     for (uintptr_t block : blocks) blocks_.push_back(reinterpret_cast<char*>(block));
     if (rank >= blocks_.size()) throw std::out_of_range("rank");
@@ -153,13 +152,13 @@ class Mailboxes {
     // Peers first, beginning behind this rank, so that not all write to the same one at once.
     for (size_t step = 1; step <= blocks_.size(); ++step) {
       size_t peer = (rank_ + step) % blocks_.size();
-      if (lengths[peer] > shape_.bytes_L[lane]) throw std::out_of_range("length");
+      if (lengths[peer] > layout_.bytes_L[lane]) throw std::out_of_range("length");
       char* block = blocks_[peer];
-      Flag& flag = shape_.flag(block, lane, parity, rank_);
+      Flag& flag = layout_.flag(block, lane, parity, rank_);
       flag.length = lengths[peer];
       flag.round.store(round, std::memory_order_release);
-      uint64_t arrived = shape_.count(block, lane, parity).arrived.fetch_add(1) + 1;
-      if (peer != rank_ && arrived % blocks_.size() == 0) ring(block, code(lane, parity));
+      uint64_t arrived = layout_.count(block, lane, parity).arrived.fetch_add(1) + 1;
+      if (peer != rank_ && arrived % blocks_.size() == 0) wake_owner(block, code(lane, parity));
     }
   }
 
@@ -168,16 +167,16 @@ class Mailboxes {
   nb::object receive(size_t lane) {
     uint64_t round = round_L_.at(lane);
     size_t parity = round & 1;
-    auto& arrived = shape_.count(blocks_[rank_], lane, parity).arrived;
+    auto& arrived = layout_.count(blocks_[rank_], lane, parity).arrived;
     uint64_t wanted = blocks_.size() * ((round + 1) / 2);
-    if (arrived.load(std::memory_order_acquire) < wanted && !look(arrived, wanted)) {
+    if (arrived.load(std::memory_order_acquire) < wanted && !spin(arrived, wanted)) {
       return nb::none();
     }
-    auto& waiting = shape_.progress(blocks_[rank_]).waiting;
+    auto& waiting = layout_.waiting(blocks_[rank_]).waiting;
     if (waiting.load(std::memory_order_relaxed)) waiting.store(0, std::memory_order_relaxed);
     nb::list lengths;
     for (size_t source = 0; source < blocks_.size(); ++source) {
-      lengths.append(shape_.flag(blocks_[rank_], lane, parity, source).length);
+      lengths.append(layout_.flag(blocks_[rank_], lane, parity, source).length);
     }
     return lengths;
   }
@@ -186,11 +185,11 @@ class Mailboxes {
   bool sleep(size_t lane, int64_t ns) {
     uint64_t round = round_L_.at(lane);
     size_t parity = round & 1;
-    auto& arrived = shape_.count(blocks_[rank_], lane, parity).arrived;
+    auto& arrived = layout_.count(blocks_[rank_], lane, parity).arrived;
     uint64_t wanted = blocks_.size() * ((round + 1) / 2);
-    auto& waits_for = shape_.bell(blocks_[rank_]).waits_for;
+    auto& waits_for = layout_.sleep(blocks_[rank_]).waits_for;
     nb::gil_scoped_release released;
-    shape_.progress(blocks_[rank_]).waiting.store(1, std::memory_order_relaxed);
+    layout_.waiting(blocks_[rank_]).waiting.store(1, std::memory_order_relaxed);
     waits_for.store(code(lane, parity));
     if (arrived.load() < wanted && ns > 0) sleep_while(waits_for, code(lane, parity), ns);
     waits_for.store(0);
@@ -203,21 +202,14 @@ class Mailboxes {
     uint64_t round = round_L_.at(lane);
     std::vector<size_t> ranks, silent;
     for (size_t source = 0; source < blocks_.size(); ++source) {
-      Flag& flag = shape_.flag(blocks_[rank_], lane, round & 1, source);
+      Flag& flag = layout_.flag(blocks_[rank_], lane, round & 1, source);
       if (flag.round.load(std::memory_order_acquire) == round) continue;
       ranks.push_back(source);
-      if (!shape_.progress(blocks_[source]).waiting.load(std::memory_order_relaxed)) {
+      if (!layout_.waiting(blocks_[source]).waiting.load(std::memory_order_relaxed)) {
         silent.push_back(source);
       }
     }
     return silent.empty() ? ranks : silent;
-  }
-
-  uint64_t progress(size_t rank) const {
-    return shape_.progress(blocks_.at(rank)).word.load(std::memory_order_relaxed);
-  }
-  void note(uint64_t word) {
-    shape_.progress(blocks_[rank_]).word.store(word, std::memory_order_relaxed);
   }
 
  private:
@@ -225,12 +217,12 @@ class Mailboxes {
     return static_cast<uint32_t>(lane * kParities + parity + 1);
   }
 
-  void ring(char* block, uint32_t code) {
-    auto& waits_for = shape_.bell(block).waits_for;
+  void wake_owner(char* block, uint32_t code) {
+    auto& waits_for = layout_.sleep(block).waits_for;
     if (waits_for.load() == code && waits_for.compare_exchange_strong(code, 0)) wake(waits_for);
   }
 
-  bool look(const std::atomic<uint64_t>& arrived, uint64_t wanted) const {
+  bool spin(const std::atomic<uint64_t>& arrived, uint64_t wanted) const {
     nb::gil_scoped_release released;
     auto come = [&] { return arrived.load(std::memory_order_acquire) >= wanted; };
     auto begun = std::chrono::steady_clock::now();
@@ -250,7 +242,7 @@ class Mailboxes {
     return come();
   }
 
-  Shape shape_;
+  BlockLayout layout_;
   size_t rank_;
   int64_t spin_ns_, yield_ns_;
   std::vector<char*> blocks_;
@@ -262,11 +254,11 @@ class Mailboxes {
 void bind_shm(nb::module_& m) {
   m.def("block_bytes",
         [](size_t world, const std::vector<size_t>& lane_bytes) {
-          return Shape(world, lane_bytes).total;
+          return BlockLayout(world, lane_bytes).total;
         });
   m.def("area_offset",
         [](size_t world, const std::vector<size_t>& lane_bytes, size_t lane, size_t parity,
-           size_t source) { return Shape(world, lane_bytes).area(lane, parity, source); });
+           size_t source) { return BlockLayout(world, lane_bytes).area(lane, parity, source); });
   nb::class_<Mailboxes>(m, "Mailboxes")
       .def(nb::init<size_t, const std::vector<uintptr_t>&, const std::vector<size_t>&, int64_t,
                     int64_t>())
@@ -274,9 +266,7 @@ void bind_shm(nb::module_& m) {
       .def("send", &Mailboxes::send)
       .def("receive", &Mailboxes::receive)
       .def("sleep", &Mailboxes::sleep)
-      .def("missing", &Mailboxes::missing)
-      .def("progress", &Mailboxes::progress)
-      .def("note", &Mailboxes::note);
+      .def("missing", &Mailboxes::missing);
 }
 
 }  // namespace moeserve

@@ -9,7 +9,7 @@
 // receive into. Two per lane suffice on both sides, by the argument in shm.cc: whoever begins round
 // n + 2 has received round n + 1 of all, so all have received round n, and have begun n + 1.
 //
-// A ping is answered by whoever calls anything: so it tells who is late from who waits for them.
+// A ping is answered in any call: a rank that answers waits for another one, and is not late.
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
@@ -56,14 +56,14 @@ struct Outgoing {
 
 struct Peer {
   int fd = -1;
-  bool gone = false;
+  bool disconnected = false;
   bool answered = false;
   std::deque<Outgoing> out;
   Header header{};
   size_t header_got = 0;
   char* into = nullptr;  // where the segment of the header goes
   size_t left = 0;       // of it
-  std::string wrong;     // why it is gone, if it broke the rules
+  std::string violation;     // why it is disconnected, if it broke the rules
 };
 
 int64_t now_ns() {
@@ -83,7 +83,7 @@ class Streams {
         length_(lane_bytes.size() * kParities * fds.size(), 0), stage_(kStage), polled_(fds.size()) {
     for (size_t r = 0; r < world_; ++r) {
       peers_[r].fd = r == rank ? -1 : fds[r];
-      peers_[r].gone = r == rank;
+      peers_[r].disconnected = r == rank;
     }
   }
 
@@ -109,11 +109,11 @@ class Streams {
   std::vector<uint64_t> receive(size_t lane, int64_t ns) {
     nb::gil_scoped_release free;
     int64_t until = now_ns() + ns;
-    turn(0);
+    poll_once(0);
     while (!complete(lane)) {
       int64_t left = until - now_ns();
-      if (left <= 0 || hopeless(lane)) return {};
-      turn(left);
+      if (left <= 0 || can_never_complete(lane)) return {};
+      poll_once(left);
     }
     std::vector<uint64_t> lengths(world_);
     for (size_t r = 0; r < world_; ++r) lengths[r] = length_[at(lane, begun_L_[lane] & 1, r)];
@@ -123,27 +123,27 @@ class Streams {
   std::vector<size_t> missing(size_t lane) const {
     std::vector<size_t> found;
     for (size_t r = 0; r < world_; ++r)
-      if (!has_come(lane, r)) found.push_back(r);
+      if (!has_arrived(lane, r)) found.push_back(r);
     return found;
   }
 
   // Those whose connection has ended.
-  std::vector<size_t> gone() const {
+  std::vector<size_t> disconnected() const {
     std::vector<size_t> found;
     for (size_t r = 0; r < world_; ++r)
-      if (r != rank_ && peers_[r].gone) found.push_back(r);
+      if (r != rank_ && peers_[r].disconnected) found.push_back(r);
     return found;
   }
 
   // Why a connection was given up, where it broke the rules.
-  std::string wrong(size_t rank) const { return peers_.at(rank).wrong; }
+  std::string violation(size_t rank) const { return peers_.at(rank).violation; }
 
   // Ask all, wait so long: those who did not answer.
   std::vector<size_t> silent(int64_t ns) {
     nb::gil_scoped_release free;
     for (Peer& peer : peers_) {
       peer.answered = false;
-      if (!peer.gone) say(peer, kPing);
+      if (!peer.disconnected) send_control(peer, kPing);
     }
     int64_t until = now_ns() + ns;
     auto quiet = [&] {
@@ -152,7 +152,7 @@ class Streams {
         if (r != rank_ && !peers_[r].answered) found.push_back(r);
       return found;
     };
-    for (int64_t left = ns; left > 0 && !quiet().empty(); left = until - now_ns()) turn(left);
+    for (int64_t left = ns; left > 0 && !quiet().empty(); left = until - now_ns()) poll_once(left);
     return quiet();
   }
 
@@ -161,19 +161,19 @@ class Streams {
     return (lane * kParities + parity) * world_ + rank;
   }
 
-  bool has_come(size_t lane, size_t r) const {
+  bool has_arrived(size_t lane, size_t r) const {
     return static_cast<int32_t>(round_LR_[lane * world_ + r] - begun_L_[lane]) >= 0;
   }
 
   bool complete(size_t lane) const {
     for (size_t r = 0; r < world_; ++r)
-      if (!has_come(lane, r)) return false;
+      if (!has_arrived(lane, r)) return false;
     return true;
   }
 
-  bool hopeless(size_t lane) const {
+  bool can_never_complete(size_t lane) const {
     for (size_t r = 0; r < world_; ++r)
-      if (peers_[r].gone && r != rank_ && !has_come(lane, r)) return true;
+      if (peers_[r].disconnected && r != rank_ && !has_arrived(lane, r)) return true;
     return false;
   }
 
@@ -183,28 +183,28 @@ class Streams {
   }
 
   // Sleep until something can be read or written, for so long at most; then do it.
-  void turn(int64_t ns) {
+  void poll_once(int64_t ns) {
     for (size_t r = 0; r < world_; ++r) {
       Peer& peer = peers_[r];
       short wanted = POLLIN | (peer.out.empty() ? 0 : POLLOUT);
-      polled_[r] = {peer.gone ? -1 : peer.fd, wanted, 0};
+      polled_[r] = {peer.disconnected ? -1 : peer.fd, wanted, 0};
     }
     timespec span{ns / 1000000000, ns % 1000000000};
     if (ppoll(polled_.data(), world_, &span, nullptr) <= 0) return;
     for (size_t r = 0; r < world_; ++r) {
       short found = polled_[r].revents;
       if (found & (POLLIN | POLLHUP | POLLERR)) read(r);
-      if (!peers_[r].gone && (found & POLLOUT)) write(peers_[r]);
+      if (!peers_[r].disconnected && (found & POLLOUT)) write(peers_[r]);
     }
   }
 
-  void say(Peer& peer, uint32_t word) {
+  void send_control(Peer& peer, uint32_t word) {
     peer.out.push_back({{word, 0, 0}, nullptr, 0});
     write(peer);
   }
 
   void write(Peer& peer) {
-    while (!peer.gone && !peer.out.empty()) {
+    while (!peer.disconnected && !peer.out.empty()) {
       Outgoing& one = peer.out.front();
       iovec parts[2];
       int count = 0;
@@ -233,7 +233,7 @@ class Streams {
   // Everything that has come from a rank. A dropped peer may have been read to its end before.
   void read(size_t r) {
     Peer& peer = peers_[r];
-    while (!peer.gone) {
+    while (!peer.disconnected) {
       bool direct = peer.left >= kStage;
       char* where = direct ? peer.into : stage_.data();
       size_t room = direct ? peer.left : kStage;
@@ -246,15 +246,15 @@ class Streams {
         peer.left -= n;
         if (peer.left == 0) arrive(peer.header.lane, r, peer.header.length);
       } else {
-        take(r, stage_.data(), n);
+        unpack(r, stage_.data(), n);
       }
       if (static_cast<size_t>(n) < room) return;  // poll will tell of more
     }
   }
 
-  void take(size_t r, const char* bytes, size_t count) {
+  void unpack(size_t r, const char* bytes, size_t count) {
     Peer& peer = peers_[r];
-    while (count > 0 && !peer.gone) {
+    while (count > 0 && !peer.disconnected) {
       if (peer.left > 0) {
         size_t n = std::min(count, peer.left);
         std::memcpy(peer.into, bytes, n);
@@ -272,22 +272,22 @@ class Streams {
       count -= n;
       if (peer.header_got == sizeof(Header)) {
         peer.header_got = 0;
-        announced(r);
+        begin_segment(r);
       }
     }
   }
 
-  void announced(size_t r) {
+  void begin_segment(size_t r) {
     Peer& peer = peers_[r];
     const Header& header = peer.header;
-    if (header.lane == kPing) return say(peer, kPong);
+    if (header.lane == kPing) return send_control(peer, kPong);
     if (header.lane == kPong) {
       peer.answered = true;
       return;
     }
     if (header.lane >= bytes_L_.size() || header.length > bytes_L_[header.lane] ||
         header.round != round_LR_[header.lane * world_ + r] + 1) {
-      peer.wrong = "it sent round " + std::to_string(header.round) + " of lane " +
+      peer.violation = "it sent round " + std::to_string(header.round) + " of lane " +
                    std::to_string(header.lane) + " with " + std::to_string(header.length) +
                    " bytes out of turn";
       return drop(peer);
@@ -298,7 +298,7 @@ class Streams {
   }
 
   void drop(Peer& peer) {
-    peer.gone = true;
+    peer.disconnected = true;
     peer.out.clear();
   }
 
@@ -322,8 +322,8 @@ void bind_tcp(nb::module_& m) {
       .def("send", &Streams::send)
       .def("receive", &Streams::receive)
       .def("missing", &Streams::missing)
-      .def("gone", &Streams::gone)
-      .def("wrong", &Streams::wrong)
+      .def("disconnected", &Streams::disconnected)
+      .def("violation", &Streams::violation)
       .def("silent", &Streams::silent);
 }
 

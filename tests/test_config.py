@@ -5,14 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
-from moeserve.config.options import ModelOptions, ServeConfig, parse_bytes
+from moeserve.config.options import (
+    GROUPS,
+    Dtype,
+    FollowerOptions,
+    KvDtype,
+    ModelOptions,
+    ServeConfig,
+    parse_bytes,
+)
+from moeserve.config.reference import reference
 from moeserve.config.sources import (
     add_options,
     flag_of,
@@ -23,6 +33,8 @@ from moeserve.config.sources import (
     to_yaml,
 )
 from moeserve.errors import ConfigError
+from moeserve.kernels.wire import Combine
+from moeserve.models.weights import torch_dtype
 
 # One valid value for each field, none of them the default.
 OTHER: dict[str, Any] = {
@@ -252,3 +264,37 @@ def test_a_verb_may_take_only_some_settings() -> None:
     config = options_of(settings_from_args(parser.parse_args(["--model", "m"]), {}), ModelOptions)
     assert config.model == "m"
     assert "--http-port" not in parser.format_help()
+
+
+def test_every_setting_is_in_one_group() -> None:
+    names = [name for group in GROUPS for name in group.model_fields]
+    assert sorted(names) == sorted(ServeConfig.model_fields)
+    assert all(issubclass(ServeConfig, group) for group in GROUPS)
+
+
+def test_another_process_may_be_given_only_what_it_uses() -> None:
+    config = ServeConfig(api_key=SecretStr("secret-secret"), http_port=1, threads=3, plan=Path("p"))
+    environ = {"MOESERVE_API_KEY": "secret-secret", "MOESERVE_MAX_QUEUE": "7", "PATH": "/bin"}
+    given = to_environ(config, environ, FollowerOptions)
+    ours = {name for name in given if name.startswith("MOESERVE_")}
+    assert ours == {f"MOESERVE_{name.upper()}" for name in FollowerOptions.model_fields}
+    assert "secret-secret" not in given.values()
+    got = load_config({}, given)
+    assert (got.threads, got.plan, got.http_port) == (3, Path("p"), ServeConfig().http_port)
+
+
+def test_the_words_of_settings_are_those_of_the_code() -> None:
+    assert set(get_args(ServeConfig.model_fields["combine"].annotation)) == set(Combine)
+    assert torch_dtype("auto") is None
+    for name in {*get_args(Dtype), *get_args(KvDtype)} - {"auto"}:
+        assert str(torch_dtype(name)) == f"torch.{name}"
+
+
+def test_the_reference_is_as_generated() -> None:
+    written = Path(__file__).parents[1] / "docs" / "settings.md"
+    assert written.read_text() == reference(), "make docs writes it anew"
+
+
+def test_the_reference_has_every_setting_by_its_three_names() -> None:
+    for name in ServeConfig.model_fields:
+        assert f"| `{flag_of(name)}` | `MOESERVE_{name.upper()}` | `{name}` |" in reference()

@@ -29,9 +29,8 @@ from torch import Tensor
 
 from moeserve.comm.build import parallel_over
 from moeserve.comm.dispatcher import FlatDispatcher, ShardedExperts
-from moeserve.comm.exchange.base import Exchange
+from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.open import open_exchange
-from moeserve.comm.exchange.rounds import Lanes
 from moeserve.comm.group import Group, Topology, host_store, join_store
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.pipeline import ParallelLayerRunner

@@ -1,5 +1,19 @@
-"""Moving tokens between ranks.
+"""Moving tokens between the ranks that serve a model together, and keeping these ranks in step.
 
-Who they are (``launch``, ``group``), how bytes travel (``exchange`` and its backends), which copies
-of a token go where (``layout``, ``assign``), a step over all of it (``dispatcher``, ``pipeline``).
+::
+
+    group.py        the ranks of a run, their nodes (Topology), and the notes they leave at start
+    launch/         environment: what a launcher's variables say; rendezvous: how ranks meet;
+                    spawn: ranks as children of this process
+    control/        channels: messages of steps between rank 0 and the others; link: one connection;
+                    handshake: all serve the same; heartbeat, silence: who is lost
+    exchange/       base: rounds of bytes between ranks (Exchange, Lanes); local, shm, tcp, torch,
+                    mpi: its backends; backend: what they share; stragglers: who is late;
+                    open: which one is taken
+    layout.py       where the experts of every layer lie; how many slots a record can number
+    table.py        which copies of a batch's tokens go where (assign.py: the numpy twin)
+    dispatcher.py   one MoE layer over ranks: dispatch, experts, combine
+    pipeline.py     all layers of a step, microbatches in turn
+    build.py        from a loaded model and its group to a runner of its layers
+    native.py       the native half (comm/*.cc): table, shared memory, sockets
 """

@@ -1,4 +1,4 @@
-"""The native half, by raw addresses; ``table``, ``shm_exchange`` and ``tcp_exchange`` call it."""
+"""The native half, by raw addresses; ``table``, ``exchange.shm`` and ``exchange.tcp`` call it."""
 
 from collections.abc import Sequence
 
@@ -56,8 +56,6 @@ class Mailboxes:
         """Until the round is complete, or for so long; whether it is."""
 
     def missing(self, lane: int) -> list[int]: ...
-    def progress(self, rank: int) -> int: ...
-    def note(self, word: int) -> None: ...
 
 class Streams:
     """One connected socket for every other rank, not owned; addresses by [lane][parity][rank]."""
@@ -78,9 +76,11 @@ class Streams:
         """Lengths by rank; none where some are missing after so long, or can never come."""
 
     def missing(self, lane: int) -> list[int]: ...
-    def gone(self) -> list[int]: ...
-    def wrong(self, rank: int) -> str:
-        """What it sent that was against the rules, if that is why it is gone."""
+    def disconnected(self) -> list[int]:
+        """Ranks whose connection has ended."""
+
+    def violation(self, rank: int) -> str:
+        """What the rank sent that broke the protocol, if its connection was ended for that."""
 
     def silent(self, ns: int) -> list[int]:
         """Those who did not answer within so long."""

@@ -11,9 +11,8 @@ from moeserve.comm.dispatcher import (
     HierarchicalDispatcher,
     ShardedExperts,
 )
-from moeserve.comm.exchange.base import DEADLINE_S, Alarm
+from moeserve.comm.exchange.base import DEADLINE_S, Alarm, Lanes
 from moeserve.comm.exchange.open import open_exchange
-from moeserve.comm.exchange.rounds import Lanes
 from moeserve.comm.group import Group, Topology, ranks_per_node
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.pipeline import ParallelLayerRunner
@@ -30,7 +29,7 @@ MANY = 1 << 16
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """``tokens`` is the most that a rank brings to one microbatch, ``microbatches`` the most of
-    them in a step. A wait ends after ``deadline_s``, or at once when ``alarm`` rings."""
+    them in a step. A wait ends after ``deadline_s``, or at once when ``alarm`` returns an error."""
 
     tokens: int
     microbatches: int

@@ -99,7 +99,7 @@ class DispatchHop:
         self.close = exchange.close
         self._ops = ops
         self._exchange = exchange
-        self._moved = stats
+        self._stats = stats
         self._progress = progress
         self._others = [(r, rank) for r, rank in enumerate(member_R) if r != exchange.rank]
         home = topology.node_R[member_R[exchange.rank]]
@@ -109,7 +109,7 @@ class DispatchHop:
         self, lane: int, wire: Wire, sent: Assigned, pack: Callable[[list[Tensor]], None]
     ) -> None:
         """``pack`` writes the records of ``sent``."""
-        stats = self._moved
+        stats = self._stats
         sizes_R = [count * wire.row_bytes for count in sent.count_R]
         pack(self._exchange.areas(2 * lane, sizes_R))
         self._exchange.send(2 * lane, sizes_R)
@@ -131,7 +131,7 @@ class DispatchHop:
         sizes_R = ops.pack_sums(part, wire, sums, segments_R, areas_R)
         self._exchange.send(back, sizes_R)
         for r, rank in self._others:
-            self._moved.combine_bytes_R[rank] += sizes_R[r]
+            self._stats.combine_bytes_R[rank] += sizes_R[r]
 
     def sums(self, lane: int) -> list[Tensor]:
         return self._received(2 * lane + 1)
@@ -140,7 +140,7 @@ class DispatchHop:
         self._progress.begin("waiting")
         begun = time.perf_counter()
         segments_R = self._exchange.receive(lane)
-        self._moved.waited_s += time.perf_counter() - begun
+        self._stats.waited_s += time.perf_counter() - begun
         return segments_R
 
 

@@ -29,9 +29,9 @@ START_S = 60.0
 # How soon a wait says whom it is for, and how often it looks.
 NOTICE_S = 2.0
 POLL_S = 0.01
-FAREWELL_S = 2.0
+GIVE_UP_S = 2.0
 _GIVEN_UP = "given up"
-_HEARD = "heard"
+_ACKNOWLEDGED = "acknowledged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ class Group:
     """This rank among ``world``; ``store`` holds the notes.
 
     ``members`` are the ranks of the run that this group is of, ascending; empty: all of them.
-    ``alarm`` is asked while notes are awaited, which is at most for ``patience_s``; ``notify`` is
-    told whom a long wait is for.
+    ``alarm`` is asked while notes are awaited, which is at most for ``patience_s``; ``notify`` gets
+    a sentence about whom a long wait is for.
     """
 
     rank: int
@@ -111,7 +111,7 @@ class Group:
         for by those who are not. LateRankError names the ranks that did not come or gave up.
         """
         begun = time.monotonic()
-        tell_at = begun + NOTICE_S
+        notice_at = begun + NOTICE_S
         limit_s = self.patience_s if timeout_s is None else timeout_s
         notes: dict[int, bytes] = {}
         try:
@@ -134,24 +134,25 @@ class Group:
                     raise LateRankError(
                         f"{named(missing)} did not reach {key!r} within {limit_s:g} s", missing
                     )
-                if now > tell_at:
-                    tell_at = now + (now - begun)  # ever less often
+                if now > notice_at:
+                    notice_at = now + (now - begun)  # ever less often
                     self.notify(f"rank {self.rank}, {key}: waiting for {named(missing)}")
                 time.sleep(POLL_S)
         except DistError as error:
-            raise LateRankError(f"{key}: whoever keeps the notes is gone", [0]) from error
+            raise LateRankError(f"{key}: the rank that keeps the notes has ended", [0]) from error
 
     def give_up(self, reason: str) -> None:
-        """Whoever waits for a note, now or later, hears of it instead. The first reason counts.
+        """Ranks that wait for a note, now or later, get an error instead. The first reason counts.
 
-        Rank 0 may be the one who keeps the notes: it stays until all have heard, or for a moment.
+        Rank 0 may be the one that keeps the notes: it stays until all have given up, or for
+        ``GIVE_UP_S``.
         """
-        with contextlib.suppress(DistError):  # then they have noticed already
+        with contextlib.suppress(DistError):  # then the others have met the error already
             self.store.compare_set(_GIVEN_UP, "", f"{self.rank} {reason}")
-            self.store.set(f"{_HEARD}/{self.rank}", "")
-            heard = [f"{_HEARD}/{rank}" for rank in range(self.world)]
-            stay_until = time.monotonic() + (FAREWELL_S if self.rank == 0 else 0.0)
-            while time.monotonic() < stay_until and not self.store.check(heard):
+            self.store.set(f"{_ACKNOWLEDGED}/{self.rank}", "")
+            acknowledged = [f"{_ACKNOWLEDGED}/{rank}" for rank in range(self.world)]
+            stay_until = time.monotonic() + (GIVE_UP_S if self.rank == 0 else 0.0)
+            while time.monotonic() < stay_until and not self.store.check(acknowledged):
                 time.sleep(POLL_S)
 
     def trouble(self) -> MoeserveError | None:

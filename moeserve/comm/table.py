@@ -79,15 +79,15 @@ class NativeAssignmentTable:
     def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
         tokens, chosen = ids_TC.shape
         units = self._world // ranks_per_unit
-        room = _room(units, tokens, chosen)
+        buffers = _buffers(units, tokens, chosen)
         counts = self._handle.assign(
-            ids_TC.data_ptr(), tokens, chosen, home, ranks_per_unit, *_addresses(room)
+            ids_TC.data_ptr(), tokens, chosen, home, ranks_per_unit, *_addresses(buffers)
         )
-        return _cut(room, counts)
+        return _filled(buffers, counts)
 
     def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
         rows = [len(s) // wire.row_bytes for s in segments]
-        room = _room(ranks, sum(rows), wire.top_k)
+        buffers = _buffers(ranks, sum(rows), wire.top_k)
         counts = self._relay(
             [s.data_ptr() for s in segments],
             rows,
@@ -96,12 +96,12 @@ class NativeAssignmentTable:
             wire.top_k,
             ranks,
             self._slots,
-            *_addresses(room),
+            *_addresses(buffers),
         )
-        return _cut(room, counts)
+        return _filled(buffers, counts)
 
 
-def _room(units: int, tokens: int, chosen: int) -> tuple[Tensor, Tensor, Tensor]:
+def _buffers(units: int, tokens: int, chosen: int) -> tuple[Tensor, Tensor, Tensor]:
     most = tokens * min(units, chosen)
     return (
         torch.empty(units + 1, dtype=torch.int32),
@@ -110,12 +110,12 @@ def _room(units: int, tokens: int, chosen: int) -> tuple[Tensor, Tensor, Tensor]
     )
 
 
-def _addresses(room: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
-    return room[0].data_ptr(), room[1].data_ptr(), room[2].data_ptr()
+def _addresses(buffers: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
+    return buffers[0].data_ptr(), buffers[1].data_ptr(), buffers[2].data_ptr()
 
 
-def _cut(room: tuple[Tensor, Tensor, Tensor], counts: list[int]) -> Assigned:
-    start_R1, token_N, slot_NC = room
+def _filled(buffers: tuple[Tensor, Tensor, Tensor], counts: list[int]) -> Assigned:
+    start_R1, token_N, slot_NC = buffers
     copies = sum(counts)
     return Assigned(Copies(start_R1, token_N[:copies], slot_NC[:copies]), counts)
 

@@ -17,33 +17,39 @@ from moeserve.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """``settings`` are without effect where ``idle`` holds of the options and the ranks."""
+    """``settings`` are without effect where ``idle`` holds of the options and the ranks: ``why``
+    says so, ``needs`` what would give them one."""
 
     settings: frozenset[str]
     idle: Callable[[Any, int], bool]
-    remedy: str
+    why: str
+    needs: str
 
 
 RULES = (
     Rule(
         frozenset(EpOptions.model_fields) - {"ep"},
         lambda options, ranks: ranks == 1,
-        "there is only one rank: serve with --ep 2 or more, or under a launcher, or leave it out",
+        "there is only one rank",
+        "several ranks, by `--ep 2` or more, or by a launcher",
     ),
     Rule(
         frozenset({"quantize_attention"}),
         lambda options, ranks: not options.rounds,
-        "--quantization rounds nothing: give --quantization int8 or int4, or leave it out",
+        "--quantization rounds nothing",
+        "`--quantization int8` or `int4`",
     ),
     Rule(
         frozenset({"reflection"}),
         lambda options, ranks: options.grpc_port is None,
-        "grpc_port is none: give --grpc-port, or leave it out",
+        "grpc_port is none",
+        "a `--grpc-port`",
     ),
     Rule(
         frozenset({"chat_template"}),
         lambda options, ranks: options.http_port is None,
-        "chats come over HTTP, and http_port is none: give --http-port, or leave it out",
+        "chats come over HTTP, and http_port is none",
+        "an `--http-port`",
     ),
 )
 
@@ -52,7 +58,8 @@ def require_effect(options: Options, settings: Mapping[str, Setting], ranks: int
     """ConfigError for settings that change nothing in a run of so many ranks."""
     fields = type(options).model_fields
     idle = [
-        f"{shown(name, settings[name])}: has no effect, {rule.remedy}"
+        f"{shown(name, settings[name])}: has no effect, {rule.why}: leave it out, or give "
+        f"{rule.needs.replace('`', '')}"
         for rule in RULES
         for name in fields
         if name in settings

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-# Read where a native half is loaded: kernels, comm and placement.
-REQUIRE_NATIVE = "MOESERVE_REQUIRE_NATIVE"
+from moeserve.native import REQUIRE_NATIVE
+
 # Read by comm.launch.rendezvous.
 HOST_ID = "MOESERVE_HOST_ID"
 # Read by comm.launch.environment.

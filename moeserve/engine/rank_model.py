@@ -49,8 +49,8 @@ from moeserve.placement.plan import Plan
 class EpContext:
     """A place among several ranks, and how these reach one another (see ``comm.build``).
 
-    ``progress`` says what the rank is doing in a step; ``address`` is where the others reach it,
-    None where they share its memory; ``alarm`` ends its waiting.
+    ``progress`` says what the rank is doing in a step; ``alarm`` ends its waiting; ``address`` is
+    of the interface on which the others reach it, where there is a choice.
     """
 
     group: Group

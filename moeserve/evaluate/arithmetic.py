@@ -106,9 +106,9 @@ def ask(problems: Sequence[ArithmeticProblem], tokenizer: Tokenizer) -> list[Req
 
 
 def is_right(problem: ArithmeticProblem, text: str) -> bool:
-    """The first thing said is the number, whole."""
-    said = ANSWER.match(text)
-    return said is not None and int(said[1]) == problem.answer
+    """The answer begins with the number, whole."""
+    found = ANSWER.match(text)
+    return found is not None and int(found[1]) == problem.answer
 
 
 def mark(

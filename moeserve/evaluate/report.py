@@ -27,9 +27,9 @@ class RunVariant:
     kv_dtype: str
 
     def __str__(self) -> str:
-        told = {"auto": "as stored", "none": "not quantised"}
-        words = [told.get(self.quantization, self.quantization)]
-        if self.quantization not in told and not self.quantize_attention:
+        shown = {"auto": "as stored", "none": "not quantised"}
+        words = [shown.get(self.quantization, self.quantization)]
+        if self.quantization not in shown and not self.quantize_attention:
             words.append("attention in floats")
         if self.dtype != "auto":
             words.append(f"floats {self.dtype}")
@@ -194,5 +194,5 @@ def _marks(marks: Marks) -> str:
 
 
 def _verdict(exam: Exam) -> str:
-    told = "within noise" if exam.within_noise else "more than noise"
-    return f"{told} (p {exam.p_value:.2g})"
+    verdict = "within noise" if exam.within_noise else "more than noise"
+    return f"{verdict} (p {exam.p_value:.2g})"

@@ -4,7 +4,8 @@
 
     grpc_door                  ``moeserve.v1.Inference`` with health and reflection
     http_door                  OpenAI's routes: who may call, status codes, server-sent events
-    http_bodies  http_shapes   OpenAI's JSON: request bodies in; answers, whole and in chunks, out
+    http_bodies  http_answers  OpenAI's JSON: request bodies in; answers, whole and in chunks, out
+    http_server                a listening socket and the uvicorn on it
     limits                     every bound on a request; client fields to sampling parameters
     service                    what a request means, whatever door it came through
     stream                     the running sequences of one request, for whoever reads them

@@ -1,8 +1,8 @@
 """The gRPC door: ``moeserve.v1.Inference`` with health and reflection.
 
-Translates messages to asks and deltas to chunks; what they mean is the service's business.
-Messages are parsed here and not by gRPC, so that bytes which are no message get INVALID_ARGUMENT
-instead of INTERNAL.
+Translates messages to client requests and deltas to chunks; what they mean is the service's
+business. Messages are parsed here and not by gRPC, so that bytes which are no message get
+INVALID_ARGUMENT instead of INTERNAL.
 """
 
 from __future__ import annotations
@@ -123,18 +123,18 @@ class GrpcDoor:
 
     async def _generate(self, request: pb.GenerateRequest, context: Context) -> None:
         # Writing here, and not yielding, lets a cancelled call raise inside the ``async with``.
-        ask = _ask(request, context.time_remaining())
-        async with await self._service.open(ask) as stream:
+        wanted = _client_request(request, context.time_remaining())
+        async with await self._service.open(wanted) as stream:
             async for delta in stream:
                 await context.write(_chunk(stream.request_id, delta))
 
     async def _generate_unary(
         self, request: pb.GenerateRequest, context: Context
     ) -> pb.GenerateResponse:
-        ask = _ask(request, context.time_remaining())
+        wanted = _client_request(request, context.time_remaining())
         texts: dict[int, list[str]] = {}
         outputs: dict[int, pb.Output] = {}
-        async with await self._service.open(ask) as stream:
+        async with await self._service.open(wanted) as stream:
             async for delta in stream:
                 output = outputs.setdefault(delta.index, pb.Output(index=delta.index))
                 texts.setdefault(delta.index, []).append(delta.text)
@@ -274,7 +274,7 @@ def _refuse_unknown(message: Message) -> None:
             _refuse_unknown(value)
 
 
-def _ask(request: pb.GenerateRequest, time_remaining: float | None) -> ClientRequest:
+def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -> ClientRequest:
     sampling = request.sampling
     params: dict[str, object] = {
         field.name: value

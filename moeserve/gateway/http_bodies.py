@@ -1,4 +1,4 @@
-"""OpenAI request bodies to asks.
+"""OpenAI request bodies to client requests.
 
 A field is used, inert (accepted where its value changes nothing), or refused by name: nothing is
 dropped in silence. ``null`` is the same as absent, as OpenAI has it.
@@ -58,7 +58,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class AnswerFormat:
     """How the answer is to be written."""
 
     chat: bool
@@ -96,22 +96,22 @@ def parse_json(raw: bytes) -> Body:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def parse_completion(body: Body) -> tuple[ClientRequest, Shape]:
+def parse_completion(body: Body) -> tuple[ClientRequest, AnswerFormat]:
     _refuse_others(body, _COMPLETION)
-    ask, shape = _common(body, chat=False)
+    wanted, form = _common(body, chat=False)
     if "prompt" not in body:
         _refuse("prompt", "missing: send a string, token ids, or a list of either")
-    params = dict(ask.params)
+    params = dict(wanted.params)
     if "logprobs" in body:
         params["logprobs"] = body["logprobs"]
-    return replace(ask, prompts=_prompts(body["prompt"]), params=params), shape
+    return replace(wanted, prompts=_prompts(body["prompt"]), params=params), form
 
 
-def parse_chat(body: Body) -> tuple[ClientRequest, Shape, Conversation]:
-    """The ask lacks its prompt, which is the rendered conversation."""
+def parse_chat(body: Body) -> tuple[ClientRequest, AnswerFormat, Conversation]:
+    """The request lacks its prompt, which is the rendered conversation."""
     _refuse_others(body, _CHAT)
-    ask, shape = _common(body, chat=True)
-    params = dict(ask.params)
+    wanted, form = _common(body, chat=True)
+    params = dict(wanted.params)
     if "max_completion_tokens" in body:
         most = body["max_completion_tokens"]
         if params.get("max_tokens", most) != most:
@@ -121,13 +121,13 @@ def parse_chat(body: Body) -> tuple[ClientRequest, Shape, Conversation]:
         params["logprobs"] = _bounded_top(body)
     elif "top_logprobs" in body:
         _refuse("top_logprobs", "needs logprobs: true")
-    talk = Conversation(
+    conversation = Conversation(
         messages=_messages(body.get("messages")),
         add_generation_prompt=_flag(body, "add_generation_prompt", default=True),
         template_args=_template_args(body),
     )
     special = _flag(body, "add_special_tokens")
-    return replace(ask, params=params, fill=True, special_tokens=special), shape, talk
+    return replace(wanted, params=params, fill=True, special_tokens=special), form, conversation
 
 
 def parse_tokenize(body: Body) -> tuple[str, str | Conversation, bool]:
@@ -142,12 +142,12 @@ def parse_tokenize(body: Body) -> tuple[str, str | Conversation, bool]:
     if ("prompt" in body) == ("messages" in body):
         _refuse("prompt", "send either prompt or messages")
     if "messages" in body:
-        talk = Conversation(
+        conversation = Conversation(
             messages=_messages(body["messages"]),
             add_generation_prompt=_flag(body, "add_generation_prompt", default=True),
             template_args=_template_args(body),
         )
-        return _text(body, "model"), talk, _flag(body, "add_special_tokens")
+        return _text(body, "model"), conversation, _flag(body, "add_special_tokens")
     special = _flag(body, "add_special_tokens", default=True)
     return _text(body, "model"), _text(body, "prompt"), special
 
@@ -160,7 +160,7 @@ def parse_detokenize(body: Body) -> tuple[str, object, bool]:
     return _text(body, "model"), body["tokens"], _flag(body, "skip_special_tokens", default=True)
 
 
-def _common(body: Body, *, chat: bool) -> tuple[ClientRequest, Shape]:
+def _common(body: Body, *, chat: bool) -> tuple[ClientRequest, AnswerFormat]:
     params = {name: body[name] for name in _SAMPLING if name in body}
     if "include_stop_str_in_output" in body:
         params["include_stop"] = _flag(body, "include_stop_str_in_output")
@@ -170,7 +170,7 @@ def _common(body: Body, *, chat: bool) -> tuple[ClientRequest, Shape]:
     stream = _flag(body, "stream")
     if options and not stream:
         _refuse("stream_options", "needs stream: true")
-    ask = ClientRequest(
+    wanted = ClientRequest(
         prompts=(),
         params=params,
         n=body.get("n", 1),
@@ -180,14 +180,14 @@ def _common(body: Body, *, chat: bool) -> tuple[ClientRequest, Shape]:
         domain=_text(body, "domain"),
         special_tokens=_flag(body, "add_special_tokens", default=True),
     )
-    shape = Shape(
+    form = AnswerFormat(
         chat=chat,
         stream=stream,
         include_usage=_flag(options, "include_usage"),
         logprobs=_flag(body, "logprobs") if chat else "logprobs" in body,
         token_ids=_flag(body, "return_token_ids"),
     )
-    return ask, shape
+    return wanted, form
 
 
 def _refuse_others(body: Body, used: frozenset[str]) -> None:

@@ -1,6 +1,6 @@
 """The HTTP door: OpenAI's routes, and small ones around them.
 
-Every failure, also of unknown routes and unreadable bodies, has OpenAI's error shape. A client
+Every failure, also of unknown routes and unreadable bodies, has OpenAI's error form. A client
 that hangs up cancels its request, streaming or not. Only ``/health`` and ``/ready`` are open when
 there is an api key.
 """
@@ -33,7 +33,7 @@ from moeserve.errors import (
     UnavailableError,
 )
 from moeserve.gateway import http_bodies as bodies
-from moeserve.gateway.http_shapes import Json, Writer, error_body, error_object
+from moeserve.gateway.http_answers import AnswerWriter, Json, error_body, error_object
 from moeserve.gateway.limits import MAX_BODY_BYTES, prompt_text
 from moeserve.gateway.service import (
     ClientRequest,
@@ -90,14 +90,14 @@ class _Routes:
         return JSONResponse(_model_card(self._service.model(request.path_params["name"])))
 
     async def completions(self, request: Request) -> Response:
-        ask, shape = bodies.parse_completion(await _body(request))
-        return _Generation(self._service, _named(ask, "cmpl"), shape)
+        wanted, form = bodies.parse_completion(await _body(request))
+        return _Generation(self._service, _named(wanted, "cmpl"), form)
 
     async def chat(self, request: Request) -> Response:
-        ask, shape, talk = bodies.parse_chat(await _body(request))
-        prompt = _render(self._service.model(ask.model), talk)
-        ask = replace(_named(ask, "chatcmpl"), prompts=(prompt,))
-        return _Generation(self._service, ask, shape)
+        wanted, form, conversation = bodies.parse_chat(await _body(request))
+        prompt = _render(self._service.model(wanted.model), conversation)
+        wanted = replace(_named(wanted, "chatcmpl"), prompts=(prompt,))
+        return _Generation(self._service, wanted, form)
 
     async def tokenize(self, request: Request) -> Response:
         model, what, special = bodies.parse_tokenize(await _body(request))
@@ -128,13 +128,15 @@ class _Routes:
 
 
 class _Generation(Response):
-    """Runs one ask for as long as the client listens."""
+    """Runs one client request for as long as the client listens."""
 
-    def __init__(self, service: InferenceService, ask: ClientRequest, shape: bodies.Shape) -> None:
+    def __init__(
+        self, service: InferenceService, wanted: ClientRequest, form: bodies.AnswerFormat
+    ) -> None:
         super().__init__()
         self._service = service
-        self._ask = ask
-        self._shape = shape
+        self._wanted = wanted
+        self._form = form
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._answer(scope, receive, send))
@@ -151,10 +153,10 @@ class _Generation(Response):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = _Events(send)
         try:
-            async with await self._service.open(self._ask) as stream:
+            async with await self._service.open(self._wanted) as stream:
                 writer = self._writer(stream)
-                if self._shape.stream:
-                    await self._tell(stream, writer, events)
+                if self._form.stream:
+                    await self._stream(stream, writer, events)
                     return
                 async for delta in stream:
                     writer.add(delta)
@@ -173,23 +175,23 @@ class _Generation(Response):
         else:
             await _failed(failed)(scope, receive, send)
 
-    async def _tell(self, stream: ResponseStream, writer: Writer, events: _Events) -> None:
+    async def _stream(self, stream: ResponseStream, writer: AnswerWriter, events: _Events) -> None:
         async for delta in stream:
             for chunk in writer.chunks(delta):
                 await events.send(chunk)
-        if self._shape.include_usage:
+        if self._form.include_usage:
             await events.send(writer.usage_chunk())
         await events.send_raw("[DONE]")
         await events.end()
 
-    def _writer(self, stream: ResponseStream) -> Writer:
+    def _writer(self, stream: ResponseStream) -> AnswerWriter:
         served = self._service.served
-        return Writer(
-            self._shape,
+        return AnswerWriter(
+            self._form,
             stream.request_id,
             served.name,
             int(time.time()),
-            self._ask.n,
+            self._wanted.n,
             served.tokenizer,
         )
 
@@ -243,7 +245,7 @@ async def _hung_up(receive: Receive) -> None:
 
 
 def _framed(endpoint: Endpoint) -> Endpoint:
-    """The frame around every route: our errors out in OpenAI's shape."""
+    """The frame around every route: our errors out in OpenAI's form."""
 
     async def framed(request: Request) -> Response:
         try:
@@ -302,13 +304,17 @@ async def _body(request: Request) -> bodies.Body:
     return bodies.parse_json(bytes(raw))
 
 
-def _named(ask: ClientRequest, prefix: str) -> ClientRequest:
-    return ask if ask.request_id else replace(ask, request_id=f"{prefix}-{secrets.token_hex(12)}")
+def _named(wanted: ClientRequest, prefix: str) -> ClientRequest:
+    return (
+        wanted
+        if wanted.request_id
+        else replace(wanted, request_id=f"{prefix}-{secrets.token_hex(12)}")
+    )
 
 
-def _render(served: ServedModel, talk: bodies.Conversation) -> str:
+def _render(served: ServedModel, conversation: bodies.Conversation) -> str:
     text = tokenizer_of(served).render_chat(
-        talk.messages, talk.add_generation_prompt, **talk.template_args
+        conversation.messages, conversation.add_generation_prompt, **conversation.template_args
     )
     return prompt_text(text, "messages")
 

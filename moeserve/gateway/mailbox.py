@@ -10,21 +10,21 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-Letter = Callable[[], None]
+Callback = Callable[[], None]
 
 
 class Mailbox:
-    """Runs posted letters on the loop, in the order of ``post``. Owned by the loop's thread."""
+    """Runs posted callbacks on the loop, in the order of ``post``. Owned by the loop's thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._letters: deque[Letter] = deque()
+        self._callbacks: deque[Callback] = deque()
         self._awake = False
         self.wakeups = 0
 
-    def post(self, letter: Letter) -> None:
+    def post(self, callback: Callback) -> None:
         """From any thread, never blocks."""
-        self._letters.append(letter)
+        self._callbacks.append(callback)
         # Read after the append: whoever saw True is emptied by the wake-up that is still due.
         if not self._awake:
             self._awake = True
@@ -33,5 +33,5 @@ class Mailbox:
     def _deliver(self) -> None:
         self._awake = False
         self.wakeups += 1
-        while self._letters:
-            self._letters.popleft()()
+        while self._callbacks:
+            self._callbacks.popleft()()

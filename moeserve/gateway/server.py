@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-import uvicorn
 from rich.console import Console
 from rich.progress import Progress
-from starlette.types import ASGIApp
 
 from moeserve.config.options import EngineOptions, ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.engine.rank_model import EpContext
 from moeserve.engine.ranks.leader import LeaderChannel
-from moeserve.errors import CancelledError, ConfigError
+from moeserve.errors import CancelledError
 from moeserve.gateway.grpc_door import GrpcDoor
 from moeserve.gateway.http_door import http_app
+from moeserve.gateway.http_server import HttpServer, address_of
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.service import InferenceService, ServedModel
@@ -140,14 +137,14 @@ class Server:
         self.http_port: int | None = None
         self._load = load
         self._grpc: GrpcDoor | None = None
-        self._http: _HttpDoor | None = None
+        self._http: HttpServer | None = None
 
     def __str__(self) -> str:
         parts = [f"model={self.service.served.name}"]
         if self.grpc_port is not None:
-            parts.append(f"grpc={_address(self.config.host, self.grpc_port)}")
+            parts.append(f"grpc={address_of(self.config.host, self.grpc_port)}")
         if self.http_port is not None:
-            parts.append(f"http=http://{_address(self.config.host, self.http_port)}")
+            parts.append(f"http=http://{address_of(self.config.host, self.http_port)}")
         return " ".join(parts)
 
     async def __aenter__(self) -> Self:
@@ -156,7 +153,7 @@ class Server:
         key = None if config.api_key is None else config.api_key.get_secret_value()
         if config.http_port is not None:
             app = http_app(self.service, key, self.metrics.render)
-            self._http = _HttpDoor(app, config.host, config.http_port)
+            self._http = HttpServer(app, config.host, config.http_port, FAREWELL_S)
             self.http_port = self._http.port
         try:
             if config.grpc_port is not None:
@@ -249,59 +246,6 @@ class Server:
             log.warning("ending %d requests that still run", self.service.running)
 
 
-class _HttpDoor:
-    """Owns a listening socket and the uvicorn that serves it on this loop."""
-
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            self._socket = socket.create_server((host, port), family=family, backlog=1024)
-        except OSError as error:
-            taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
-            raise ConfigError(
-                f"http_port={port}: cannot listen on {_address(host, port)} ({error.strerror}): "
-                "choose another --http-port, or 0 for any free one"
-                if taken
-                else f"host={host!r}: cannot listen on {_address(host, port)} ({error.strerror}): "
-                "give an address of this machine"
-            ) from error
-        self.port = int(self._socket.getsockname()[1])
-        self._server = _Uvicorn(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                proxy_headers=False,
-                server_header=False,
-                timeout_graceful_shutdown=int(FAREWELL_S),
-            )
-        )
-        self._running: asyncio.Task[None] | None = None
-
-    def open(self) -> None:
-        self._running = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-
-    def release(self) -> None:
-        self._socket.close()
-
-    async def close(self) -> None:
-        self._server.should_exit = True
-        if self._running is not None:
-            await self._running
-        self.release()
-
-
-class _Uvicorn(uvicorn.Server):
-    """Leaves the signals to this process's own handlers."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class _Signals:
     """The first and the second request to stop."""
 
@@ -331,7 +275,3 @@ def shown_progress() -> Iterator[ProgressCallback]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading")
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

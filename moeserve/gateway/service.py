@@ -1,6 +1,6 @@
 """What a request means, whatever door it came through.
 
-An ``ClientRequest`` is checked, tokenised and becomes one engine request per prompt and sequence; a
+A ``ClientRequest`` is checked, tokenised and becomes one engine request per prompt and sequence; a
 ``ResponseStream`` yields what they produce. Knows no transport: doors translate to and from it.
 """
 
@@ -108,27 +108,27 @@ class InferenceService:
             )
         return served
 
-    async def open(self, ask: ClientRequest) -> ResponseStream:
+    async def open(self, wanted: ClientRequest) -> ResponseStream:
         """Checks and submits; the caller must enter the stream at once."""
-        served = self._admit(ask.model)
-        n = limits.BOUNDS["n"].check("n", ask.n)
-        params = limits.sampling_params(ask.params, served.limits)
+        served = self._admit(wanted.model)
+        n = limits.BOUNDS["n"].check("n", wanted.n)
+        params = limits.sampling_params(wanted.params, served.limits)
         _require_tokenizer_for_stops(served, params)
-        salt = limits.label("cache_salt", ask.salt, limits.MAX_SALT_BYTES)
-        domain = limits.label("domain", ask.domain, limits.MAX_DOMAIN_BYTES)
-        request_id = limits.request_id(ask.request_id) or f"req-{secrets.token_hex(12)}"
+        salt = limits.label("cache_salt", wanted.salt, limits.MAX_SALT_BYTES)
+        domain = limits.label("domain", wanted.domain, limits.MAX_DOMAIN_BYTES)
+        request_id = limits.request_id(wanted.request_id) or f"req-{secrets.token_hex(12)}"
         arrival = self._clock()
-        if ask.timeout_s is not None and ask.timeout_s <= 0:
+        if wanted.timeout_s is not None and wanted.timeout_s <= 0:
             raise DeadlineError("the deadline has passed before the request arrived")
-        if not 1 <= len(ask.prompts) <= limits.MAX_PROMPTS:
+        if not 1 <= len(wanted.prompts) <= limits.MAX_PROMPTS:
             raise InvalidRequestError(
-                f"{len(ask.prompts)} prompts: expected 1 to {limits.MAX_PROMPTS}", param="prompt"
+                f"{len(wanted.prompts)} prompts: expected 1 to {limits.MAX_PROMPTS}", param="prompt"
             )
         requests = []
-        seed = params.seed if "seed" in ask.params else secrets.randbits(63)
-        for p, prompt in enumerate(ask.prompts):
-            ids = await self._ids(served, prompt, ask.special_tokens)
-            fitted = _fit(params, len(ids), ask, served.limits)
+        seed = params.seed if "seed" in wanted.params else secrets.randbits(63)
+        for p, prompt in enumerate(wanted.prompts):
+            ids = await self._ids(served, prompt, wanted.special_tokens)
+            fitted = _fit(params, len(ids), wanted, served.limits)
             for i in range(n):
                 child = p * n + i
                 requests.append(
@@ -137,13 +137,13 @@ class InferenceService:
                         ids,
                         replace(fitted, seed=child_seed(seed, i)),
                         arrival=arrival,
-                        deadline=None if ask.timeout_s is None else arrival + ask.timeout_s,
+                        deadline=None if wanted.timeout_s is None else arrival + wanted.timeout_s,
                         salt=salt,
                         domain=domain,
                     )
                 )
         # Tokenising may have let others in: look again.
-        self._admit(ask.model)
+        self._admit(wanted.model)
         return self._start(request_id, served, requests)
 
     def _admit(self, model: str) -> ServedModel:
@@ -230,13 +230,13 @@ def child_seed(seed: int, index: int) -> int:
 
 
 def _fit(
-    params: SamplingParams, prompt_len: int, ask: ClientRequest, model: limits.ModelLimits
+    params: SamplingParams, prompt_len: int, wanted: ClientRequest, model: limits.ModelLimits
 ) -> SamplingParams:
     room = limits.room_for_answer(prompt_len, model)
-    if "max_tokens" in ask.params:
+    if "max_tokens" in wanted.params:
         limits.require_fits(prompt_len, params.max_tokens, model)
         return params
-    fitted = replace(params, max_tokens=room if ask.fill else min(room, params.max_tokens))
+    fitted = replace(params, max_tokens=room if wanted.fill else min(room, params.max_tokens))
     if fitted.min_tokens > fitted.max_tokens:
         raise InvalidRequestError(
             f"min_tokens={fitted.min_tokens} is more than the {fitted.max_tokens} tokens of the "

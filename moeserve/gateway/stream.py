@@ -77,7 +77,7 @@ class _Sequence:
 
 
 class ResponseStream:
-    """The running sequences of one ask. Use as ``async with``; iterate once.
+    """The running sequences of one client request. Use as ``async with``; iterate once.
 
     A reader slower than the engine gets fewer, longer deltas: what came for a sequence in the
     meantime is one.

@@ -274,11 +274,11 @@ def _map(file: Path) -> dict[str, Entry]:
         name: Entry(
             file,
             mapping,
-            told["dtype"],
-            tuple(told["shape"]),
-            *(first + offset for offset in told["data_offsets"]),
+            found["dtype"],
+            tuple(found["shape"]),
+            *(first + offset for offset in found["data_offsets"]),
         )
-        for name, told in header.items()
+        for name, found in header.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Is it the same checkpoint? Told from what is cheap to read: small files whole, weight files by
+"""Is it the same checkpoint? Judged by what is cheap to read: small files whole, weight files by
 their size and header. Values of weights are not compared.
 """
 
@@ -25,13 +25,15 @@ def fingerprint(folder: Path) -> dict[str, str]:
     """By file name: size and digest."""
     try:
         small = [folder / name for name in _SMALL if (folder / name).is_file()]
-        told = {file.name: _told(file, file.read_bytes()) for file in small}
-        return told | {file.name: _told(file, _header(file)) for file in weight_files(folder)}
+        digests = {file.name: _digest_of(file, file.read_bytes()) for file in small}
+        return digests | {
+            file.name: _digest_of(file, _header(file)) for file in weight_files(folder)
+        }
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
 
 
-def _told(file: Path, content: bytes) -> str:
+def _digest_of(file: Path, content: bytes) -> str:
     return f"{file.stat().st_size} bytes, digest {sha256(content).hexdigest()[:16]}"
 
 

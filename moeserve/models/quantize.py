@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +106,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Modules(Weights):
-    """Hears which modules a decoder reads: matrices that may be rounded, and floats."""
+    """Records which modules a decoder reads: matrices that may be rounded, and floats."""
 
     matrices: dict[str, tuple[int, int]] = field(default_factory=dict)
     floated: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -136,15 +137,15 @@ def quantize(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """``progress`` hears bytes written and bytes in all. ``out`` must not exist."""
+    """``progress`` is called with bytes written and bytes in all. ``out`` must not exist."""
     if out.exists():
         raise ConfigError(f"{out}: exists; give a folder that does not")
+    # 1. What becomes of every tensor, from headers alone.
     modules, unread = list_modules(model)
     checkpoint = Checkpoint.open(model)
     plan = _Plan(Stored(checkpoint, modules.stored.method), recipe, modules)
     parts = list(plan.parts(read_spec(checkpoint)[1]))
     size = sum(part.nbytes for part in parts)
-    part_folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
     done = 0
 
     def written(count: int) -> None:
@@ -154,20 +155,13 @@ def quantize(
         if progress is not None:
             progress(done, size)
 
-    try:
-        part_folder.mkdir(parents=True)
-        _require_space(part_folder, size)
-        write_shards(part_folder, parts, shard_bytes, written)
-        _copy_others(model, part_folder)
+    # 2. Weights one by one, then what stands beside them.
+    with _whole_or_not_at_all(out, size) as folder:
+        write_shards(folder, parts, shard_bytes, written)
+        _copy_others(model, folder)
         config = {k: v for k, v in checkpoint.config.items() if k != "compression_config"}
         config["quantization_config"] = quantization_config(plan.schemes, recipe.group, plan.kept)
-        (part_folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        part_folder.rename(out)
-    except OSError as error:
-        remedy = f"{size} bytes are needed" if error.errno == errno.ENOSPC else "nothing was kept"
-        raise CheckpointError(f"{out}: cannot be written: {error.strerror}; {remedy}") from error
-    finally:
-        shutil.rmtree(part_folder, ignore_errors=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     kinds = list(plan.schemes.values())
     return Summary(
         out,
@@ -178,6 +172,25 @@ def quantize(
         sum(file.stat().st_size for file in out.glob("*.safetensors")),
         tuple(name for name in unread if name in plan.left_out),
     )
+
+
+@contextmanager
+def _whole_or_not_at_all(out: Path, size: int) -> Iterator[Path]:
+    """A folder beside ``out`` to write ``size`` bytes into, which then becomes ``out``.
+
+    Raises ``CheckpointError`` where that cannot be written; whatever is raised, nothing is left.
+    """
+    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        folder.mkdir(parents=True)
+        _require_space(folder, size)
+        yield folder
+        folder.rename(out)
+    except OSError as error:
+        remedy = f"{size} bytes are needed" if error.errno == errno.ENOSPC else "nothing was kept"
+        raise CheckpointError(f"{out}: cannot be written: {error.strerror}; {remedy}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def list_modules(model: Path) -> tuple[Modules, tuple[str, ...]]:

@@ -53,22 +53,24 @@ def read_rope(
         return _with(plain, RopeScaling.LLAMA3, scaling.number("factor"), trained, bands=bands)
     if kind == "yarn":
         stretch = fields.size("max_position_embeddings") / trained
-        factor = scaling.number("factor", default=stretch)
-        return _with(
-            plain,
-            RopeScaling.YARN,
-            factor,
-            trained,
-            magnitude=_yarn_magnitude(scaling, factor),
-            betas=(
-                scaling.number("beta_fast", default=32.0),
-                scaling.number("beta_slow", default=1.0),
-            ),
-            truncate=scaling.flag("truncate", default=True),
-        )
+        return _yarn(plain, scaling, scaling.number("factor", default=stretch), trained)
     raise CheckpointError(
         f"{scaling.where}: rope_type={kind!r} is not supported "
         f"(only default, linear, dynamic, yarn, llama3)"
+    )
+
+
+def _yarn(plain: RopeSpec, scaling: Fields, factor: float, trained: int) -> RopeSpec:
+    fast = scaling.number("beta_fast", default=32.0)
+    slow = scaling.number("beta_slow", default=1.0)
+    return _with(
+        plain,
+        RopeScaling.YARN,
+        factor,
+        trained,
+        magnitude=_yarn_magnitude(scaling, factor),
+        betas=(fast, slow),
+        truncate=scaling.flag("truncate", default=True),
     )
 
 

@@ -69,7 +69,7 @@ AS_STORED = Rounding()
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Reads and packs; ``progress`` hears (bytes read, bytes in all).
+    """Reads and packs; ``progress`` is called with (bytes read, bytes in all).
 
     ``own`` are the experts wanted of each layer, in their order, by layer number; all of a layer
     that is not there. ``combine`` is how what they make is added.

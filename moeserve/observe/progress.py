@@ -1,4 +1,4 @@
-"""What a rank is doing, said while it does it: for ranks that wait for it, and for a timeline."""
+"""What a rank is doing at the moment: for ranks that wait for it, and for a timeline."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from moeserve.observe.timeline import Timeline
 
 
 class Progress:
-    """Written by the thread that runs steps; ``str`` may be read by any other. ``with`` it to have
-    the timeline complete in the end."""
+    """Written by the thread that runs steps; any other may take ``str``, which is of one moment.
+    As a context manager it completes the timeline in the end."""
 
     def __init__(self, timeline: Timeline | None = None) -> None:
         self._timeline = timeline
-        self._layer = -1
-        self._lane = 0
-        self._doing = "nothing yet"
+        # One tuple, replaced as a whole: (activity, layer or -1 for none, lane).
+        self._now = ("nothing yet", -1, 0)
 
     def __enter__(self) -> Self:
         return self
@@ -31,18 +30,19 @@ class Progress:
             self._timeline.close()
 
     def __str__(self) -> str:
-        if self._layer < 0:
-            return self._doing
-        return f"{self._doing} in layer {self._layer}, microbatch {self._lane}"
+        activity, layer, lane = self._now
+        return activity if layer < 0 else f"{activity} in layer {layer}, microbatch {lane}"
 
     def at(self, layer: int, lane: int) -> None:
-        """Whose work begins or goes on."""
-        self._layer, self._lane = layer, lane
+        """Work on this layer of this microbatch begins or goes on."""
+        self._now = (self._now[0], layer, lane)
 
-    def begin(self, doing: str) -> None:
-        self._doing = doing
+    def begin(self, activity: str) -> None:
+        """What the work is, from now on; what went on before has ended."""
+        _, layer, lane = self._now
+        self._now = (activity, layer, lane)
         if self._timeline is not None:
-            self._timeline.begin(doing, self._layer, self._lane)
+            self._timeline.begin(activity, layer, lane)
 
     def pause(self) -> None:
         """The work so far is done; another's may begin."""
@@ -52,4 +52,4 @@ class Progress:
     def rest(self) -> None:
         """The step is over."""
         self.pause()
-        self._layer, self._doing = -1, "between steps"
+        self._now = ("between steps", -1, self._now[2])

@@ -45,11 +45,11 @@ class Timeline:
     ) -> None:
         self.close()
 
-    def begin(self, doing: str, layer: int, lane: int) -> None:
+    def begin(self, activity: str, layer: int, lane: int) -> None:
         """What went on before ends."""
         now = time.monotonic_ns()
         self._finish(now)
-        self._open = (doing, layer, lane, now)
+        self._open = (activity, layer, lane, now)
 
     def end(self) -> None:
         self._finish(time.monotonic_ns())
@@ -64,13 +64,13 @@ class Timeline:
     def _finish(self, now: int) -> None:
         if self._open is None or self._file is None:
             return
-        doing, layer, lane, begun = self._open
+        activity, layer, lane, begun = self._open
         self._open = None
         self._events += 1
         if self._events > MOST_EVENTS:
             self.close()
             return
         self._file.write(
-            f',\n{{"name":"{doing}","ph":"X","pid":{self._rank},"tid":{lane},'
+            f',\n{{"name":"{activity}","ph":"X","pid":{self._rank},"tid":{lane},'
             f'"ts":{begun / 1000:.3f},"dur":{(now - begun) / 1000:.3f},"args":{{"layer":{layer}}}}}'
         )

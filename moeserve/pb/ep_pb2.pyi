@@ -95,10 +95,10 @@ class Heartbeat(_message.Message):
     def __init__(self, beat: _Optional[_Union[Beat, _Mapping]] = ..., trouble: _Optional[_Union[Trouble, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ...) -> None: ...
 
 class Beat(_message.Message):
-    __slots__ = ("doing",)
-    DOING_FIELD_NUMBER: _ClassVar[int]
-    doing: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, doing: _Optional[_Iterable[str]] = ...) -> None: ...
+    __slots__ = ("activity",)
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    activity: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, activity: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Trouble(_message.Message):
     __slots__ = ("reason", "ranks")

@@ -5,6 +5,7 @@
     cluster  routing  plan     plain data: devices and links; what was routed; slots -> experts
     problem                    what is asked of a solver, and what can be refused at once
     split                      which copy of a replicated expert a token uses: the runtime's rule
+    layer_use  migration       where the tokens of a layer go; where a migrating token is after it
     cost                       balance and copies of a plan in each dataflow
     report  pictures           the figures of a plan with its bound and gap; heat maps
     cli  commands              ``moeserve place``: the arguments; the verbs

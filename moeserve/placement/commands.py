@@ -16,8 +16,7 @@ import numpy as np
 from moeserve.errors import PlacementError
 from moeserve.placement import plan as plans
 from moeserve.placement.cluster import Cluster, Dataflow, Phase
-from moeserve.placement.formats import routing_files as inputs
-from moeserve.placement.formats import runtimes as exchange
+from moeserve.placement.formats import routing_files, runtimes
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Moves, Problem
 from moeserve.placement.report import CopyBytes, figures
@@ -118,7 +117,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.importing:
         if arguments.experts is None or arguments.devices is None:
             raise PlacementError("--import needs --experts and --devices: the file lacks them")
-        plan = exchange.load(
+        plan = runtimes.load(
             path,
             arguments.format,
             num_experts=arguments.experts,
@@ -129,7 +128,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
         plans.write_whole(out, plans.dump(plan))
     else:
         plan = plans.load(path)
-        plans.write_whole(out, exchange.export(plan, arguments.format))
+        plans.write_whole(out, runtimes.export(plan, arguments.format))
     return {"out": arguments.out, "layers": plan.num_layers, "slots": plan.num_slots}
 
 
@@ -172,7 +171,7 @@ def show(verb: str, result: dict[str, Any]) -> None:
 
 
 def _read(arguments: argparse.Namespace) -> Routing:
-    return inputs.read_all(arguments.routing, num_experts=arguments.experts)
+    return routing_files.read_all(arguments.routing, num_experts=arguments.experts)
 
 
 def _pairs(texts: Sequence[str], option: str) -> tuple[tuple[int, int], ...]:

@@ -13,30 +13,27 @@ migrate            2 |S| - [p in S] - 1                   the same with nodes
 =================  =====================================  =================================
 
 Homes are uniformly distributed, and the figures their exact mean, unless a device per token is
-given. A migrating token ends each layer on the device in S with the largest guide sum.
+given. A migrating token ends each layer where ``migration`` says.
 
 Which copy of a replicated expert a token uses depends, where it returns home, on home and on the
-tokens beside it (``split``): tokens of one home are cut into batches of ``batch``, in their order;
-homes that are not given are those of one batch after the other, in turn. A migrating token with
-index t uses copy ``t % copies``.
+tokens beside it (``layer_use.split_uses``), in batches of ``batch``; homes that are not given are
+those of one batch after the other, in turn. Copies used by migrating tokens take turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.errors import PlacementError
 from moeserve.placement.cluster import Dataflow, Phase
+from moeserve.placement.layer_use import LayerUse, layer_uses, round_robin_homes, split_uses
+from moeserve.placement.migration import landing
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing
-from moeserve.placement.split import split_batches
 
 BATCH = 64
-_LANES = 8192  # batches split at once, which bounds memory
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
@@ -94,104 +91,10 @@ def phase_loads(load_LE: F64, phase: Phase, *, batch: int, k: int) -> F64:
     return read_LE
 
 
-def slots_of_tokens(expert_S: I32, topk_TK: I32, num_experts: int) -> I32:
-    """[T, K] slots, -1 kept: token t uses copy ``t % copies`` of each expert."""
-    order_S = np.argsort(expert_S, kind="stable").astype(np.int32)
-    copies_E = np.bincount(expert_S, minlength=num_experts)
-    first_E = np.concatenate(([0], np.cumsum(copies_E)[:-1]))
-    expert_TK = np.maximum(topk_TK, 0)
-    token_T = np.arange(len(topk_TK))[:, None]
-    slot_TK = order_S[first_E[expert_TK] + token_T % copies_E[expert_TK]]
-    return np.where(topk_TK >= 0, slot_TK, np.int32(-1)).astype(np.int32)
-
-
-def occupied(device_TK: I32, devices: int) -> NDArray[np.bool_]:
-    """[T, D]: does the token use the device; -1 is none."""
-    used_TD = np.zeros((len(device_TK), devices + 1), np.bool_)
-    np.put_along_axis(used_TD, np.where(device_TK < 0, devices, device_TK), True, axis=1)
-    return used_TD[:, :devices]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerUse:
-    """Where the tokens of one layer go."""
-
-    device_TK: I32
-    used_TD: NDArray[np.bool_]
-    used_TN: NDArray[np.bool_]
-
-
-def layer_uses(plan: Plan, topk_TLK: I32) -> Iterator[LayerUse]:
-    """Copies of an expert take turns."""
-    _check_routing(plan, topk_TLK)
-    for l in range(plan.num_layers):
-        yield _use(plan, slots_of_tokens(plan.expert_LS[l], topk_TLK[:, l], plan.num_experts))
-
-
-def split_uses(plan: Plan, topk_TLK: I32, home_T: I32, batch: int) -> Iterator[LayerUse]:
-    """Copies of an expert are chosen as senders do, each a batch of its own tokens at a time."""
-    _check_routing(plan, topk_TLK)
-    place_BT, home_B = batches_of(home_T, batch)
-    padded_BT = np.where(place_BT < 0, len(topk_TLK), place_BT)
-    none_1LK = np.full((1, *topk_TLK.shape[1:]), -1, np.int32)
-    topk_T1LK = np.concatenate((topk_TLK, none_1LK))
-    together = max(1, _LANES // max(1, len(home_B)))
-    for first in range(0, plan.num_layers, together):
-        rows_LS = plan.expert_LS[first : first + together]
-        ids_BTLK = topk_T1LK[padded_BT, first : first + together]
-        ids_LBTK = np.moveaxis(ids_BTLK, 2, 0)
-        chosen = split_batches(
-            ids_LBTK.reshape(-1, *ids_LBTK.shape[2:]),
-            np.repeat(rows_LS, len(home_B), axis=0),
-            plan.num_experts,
-            ranks=plan.num_devices,
-            home_B=np.tile(home_B, len(rows_LS)),
-        ).reshape(ids_LBTK.shape)
-        for slot_BTK in chosen:
-            slot_TK = np.empty_like(topk_TLK[:, 0])
-            slot_TK[place_BT[place_BT >= 0]] = slot_BTK[place_BT >= 0]
-            yield _use(plan, slot_TK)
-
-
-def batches_of(home_T: I32, batch: int) -> tuple[I32, I32]:
-    """[B, T] indices of each home's tokens, -1 behind the last of a batch; and the home of each."""
-    places, homes = [], []
-    for home in np.unique(home_T):
-        at_T = np.flatnonzero(home_T == home)
-        for start in range(0, len(at_T), batch):
-            part = at_T[start : start + batch]
-            places.append(np.pad(part, (0, batch - len(part)), constant_values=-1))
-            homes.append(home)
-    return np.array(places, np.int32).reshape(-1, batch), np.array(homes, np.int32)
-
-
-def turns(tokens: int, devices: int, batch: int) -> I32:
-    """One batch after the other, each at the next home."""
-    home_T: I32 = (np.arange(tokens) // batch % devices).astype(np.int32)
-    return home_T
-
-
-def _check_routing(plan: Plan, topk_TLK: I32) -> None:
-    if topk_TLK.shape[1] != plan.num_layers:
-        raise PlacementError(
-            f"the routing has {topk_TLK.shape[1]} layers, the plan {plan.num_layers}"
-        )
-    if topk_TLK.max(initial=-1) >= plan.num_experts:
-        raise PlacementError(
-            f"unknown expert {topk_TLK.max()} in the routing; the plan knows {plan.num_experts}"
-        )
-
-
-def _use(plan: Plan, slot_TK: I32) -> LayerUse:
-    device_TK = np.where(slot_TK >= 0, slot_TK // plan.slots_per_device, -1).astype(np.int32)
-    node_TK = np.where(device_TK >= 0, plan.node_D[device_TK], -1).astype(np.int32)
-    used_TD = occupied(device_TK, plan.num_devices)
-    return LayerUse(device_TK, used_TD, occupied(node_TK, plan.num_nodes))
-
-
 def split_loads(plan: Plan, topk_TLK: I32, *, home_T: I32 | None = None, batch: int = BATCH) -> F64:
     """[L, D]: pairs of token and expert that each device gets, copies chosen as senders do."""
-    home_T = turns(len(topk_TLK), plan.num_devices, batch) if home_T is None else home_T
+    if home_T is None:
+        home_T = round_robin_homes(len(topk_TLK), plan.num_devices, batch)
     return np.stack(
         [
             np.bincount(use.device_TK[use.device_TK >= 0], minlength=plan.num_devices)
@@ -219,7 +122,9 @@ def traffic(
     copies, cross = [], []
     uses = layer_uses(plan, topk_TLK)
     if (plan.copies_LE > 1).any():
-        home_T = turns(len(topk_TLK), plan.num_devices, batch) if home_T is None else home_T
+        home_T = (
+            round_robin_homes(len(topk_TLK), plan.num_devices, batch) if home_T is None else home_T
+        )
         uses = split_uses(plan, topk_TLK, home_T, batch)
     for use in uses:
         if flow is Dataflow.HOME_DEDUP:
@@ -255,8 +160,8 @@ def _per_expert(plan: Plan, use: LayerUse, home_T: I32 | None) -> tuple[F64, F64
         return count_T * (1 - 1 / plan.num_devices), count_T * (1 - 1 / plan.num_nodes)
     home_T1 = home_T[:, None]
     away_T = (valid_TK & (use.device_TK != home_T1)).sum(axis=1)
-    abroad_TK = valid_TK & (plan.node_D[use.device_TK] != plan.node_D[home_T1])
-    return away_T.astype(np.float64), abroad_TK.sum(axis=1).astype(np.float64)
+    inter_node_TK = valid_TK & (plan.node_D[use.device_TK] != plan.node_D[home_T1])
+    return away_T.astype(np.float64), inter_node_TK.sum(axis=1).astype(np.float64)
 
 
 def _migrating(plan: Plan, topk_TLK: I32, weight_T: F64, home_T: I32 | None) -> Traffic:
@@ -278,40 +183,6 @@ def _migrating(plan: Plan, topk_TLK: I32, weight_T: F64, home_T: I32 | None) -> 
         kept_T = landed_T if at_T is None else np.where(some_T, landed_T, at_T)
         at_T = kept_T.astype(np.int32)
     return Traffic(np.array(copies), np.array(cross))
-
-
-def landing(plan: Plan, l: int, topk_TK: I32, use: LayerUse) -> I32:
-    """Where the tokens are after layer ``l``: of their own devices, the best guess for the next."""
-    if plan.guide_LED is None:
-        score_TD = np.zeros(use.used_TD.shape, np.int64)
-        for k in range(use.device_TK.shape[1]):
-            valid = use.device_TK[:, k] >= 0
-            np.add.at(score_TD, (np.flatnonzero(valid), use.device_TK[valid, k]), 1)
-    else:
-        padded_ED = np.vstack((plan.guide_LED[l], np.zeros_like(plan.guide_LED[l][:1])))
-        score_TD = np.zeros(use.used_TD.shape, np.int64)
-        for k in range(topk_TK.shape[1]):
-            score_TD += padded_ED[topk_TK[:, k]]
-    best_T: I32 = np.argmax(np.where(use.used_TD, score_TD + 1, 0), axis=1).astype(np.int32)
-    return best_T
-
-
-def fit_guide(plan: Plan, topk_TLK: I32) -> NDArray[np.uint8]:
-    """[L, E, D]: how often tokens of an expert use a device in the layer after, of 255."""
-    shape = (plan.num_layers, plan.num_experts, plan.num_devices)
-    guide_LED = np.zeros(shape, np.uint8)
-    uses = layer_uses(plan, topk_TLK)
-    next(uses)
-    for l, use in enumerate(uses):
-        hits_ED = np.zeros(shape[1:])
-        seen_E = np.zeros(shape[1])
-        for k in range(topk_TLK.shape[2]):
-            expert_T = topk_TLK[:, l, k]
-            valid = expert_T >= 0
-            np.add.at(seen_E, expert_T[valid], 1)
-            np.add.at(hits_ED, expert_T[valid], use.used_TD[valid])
-        guide_LED[l] = np.round(255 * hits_ED / np.maximum(1, seen_E)[:, None])
-    return guide_LED
 
 
 def histogram_homes(plan: Plan, routing: Routing, *, prefix: float, slack: float = 1.25) -> I32:

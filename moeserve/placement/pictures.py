@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
-from moeserve.placement.cost import device_loads, layer_uses
+from moeserve.placement.cost import device_loads
+from moeserve.placement.layer_use import layer_uses
 from moeserve.placement.plan import Plan, contiguous, with_slots
 from moeserve.placement.routing import Routing
 from moeserve.placement.solvers.dp import affinity

@@ -55,34 +55,59 @@ def slots_of(expert_S: I32, num_experts: int) -> Slots:
 
 def split_batch(ids_TC: I32, slots: Slots, *, ranks: int, home: int) -> I32:
     """[T, C] slots, -1 where a token has no choice: the rule word by word."""
-    per_rank = len(slots.slot_S) // ranks
-    first, table = slots.first_E1.tolist(), slots.slot_S.tolist()
-    load_R = [0] * ranks
+    sender = _Sender(slots, ranks, home)
     slot_TC = np.full(ids_TC.shape, -1, np.int32)
     visited_T: list[set[int]] = [{home} for _ in ids_TC]
-    pairs = 0
+    several: list[tuple[int, int, int]] = []
     for t, ids in enumerate(ids_TC.tolist()):
         for c, e in enumerate(ids):
-            pairs += e >= 0
-            if e >= 0 and first[e + 1] - first[e] == 1:
-                slot_TC[t, c] = table[first[e]]
-                load_R[table[first[e]] // per_rank] += 1
-                visited_T[t].add(table[first[e]] // per_rank)
-    slack = slack_of(pairs, ranks)
-    for t, ids in enumerate(ids_TC.tolist()):
-        for c, e in enumerate(ids):
-            if e < 0 or slot_TC[t, c] >= 0:
-                continue
-            ordered = sorted(
-                (load_R[s // per_rank], (s // per_rank - home) % ranks, s)
-                for s in table[first[e] : first[e + 1]]
-            )
-            near = [option for option in ordered if option[2] // per_rank in visited_T[t]]
-            chosen = near[0] if near and near[0][0] <= ordered[0][0] + slack else ordered[0]
-            slot_TC[t, c] = chosen[2]
-            load_R[chosen[2] // per_rank] += 1
-            visited_T[t].add(chosen[2] // per_rank)
+            options = sender.slots_of_expert(e)
+            if len(options) == 1:
+                slot_TC[t, c] = sender.take(options[0], visited_T[t])
+            elif options:
+                several.append((t, c, e))
+    slack = slack_of(int((ids_TC >= 0).sum()), ranks)
+    for t, c, e in several:
+        slot_TC[t, c] = sender.take(sender.choose(e, visited_T[t], slack), visited_T[t])
     return slot_TC
+
+
+class _Sender:
+    """One batch as it is sent from ``home``: the pairs that each rank has got so far."""
+
+    def __init__(self, slots: Slots, ranks: int, home: int) -> None:
+        self._first, self._slots = slots.first_E1.tolist(), slots.slot_S.tolist()
+        self._per_rank = len(self._slots) // ranks
+        self._ranks, self._home = ranks, home
+        self.load_R = [0] * ranks
+
+    def slots_of_expert(self, e: int) -> list[int]:
+        """Ascending; none for -1, which is no choice."""
+        found: list[int] = self._slots[self._first[e] : self._first[e + 1]] if e >= 0 else []
+        return found
+
+    def take(self, slot: int, visited: set[int]) -> int:
+        """The slot, now that a token which ``visited`` those ranks has chosen it."""
+        rank = slot // self._per_rank
+        self.load_R[rank] += 1
+        visited.add(rank)
+        return slot
+
+    def choose(self, e: int, visited: set[int], slack: int) -> int:
+        """Steps 1 to 3 of the rule."""
+        ordered = sorted(self.slots_of_expert(e), key=self._order)
+        least_loaded = ordered[0]
+        nearest = next((s for s in ordered if s // self._per_rank in visited), None)
+        if nearest is None or self._load(nearest) > self._load(least_loaded) + slack:
+            return least_loaded
+        return nearest
+
+    def _order(self, slot: int) -> tuple[int, int, int]:
+        distance = (slot // self._per_rank - self._home) % self._ranks
+        return self._load(slot), distance, slot
+
+    def _load(self, slot: int) -> int:
+        return self.load_R[slot // self._per_rank]
 
 
 def split_batches(
@@ -93,51 +118,72 @@ def split_batches(
     copies_LE, table_LEM = _tables(rows_LS, num_experts)
     at_B11 = row_B.reshape(-1, 1, 1)
     known_BTC = np.maximum(ids_BTC, 0)
-    chosen_BTC: I32 = np.where(ids_BTC < 0, np.int32(-1), table_LEM[at_B11, known_BTC, 0])
-    open_BTC = (ids_BTC >= 0) & (copies_LE[at_B11, known_BTC] > 1)
-    if not open_BTC.any():
-        return chosen_BTC
-    per_rank, batches = expert_BS.shape[1] // ranks, len(ids_BTC)
-    rank_BTC = np.where(open_BTC | (ids_BTC < 0), ranks, chosen_BTC // per_rank)
-    batch_B = np.arange(batches)
-    flat_N = (rank_BTC + batch_B[:, None, None] * (ranks + 1)).ravel()
-    load_BR1 = np.bincount(flat_N, minlength=batches * (ranks + 1)).reshape(batches, ranks + 1)
-    slack_B = slack_of((ids_BTC >= 0).sum(axis=(1, 2)), ranks)
-    for t in range(ids_BTC.shape[1]):
-        visited_BR1 = np.zeros((batches, ranks + 1), np.bool_)
-        np.put_along_axis(visited_BR1, rank_BTC[:, t], True, axis=1)
-        visited_BR1[batch_B, home_B] = True
-        for c in range(ids_BTC.shape[2]):
-            at_W = np.flatnonzero(open_BTC[:, t, c])
-            if len(at_W):
-                slot_WM = table_LEM[row_B[at_W], ids_BTC[at_W, t, c]]
-                here = (load_BR1[at_W], visited_BR1[at_W], home_B[at_W], slack_B[at_W])
-                slot_W = _choose(slot_WM, *here, per_rank)
-                chosen_BTC[at_W, t, c] = slot_W
-                load_BR1[at_W, slot_W // per_rank] += 1
-                visited_BR1[at_W, slot_W // per_rank] = True
-    return chosen_BTC
+    slot_BTC: I32 = np.where(ids_BTC < 0, np.int32(-1), table_LEM[at_B11, known_BTC, 0])
+    several_BTC = (ids_BTC >= 0) & (copies_LE[at_B11, known_BTC] > 1)
+    if several_BTC.any():
+        slack_B = slack_of((ids_BTC >= 0).sum(axis=(1, 2)), ranks)
+        per_rank = expert_BS.shape[1] // ranks
+        senders = _Senders(slot_BTC, several_BTC, home_B, slack_B, ranks=ranks, per_rank=per_rank)
+        for t in range(ids_BTC.shape[1]):
+            senders.begin_token(t)
+            for c in range(ids_BTC.shape[2]):
+                at_W = np.flatnonzero(several_BTC[:, t, c])
+                if len(at_W):
+                    slot_WM = table_LEM[row_B[at_W], ids_BTC[at_W, t, c]]
+                    slot_BTC[at_W, t, c] = senders.choose(at_W, slot_WM)
+    return slot_BTC
 
 
-def _choose(
-    slot_WM: I32, load_WR1: I64, visited_WR1: NDArray[np.bool_], home_W: I32, slack_W: I64,
-    per_rank: int,
-) -> I32:  # fmt: skip
-    ranks = load_WR1.shape[1] - 1
-    absent_WM = slot_WM < 0
-    rank_WM = np.where(absent_WM, ranks, slot_WM // per_rank)
-    load_WM = np.take_along_axis(load_WR1, rank_WM, axis=1)
-    never = np.iinfo(np.int64).max
-    key_WM = np.where(absent_WM, never, load_WM * ranks + (rank_WM - home_W[:, None]) % ranks)
-    seen_WM = np.take_along_axis(visited_WR1, rank_WM, axis=1) & ~absent_WM
-    near_WM = np.where(seen_WM, key_WM, never)
-    row_W = np.arange(len(slot_WM))
-    least_W, nearest_W = key_WM.argmin(axis=1), near_WM.argmin(axis=1)
-    stays_W = seen_WM[row_W, nearest_W] & (
-        load_WM[row_W, nearest_W] <= load_WM[row_W, least_W] + slack_W
-    )
-    chosen_W: I32 = slot_WM[row_W, np.where(stays_W, nearest_W, least_W)]
-    return chosen_W
+class _Senders:
+    """``_Sender`` of B batches at once. Letters: W batches whose pair is chosen now, M slots of an
+    expert, -1 behind the last; R1 the ranks and one more, for pairs that go nowhere yet."""
+
+    def __init__(
+        self,
+        slot_BTC: I32,
+        several_BTC: NDArray[np.bool_],
+        home_B: I32,
+        slack_B: I64,
+        *,
+        ranks: int,
+        per_rank: int,
+    ) -> None:
+        """``slot_BTC`` of experts with one slot count at once; those with several are chosen."""
+        batches = len(slot_BTC)
+        self._home_B, self._slack_B = home_B, slack_B
+        self._ranks, self._per_rank = ranks, per_rank
+        self._every_B = np.arange(batches)
+        self._rank_BTC = np.where(several_BTC | (slot_BTC < 0), ranks, slot_BTC // per_rank)
+        flat_N = (self._rank_BTC + self._every_B[:, None, None] * (ranks + 1)).ravel()
+        counts = np.bincount(flat_N, minlength=batches * (ranks + 1))
+        self._load_BR1 = counts.reshape(batches, ranks + 1)
+        self._visited_BR1 = np.zeros((batches, ranks + 1), np.bool_)
+
+    def begin_token(self, t: int) -> None:
+        """Token t of each batch goes to its home, and where experts with one slot are."""
+        self._visited_BR1[:] = False
+        np.put_along_axis(self._visited_BR1, self._rank_BTC[:, t], True, axis=1)
+        self._visited_BR1[self._every_B, self._home_B] = True
+
+    def choose(self, at_W: NDArray[np.intp], slot_WM: I32) -> I32:
+        """Steps 1 to 3 of the rule, and the rank's load and visit, for batches ``at_W``."""
+        absent_WM = slot_WM < 0
+        rank_WM = np.where(absent_WM, self._ranks, slot_WM // self._per_rank)
+        load_WM = np.take_along_axis(self._load_BR1[at_W], rank_WM, axis=1)
+        distance_WM = (rank_WM - self._home_B[at_W, None]) % self._ranks
+        never = np.iinfo(np.int64).max
+        order_WM = np.where(absent_WM, never, load_WM * self._ranks + distance_WM)
+        visited_WM = np.take_along_axis(self._visited_BR1[at_W], rank_WM, axis=1) & ~absent_WM
+        row_W = np.arange(len(at_W))
+        least_loaded_W = order_WM.argmin(axis=1)
+        nearest_W = np.where(visited_WM, order_WM, never).argmin(axis=1)
+        stays_W = visited_WM[row_W, nearest_W] & (
+            load_WM[row_W, nearest_W] <= load_WM[row_W, least_loaded_W] + self._slack_B[at_W]
+        )
+        slot_W: I32 = slot_WM[row_W, np.where(stays_W, nearest_W, least_loaded_W)]
+        self._load_BR1[at_W, slot_W // self._per_rank] += 1
+        self._visited_BR1[at_W, slot_W // self._per_rank] = True
+        return slot_W
 
 
 def _tables(expert_LS: I32, num_experts: int) -> tuple[I64, I32]:

@@ -48,7 +48,7 @@ def follow(options: FollowerOptions, start: RankStart) -> int:
     with giving_up(met.group):
         follower = control.follow(met.group, trust_of(options), options.ep_deadline)
     follower.heartbeat.subscribe(failure.decide)
-    follower.heartbeat.doing = "loading the model".__str__
+    follower.heartbeat.activity = "loading the model".__str__
     try:
         with asking_rank_0_to_stop(follower):
             load_and_run(options, met, follower)
@@ -89,7 +89,7 @@ def load_and_run(options: FollowerOptions, met: Rendezvous, follower: Follower) 
     )
     try:
         context.group.all_gather("ready", b"")
-        follower.heartbeat.doing = progress.__str__
+        follower.heartbeat.activity = progress.__str__
         with progress:
             steps = rank.follow(follower, context)
         log.info("rank 0 ended the run after %d steps", steps)

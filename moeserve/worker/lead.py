@@ -79,7 +79,7 @@ class LeadingRank:
             leader = control.lead(met.group, met.address, trust_of(config), config.ep_deadline)
         self._leader = leader
         leader.heartbeat.subscribe(self.failure.decide, self._asked_to_stop)
-        leader.heartbeat.doing = "loading the model".__str__
+        leader.heartbeat.activity = "loading the model".__str__
         loading.alarm = leader.alarm
         # 3. Load this rank's share, as they load theirs.
         context = ep_context(config, met, lambda: loading.checked(leader.alarm), self.progress)
@@ -88,7 +88,7 @@ class LeadingRank:
         # 4. All have loaded.
         context.group.all_gather("ready", b"")
         loading.over = True
-        leader.heartbeat.doing = self.progress.__str__
+        leader.heartbeat.activity = self.progress.__str__
         return loaded
 
     def _asked_to_stop(self) -> None:

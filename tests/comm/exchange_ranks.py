@@ -1,8 +1,9 @@
 """One rank of the tests of exchanges: does what the test says over a socket, a JSON line each.
 
-    python exchange_ranks.py TEST_PORT STORE_PORT [RANK WORLD]
+    python exchange_ranks.py TEST_PORT STORE_PORT [WORLD]
 
-Under mpirun rank and world come from the environment. Every answer is an object; one that has
+With WORLD this process forks so many ranks, once everything is imported; under mpirun it is one,
+and rank and world come from the environment. Every answer is an object; one that has
 "error" tells of ours, by class.
 """
 
@@ -16,14 +17,12 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from moeserve.comm.exchange.base import Exchange
+from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.open import open_exchange
-from moeserve.comm.exchange.rounds import Lanes
-from moeserve.comm.exchange.shm import ShmExchange
 from moeserve.comm.group import Group, Topology, join_store
 from moeserve.errors import LateRankError, MoeserveError, UnavailableError
 
@@ -94,13 +93,6 @@ class Rank:
                 return {**told(error), "after_s": time.monotonic() - begun}
         return {}
 
-    def do_progress(self, name: str, word: int | None = None) -> dict[str, Any]:
-        exchange = self.open_ones[name]
-        assert isinstance(exchange, ShmExchange)
-        if word is not None:
-            exchange.note_progress(word)
-        return {"words": [exchange.progress(r) for r in range(exchange.world)]}
-
     def do_hold(self, name: str, lane: int, size: int) -> dict[str, Any]:
         """Keep views of what comes, even when the exchange is closed."""
         exchange = self.open_ones[name]
@@ -144,10 +136,21 @@ def told(error: MoeserveError) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     test_port, store_port = int(sys.argv[1]), int(sys.argv[2])
-    if "OMPI_COMM_WORLD_RANK" in os.environ:
+    if len(sys.argv) == 3:
         importlib.import_module("mpi4py.MPI")  # starts MPI, which takes all ranks
-    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or sys.argv[3])
-    world = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or sys.argv[4])
+        rank, world = (int(os.environ[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE"))
+        serve_orders(rank, world, test_port, store_port)
+    world = int(sys.argv[3])
+    children = []
+    for rank in range(world):
+        if (pid := os.fork()) == 0:
+            serve_orders(rank, world, test_port, store_port)
+        children.append(pid)
+    for pid in children:
+        os.waitpid(pid, 0)
+
+
+def serve_orders(rank: int, world: int, test_port: int, store_port: int) -> NoReturn:
     self = Rank(Group(rank, world, join_store("127.0.0.1", store_port)))
     with socket.create_connection(("127.0.0.1", test_port), 30) as line:
         line.settimeout(200)

@@ -2,8 +2,9 @@
 
     python law_ranks.py STORE_PORT CASES.json OUT_FOLDER
 
-Rank and world come from mpirun's environment. Everything random follows from a case's seed, so that
-all ranks, and the test, draw the same.
+Rank and world come from mpirun's environment. Plan and prompts follow from a case's seed, so that
+all ranks, and the test, draw the same. Cases of one seed follow one another and differ in backend
+and microbatches alone: what a rank loads for the first serves all of them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moeserve.comm.build import Bounds, open_parallel
 from moeserve.comm.group import Group, Topology, join_store
 from moeserve.comm.layout import LayerLayout
 from moeserve.config.options import LoadOptions
+from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.checkpoint import Checkpoint
@@ -110,26 +112,38 @@ def greedy(
     return [torch.stack(rows) for rows in found]
 
 
-def run(case: Case, group: Group) -> dict[str, Tensor]:
-    ops = choose_ops(threads=1)
-    checkpoint = Checkpoint.open(case.model)
-    spec, _ = read_spec(checkpoint)
+@dataclass(frozen=True)
+class Loaded:
+    """What a rank holds for all cases of a seed."""
+
+    seed: int
+    decoder: Decoder
+    layouts: dict[int, LayerLayout]
+
+
+def load(case: Case, rank: int, ops: Ops) -> Loaded:
+    spec, _ = read_spec(Checkpoint.open(case.model))
     layouts = layouts_of(spec, case)
-    mine = {layer: layout.of_rank(group.rank) for layer, layout in layouts.items()}
+    mine = {layer: layout.of_rank(rank) for layer, layout in layouts.items()}
     decoder = load_decoder(
         case.model, ops=ops, options=LoadOptions(quantization=case.quantization), experts=mine
     )
+    return Loaded(case.seed, decoder, layouts)
+
+
+def run(case: Case, loaded: Loaded, group: Group, ops: Ops) -> dict[str, Tensor]:
+    decoder = loaded.decoder
     parallel = open_parallel(
         ops,
         decoder.stack.layers,
-        layouts,
+        loaded.layouts,
         group,
         case.topology,
         backend=case.backend,
         bounds=Bounds(256, case.micro, deadline_s=60.0),
         progress=Progress(),
     )
-    prompts, home = prompts_of(case, spec.vocab)
+    prompts, home = prompts_of(case, decoder.spec.vocab)
     own = [i for i, rank in enumerate(home) if rank == group.rank]
     rows = greedy(
         replace(decoder, parallel=parallel), [prompts[i] for i in own], case.micro,
@@ -145,11 +159,13 @@ def main() -> None:
     rank, world = (int(os.environ[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE"))
     store = join_store("127.0.0.1", int(sys.argv[1]))
     cases: list[dict[str, Any]] = json.loads(Path(sys.argv[2]).read_text())
-    for told in cases:
-        case = Case(**told)
+    ops, loaded = choose_ops(threads=1), None
+    for case in (Case(**fields) for fields in cases):
         if rank < case.world:
+            if loaded is None or loaded.seed != case.seed:
+                loaded = load(case, rank, ops)
             group = Group(rank, world, PrefixStore(case.name, store))
-            rows = run(case, group.sub_group(range(case.world)))
+            rows = run(case, loaded, group.sub_group(range(case.world)), ops)
             save_file(rows, Path(sys.argv[3]) / f"{case.name}.{rank}.safetensors")
 
 

@@ -100,19 +100,19 @@ def test_orders_go_out_reports_come_back_and_the_end_is_told() -> None:
 def test_everybody_hears_what_everybody_does() -> None:
     with star(3, deadline_s=0.5) as (leader, followers):
         for rank, one in enumerate([leader, *followers]):
-            one.heartbeat.doing = f"step {rank}".__str__
+            one.heartbeat.activity = f"step {rank}".__str__
         give_up = time.monotonic() + PATIENCE_S
         wanted = "; ".join(f"rank {r} was last heard doing: step {r}" for r in range(3))
-        while any(f.heartbeat.doing_of([0, 1, 2]) != wanted for f in followers):
+        while any(f.heartbeat.activity_of([0, 1, 2]) != wanted for f in followers):
             assert time.monotonic() < give_up
             time.sleep(0.01)
 
 
 def test_a_rank_that_goes_is_named_everywhere_with_what_it_was_doing() -> None:
     with star(4) as (leader, followers):
-        followers[1].heartbeat.doing = lambda: "layer 7 of step 12"
+        followers[1].heartbeat.activity = lambda: "layer 7 of step 12"
         give_up = time.monotonic() + PATIENCE_S
-        while "layer 7" not in followers[0].heartbeat.doing_of([2]):
+        while "layer 7" not in followers[0].heartbeat.activity_of([2]):
             assert time.monotonic() < give_up
             time.sleep(0.01)
         heard: list[LateRankError] = []
@@ -160,7 +160,7 @@ def test_a_silent_rank_is_named_everywhere() -> None:
 
 def test_a_lost_leader_is_named_by_all_others() -> None:
     with star(3) as (leader, followers):
-        leader.heartbeat.doing = lambda: "planning"
+        leader.heartbeat.activity = lambda: "planning"
         leader.heartbeat._ended = True  # whoever dies tells nobody
         for link in (*leader._steps.values(), *leader.heartbeat._links.values()):
             link.socket.shutdown(socket.SHUT_RDWR)
@@ -266,6 +266,22 @@ def test_beyond_loopback_a_secret_or_tls_is_required() -> None:
     require_trust("127.0.0.1", Trust())
 
 
+def both_ways_at_once(one: Link, other: Link) -> None:
+    """Each end sends on one thread while it receives on another."""
+    messages = [bytes([i]) * (1 + 4000 * i) for i in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        sent = [
+            pool.submit(lambda end=end: [end.send(m, PATIENCE_S) for m in messages])
+            for end in (one, other)
+        ]
+        came = [
+            pool.submit(lambda end=end: [end.receive(PATIENCE_S) for _ in messages])
+            for end in (one, other)
+        ]
+        assert [c.result(PATIENCE_S) == messages for c in came] == [True, True]
+        assert [len(s.result(PATIENCE_S)) for s in sent] == [len(messages)] * 2
+
+
 def certify(folder: Path, authority: str) -> Tls:
     """A rank's folder of certificates, by an authority made on the way."""
     if shutil.which("openssl") is None:
@@ -295,6 +311,7 @@ def test_mutual_tls_carries_orders_and_refuses_other_authorities(tmp_path: Path)
             assert followers[0].receive(PATIENCE_S) == bytes(size)
             followers[0].send(bytes(size))
             assert leader.receive(1, PATIENCE_S) == bytes(size)
+        both_ways_at_once(leader._steps[1], followers[0]._steps)  # type: ignore[attr-defined]
         assert "TLSv1.3" in str(leader._steps[1].socket.version())  # type: ignore[attr-defined]
     theirs = Trust(tls=certify(tmp_path / "c", "theirs"))
     ranks = groups(2)

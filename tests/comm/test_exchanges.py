@@ -33,7 +33,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::U
 
 
 class Ranks:
-    """Processes that do what they are told, all at once."""
+    """Processes that follow orders, all at once: started by ``launcher``, else forked from one."""
 
     def __init__(self, world: int, launcher: Sequence[str] = ()) -> None:
         self.world = world
@@ -43,11 +43,8 @@ class Ranks:
             door.settimeout(PATIENCE_S)
             ports = [str(door.getsockname()[1]), str(store_port)]
             child = [sys.executable, str(CHILD), *ports]
-            alone = [((), (str(r), str(world))) for r in range(world)]
-            self._processes = [
-                subprocess.Popen([*command, *child, *numbers], env=ENVIRONMENT)
-                for command, numbers in ([(tuple(launcher), ())] if launcher else alone)
-            ]
+            command = [*launcher, *child] if launcher else [*child, str(world)]
+            self._process = subprocess.Popen(command, env=ENVIRONMENT)
             self._lines: dict[int, Any] = {}
             self.pids = [0] * world
             for _ in range(world):
@@ -59,17 +56,17 @@ class Ranks:
                 self._lines[hello["rank"]] = words
                 self.pids[hello["rank"]] = hello["pid"]
 
-    def notify(self, do: str, who: Sequence[int] | None = None, **order: Any) -> None:
+    def order(self, do: str, who: Sequence[int] | None = None, **what: Any) -> None:
         for rank in range(self.world) if who is None else who:
-            print(json.dumps({"do": do, **order}), file=self._lines[rank], flush=True)
+            print(json.dumps({"do": do, **what}), file=self._lines[rank], flush=True)
 
-    def hear(self, who: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    def answers(self, who: Sequence[int] | None = None) -> list[dict[str, Any]]:
         ranks = range(self.world) if who is None else who
         return [json.loads(self._lines[r].readline()) for r in ranks]
 
     def ask(self, do: str, who: Sequence[int] | None = None, **order: Any) -> list[Any]:
-        self.notify(do, who, **order)
-        return self.hear(who)
+        self.order(do, who, **order)
+        return self.answers(who)
 
     def open(
         self,
@@ -95,12 +92,11 @@ class Ranks:
         for line in self._lines.values():
             with contextlib.suppress(OSError):
                 line.close()
-        for process in self._processes:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(20)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(20)
 
 
 @pytest.fixture(scope="module")
@@ -208,16 +204,16 @@ def test_ranks_of_a_part_are_named_as_the_run_names_them(ranks: Ranks, backend: 
 
 def test_a_stopped_rank_is_named(ranks: Ranks, backend: str) -> None:
     name = ranks.open(backend, deadline_s=1.5)
-    ranks.notify("wait", name=name, lane=0, times=1_000_000)
+    ranks.order("wait", name=name, lane=0, times=1_000_000)
     time.sleep(0.2)
     os.kill(ranks.pids[1], signal.SIGSTOP)
     try:
-        answers = ranks.hear([0, 2, 3])
+        answers = ranks.answers([0, 2, 3])
     finally:
         os.kill(ranks.pids[1], signal.SIGCONT)
     assert {a["error"] for a in answers} == {"LateRankError"}
     assert [a["ranks"] for a in answers] == [[1]] * 3, answers
-    assert ranks.hear([1])[0]["error"] == "LateRankError"
+    assert ranks.answers([1])[0]["error"] == "LateRankError"
     ranks.ask("close", name=name)
 
 
@@ -254,15 +250,6 @@ def test_shared_memory_lives_as_long_as_its_last_view(ranks: Ranks) -> None:
     assert ranks.ask("count") == before
 
 
-def test_what_a_rank_is_doing_can_be_read_by_others(ranks: Ranks) -> None:
-    name = ranks.open("shm")
-    for rank in range(WORLD):
-        ranks.ask("progress", [rank], name=name, word=(1 << 60) + rank)
-    words = [(1 << 60) + rank for rank in range(WORLD)]
-    assert ranks.ask("progress", name=name) == [{"words": words}] * WORLD
-    ranks.ask("close", name=name)
-
-
 @pytest.mark.parametrize(
     ("backend_asked", "nodes", "used"),
     [("auto", [0, 0, 0, 0], "shm"), ("auto", [0, 0, 1, 1], "tcp"), ("shm", [0, 0, 1, 1], "")],
@@ -288,10 +275,10 @@ def test_a_killed_rank_is_named() -> None:
     made = Ranks(3)
     try:
         by_torch, *others = (made.open(b, deadline_s=2.0) for b in ("torch", "shm", "tcp"))
-        made.notify("wait", name=by_torch, lane=0, times=1_000_000)
+        made.order("wait", name=by_torch, lane=0, times=1_000_000)
         time.sleep(0.2)
         os.kill(made.pids[1], signal.SIGKILL)
-        answers = made.hear([0, 2])
+        answers = made.answers([0, 2])
         for other in others:
             answers += made.ask("wait", [0, 2], name=other, lane=0)
         assert [a["ranks"] for a in answers] == [[1]] * 6, answers

@@ -6,6 +6,7 @@ Slurm's is run by a stand-in for ``srun`` that does what it is read for: tasks w
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -23,6 +24,8 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+
+from moeserve.cli import main
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 MARK = "LAUNCHED_BY_MOESERVE_TEST"
@@ -128,13 +131,11 @@ def ask(address: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone() -> str:
-    """What one process says."""
-    command = [sys.executable, "-m", "moeserve.cli", "generate", "--model", "demo", "--json"]
+    """What one process says: this one."""
     words = ["--prompt", str(ASKED["prompt"]), "--max-tokens", "8", "--temperature", "0"]
-    done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, timeout=PATIENCE_S, check=True
-    )
-    return str(json.loads(done.stdout)["text"])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["generate", "--model", "demo", "--json", *words]) == 0
+    return str(json.loads(out.getvalue())["text"])
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh", "deepspeed.sh", "slurm.sbatch"])

@@ -9,44 +9,42 @@ from moeserve.comm.exchange.stragglers import LEAVING, StragglerDetector
 
 
 def test_who_does_not_wait_is_late() -> None:
-    greetings = StragglerDetector(0, 4, lanes=2)
-    greetings.receive_greeting(1, greetings.greeting(10))
-    greetings.receive_greeting(
-        3, greetings.greeting(9)
-    )  # a round behind: the late one's bytes are missing
-    assert greetings.missing_ranks(10) == [2]
+    stragglers = StragglerDetector(0, 4, lanes=2)
+    stragglers.record(1, stragglers.report(10))
+    stragglers.record(3, stragglers.report(9))  # a round behind: the late one's bytes are missing
+    assert stragglers.missing_ranks(10) == [2]
 
 
-def test_an_old_greeting_does_not_count() -> None:
-    greetings = StragglerDetector(0, 3, lanes=2)
-    greetings.receive_greeting(1, greetings.greeting(5))
-    greetings.receive_greeting(2, greetings.greeting(9))
-    assert greetings.missing_ranks(10) == [1]
+def test_an_old_report_does_not_count() -> None:
+    stragglers = StragglerDetector(0, 3, lanes=2)
+    stragglers.record(1, stragglers.report(5))
+    stragglers.record(2, stragglers.report(9))
+    assert stragglers.missing_ranks(10) == [1]
 
 
 def test_a_broken_connection_tells_more_than_silence() -> None:
-    greetings = StragglerDetector(2, 4, lanes=1)
-    greetings.disconnected(1)
-    assert greetings.missing_ranks(3) == [1]
+    stragglers = StragglerDetector(2, 4, lanes=1)
+    stragglers.disconnected(1)
+    assert stragglers.missing_ranks(3) == [1]
 
 
 def test_who_left_is_not_gone_and_its_blame_counts() -> None:
-    greetings = StragglerDetector(1, 4, lanes=1)
-    greetings.receive_greeting(0, StragglerDetector(0, 4, lanes=1).greeting(LEAVING, {3}))
-    greetings.disconnected(0)
-    assert greetings.missing_ranks(3) == [3]
+    stragglers = StragglerDetector(1, 4, lanes=1)
+    stragglers.record(0, StragglerDetector(0, 4, lanes=1).report(LEAVING, {3}))
+    stragglers.disconnected(0)
+    assert stragglers.missing_ranks(3) == [3]
 
 
 @given(st.integers(2, 6), st.integers(1, 4), st.data())
 def test_somebody_else_is_always_named(world: int, lanes: int, data: st.DataObject) -> None:
-    greetings = StragglerDetector(0, world, lanes)
+    stragglers = StragglerDetector(0, world, lanes)
     others = st.integers(1, world - 1)
     notes = st.lists(st.integers(-1, 1), min_size=world + 1, max_size=world + 1)
     for source, note in data.draw(st.lists(st.tuples(others, notes))):
-        greetings.receive_greeting(source, note)
+        stragglers.record(source, note)
     for source in data.draw(st.lists(others)):
-        greetings.disconnected(source)
-    missing_ranks = greetings.missing_ranks(data.draw(st.integers(0, 9)))
+        stragglers.disconnected(source)
+    missing_ranks = stragglers.missing_ranks(data.draw(st.integers(0, 9)))
     assert missing_ranks
     assert 0 not in missing_ranks
     assert missing_ranks == sorted(set(missing_ranks))

@@ -26,8 +26,8 @@ from moeserve.engine.ranks.expert_use import LOOKED_AT, ExpertUseCounter
 from moeserve.engine.ranks.fleet import Fleet, Homes, LeastWork, RankLoad
 from moeserve.engine.ranks.homes import HALVED_AT, MOST_KINDS, ExpertUse, NearExperts, kind_of
 from moeserve.engine.scheduler import SchedulerConfig
-from moeserve.placement.cost import layer_uses
 from moeserve.placement.formats.routing_files import read
+from moeserve.placement.layer_use import layer_uses
 from moeserve.placement.plan import Plan, contiguous
 
 TRACE = Path(__file__).resolve().parents[2] / "examples/demo_model/routing_by_domain.safetensors"

@@ -7,7 +7,19 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.engine.ranks.microbatches import FixedMicrobatches, MeasuredMicrobatches, StepShape
+from moeserve.engine.ranks.microbatches import (
+    KEPT,
+    PERIOD,
+    SOONEST,
+    TRIES,
+    FixedMicrobatches,
+    MeasuredMicrobatches,
+    Samples,
+    Settled,
+    StepKind,
+    StepShape,
+    Warmup,
+)
 
 DECODE = StepShape(16, True)
 
@@ -97,3 +109,62 @@ def test_choosing_costs_less_than_a_twentieth_of_the_best(
     shape = StepShape(tokens, False)
     chosen = run(MeasuredMicrobatches(), cost, 500, shape=shape, noise=noise, seed=seed)
     assert sum(cost[c] for c in chosen) <= 1.05 * 500 * min(cost.values())
+
+
+def step(kind: StepKind, seconds: float, share: float = 0.3) -> str:
+    """One step at so many seconds per token: the state that the machine is in afterwards."""
+    kind.record(kind.count, seconds, share)
+    return type(kind.state).__name__
+
+
+def compare(kind: StepKind, in_use: float, rival: float, turns: int) -> str:
+    """So many steps of the rival, one of the number in use between two; the last one decides."""
+    for _ in range(turns - 1):
+        assert step(kind, rival) == "Comparing"
+        assert step(kind, in_use) == "Comparing"
+    return step(kind, rival)
+
+
+def test_every_transition_of_the_machine() -> None:
+    kind = StepKind(most=4)
+    assert isinstance(kind.state, Warmup)
+    assert [step(kind, 1.0, 0.0) for _ in range(TRIES + 5)] == ["Warmup"] * (TRIES + 5), (
+        "at 1, where nobody waits, there is neither a number above worth a try nor one below"
+    )
+    while step(kind, 1.0) == "Warmup":
+        pass
+    assert (kind.best.count, kind.count) == (1, 2)
+    assert compare(kind, 1.0, 0.8, TRIES) == "Warmup", "the larger one is clearly faster"
+    assert (kind.best.count, kind.upward) == (2, True)
+    assert [step(kind, 0.8) for _ in range(TRIES)] == ["Warmup"] * (TRIES - 1) + ["Comparing"]
+    assert kind.count == 4
+    assert compare(kind, 0.8, 1.0, TRIES) == "Settled", "the rival is clearly slower"
+    assert isinstance(kind.state, Settled)
+    assert (kind.best.count, kind.upward) == (2, False)
+    assert (kind.state.seconds, kind.state.pause) == (0.8, 2 * PERIOD)
+    assert {step(kind, 0.8) for _ in range(2 * PERIOD - 1)} == {"Settled"}
+    assert step(kind, 0.8) == "Comparing", "the pause is over; it looks downward"
+    assert kind.count == 1
+    assert compare(kind, 0.8, 0.79, KEPT) == "Settled", "too little to win, and tried enough"
+    assert isinstance(kind.state, Settled)
+    assert (kind.best.count, kind.upward, kind.state.pause) == (2, True, PERIOD)
+    assert {step(kind, 1.6) for _ in range(SOONEST - 1)} == {"Settled"}
+    assert step(kind, 1.6) == "Comparing", "times have drifted; it looks upward first"
+    assert kind.count == 4
+    assert compare(kind, 1.6, 2.0, TRIES) == "Settled"
+    assert isinstance(kind.state, Settled)
+    assert (kind.state.pause, kind.upward) == (SOONEST, False), "after a drift it looks again soon"
+    assert [step(kind, 1.6) for _ in range(SOONEST)][-1] == "Comparing"
+    assert kind.count == 1
+    assert compare(kind, 1.6, 1.0, TRIES) == "Settled", "the smaller one is clearly faster"
+    assert (kind.best.count, kind.upward) == (1, True)
+    late = StepKind(most=2, best=Samples(2))
+    assert [step(late, 1.0) for _ in range(TRIES)] == ["Warmup"] * (TRIES - 1) + ["Settled"], (
+        "there is none above, and the one below has just been beaten"
+    )
+
+
+def test_a_step_of_a_number_that_is_no_longer_tried_changes_nothing() -> None:
+    kind = StepKind(most=4)
+    kind.record(2, 1.0, 0.5)
+    assert kind == StepKind(most=4)

@@ -18,6 +18,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from moeserve.config.options import DoorOptions, RequestOptions
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
 
@@ -138,3 +139,33 @@ def test_start_up_failures_are_one_line_and_a_status(tiny: Path, tmp_path: Path)
         assert says in err.splitlines()[-1]
         assert "Traceback" not in err
         assert nobody_left(process.pid)
+
+
+def children_of(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in listed for child in file.read_text().split()]
+
+
+def test_ranks_that_serve_starts_get_only_the_settings_that_they_use(tiny: Path) -> None:
+    """The key of clients above all: neither their environment nor their command line has it."""
+    key = "key of the clients"
+    flags = ("--ep", "2", "--api-key", key, "--served-model-name", "tiny", "--max-queue", "77")
+    with serving(tiny, *flags) as (process, _):
+        (child,) = children_of(process.pid)
+        environ = Path(f"/proc/{child}/environ").read_text().split("\0")
+        command = Path(f"/proc/{child}/cmdline").read_text()
+        settings = dict(
+            line.removeprefix("MOESERVE_").split("=", 1)
+            for line in environ
+            if line.startswith("MOESERVE_")
+        )
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0
+        assert nobody_left(process.pid)
+    assert key not in command
+    assert not any(key in line for line in environ)
+    doors = {name.upper() for name in (*DoorOptions.model_fields, *RequestOptions.model_fields)}
+    assert not doors & settings.keys()
+    assert settings["SERVED_MODEL_NAME"] == "tiny"
+    assert (settings["EP"], settings["MODEL"], settings["NUM_BLOCKS"]) == ("2", str(tiny), "512")
+    assert len(settings["EP_SECRET"]) >= 16

@@ -7,6 +7,7 @@ checkpoint that holds these values.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -282,22 +283,47 @@ def is_matrix(name: str, tensor: Tensor) -> bool:
     return tensor.ndim == 2 and not any(word in name for word in plain)
 
 
-def convert(folder: Path, write: Writer, *, exact: bool = False) -> dict[str, Tensor]:
-    """Rewrites the folder's matrices in a format; returns the floats they stand for."""
-    tensors, floats, quantised = load_file(folder / "model.safetensors"), {}, {}
+@dataclass(frozen=True)
+class Converted:
+    """A folder in some format, and the floats it stands for: as read to codes, and exactly."""
+
+    folder: Path
+    floats: dict[str, Tensor]
+    exact: dict[str, Tensor]
+
+
+def convert(folder: Path, write: Writer) -> Converted:
+    """Rewrites the folder's matrices in a format."""
+    tensors, quantised = load_file(folder / "model.safetensors"), {}
+    floats, exact = {}, {}
     settings: Config = {}
     for name, tensor in tensors.items():
         if not is_matrix(name, tensor):
-            floats[name] = quantised[name] = tensor
+            floats[name] = exact[name] = quantised[name] = tensor
             continue
         written = write(tensor.numpy(), 0)
-        floats[name] = written.exact if exact else written.value
+        floats[name], exact[name] = written.value, written.exact
         module = name.removesuffix(".weight")
         quantised |= {f"{module}.{part}": t for part, t in written.tensors.items()}
         settings = written.config
     config = json.loads((folder / "config.json").read_text())
     save(folder, quantised, config | {"quantization_config": settings})
-    return floats
+    return Converted(folder, floats, exact)
+
+
+@pytest.fixture(scope="module")
+def converted(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Converted]:
+    """The tiny checkpoint of a family in a format, made once and read only."""
+
+    @functools.cache
+    def make(family: str, name: str) -> Converted:
+        folder = tmp_path_factory.mktemp(f"{family}-{name}") / "codes"
+        shutil.copytree(tiny_checkpoint(family), folder)
+        return convert(folder, WRITERS[name])
+
+    return make
 
 
 def logits(folder: Path, ops: ReferenceOps, **options: Any) -> Tensor:
@@ -309,20 +335,21 @@ def logits(folder: Path, ops: ReferenceOps, **options: Any) -> Tensor:
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "mixtral"])
 @pytest.mark.parametrize("name", ["int8", "packed", "fp8", "gptq", "awq"])
 def test_a_model_of_codes_equals_the_model_of_their_values(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, family: str, name: str
+    tiny_checkpoint: Callable[[str], Path],
+    converted: Callable[[str, str], Converted],
+    tmp_path: Path,
+    family: str,
+    name: str,
 ) -> None:
-    codes, plain = tmp_path / "codes", tmp_path / "plain"
-    shutil.copytree(tiny_checkpoint(family), codes)
+    codes, plain = converted(family, name), tmp_path / "plain"
     shutil.copytree(tiny_checkpoint(family), plain)
-    exact = convert(codes, WRITERS[name], exact=True)
-    save_file(exact, plain / "model.safetensors")
+    save_file(codes.exact, plain / "model.safetensors")
     floats = logits(plain, FloatOps())
-    assert torch.equal(logits(codes, FloatOps(), quantization="none"), floats)
+    assert torch.equal(logits(codes.folder, FloatOps(), quantization="none"), floats)
 
-    shutil.copy(tiny_checkpoint(family) / "model.safetensors", codes)
-    save_file(convert(codes, WRITERS[name]), plain / "model.safetensors")
+    save_file(codes.floats, plain / "model.safetensors")
     ops = FloatOps()
-    assert torch.equal(logits(codes, ops), logits(plain, FloatOps()))
+    assert torch.equal(logits(codes.folder, ops), logits(plain, FloatOps()))
     assert sum(not isinstance(m, Tensor) for m in ops.packed) > 10
 
 
@@ -334,7 +361,7 @@ def test_modules_of_several_schemes_live_in_one_checkpoint(
     shutil.copytree(tiny_checkpoint("qwen3_moe"), codes)
     shutil.copytree(tiny_checkpoint("qwen3_moe"), plain)
     kept = load_file(codes / "model.safetensors")
-    floats = convert(codes, write_packed)
+    floats = convert(codes, write_packed).floats
     tensors = load_file(codes / "model.safetensors")
     for name in [n for n in kept if "k_proj" in n or ".experts.2." in n]:
         module = name.removesuffix(".weight")
@@ -420,34 +447,27 @@ def test_a_scale_of_nan_is_named(gpt_oss: Path) -> None:
 
 @each_format
 def test_experts_in_codes_are_shared_out(
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    ops: Ops,
-    share_out: ShareOut,
-    name: str,
+    converted: Callable[[str, str], Converted], ops: Ops, share_out: ShareOut, name: str
 ) -> None:
-    shutil.copytree(tiny_checkpoint("qwen3_moe"), tmp_path / "codes")
-    convert(tmp_path / "codes", WRITERS[name])
-
-    share_out(tmp_path / "codes", ops)
+    share_out(converted("qwen3_moe", name).folder, ops)
 
 
 def test_experts_in_mxfp4_are_shared_out(gpt_oss: Path, ops: Ops, share_out: ShareOut) -> None:
     share_out(gpt_oss / "codes", ops)
 
 
-@pytest.mark.parametrize("name", ["int8", "packed", "fp8", "gptq", "awq"])
 def test_a_survey_of_codes_counts_what_is_stored(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, name: str
+    converted: Callable[[str, str], Converted],
 ) -> None:
-    shutil.copytree(tiny_checkpoint("qwen3_moe"), tmp_path / "codes")
-    convert(tmp_path / "codes", WRITERS[name])
-    tensors = load_file(tmp_path / "codes" / "model.safetensors")
+    for name in ("int8", "packed", "fp8", "gptq", "awq"):
+        folder = converted("qwen3_moe", name).folder
+        tensors = load_file(folder / "model.safetensors")
 
-    found = survey(tmp_path / "codes")
+        found = survey(folder)
 
-    assert found.weight_bytes == sum(t.numel() * width(t) for t in tensors.values())
-    assert found.active_bytes < found.weight_bytes
+        stored = sum(t.numel() * width(t) for t in tensors.values())
+        assert found.weight_bytes == stored, name
+        assert found.active_bytes < found.weight_bytes, name
 
 
 def width(t: Tensor) -> int:

@@ -10,12 +10,11 @@ from moeserve.placement.cost import (
     device_loads,
     histogram_homes,
     imbalance,
-    layer_uses,
     phase_loads,
-    slots_of_tokens,
     split_loads,
     traffic,
 )
+from moeserve.placement.layer_use import layer_uses, slots_of_tokens
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing, workload_of_tokens
 from moeserve.placement.split import slots_of, split_batch

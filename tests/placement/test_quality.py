@@ -86,7 +86,7 @@ def test_balance_is_never_worse_than_the_baseline_on_any_layer(
         assert peak(ours[l], one, cluster.speed_D) <= peak(base[l], one, cluster.speed_D) + 1e-12
 
 
-def all_deals(experts: int, devices: int) -> list[tuple[int, ...]]:
+def all_even_placements(experts: int, devices: int) -> list[tuple[int, ...]]:
     equal = (experts // devices,) * devices
     every = itertools.product(range(devices), repeat=experts)
     return [d for d in every if tuple(d.count(g) for g in range(devices)) == equal]
@@ -99,12 +99,12 @@ def test_the_layer_program_equals_brute_force(seed: int) -> None:
     pairs = random.random((2, 4, 4))
     load_LE = random.random((3, 4)) + 0.1
     exact = dp.best_chain(pairs, load_LE, 2, max_imbalance=1.2)
-    deals = np.array(all_deals(4, 2))
+    placements = np.array(all_even_placements(4, 2))
 
     def allowed(l: int) -> list[np.ndarray]:
-        peaks = [np.bincount(d, load_LE[l], 2).max() / load_LE[l].sum() * 2 for d in deals]
+        peaks = [np.bincount(d, load_LE[l], 2).max() / load_LE[l].sum() * 2 for d in placements]
         limit = max(1.2, min(peaks) + 1e-9)
-        return [d for d, p in zip(deals, peaks, strict=True) if p <= limit]
+        return [d for d, p in zip(placements, peaks, strict=True) if p <= limit]
 
     chains = itertools.product(allowed(0), allowed(1), allowed(2))
     best = max(dp.kept(np.array(c), pairs) for c in chains)
@@ -150,13 +150,15 @@ def test_integer_programs_agree_with_the_exact_methods() -> None:
 
     load_E = random.random(8)
     cluster = ilp.cluster_layer(load_E, 4, limit=20, objective="max")
-    best = min(np.bincount(d, load_E, 4).max() for d in all_deals(8, 4)) / load_E.sum() * 4
+    best = (
+        min(np.bincount(d, load_E, 4).max() for d in all_even_placements(8, 4)) / load_E.sum() * 4
+    )
     assert cluster is not None
     assert cluster.value == pytest.approx(best, abs=1e-6)
 
     gain_ED = random.random((6, 3))
     polished = ilp.polish_layer(gain_ED, np.ones(6), np.full(3, 2.5), limit=20)
-    top = max(gain_ED[range(6), list(d)].sum() for d in all_deals(6, 3))
+    top = max(gain_ED[range(6), list(d)].sum() for d in all_even_placements(6, 3))
     assert polished is not None
     assert polished.value == pytest.approx(top, abs=1e-6)
 
@@ -173,7 +175,7 @@ def test_grouping_equals_brute_force_on_a_small_layer() -> None:
     blank = replace(plan, expert_LS=np.arange(6, dtype=np.int32)[None])
     best = min(
         traffic(replace(blank, expert_LS=dp.slots_of(np.array([d]))), topk).copies
-        for d in all_deals(6, 3)
+        for d in all_even_placements(6, 3)
     )
     assert traffic(plan, topk).copies == pytest.approx(best)
 
@@ -294,4 +296,4 @@ def test_slower_devices_get_less(routing: Routing) -> None:
 
 def test_the_exact_method_refuses_what_it_cannot_enumerate() -> None:
     with pytest.raises(PlacementError, match="too many placements"):
-        dp.deals(64, 8)
+        dp.even_placements(64, 8)

@@ -1,1 +1,1 @@
-"""What ranks say to each other beside tokens: steps, heartbeats, identity, who is lost."""
+"""What ranks send each other beside tokens: steps, heartbeats, identity; which rank is lost."""

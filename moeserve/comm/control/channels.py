@@ -60,13 +60,13 @@ class Leader:
         """Rank 0 cannot go on: all others are to end with the reason."""
         self.heartbeat.fail(f"rank 0 failed: {error.message}", getattr(error, "ranks", (0,)))
 
-    def close(self, in_peace: bool = True) -> None:
+    def close(self, clean: bool = True) -> None:
         """End the run; the others end well, unless something failed."""
-        if in_peace:
+        if clean:
             self.heartbeat.end()
         for link in self._steps.values():
-            with contextlib.suppress(OSError):  # then it has gone already
-                if in_peace:
+            with contextlib.suppress(OSError):  # then it has ended already
+                if clean:
                     link.send(_END, SLICE_S)
             link.close()
         self.heartbeat.close()
@@ -113,8 +113,8 @@ class Follower:
         self.heartbeat.fail(reason, getattr(error, "ranks", (self.rank,)))
 
     def linger(self, timeout_s: float) -> None:
-        """After an alarm: until rank 0 has gone, or for so long. Launchers end all ranks when the
-        first one ends, and rank 0 is still telling its clients."""
+        """After an alarm: wait until rank 0 has ended, or for so long. Launchers end all ranks when
+        the first one ends, and rank 0 still has to answer its clients."""
         give_up = time.monotonic() + timeout_s
         with contextlib.suppress(OSError):
             while time.monotonic() < give_up:
@@ -132,7 +132,7 @@ class Follower:
 def lead(
     group: Group, host: str, trust: Trust, deadline_s: float, timeout_s: float = START_S
 ) -> Leader:
-    """Listen on ``host``, tell the others, and wait until all are connected."""
+    """Listen on ``host``, leave the address as a note, and wait until all are connected."""
     require_trust(host, trust)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family, backlog=1024) as listening:
@@ -148,7 +148,7 @@ def lead(
 
 
 def follow(group: Group, trust: Trust, deadline_s: float, timeout_s: float = START_S) -> Follower:
-    """Connect to rank 0, wherever it said to listen."""
+    """Connect to rank 0 at the address in its note."""
     host, port = json.loads(group.all_gather("control", b"", timeout_s)[0])
     require_trust(host, trust)
     steps = _reach(group, (host, port), pb.CHANNEL_STEPS, trust)
@@ -172,8 +172,8 @@ def _reach(group: Group, place: tuple[str, int], channel: pb.Channel, trust: Tru
     try:
         return connect(place, group.rank, channel, trust, CONNECT_S)
     except (UnauthenticatedError, ssl.SSLError) as error:
-        told = f"rank {group.rank} and rank 0 at {place[0]} do not trust one another"
-        raise ConfigError(f"{told}: {error}") from error
+        pair = f"rank {group.rank} and rank 0 at {place[0]} do not trust one another"
+        raise ConfigError(f"{pair}: {error}") from error
     except OSError as error:
         raise LateRankError(
             f"rank {group.rank} cannot reach rank 0 at {place[0]}:{place[1]} ({error}): it may "
@@ -188,7 +188,7 @@ def _accept_all(
     channels = (pb.CHANNEL_STEPS, pb.CHANNEL_HEARTBEAT)
     wanted = {(rank, channel) for rank in range(1, group.world) for channel in channels}
     links: dict[tuple[int, int], Link] = {}
-    begun = told = time.monotonic()
+    begun = noticed = time.monotonic()
     while wanted - links.keys():
         if (trouble := group.trouble()) is not None:
             raise trouble
@@ -196,8 +196,8 @@ def _accept_all(
         missing = sorted({rank for rank, _ in wanted - links.keys()})
         if now - begun > timeout_s:
             raise LateRankError(f"{named(missing)} did not connect in {timeout_s:g} s", missing)
-        if now - told > NOTICE_S:
-            told = now
+        if now - noticed > NOTICE_S:
+            noticed = now
             group.notify(f"rank 0: waiting for {named(missing)} to connect")
         try:
             connected, address = listening.accept()

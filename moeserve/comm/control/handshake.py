@@ -1,5 +1,5 @@
 """Before a step is run all ranks must serve the same: checkpoint, settings that change results, and
-plan. Each rank compares every other with itself, so that all refuse, and each can say why.
+plan. Each rank compares every other rank's identity with its own, so that all refuse with a reason.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Identity:
 
 
 def agree(group: Group, mine: Identity, timeout_s: float = START_S) -> None:
-    """Returns when all ranks are known to serve the same; else says who differs in what."""
+    """Returns when all ranks are known to serve the same; the error names who differs in what."""
 
     def same(rank: int, note: bytes) -> None:
-        told = pb.Identity.FromString(note)
-        theirs = Identity(dict(told.checkpoint), dict(told.settings), told.plan)
+        received = pb.Identity.FromString(note)
+        theirs = Identity(dict(received.checkpoint), dict(received.settings), received.plan)
         if (error := difference(group.rank, mine, rank, theirs)) is not None:
             raise error
 

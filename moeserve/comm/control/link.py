@@ -2,7 +2,7 @@
 
 A message is its length in four bytes and then its bytes. Who connects and who accepts prove to one
 another that they know the group's secret, if there is one: HMAC-SHA256 over nonces of both. That
-keeps strangers from joining; it neither hides nor signs what follows, so whoever can read or change
+keeps others from joining; it neither hides nor signs what follows, so whoever can read or change
 packets on the way can read or change messages. With ``Tls`` both ends show a certificate of the
 group's own authority, and everything is encrypted; the name in a certificate does not matter.
 """
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hmac
 import secrets
+import select
 import socket
 import ssl
 import struct
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,9 +73,9 @@ class Trust:
 
 
 class Link:
-    """Owns a connected socket. One thread sends and one receives at a time.
+    """Owns a connected socket. One thread may send while another receives.
 
-    OSError, of which ConnectionError is one, where the other end is gone or a message has no place.
+    OSError, of which ConnectionError is one, where the other end closed or a message is too long.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -81,6 +83,8 @@ class Link:
         connected.settimeout(SLICE_S)
         self.socket = connected
         self._read = b""
+        # A TLS connection has one state for both directions, which calls must not share.
+        self._tls_lock = threading.Lock() if isinstance(connected, ssl.SSLSocket) else None
 
     def send(self, message: bytes, timeout_s: float) -> None:
         """TimeoutError where the other end does not take it; the link is of no use after that."""
@@ -117,7 +121,7 @@ class Link:
     def read_some(self) -> bool:
         """Reads what is there, waiting for it a moment; False if nothing came."""
         try:
-            data = self.socket.recv(1 << 16)
+            data = self._receive_some()
         except (TimeoutError, ssl.SSLWantReadError):
             return False
         if not data:
@@ -127,6 +131,22 @@ class Link:
 
     def close(self) -> None:
         self.socket.close()
+
+    def _receive_some(self) -> bytes:
+        lock = self._tls_lock
+        if lock is None:
+            return self.socket.recv(1 << 16)
+        assert isinstance(self.socket, ssl.SSLSocket)
+        with lock:
+            buffered = self.socket.pending()
+        if not buffered:
+            # Waits without the lock, so that another thread can send.
+            poll = select.poll()
+            poll.register(self.socket, select.POLLIN)
+            if not poll.poll(SLICE_S * 1000):
+                raise TimeoutError
+        with lock:
+            return self.socket.recv(1 << 16)
 
     def _cut(self, largest: int) -> bytes | None:
         have = len(self._read)
@@ -143,7 +163,10 @@ class Link:
 
     def _send_some(self, data: memoryview) -> int:
         try:
-            return self.socket.send(data)
+            if self._tls_lock is None:
+                return self.socket.send(data)
+            with self._tls_lock:
+                return self.socket.send(data)
         except (TimeoutError, ssl.SSLWantWriteError):
             return 0
 

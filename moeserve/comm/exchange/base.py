@@ -1,5 +1,6 @@
-"""How bytes travel between ranks: one interface; backends for one process, torch.distributed, MPI
-and shared memory. Knows nothing of tokens.
+"""How bytes travel between ranks: one interface, which knows nothing of tokens. Its backends are
+``local`` (one process), ``shm`` (shared memory of a host), ``tcp`` (sockets between hosts),
+``torch`` (torch.distributed's gloo) and ``mpi``; ``open`` chooses one.
 
 A round carries one segment of bytes from every rank to every rank, itself included; only the sender
 knows how long its segments are, and no segment is padded to the longest. Rounds follow one another
@@ -26,6 +27,16 @@ DEADLINE_S = 5.0
 Alarm = Callable[[], MoeserveError | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """What an exchange is built for: ``bytes_L[l]`` is the most that a segment of lane l may have;
+    a wait ends after ``deadline_s``, or at once where ``alarm`` returns an error."""
+
+    bytes_L: tuple[int, ...]
+    deadline_s: float = DEADLINE_S
+    alarm: Alarm | None = None
+
+
 @dataclass(slots=True)
 class ExchangeStats:
     """Counted where it happens (law 8): bytes handed to each rank, itself left out, and rounds."""
@@ -35,7 +46,7 @@ class ExchangeStats:
 
 
 class Exchange(Protocol):
-    """One backend on one rank of a group of ``world``."""
+    """One backend on one rank of a group of ``world``. It belongs to one thread."""
 
     name: str
     rank: int

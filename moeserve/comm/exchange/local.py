@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moeserve.comm.exchange.rounds import Lanes, Rounds
+from moeserve.comm.exchange.backend import ExchangeBackend
+from moeserve.comm.exchange.base import Lanes
 from moeserve.comm.group import Group
 
 
-class LocalExchange(Rounds):
+class LocalExchange(ExchangeBackend):
     name = "local"
 
     def __init__(self, group: Group, lanes: Lanes) -> None:
@@ -21,14 +22,14 @@ class LocalExchange(Rounds):
         self._size_L = [0] * len(lanes.bytes_L)
 
     def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
-        self._begin(lane, sizes_R)
+        self._begin_round(lane, sizes_R)
         if len(self._area_L[lane]) < sizes_R[0]:
             self._area_L[lane] = torch.empty(sizes_R[0], dtype=torch.uint8)
         return [self._area_L[lane]]
 
     def send(self, lane: int, sizes_R: Sequence[int]) -> None:
         self._size_L[lane] = sizes_R[0]
-        self._count(sizes_R)
+        self._count_sent(sizes_R)
 
     def receive(self, lane: int) -> list[Tensor]:
         return [self._area_L[lane][: self._size_L[lane]]]

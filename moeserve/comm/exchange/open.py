@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from moeserve.comm.exchange.base import Exchange
+from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.local import LocalExchange
 from moeserve.comm.exchange.mpi import MpiExchange
-from moeserve.comm.exchange.rounds import Lanes
 from moeserve.comm.exchange.shm import ShmExchange
 from moeserve.comm.exchange.tcp import TcpExchange
 from moeserve.comm.exchange.torch import TorchExchange
@@ -52,6 +51,6 @@ def open_exchange(
             if len(nodes) == 1:
                 return ShmExchange(group, lanes, key)
             return TcpExchange(group, lanes, key, address)
-        except ConfigError:  # on all ranks alike: they told each other
+        except ConfigError:  # on all ranks alike: each knows what every other lacks
             key = f"{key}/torch"
     return TorchExchange(group, lanes, key, address)

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moeserve.comm.exchange.rounds import Lanes, Rounds
+from moeserve.comm.exchange.backend import ExchangeBackend
+from moeserve.comm.exchange.base import Lanes
 from moeserve.comm.group import Group
 from moeserve.comm.native import native_half
 from moeserve.errors import ConfigError
@@ -34,7 +35,7 @@ _SPIN_NS = 2_000
 _YIELD_NS = 100_000
 
 
-class ShmExchange(Rounds):
+class ShmExchange(ExchangeBackend):
     """Collective: all ranks of the group build theirs at the same time."""
 
     name = "shm"
@@ -70,12 +71,12 @@ class ShmExchange(Rounds):
         ]
 
     def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
-        self._begin(lane, sizes_R)
+        self._begin_round(lane, sizes_R)
         return self._outbox_LPR[lane][self._mailboxes.begin(lane)]
 
     def send(self, lane: int, sizes_R: Sequence[int]) -> None:
         self._mailboxes.send(lane, sizes_R)
-        self._count(sizes_R)
+        self._count_sent(sizes_R)
 
     def receive(self, lane: int) -> list[Tensor]:
         lengths = self._mailboxes.receive(lane)
@@ -97,14 +98,6 @@ class ShmExchange(Rounds):
 
     def _sleep(self, lane: int, slice_s: float, _: float) -> bool:
         return bool(self._mailboxes.sleep(lane, int(slice_s * 1e9)))
-
-    def note_progress(self, word: int) -> None:
-        """What this rank is doing, 64 bits of the caller's meaning, for others to read."""
-        self._mailboxes.note(word)
-
-    def progress(self, rank: int) -> int:
-        """The last word of a rank, dead or alive."""
-        return int(self._mailboxes.progress(rank))
 
     def _release(self) -> None:
         # Blocks go with the last view of them, so that one which is still held stays readable.
@@ -149,7 +142,7 @@ def share_blocks(group: Group, size: int, key: str, reason: str = "") -> list[mm
 
 
 def map_block(note: str, size: int) -> mmap.mmap:
-    """ValueError if what lies there is not what the note tells of: numbers of processes return."""
+    """ValueError if another block lies there than the note names: numbers of processes return."""
     if not note:
         raise ValueError("it has none")
     pid, number, token = note.split()

@@ -22,7 +22,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from moeserve.comm.exchange.rounds import Lanes, Rounds
+from moeserve.comm.exchange.backend import ExchangeBackend
+from moeserve.comm.exchange.base import Lanes
 from moeserve.comm.group import START_S, Group, named
 from moeserve.comm.native import native_half
 from moeserve.errors import ConfigError, LateRankError
@@ -37,7 +38,7 @@ _HELLO_S = 5.0
 _GRACE_NS = 200_000_000
 
 
-class TcpExchange(Rounds):
+class TcpExchange(ExchangeBackend):
     """Collective: all ranks of the group build theirs at the same time.
 
     ``address`` is of the interface that peers reach; by default what the host's name means.
@@ -82,17 +83,17 @@ class TcpExchange(Rounds):
         )
 
     def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
-        self._begin(lane, sizes_R)
+        self._begin_round(lane, sizes_R)
         return self._outbox_LPR[lane][self._streams.begin(lane)]
 
     def send(self, lane: int, sizes_R: Sequence[int]) -> None:
         self._streams.send(lane, sizes_R)
-        self._count(sizes_R)
+        self._count_sent(sizes_R)
 
     def receive(self, lane: int) -> list[Tensor]:
         lengths = self._streams.receive(lane, 0)
         if not lengths:
-            self._wait(lane, self._sleep, lambda: self._late_ones(lane))
+            self._wait(lane, self._sleep, lambda: self._late_ranks(lane))
             lengths = self._streams.receive(lane, 0)
         areas = self._inbox_LPR[lane][self.round_L[lane] & 1]
         return [area[:length] for area, length in zip(areas, lengths, strict=True)]
@@ -100,21 +101,21 @@ class TcpExchange(Rounds):
     def _sleep(self, lane: int, slice_s: float, waited_s: float) -> bool:
         if self._streams.receive(lane, int(slice_s * 1e9)):
             return True
-        if lost := self._lost(lane):
-            raise self._gone(lost)
+        if lost := self._disconnected(lane):
+            raise self._disconnected_error(lost)
         return False
 
-    def _lost(self, lane: int) -> list[int]:
+    def _disconnected(self, lane: int) -> list[int]:
         missing = set(self._streams.missing(lane))
-        return [r for r in self._streams.gone() if r in missing]
+        return [r for r in self._streams.disconnected() if r in missing]
 
-    def _gone(self, lost: Sequence[int]) -> LateRankError:
+    def _disconnected_error(self, lost: Sequence[int]) -> LateRankError:
         ranks = [self._group.of_run(r) for r in lost]
-        why = next((w for w in map(self._streams.wrong, lost) if w), "its connection has ended")
+        why = next((w for w in map(self._streams.violation, lost) if w), "its connection has ended")
         return LateRankError(f"{named(ranks)} is gone: {why}", ranks)
 
-    def _late_ones(self, lane: int) -> list[int]:
-        """Those who are missing and say nothing; if all of them answer, those who are missing."""
+    def _late_ranks(self, lane: int) -> list[int]:
+        """Those who are missing and answer no ping; all who are missing, if all of them answer."""
         missing = self._streams.missing(lane)
         silent = set(self._streams.silent(_GRACE_NS))
         return [r for r in missing if r in silent] or missing
@@ -134,7 +135,7 @@ def _area(capacity: int) -> Tensor:
 
 
 def connect(group: Group, key: str, address: str | None) -> list[socket.socket | None]:
-    """By rank; None is our own. A rank calls those below it and is called by those above.
+    """By rank; None is our own. A rank connects to those below it and accepts those above.
 
     LateRankError names who was not there in time.
     """
@@ -143,7 +144,7 @@ def connect(group: Group, key: str, address: str | None) -> list[socket.socket |
         host = address or socket.gethostbyname(socket.gethostname())
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = stack.enter_context(socket.create_server((host, 0), family=family, backlog=512))
-        _widen(listening)
+        _enlarge_buffers(listening)
         port = listening.getsockname()[1]
         token = secrets.token_hex(_TOKEN_BYTES)
         notes = group.all_gather(f"{key}/address", f"{host} {port} {token}".encode())
@@ -151,7 +152,7 @@ def connect(group: Group, key: str, address: str | None) -> list[socket.socket |
         for rank in range(group.rank):
             there, port_text, secret = notes[rank].decode().split()
             try:
-                stream = _call(there, int(port_text), deadline)
+                stream = _dial(there, int(port_text), deadline)
                 stack.enter_context(stream)
                 stream.sendall(bytes.fromhex(secret) + group.rank.to_bytes(_RANK_BYTES, "little"))
             except OSError as error:
@@ -160,7 +161,7 @@ def connect(group: Group, key: str, address: str | None) -> list[socket.socket |
                     f"rank {late} cannot be reached at {there}:{port_text}: {error}", [late]
                 ) from error
             found[rank] = stream
-        _answer(listening, bytes.fromhex(token), found, group, deadline)
+        _accept_all(listening, bytes.fromhex(token), found, group, deadline)
         for stream in filter(None, found):
             stack.enter_context(stream)
             stream.setblocking(False)
@@ -171,10 +172,10 @@ def connect(group: Group, key: str, address: str | None) -> list[socket.socket |
     return found
 
 
-def _call(host: str, port: int, deadline: float) -> socket.socket:
+def _dial(host: str, port: int, deadline: float) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     stream = socket.socket(family, socket.SOCK_STREAM)
-    _widen(stream)  # before the handshake, which tells how far a window may grow
+    _enlarge_buffers(stream)  # before the handshake, which fixes how far a window may grow
     stream.settimeout(max(0.001, deadline - time.monotonic()))
     try:
         stream.connect((host, port))
@@ -184,14 +185,14 @@ def _call(host: str, port: int, deadline: float) -> socket.socket:
     return stream
 
 
-def _answer(
+def _accept_all(
     listening: socket.socket,
     token: bytes,
     found: list[socket.socket | None],
     group: Group,
     deadline: float,
 ) -> None:
-    """Take the calls of all ranks above ours; strangers are hung up on."""
+    """Accept the connections of all ranks above ours; connections of others are closed."""
     expected = set(range(group.rank + 1, group.world))
     while expected:
         left = deadline - time.monotonic()
@@ -212,6 +213,6 @@ def _answer(
         found[rank] = stream
 
 
-def _widen(stream: socket.socket) -> None:
+def _enlarge_buffers(stream: socket.socket) -> None:
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         stream.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)

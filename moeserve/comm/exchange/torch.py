@@ -3,7 +3,7 @@
 Every lane has a process group of its own, so that lanes need no common order: the bytes of a round
 are on their way as soon as its sizes are known, which any call of this exchange looks for.
 
-gloo does not say who is late: see ``greetings``, over a group of their own.
+gloo does not say who is late: see ``stragglers``, whose reports have a group of their own.
 """
 
 from __future__ import annotations
@@ -19,35 +19,36 @@ import torch
 from torch import Tensor
 from torch.distributed import AllToAllOptions, PrefixStore, ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
 
-from moeserve.comm.exchange.rounds import Lanes, Rounds, cut, padded, places
-from moeserve.comm.exchange.stragglers import GREET_AFTER, LEAVING, StragglerDetector
+from moeserve.comm.exchange.backend import ExchangeBackend, offsets_of, padded, split_segments
+from moeserve.comm.exchange.base import Lanes
+from moeserve.comm.exchange.stragglers import LEAVING, REPORT_AFTER, StragglerDetector
 from moeserve.comm.group import Group
 
 # Our own deadlines end waits; this only bounds what nobody waits for.
 _NEVER = timedelta(hours=24)
 _NO_TAG = (1 << 31) - 1
-# How long a greeting may take that has been sent already.
+# How long a report may take that has been sent already.
 _GRACE_S = 0.2
 
 
-class _Lane:
+class _LaneState:
     """One process group and the round in it. Segments lie padded, one behind the other."""
 
     def __init__(self, pg: Any, world: int) -> None:
         self.pg = pg
-        self.out = torch.empty(0, dtype=torch.uint8)
-        self.come = torch.empty(0, dtype=torch.uint8)
+        self.outgoing = torch.empty(0, dtype=torch.uint8)
+        self.incoming = torch.empty(0, dtype=torch.uint8)
         self.starts_R: list[int] = []
         self.sizes_R = torch.zeros(world, dtype=torch.int64)
         self.lengths_R = torch.zeros(world, dtype=torch.int64)
         self.work: Work | None = None
-        self.moving = False
+        self.sending = False
 
-    def room(self, sizes_R: Sequence[int]) -> list[Tensor]:
-        self.starts_R, end = places(sizes_R)
-        if self.out.shape[0] < end:
-            self.out = torch.empty(end, dtype=torch.uint8)
-        return cut(self.out, sizes_R)
+    def reserve(self, sizes_R: Sequence[int]) -> list[Tensor]:
+        self.starts_R, end = offsets_of(sizes_R)
+        if self.outgoing.shape[0] < end:
+            self.outgoing = torch.empty(end, dtype=torch.uint8)
+        return split_segments(self.outgoing, sizes_R)
 
     def start(self, sizes_R: Sequence[int]) -> None:
         """Close the gaps that unused room left; send the sizes."""
@@ -55,10 +56,10 @@ class _Lane:
         for r, size in enumerate(sizes_R):
             if at != self.starts_R[r] and size:
                 here = self.starts_R[r]
-                self.out[at : at + size] = self.out[here : here + size].clone()
+                self.outgoing[at : at + size] = self.outgoing[here : here + size].clone()
             at += padded(size)
         self.sizes_R.copy_(torch.tensor(sizes_R))
-        self.moving = False
+        self.sending = False
         self.work = self.pg.alltoall_base(self.lengths_R, self.sizes_R, [], [], AllToAllOptions())
 
     def advance(self, wait_s: float) -> bool:
@@ -66,16 +67,16 @@ class _Lane:
         connection broke."""
         if not self._done(wait_s):
             return False
-        if self.moving:
+        if self.sending:
             return True
         mine, theirs = self.sizes_R.tolist(), self.lengths_R.tolist()
         out, come = [padded(n) for n in mine], [padded(n) for n in theirs]
-        if len(self.come) < sum(come):
-            self.come = torch.empty(sum(come), dtype=torch.uint8)
+        if len(self.incoming) < sum(come):
+            self.incoming = torch.empty(sum(come), dtype=torch.uint8)
         self.work = self.pg.alltoall_base(
-            self.come[: sum(come)], self.out[: sum(out)], come, out, AllToAllOptions()
+            self.incoming[: sum(come)], self.outgoing[: sum(out)], come, out, AllToAllOptions()
         )
-        self.moving = True
+        self.sending = True
         return self._done(wait_s)
 
     def _done(self, wait_s: float) -> bool:
@@ -92,10 +93,10 @@ class _Lane:
         return True
 
     def segments(self) -> list[Tensor]:
-        return cut(self.come, self.lengths_R.tolist())
+        return split_segments(self.incoming, self.lengths_R.tolist())
 
 
-class TorchExchange(Rounds):
+class TorchExchange(ExchangeBackend):
     """Collective: all ranks of the group build theirs at the same time.
 
     ``address`` is of the interface that peers reach; by default what the host's name means, or
@@ -113,63 +114,69 @@ class TorchExchange(Rounds):
         def pg(name: str) -> Any:
             return connect(PrefixStore(f"{key}/{name}", group.store), group, address)
 
-        self._lane_L = [_Lane(pg(str(lane)), group.world) for lane in range(len(lanes.bytes_L))]
-        self._side = Side(
-            pg("side"), StragglerDetector(group.rank, group.world, len(lanes.bytes_L))
+        self._lane_L = [
+            _LaneState(pg(str(lane)), group.world) for lane in range(len(lanes.bytes_L))
+        ]
+        self._reports = ReportChannel(
+            pg("reports"), StragglerDetector(group.rank, group.world, len(lanes.bytes_L))
         )
-        self._receives = self._greeted = 0
+        self._receives = self._reported = 0
 
     def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
-        self._begin(lane, sizes_R)
+        self._begin_round(lane, sizes_R)
         self._advance(lane)
-        return self._lane_L[lane].room(sizes_R)
+        return self._lane_L[lane].reserve(sizes_R)
 
     def send(self, lane: int, sizes_R: Sequence[int]) -> None:
         self._lane_L[lane].start(sizes_R)
-        self._count(sizes_R)
+        self._count_sent(sizes_R)
         self._advance(lane)
 
     def receive(self, lane: int) -> list[Tensor]:
         self._advance(lane)
         state = self._lane_L[lane]
         self._receives += 1
-        self._wait(lane, self._look, lambda: self._side.missing_ranks(self._receives))
+        self._wait(lane, self._advance_or_wait, lambda: self._reports.missing_ranks(self._receives))
         return state.segments()
 
-    def _look(self, lane: int, slice_s: float, waited_s: float) -> bool:
+    def _advance_or_wait(self, lane: int, slice_s: float, waited_s: float) -> bool:
         state = self._lane_L[lane]
-        greet_s = self.lanes.deadline_s * GREET_AFTER - waited_s
-        if greet_s <= 0 and self._greeted < self._receives:
-            self._greeted = self._receives
-            self._side.greet(self._receives)
+        report_s = self.lanes.deadline_s * REPORT_AFTER - waited_s
+        if report_s <= 0 and self._reported < self._receives:
+            self._reported = self._receives
+            self._reports.send(self._receives)
         try:
-            return state.advance(slice_s if greet_s <= 0 else min(slice_s, greet_s))
+            return state.advance(slice_s if report_s <= 0 else min(slice_s, report_s))
         except RuntimeError as error:
-            time.sleep(_GRACE_S)  # until the side has noticed, too
-            raise self._late(lane, self._side.missing_ranks(self._receives)) from error
+            time.sleep(_GRACE_S)  # until the channel of reports has noticed, too
+            raise self._late_error(lane, self._reports.missing_ranks(self._receives)) from error
 
     def _advance(self, lane: int) -> None:
         """What other lanes can do meanwhile; their errors are met where they are waited for."""
         for other, state in enumerate(self._lane_L):
-            if other != lane and state.work is not None and not state.moving:
+            if other != lane and state.work is not None and not state.sending:
                 with contextlib.suppress(RuntimeError):
                     state.advance(0.0)
 
     def _release(self) -> None:
         for state in self._lane_L:
             if state.work is not None and not state.work.is_completed():
-                hang_up(state.pg, self._others)
+                break_connections(state.pg, self._others)
         self._lane_L = []
-        self._side.leave(self.blamed)
+        self._reports.leave(self.blamed)
 
 
-class Side:
-    """Where greetings travel; a thread listens to each of the others."""
+class ReportChannel:
+    """Owns the process group of reports; a thread for each other rank receives what it sends.
 
-    def __init__(self, pg: Any, greetings: StragglerDetector) -> None:
+    ``send``, ``missing_ranks`` and ``leave`` belong to the thread that uses the exchange.
+    """
+
+    def __init__(self, pg: Any, stragglers: StragglerDetector) -> None:
         self._pg = pg
-        self._greetings = greetings
-        self._said: list[tuple[Work, Tensor]] = []
+        self._stragglers = stragglers
+        self._lock = threading.Lock()  # guards the detector
+        self._sends: list[tuple[Work, Tensor]] = []
         self._others = [r for r in range(pg.size()) if r != pg.rank()]
         self._listeners = [
             threading.Thread(target=self._listen, args=(r,), name=f"rank {r}", daemon=True)
@@ -178,26 +185,28 @@ class Side:
         for listener in self._listeners:
             listener.start()
 
-    def greet(self, receives: int, blamed: Sequence[int] = ()) -> None:
-        note = torch.tensor(self._greetings.greeting(receives, blamed))
-        self._said = self._said[-len(self._others) :]
+    def send(self, receives: int, blamed: Sequence[int] = ()) -> None:
+        with self._lock:
+            note = torch.tensor(self._stragglers.report(receives, blamed))
+        self._sends = self._sends[-len(self._others) :]
         for r in self._others:
-            with contextlib.suppress(RuntimeError):  # the listener hears of it
-                self._said.append((self._pg.send([note], r, 0), note))
+            with contextlib.suppress(RuntimeError):  # the listener meets the same error
+                self._sends.append((self._pg.send([note], r, 0), note))
 
     def missing_ranks(self, receives: int) -> list[int]:
-        return self._greetings.missing_ranks(receives)
+        with self._lock:
+            return self._stragglers.missing_ranks(receives)
 
     def leave(self, blamed: Sequence[int]) -> None:
-        self.greet(LEAVING, blamed)
+        self.send(LEAVING, blamed)
         until = time.monotonic() + _GRACE_S
-        for said, _ in self._said[-len(self._others) :]:
+        for work, _ in self._sends[-len(self._others) :]:
             with contextlib.suppress(RuntimeError):
-                said.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
-        hang_up(self._pg, self._others)
+                work.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
+        break_connections(self._pg, self._others)
         for listener in self._listeners:
             listener.join(_GRACE_S)
-        self._said = []
+        self._sends = []
         del self._pg
 
     def _listen(self, source: int) -> None:
@@ -205,9 +214,11 @@ class Side:
         try:
             while True:
                 self._pg.recv([note], source, 0).wait()
-                self._greetings.receive_greeting(source, note.tolist())
+                with self._lock:
+                    self._stragglers.record(source, note.tolist())
         except RuntimeError:
-            self._greetings.disconnected(source)
+            with self._lock:
+                self._stragglers.disconnected(source)
 
 
 def connect(store: Store, group: Group, address: str | None) -> Any:
@@ -220,7 +231,7 @@ def connect(store: Store, group: Group, address: str | None) -> Any:
     return ProcessGroupGloo(store, group.rank, group.world, options)
 
 
-def hang_up(pg: Any, others: Sequence[int]) -> None:
+def break_connections(pg: Any, others: Sequence[int]) -> None:
     """Break all connections, as gloo does when a wait for any open one times out: then nothing is
     left waiting."""
     for other in others:

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, as its launcher's environment tells. Pure.
+"""Who this process is among the ranks, read from its launcher's environment. Pure.
 
     launcher       variables
     torchrun,      RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE (deepspeed: LOCAL_SIZE)
@@ -12,7 +12,7 @@ The first that is there wins, since launchers run inside one another in this ord
 of Slurm without ``srun`` is no launcher. MOESERVE_LAUNCHER names who else set the first row's.
 
 MASTER_ADDR and MASTER_PORT say where rank 0 is to be met under any of them. Without: under Slurm
-the first node of the step and a port made of the job's number; under MPI rank 0 tells by a
+the first node of the step and a port made of the job's number; under MPI rank 0 sends it by a
 broadcast (``host`` is None).
 """
 
@@ -23,12 +23,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from moeserve.config.variables import LAUNCHER
 from moeserve.errors import ConfigError
 
 # Below the ports that Linux hands out by itself, so that none of them is taken by chance.
 SLURM_PORTS = range(12_000, 32_000)
 LOOPBACK = "127.0.0.1"
-LAUNCHER = "MOESERVE_LAUNCHER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ _TASKS_PER_NODE = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
-    """What the launcher said; ``ALONE`` where there was none."""
+    """What the launcher set; ``ALONE`` where there was none."""
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _torch(environ)
     if _OMPI.rank in environ:
@@ -140,7 +140,7 @@ def _slurm(environ: Mapping[str, str]) -> Launch:
 
 
 def _figures(environ: Mapping[str, str], names: _Names) -> tuple[int, int, int, int | None]:
-    """Rank, world, local rank, local world. What nothing tells of the host is 0 and None."""
+    """Rank, world, local rank, local world. What no variable says of the host is 0 and None."""
     rank, world = _number(environ, names.rank), _number(environ, names.world)
     if not 0 <= rank < world:
         raise ConfigError(f"{names.rank}={rank}: must be less than {names.world}={world}")
@@ -177,7 +177,7 @@ def _first(environ: Mapping[str, str], names: Sequence[str]) -> str | None:
 def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = environ.get(name, default)
     if text is None:
-        raise ConfigError(f"{name} is not set: the launcher told other variables, but not this one")
+        raise ConfigError(f"{name} is not set: the launcher set other variables, but not this one")
     if not text.strip().isdecimal():
         raise ConfigError(f"{name}={text!r}: expected a whole number")
     return int(text)

@@ -37,14 +37,13 @@ from moeserve.comm.group import (
     print_notice,
 )
 from moeserve.comm.launch.environment import LOOPBACK, Launch
+from moeserve.config.variables import HOST_ID
 from moeserve.errors import ConfigError, LateRankError
 from moeserve.host import allowed_cores
 from moeserve.pb import ep_pb2 as pb
 
-# Of what ranks say to one another: raised whenever an older rank would not understand.
+# Of the messages between ranks: raised whenever an older rank would not understand them.
 PROTOCOL = 1
-# Names a host instead of what the kernel says of it.
-HOST_ID = "MOESERVE_HOST_ID"
 _SIOCGIFADDR = 0x8915
 _ADDRESS_BYTES = 256
 
@@ -69,7 +68,7 @@ def open_group(
     timeout_s: float = START_S,
     notify: Callable[[str], None] = print_notice,
 ) -> Rendezvous:
-    """Meet all others. ``store`` is given by who keeps the notes already.
+    """Meet all others. ``store`` is given where this process keeps the notes already.
 
     LateRankError names those that do not come, ConfigError what does not fit.
     """
@@ -143,7 +142,7 @@ def listen_address(launch: Launch) -> str:
             launch.host, launch.port or 1, type=socket.SOCK_DGRAM
         )[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(place)  # sends nothing: the kernel only chooses whence it would
+            probe.connect(place)  # sends nothing: the kernel only chooses the source address
             address = str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(
@@ -211,7 +210,7 @@ def _reach(launch: Launch, timeout_s: float, notify: Callable[[str], None]) -> S
 def _join(
     host: str, port: int, rank: int, timeout_s: float, notify: Callable[[str], None]
 ) -> Store:
-    begun = told = time.monotonic()
+    begun = noticed = time.monotonic()
     while True:
         try:
             socket.create_connection((host, port), timeout=1.0).close()
@@ -222,8 +221,8 @@ def _join(
                 raise LateRankError(
                     f"rank 0 did not answer at {host}:{port} within {timeout_s:g} s ({error})", [0]
                 ) from error
-            if now - told > NOTICE_S:
-                told = now
+            if now - noticed > NOTICE_S:
+                noticed = now
                 notify(f"rank {rank}: waiting for rank 0 at {host}:{port}")
         time.sleep(POLL_S)
 
@@ -254,7 +253,7 @@ def _reach_by_mpi(launch: Launch, timeout_s: float, notify: Callable[[str], None
     begun = time.monotonic()
     while not sent.Test():
         if time.monotonic() - begun > timeout_s:
-            raise LateRankError(f"rank 0 told no address within {timeout_s:g} s", [0])
+            raise LateRankError(f"rank 0 sent no address within {timeout_s:g} s", [0])
         time.sleep(POLL_S)
     if store is not None:
         return store

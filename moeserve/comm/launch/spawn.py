@@ -1,8 +1,8 @@
-"""Ranks as children of this process: started with a launcher's environment, their output told
-apart, ended when this one ends.
+"""Ranks as children of this process: started with a launcher's environment, each line of their
+output prefixed with the rank, ended when this process ends.
 
-A child that ends before it is told to is an ``alarm``. It need not be a failure of its own: it may
-know of another's.
+A child that ends before ``end`` is called is an ``alarm``. It need not have failed itself: it may
+know of another rank's failure.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from moeserve.comm.launch.environment import LAUNCHER, LOOPBACK
+from moeserve.comm.launch.environment import LOOPBACK
+from moeserve.config.variables import LAUNCHER
 from moeserve.errors import LateRankError
 
 POLL_S = 0.01
@@ -32,7 +33,7 @@ def child_environ(rank: int, world: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         LAUNCHER: "moeserve",
-        # That rank 0 has ended is told by ourselves, in one line.
+        # Our own log says in one line that rank 0 has ended.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
 

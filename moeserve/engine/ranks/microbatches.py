@@ -1,14 +1,32 @@
 """How many microbatches a step is cut into: measured, never a rule.
 
 Cutting a step lets the communication of one part hide behind the work of another, and makes every
-part smaller, thus less efficient; which weighs more depends on machine, network and batch. So for
-each kind of step (tokens of the busiest rank by powers of two; decode alone or prompts too) this
-keeps the seconds per token of the number in use, and now and then lets a neighbour on the ladder
-1, 2, 4 run in every other step until it is clear which is faster.
+part smaller, thus less efficient; which weighs more depends on machine, network and batch. So each
+kind of step (tokens of the busiest rank by powers of two; decode alone or prompts too) has a state
+machine of its own, which keeps the seconds per token of the number in use and now and then compares
+it with its neighbour on the ladder 1, 2, 4::
 
-A rival is tried at first, then after ``PERIOD`` steps (more, if it lost clearly), and as soon as
-the steps' time drifts. A larger number is tried only where even the rank that waits least waits for
-a share of ``GAIN`` or more: overlap can win no more than that. Medians, so that a step that was
+                       a larger number is worth a try
+    start -> WARMUP -------------------------------------> COMPARING
+               |  ^                                         |   |  ^
+               |  +------------- larger won ----------------+   |  |
+               |                                                |  |
+               |  none is, and it is not 1         smaller won, |  | pause over,
+               |                                or the old kept |  | or times drifted
+               |                                                v  |
+               +----------------------------------------------> SETTLED
+
+WARMUP     gathers ``TRIES`` steps of a number that is new: the first one, or one that has just won
+           as the larger. It then looks upward only, for it has just beaten the one below.
+COMPARING  has the rival and the number in use run in turn. After ``TRIES`` steps of the rival it
+           ends where one is clearly faster (``CLEAR``), after ``KEPT`` in any case; the rival wins
+           where its median is less than ``MARGIN`` of the other's.
+SETTLED    leaves the number alone for ``PERIOD`` steps, for longer each time a rival loses clearly,
+           and for ``SOONEST`` where the time per token drifts by ``DRIFT``. It looks upward and
+           downward in turn.
+
+A larger number is worth a try only where even the rank that waits least waits for a share of
+``GAIN`` or more: microbatches can win no more than that. Medians, so that a step that was
 interrupted decides nothing.
 
 Pure: times are arguments.
@@ -41,7 +59,7 @@ class StepShape:
 
 
 class MicrobatchPolicy(Protocol):
-    """Chooses for all ranks; ``learn`` hears of every step that ``choose`` decided.
+    """Chooses for all ranks; ``learn`` gets every step that ``choose`` decided.
 
     ``waited`` are the seconds that the rank which waited least for others spent so.
     """
@@ -64,8 +82,8 @@ class FixedMicrobatches:
 
 
 @dataclass(slots=True)
-class _Arm:
-    """A number of microbatches, with its latest seconds per token and shares of waiting."""
+class Samples:
+    """The latest steps of ``count`` microbatches: seconds per token, and shares of waiting."""
 
     count: int
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
@@ -73,102 +91,155 @@ class _Arm:
 
 
 @dataclass(slots=True)
-class _Kind:
-    """What is known of one kind of step, which has room for ``most`` microbatches."""
+class Warmup:
+    """``steps`` were measured since the number in use is in use."""
+
+    steps: int = 0
+
+
+@dataclass(slots=True)
+class Comparing:
+    """The number in use and ``rival`` take turns; ``rivals_turn`` says who runs next."""
+
+    rival: Samples
+    rivals_turn: bool = True
+
+
+@dataclass(slots=True)
+class Settled:
+    """The number in use took ``seconds`` per token when it settled, ``steps`` ago; the next
+    comparison is due after ``pause`` of them."""
+
+    seconds: float
+    pause: int
+    steps: int = 0
+
+    def drifted(self, now: float) -> bool:
+        """Whether ``now`` seconds per token are another figure than when it settled."""
+        return not 1 / DRIFT < now / self.seconds < DRIFT
+
+
+State = Warmup | Comparing | Settled
+
+
+@dataclass(slots=True)
+class StepKind:
+    """The state machine of one kind of step, which has room for ``most`` microbatches.
+
+    ``best`` is the number in use. ``upward`` is where the next comparison looks first, ``periods``
+    how long the next pause is, in ``PERIOD``; ``drifted`` shortens it once.
+    """
 
     most: int
-    best: _Arm = field(default_factory=lambda: _Arm(1))
-    rival: _Arm | None = None
-    rivals_turn: bool = False
+    best: Samples = field(default_factory=lambda: Samples(1))
+    state: State = field(default_factory=Warmup)
     upward: bool = True
-    steps: int = 0  # since the last comparison
-    pause: int = TRIES
     periods: int = 1
     drifted: bool = False
-    settled: float | None = None  # seconds per token of the best after the last comparison
+
+    @property
+    def count(self) -> int:
+        """The number of microbatches of the next step."""
+        state = self.state
+        if isinstance(state, Comparing) and state.rivals_turn:
+            return state.rival.count
+        return self.best.count
+
+    def record(self, count: int, seconds_per_token: float, share: float) -> None:
+        """A step has been measured; one of a number that is no longer tried changes nothing."""
+        state = self.state
+        comparing = isinstance(state, Comparing) and count == state.rival.count
+        samples = state.rival if isinstance(state, Comparing) and comparing else self.best
+        if samples.count != count:
+            return
+        samples.seconds.append(seconds_per_token)
+        samples.shares.append(share)
+        match state:
+            case Warmup():
+                self._after_warmup_step(state)
+            case Comparing():
+                self._after_compared_step(state)
+            case Settled():
+                self._after_settled_step(state)
+
+    def _after_warmup_step(self, state: Warmup) -> None:
+        state.steps += 1
+        if state.steps < TRIES:
+            return
+        if self._larger_is_worth_a_try():
+            self._compare(2 * self.best.count)
+        elif self.best.count > 1:
+            self._settle()
+
+    def _after_settled_step(self, state: Settled) -> None:
+        state.steps += 1
+        if state.steps >= SOONEST and state.drifted(median(self.best.seconds)):
+            self.periods, self.drifted, self.upward = 1, True, True
+        elif state.steps < state.pause:
+            return
+        if self.upward and self._larger_is_worth_a_try():
+            self._compare(2 * self.best.count)
+        elif self.best.count > 1:
+            self._compare(self.best.count // 2)
+
+    def _after_compared_step(self, state: Comparing) -> None:
+        """Decided after a step of the rival, once there are enough of them."""
+        state.rivals_turn = not state.rivals_turn
+        rival, tries = state.rival, len(state.rival.seconds)
+        if state.rivals_turn or tries < TRIES:
+            return
+        now = median(self.best.seconds)
+        clearly_lost = min(rival.seconds) > CLEAR * now
+        clearly_won = max(rival.seconds) * CLEAR < now
+        if not clearly_lost and not clearly_won and tries < KEPT:
+            return
+        if median(rival.seconds) < MARGIN * now:
+            self._replace(rival)
+        else:
+            self.periods = min(MOST_PERIODS, 2 * self.periods) if clearly_lost else 1
+            self._settle()
+
+    def _larger_is_worth_a_try(self) -> bool:
+        return 2 * self.best.count <= self.most and median(self.best.shares) >= GAIN
+
+    def _compare(self, count: int) -> None:
+        self.state = Comparing(Samples(count))
+
+    def _replace(self, rival: Samples) -> None:
+        """The rival has won: a larger one looks further up, a smaller one settles."""
+        self.upward = rival.count > self.best.count
+        self.best, self.periods = rival, 1
+        if self.upward:
+            self.state = Warmup()
+        else:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Leave the number in use alone for a while; next time look the other way."""
+        pause = SOONEST if self.drifted else self.periods * PERIOD
+        self.state = Settled(median(self.best.seconds), pause)
+        self.drifted = False
+        self.upward = not self.upward or self.best.count == 1
 
 
 class MeasuredMicrobatches:
     """The number that has proved fastest for the kind of step, give or take what trying costs."""
 
     def __init__(self) -> None:
-        self._kinds: dict[tuple[int, bool], _Kind] = {}
+        self._kinds: dict[tuple[int, bool], StepKind] = {}
 
     def choose(self, shape: StepShape) -> int:
-        kind = self._kind(shape)
-        if kind.rival is not None and kind.rivals_turn:
-            return kind.rival.count
-        return kind.best.count
+        return self.kind_of(shape).count
 
     def learn(self, shape: StepShape, count: int, seconds: float, waited: float) -> None:
         if shape.tokens < 1 or seconds <= 0:
             return
-        kind = self._kind(shape)
-        arm = kind.rival if kind.rival is not None and count == kind.rival.count else kind.best
-        if arm.count != count:
-            return
-        arm.seconds.append(seconds / shape.tokens)
-        arm.shares.append(waited / seconds)
-        kind.steps += 1
-        if kind.rival is None:
-            _challenge(kind)
-        else:
-            kind.rivals_turn = not kind.rivals_turn
-            _judge(kind, kind.rival)
+        self.kind_of(shape).record(count, seconds / shape.tokens, waited / seconds)
 
-    def _kind(self, shape: StepShape) -> _Kind:
+    def kind_of(self, shape: StepShape) -> StepKind:
+        """The machine that steps of this shape share."""
         size = max(1, shape.tokens).bit_length() - 1
-        return self._kinds.setdefault((size, shape.decode), _Kind(min(LARGEST, 1 << size)))
-
-
-def _challenge(kind: _Kind) -> None:
-    """Begin a comparison if it is time for one."""
-    if len(kind.best.seconds) < TRIES:
-        return
-    now = median(kind.best.seconds)
-    changed = kind.settled is not None and not 1 / DRIFT < now / kind.settled < DRIFT
-    if changed and kind.steps >= SOONEST:
-        kind.periods, kind.drifted, kind.upward = 1, True, True
-    elif kind.steps < kind.pause:
-        return
-    up = 2 * kind.best.count
-    if kind.upward and up <= kind.most and median(kind.best.shares) >= GAIN:
-        kind.rival = _Arm(up)
-    elif kind.best.count > 1 and not (kind.upward and kind.settled is None):
-        kind.rival = _Arm(kind.best.count // 2)
-    elif kind.best.count > 1:
-        _settle(kind)  # it has just beaten the one below, and there is none above
-    kind.rivals_turn = True
-
-
-def _judge(kind: _Kind, rival: _Arm) -> None:
-    """End the comparison if it is decided."""
-    tries = len(rival.seconds)
-    if kind.rivals_turn or tries < TRIES:
-        return
-    now = median(kind.best.seconds)
-    lost = min(rival.seconds) > CLEAR * now
-    won = max(rival.seconds) * CLEAR < now
-    if not lost and not won and tries < KEPT:
-        return
-    kind.rival = None
-    if median(rival.seconds) < MARGIN * now:
-        kind.upward = rival.count > kind.best.count
-        kind.best, kind.periods = rival, 1
-        kind.steps, kind.pause, kind.settled = 0, TRIES, None
-        if not kind.upward:
-            _settle(kind)
-        return
-    kind.periods = min(MOST_PERIODS, 2 * kind.periods) if lost else 1
-    _settle(kind)
-
-
-def _settle(kind: _Kind) -> None:
-    """Leave the best alone for a while; next time look the other way."""
-    kind.settled = median(kind.best.seconds)
-    kind.steps, kind.pause = 0, SOONEST if kind.drifted else kind.periods * PERIOD
-    kind.drifted = False
-    kind.upward = not kind.upward or kind.best.count == 1
+        return self._kinds.setdefault((size, shape.decode), StepKind(min(LARGEST, 1 << size)))
 
 
 def median(values: Iterable[float]) -> float:

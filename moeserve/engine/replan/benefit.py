@@ -26,7 +26,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.placement.cost import split_uses, turns
+from moeserve.placement.layer_use import round_robin_homes, split_uses
 from moeserve.placement.plan import Plan, held
 
 F64 = NDArray[np.float64]
@@ -113,7 +113,7 @@ def fit(steps: Sequence[StepSample]) -> StepCostModel | None:
 
 def plan_load(plan: Plan, topk_TLK: NDArray[np.int32], batch: int) -> PlanLoad:
     """Of each token that a rank computes, homes in turn, ``batch`` tokens a rank at a time."""
-    home_T = turns(len(topk_TLK), plan.num_devices, batch)
+    home_T = round_robin_homes(len(topk_TLK), plan.num_devices, batch)
     rows_T = np.arange(len(topk_TLK))
     came_D = np.zeros(plan.num_devices)
     for use in split_uses(plan, topk_TLK, home_T, batch):

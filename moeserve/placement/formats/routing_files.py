@@ -107,14 +107,14 @@ def _from_arrays(
         raise PlacementError(
             f"{path} holds {sorted(arrays)}; expected topk_ids or one of {', '.join(COUNT_NAMES)}"
         )
-    told = _number(path, metadata, "num_experts")
-    if told is not None and num_experts is not None and told > num_experts:
-        raise PlacementError(f"{path} is of a model with {told} experts, not {num_experts}")
+    declared = _number(path, metadata, "num_experts")
+    if declared is not None and num_experts is not None and declared > num_experts:
+        raise PlacementError(f"{path} is of a model with {declared} experts, not {num_experts}")
     workload = workload_of_tokens(
         path.name,
         arrays["topk_ids"],
         arrays.get("seq_lens"),
-        num_experts=num_experts if num_experts is not None else told,
+        num_experts=num_experts if num_experts is not None else declared,
         domain_ids=arrays.get("domain_ids"),
         weight=weight,
     )

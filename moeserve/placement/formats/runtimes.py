@@ -5,7 +5,7 @@
 ``ascend``     vLLM-Ascend ``expert_map.json``: layers of devices of expert lists.
 ``tensorrt``   TensorRT-LLM load-balancer YAML: slots, and the experts of each slot per model layer.
 ``lightllm``   LightLLM redundancy JSON: experts stay contiguous and every device holds the same
-               extra experts of a layer; other plans cannot be said in it and are refused.
+               extra experts of a layer; it cannot express other plans, which are refused.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.placement.cost import fit_guide, landing, layer_uses
+from moeserve.placement.layer_use import layer_uses
+from moeserve.placement.migration import fit_guide, landing
 from moeserve.placement.plan import Plan, held, tidy, with_slots
 from moeserve.placement.problem import Problem
 from moeserve.placement.solvers.annealing import AnnealingSchedule

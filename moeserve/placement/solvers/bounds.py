@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.placement.cluster import Dataflow
-from moeserve.placement.cost import priced, slots_of_tokens
+from moeserve.placement.cost import priced
+from moeserve.placement.layer_use import slots_of_tokens
 from moeserve.placement.plan import Plan
 from moeserve.placement.solvers.search import saved_bound
 

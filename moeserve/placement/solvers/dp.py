@@ -1,7 +1,7 @@
 """Exact answers where they are affordable, by dynamic programming over the layers.
 
 ``best_chain`` finds the placement of every layer that keeps the largest mass of (expert, next
-expert) pairs on one device: over all ways to deal E experts to D devices in equal numbers (2,520
+expert) pairs on one device: over all ways to place E experts on D devices in equal numbers (2,520
 for 8 on 4). Any load limit per layer and any objective that is a sum over adjacent layers fits.
 ``best_labels`` solves MoETuner's second program, the sum over layers of the worst link, exactly:
 over all D! ways to name the groups of a layer.
@@ -24,17 +24,17 @@ I32 = NDArray[np.int32]
 LARGEST = 3000  # states per layer; a transition table is at most this squared
 
 
-def num_deals(experts: int, devices: int) -> int:
+def num_even_placements(experts: int, devices: int) -> int:
     per_device = experts // devices
     return int(math.factorial(experts) // math.factorial(per_device) ** devices)
 
 
 def affordable(experts: int, devices: int) -> bool:
-    return experts % devices == 0 and num_deals(experts, devices) <= LARGEST
+    return experts % devices == 0 and num_even_placements(experts, devices) <= LARGEST
 
 
-def deals(experts: int, devices: int) -> I32:
-    """[X, E]: the device of each expert, in every way to deal them equally."""
+def even_placements(experts: int, devices: int) -> I32:
+    """[X, E]: the device of each expert, in every way to place them in equal numbers."""
     if not affordable(experts, devices):
         raise PlacementError(
             f"{experts} experts on {devices} devices: too many placements per layer for the exact "
@@ -92,40 +92,51 @@ class Exact:
 def best_chain(
     pairs_LEE: F64, load_LE: F64, devices: int, *, max_imbalance: float = math.inf
 ) -> Exact:
-    """The largest ``kept`` among placements whose every layer obeys the load limit.
+    """The largest ``kept`` among placements whose every layer keeps the load limit.
 
-    A layer that cannot obey it may use those of its placements with the least imbalance.
+    Viterbi over the layers: the value of a placement is that of the best chain that ends in it. A
+    layer that cannot keep the limit may use those of its placements with the least imbalance.
     """
-    device_XE = deals(load_LE.shape[1], devices)
+    device_XE = even_placements(load_LE.shape[1], devices)
     holds_XED = (device_XE[:, :, None] == np.arange(devices)).astype(np.float64)
     flat_X = holds_XED.reshape(len(device_XE), -1)
-    # Naming the devices anew changes no value: one deal (R) of each class is enough to arrive at.
+    # Renaming devices changes no value: it is enough to arrive at one placement (R) of a class.
     class_X, arrive_R = _classes(device_XE)
     allowed = [_allowed(holds_XED, load_E, max_imbalance) for load_E in load_LE]
     value_X = np.where(allowed[0], 0.0, -math.inf)
-    steps: list[NDArray[np.int64]] = []
-    for l, pairs_EE in enumerate(pairs_LEE):
+    best_LR: list[NDArray[np.int64]] = []  # the placement before, of each that is arrived at
+    for pairs_EE, allowed_X in zip(pairs_LEE, allowed[1:], strict=True):
         wanted_X = np.einsum("ef,xed->xfd", pairs_EE, holds_XED).reshape(len(device_XE), -1)
         total_RX = flat_X[arrive_R] @ wanted_X.T
         total_RX += value_X
-        best_R = np.argmax(total_RX, axis=1)
-        value_X = total_RX[np.arange(len(best_R)), best_R][class_X]
-        value_X[~allowed[l + 1]] = -math.inf
-        steps.append(best_R)
-    state = int(np.argmax(value_X))
-    value = float(value_X[state]) / max(1, len(pairs_LEE))
-    chosen = [device_XE[state]]
-    for best_R in reversed(steps):
+        best_LR.append(np.argmax(total_RX, axis=1))
+        value_R = np.take_along_axis(total_RX, best_LR[-1][:, None], axis=1)[:, 0]
+        value_X = np.where(allowed_X, value_R[class_X], -math.inf)
+    last = int(np.argmax(value_X))
+    value = float(value_X[last]) / max(1, len(pairs_LEE))
+    return Exact(_traced_back(device_XE, class_X, arrive_R, best_LR, last), value)
+
+
+def _traced_back(
+    device_XE: I32,
+    class_X: NDArray[np.int64],
+    arrive_R: NDArray[np.int64],
+    best_LR: list[NDArray[np.int64]],
+    last: int,
+) -> I32:
+    """[L, E]: the chain that ends in placement ``last``, its devices named as there."""
+    chosen, state = [device_XE[last]], last
+    for best_R in reversed(best_LR):
         arrived_E = device_XE[arrive_R[class_X[state]]]
-        names_D = np.empty(devices, np.int32)
-        names_D[arrived_E] = chosen[-1]  # from the names of the class's deal to those in use
+        names_D = np.empty(int(arrived_E.max()) + 1, np.int32)
+        names_D[arrived_E] = chosen[-1]  # from the names in the class's placement to those in use
         state = int(best_R[class_X[state]])
         chosen.append(names_D[device_XE[state]])
-    return Exact(np.stack(chosen[::-1]), value)
+    return np.stack(chosen[::-1])
 
 
 def _classes(device_XE: I32) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(class of each deal, one deal of each class); deals of a class differ in names only."""
+    """(class of each placement, one placement of each class); a class differs in names only."""
     ordered_XE = np.zeros_like(device_XE)
     for x, device_E in enumerate(device_XE.tolist()):
         seen: dict[int, int] = {}
@@ -137,8 +148,8 @@ def _classes(device_XE: I32) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _allowed(holds_XED: F64, load_E: F64, limit: float) -> NDArray[np.bool_]:
     load_XD = np.einsum("e,xed->xd", load_E, holds_XED)
     peak_X = load_XD.max(axis=1) / load_XD.mean(axis=1)
-    obeys_X: NDArray[np.bool_] = peak_X <= max(limit, float(peak_X.min()) + 1e-9)
-    return obeys_X
+    kept_X: NDArray[np.bool_] = peak_X <= max(limit, float(peak_X.min()) + 1e-9)
+    return kept_X
 
 
 def best_labels(flow_LGG: F64, cost_DD: F64) -> tuple[I32, float]:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.placement.cost import slots_of_tokens
+from moeserve.placement.layer_use import slots_of_tokens
 from moeserve.placement.plan import held
 from moeserve.placement.problem import Problem
 from moeserve.placement.solvers.annealing import AnnealingSchedule, LayerGrouping

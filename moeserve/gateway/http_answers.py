@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeserve.errors import MoeserveError
-from moeserve.gateway.http_bodies import Shape
+from moeserve.gateway.http_bodies import AnswerFormat
 from moeserve.gateway.stream import Delta, Usage
 from moeserve.models.tokenizer import Tokenizer
 
@@ -42,32 +42,32 @@ class _Choice:
     usage: Usage | None = None
 
 
-class Writer:
-    """Writes one answer; owns what was said so far. ``n`` sequences for every prompt."""
+class AnswerWriter:
+    """Writes one answer and owns what it has so far. ``n`` sequences for every prompt."""
 
     def __init__(
         self,
-        shape: Shape,
+        form: AnswerFormat,
         answer_id: str,
         model: str,
         created: int,
         n: int,
         tokenizer: Tokenizer | None,
     ) -> None:
-        self._shape = shape
+        self._form = form
         self._n = n
         self._tokenizer = tokenizer
         self._choices: dict[int, _Choice] = {}
-        what = "chat.completion" if shape.chat else "text_completion"
-        chunk = ".chunk" if shape.chat and shape.stream else ""
+        what = "chat.completion" if form.chat else "text_completion"
+        chunk = ".chunk" if form.chat and form.stream else ""
         self._head = {"id": answer_id, "object": what + chunk, "created": created, "model": model}
 
     def add(self, delta: Delta) -> None:
-        """Collects for ``whole``."""
+        """One more delta of what ``whole`` will be."""
         choice = self._choice(delta)
         choice.texts.append(delta.text)
         choice.token_ids.extend(delta.token_ids)
-        if self._shape.logprobs:
+        if self._form.logprobs:
             choice.logprobs.extend(self._entries(choice, delta))
 
     def whole(self) -> Json:
@@ -75,12 +75,12 @@ class Writer:
         for index, choice in sorted(self._choices.items()):
             text = "".join(choice.texts)
             body: Json = {"index": index, "finish_reason": choice.finish}
-            body["logprobs"] = self._logprobs(choice.logprobs) if self._shape.logprobs else None
-            if self._shape.chat:
+            body["logprobs"] = self._logprobs(choice.logprobs) if self._form.logprobs else None
+            if self._form.chat:
                 body["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
                 body["text"] = text
-            if self._shape.token_ids:
+            if self._form.token_ids:
                 body["token_ids"] = choice.token_ids
             choices.append(body)
         return self._head | {"choices": choices, "usage": self._usage()}
@@ -89,20 +89,20 @@ class Writer:
         """What one delta adds to a stream; nothing if it has nothing to show yet."""
         fresh = delta.index not in self._choices
         choice = self._choice(delta)
-        if fresh and self._shape.chat:
+        if fresh and self._form.chat:
             opening = {"role": "assistant", "content": ""}
             yield self._chunk({"index": delta.index, "delta": opening, "finish_reason": None})
-        shows_tokens = delta.token_ids and (self._shape.logprobs or self._shape.token_ids)
+        shows_tokens = delta.token_ids and (self._form.logprobs or self._form.token_ids)
         if not (delta.text or shows_tokens or delta.finish):
             return
         body: Json = {"index": delta.index, "finish_reason": choice.finish, "logprobs": None}
-        if self._shape.logprobs:
+        if self._form.logprobs:
             body["logprobs"] = self._logprobs(self._entries(choice, delta))
-        if self._shape.chat:
+        if self._form.chat:
             body["delta"] = {"content": delta.text} if delta.text or not delta.finish else {}
         else:
             body["text"] = delta.text
-        if self._shape.token_ids:
+        if self._form.token_ids:
             body["token_ids"] = list(delta.token_ids)
         yield self._chunk(body)
 
@@ -110,7 +110,7 @@ class Writer:
         return self._head | {"choices": [], "usage": self._usage()}
 
     def _chunk(self, choice: Json) -> Json:
-        usage = {"usage": None} if self._shape.include_usage else {}
+        usage = {"usage": None} if self._form.include_usage else {}
         return self._head | {"choices": [choice]} | usage
 
     def _choice(self, delta: Delta) -> _Choice:
@@ -164,7 +164,7 @@ class Writer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def _logprobs(self, entries: list[Json]) -> Json:
-        if self._shape.chat:
+        if self._form.chat:
             shown = [{k: v for k, v in entry.items() if k != "offset"} for entry in entries]
             return {"content": shown, "refusal": None}
         return {

@@ -8,11 +8,10 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from moeserve.comm.exchange.base import DEADLINE_S, Alarm, ExchangeStats
+from moeserve.comm.exchange.base import ExchangeStats, Lanes
 from moeserve.comm.group import Group, named
 from moeserve.errors import ConfigError, LateRankError, MoeserveError, UnavailableError
 
@@ -25,7 +24,7 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def places(sizes: Sequence[int]) -> tuple[list[int], int]:
+def offsets_of(sizes: Sequence[int]) -> tuple[list[int], int]:
     """Where pieces of these sizes begin, each at the next multiple of ``ALIGNMENT``; the end."""
     starts, at = [], 0
     for size in sizes:
@@ -34,8 +33,8 @@ def places(sizes: Sequence[int]) -> tuple[list[int], int]:
     return starts, at
 
 
-def cut(area: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The pieces at these ``places``, by one call of torch."""
+def split_segments(area: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The pieces at the offsets of ``offsets_of``, by one call of torch."""
     cuts: list[int] = []
     at = 0
     for size in sizes:
@@ -46,17 +45,8 @@ def cut(area: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return list(pieces[0:-1:2])
 
 
-@dataclass(frozen=True, slots=True)
-class Lanes:
-    """``bytes_L[l]`` is the most that a segment of lane l may have."""
-
-    bytes_L: tuple[int, ...]
-    deadline_s: float = DEADLINE_S
-    alarm: Alarm | None = None
-
-
 class WaitDeadline:
-    """One wait: it ends in time, and at once where the alarm rings."""
+    """One wait: it ends after the deadline, and at once where there is an alarm."""
 
     def __init__(self, lanes: Lanes) -> None:
         self._alarm = lanes.alarm
@@ -71,8 +61,8 @@ class WaitDeadline:
         return min(SLICE_S, max(0.0, self.until - time.monotonic()))
 
 
-class Rounds(ABC):
-    """The part of an ``Exchange`` that backends inherit."""
+class ExchangeBackend(ABC):
+    """What every ``Exchange`` inherits. It belongs to one thread."""
 
     name: str
 
@@ -85,14 +75,14 @@ class Rounds(ABC):
         self._group = group
         self._others = [r for r in range(group.world) if r != group.rank]
         self.blamed: list[int] = []
-        self._closed_by = ""
+        self._closed_because = ""
 
     def close(self) -> None:
-        self._shut("it was closed")
+        self._close("it was closed")
 
-    def _begin(self, lane: int, sizes_R: Sequence[int]) -> None:
-        if self._closed_by:
-            raise UnavailableError(f"the {self.name} exchange is closed: {self._closed_by}")
+    def _begin_round(self, lane: int, sizes_R: Sequence[int]) -> None:
+        if self._closed_because:
+            raise UnavailableError(f"the {self.name} exchange is closed: {self._closed_because}")
         if max(sizes_R) > self.lanes.bytes_L[lane]:
             raise ConfigError(
                 f"a segment of {max(sizes_R)} bytes in lane {lane}: the {self.name} exchange was "
@@ -100,7 +90,7 @@ class Rounds(ABC):
             )
         self.round_L[lane] += 1
 
-    def _count(self, sizes_R: Sequence[int]) -> None:
+    def _count_sent(self, sizes_R: Sequence[int]) -> None:
         traffic = self.traffic
         traffic.rounds += 1
         for r in self._others:
@@ -109,27 +99,28 @@ class Rounds(ABC):
     def _wait(
         self,
         lane: int,
-        come: Callable[[int, float, float], bool],
+        arrived: Callable[[int, float, float], bool],
         missing: Callable[[], list[int]],
     ) -> None:
-        """Until ``come``, which gets the lane, how long to wait before another look, and how long
-        it has been; else LateRankError names whom ``missing`` gives. Closed on any error."""
+        """Returns once ``arrived`` is true; it gets the lane, how long it may wait before it is
+        asked again, and how long the wait has lasted. After the deadline LateRankError names the
+        ranks that ``missing`` gives. On any error the exchange is closed."""
         deadline = WaitDeadline(self.lanes)
         try:
             while True:
                 slice_s = deadline.slice_s()
-                if come(lane, slice_s, time.monotonic() - deadline.begun):
+                if arrived(lane, slice_s, time.monotonic() - deadline.begun):
                     return
                 if slice_s == 0.0:
-                    raise self._late(lane, missing())
+                    raise self._late_error(lane, missing())
         except MoeserveError as error:
             if isinstance(error, LateRankError):
                 of_run = self._group.of_run
                 self.blamed = [r for r in self._others if of_run(r) in error.ranks]
-            self._shut(str(error))
+            self._close(str(error))
             raise
 
-    def _late(self, lane: int, ranks: Sequence[int]) -> LateRankError:
+    def _late_error(self, lane: int, ranks: Sequence[int]) -> LateRankError:
         late = [self._group.of_run(r) for r in ranks]
         return LateRankError(
             f"{named(late)} did not send round {self.round_L[lane]} of lane {lane} within "
@@ -137,9 +128,9 @@ class Rounds(ABC):
             late,
         )
 
-    def _shut(self, why: str) -> None:
-        if not self._closed_by:
-            self._closed_by = why
+    def _close(self, reason: str) -> None:
+        if not self._closed_because:
+            self._closed_because = reason
             self._release()
 
     @abstractmethod
