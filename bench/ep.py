@@ -2,10 +2,10 @@
 
     python bench/ep.py [--quick] [--json FILE] [--models demo ...] [--rates unlimited,100mbit ...]
 
-Raises the test bed (root is needed), runs a rank on each host and tells all of them the same steps:
-no server, no sampling, every round of every way in turn. Two tables a model: tokens per second for
-rate x load x microbatches; then, at one rate, what travels in each variant, as counted, as the cost
-model predicts and as the kernel counts it on the links, and what that does to a step.
+Raises the test bed (root is needed), runs a rank on each host and asks all of them for the same
+steps: no server, no sampling, every round of every scheme in turn. Two tables a model: tokens per
+second for rate x load x microbatches; then, at one rate, what travels in each variant, as counted,
+as the cost model predicts and as the kernel counts it on the links, and what that does to a step.
 
 The share of communication is 1 - (step at the unlimited rate / step), both with one microbatch.
 Hosts share this machine's cores: what waits for a link costs no one else anything.
@@ -25,12 +25,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from expert_parallel.group import RankGroup, TrafficVariant
+from expert_parallel.inputs import PLANS, StepInputs, prepare
+from expert_parallel.schemes import (
+    AUTO,
+    RankLoad,
+    Repetitions,
+    Scheme,
+    SchemeSamples,
+    fill,
+    measure,
+)
 from rich.console import Console
 from rich.table import Table
 
-from moeserve.bench.crew import Crew, Variant
-from moeserve.bench.material import PLANS, Material, prepare
-from moeserve.bench.overlapped import AUTO, Effort, Load, Samples, Way, fill, measure
 from moeserve.errors import InternalError, MoeserveError
 from moeserve.models.library import DEMO
 from moeserve.placement.cluster import Dataflow
@@ -39,7 +47,7 @@ from moeserve.testbed.network import Bed, refusal
 
 COUNTS: tuple[int | str, ...] = (1, 2, 4, AUTO)
 FIXED = tuple(count for count in COUNTS if count != AUTO)
-BASE = Variant()
+BASE = TrafficVariant()
 # A full frame of the links, and the payload in it: headers of TCP, with a time stamp, and below.
 FRAME, PAYLOAD = MTU + 14, MTU - 52
 
@@ -69,9 +77,9 @@ class Overlap:
         """Beside the best fixed number."""
         return self.beside(AUTO, max(map(str, FIXED), key=lambda c: self.tokens_per_s[c][0]))
 
-    def beside(self, way: str, other: str) -> float:
+    def beside(self, scheme: str, other: str) -> float:
         """How much faster, round by round: what slows the machine for a while slows both."""
-        pairs = zip(self.round_s[way], self.round_s[other], strict=True)
+        pairs = zip(self.round_s[scheme], self.round_s[other], strict=True)
         return statistics.median(theirs / ours for ours, theirs in pairs)
 
 
@@ -96,110 +104,121 @@ class Travel:
     overlapped_step_s: float
 
 
-def speed(load: Load, ranks: int, samples: Samples) -> tuple[float, float, float]:
+def speed(load: RankLoad, ranks: int, samples: SchemeSamples) -> tuple[float, float, float]:
     low, high = samples.range_s
     tokens = load.tokens * ranks
     return tokens / samples.seconds, tokens / high, tokens / low
 
 
-def require_equal_bits(crew: Crew, load: Load, named: Sequence[Variant], effort: Effort) -> None:
+def require_equal_bits(
+    group: RankGroup, load: RankLoad, named: Sequence[TrafficVariant], repetitions: Repetitions
+) -> None:
     """Law 1, before anything is timed: however tokens travel, logits are the same."""
-    spans = load.spans(crew.world, 0, effort.length, effort.prompt)
-    first = crew.step(spans, 1, BASE, digest=True).digests
+    spans = load.spans(group.world, 0, repetitions.length, repetitions.prompt)
+    first = group.step(spans, 1, BASE, digest=True).digests
     for variant in named:
         for count in FIXED:
-            if crew.step(spans, int(count), variant, digest=True).digests != first:
+            if group.step(spans, int(count), variant, digest=True).digests != first:
                 raise InternalError(f"{load}: other logits by {variant}, {count} microbatches")
 
 
 def overlap_table(
-    crew: Crew, bed: Bed, model: str, loads: Sequence[Load], rates: Sequence[int | None],
-    effort: Effort, say: Any,
+    group: RankGroup, bed: Bed, model: str, loads: Sequence[RankLoad], rates: Sequence[int | None],
+    repetitions: Repetitions, say: Any,
 ) -> list[Overlap]:  # fmt: skip
     """Rates from the fastest on, the unlimited one first: it tells what communication costs."""
     rows = []
-    ways = [Way(BASE, count) for count in COUNTS]
+    schemes = [Scheme(BASE, count) for count in COUNTS]
     for load in loads:
         say(f"{model}: {load.what} of {load.tokens} tokens a rank")
-        by_rate = measure(crew, load, ways, effort, rates, bed.set_rate)
-        free_s = by_rate[0][ways[0]].seconds
+        counts = {scheme: str(scheme.microbatches) for scheme in schemes}
+        by_rate = measure(group, load, schemes, repetitions, rates, bed.set_rate)
+        free_s = by_rate[0][schemes[0]].seconds
         for rate, found in zip(rates, by_rate, strict=True):
-            one_s = found[ways[0]].seconds
+            one_s = found[schemes[0]].seconds
             rows.append(
                 Overlap(
                     model, load.what, load.tokens, show_rate(rate), 1 - free_s / one_s,
-                    {str(w.micro): speed(load, crew.world, s) for w, s in found.items()},
-                    {str(w.micro): s.waiting for w, s in found.items()},
-                    {str(w.micro): s.round_s for w, s in found.items()},
-                    found[ways[-1]].counts,
+                    {counts[w]: speed(load, group.world, s) for w, s in found.items()},
+                    {counts[w]: s.waiting for w, s in found.items()},
+                    {counts[w]: s.round_s for w, s in found.items()},
+                    found[schemes[-1]].counts,
                 )
             )  # fmt: skip
     return rows
 
 
-def variants(material: Material) -> dict[str, tuple[Variant, Dataflow]]:
+def variants(inputs: StepInputs) -> dict[str, tuple[TrafficVariant, Dataflow]]:
     dedup = Dataflow.HOME_DEDUP
     base = {
         "int8 wire, one copy a rank": (BASE, dedup),
-        "bf16 wire": (Variant(wire="bf16"), dedup),
-        "fp32 wire": (Variant(wire="fp32"), dedup),
-        "a copy for every expert": (Variant(copies="expert"), Dataflow.HOME_PER_EXPERT),
+        "bf16 wire": (TrafficVariant(wire="bf16"), dedup),
+        "fp32 wire": (TrafficVariant(wire="fp32"), dedup),
+        "a copy for every expert": (TrafficVariant(copies="expert"), Dataflow.HOME_PER_EXPERT),
     }
     plans = {
-        f"plan: {name}": (Variant(name), dedup) for name in material.plans if name != BASE.plan
+        f"plan: {name}": (TrafficVariant(name), dedup) for name in inputs.plans if name != BASE.plan
     }
     return base | plans
 
 
-def row_bytes(material: Material, variant: Variant) -> float:
+def row_bytes(inputs: StepInputs, variant: TrafficVariant) -> float:
     """Of a copy, there and back: features, scale, unit, weights, slots; then sums and a byte."""
     size, back = {"own": (1, 2), "bf16": (2, 2), "fp32": (4, 4)}[variant.wire]
-    k = material.top_k
+    k = inputs.top_k
     factor = 2 if variant.wire == "fp32" else 1
-    there = size * material.hidden + 8 + 4 * k + -(-2 * k // 4) * 4
-    return there + back * material.hidden + factor
+    there = size * inputs.hidden + 8 + 4 * k + -(-2 * k // 4) * 4
+    return there + back * inputs.hidden + factor
 
 
 def travel_table(
-    crew: Crew, bed: Bed, material: Material, load: Load, rate: int, effort: Effort, say: Any
+    group: RankGroup,
+    bed: Bed,
+    inputs: StepInputs,
+    load: RankLoad,
+    rate: int,
+    repetitions: Repetitions,
+    say: Any,
 ) -> list[Travel]:
     """Steps at the unlimited rate and at ``rate``: with one microbatch, and with two."""
-    named = variants(material)
-    ways = [Way(variant, micro) for variant, _ in named.values() for micro in (1, 2)]
-    say(f"{material.model}: variants without a limit and at {show_rate(rate)}")
-    free, found = measure(crew, load, ways, effort, (None, rate), bed.set_rate)
+    named = variants(inputs)
+    schemes = [Scheme(variant, micro) for variant, _ in named.values() for micro in (1, 2)]
+    say(f"{inputs.model}: variants without a limit and at {show_rate(rate)}")
+    free, found = measure(group, load, schemes, repetitions, (None, rate), bed.set_rate)
     rows = []
     for name, (variant, flow) in named.items():
-        one, two = found[Way(variant, 1)], found[Way(variant, 2)]
+        one, two = found[Scheme(variant, 1)], found[Scheme(variant, 2)]
         spans = [
-            s for step in range(effort.steps)
-            for s in [load.spans(crew.world, step, effort.length, effort.prompt)]
+            s for step in range(repetitions.steps)
+            for s in [load.spans(group.world, step, repetitions.length, repetitions.prompt)]
         ]  # fmt: skip
-        copies = sum(material.predicted_copies(s, variant.plan, flow) for s in spans) / len(spans)
+        copies = sum(inputs.predicted_copies(s, variant.plan, flow) for s in spans) / len(spans)
         token_layers = one.steps[0].token_layers
         on_link = one.busiest_bytes * FRAME / PAYLOAD * 8 / rate
         rows.append(
             Travel(
-                material.model, load.what, load.tokens, show_rate(rate), name,
+                inputs.model, load.what, load.tokens, show_rate(rate), name,
                 one.copies, copies,
-                one.sent_bytes, copies * token_layers * row_bytes(material, variant),
-                link_bytes(crew, bed, load, variant, effort),
+                one.sent_bytes, copies * token_layers * row_bytes(inputs, variant),
+                link_bytes(group, bed, load, variant, repetitions),
                 (one.seconds, *one.range_s),
-                free[Way(variant, 1)].seconds + on_link,
+                free[Scheme(variant, 1)].seconds + on_link,
                 two.seconds,
             )
         )  # fmt: skip
     return rows
 
 
-def link_bytes(crew: Crew, bed: Bed, load: Load, variant: Variant, effort: Effort) -> float:
+def link_bytes(
+    group: RankGroup, bed: Bed, load: RankLoad, variant: TrafficVariant, repetitions: Repetitions
+) -> float:
     """What the kernel counts leaving all hosts in a step."""
     before = sum(bed.count(host).sent_bytes for host in range(bed.hosts))
-    for step in range(effort.steps):
-        spans = load.spans(crew.world, step, effort.length, effort.prompt)
-        crew.step(spans, 1, variant)
+    for step in range(repetitions.steps):
+        spans = load.spans(group.world, step, repetitions.length, repetitions.prompt)
+        group.step(spans, 1, variant)
     after = sum(bed.count(host).sent_bytes for host in range(bed.hosts))
-    return (after - before) / effort.steps
+    return (after - before) / repetitions.steps
 
 
 def show_overlap(rows: Sequence[Overlap]) -> Table:
@@ -247,30 +266,34 @@ def show_travel(rows: Sequence[Travel]) -> Table:
 def bench_model(
     args: argparse.Namespace, model: str, say: Any
 ) -> tuple[list[Overlap], list[Travel]]:
-    loads = [Load("decode", b) for b in args.decode] + [Load("prefill", t) for t in args.prefill]
-    effort = Effort(args.length, args.length * 3 // 4, args.steps, args.rounds)
-    most = max(load.sequences(effort.length) for load in loads)
+    loads = [RankLoad("decode", b) for b in args.decode] + [
+        RankLoad("prefill", t) for t in args.prefill
+    ]
+    repetitions = Repetitions(args.length, args.length * 3 // 4, args.steps, args.rounds)
+    most = max(load.sequences(repetitions.length) for load in loads)
     plans = list(PLANS) if model == DEMO else [BASE.plan]
     rates = sorted(args.rates, key=lambda rate: -(rate or 1 << 62))
-    material = prepare(
-        model, args.quantization, ranks=args.hosts, each=most, tokens=effort.length, plans=plans,
-        seconds=args.solve_s, say=say,
+    inputs = prepare(
+        model, args.quantization, ranks=args.hosts, each=most, tokens=repetitions.length,
+        plans=plans, seconds=args.solve_s, say=say,
     )  # fmt: skip
     with ExitStack() as stack:
         bed = stack.enter_context(Bed(args.hosts))
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        crew = stack.enter_context(Crew(bed, material.told(args.threads, args.backend), logs))
+        group = stack.enter_context(
+            RankGroup(bed, inputs.settings(args.threads, args.backend), logs)
+        )
         say(f"{model}: filling KV")
-        fill(crew, most, effort)
+        fill(group, most, repetitions)
         for load in loads:
-            every = [variant for variant, _ in variants(material).values()]
-            require_equal_bits(crew, load, every, effort)
-        overlap = overlap_table(crew, bed, model, loads, rates, effort, say)
+            every = [variant for variant, _ in variants(inputs).values()]
+            require_equal_bits(group, load, every, repetitions)
+        overlap = overlap_table(group, bed, model, loads, rates, repetitions, say)
         travel = []
         for load in loads if args.travel_rate else ():
             if load.tokens in args.travel_tokens:
                 rate = args.travel_rate
-                travel += travel_table(crew, bed, material, load, rate, effort, say)
+                travel += travel_table(group, bed, inputs, load, rate, repetitions, say)
     return overlap, travel
 
 

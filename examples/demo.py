@@ -12,7 +12,6 @@ import argparse
 import json
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from rich.console import Console
 
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
+from moeserve.process.child import Process, StartOptions, start, status_in_words
 
 READY_S = 60.0
 ANSWER_S = 120.0
@@ -75,27 +75,25 @@ def server() -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "moeserve.cli", "serve", "--model", "demo"]
     command += ["--grpc-port", str(port), "--http-port", "none", "--log-level", "warning"]
-    process = subprocess.Popen(command)
-    try:
+    # It shares our session and standard output: Ctrl-C is for both.
+    process = Process("the server", start(command, StartOptions(own_session=False)))
+    with process:
         wait_until_serving(process, f"127.0.0.1:{port}")
         yield f"127.0.0.1:{port}"
         process.send_signal(signal.SIGTERM)
-        status = process.wait(STOP_S)
-        if status:
-            raise SystemExit(f"the server ended with status {status}")
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait(STOP_S)
+        if not process.wait(STOP_S):
+            raise SystemExit(f"the server did not stop within {STOP_S:.0f} s")
+        if process.status:
+            raise SystemExit(f"the server ended {status_in_words(process.status)}")
 
 
-def wait_until_serving(process: subprocess.Popen[bytes], address: str) -> None:
+def wait_until_serving(process: Process, address: str) -> None:
     deadline = time.monotonic() + READY_S
     with grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended with status {process.returncode}")
+            if process.status is not None:
+                raise SystemExit(f"the server ended {status_in_words(process.status)}")
             try:
                 reply = health.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:

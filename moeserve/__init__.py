@@ -2,11 +2,13 @@
 
 Imports run one way, and ``tests/test_layout.py`` holds it::
 
-    core  errors  config  pb  host  native  safetensors_header   plain data; native halves
+    core  errors  config  pb  host  native  process  safetensors_header   plain data
       ^
     kernels  placement                        op table; who holds which expert
       ^
-    comm  models  observe                     moving tokens; checkpoint to decoder; counters
+    models  observe                           checkpoint to decoder; counters
+      ^
+    comm                                      moving tokens; layers over ranks
       ^
     engine  offload                           requests to tokens
       ^

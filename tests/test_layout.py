@@ -28,6 +28,8 @@ PURE = (
     "core.py",
     "engine/executor.py",
     "engine/scheduler.py",
+    "engine/sequence.py",
+    "engine/step_builder.py",
     "engine/blocks.py",
     "engine/ranks/fleet.py",
     "engine/ranks/homes.py",
@@ -37,8 +39,8 @@ PURE = (
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
     "heapq itertools math operator struct typing "
-    "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.scheduler "
-    "moeserve.engine.ranks.fleet".split()
+    "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.sequence "
+    "moeserve.engine.step_builder moeserve.engine.scheduler moeserve.engine.ranks.fleet".split()
 )
 # What runs where neither torch nor numpy is installed.
 BARE = (
@@ -58,10 +60,7 @@ FORBIDDEN_CALLS = frozenset(
 )
 
 # Modules that name, by string, a module above their own layer, and which.
-STARTED_FROM_BELOW: dict[tuple[str, str], str] = {
-    ("moeserve/comm/launch/spawn.py", "worker"): "children of `serve --ep` are ranks",
-    ("moeserve/engine/replan/replanner.py", "cli"): "the solver is started through the CLI",
-}
+STARTED_FROM_BELOW: dict[tuple[str, str], str] = {}
 # A decoder runs its layers through a LayerRunner and knows no exchange.
 MODELS_THAT_IMPORT_COMM: dict[str, str] = {
     "moeserve/models/decoder.py": "runs layers of several ranks itself",

@@ -33,7 +33,7 @@ from streams import answers, measure
 from moeserve.bench.generation import Case, prompts
 from moeserve.bench.roofline import roofline
 from moeserve.bench.rows import Row, notes, plot, summarise, table
-from moeserve.bench.workers import Process, Worker
+from moeserve.bench.workers import LoggedProcess, Worker, session_peak_bytes
 from moeserve.errors import MoeserveError
 from moeserve.kernels.probe import Machine, faster, probe_machine
 from moeserve.models.library import resolve_model
@@ -88,7 +88,7 @@ def key(what: str, peer: str, size: int) -> str:
     return f"{what}|{peer}|{size}"
 
 
-def tell(text: str) -> None:
+def show_progress(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
@@ -125,13 +125,13 @@ class Comparison:
                 if why:
                     self.samples.problems[peer.name] = why
                 elif self.missing(peer, self.args.rounds):
-                    tell(f"starting {peer.name}")
+                    show_progress(f"starting {peer.name}")
                     self.start(stack, peer, workers)
             for peer, worker in list(workers.items()):
                 self.warm(peer, worker, workers)
             for r in range(self.args.rounds):
                 if time.monotonic() > self.end:
-                    tell(f"time is up after {r} rounds")
+                    show_progress(f"time is up after {r} rounds")
                     break
                 for what, size, case in self.cases():
                     for peer, worker in list(workers.items()):
@@ -139,7 +139,9 @@ class Comparison:
                             self.sample(peer, worker, workers, what, size, case)
                 self.save()
             for peer, worker in list(workers.items()):
-                self.samples.found[key("memory", peer.name, 0)] = [worker.peak_bytes() / 1e6]
+                self.samples.found[key("memory", peer.name, 0)] = [
+                    session_peak_bytes(worker.pid) / 1e6
+                ]
                 if peer.name.startswith("moeserve"):
                     self.bound(peer, worker, workers)
         self.save()
@@ -154,7 +156,7 @@ class Comparison:
                 self.samples.problems[peer.name] = f"failed: {failed.message}"
                 return
             ready.append(worker.ready_s)
-            load.append(worker.said["load_s"])
+            load.append(worker.ready_message["load_s"])
             if len(ready) >= self.args.rounds or worker.ready_s > QUICK_S:
                 break
             worker.close()
@@ -176,7 +178,7 @@ class Comparison:
         """Untimed."""
         asked = prompts(Case(2, 32, 4), self.vocab)
         try:
-            worker.ask("decode", deadline=LATE_S, prompts=asked, tokens=4)
+            worker.request("decode", deadline=LATE_S, prompts=asked, tokens=4)
         except MoeserveError as failed:
             self.give_up(peer, workers, failed)
 
@@ -186,7 +188,7 @@ class Comparison:
         try:
             for what, size, case in self.cases():
                 shape = [case.streams, case.prompt, case.answer + (what == "decode")]
-                least = worker.ask("roofline", deadline=LATE_S, case=shape, limit=limit)
+                least = worker.request("roofline", deadline=LATE_S, case=shape, limit=limit)
                 self.samples.limits[key(what, peer.precision, size)] = least[what]
         except MoeserveError as failed:
             self.give_up(peer, workers, failed)
@@ -204,16 +206,16 @@ class Comparison:
         if what == "decode":
             asked["tokens"] = case.answer
         try:
-            took = worker.ask(what, deadline=LATE_S, **asked)
+            took = worker.request(what, deadline=LATE_S, **asked)
         except MoeserveError as failed:
             self.give_up(peer, workers, failed)
             return
         rate = took["tokens"] / took["seconds"]
-        tell(f"{peer.name}: {what} {size}: {rate:.0f} tok/s")
+        show_progress(f"{peer.name}: {what} {size}: {rate:.0f} tok/s")
         self.samples.add(what, peer.name, size, rate)
 
     def give_up(self, peer: Peer, workers: dict[Peer, Worker], why: MoeserveError) -> None:
-        tell(why.message)
+        show_progress(why.message)
         self.samples.problems[peer.name] = f"failed: {why.message}"
         workers.pop(peer).close()
 
@@ -222,35 +224,35 @@ class Comparison:
         asked = prompts(Case(self.args.streams, self.args.prompt, self.args.tokens), self.vocab)
         rounds = self.args.rounds
         with ExitStack() as stack:
-            servers: dict[Peer, tuple[Process, str]] = {}
+            servers: dict[Peer, tuple[LoggedProcess, str]] = {}
             for peer in self.peers:
                 why = peer.absent(serving=True)
                 if why:
                     self.samples.problems[f"{peer.name} server"] = why
                 elif self.samples.count("serve tok/s", peer.name, len(asked)) < rounds:
-                    tell(f"starting the server of {peer.name}")
+                    show_progress(f"starting the server of {peer.name}")
                     self.start_server(stack, peer, servers)
             for r in range(rounds):
                 if time.monotonic() > self.end:
-                    tell(f"time is up after {r} rounds of serving")
+                    show_progress(f"time is up after {r} rounds of serving")
                     break
                 for peer, (server, url) in list(servers.items()):
                     if self.samples.count("serve tok/s", peer.name, len(asked)) <= r:
                         self.serve_once(peer, server, url, asked, servers)
                 self.save()
             for peer, (server, _) in servers.items():
-                held = server.peak_bytes() / 1e6
+                held = session_peak_bytes(server.pid) / 1e6
                 self.samples.found[key("serve memory", peer.name, len(asked))] = [held]
         self.save()
 
     def start_server(
-        self, stack: ExitStack, peer: Peer, servers: dict[Peer, tuple[Process, str]]
+        self, stack: ExitStack, peer: Peer, servers: dict[Peer, tuple[LoggedProcess, str]]
     ) -> None:
         port = free_port()
         env = {"OMP_NUM_THREADS": str(self.args.threads), **peer.env}
         env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         server = stack.enter_context(
-            Process(
+            LoggedProcess(
                 f"{peer.name} server",
                 [word.replace("{port}", str(port)) for word in peer.server],
                 cpus=self.args.threads,
@@ -281,10 +283,10 @@ class Comparison:
     def serve_once(
         self,
         peer: Peer,
-        server: Process,
+        server: LoggedProcess,
         url: str,
         asked: list[tuple[int, ...]],
-        servers: dict[Peer, tuple[Process, str]],
+        servers: dict[Peer, tuple[LoggedProcess, str]],
     ) -> None:
         server.resume()
         try:
@@ -295,7 +297,7 @@ class Comparison:
             server.close()
             return
         server.pause()
-        tell(f"{peer.name}: {len(asked)} streams: {found['tok/s']:.0f} tok/s")
+        show_progress(f"{peer.name}: {len(asked)} streams: {found['tok/s']:.0f} tok/s")
         for name, value in found.items():
             self.samples.add(f"serve {name}", peer.name, len(asked), value)
 

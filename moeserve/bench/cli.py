@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from moeserve.kernels.probe import Machine
     from moeserve.models.decoder import Decoder
 
-HOME = Path.home() / ".cache" / "moeserve-bench"
 TOKENS = {"prefill": "512", "decode": "64", "kernel": "1,4,16,64,256"}
 QUANTIZATIONS = ("none", "int8", "int4")
 KERNEL_KINDS = ("int8", "int4", "bf16")
@@ -55,9 +54,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--kinds", default="int8,int4,bf16", metavar="KIND,..", help="kernel: our weights"
     )
-    command.add_argument("--alone", action="store_true", help="kernel: no other implementations")
+    command.add_argument("--alone", action="store_true", help="kernel: without torch's loops")
     command.add_argument(
-        "--peers", type=Path, default=HOME / "peers", metavar="FOLDER", help="where they are"
+        "--contenders", type=Path, metavar="FILE", help="kernel: more of them, a list in JSON"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw .png, .svg or .pdf")
@@ -105,12 +104,12 @@ def integers(flag: str, text: str) -> list[int]:
     return found
 
 
-def tell(text: str) -> None:
+def show_progress(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
 def measure_kernel(args: argparse.Namespace, threads: Sequence[int]) -> BenchReport:
-    from moeserve.bench.kernel import MoeLayer, measure, other_runtimes, ours, torch_loops
+    from moeserve.bench.kernel import MoeLayer, measure, ours, read_contenders, torch_loops
 
     sizes = integers("--layer", args.layer)
     if len(sizes) != 4 or sizes[1] > sizes[0]:
@@ -120,7 +119,9 @@ def measure_kernel(args: argparse.Namespace, threads: Sequence[int]) -> BenchRep
         raise ConfigError(f"--kinds={args.kinds!r}: expected some of {','.join(KERNEL_KINDS)}")
     contenders = [ours(kind) for kind in kinds]
     if not args.alone:
-        contenders += [*torch_loops(), *other_runtimes(args.peers)]
+        contenders += torch_loops()
+    if args.contenders is not None:
+        contenders += read_contenders(args.contenders)
     return measure(
         contenders,
         layer=MoeLayer(*sizes),
@@ -128,7 +129,7 @@ def measure_kernel(args: argparse.Namespace, threads: Sequence[int]) -> BenchRep
         threads=threads,
         rounds=args.rounds,
         seconds=0.15,
-        heard=tell,
+        report=show_progress,
     )
 
 
@@ -148,7 +149,7 @@ def measure_model(args: argparse.Namespace, threads: Sequence[int]) -> BenchRepo
     machines: list[Machine] = []
     rows: list[Row] = []
     for count in threads:
-        tell(f"loading {args.model} for {count} threads")
+        show_progress(f"loading {args.model} for {count} threads")
         decoder = load(args.model, args.quantization, count)
         machine, found = measure_cases(args, decoder, cases, count)
         machines.append(machine)
@@ -186,7 +187,7 @@ def measure_cases(
     rates: dict[int, list[float]] = {size: [] for size in cases}
     for r in range(args.rounds + 1):  # the first one warms up
         for size, case in cases.items():
-            tell(f"round {r}: {args.what} {size}")
+            show_progress(f"round {r}: {args.what} {size}")
             timing = run_case(decoder, case)
             if r:
                 rates[size].append(timing.prefill_rate if prefill else timing.decode_rate)

@@ -6,19 +6,20 @@ cores as it has threads. Rounds are interleaved. Letters: T tokens, C experts pe
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from moeserve.bench.roofline import experts_seconds, roofline
 from moeserve.bench.rows import BenchReport, Row, summarise
 from moeserve.bench.workers import Worker
-from moeserve.errors import MoeserveError
+from moeserve.errors import ConfigError, MoeserveError
 from moeserve.kernels.probe import Machine, faster, probe_machine
 
 START_S = 120.0
@@ -51,7 +52,7 @@ class Contender:
     absent: str = ""
 
 
-Samples = dict[Contender, list[float]]
+ContenderSamples = dict[Contender, list[float]]
 
 
 def ours(kind: str) -> Contender:
@@ -69,24 +70,18 @@ def torch_loops() -> list[Contender]:
     ]
 
 
-def other_runtimes(peers: Path) -> list[Contender]:
-    """ggml and kt-kernel, where ``bench/peers/install.py`` has put them into ``peers``."""
-    scripts = Path(__file__).resolve().parents[2] / "bench" / "peers"
-    found = []
-    for peer, venv, script, kind, precision, most, more in (
-        ("ggml Q8_0", "llamacpp", "ggml_experts.py", "q8_0", "int8", 1 << 10, 0),
-        ("ggml Q4_0", "llamacpp", "ggml_experts.py", "q4_0", "int4", 1 << 10, 0),
-        ("kt-kernel int8", "kt", "kt_experts.py", "int8", "int8", 1, 1),
-    ):
-        python, worker = peers / venv / "bin" / "python", scripts / script
-        absent = ""
-        if not python.exists():
-            absent = f"absent: python bench/peers/install.py {venv}"
-        elif not worker.exists():
-            absent = "absent: its worker is in a checkout, under bench/peers"
-        command = (str(python), str(worker), kind)
-        found.append(Contender(peer, precision, command, most, more, absent))
-    return found
+def read_contenders(file: Path) -> list[Contender]:
+    """Others, from a JSON list of objects with the fields of ``Contender``."""
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(listed, list):
+            raise TypeError(f"this is a {type(listed).__name__}")
+        return [Contender(**{**one, "command": tuple(one["command"])}) for one in listed]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"--contenders={str(file)!r}: expected a list of "
+            f"{{{', '.join(field.name for field in fields(Contender))}}}: {error}"
+        ) from error
 
 
 def routing(layer: MoeLayer, tokens: int) -> list[list[int]]:
@@ -103,19 +98,19 @@ def measure(
     threads: Sequence[int],
     rounds: int,
     seconds: float,
-    heard: Callable[[str], None] = lambda _: None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> BenchReport:
     """Microseconds of one call, for each number of tokens and threads."""
     machines: list[Machine] = []
     rows: list[Row] = []
     for count in threads:
         machine = probe_machine(count)
-        taken: dict[int, Samples] = {}
+        taken: dict[int, ContenderSamples] = {}
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            workers, problems = start_all(stack, contenders, layer, count, folder, heard)
+            workers, problems = start_all(stack, contenders, layer, count, folder, report)
             for size in tokens:
-                heard(f"{count} threads, {size} tokens")
+                report(f"{count} threads, {size} tokens")
                 taken[size] = take_samples(workers, problems, layer, size, rounds, seconds)
         machine = faster(machine, probe_machine(count))
         machines.append(machine)
@@ -142,7 +137,7 @@ def start_all(
     layer: MoeLayer,
     threads: int,
     folder: Path,
-    heard: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> tuple[dict[Contender, Worker], dict[Contender, str]]:
     """Those that could be started, and why the others could not."""
     workers: dict[Contender, Worker] = {}
@@ -154,7 +149,7 @@ def start_all(
         if threads > contender.most_threads:
             problems[contender] = f"not run: it is faster with {contender.most_threads} threads"
             continue
-        heard(f"{threads} threads: starting {contender.peer}")
+        report(f"{threads} threads: starting {contender.peer}")
         try:
             workers[contender] = start(stack, contender, layer, threads, folder)
         except MoeserveError as failed:
@@ -174,7 +169,7 @@ def start(
         deadline=START_S,
     )
     stack.enter_context(worker)
-    worker.ask(
+    worker.request(
         "prepare",
         deadline=START_S,
         experts=layer.experts,
@@ -192,14 +187,14 @@ def take_samples(
     tokens: int,
     rounds: int,
     seconds: float,
-) -> Samples:
+) -> ContenderSamples:
     """Microseconds; whoever fails is left out from then on, and ``problems`` says why."""
     ids = routing(layer, tokens)
-    samples: Samples = {}
+    samples: ContenderSamples = {}
     for _ in range(rounds):
         for contender in [c for c in workers if c not in problems]:
             try:
-                answer = workers[contender].ask(
+                answer = workers[contender].request(
                     "run", deadline=RUN_S, ids=ids, seconds=seconds, hidden=layer.hidden
                 )
             except MoeserveError as failed:

@@ -7,27 +7,25 @@ is ended with its children, and by the kernel if we are killed.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import selectors
-import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from moeserve.errors import DeadlineError, UnavailableError
+import moeserve.bench.worker
+import moeserve.process
+from moeserve.errors import DeadlineError
+from moeserve.process.ask import AnsweringProcess, receive_all
+from moeserve.process.child import Process, StartOptions, start
 
-GRACE_S = 5.0
-LAST_WORDS = 300  # characters of a dead worker's log that its error repeats
+# Where this package is not installed, its workers still find how to answer.
+ANSWERING = os.pathsep.join([*moeserve.process.__path__, *moeserve.bench.worker.__path__])
 
 
-class Process:
-    """A program with its children, in a session of their own; ``log`` hears what they print."""
+class LoggedProcess(Process):
+    """A program bound to ``cpus`` cores; what it prints goes to the file ``log``."""
 
     def __init__(
         self,
@@ -37,81 +35,16 @@ class Process:
         cpus: int,
         log: Path,
         env: Mapping[str, str] | None = None,
-        pipes: bool = False,
     ) -> None:
-        self.name = name
-        self._log = log
-        self.started = time.monotonic()
-        pipe = subprocess.PIPE if pipes else subprocess.DEVNULL
-        tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        with log.open("wb") as said, bound_to(cpus):
-            self._process = subprocess.Popen(
-                [*tied, *command],
-                stdin=pipe,
-                stdout=pipe if pipes else said,
-                stderr=said,
-                env={**os.environ, **(env or {})},
-                start_new_session=True,
+        with log.open("wb") as file:
+            popen = start(
+                command, _bound(cpus, env), stdin=subprocess.DEVNULL, stdout=file, stderr=file
             )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def pause(self) -> None:
-        self._signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self._signal(signal.SIGCONT)
-
-    def peak_bytes(self) -> int:
-        """The most memory each of its processes ever held, together."""
-        return sum(peak_bytes(pid) for pid in pids_of_session(self.pid))
-
-    def close(self) -> None:
-        """Ends it with all its children; may be called again."""
-        self.resume()
-        self._signal(signal.SIGTERM)
-        try:
-            self._process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            self._signal(signal.SIGKILL)
-            self._process.wait(GRACE_S)
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-
-    def gone(self) -> UnavailableError:
-        """Why it ended, as far as its log tells."""
-        words = self._log.read_bytes()[-LAST_WORDS:].decode(errors="replace")
-        last = next((line for line in reversed(words.splitlines()) if line.strip()), "no word")
-        return UnavailableError(f"{self.name} ended: {last.strip()} (log: {self._log})")
-
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
+        super().__init__(name, popen, log)
 
 
-class Worker(Process):
-    """A ``Process`` that speaks the protocol of ``worker.answer``."""
+class Worker(AnsweringProcess):
+    """A process that answers as ``answer.Channel`` does, stopped between its requests."""
 
     def __init__(
         self,
@@ -123,60 +56,35 @@ class Worker(Process):
         env: Mapping[str, str] | None = None,
         deadline: float = 60.0,
     ) -> None:
-        """Waits until it is ready; ``said`` is what it then told, after ``ready_s`` seconds."""
-        # Where this package is not installed, its workers still find how to answer.
-        answering = {"PYTHONPATH": str(Path(__file__).parent / "worker")}
-        super().__init__(
-            name, command, cpus=cpus, log=log, env={**answering, **(env or {})}, pipes=True
-        )
-        self._unread = b""
+        """Waits until it is ready: after ``ready_s`` seconds it sent ``ready_message``."""
+        environ = {"PYTHONPATH": ANSWERING, **(env or {})}
+        began = time.monotonic()
+        with log.open("wb") as file:
+            pipe = subprocess.PIPE
+            popen = start(command, _bound(cpus, environ), stdin=pipe, stdout=pipe, stderr=file)
+        super().__init__(name, popen, log)
         try:
-            self.said = self._reply(deadline)
+            self.ready_message = receive_all([self], deadline)[0]
         except BaseException:  # also an interrupt: no process outlives its owner
             self.close()
             raise
-        self.ready_s = time.monotonic() - self.started
+        self.ready_s = time.monotonic() - began
+        self.pause()
 
-    def ask(self, do: str, *, deadline: float, **arguments: Any) -> dict[str, Any]:
+    def request(self, do: str, *, deadline: float, **arguments: Any) -> dict[str, Any]:
         """One request and its reply; a worker that is late is ended."""
-        assert self._process.stdin is not None
         self.resume()
         try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise self.gone() from error
-        return self._reply(deadline)
-
-    def _reply(self, deadline: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        end = time.monotonic() + deadline
-        with selectors.DefaultSelector() as ready:
-            ready.register(self._process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._unread:
-                if not ready.select(max(0.0, end - time.monotonic())):
-                    self.close()
-                    raise DeadlineError(f"{self.name} has not answered for {deadline:.0f} s")
-                data = os.read(self._process.stdout.fileno(), 1 << 20)
-                if not data:
-                    self._process.wait(GRACE_S)
-                    raise self.gone()
-                self._unread += data
+            answer = self.ask({"do": do, **arguments}, deadline)
+        except DeadlineError:
+            self.close()
+            raise
         self.pause()
-        line, _, self._unread = self._unread.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
         return answer
 
 
-@contextlib.contextmanager
-def bound_to(cpus: int) -> Iterator[None]:
-    """What is started inside may run on the first ``cpus`` of our cores."""
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(allowed)[:cpus])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)
+def _bound(cpus: int, env: Mapping[str, str] | None) -> StartOptions:
+    return StartOptions(env={**os.environ, **(env or {})}, cpus=cpus, tied=True)
 
 
 def pids_of_session(session: int) -> list[int]:
@@ -191,6 +99,11 @@ def pids_of_session(session: int) -> list[int]:
         if int(fields[3]) == session:
             found.append(int(entry.name))
     return found
+
+
+def session_peak_bytes(session: int) -> int:
+    """The most memory each process of a session ever held, together."""
+    return sum(peak_bytes(pid) for pid in pids_of_session(session))
 
 
 def peak_bytes(pid: int) -> int:

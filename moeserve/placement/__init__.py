@@ -9,6 +9,7 @@
     cost                       balance and copies of a plan in each dataflow
     report  pictures           the figures of a plan with its bound and gap; heat maps
     cli  commands              ``moeserve place``: the arguments; the verbs
+    aside                      a plan solved in a process of low priority, beside one that serves
     formats/                   files of others, in and out
     solvers/                   how plans are found
 

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from moeserve.errors import ConfigError, InternalError, UnavailableError
+from moeserve.process.child import StartOptions, start
 from moeserve.testbed import marks
 from moeserve.testbed.links import (
     LinkCount,
@@ -144,12 +145,9 @@ class Bed:
         """A process on a host, in a session of its own; ``env`` is added to ours, ``options`` are
         Popen's. It dies with the bed, and with the thread that called."""
         folder = os.path.abspath(options.pop("cwd", os.curdir))
-        process: subprocess.Popen[Any] = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *entering(self._pid(host), folder), *command],
-            env={**os.environ, **(env or {}), marks.BED: self._mark, marks.HOST: str(host)},
-            start_new_session=True,
-            **options,
-        )
+        environ = {**os.environ, **(env or {}), marks.BED: self._mark, marks.HOST: str(host)}
+        entered = [*entering(self._pid(host), folder), *command]
+        process = start(entered, StartOptions(env=environ, tied=True), **options)
         self._started.append(process)
         return process
 
@@ -195,10 +193,9 @@ class Bed:
 
     def _keep(self, kept: str, command: Sequence[str]) -> None:
         self._keepers.append(
-            subprocess.Popen(
+            start(
                 command,
-                env={**os.environ, marks.BED: self._mark, marks.KEEPER: kept},
-                start_new_session=True,
+                StartOptions(env={**os.environ, marks.BED: self._mark, marks.KEEPER: kept}),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
         )  # fmt: skip

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
 from moeserve.errors import DeadlineError
+from moeserve.process.child import GRACE_S, Process, end_all
 from moeserve.testbed.network import Bed
 
 MASTER_PORT = 29500
-GRACE_S = 5.0
 
 # Called with a rank and a line of its output, newline included; by several threads in turn.
 Write = Callable[[int, str], None]
@@ -49,7 +49,7 @@ class RankSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class GroupEnd:
     """``status`` 0 when all ended well, else that of ``rank``: 128 + n after signal n."""
 
     status: int
@@ -91,30 +91,24 @@ def run_ranks(
     ranks_per_host: int = 1,
     env: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
-) -> End:
+) -> GroupEnd:
     """Until all have ended, or one has badly. DeadlineError names the ranks that still ran after
     ``timeout_s``."""
-    processes = start_ranks(
+    started = start_ranks(
         bed, command, ranks_per_host, env,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", bufsize=1,
     )  # fmt: skip
+    processes = [Process(f"rank {rank}", popen) for rank, popen in enumerate(started)]
     turn = threading.Lock()
-    pumps = [
-        threading.Thread(target=_pump, args=(rank, process, write, turn), daemon=True)
-        for rank, process in enumerate(processes)
-    ]
-    for pump in pumps:
-        pump.start()
+    for rank, process in enumerate(processes):
+        process.echo(partial(_write_in_turn, turn, write, rank))
     try:
         return wait_all(processes, timeout_s)
     finally:
         end_all(processes)
-        for pump in pumps:
-            pump.join(GRACE_S)
 
 
-def wait_all(processes: Sequence[subprocess.Popen[Any]], timeout_s: float | None = None) -> End:
+def wait_all(processes: Sequence[Process], timeout_s: float | None = None) -> GroupEnd:
     """Until all have ended, or one has badly."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     poll = select.poll()
@@ -129,37 +123,26 @@ def wait_all(processes: Sequence[subprocess.Popen[Any]], timeout_s: float | None
             left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1e3
             ended = [descriptor for descriptor, _ in poll.poll(left)]
             if not ended:
-                late = [i for i, p in enumerate(processes) if p.poll() is None]
+                late = [rank for rank, process in enumerate(processes) if process.alive]
                 raise DeadlineError(f"ranks {late} still ran after {timeout_s:g} s")
             for descriptor in ended:
                 poll.unregister(descriptor)
                 running.remove(descriptor)
-                status = processes[watched[descriptor]].wait()
-                if status:
-                    return End(status if status > 0 else 128 - status, watched[descriptor])
-        return End(0)
+                process = processes[watched[descriptor]]
+                process.wait(GRACE_S)
+                if process.status:
+                    return GroupEnd(shell_status(process.status), watched[descriptor])
+        return GroupEnd(0)
     finally:
         for descriptor in watched:
             os.close(descriptor)
 
 
-def end_all(processes: Sequence[subprocess.Popen[Any]], grace_s: float = GRACE_S) -> None:
-    """SIGTERM to each and to what it started, SIGKILL to what is left after ``grace_s``."""
-    deadline = time.monotonic() + grace_s
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def shell_status(returncode: int) -> int:
+    """What a shell would report: 128 + n after signal n."""
+    return returncode if returncode > 0 else 128 - returncode
 
 
-def _pump(rank: int, process: subprocess.Popen[str], write: Write, turn: threading.Lock) -> None:
-    assert process.stdout is not None
-    with process.stdout:
-        for line in process.stdout:
-            with turn:
-                write(rank, line if line.endswith("\n") else line + "\n")
+def _write_in_turn(turn: threading.Lock, write: Write, rank: int, line: str) -> None:
+    with turn:
+        write(rank, line)

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from moeserve.comm.group import host_store
 from moeserve.comm.launch.environment import ALONE, LOOPBACK
-from moeserve.comm.launch.spawn import Children, child_environ, worker_command
+from moeserve.comm.launch.spawn import Children, child_environ
 from moeserve.config.options import FollowerOptions, ServeConfig
 from moeserve.config.sources import to_environ
 from moeserve.gateway.server import serve
@@ -36,7 +36,7 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
     store, port = host_store(LOOPBACK)
     settings = to_environ(config, environ, FollowerOptions)
     children = Children(
-        worker_command(),
+        [sys.executable, "-m", "moeserve.worker"],
         {rank: settings | child_environ(rank, world, port) for rank in range(1, world)},
         sys.stderr,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 
 from moeserve import cli
 from moeserve.bench import kernel
-from moeserve.bench.kernel import Contender, MoeLayer, measure, other_runtimes, ours, routing
+from moeserve.bench.kernel import Contender, MoeLayer, measure, ours, read_contenders, routing
+from moeserve.errors import ConfigError
 
 KEYS = {"what", "peer", "unit", "threads", "median", "min", "max", "roofline", "note"}
 SMALL = ["--rounds", "2", "--threads", "1", "--json"]
@@ -66,8 +69,17 @@ def test_the_kernel_is_measured_in_a_process_of_its_own(
 
 
 def test_an_absent_implementation_is_a_row_that_says_so(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "bench" / "peers" / "contenders.py"
+    with (tmp_path / "list.json").open("w") as file:
+        command = [sys.executable, str(script), "--home", str(tmp_path)]
+        subprocess.run(command, stdout=file, timeout=60, check=True)
     report = measure(
-        other_runtimes(tmp_path), layer=LAYER, tokens=[1], threads=[1], rounds=1, seconds=0.0
+        read_contenders(tmp_path / "list.json"),
+        layer=LAYER,
+        tokens=[1],
+        threads=[1],
+        rounds=1,
+        seconds=0.0,
     )
     assert [row.peer for row in report.rows] == ["ggml Q8_0", "ggml Q4_0", "kt-kernel int8"]
     for row in report.rows:
@@ -87,6 +99,13 @@ def test_one_that_fails_leaves_the_others_measured(monkeypatch: pytest.MonkeyPat
     assert failed.note.startswith("failed: broken ended")
     assert left_out.note == "not run: it is faster with 0 threads"
     assert measured.median is not None
+
+
+@pytest.mark.parametrize("text", ["", "{}", '[{"peer": "x"}]', '[{"peer": "x", "kind": 1}]'])
+def test_a_list_of_contenders_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"--contenders=.*expected a list of {peer, precision"):
+        read_contenders(tmp_path / "list.json")
 
 
 def test_routing_is_drawn_once_for_all() -> None:

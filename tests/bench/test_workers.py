@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from moeserve.bench.worker.repeat import repeat
-from moeserve.bench.workers import Process, Worker, bound_to, pids_of_session
+from moeserve.bench.workers import LoggedProcess, Worker, pids_of_session, session_peak_bytes
 from moeserve.errors import DeadlineError, UnavailableError
+from moeserve.process.child import bound_to
 
 SCRIPT = """
 import os, subprocess, sys, time
@@ -55,30 +56,30 @@ def becomes(pid: int, wanted: str) -> bool:
 
 
 def test_a_worker_answers_whatever_libraries_print(worker: Worker, tmp_path: Path) -> None:
-    assert worker.said == {"hello": 1}
+    assert worker.ready_message == {"hello": 1}
     assert worker.ready_s > 0
-    assert worker.ask("echo", deadline=20, a=[1, 2]) == {"a": [1, 2], "cpus": 1}
-    assert worker.ask("echo", deadline=20, a="b") == {"a": "b", "cpus": 1}
+    assert worker.request("echo", deadline=20, a=[1, 2]) == {"a": [1, 2], "cpus": 1}
+    assert worker.request("echo", deadline=20, a="b") == {"a": "b", "cpus": 1}
     assert "a library talks" in (tmp_path / "log").read_text()
 
 
 def test_a_worker_sleeps_until_it_is_asked(worker: Worker) -> None:
     assert becomes(worker.pid, "T")
-    worker.ask("echo", deadline=20)
+    worker.request("echo", deadline=20)
     assert becomes(worker.pid, "T")
 
 
 def test_a_late_worker_is_named_and_ended(worker: Worker) -> None:
     with pytest.raises(DeadlineError, match="bob has not answered"):
-        worker.ask("late", deadline=0.2, seconds=60)
+        worker.request("late", deadline=0.2, seconds=60)
     assert not worker.alive
 
 
 def test_a_dead_worker_is_named_with_its_last_words(worker: Worker) -> None:
     with pytest.raises(UnavailableError, match="bob ended: out of luck"):
-        worker.ask("die", deadline=20, why="out of luck")
+        worker.request("die", deadline=20, why="out of luck")
     with pytest.raises(UnavailableError, match="bob ended"):
-        worker.ask("echo", deadline=20)
+        worker.request("echo", deadline=20)
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
@@ -88,9 +89,9 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 
 def test_children_end_with_their_worker(worker: Worker) -> None:
-    child = worker.ask("child", deadline=20)["pid"]
+    child = worker.request("child", deadline=20)["pid"]
     assert set(pids_of_session(worker.pid)) == {worker.pid, child}
-    assert worker.peak_bytes() > 1 << 20
+    assert session_peak_bytes(worker.pid) > 1 << 20
     worker.close()
     assert becomes(child, "|Z")
     assert not worker.alive
@@ -99,7 +100,9 @@ def test_children_end_with_their_worker(worker: Worker) -> None:
 
 def test_a_server_is_ended_even_if_it_does_not_listen(tmp_path: Path) -> None:
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)"
-    with Process("deaf", (sys.executable, "-c", deaf), cpus=1, log=tmp_path / "log") as server:
+    with LoggedProcess(
+        "deaf", (sys.executable, "-c", deaf), cpus=1, log=tmp_path / "log"
+    ) as server:
         assert server.alive
         server.pause()
     assert not server.alive

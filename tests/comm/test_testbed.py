@@ -18,7 +18,7 @@ from moeserve.errors import ConfigError, DeadlineError
 from moeserve.testbed import marks
 from moeserve.testbed.links import parse_rate, show_rate
 from moeserve.testbed.network import Bed, refusal
-from moeserve.testbed.ranks import End, ranks_of, run_ranks
+from moeserve.testbed.ranks import GroupEnd, ranks_of, run_ranks
 
 PORT = 5000
 
@@ -119,14 +119,14 @@ def test_ranks_get_a_launchers_environment_and_their_lines_a_rank(bed: Bed) -> N
     said: list[tuple[int, str]] = []
     script = "echo $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $(hostname) $MASTER_ADDR"
     end = run_ranks(bed, ["sh", "-c", script], lambda *line: said.append(line), 2, timeout_s=10)
-    assert end == End(0)
+    assert end == GroupEnd(0)
     expected = [(r.rank, f"{r.rank}/4 {r.local_rank}/2 host{r.host}") for r in ranks_of(2, 2)]
     assert sorted(said) == [(r, f"{text} {bed.address(0)}\n") for r, text in expected]
 
 
 def test_when_one_rank_ends_badly_the_others_are_ended(bed: Bed) -> None:
     script = "if [ $RANK = 1 ]; then exit 7; fi; exec sleep 600"
-    assert run_ranks(bed, ["sh", "-c", script], print, timeout_s=10) == End(7, 1)
+    assert run_ranks(bed, ["sh", "-c", script], print, timeout_s=10) == GroupEnd(7, 1)
     assert run_ranks(bed, ["sh", "-c", "kill -9 $$"], print, timeout_s=10).status == 137
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from moeserve.bench.worker.answer import Channel
 from moeserve.bench.worker.repeat import repeat
+from moeserve.process.answer import Channel
 
 
 def main() -> None:

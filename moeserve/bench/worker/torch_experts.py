@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from moeserve.bench.worker.answer import Channel
 from moeserve.bench.worker.repeat import repeat
+from moeserve.process.answer import Channel
 
 
 def main() -> None:

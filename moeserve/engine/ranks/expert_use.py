@@ -7,10 +7,10 @@ T tokens, C choices, R ranks, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.pipeline import ParallelLayerRunner
@@ -22,7 +22,10 @@ LOOKED_AT = 32
 
 
 class ExpertUseCounter:
-    """A step observer in front of another one, if there is any; a ``homes.ExpertUseSource``."""
+    """A step observer in front of another one, if there is any; a ``homes.ExpertUseSource``.
+
+    What a step uses is added when the step ends, so that one that fails is not counted.
+    """
 
     def __init__(
         self, parallel: ParallelLayerRunner, world: int, then: StepObserver | None = None
@@ -47,14 +50,14 @@ class ExpertUseCounter:
         if self._then is not None:
             self._then.begin(plan)
 
-    def record(self, layer: int, ids_TC: Tensor) -> None:
+    def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
         if self._then is not None:
             self._then.record(layer, ids_TC)
         if not self._rows:
             return
         held_ER = self._held_by(layer)
         for kind, rows in self._rows:
-            used_TR = held_ER[ids_TC[rows].numpy()].any(axis=1)
+            used_TR = held_ER[ids_TC[rows]].any(axis=1)
             _add(self._step, kind, len(used_TR), used_TR.sum(axis=0))
 
     def end(self) -> None:

@@ -29,13 +29,14 @@ from moeserve.core import (
 )
 from moeserve.engine.blocks import BlockCounts, BlockPool
 from moeserve.engine.scheduler import (
+    Drafter,
     Scheduler,
     SchedulerConfig,
-    SequenceState,
-    StepBuilder,
     refuse_duplicate,
     refuse_when_full,
 )
+from moeserve.engine.sequence import SequenceState
+from moeserve.engine.step_builder import StepBuilder
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,13 @@ class Fleet:
         pools: Sequence[BlockPool],
         counters: Counters,
         homes: Homes | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.config = config
         self.counters = counters
         self.ranks = tuple(
-            Scheduler(config, pool, counters, rank=rank) for rank, pool in enumerate(pools)
+            Scheduler(config, pool, counters, drafter=drafter, rank=rank)
+            for rank, pool in enumerate(pools)
         )
         self._homes = homes or LeastWork()
         self._again: list[SequenceState] = []  # preempted, by arrival

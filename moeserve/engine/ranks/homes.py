@@ -48,8 +48,8 @@ class ExpertUseSource(Protocol):
 def kind_of(request: Request) -> str:
     if request.domain:
         return f"domain {request.domain}"
-    if request.salt:
-        return f"salt {request.salt}"
+    if request.scope.salt:
+        return f"salt {request.scope.salt}"
     first = ",".join(map(str, request.prompt_ids[:FIRST_TOKENS]))
     return f"beginning {sha256(first.encode()).hexdigest()[:16]}"
 

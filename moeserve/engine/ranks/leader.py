@@ -97,7 +97,7 @@ class DistributedExecutor:
         self._learn = learn
         self._deadline_s = deadline_s
         self._clock = clock
-        self._told = {rank: StepEncoder() for rank in range(1, world)}
+        self._encoders = {rank: StepEncoder() for rank in range(1, world)}
         self._home: dict[RequestId, int] = {}
         self._step = 0
         self._lost: UnavailableError | None = None
@@ -144,28 +144,30 @@ class DistributedExecutor:
 
     def _send(self, plan: StepPlan, parts: Sequence[Sequence[Chunk]], count: int) -> None:
         self._step += 1
-        gone = self._gone(plan)
+        ended = self._ended_on(plan)
         outgoing = {} if self._notes is None else self._notes.outgoing()
-        for rank, told in self._told.items():
-            order = told.order(self._step, count, parts[rank], gone.get(rank, ()), plan.preempted)
+        for rank, encoder in self._encoders.items():
+            order = encoder.order(
+                self._step, count, parts[rank], ended.get(rank, ()), plan.preempted
+            )
             if rank in outgoing:
                 order.note = outgoing[rank]
             self._channel.send(rank, order.SerializeToString())
 
-    def _gone(self, plan: StepPlan) -> dict[int, list[RequestId]]:
-        """What each rank can forget: what ended, and what now runs elsewhere."""
-        gone: dict[int, list[RequestId]] = {}
+    def _ended_on(self, plan: StepPlan) -> dict[int, list[RequestId]]:
+        """By rank, the requests that it can forget: they ended, or run elsewhere from now on."""
+        ended: dict[int, list[RequestId]] = {}
         for request_id in plan.ended:
             home = self._home.pop(request_id, None)
             if home is not None:
-                gone.setdefault(home, []).append(request_id)
+                ended.setdefault(home, []).append(request_id)
         for chunk in plan.chunks:
             home = self._home.get(chunk.request.id)
             if home != chunk.rank:
                 self._home[chunk.request.id] = chunk.rank
                 if home is not None:
-                    gone.setdefault(home, []).append(chunk.request.id)
-        return gone
+                    ended.setdefault(home, []).append(chunk.request.id)
+        return ended
 
     def _receive(self, rank: int, chunks: Sequence[Chunk]) -> StepResult:
         report = pb.StepReport.FromString(self._channel.receive(rank, self._deadline_s))
@@ -177,7 +179,7 @@ class DistributedExecutor:
             self._learn(use)
         if self._notes is not None and report.note:
             self._notes.collect(rank, report.note)
-        return self._told[rank].result(chunks, report)
+        return self._encoders[rank].result(chunks, report)
 
 
 def step_shape(parts: Sequence[Sequence[Chunk]]) -> StepShape:

@@ -13,8 +13,9 @@ from moeserve.engine.loop import EngineObserver
 from moeserve.engine.ranks.leader import DistributedExecutor
 from moeserve.engine.replan.benefit import ReplanPolicy
 from moeserve.engine.replan.coordinator import PlanCoordinator
-from moeserve.engine.replan.replanner import Replanner, ReplanSettings, StepHistory, solve_aside
+from moeserve.engine.replan.replanner import Replanner, ReplanSettings, StepHistory
 from moeserve.errors import PlacementError
+from moeserve.placement.aside import MoveWeights, SolveSettings, solve_aside
 from moeserve.placement.report import CopyBytes
 
 
@@ -45,17 +46,14 @@ def build_replanner(
     coordinator: PlanCoordinator,
     ranks: DistributedExecutor,
     observer: EngineObserver,
-    habits: ReplanSettings,
+    settings: ReplanSettings,
     weigh: CopyBytes,
     policy: ReplanPolicy | None = None,
 ) -> tuple[Replanner, StepHistory]:
     """The second is the engine's observer from now on; what a move costs and a copy weighs goes to
     the solver too, so that it does not move what is not worth it."""
-    policy, watch = policy or ReplanPolicy(), StepHistory(observer, ranks.work)
-    options = [
-        "--expert-bytes", str(habits.expert_bytes), "--dispatch-bytes", str(weigh.dispatch),
-        "--combine-bytes", str(weigh.combine),
-        "--horizon-tokens", str(habits.horizon_tokens),
-    ]  # fmt: skip
-    solve = partial(solve_aside, weigh=options)
-    return Replanner(coordinator, watch, habits, solve, policy), watch
+    history = StepHistory(observer, ranks.work)
+    copy_bytes = (weigh.dispatch + weigh.combine) // 2
+    weights = MoveWeights(settings.expert_bytes, copy_bytes, settings.horizon_tokens)
+    solve = partial(solve_aside, settings=SolveSettings(weights=weights))
+    return Replanner(coordinator, history, settings, solve, policy), history

@@ -1,20 +1,16 @@
 """Re-planning by itself, on rank 0: every so often ask all ranks what they counted, have a plan
-solved for it in a process of low priority, and propose it where ``online`` says that it pays.
+solved for it (``placement.aside``, in a process of low priority), and propose it where ``benefit``
+says that it pays.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +33,7 @@ from moeserve.engine.replan.benefit import (
 from moeserve.engine.replan.coordinator import PlanCoordinator
 from moeserve.engine.replan.routing_counts import sample_of
 from moeserve.errors import PlacementError
-from moeserve.placement.plan import Plan, dump, load, write_whole
+from moeserve.placement.plan import Plan
 
 LEAST_TOKENS = 256
 KEPT_STEPS = 1024
@@ -101,16 +97,16 @@ class Replanner:
     def __init__(
         self,
         coordinator: PlanCoordinator,
-        watch: StepHistory,
-        habits: ReplanSettings,
+        history: StepHistory,
+        settings: ReplanSettings,
         solve: Solve,
         policy: ReplanPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.decisions: deque[ReplanDecision] = deque(maxlen=64)
         self._coordinator = coordinator
-        self._watch = watch
-        self._habits = habits
+        self._history = history
+        self._settings = settings
         self._solve = solve
         self._policy = policy or ReplanPolicy()
         self._clock = clock
@@ -136,14 +132,14 @@ class Replanner:
         return found
 
     def _run(self) -> None:
-        while not self._stop.wait(self._habits.every_s):
+        while not self._stop.wait(self._settings.every_s):
             try:
                 self.consider()
             except (PlacementError, OSError, ValueError) as error:
                 self._log.warning("re-planning: %s", error)
 
     def _consider(self) -> ReplanDecision:
-        coordinator, habits = self._coordinator, self._habits
+        coordinator, settings = self._coordinator, self._settings
         if coordinator.changing:
             return ReplanDecision(False, "a change is under way")
         topk_TLK, tokens, elapsed_s = self._ask()
@@ -153,11 +149,11 @@ class Replanner:
             )
         plan = coordinator.plan
         candidate = self._solve(plan, topk_TLK[::2])
-        steps = list(self._watch.steps)
+        steps = list(self._history.steps)
         per_step = sum(s.tokens for s in steps) / max(1, len(steps))
         batch = max(1, round(per_step / plan.num_devices))
         judged = topk_TLK[1::2]
-        read = bytes_to_read(plan, candidate, habits.expert_bytes)
+        read = bytes_to_read(plan, candidate, settings.expert_bytes)
         moves = read, layers_that_differ(plan, candidate)
         found = decide(
             self._policy,
@@ -176,14 +172,14 @@ class Replanner:
         """The ranks' samples, how many tokens they computed, and in how many seconds."""
         plan = self._coordinator.plan
         self._coordinator.ask()
-        ends = time.monotonic() + self._habits.answer_s
+        ends = time.monotonic() + self._settings.answer_s
         while len(counts := self._coordinator.counts) < plan.num_devices:
             if self._stop.is_set() or time.monotonic() > ends:
                 break
             time.sleep(0.02)
         now_s = self._clock()
         elapsed_s, self._asked_s = now_s - self._asked_s, now_s
-        layers, top_k = plan.num_layers, self._habits.top_k
+        layers, top_k = plan.num_layers, self._settings.top_k
         samples = [sample_of(counts[rank], layers, top_k) for rank in sorted(counts)]
         topk_TLK = np.concatenate([np.empty((0, layers, top_k), np.int32), *samples])
         return topk_TLK, sum(int(c["tokens"]) for c in counts.values()), elapsed_s
@@ -193,44 +189,7 @@ class Replanner:
         long as a step."""
         for change in reversed(self._coordinator.changes):
             if change.switched and change.prepare_s > 0:
-                rate = change.bytes_read / change.prepare_s or self._habits.read_bytes_per_s
+                rate = change.bytes_read / change.prepare_s or self._settings.read_bytes_per_s
                 return MoveCost(rate, change.paused_s / change.switched)
         mean_s = sum(s.seconds for s in steps) / max(1, len(steps))
-        return MoveCost(self._habits.read_bytes_per_s, mean_s)
-
-
-def solve_aside(
-    plan: Plan,
-    topk_TLK: NDArray[np.int32],
-    *,
-    seconds: float = 10.0,
-    weigh: Sequence[str] = (),
-    niceness: int = 10,
-) -> Plan:
-    """`moeserve place solve` in a process of its own; ``weigh`` are further options of it."""
-    alike = replace(plan, moe_layers=tuple(range(plan.num_layers)))
-    with tempfile.TemporaryDirectory(prefix="moeserve-plan-") as name:
-        folder = Path(name)
-        np.savez(folder / "now.npz", topk_ids=topk_TLK)
-        write_whole(folder / "previous.json", dump(alike))
-        command = [
-            sys.executable, "-m", "moeserve.cli", "place", "solve", "--json",
-            "--routing", str(folder / "now.npz"), "--experts", str(plan.num_experts),
-            "--devices", str(plan.num_devices), "--nodes", str(plan.num_nodes),
-            "--slots", str(plan.num_slots), "--dataflow", "home-dedup", "--held-out", "0",
-            "--threads", "1", "--time-limit", str(seconds), "--out", str(folder / "new.json"),
-            *weigh,
-        ]  # fmt: skip
-        if weigh:
-            command += ["--previous", str(folder / "previous.json")]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as solver:
-            os.setpriority(os.PRIO_PROCESS, solver.pid, niceness)
-            try:
-                _, said = solver.communicate(timeout=60.0 + 3 * seconds)
-            except subprocess.TimeoutExpired as late:
-                solver.kill()
-                raise PlacementError(f"the solver did not end within {late.timeout:g} s") from late
-        if solver.returncode:
-            raise PlacementError(f"the solver failed: {said.decode(errors='replace').strip()}")
-        found = load(folder / "new.json")
-    return replace(plan, expert_LS=found.expert_LS, guide_LED=None, figures={})
+        return MoveCost(self._settings.read_bytes_per_s, mean_s)

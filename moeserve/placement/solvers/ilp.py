@@ -1,32 +1,32 @@
 """The integer programs, through PuLP: HiGHS where it is installed, else PuLP's own CBC.
 
-Each model is built and solved in a process of its own, so that a watchdog can end a solver that
-overshoots its limit. PuLP calls a time-limit stop "Optimal": only ``sol_status`` is believed, and
-without an incumbent there is no answer rather than a wrong one. Constraints carry names.
+Each model is built and solved in a process of its own, which is ended, with CBC's own process,
+when it overshoots its limit. PuLP calls a time-limit stop "Optimal": only ``sol_status`` is
+believed, and without an incumbent there is no answer rather than a wrong one. Constraints carry
+names.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.errors import PlacementError
+from moeserve.errors import DeadlineError, PlacementError, UnavailableError
+from moeserve.process.answer import Channel
+from moeserve.process.ask import ask_once
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 
-GRACE = 5.0  # seconds a solver may overshoot its limit before it is ended
-START = 20.0  # seconds its process may take to import it
+# A solver may overshoot its limit by 5 s before it is ended, and take 20 s to be imported.
+SPARE_S = 25.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,38 +75,37 @@ def label_layers(flow_LGG: F64, cost_DD: F64, *, limit: float) -> Solution | Non
 
 def _within(limit: float, program: str, arrays: list[F64], options: list[Any]) -> Solution | None:
     """The worker's answer; None when it had none, or had to be ended."""
-    task = json.dumps([program, limit, [array.tolist() for array in arrays], options])
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "moeserve.placement.solvers.ilp"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # CBC is a process of its own, to be ended with its parent
-    )
+    task = {
+        "do": program,
+        "limit": limit,
+        "arrays": [array.tolist() for array in arrays],
+        "options": options,
+    }
+    command = [sys.executable, "-m", __name__]
     try:
-        out, err = worker.communicate(task, timeout=limit + GRACE + START)
-    except subprocess.TimeoutExpired:
+        answer = ask_once("the integer-program solver", command, task, timeout_s=limit + SPARE_S)
+    except DeadlineError:
         return None
-    finally:
-        if worker.poll() is None:
-            os.killpg(worker.pid, signal.SIGKILL)
-            worker.communicate()
-    if worker.returncode != 0:
-        last = err.strip().splitlines()[-1:] or ["no message"]
-        raise PlacementError(f"the integer-program solver failed: {last[0]}")
-    answer = json.loads(out.strip().splitlines()[-1])
-    if answer is None:
+    except UnavailableError as failed:
+        raise PlacementError(failed.message) from failed
+    if answer["device_E"] is None:
         return None
-    return Solution(np.array(answer[0], np.int32), float(answer[1]), bool(answer[2]))
+    device_E = np.array(answer["device_E"], np.int32)
+    return Solution(device_E, float(answer["value"]), bool(answer["proven"]))
 
 
 def main() -> None:
-    """The worker: one program from stdin as JSON, its answer to stdout."""
-    program, limit, arrays, options = json.loads(sys.stdin.read())
-    answer = _PROGRAMS[program](*[np.array(a, np.float64) for a in arrays], limit, *options)
-    parts = None if answer is None else [answer.device_E.tolist(), answer.value, answer.proven]
-    print(json.dumps(parts))
+    """The worker: one program as JSON, and its answer."""
+    Channel().serve({name: partial(_run, program) for name, program in _PROGRAMS.items()})
+
+
+def _run(
+    program: Callable[..., Solution | None], limit: float, arrays: list[Any], options: list[Any]
+) -> dict[str, Any]:
+    found = program(*[np.array(a, np.float64) for a in arrays], limit, *options)
+    if found is None:
+        return {"device_E": None}
+    return {"device_E": found.device_E.tolist(), "value": found.value, "proven": found.proven}
 
 
 def _solve(problem: Any, limit: float) -> bool | None:

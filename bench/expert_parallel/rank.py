@@ -1,8 +1,7 @@
-"""One rank of an expert-parallel group that runs the steps it is told: ``python -m
-moeserve.bench.rank``.
+"""One rank of an expert-parallel group that runs the steps it is asked for: a script.
 
 No server, no scheduler, no sampling: a line of JSON on standard input is a step, a line on standard
-output what it took. All ranks are told the same steps in the same order (``crew``). The decoders of
+output what it took. All ranks run the same steps in the same order (``group``). The decoders of
 several plans are held at once and share KV, which by law 1 does not depend on the plan.
 
 A variant of a step may send more than it needs, to measure what is saved: ``copies`` "expert" sends
@@ -14,9 +13,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +38,7 @@ from moeserve.kernels.wire import Copies, Wire
 from moeserve.models.batch import Span, pack_spans, split_spans
 from moeserve.models.decoder import Decoder, ModelKvCache, load_decoder
 from moeserve.observe.progress import Progress
+from moeserve.process.answer import Channel
 
 BLOCK = 16
 MOST_MICROBATCHES = 4
@@ -77,7 +75,8 @@ class OnePerExpert:
 
 
 class Widened:
-    """An exchange whose segments are filled up: by ``wide_rows`` there, ``back`` times back."""
+    """An exchange whose segments are filled up: rows of ``row_bytes`` to ``wide_bytes`` on the way
+    out, ``back`` times as long on the way back."""
 
     def __init__(self, exchange: Exchange, row_bytes: int, wide_bytes: int, back: int) -> None:
         self.name = exchange.name
@@ -105,7 +104,7 @@ class Widened:
 
 
 @dataclass(frozen=True, slots=True)
-class Rank:
+class StepRunner:
     """Everything a step needs. ``sequences`` are this rank's, in blocks of their own."""
 
     exchange: Exchange
@@ -116,19 +115,26 @@ class Rank:
     cache: ModelKvCache
     variants: dict[tuple[str, str, str], Decoder]
 
-    def run(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """One step over ``spans`` of [sequence, start, stop], in ``micro`` microbatches."""
-        decoder = self._decoder(asked["plan"], asked["copies"], asked["wire"])
-        spans = [self._span(*span) for span in asked["spans"]]
-        parts = split_spans(spans, asked["micro"])
+    def run(
+        self,
+        spans: Sequence[tuple[int, int, int]],
+        microbatches: int,
+        plan: str,
+        copies: str,
+        wire: str,
+        digest: bool,
+    ) -> dict[str, Any]:
+        """One step over ``spans`` of [sequence, start, stop]."""
+        decoder = self._decoder(plan, copies, wire)
+        parts = split_spans([self._span(*span) for span in spans], microbatches)
         steps = [pack_spans(part, BLOCK) for part in parts]
-        assert decoder.parallel is not None
-        stats, traffic = decoder.parallel.dispatcher.stats, self.exchange.traffic
+        assert isinstance(decoder.runner, ParallelLayerRunner)
+        stats, traffic = decoder.runner.dispatcher.stats, self.exchange.traffic
         before = (stats.waited_s, sum(stats.copies_R), stats.tokens, list(traffic.sent_R))
         begun = time.monotonic()
         logits = decoder.forward_micro(steps, self.cache)
         ended = time.monotonic()
-        said = {
+        taken = {
             "begun": begun,
             "ended": ended,
             "waited": stats.waited_s - before[0],
@@ -136,9 +142,9 @@ class Rank:
             "token_layers": stats.tokens - before[2],
             "sent_R": [a - b for a, b in zip(traffic.sent_R, before[3], strict=True)],
         }
-        if asked.get("digest"):
-            said["digest"] = hashlib.sha256(torch.cat(logits).numpy().tobytes()).hexdigest()
-        return said
+        if digest:
+            taken["digest"] = hashlib.sha256(torch.cat(logits).numpy().tobytes()).hexdigest()
+        return taken
 
     def _span(self, sequence: int, start: int, stop: int) -> Span:
         blocks = blocks_of(sequence, len(self.sequences[sequence]))
@@ -164,7 +170,7 @@ class Rank:
                 dispatcher,
                 progress,
             )
-        return replace(decoder, parallel=parallel)
+        return decoder.over(parallel)
 
     def _exchange_for(self, plan: str, wire: str) -> Exchange:
         if wire == "own":
@@ -190,52 +196,49 @@ def blocks_of(sequence: int, tokens: int) -> tuple[int, ...]:
     return tuple(range(sequence * each, (sequence + 1) * each))
 
 
-def set_up(told: Mapping[str, Any], environ: Mapping[str, str]) -> Rank:
+def set_up(settings: Mapping[str, Any], environ: Mapping[str, str]) -> StepRunner:
     """Load the experts of every plan that are this rank's, and meet the others."""
     rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     here = int(environ["LOCAL_WORLD_SIZE"])
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     torch.set_num_threads(1)
-    ops = choose_ops(threads=told["threads"])
+    ops = choose_ops(threads=settings["threads"])
     layouts = {
         name: {
-            int(layer): LayerLayout(np.array(expert_S, np.int32), told["experts"], world)
+            int(layer): LayerLayout(np.array(expert_S, np.int32), settings["experts"], world)
             for layer, expert_S in rows.items()
         }
-        for name, rows in told["plans"].items()
+        for name, rows in settings["plans"].items()
     }
     decoders = {
         name: load_decoder(
-            told["model"],
+            settings["model"],
             ops=ops,
-            options=LoadOptions(quantization=told["quantization"]),
+            options=LoadOptions(quantization=settings["quantization"]),
             experts={layer: layout.of_rank(rank) for layer, layout in of_plan.items()},
         )
         for name, of_plan in layouts.items()
     }
-    sequences = told["sequences"][rank]
+    sequences = settings["sequences"][rank]
     blocks = len(sequences) * len(blocks_of(0, len(sequences[0])))
     cache = next(iter(decoders.values())).new_cache(blocks, BLOCK)
     store = host_store(host, port)[0] if rank == 0 else join_store(host, port)
     lanes = Lanes((SEGMENT_BYTES,) * 2 * MOST_MICROBATCHES, DEADLINE_S)
     topology = Topology(tuple(r // here for r in range(world)))
-    exchange = open_exchange(told["backend"], Group(rank, world, store), topology, lanes)
-    return Rank(exchange, topology, decoders, layouts, sequences, cache, {})
+    exchange = open_exchange(settings["backend"], Group(rank, world, store), topology, lanes)
+    return StepRunner(exchange, topology, decoders, layouts, sequences, cache, {})
 
 
 def main() -> None:
-    rank = set_up(json.loads(sys.stdin.readline()), os.environ)
-    _say({"rank": rank.exchange.rank})
+    channel = Channel()
+    requests = channel.requests()
+    runner = set_up(next(requests), os.environ)
+    channel.reply({"rank": runner.exchange.rank})
     gc.disable()
-    for line in sys.stdin:
-        _say(rank.run(json.loads(line)))
-        gc.collect(0)
-    rank.exchange.close()
-
-
-def _say(answer: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
+    for request in requests:
+        channel.reply(runner.run(**request))
+        gc.collect(0)  # here, where it is not timed
+    runner.exchange.close()
 
 
 if __name__ == "__main__":

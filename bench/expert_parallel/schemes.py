@@ -1,8 +1,8 @@
-"""Steps over ranks in many ways, in turn: so that what disturbs the machine disturbs all alike.
+"""Steps over ranks by many schemes, in turn: so that what disturbs the machine disturbs all alike.
 
-A load is what every rank has in a step: so many streams that decode, or tokens of prompts. A way is
-a variant of the traffic with a number of microbatches, fixed or chosen as the engine chooses
-(``engine.ranks.microbatches``), which has learned before it is timed.
+A load is what every rank has in a step: so many streams that decode, or tokens of prompts. A scheme
+is a variant of the traffic with a number of microbatches, fixed or chosen as the engine chooses
+(``engine.ranks.microbatchesbatches``), which has learned before it is timed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moeserve.bench.crew import Crew, Spans, Taken, Variant
-from moeserve.engine.ranks.microbatches import (
+from expert_parallel.group import GroupStep, RankGroup, Spans, TrafficVariant
+
+from moeserve.engine.ranks.microbatchesbatches import (
     FixedMicrobatches,
     MeasuredMicrobatches,
     MicrobatchPolicy,
@@ -24,7 +25,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class RankLoad:
     """``tokens`` of every rank in a step."""
 
     what: str  # "decode" or "prefill"
@@ -49,22 +50,22 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """``micro`` is a number, or "auto"."""
+class Scheme:
+    """``microbatches`` is a number, or "auto"."""
 
-    variant: Variant
-    micro: int | str
+    variant: TrafficVariant
+    microbatches: int | str
 
 
 @dataclass(slots=True)
-class Samples:
-    """The steps of one way, by round; ``counts`` how many steps had so many microbatches."""
+class SchemeSamples:
+    """The steps of one scheme, by round; ``counts`` how many steps had so many microbatches."""
 
-    rounds: list[list[Taken]] = field(default_factory=list)
+    rounds: list[list[GroupStep]] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)
 
     @property
-    def steps(self) -> list[Taken]:
+    def steps(self) -> list[GroupStep]:
         return [taken for of_round in self.rounds for taken in of_round]
 
     @property
@@ -102,7 +103,7 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class Repetitions:
     """``length`` of sequences and ``prompt``, after which they decode; the steps of a round."""
 
     length: int
@@ -111,39 +112,43 @@ class Effort:
     rounds: int
 
 
-def fill(crew: Crew, sequences: int, effort: Effort) -> None:
+def fill(group: RankGroup, sequences: int, repetitions: Repetitions) -> None:
     """Write the KV of whole sequences: decoding then writes what is there already."""
     for s in range(sequences):
-        crew.step([[(s, 0, effort.length)]] * crew.world, 1, Variant())
+        group.step([[(s, 0, repetitions.length)]] * group.world, 1, TrafficVariant())
 
 
 def measure(
-    crew: Crew,
-    load: Load,
-    ways: Sequence[Way],
-    effort: Effort,
+    group: RankGroup,
+    load: RankLoad,
+    schemes: Sequence[Scheme],
+    repetitions: Repetitions,
     rates: Sequence[int | None],
     set_rate: Callable[[int | None], None],
-) -> list[Mapping[Way, Samples]]:
-    """Every way at every rate in turn, ``rounds`` times; by rate."""
-    choosers: list[dict[Way, MicrobatchPolicy]] = [
+) -> list[Mapping[Scheme, SchemeSamples]]:
+    """Every scheme at every rate in turn, ``rounds`` times; by rate."""
+    choosers: list[dict[Scheme, MicrobatchPolicy]] = [
         {
-            way: MeasuredMicrobatches() if way.micro == AUTO else FixedMicrobatches(int(way.micro))
-            for way in ways
+            scheme: MeasuredMicrobatches()
+            if scheme.microbatches == AUTO
+            else FixedMicrobatches(int(scheme.microbatches))
+            for scheme in schemes
         }
         for _ in rates
     ]
-    found = [{way: Samples() for way in ways} for _ in rates]
-    for turn in range(effort.rounds):
+    found = [{scheme: SchemeSamples() for scheme in schemes} for _ in rates]
+    for turn in range(repetitions.rounds):
         for rate, chooser, samples_of in zip(rates, choosers, found, strict=True):
             set_rate(rate)
-            for way, samples in samples_of.items():
+            for scheme, samples in samples_of.items():
                 # What the links still held back from another rate goes by; auto learns first.
-                for step in range(LEARNING_STEPS if way.micro == AUTO and not turn else 2):
-                    _one(crew, load, way, chooser[way], effort, step)
+                for step in range(
+                    LEARNING_STEPS if scheme.microbatches == AUTO and not turn else 2
+                ):
+                    _one(group, load, scheme, chooser[scheme], repetitions, step)
                 of_round = []
-                for step in range(effort.steps):
-                    count, taken = _one(crew, load, way, chooser[way], effort, step)
+                for step in range(repetitions.steps):
+                    count, taken = _one(group, load, scheme, chooser[scheme], repetitions, step)
                     samples.counts[count] = samples.counts.get(count, 0) + 1
                     of_round.append(taken)
                 samples.rounds.append(of_round)
@@ -151,10 +156,15 @@ def measure(
 
 
 def _one(
-    crew: Crew, load: Load, way: Way, chooser: MicrobatchPolicy, effort: Effort, step: int
-) -> tuple[int, Taken]:
+    group: RankGroup,
+    load: RankLoad,
+    scheme: Scheme,
+    chooser: MicrobatchPolicy,
+    repetitions: Repetitions,
+    step: int,
+) -> tuple[int, GroupStep]:
     count = chooser.choose(load.shape)
-    spans = load.spans(crew.world, step, effort.length, effort.prompt)
-    taken = crew.step(spans, count, way.variant)
+    spans = load.spans(group.world, step, repetitions.length, repetitions.prompt)
+    taken = group.step(spans, count, scheme.variant)
     chooser.learn(load.shape, count, taken.seconds, taken.waited_s)
     return count, taken

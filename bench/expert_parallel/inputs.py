@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeserve.config.options import LoadOptions
 from moeserve.evaluate.texts import sampled_windows
+from moeserve.kernels.ops import RouterSpec
 from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
@@ -46,8 +45,9 @@ PLANS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
-    """``told`` is for ``rank.set_up``. ``topk_RS[r][s]`` is the routing of a rank's sequence."""
+class StepInputs:
+    """``settings`` are for ``rank.set_up``. ``topk_RS[r][s]`` is the routing of a sequence of a
+    rank."""
 
     model: str
     quantization: str
@@ -57,7 +57,7 @@ class Material:
     hidden: int
     top_k: int
 
-    def told(self, threads: int, backend: str) -> dict[str, Any]:
+    def settings(self, threads: int, backend: str) -> dict[str, Any]:
         plans = {
             name: {
                 str(layer): plan.expert_LS[l].tolist() for l, layer in enumerate(plan.moe_layers)
@@ -92,11 +92,11 @@ class _Routes:
     """Keeps the ids of the layers of one forward pass."""
 
     def __init__(self) -> None:
-        self.layers: list[Tensor] = []
+        self.layers: list[NDArray[np.int32]] = []
 
-    def record(self, layer: int, ids_TC: Tensor) -> None:
+    def record(self, layer: int, ids_TC: NDArray[np.int32]) -> None:
         del layer
-        self.layers.append(ids_TC.clone())
+        self.layers.append(ids_TC.copy())
 
 
 def prepare(
@@ -109,7 +109,7 @@ def prepare(
     plans: Sequence[str],
     seconds: float,
     say: Say,
-) -> Material:
+) -> StepInputs:
     """``each`` sequences for every rank, ``tokens`` long; half as many again fit the plans."""
     ops = choose_ops(threads=None)
     options = LoadOptions.model_validate({"quantization": quantization})
@@ -119,25 +119,12 @@ def prepare(
     say(f"{model}: {count} sequences of {tokens} tokens")
     sequences = _sequences(decoder, model, count, tokens)
     topk = [_routed(decoder, ids) for ids in sequences]
-    served = [s for s in decoder.spec.layers if isinstance(s.mlp, MoeSpec)]
-    router = served[0].mlp.router  # type: ignore[union-attr]
+    router = _routers(decoder)[0]
     found = {}
     for name in plans:
         say(f"{model}: plan {name}")
-        if name == "contiguous":
-            rows = contiguous(
-                layers=len(served), experts=router.num_experts, slots=router.num_experts,
-                devices=ranks, nodes=ranks,
-            )  # fmt: skip
-            found[name] = Plan(rows, router.num_experts, ranks, ranks, decoder.spec.moe_layers)
-            continue
-        fit = np.concatenate(topk[ranks * each :])
-        lens = np.full(fitting, tokens, np.int64)
-        work = workload_of_tokens(model, fit, lens, num_experts=router.num_experts)
-        routing = Routing((work,), decoder.spec.moe_layers)
-        problem = Problem(Cluster(ranks, ranks), router.num_experts, max_imbalance=SLACK)
-        found[name] = solve(problem, routing, PLANS[name], Budget(seconds))
-    return Material(
+        found[name] = _plan(decoder, name, model, ranks, topk[ranks * each :], seconds)
+    return StepInputs(
         model=model,
         quantization=quantization,
         sequences_RS=[sequences[r * each : (r + 1) * each] for r in range(ranks)],
@@ -146,6 +133,28 @@ def prepare(
         hidden=decoder.spec.hidden,
         top_k=router.top_k,
     )
+
+
+def _routers(decoder: Decoder) -> list[RouterSpec]:
+    """Of the layers with experts."""
+    return [s.mlp.router for s in decoder.spec.layers if isinstance(s.mlp, MoeSpec)]
+
+
+def _plan(
+    decoder: Decoder, name: str, model: str, ranks: int, fitting: Sequence[I32], seconds: float
+) -> Plan:
+    """A plan of ``PLANS`` for one rank a node, solved on the routing of the fitting sequences."""
+    routers = _routers(decoder)
+    experts, layers = routers[0].num_experts, decoder.spec.moe_layers
+    if name == "contiguous":
+        rows = contiguous(
+            layers=len(routers), experts=experts, slots=experts, devices=ranks, nodes=ranks
+        )
+        return Plan(rows, experts, ranks, ranks, layers)
+    lens = np.array([len(topk_TLK) for topk_TLK in fitting], np.int64)
+    work = workload_of_tokens(model, np.concatenate(fitting), lens, num_experts=experts)
+    problem = Problem(Cluster(ranks, ranks), experts, max_imbalance=SLACK)
+    return solve(problem, Routing((work,), layers), PLANS[name], Budget(seconds))
 
 
 def _sequences(decoder: Decoder, model: str, count: int, tokens: int) -> list[list[int]]:
@@ -165,5 +174,5 @@ def _routed(decoder: Decoder, ids: Sequence[int]) -> I32:
     routes = _Routes()
     step = pack_spans([Span(ids, 0, blocks)], BLOCK)
     decoder.trunk(step, decoder.new_cache(len(blocks), BLOCK), routes)
-    found: I32 = torch.stack(routes.layers, dim=1).numpy()
+    found: I32 = np.stack(routes.layers, axis=1)
     return found

@@ -1,6 +1,6 @@
-"""The worker's side of a measurement: one JSON request per line, one JSON reply per line.
+"""The child's side of a conversation: one JSON request per line, one JSON reply per line.
 
-A worker opens its ``Channel`` before it imports anything large, says ``ready`` when it could
+A child opens its ``Channel`` before it imports anything large, may say ``ready`` when it could
 answer, and serves until its input ends. Whatever libraries print goes to standard error. Imports
 the standard library only, so that it also runs in an environment that lacks this package.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
@@ -23,14 +23,18 @@ class Channel:
         os.dup2(2, 1)
 
     def ready(self, **said: Any) -> None:
-        self._send(said)
+        self.reply(said)
 
     def serve(self, handlers: Mapping[str, Callable[..., Mapping[str, Any]]]) -> None:
         """``{"do": name, **arguments}`` calls a handler; its result is the reply."""
-        for line in sys.stdin:
-            asked = json.loads(line)
-            self._send(handlers[asked.pop("do")](**asked))
+        for request in self.requests():
+            self.reply(handlers[request.pop("do")](**request))
 
-    def _send(self, message: Mapping[str, Any]) -> None:
+    def requests(self) -> Iterator[dict[str, Any]]:
+        """Each wants one ``reply``."""
+        for line in sys.stdin:
+            yield json.loads(line)
+
+    def reply(self, message: Mapping[str, Any]) -> None:
         self._replies.write(json.dumps(message) + "\n")
         self._replies.flush()
