@@ -88,9 +88,6 @@ MAPS_STILL_MISSING: dict[str, str] = {
     "moeserve/engine": "not written yet",
     "moeserve/engine/ranks": "not written yet",
     "moeserve/engine/replan": "not written yet",
-    "moeserve/kernels": "not written yet",
-    "moeserve/kernels/cpu": "not written yet",
-    "moeserve/kernels/reference": "not written yet",
 }
 
 
