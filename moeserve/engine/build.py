@@ -1,6 +1,7 @@
 """From a model folder to a running engine: what this process decides with, over what it runs on.
 
-What is not given is derived from the checkpoint and the machine (``rank``), and the log says how.
+What is not given is derived from the checkpoint and the machine (``rank_model``, ``kv_size``), and
+the log says how.
 """
 
 from __future__ import annotations
@@ -166,8 +167,8 @@ def _lead(
     sharded = next(s for s in own.parallel.sharded if s is not None)
     weigh = copy_bytes(own.decoder.ops, sharded.part, sharded.wire.top_k)
     rate = own.read_bytes_per_s * own.world
-    habits = ReplanSettings(own.expert_bytes, rate, widest(own.swapper.routers))
-    replanner, watch = build_replanner(coordinator, ranks, observer, habits, weigh)
+    replan = ReplanSettings(own.expert_bytes, rate, widest(own.swapper.routers))
+    replanner, watch = build_replanner(coordinator, ranks, observer, replan, weigh)
     return ranks, LivePlan(coordinator, context.topology.node_R, replanner), watch
 
 
