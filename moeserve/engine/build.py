@@ -167,8 +167,8 @@ def _lead(
     sharded = next(s for s in own.parallel.sharded if s is not None)
     weigh = copy_bytes(own.decoder.ops, sharded.part, sharded.wire.top_k)
     rate = own.read_bytes_per_s * own.world
-    replan = ReplanSettings(own.expert_bytes, rate, widest(own.swapper.routers))
-    replanner, watch = build_replanner(coordinator, ranks, observer, replan, weigh)
+    settings = ReplanSettings(own.expert_bytes, rate, widest(own.swapper.routers))
+    replanner, watch = build_replanner(coordinator, ranks, observer, settings, weigh)
     return ranks, LivePlan(coordinator, context.topology.node_R, replanner), watch
 
 
