@@ -79,7 +79,7 @@ def run_prompts(
     for s, prompt in enumerate(asked):
         scheduler.add(Request(RequestId(str(s)), prompt, params))
     steps = decoded = 0
-    begun = first = time.perf_counter()
+    began = first = time.perf_counter()
     for step in drive(scheduler, executor):
         step.raise_failure()
         if not silent:
@@ -90,7 +90,7 @@ def run_prompts(
         if not silent:
             first = time.perf_counter()
     took = time.perf_counter() - first
-    return CaseTiming(first - begun, took, sum(map(len, asked)), decoded, steps)
+    return CaseTiming(first - began, took, sum(map(len, asked)), decoded, steps)
 
 
 def bounds(decoder: Decoder, case: Case, limit: Roofline) -> CaseTiming:

@@ -88,7 +88,7 @@ class ParallelLayerRunner:
                 continue
             assert sharded is not None, l
             router = half
-            chosen = nothing(x_TH, router) if step is None else ops.route(x_TH, router, step)
+            chosen = route_no_rows(x_TH, router) if step is None else ops.route(x_TH, router, step)
             if routed is not None:
                 routed.append(chosen.ids_TC.clone())
             for _ in self.dispatcher.moe(lane, sharded, x_TH, chosen):
@@ -103,7 +103,7 @@ def without_experts(layer: Layer) -> Part[DenseWeights] | Part[RouterWeights]:
     return layer.mlp if isinstance(layer.mlp, Part) else layer.mlp[0]
 
 
-def nothing(x_TH: Tensor, router: Part[RouterWeights]) -> Routed:
-    """The routing of no rows."""
+def route_no_rows(x_TH: Tensor, router: Part[RouterWeights]) -> Routed:
+    """What ``Ops.route`` gives for no rows."""
     top_k = router.weights.spec.top_k
     return Routed(x_TH, x_TH.new_empty(0, top_k, dtype=torch.int32), x_TH.new_empty(0, top_k))

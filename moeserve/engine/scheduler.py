@@ -61,14 +61,16 @@ class SchedulerConfig:
             )
 
 
-def refuse_duplicate(request: Request, known: bool) -> None:
-    if known:
+def refuse_duplicate(request: Request, in_use: bool) -> None:
+    """An id names one request at a time."""
+    if in_use:
         raise InvalidRequestError(
             f"request id {request.id!r} is in use: choose another", param="request_id"
         )
 
 
 def refuse_when_full(waiting: int, config: SchedulerConfig) -> None:
+    """``max_queue`` bounds the requests that wait."""
     if waiting >= config.max_queue:
         raise ExhaustedError(f"{waiting} requests are waiting, as many as may: try again later")
 
@@ -150,7 +152,8 @@ class Scheduler:
         return request_id in self._running or request_id in self._waiting
 
     def check(self, request: Request) -> None:
-        """Refuse what can never run."""
+        """Refuse what can never run, whoever asks for it. Doors refuse the same earlier, with the
+        client's words, for they need the bounds to choose a default (``gateway.limits``)."""
         prompt, limit = len(request.prompt_ids), self.config.max_model_len
         if prompt == 0:
             raise InvalidRequestError("the prompt has no tokens: give one or more", param="prompt")
@@ -361,7 +364,7 @@ class Scheduler:
     def _advance(self, seq: SequenceState, count: int) -> None:
         """So many more tokens are computed; blocks that this fills can be shared."""
         self.counters.computed_tokens += count
-        self.counters.recomputed_tokens += max(0, min(seq.reached - seq.computed, count))
+        self.counters.recomputed_tokens += min(seq.reached - seq.computed, count)
         first, seq.computed = seq.computed // self.pool.block_size, seq.computed + count
         seq.reached = max(seq.reached, seq.computed)
         if not self.config.prefix_cache:

@@ -9,17 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from moeserve.comm.layout import (
-    MOST_SLOTS,
-    LayerLayout,
-    check,
-    layouts,
-    own_experts,
-    plan_of,
-)
+from moeserve.comm.layout import LayerLayout, check, layouts, own_experts, plan_of
 from moeserve.comm.table import NumpyAssignmentTable, table_of
 from moeserve.errors import PlacementError
-from moeserve.kernels.wire import Wire
+from moeserve.kernels.wire import MOST_SLOTS, Wire
 from moeserve.placement.cluster import Dataflow
 from moeserve.placement.plan import Plan, contiguous, dump
 

@@ -119,6 +119,7 @@ def test_a_request_gets_its_tokens_and_leaves_nothing_behind() -> None:
     assert len(house.tokens[RequestId("a")]) == 5
     assert house.finish[RequestId("a")] is FinishReason.LENGTH
     assert house.counters.finished == {FinishReason.LENGTH: 1}
+    assert house.counters.prompt_tokens == 10
     assert house.counters.computed_tokens == 10 + 4
     house.assert_nothing_leaked()
 

@@ -1,6 +1,6 @@
 """Whose experts prompts use, counted on the rank that runs them, for ``homes``.
 
-The first tokens of a prompt's chunk tell as much as all of them, so few are looked at. Letters:
+The first tokens of a prompt's chunk show as much as all of them, so few are looked at. Letters:
 T tokens, C choices, R ranks, E experts.
 """
 
@@ -77,13 +77,13 @@ class ExpertUseCounter:
         """[E, R]: has the rank a slot of the expert?"""
         sharded = self._parallel.sharded[layer]
         assert sharded is not None, layer
-        known = self._held.get(layer)
-        if known is None or known[0] is not sharded.layout:
+        held = self._held.get(layer)
+        if held is None or held[0] is not sharded.layout:
             layout = sharded.layout
             held_ER = np.zeros((layout.num_experts, self._world), np.bool_)
             held_ER[layout.expert_S, np.arange(len(layout.expert_S)) // layout.slots] = True
-            known = self._held[layer] = layout, held_ER
-        return known[1]
+            held = self._held[layer] = layout, held_ER
+        return held[1]
 
 
 def _add(

@@ -4,9 +4,9 @@ Every rank gets its part of the plan, also where that is nothing; all run theirs
 each MoE layer is an exchange between all of them; each samples its own rows and reports. Rank 0
 chooses the number of microbatches for all.
 
-What goes wrong around a rank's turn ends the requests it touches (see ``runner``). What goes wrong
-in the exchange or on the way ends the run: lock-step is lost, every rank is told, and no further
-step is run. Carrying on without a rank would begin here.
+What goes wrong around a rank's part of a step ends the requests it touches (see ``model_runner``).
+What goes wrong in the exchange or on the way ends the run: lock-step is lost, every rank is sent
+the reason, and no further step is run. Carrying on without a rank would begin here.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ class LeaderNotes(Protocol):
     ``follower.FollowerNotes``."""
 
     def outgoing(self) -> Mapping[int, bytes]:
-        """Before a step: what ranks are to hear before they run it. Rank 0 does its own now."""
+        """Before a step: notes to the other ranks, which read them before they run it. Rank 0
+        does what its own says now."""
         ...
 
     def collect(self, rank: int, note: bytes) -> None:
-        """What a rank answered."""
+        """A rank's answer."""
         ...
 
     @property
@@ -66,7 +67,7 @@ class LeaderNotes(Protocol):
 class DistributedExecutor:
     """``work[r]`` is what rank r has counted so far, ``chosen`` steps by number of microbatches.
 
-    ``learn`` hears which ranks' experts prompts used: rank 0's own from ``uses``.
+    ``learn`` is called with which ranks' experts prompts used, rank 0's own from ``uses``.
     """
 
     def __init__(
@@ -81,7 +82,6 @@ class DistributedExecutor:
         uses: ExpertUseSource | None = None,
         learn: Callable[[ExpertUse], None] = lambda use: None,
         deadline_s: float = DEADLINE_S,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.work = [
             stats or DispatchStats(world),
@@ -96,7 +96,6 @@ class DistributedExecutor:
         self._uses = uses
         self._learn = learn
         self._deadline_s = deadline_s
-        self._clock = clock
         self._encoders = {rank: StepEncoder() for rank in range(1, world)}
         self._home: dict[RequestId, int] = {}
         self._step = 0
@@ -129,12 +128,12 @@ class DistributedExecutor:
         shape = step_shape(parts)
         count = self._microbatches.choose(shape)
         waited = [stats.waited_s for stats in self.work]
-        begun = self._clock()
+        began = time.perf_counter()
         self._send(plan, parts, count)
         mine = StepPlan(tuple(parts[0]), preempted=plan.preempted, ended=plan.ended)
         results = [self._executor.run(mine, count)]
         results += [self._receive(rank, parts[rank]) for rank in range(1, self._world)]
-        seconds = self._clock() - begun
+        seconds = time.perf_counter() - began
         for use in () if self._uses is None else self._uses.take():
             self._learn(use)
         self.chosen[count] += 1

@@ -89,8 +89,9 @@ class StepEncoder:
                     f"step {report.step}: a rank sampled {len(token_ids)} tokens of {count} where "
                     f"1 to {chunk.samples} were asked for"
                 )
-            wants_scores = chunk.request.params.logprobs is not None
-            logprobs = tuple(map(_logprobs, islice(scores, count if wants_scores else 0)))
+            logprobs: tuple[Logprobs, ...] = ()
+            if chunk.request.params.logprobs is not None:
+                logprobs = tuple(map(_logprobs, islice(scores, count)))
             sampled.append(Sampled(chunk.request.id, token_ids, logprobs))
             self._sent[chunk.request.id].outputs += count
         if next(tokens, None) is not None:
@@ -181,19 +182,23 @@ class StepDecoder:
         report = pb.StepReport(step=order.step)
         sampled = {s.request_id: s for s in result.sampled}
         failed = dict(result.failed)
+        tokens: list[int] = []
         for index, (number, chunk) in enumerate(zip(order.number, plan.chunks, strict=True)):
             if chunk.request.id in failed:
                 report.failed.add(chunk=index, reason=failed[chunk.request.id])
                 continue
-            held = self._held[number]
-            made = sampled[chunk.request.id] if chunk.samples else Sampled(chunk.request.id, ())
-            held.outputs += made.token_ids
-            held.reached = max(held.reached, chunk.start + chunk.kept(len(made.token_ids)))
-            report.tokens.extend(made.token_ids)
-            if chunk.samples > 1:
-                report.accepted.append(len(made.token_ids))
-            for logprobs in made.logprobs:
-                _write_logprobs(report.scores.add(), logprobs)
+            held, count = self._held[number], 0
+            if chunk.samples:
+                made = sampled[chunk.request.id]
+                count = len(made.token_ids)
+                held.outputs += made.token_ids
+                tokens += made.token_ids
+                if chunk.samples > 1:
+                    report.accepted.append(count)
+                for logprobs in made.logprobs:
+                    _write_logprobs(report.scores.add(), logprobs)
+            held.reached = max(held.reached, chunk.start + chunk.kept(count))
+        report.tokens.extend(tokens)
         return report
 
     def _read_blocks(self, order: pb.StepOrder) -> None:

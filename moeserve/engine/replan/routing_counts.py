@@ -71,7 +71,7 @@ def sample_of(counts: Mapping[str, Any], layers: int, top_k: int) -> NDArray[np.
 
 
 def chain_observers(first: StepObserver | None, second: StepObserver | None) -> StepObserver | None:
-    """Whoever is there."""
+    """Those that are there as one, in this order; None if neither is."""
     return (first and second and ChainedObservers(first, second)) or first or second
 
 

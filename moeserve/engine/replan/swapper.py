@@ -118,7 +118,7 @@ class ExpertSwapper:
             self._thread.join(timeout_s)
 
     def _switch(self, layer: int) -> None:
-        begun = self._clock()
+        began = self._clock()
         with self._lock:
             ready, self._ready = self._ready, None
         assert ready is not None, f"layer {layer} was not prepared"
@@ -127,7 +127,7 @@ class ExpertSwapper:
         assert old is not None, layer
         self._tasks.put(old)  # to be freed there, before the next is prepared
         del old
-        pause_s = self._clock() - begun
+        pause_s = self._clock() - began
         with self._lock:
             self._reports.append(PlanReport(ready[0].turn, pause_s=pause_s))
 
@@ -146,7 +146,7 @@ class ExpertSwapper:
                 wanted = self._wanted
             if task.turn != wanted:
                 continue
-            begun = self._clock()
+            began = self._clock()
             before = 0 if source is None else source.bytes_read
             try:
                 source = source or self._open()
@@ -155,7 +155,7 @@ class ExpertSwapper:
                 self._log.exception("layer %d cannot be prepared", task.layer)
                 self._answer(task, None, PlanReport(task.turn, error=_shown(error)))
                 continue
-            seconds, read = self._clock() - begun, source.bytes_read - before
+            seconds, read = self._clock() - began, source.bytes_read - before
             done = PlanReport(task.turn, prepare_s=seconds, bytes_read=read)
             self._answer(task, sharded, done)
             del sharded  # or it would outlive its layer here
