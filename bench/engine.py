@@ -25,11 +25,12 @@ from rich.table import Table
 from moeserve.core import Counters, Request, RequestId, SamplingParams, StepPlan
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.model_runner import ModelRunner
-from moeserve.engine.rank_model import open_recorder
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
+from moeserve.models.spec import MoeSpec
+from moeserve.observe.routing import RoutingRecorder
 
 BLOCK, CONTEXT = 16, 1024
 
@@ -63,9 +64,21 @@ class Row:
     cost: float
 
 
+def open_recorder(file: Path, decoder: Decoder) -> RoutingRecorder:
+    """As a server with --record-routing does."""
+    routers = [m.router for layer in decoder.spec.layers if isinstance(m := layer.mlp, MoeSpec)]
+    return RoutingRecorder(
+        file,
+        model="demo",
+        moe_layers=decoder.spec.moe_layers,
+        num_experts=max(r.num_experts for r in routers),
+        top_k=max(r.top_k for r in routers),
+    )
+
+
 def seconds(decoder: Decoder, case: Case, record: Path | None) -> float:
     """Of all steps of one case, closing the trace included."""
-    recorder = None if record is None else open_recorder(record, "demo", decoder)
+    recorder = None if record is None else open_recorder(record, decoder)
     counters = Counters()
     blocks = case.streams * ((case.prompt + case.answer) // BLOCK + 1)
     config = SchedulerConfig(CONTEXT, 64, 512, prefix_cache=False)

@@ -68,10 +68,7 @@ LONGER_WITH_REASON: dict[str, str] = {
 }
 LONGEST_FUNCTION = 60
 MOST_PARAMETERS = 10
-LARGER_WITH_REASON: dict[str, str] = {
-    "bench/peers/ggml_experts.py:main": "a script of another environment: one file, run whole",
-    "bench/peers/llamacpp_worker.py:main": "a script of another environment: one file, run whole",
-}
+LARGER_WITH_REASON: dict[str, str] = {}
 
 FOLDERS_WITH_A_MAP = tuple(
     "config comm engine kernels models placement gateway worker observe".split()

@@ -127,6 +127,15 @@ def test_output_is_passed_on_by_lines_with_what_is_not_text() -> None:
     assert lines == ["one\n", "two \ufffd\n", "three\n"]
 
 
+def test_a_line_is_waited_for_so_long() -> None:
+    popen = start(["sh", "-c", "echo ready; sleep 1.5; echo late"], stdout=subprocess.PIPE)
+    with Process("server", popen) as server:
+        assert server.read_line(20) == "ready\n"
+        with pytest.raises(DeadlineError, match=r"server has printed no line for 0.1 s"):
+            server.read_line(0.1)
+        assert [server.read_line(20), server.read_line(20)] == ["late\n", ""]
+
+
 def test_environment_cores_and_session_are_as_asked() -> None:
     shows = "import os; print(sorted(os.environ)[:1], len(os.sched_getaffinity(0)), os.getsid(0))"
     options = StartOptions(env={"A": "1"}, cpus=1, own_session=False)

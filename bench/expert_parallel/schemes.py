@@ -2,7 +2,7 @@
 
 A load is what every rank has in a step: so many streams that decode, or tokens of prompts. A scheme
 is a variant of the traffic with a number of microbatches, fixed or chosen as the engine chooses
-(``engine.ranks.microbatchesbatches``), which has learned before it is timed.
+(``engine.ranks.microbatches``), which has learned before it is timed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from expert_parallel.group import GroupStep, RankGroup, Spans, TrafficVariant
 
-from moeserve.engine.ranks.microbatchesbatches import (
+from moeserve.engine.ranks.microbatches import (
     FixedMicrobatches,
     MeasuredMicrobatches,
     MicrobatchPolicy,

@@ -61,24 +61,27 @@ def load_ggml() -> tuple[Any, Any]:
     return base, cpu
 
 
-def main() -> None:
-    kind, threads = TYPES[sys.argv[1]], int(sys.argv[2])
-    channel = Channel()
-    import numpy as np
+class GgmlExperts:
+    """Experts of one kind in ggml's memory; ``prepare`` makes them, ``run`` times them."""
 
-    base, cpu = load_ggml()
-    backend = cpu.ggml_backend_cpu_init()
-    cpu.ggml_backend_cpu_set_n_threads(backend, threads)
-    held: dict[str, Any] = {}
+    def __init__(self, kind: int, threads: int) -> None:
+        self.kind = kind
+        self.base, self.cpu = load_ggml()
+        self.backend = self.cpu.ggml_backend_cpu_init()
+        self.cpu.ggml_backend_cpu_set_n_threads(self.backend, threads)
+        self.held: dict[str, Any] = {}
 
-    def new_context() -> Any:
-        return base.ggml_init(InitParams(MOST_TENSORS * 512 + (1 << 20), None, True))
+    def new_context(self) -> Any:
+        return self.base.ggml_init(InitParams(MOST_TENSORS * 512 + (1 << 20), None, True))
 
-    def fill(tensor: Any, values: np.ndarray, offset: int = 0) -> None:
-        base.ggml_backend_tensor_set(tensor, values.ctypes.data, offset, values.nbytes)
+    def fill(self, tensor: Any, values: Any) -> None:
+        self.base.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
 
-    def prepare(experts: int, hidden: int, inner: int, per_token: int) -> dict[str, Any]:
-        context = new_context()
+    def prepare(self, experts: int, hidden: int, inner: int, per_token: int) -> dict[str, Any]:
+        import numpy as np
+
+        base, cpu, held, kind = self.base, self.cpu, self.held, self.kind
+        context = self.new_context()
         shapes = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
         for name, (into, out) in shapes.items():
             held[name] = base.ggml_new_tensor_3d(context, kind, into, out, experts)
@@ -91,11 +94,13 @@ def main() -> None:
             values = one.ctypes.data_as(POINTER(c_float))
             base.ggml_quantize_chunk(kind, values, codes.ctypes.data, 0, out, into, None)
             # A repacked tensor must be set whole.
-            fill(held[name], np.tile(codes, experts))
+            self.fill(held[name], np.tile(codes, experts))
         held["sizes"] = hidden, inner
         return {"repacked": repacked}
 
-    def build(context: Any, tokens: int, chosen: int) -> tuple[Any, dict[str, Any]]:
+    def build(self, context: Any, tokens: int, chosen: int) -> tuple[Any, dict[str, Any]]:
+        """The graph of one call, and its inputs."""
+        base, held = self.base, self.held
         hidden, _ = held["sizes"]
         x = base.ggml_new_tensor_3d(context, F32, hidden, 1, tokens)
         ids = base.ggml_new_tensor_2d(context, I32, chosen, tokens)
@@ -114,21 +119,30 @@ def main() -> None:
         base.ggml_build_forward_expand(graph, total)
         return graph, {"x": x, "ids": ids, "share": share}
 
-    def run(ids: list[list[int]], seconds: float, hidden: int) -> dict[str, Any]:
-        context = new_context()
+    def run(self, ids: list[list[int]], seconds: float, hidden: int) -> dict[str, Any]:
+        import numpy as np
+
+        base, backend = self.base, self.backend
+        context = self.new_context()
         tokens, chosen = len(ids), len(ids[0])
-        graph, inputs = build(context, tokens, chosen)
+        graph, inputs = self.build(context, tokens, chosen)
         buffer = base.ggml_backend_alloc_ctx_tensors(context, backend)
-        fill(inputs["x"], np.random.default_rng(1).standard_normal((tokens, hidden), np.float32))
-        fill(inputs["ids"], np.array(ids, np.int32))
-        fill(inputs["share"], np.full((tokens, chosen), 1 / chosen, np.float32))
+        x_TH = np.random.default_rng(1).standard_normal((tokens, hidden), np.float32)
+        self.fill(inputs["x"], x_TH)
+        self.fill(inputs["ids"], np.array(ids, np.int32))
+        self.fill(inputs["share"], np.full((tokens, chosen), 1 / chosen, np.float32))
         took = repeat(lambda: base.ggml_backend_graph_compute(backend, graph), seconds)
         base.ggml_backend_buffer_free(buffer)
         base.ggml_free(context)
         return {"seconds": took}
 
+
+def main() -> None:
+    kind, threads = TYPES[sys.argv[1]], int(sys.argv[2])
+    channel = Channel()
+    experts = GgmlExperts(kind, threads)
     channel.ready()
-    channel.serve({"prepare": prepare, "run": run})
+    channel.serve({"prepare": experts.prepare, "run": experts.run})
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from data import MIXTURE
 
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
+from moeserve.process.child import Process, StartOptions, start
 
 PROMPTS_PER_DOMAIN, PROMPT_TOKENS, ANSWER_TOKENS = 8, 128, 64
-DEADLINE_S, STOP_S = 300.0, 60.0
+READY_S, DEADLINE_S, STOP_S = 120.0, 300.0, 60.0
 
 
 def main() -> None:
@@ -35,11 +36,11 @@ def main() -> None:
 
     command = [sys.executable, "-m", "moeserve.cli", "serve", "--model", args.model]
     command += ["--grpc-port", "0", "--http-port", "none", "--record-routing", str(args.out)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
+    popen = start(command, StartOptions(own_session=False), stdout=subprocess.PIPE)
+    with Process("the server", popen) as server:
         # "ready: model=NAME grpc=ADDRESS"; the process ends, and so does the line, if it fails.
-        ready = dict(word.split("=", 1) for word in server.stdout.readline().split()[1:])
+        words = server.read_line(READY_S).split()[1:]
+        ready = dict(word.split("=", 1) for word in words)
         with grpc.insecure_channel(ready["grpc"]) as channel, ThreadPoolExecutor(16) as pool:
             stub = InferenceStub(channel)
             asked = [
@@ -48,10 +49,8 @@ def main() -> None:
             ]
             made = sum(len(a.result().outputs[0].token_ids) for a in asked)
         server.send_signal(signal.SIGTERM)
-        if server.wait(STOP_S):
-            raise SystemExit(f"the server ended with status {server.returncode}")
-    finally:
-        server.kill()
+        if not server.wait(STOP_S) or server.status:
+            raise SystemExit("the server did not stop cleanly: its output says why")
     print(f"{args.out}: {len(asked)} sequences, {made} tokens generated")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from moeserve.errors import UnavailableError
+from moeserve.errors import DeadlineError, UnavailableError
 
 GRACE_S = 5.0  # from SIGTERM to SIGKILL
 KILL_S = 5.0  # from SIGKILL until the kernel has taken a process away
@@ -159,6 +160,20 @@ class Process:
         """Pass each line of its standard output, a pipe, to ``write``, from a thread of ours."""
         self._reader = threading.Thread(target=self._pass_on, args=(write,), daemon=True)
         self._reader.start()
+
+    def read_line(self, timeout_s: float) -> str:
+        """The next line of its standard output, a pipe that nothing else reads; "" at its end."""
+        assert self._popen.stdout is not None
+        pipe, line = self._popen.stdout.fileno(), b""
+        end = time.monotonic() + timeout_s
+        while not line.endswith(b"\n"):
+            if not select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise DeadlineError(f"{self.name} has printed no line for {timeout_s:.3g} s")
+            byte = os.read(pipe, 1)  # and no more: a line of ours is short, the rest is not ours
+            if not byte:
+                break
+            line += byte
+        return line.decode(errors="replace")
 
     def close(self) -> None:
         """End it with all that it started; may be called again."""
