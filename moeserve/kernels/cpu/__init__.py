@@ -1,8 +1,10 @@
 """The op table by native kernels (``kernels/cpu/`` at the root): shapes are checked here.
 
-ops       the table itself: one native call for each operation
-packing   weights into the panels that the kernels read
-handles   a decoder's parts, packed once for the calls of every step
-kv        the paged cache, attention over it, blocks as bytes
-wire      dispatch and combine, on the bytes where they lie
+::
+
+    ops                        the op table: pointers go to ``_cpu``
+    handles                    handles of a decoder's parts, made once and passed with every step
+    packing                    weights in the layout of the kernels, made once
+    kv                         the paged cache
+    wire                       dispatch and combine, one native call each
 """
