@@ -164,7 +164,7 @@ def measure_limits(threads: int, rounds: int) -> Limits:
 
 
 def best(call: Callable[[int], object], count: int, rounds: int) -> float:
-    """Seconds of one call, after one to warm up; ``call`` is told its number."""
+    """Seconds of one call, after one to warm up; ``call`` gets its number."""
     call(0)
     shortest, number = float("inf"), 1
     for _ in range(rounds):

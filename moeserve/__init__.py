@@ -6,7 +6,9 @@ Imports run one way, and ``tests/test_layout.py`` holds it::
       ^
     kernels  placement                        op table; who holds which expert
       ^
-    comm  models  observe                     moving tokens; checkpoint to decoder; counters
+    models  observe                           checkpoint to decoder; counters
+      ^
+    comm                                      moving tokens; layers over ranks
       ^
     engine  offload                           requests to tokens
       ^

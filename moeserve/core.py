@@ -56,11 +56,23 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheScope:
+    """What a request's KV depends on besides its tokens, and who may share it.
+
+    The prefix cache shares blocks between requests of equal scopes only. ``salt`` is the tenant's;
+    ``adapter`` names weights that are added to the model's own, empty for none.
+    """
+
+    salt: str = ""
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate; ``n`` > 1 at a door is n of these with different seeds.
 
-    Times are seconds of the caller's monotonic clock. ``salt`` separates tenants in the prefix
-    cache. ``domain`` labels recorded routing, and may choose a home.
+    Times are seconds of the caller's monotonic clock. ``scope`` bounds the prefix cache.
+    ``domain`` labels recorded routing, and may choose a home.
     """
 
     id: RequestId
@@ -68,7 +80,7 @@ class Request:
     params: SamplingParams
     arrival: float = 0.0
     deadline: float | None = None
-    salt: str = ""
+    scope: CacheScope = CacheScope()
     domain: str = ""
 
 
@@ -77,19 +89,33 @@ class Chunk:
     """Consecutive tokens of one request to run in this step.
 
     ``token_ids`` sit at positions ``start .. start + len - 1``; the KV of everything before
-    ``start`` is already in ``blocks``, which also hold room for these tokens. Where ``sample`` is
-    true the last token's logits choose the next one, from ``prompt_ids`` + ``output_ids`` as
-    history; those sequences are the scheduler's own and valid only during the step. ``rank`` is the
-    request's home: it holds the KV, so ``blocks`` are of its pool, and attention runs there.
+    ``start`` is already in ``blocks``, which also hold room for these tokens. The logits after
+    each of the last ``samples`` tokens choose a next one. Where that is 1 or more, the tokens end
+    with the newest of ``prompt_ids`` + ``output_ids``, followed by ``samples - 1`` draft tokens,
+    which are guesses of what comes next. ``output_ids`` are the scheduler's own and valid only
+    during the step. Tokens at positions below ``reached`` were computed by an earlier step too,
+    before a preemption. ``rank`` is the request's home: it holds the KV, so ``blocks`` are of its
+    pool, and attention runs there.
     """
 
     request: Request
     token_ids: tuple[int, ...]
     start: int
     blocks: tuple[BlockId, ...]
-    sample: bool
+    samples: int
     output_ids: Sequence[int] = ()
     rank: int = 0
+    reached: int = 0
+
+    @property
+    def draft_ids(self) -> tuple[int, ...]:
+        """The tokens at the end that are not the request's yet."""
+        return self.token_ids[len(self.token_ids) - self.samples + 1 :] if self.samples else ()
+
+    def kept(self, accepted: int) -> int:
+        """How many of the tokens stay computed where ``accepted`` ones followed: the drafts that
+        were not right are lost."""
+        return len(self.token_ids) - max(0, self.samples - accepted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +146,17 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token that followed a chunk with ``sample``."""
+    """The tokens that followed a chunk, 1 up to its ``samples``; each but the last is the draft
+    that stood there. ``logprobs`` has one entry per token if the request wants them, else none."""
 
     request_id: RequestId
-    token_id: int
-    logprobs: Logprobs | None = None
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One entry per chunk with ``sample``, in the plan's order, less those that ``failed``.
+    """One entry per chunk with ``samples``, in the plan's order, less those that ``failed``.
 
     A failure belongs to one request alone (its logits are not numbers): id and explanation.
     """
@@ -180,13 +207,19 @@ class Timing:
 
 @dataclass(slots=True)
 class Counters:
-    """Counted where it happens (law 8); read by metrics and tests, never reset."""
+    """Counted where it happens (law 8); read by metrics and tests, never reset.
+
+    ``computed_tokens`` are those whose KV was kept, so without drafts that were not right;
+    ``accepted_tokens`` are those of the ``drafted_tokens`` that were.
+    """
 
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     computed_tokens: int = 0
     recomputed_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0

@@ -101,7 +101,21 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The training script, with a model and steps that are small enough for a test."""
     monkeypatch.syspath_prepend(str(EXAMPLES / "demo_model"))
     module = importlib.import_module("train")
-    small = {"num_hidden_layers": 2, "n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_attention_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+    }
     monkeypatch.setattr(module, "Config", functools.partial(module.Config, **small))
     monkeypatch.setattr(module, "TOKENS_PER_STEP", 256)
     monkeypatch.setattr(module, "WINDOW", 32)

@@ -20,7 +20,7 @@ from moeserve.config.options import LoadOptions
 from moeserve.core import Chunk, Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.model_runner import ModelRunner
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.engine.scheduler import Drafter, Scheduler, SchedulerConfig
 from moeserve.kernels.ops import Linear
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
@@ -57,6 +57,7 @@ def run(
     chunk: int = 1024,
     max_num_seqs: int = 8,
     prefix_cache: bool = True,
+    drafter: Drafter | None = None,
 ) -> Ran:
     """Each wave is added when the one before has ended."""
     counters = Counters()
@@ -72,7 +73,8 @@ def run(
         max_num_batched_tokens=max(chunk, max_num_seqs),
         prefix_cache=prefix_cache,
     )
-    scheduler = Scheduler(config, BlockPool(num_blocks, block_size, counters), counters)
+    pool = BlockPool(num_blocks, block_size, counters)
+    scheduler = Scheduler(config, pool, counters, drafter=drafter)
     executor = ModelRunner(decoder, num_blocks, block_size, on_logits=keep)
     for wave in waves:
         for request in wave:
@@ -180,6 +182,29 @@ def test_a_preemption_changes_nothing(alone: Alone) -> None:
         assert ran.counters.preemptions > 0
         assert ran.counters.recomputed_tokens > 0
         alone.assert_same(requests, ran)
+
+
+class Known:
+    """Drafts what a request is going to answer; every ``errs``-th token is another, if not 0."""
+
+    def __init__(self, answers: dict[str, list[int]], errs: int = 0) -> None:
+        self._answers, self._errs = answers, errs
+
+    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
+        at = len(output_ids)
+        guesses = enumerate(self._answers[request.id][at : at + 3], at)
+        return [(t + 1) % VOCAB if self._errs and i % self._errs == 0 else t for i, t in guesses]
+
+
+def test_several_tokens_a_step_change_nothing(alone: Alone) -> None:
+    requests = [ask("a", prompt(7, 21)), ask("b", prompt(8, 5), SAMPLED), ask("c", prompt(9, 12))]
+    answers = {r.id: alone.answer(r)[0] for r in requests}
+    ran = run(alone.decoder, [requests], drafter=Known(answers), block_size=3)
+    assert (ran.counters.steps, ran.counters.accepted_tokens) == (1 + 2, 3 * (3 + 2))
+    alone.assert_same(requests, ran)
+    for errs in (1, 3):
+        ran = run(alone.decoder, [requests], drafter=Known(answers, errs), block_size=3)
+        assert ran.tokens == answers
 
 
 @settings(

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeserve.config.options import LoadOptions
 from moeserve.evaluate.texts import sampled_windows
@@ -94,11 +92,11 @@ class _Routes:
     """Keeps the ids of the layers of one forward pass."""
 
     def __init__(self) -> None:
-        self.layers: list[Tensor] = []
+        self.layers: list[NDArray[np.int32]] = []
 
-    def record(self, layer: int, ids_TC: Tensor) -> None:
+    def record(self, layer: int, ids_TC: NDArray[np.int32]) -> None:
         del layer
-        self.layers.append(ids_TC.clone())
+        self.layers.append(ids_TC.copy())
 
 
 def prepare(
@@ -176,5 +174,5 @@ def _routed(decoder: Decoder, ids: Sequence[int]) -> I32:
     routes = _Routes()
     step = pack_spans([Span(ids, 0, blocks)], BLOCK)
     decoder.trunk(step, decoder.new_cache(len(blocks), BLOCK), routes)
-    found: I32 = torch.stack(routes.layers, dim=1).numpy()
+    found: I32 = np.stack(routes.layers, axis=1)
     return found

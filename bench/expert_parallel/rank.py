@@ -128,8 +128,8 @@ class StepRunner:
         decoder = self._decoder(plan, copies, wire)
         parts = split_spans([self._span(*span) for span in spans], microbatches)
         steps = [pack_spans(part, BLOCK) for part in parts]
-        assert decoder.parallel is not None
-        stats, traffic = decoder.parallel.dispatcher.stats, self.exchange.traffic
+        assert isinstance(decoder.runner, ParallelLayerRunner)
+        stats, traffic = decoder.runner.dispatcher.stats, self.exchange.traffic
         before = (stats.waited_s, sum(stats.copies_R), stats.tokens, list(traffic.sent_R))
         begun = time.monotonic()
         logits = decoder.forward_micro(steps, self.cache)
@@ -170,7 +170,7 @@ class StepRunner:
                 dispatcher,
                 progress,
             )
-        return replace(decoder, parallel=parallel)
+        return decoder.over(parallel)
 
     def _exchange_for(self, plan: str, wire: str) -> Exchange:
         if wire == "own":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from moeserve.bench.roofline import LoadCounter, Roofline, step_seconds
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.drive import drive
 from moeserve.engine.model_runner import ModelRunner, StepObserver
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.models.decoder import Decoder
@@ -78,19 +79,18 @@ def run_prompts(
     for s, prompt in enumerate(asked):
         scheduler.add(Request(RequestId(str(s)), prompt, params))
     steps = decoded = 0
-    begun = first = time.perf_counter()
-    while scheduler.has_work:
-        decoding = not silent
-        outs = scheduler.apply(executor.run(scheduler.plan(0.0)))
-        if decoding:
-            decoded += len(outs)
+    began = first = time.perf_counter()
+    for step in drive(scheduler, executor):
+        step.raise_failure()
+        if not silent:
+            decoded += len(step.outs)
             continue
         steps += 1
-        silent -= {out.request_id for out in outs}
+        silent -= {out.request_id for out in step.outs}
         if not silent:
             first = time.perf_counter()
     took = time.perf_counter() - first
-    return CaseTiming(first - begun, took, sum(map(len, asked)), decoded, steps)
+    return CaseTiming(first - began, took, sum(map(len, asked)), decoded, steps)
 
 
 def bounds(decoder: Decoder, case: Case, limit: Roofline) -> CaseTiming:

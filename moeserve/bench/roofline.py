@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from moeserve.core import StepPlan
 from moeserve.errors import ConfigError
@@ -81,12 +83,12 @@ class LoadCounter:
         self.steps: list[StepLoad] = []
 
     def begin(self, plan: StepPlan) -> None:
-        self.steps.append(StepLoad(plan.num_tokens, sum(c.sample for c in plan.chunks)))
+        self.steps.append(StepLoad(plan.num_tokens, sum(c.samples for c in plan.chunks)))
 
-    def record(self, layer: int, ids_TC: Tensor) -> None:
+    def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
         mlp = self._spec.layers[layer].mlp
         assert isinstance(mlp, MoeSpec)
-        counts = ids_TC.flatten().long().bincount(minlength=mlp.router.num_experts)
+        counts = np.bincount(ids_TC.ravel(), minlength=mlp.router.num_experts)
         self.steps[-1].tokens_LE[layer] = counts.tolist()
 
     def end(self) -> None: ...

@@ -28,8 +28,11 @@ from moeserve.observe.progress import Progress
 
 
 class ParallelLayerRunner:
-    """Owns where experts lie. ``sharded`` is by layer, None where nothing is routed, and may be
-    changed between steps, on all ranks between the same two."""
+    """A ``models.layer_runner.LayerRunner`` that owns where experts lie.
+
+    ``sharded`` is by layer, None where nothing is routed, and may be changed between steps, on all
+    ranks between the same two.
+    """
 
     def __init__(
         self,
@@ -52,9 +55,7 @@ class ParallelLayerRunner:
         caches: Sequence[KvCache],
         routed: Sequence[list[Tensor]] | None = None,
     ) -> None:
-        """Every layer of every microbatch m, added to ``hidden[m]``; its step is None where it has
-        no rows. The tokens of a sequence stand in microbatches in their order. The ids_TC of the
-        layers that route are appended to ``routed[m]``."""
+        """As ``LayerRunner.run``; ids_TC are appended also where a microbatch has no rows."""
         walks = deque(
             self._walk(lane, x_TH, steps[lane], caches, None if routed is None else routed[lane])
             for lane, x_TH in enumerate(hidden)
@@ -87,7 +88,7 @@ class ParallelLayerRunner:
                 continue
             assert sharded is not None, l
             router = half
-            chosen = nothing(x_TH, router) if step is None else ops.route(x_TH, router, step)
+            chosen = route_no_rows(x_TH, router) if step is None else ops.route(x_TH, router, step)
             if routed is not None:
                 routed.append(chosen.ids_TC.clone())
             for _ in self.dispatcher.moe(lane, sharded, x_TH, chosen):
@@ -102,7 +103,7 @@ def without_experts(layer: Layer) -> Part[DenseWeights] | Part[RouterWeights]:
     return layer.mlp if isinstance(layer.mlp, Part) else layer.mlp[0]
 
 
-def nothing(x_TH: Tensor, router: Part[RouterWeights]) -> Routed:
-    """The routing of no rows."""
+def route_no_rows(x_TH: Tensor, router: Part[RouterWeights]) -> Routed:
+    """What ``Ops.route`` gives for no rows."""
     top_k = router.weights.spec.top_k
-    return Routed(x_TH, torch.empty(0, top_k, dtype=torch.int32), torch.empty(0, top_k))
+    return Routed(x_TH, x_TH.new_empty(0, top_k, dtype=torch.int32), x_TH.new_empty(0, top_k))

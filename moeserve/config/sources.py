@@ -95,7 +95,8 @@ def options_of(settings: Mapping[str, Setting], kind: type[Chosen]) -> Chosen:
     """The settings over the defaults of ``kind``, which must take them all."""
     foreign = sorted(settings.keys() - kind.model_fields.keys())
     if foreign:
-        command = next(name for name, options in COMMANDS.items() if options is kind)
+        takers = (name for name, options in COMMANDS.items() if options is kind)
+        command = next(takers, kind.__name__)
         raise ConfigError(
             "; ".join(
                 f"{shown(name, settings[name])}: has no effect in {command}, leave it out"

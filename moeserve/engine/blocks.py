@@ -3,8 +3,8 @@
 The pool owns block ids. A block is *held* (one or more references) or *free*; a free block may
 still carry the KV of a finished request and be found again by its key, until it is needed and
 evicted, least recently used first. Only full blocks have keys. A key is the SHA-256 of the
-parent's key and the block's tokens, and starts from the tenant's salt: equal keys mean equal
-tokens from position 0 on, within one tenant.
+parent's key and the block's tokens, and starts from the request's ``CacheScope``: equal keys mean
+equal tokens from position 0 on, within one scope.
 
 Pure: no clock, no tensors. Wrong use (double free, sharing a block nobody wrote) is an
 assertion, for it can only be our own bug.
@@ -15,18 +15,23 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from typing import NewType
 
-from moeserve.core import BlockId, Counters
+from moeserve.core import BlockId, CacheScope, Counters
 
 BlockKey = NewType("BlockKey", bytes)
 
 
-def root_key(salt: str) -> BlockKey:
-    """The parent of a tenant's first blocks."""
-    return BlockKey(sha256(b"moeserve.block.v1:" + salt.encode()).digest())
+def root_key(scope: CacheScope) -> BlockKey:
+    """The parent of a scope's first blocks; other scopes have others."""
+    digest = sha256(b"moeserve.block.v2")
+    for field in fields(scope):
+        name, value = field.name.encode(), getattr(scope, field.name).encode()
+        for part in (name, value):  # each behind its length, so that nothing runs into the next
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return BlockKey(digest.digest())
 
 
 def child_key(parent: BlockKey, token_ids: Sequence[int]) -> BlockKey:

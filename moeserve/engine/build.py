@@ -1,6 +1,7 @@
 """From a model folder to a running engine: what this process decides with, over what it runs on.
 
-What is not given is derived from the checkpoint and the machine (``rank``), and the log says how.
+What is not given is derived from the checkpoint and the machine (``rank_model``, ``kv_size``), and
+the log says how.
 """
 
 from __future__ import annotations

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from moeserve.core import StepPlan, StepResult
 
 
 class Executor(Protocol):
-    """Local, over ranks (``distributed``), simulated (``null``)."""
+    """One process's model (``model_runner``), all ranks (``ranks.leader``), or, to check a
+    scheduler, no model at all (``null``)."""
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every chunk and sample where asked. Plans come in the scheduler's order.
@@ -25,3 +27,13 @@ class RankExecutor(Protocol):
     def run(self, plan: StepPlan, microbatches: int) -> StepResult:
         """An error means that this rank is out of step with the others."""
         ...
+
+
+def count_accepted(draft_ids: Sequence[int], sampled_ids: Sequence[int]) -> int:
+    """How many of ``sampled_ids`` are the request's tokens: all up to the first that is not the
+    draft which stood there, with this one. ``sampled_ids`` has one more entry than ``draft_ids``,
+    or none: token i was sampled as if the first i drafts were right."""
+    for i, (draft_id, sampled_id) in enumerate(zip(draft_ids, sampled_ids, strict=False)):
+        if draft_id != sampled_id:
+            return i + 1
+    return len(sampled_ids)

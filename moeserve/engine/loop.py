@@ -25,13 +25,13 @@ from moeserve.core import (
     Request,
     RequestId,
     StepPlan,
-    StepResult,
     Timing,
     TokenOut,
 )
-from moeserve.engine.blocks import BlockCounts
+from moeserve.engine.drive import Schedules, StepOutcome, run_step
 from moeserve.engine.executor import Executor
 from moeserve.engine.request_state import RequestState, Sink
+from moeserve.engine.scheduler import refuse_duplicate
 from moeserve.engine.text import Decodes, TextStream
 from moeserve.errors import TokenizerError, UnavailableError
 
@@ -52,29 +52,6 @@ class EngineLoad:
     accepting: bool
 
 
-class Schedules(Protocol):
-    """A ``Scheduler``, or a ``Fleet`` of them."""
-
-    @property
-    def counters(self) -> Counters: ...
-    @property
-    def num_running(self) -> int: ...
-    @property
-    def num_waiting(self) -> int: ...
-    @property
-    def has_work(self) -> bool: ...
-    @property
-    def blocks(self) -> BlockCounts: ...
-
-    def add(self, request: Request) -> None: ...
-
-    def abort(self, request_id: RequestId, reason: FinishReason) -> bool: ...
-
-    def plan(self, now: float) -> StepPlan: ...
-
-    def apply(self, result: StepResult) -> list[TokenOut]: ...
-
-
 class EngineObserver(Protocol):
     """What metrics are made of. Called on the engine's thread."""
 
@@ -90,7 +67,7 @@ class EngineObserver(Protocol):
 
 
 class Unobserved:
-    """Nobody looks."""
+    """An observer for an engine that nobody watches."""
 
     def on_step(self, plan: StepPlan, seconds: float) -> None: ...
 
@@ -102,7 +79,12 @@ class Unobserved:
 
 
 class EngineLock:
-    """``with`` it for a moment: no step runs and no sink is called inside. Reentrant."""
+    """Whoever holds it is the only one to touch the scheduler and the table of streams. Reentrant.
+
+    The engine's thread holds it to plan a step and to apply its result, never while the executor
+    runs or a sink is called: so it is free within moments, and holding it does not mean that no
+    step is running. UnavailableError after ``LOCK_S``.
+    """
 
     def __init__(self) -> None:
         self._mutex = threading.RLock()
@@ -141,10 +123,10 @@ class Engine:
         self._tokenizer = tokenizer
         self._observer = observer or Unobserved()
         self._clock = clock
-        self._rest = idle
-        self._farewell = "the server stopped: retry elsewhere"
+        self._on_idle = idle
+        self._stop_reason = "the server stopped: retry elsewhere"
         self._log = logging.getLogger("moeserve.engine")
-        self._lock = EngineLock()  # scheduler, streams and accepting; never while a step runs
+        self._lock = EngineLock()  # of scheduler, streams and accepting
         self._streams: dict[RequestId, RequestState] = {}
         self._accepting = True
         self._cancelled: deque[RequestState] = deque()
@@ -190,6 +172,8 @@ class Engine:
         with self._lock:
             if not self._accepting:
                 raise UnavailableError("the server is draining or stopped: retry elsewhere")
+            # The scheduler lets go of a request before its stream has had its last event.
+            refuse_duplicate(request, request.id in self._streams)
             self._scheduler.add(request)
             self._streams[request.id] = stream
             self._idle.clear()
@@ -197,7 +181,7 @@ class Engine:
 
     def abort(self, request_id: RequestId) -> None:
         """End a request before the next step, from any thread; ended ones are left alone."""
-        stream = self._streams.get(request_id)
+        stream = self._streams.get(request_id)  # without the lock: one look at a dict is atomic
         if stream is not None:
             self._cancelled.append(stream)
             self._wake.set()
@@ -238,11 +222,11 @@ class Engine:
         try:
             while not self._stopping.is_set():
                 if not self._step():
-                    self._rest()
+                    self._on_idle()
                     self._wake.wait(IDLE_S)
                     self._wake.clear()
         except UnavailableError as error:
-            self._farewell = error.message
+            self._stop_reason = error.message
             self._log.critical("the engine stopped: %s", error.message)
         except Exception:  # noqa: BLE001 - the thread's last stop: log it, then end every stream
             self._log.critical("the engine stopped", exc_info=True)
@@ -257,39 +241,42 @@ class Engine:
             stream = self._cancelled.popleft()
             if self._streams.get(stream.request.id) is stream:
                 self._end(stream.request.id, FinishReason.ABORT, "the request was cancelled")
-        with self._lock:
-            if not self._scheduler.has_work:
-                return False
-            plan = self._scheduler.plan(self._clock())
-        for request_id in plan.expired:
-            self._close(request_id, FinishReason.DEADLINE, "the deadline passed")
+        outcome = run_step(
+            self._scheduler, self._executor, self._clock, lock=self._lock, on_plan=self._start_step
+        )
+        if outcome is None:
+            return False
         try:
-            self._run(plan)
-        except UnavailableError:
-            raise
-        except Exception:  # noqa: BLE001 - whatever a backend raises ends this step's requests only
-            self._log.exception("a step of %d tokens failed", plan.num_tokens)
-            for chunk in plan.chunks:
+            self._finish_step(outcome)
+        except Exception:  # noqa: BLE001 - a bug of ours in here ends this step's requests only
+            self._log.exception("a step of %d tokens failed", outcome.plan.num_tokens)
+            for chunk in outcome.plan.chunks:
                 self._fail(chunk.request.id)
         return True
 
-    def _run(self, plan: StepPlan) -> None:
-        begun = self._clock()
+    def _start_step(self, plan: StepPlan, began: float) -> None:
+        """Before the executor has its turn."""
+        for request_id in plan.expired:
+            self._close(request_id, FinishReason.DEADLINE, "the deadline passed")
         for chunk in plan.chunks:
             stream = self._streams.get(chunk.request.id)
             if stream is not None and stream.scheduled is None:
-                stream.scheduled, stream.cached = begun, chunk.start
-        if not plan.chunks:
-            return
-        result = self._executor.run(plan)
-        for request_id, problem in result.failed:
-            self._log.error("%s", problem)
+                stream.scheduled, stream.cached = began, chunk.start
+
+    def _finish_step(self, outcome: StepOutcome) -> None:
+        """Events for everyone whose request was in the step."""
+        plan = outcome.plan
+        if outcome.error is not None:
+            self._log.error("a step of %d tokens failed", plan.num_tokens, exc_info=outcome.error)
+        for request_id, problem in outcome.failed:
+            if outcome.error is None:
+                self._log.error("%s", problem)
             self._fail(request_id)
-        with self._lock:
-            outs = self._scheduler.apply(result)
+        if outcome.error is not None or not plan.chunks:
+            return
         now = self._clock()
-        self._observer.on_step(plan, now - begun)
-        for out in outs:
+        self._observer.on_step(plan, now - outcome.began)
+        for out in outcome.outs:
             stream = self._streams.get(out.request_id)
             if stream is not None:
                 self._deliver(stream, out, now)
@@ -357,5 +344,7 @@ class Engine:
                     self._idle.set()
 
     def _end_all(self) -> None:
-        for request_id in list(self._streams):
-            self._end(request_id, FinishReason.UNAVAILABLE, self._farewell)
+        with self._lock:
+            request_ids = list(self._streams)
+        for request_id in request_ids:
+            self._end(request_id, FinishReason.UNAVAILABLE, self._stop_reason)

@@ -9,9 +9,11 @@ here at once. It also asserts that a request's positions come in order and none 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import sha256
 
 from moeserve.core import Chunk, RequestId, Sampled, StepPlan, StepResult
+from moeserve.engine.executor import count_accepted
 
 
 class NullExecutor:
@@ -32,6 +34,7 @@ class NullExecutor:
         written: dict[int, RequestId] = {}
         sampled = []
         for chunk, digest in zip(plan.chunks, starts, strict=True):
+            digests = []
             for position, token in enumerate(chunk.token_ids, chunk.start):
                 slot = self._slot(chunk, position)
                 assert slot not in written, (
@@ -40,11 +43,18 @@ class NullExecutor:
                 written[slot] = chunk.request.id
                 digest = extend(digest, token)
                 self._slots[slot] = digest
-            self._next_position[chunk.request.id] = chunk.start + len(chunk.token_ids)
-            if chunk.sample:
-                token = draw(digest, chunk.request.params.seed, self._vocab_size)
-                sampled.append(Sampled(chunk.request.id, token))
+                digests.append(digest)
+            made = self._draw(chunk, digests)
+            if made:
+                sampled.append(Sampled(chunk.request.id, made))
+            self._next_position[chunk.request.id] = chunk.start + chunk.kept(len(made))
         return StepResult(tuple(sampled))
+
+    def _draw(self, chunk: Chunk, digests: Sequence[bytes]) -> tuple[int, ...]:
+        """The tokens that follow the chunk's, whose digests these are."""
+        seed, wanted = chunk.request.params.seed, digests[len(digests) - chunk.samples :]
+        drawn = [draw(digest, seed, self._vocab_size) for digest in wanted]
+        return tuple(drawn[: count_accepted(chunk.draft_ids, drawn)])
 
     def _past(self, chunk: Chunk) -> bytes:
         """The digest before the chunk's first token, read from its blocks and verified."""
@@ -53,10 +63,11 @@ class NullExecutor:
             f"request {chunk.request.id} stands at {expected}, the chunk starts at {chunk.start}"
         )
         history = chunk.request.prompt_ids + tuple(chunk.output_ids)
-        stop = chunk.start + len(chunk.token_ids)
-        assert chunk.token_ids == history[chunk.start : stop], "the chunk's tokens are not its own"
-        assert chunk.token_ids, "an empty chunk"
-        assert chunk.sample == (stop == len(history)), "sampled elsewhere than at the end"
+        own_ids = chunk.token_ids[: len(chunk.token_ids) - len(chunk.draft_ids)]
+        stop = chunk.start + len(own_ids)
+        assert own_ids == history[chunk.start : stop], "the chunk's tokens are not its own"
+        assert own_ids, "an empty chunk"
+        assert bool(chunk.samples) == (stop == len(history)), "sampled elsewhere than at the end"
         assert len(set(chunk.blocks)) == len(chunk.blocks), "a block twice in one table"
         digest = b""
         for position, token in enumerate(history[: chunk.start]):

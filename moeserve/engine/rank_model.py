@@ -105,8 +105,9 @@ class RankModel:
     @property
     def parallel(self) -> ParallelLayerRunner:
         """The way to the others, of which there must be some."""
-        assert self.decoder.parallel is not None
-        return self.decoder.parallel
+        runner = self.decoder.runner
+        assert isinstance(runner, ParallelLayerRunner), runner
+        return runner
 
     def lead(
         self,
@@ -142,8 +143,8 @@ class RankModel:
         """After the last step: give back what reaches the others, complete the routing trace."""
         if self.swapper is not None:
             self.swapper.close()
-        if self.decoder.parallel is not None:
-            self.decoder.parallel.dispatcher.close()
+        if isinstance(self.decoder.runner, ParallelLayerRunner):
+            self.decoder.runner.dispatcher.close()
         if self.recorder is not None:
             self.recorder.close()
 
@@ -183,8 +184,9 @@ def load_rank_model(
     recorder = _recorder(options, decoder, 0 if context is None else context.rank)
     uses: ExpertUseCounter | None = None
     observer: StepObserver | None = chain_observers(recorder, counts)
-    if context is not None and context.near_experts and decoder.parallel is not None:
-        observer = uses = ExpertUseCounter(decoder.parallel, context.group.world, observer)
+    runner = decoder.runner
+    if context is not None and context.near_experts and isinstance(runner, ParallelLayerRunner):
+        observer = uses = ExpertUseCounter(runner, context.group.world, observer)
     # 6. What runs a step.
     ends = (*decoder.spec.eos_ids, *tokenizer_eos)
     eos_ids = frozenset(i for i in ends if i < decoder.spec.vocab)

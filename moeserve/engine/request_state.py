@@ -1,4 +1,4 @@
-"""What the step loop remembers of one request: whom to tell, the text so far, and the times."""
+"""What the step loop keeps of one request: where its events go, the text so far, and the times."""
 
 from __future__ import annotations
 

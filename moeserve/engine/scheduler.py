@@ -1,10 +1,11 @@
 """Which tokens run in the next step.
 
-Continuous batching: every running request that is generating gets its one token first, then
-prompts fill what is left of the step's token budget, in chunks, in order of admission. Requests
-are admitted first come first served (another ``Admission`` may choose otherwise) with blocks
-for everything they know so far. When a generating request needs a block and none is free, the
-request admitted last gives up its blocks, returns to the head of the queue and is computed anew
+Continuous batching (Orca) with chunked prefill (Sarathi-Serve): every running request that is
+generating gets its one token first, and draft tokens behind it where a ``Drafter`` proposes some;
+then prompts fill what is left of the step's token budget, in chunks, in order of admission.
+Requests are admitted first come first served (another ``Admission`` may choose otherwise) with
+blocks for everything they know so far. When a generating request needs a block and none is free,
+the request admitted last gives up its blocks, returns to the head of the queue and is computed anew
 later. The request admitted first is never the victim of another and fits alone (``check``), so
 some request always advances.
 
@@ -14,8 +15,8 @@ Pure: time is an argument, tokens are numbers. Knows nothing of text, tensors or
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from moeserve.core import (
@@ -30,7 +31,9 @@ from moeserve.core import (
     StepResult,
     TokenOut,
 )
-from moeserve.engine.blocks import BlockCounts, BlockKey, BlockPool, child_key, root_key
+from moeserve.engine.blocks import BlockCounts, BlockPool
+from moeserve.engine.sequence import SequenceState
+from moeserve.engine.step_builder import StepBuilder
 from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
 
 
@@ -58,58 +61,16 @@ class SchedulerConfig:
             )
 
 
-@dataclass(slots=True)
-class SequenceState:
-    """A request under way. The KV of its first ``computed`` tokens lies in ``blocks``.
-
-    ``reached`` is the most it ever had computed: below it, work is done again. ``arrival`` counts
-    requests where several schedulers share a queue.
-    """
-
-    request: Request
-    output_ids: list[int] = field(default_factory=list)
-    blocks: list[BlockId] = field(default_factory=list)
-    keys: list[BlockKey] = field(default_factory=list)
-    computed: int = 0
-    reached: int = 0
-    admissions: int = 0
-    finish: FinishReason | None = None
-    arrival: int = 0
-
-    def __len__(self) -> int:
-        return len(self.request.prompt_ids) + len(self.output_ids)
-
-    @property
-    def generating(self) -> bool:
-        """Only its newest token is still to be computed."""
-        return bool(self.output_ids) and self.computed == len(self) - 1
-
-    def late(self, now: float) -> bool:
-        return self.request.deadline is not None and self.request.deadline <= now
-
-    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
-        prompt = self.request.prompt_ids
-        if stop <= len(prompt):
-            return prompt[start:stop]
-        outputs = self.output_ids[max(0, start - len(prompt)) : stop - len(prompt)]
-        return prompt[start:] + tuple(outputs)
-
-    def full_keys(self, block_size: int) -> list[BlockKey]:
-        """The keys of all full blocks, each computed once."""
-        for b in range(len(self.keys), len(self) // block_size):
-            parent = self.keys[-1] if b else root_key(self.request.salt)
-            self.keys.append(child_key(parent, self.tokens(b * block_size, (b + 1) * block_size)))
-        return self.keys
-
-
-def refuse_duplicate(request: Request, known: bool) -> None:
-    if known:
+def refuse_duplicate(request: Request, in_use: bool) -> None:
+    """An id names one request at a time."""
+    if in_use:
         raise InvalidRequestError(
             f"request id {request.id!r} is in use: choose another", param="request_id"
         )
 
 
 def refuse_when_full(waiting: int, config: SchedulerConfig) -> None:
+    """``max_queue`` bounds the requests that wait."""
     if waiting >= config.max_queue:
         raise ExhaustedError(f"{waiting} requests are waiting, as many as may: try again later")
 
@@ -129,14 +90,12 @@ class FirstComeFirstServed:
         return next(iter(waiting.values()), None)
 
 
-@dataclass(slots=True)
-class StepBuilder:
-    """A step being planned; ``budget`` tokens are left of it."""
+class Drafter(Protocol):
+    """Guesses how a sequence goes on."""
 
-    budget: int
-    expired: list[RequestId]
-    chunks: list[tuple[SequenceState, Chunk]] = field(default_factory=list)
-    preempted: list[RequestId] = field(default_factory=list)
+    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
+        """Tokens that may follow the newest one, in order; any number of them, none is fine."""
+        ...
 
 
 class Scheduler:
@@ -144,7 +103,7 @@ class Scheduler:
 
     ``plan`` is ``begin``, ``admit`` as often as there is room, and ``commit``; where several ranks
     share a queue (``fleet``) its owner calls these, and ``settle`` instead of ``apply``. ``rank``
-    is the home of whatever runs here.
+    is the home of whatever runs here. Without a ``drafter`` every chunk samples one token at most.
     """
 
     def __init__(
@@ -153,6 +112,7 @@ class Scheduler:
         pool: BlockPool,
         counters: Counters,
         admission: Admission | None = None,
+        drafter: Drafter | None = None,
         rank: int = 0,
     ) -> None:
         self.rank = rank
@@ -160,10 +120,10 @@ class Scheduler:
         self.pool = pool
         self.counters = counters
         self._admission = admission or FirstComeFirstServed()
+        self._drafter = drafter
         self._waiting: OrderedDict[RequestId, SequenceState] = OrderedDict()
-        self._running: OrderedDict[RequestId, SequenceState] = (
-            OrderedDict()
-        )  # oldest admission first
+        # In order of admission.
+        self._running: OrderedDict[RequestId, SequenceState] = OrderedDict()
         self._in_flight: list[tuple[SequenceState, Chunk]] = []
         self._ended: list[RequestId] = []
 
@@ -192,7 +152,8 @@ class Scheduler:
         return request_id in self._running or request_id in self._waiting
 
     def check(self, request: Request) -> None:
-        """Refuse what can never run."""
+        """Refuse what can never run, whoever asks for it. Doors refuse the same earlier, with the
+        client's words, for they need the bounds to choose a default (``gateway.limits``)."""
         prompt, limit = len(request.prompt_ids), self.config.max_model_len
         if prompt == 0:
             raise InvalidRequestError("the prompt has no tokens: give one or more", param="prompt")
@@ -241,13 +202,11 @@ class Scheduler:
 
     def begin(self, now: float) -> StepBuilder:
         """What running requests need of the next step."""
-        builder = StepBuilder(self.config.max_num_batched_tokens, self._expire(now))
-        for seq in [s for s in self._running.values() if s.generating]:
-            if seq.request.id in self._running and self._grow(seq, builder.preempted):
-                self._put(builder, seq, 1)
+        builder = StepBuilder(self.config.max_num_batched_tokens, self.rank, self._expire(now))
+        self._add_generating(builder)
         for seq in self._running.values():
             if builder.budget and not seq.generating:
-                self._put(builder, seq, builder.budget)
+                builder.add(seq)
         return builder
 
     def has_room(self, builder: StepBuilder, seq: SequenceState) -> bool:
@@ -283,13 +242,12 @@ class Scheduler:
         seq.reached = max(seq.reached, seq.computed)
         self._waiting.pop(seq.request.id, None)
         self._running[seq.request.id] = seq
-        self._put(builder, seq, builder.budget)
+        builder.add(seq)
 
     def commit(self, builder: StepBuilder, ended: tuple[RequestId, ...]) -> StepPlan:
         """The step as it will run."""
         self._in_flight = builder.chunks
-        chunks = tuple(c for _, c in builder.chunks)
-        return StepPlan(chunks, tuple(builder.expired), tuple(builder.preempted), ended)
+        return builder.plan(ended)
 
     def take_ended(self) -> tuple[RequestId, ...]:
         """Those that ended since the last call."""
@@ -310,36 +268,62 @@ class Scheduler:
 
     def settle(self, sampled: Mapping[RequestId, Sampled]) -> list[TokenOut]:
         """``apply`` of a step that is counted elsewhere."""
-        outs = []
+        outs: list[TokenOut] = []
         for seq, chunk in self._in_flight:
             if seq.finish is not None:
                 continue  # ended while the step ran
-            self._advance(seq, len(chunk.token_ids))
-            if chunk.sample:
-                sample = sampled[seq.request.id]
-                seq.output_ids.append(sample.token_id)
-                self.counters.generated_tokens += 1
-                finish = self._reason_to_end(seq)
-                if finish is not None:
-                    self._finish(seq, finish)
-                outs.append(TokenOut(seq.request.id, sample.token_id, sample.logprobs, finish))
+            if chunk.samples:
+                outs += self._accept(seq, chunk, sampled[seq.request.id])
+            else:
+                self._advance(seq, len(chunk.token_ids))
         self._in_flight = []
         return outs
 
-    def _put(self, builder: StepBuilder, seq: SequenceState, most: int) -> None:
-        """Add a request's next tokens to the step."""
-        stop = min(len(seq), seq.computed + most)
-        chunk = Chunk(
-            request=seq.request,
-            token_ids=seq.tokens(seq.computed, stop),
-            start=seq.computed,
-            blocks=tuple(seq.blocks),
-            sample=stop == len(seq),
-            output_ids=seq.output_ids,
-            rank=self.rank,
-        )
-        builder.chunks.append((seq, chunk))
-        builder.budget -= stop - seq.computed
+    def _add_generating(self, builder: StepBuilder) -> None:
+        """One token each, and drafts as far as the others' one token leaves room."""
+        generating = [seq for seq in self._running.values() if seq.generating]
+        for seq in generating:
+            if seq.request.id in self._running:
+                self._grow(seq, builder.preempted)
+        ready = [seq for seq in generating if seq.request.id in self._running]
+        for others, seq in zip(range(len(ready) - 1, -1, -1), ready, strict=True):
+            builder.add(seq, self._drafts(seq, builder.budget - 1 - others))
+
+    def _drafts(self, seq: SequenceState, most: int) -> tuple[int, ...]:
+        """Guesses that fit: into the step, the answer, and blocks that nobody else needs now."""
+        if self._drafter is None:
+            return ()
+        size, params = self.pool.block_size, seq.request.params
+        room = (len(seq.blocks) + self.pool.num_free) * size - len(seq)
+        answer = min(params.max_tokens - len(seq.output_ids), self.config.max_model_len - len(seq))
+        most = max(0, min(most, room, answer - 1))  # the last token of an answer is not computed
+        draft_ids = tuple(self._drafter.propose(seq.request, seq.output_ids)[:most])
+        more = self.pool.blocks_for(len(seq) + len(draft_ids)) - len(seq.blocks)
+        seq.blocks += self.pool.allocate(max(0, more))
+        return draft_ids
+
+    def _accept(self, seq: SequenceState, chunk: Chunk, sampled: Sampled) -> list[TokenOut]:
+        """Take the tokens that followed a chunk, in order, up to the first that ends the request.
+
+        Only drafts that were right stay computed.
+        """
+        assert 1 <= len(sampled.token_ids) <= chunk.samples, (sampled, chunk.samples)
+        outs: list[TokenOut] = []
+        finish: FinishReason | None = None
+        for i, token_id in enumerate(sampled.token_ids):
+            seq.output_ids.append(token_id)
+            finish = self._reason_to_end(seq)
+            logprobs = sampled.logprobs[i] if sampled.logprobs else None
+            outs.append(TokenOut(seq.request.id, token_id, logprobs, finish))
+            if finish is not None:
+                break
+        self.counters.generated_tokens += len(outs)
+        self.counters.drafted_tokens += chunk.samples - 1
+        self.counters.accepted_tokens += len(outs) - 1
+        self._advance(seq, chunk.kept(len(outs)))
+        if finish is not None:
+            self._finish(seq, finish)
+        return outs
 
     def _expire(self, now: float) -> list[RequestId]:
         late = [
@@ -352,8 +336,8 @@ class Scheduler:
             self._finish(seq, FinishReason.DEADLINE)
         return [seq.request.id for seq in late]
 
-    def _grow(self, seq: SequenceState, preempted: list[RequestId]) -> bool:
-        """Give a generating sequence room for its newest token; False if it had to yield."""
+    def _grow(self, seq: SequenceState, preempted: list[RequestId]) -> None:
+        """Give a generating sequence room for its newest token, or preempt it if it is last."""
         while len(seq.blocks) * self.pool.block_size < len(seq):
             if self.pool.num_free:
                 seq.blocks += self.pool.allocate(1)
@@ -362,8 +346,7 @@ class Scheduler:
             self._preempt(victim)
             preempted.append(victim.request.id)
             if victim is seq:
-                return False
-        return True
+                return
 
     def _preempt(self, seq: SequenceState) -> None:
         del self._running[seq.request.id]
@@ -379,8 +362,9 @@ class Scheduler:
         return self.pool.find(seq.full_keys(self.pool.block_size)[:usable])
 
     def _advance(self, seq: SequenceState, count: int) -> None:
+        """So many more tokens are computed; blocks that this fills can be shared."""
         self.counters.computed_tokens += count
-        self.counters.recomputed_tokens += max(0, min(seq.reached - seq.computed, count))
+        self.counters.recomputed_tokens += min(seq.reached - seq.computed, count)
         first, seq.computed = seq.computed // self.pool.block_size, seq.computed + count
         seq.reached = max(seq.reached, seq.computed)
         if not self.config.prefix_cache:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from moeserve.core import Counters, Request
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.drive import drive
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
-from moeserve.errors import InternalError
 from moeserve.models.decoder import Decoder
 
 BLOCK = 16
@@ -23,7 +23,7 @@ def answer(
     eos: frozenset[int],
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """The tokens of each request; ``progress`` hears how many were made since it was last told."""
+    """The tokens of each request; ``progress`` gets how many were made in each step."""
     if not requests:
         return []
     longest = max(len(r.prompt_ids) + r.params.max_tokens for r in requests) + 1
@@ -38,13 +38,10 @@ def answer(
     answers: dict[str, list[int]] = {r.id: [] for r in requests}
     for request in requests:
         scheduler.add(request)
-    while scheduler.has_work:
-        result = executor.run(scheduler.plan(0.0))
-        if result.failed:
-            raise InternalError(result.failed[0][1])
-        made = scheduler.apply(result)
-        for out in made:
+    for step in drive(scheduler, executor):
+        step.raise_failure()
+        for out in step.outs:
             answers[out.request_id].append(out.token_id)
         if progress is not None:
-            progress(len(made))
+            progress(len(step.outs))
     return list(answers.values())

@@ -58,7 +58,7 @@ class Run:
 def compare(
     reference: Decoder, tested: Decoder, windows: Sequence[Window], progress: Progress
 ) -> Comparison:
-    """``progress`` hears how many tokens were scored since it was last told."""
+    """``progress`` gets how many more tokens were scored."""
     longest = max(len(w.ids) for w in windows)
     runs = Run(reference, longest), Run(tested, longest)
     rows = max(1, min(TOKENS_PER_STEP, MOST_LOGITS // reference.spec.vocab))
@@ -94,12 +94,12 @@ def examine(
     problems: Sequence[ArithmeticProblem],
     progress: Progress,
 ) -> list[Exam]:
-    """Marks on all problems, then kind by kind; ``progress`` hears tokens generated."""
+    """Marks on all problems, then kind by kind; ``progress`` gets tokens generated."""
     right = []
     for decoder in (reference, tested):
         eos = frozenset((*decoder.spec.eos_ids, *tokenizer.eos_ids))
         made = answer(decoder, ask(problems, tokenizer), eos, progress)
-        said = [tokenizer.decode(ids) for ids in made]
-        right.append([is_right(p, text) for p, text in zip(problems, said, strict=True)])
+        texts = [tokenizer.decode(ids) for ids in made]
+        right.append([is_right(p, text) for p, text in zip(problems, texts, strict=True)])
     kinds = ("all", *dict.fromkeys(p.kind for p in problems))
     return [mark(problems, right[0], right[1], kind) for kind in kinds]

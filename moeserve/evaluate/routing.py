@@ -9,27 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 Ids = NDArray[np.int64]
 
 
 class RoutingNotes:
-    """A routing observer of one run: what it heard since ``take`` was last called."""
+    """A routing observer of one run: the choices since ``take`` was last called."""
 
     def __init__(self) -> None:
-        self._heard: dict[int, list[Ids]] = {}
+        self._seen: dict[int, list[Ids]] = {}
 
-    def record(self, layer: int, ids_TC: Tensor) -> None:
-        # A copy: the tensor belongs to the step. Sorted, for the order does not count.
-        self._heard.setdefault(layer, []).append(np.sort(ids_TC.numpy().astype(np.int64), axis=1))
+    def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
+        # A copy: the array belongs to the step. Sorted, for the order does not count.
+        self._seen.setdefault(layer, []).append(np.sort(ids_TC.astype(np.int64), axis=1))
 
     def take(self) -> dict[int, Ids]:
-        taken = {layer: np.concatenate(parts) for layer, parts in self._heard.items()}
-        self._heard = {}
+        taken = {layer: np.concatenate(parts) for layer, parts in self._seen.items()}
+        self._seen = {}
         return taken
 
 

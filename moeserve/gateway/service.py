@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from moeserve.core import Request, RequestId, SamplingParams
+from moeserve.core import CacheScope, Request, RequestId, SamplingParams
 from moeserve.engine.loop import Engine
 from moeserve.errors import (
     DeadlineError,
@@ -138,7 +138,7 @@ class InferenceService:
                         replace(fitted, seed=child_seed(seed, i)),
                         arrival=arrival,
                         deadline=None if wanted.timeout_s is None else arrival + wanted.timeout_s,
-                        salt=salt,
+                        scope=CacheScope(salt),
                         domain=domain,
                     )
                 )

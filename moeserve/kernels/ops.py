@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from moeserve.kernels.matrix import Source
+from moeserve.kernels.sampling import SampledRow, SamplingRow
 from moeserve.kernels.wire import Combine, Copies, Sums, Wire
 
 ATTENTION_SEGMENT = 512
@@ -556,4 +557,14 @@ class Ops(Protocol):
 
     def head(self, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
         """[R, N] of the rows (int64) that are wanted."""
+        ...
+
+    def sample(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
+    ) -> list[SampledRow]:
+        """One token for every row of logits, each by itself; once per step.
+
+        ``eos_ids`` are banned as long as a request has fewer tokens than ``min_tokens``, unless it
+        ignores them. The results are on the host.
+        """
         ...

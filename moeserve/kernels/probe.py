@@ -100,7 +100,7 @@ def probe_with_numpy(threads: int, size: int, rounds: int) -> Rate:
     """The slow twin: every thread sums its own array."""
     words = max(1, size // threads // 8)
 
-    def walk(_: int) -> list[float]:
+    def read(_: int) -> list[float]:
         mine = np.ones(words, np.uint64)
         rates = []
         for _ in range(rounds):
@@ -110,5 +110,5 @@ def probe_with_numpy(threads: int, size: int, rounds: int) -> Rate:
         return rates
 
     with ThreadPoolExecutor(threads) as pool:
-        of_threads = list(pool.map(walk, range(threads)))
+        of_threads = list(pool.map(read, range(threads)))
     return summarise("numpy", [sum(together) for together in zip(*of_threads, strict=True)])

@@ -10,6 +10,7 @@
     formats/                   stored codes to the matrices of the op table
     weights  expert_source     tensors as the op table takes them; experts read again while serving
     decoder                    the one decoder: token ids in, logits out
+    layer_runner               who runs its layers: this process; others are in ``comm``
     attention  moe  rope       its parts: attention, feed-forward, rotary tables
     batch                      one forward pass as tensors
     tokenizer                  text to token ids and back; chat messages to a prompt

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.errors import CheckpointError
+from moeserve.kernels.host_copy import to_host
 from moeserve.kernels.ops import HeadWeights, KvCache, Layer, Linear, Ops, Part, Rope, Stack, Step
 from moeserve.kernels.wire import Combine
 from moeserve.models.attention import kv_shape, load_attention
@@ -28,10 +28,11 @@ from moeserve.models.families import read_spec
 from moeserve.models.fields import Fields
 from moeserve.models.formats.layouts import Stored
 from moeserve.models.formats.method import read_method
+from moeserve.models.layer_runner import LayerRunner, LocalLayerRunner
 from moeserve.models.moe import RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
 from moeserve.models.rope import rope_tables
-from moeserve.models.spec import LayerSpec, ModelSpec
+from moeserve.models.spec import LayerSpec, ModelSpec, MoeSpec
 from moeserve.models.weights import Rounding, Weights, torch_dtype
 
 
@@ -58,8 +59,9 @@ class Mtp:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A loaded model. ``unread`` lists tensors that were left aside on purpose. With ``parallel``
-    the experts of ``stack`` are those of this rank alone, and it runs the layers."""
+    """A loaded model. ``unread`` lists tensors that were left aside on purpose. ``stack`` are the
+    layers as they were loaded, on a rank of several with its own experts alone; ``runner`` runs
+    them."""
 
     spec: ModelSpec
     ops: Ops
@@ -71,12 +73,12 @@ class Decoder:
     rope: Rope
     mtp: Mtp | None
     unread: tuple[str, ...]
-    parallel: ParallelLayerRunner | None = None
+    runner: LayerRunner
 
-    def over(self, parallel: ParallelLayerRunner) -> Decoder:
-        """The same over ranks. Experts are ``parallel``'s alone from here on: what it lets go of
-        is freed."""
-        return replace(self, stack=Stack((), None), parallel=parallel)
+    def over(self, runner: LayerRunner) -> Decoder:
+        """The same with other means to run its layers. These are the runner's alone from here on:
+        what it lets go of is freed."""
+        return replace(self, stack=Stack((), None), runner=runner)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -103,10 +105,10 @@ class Decoder:
         cache: ModelKvCache,
         observer: RoutingObserver | None = None,
     ) -> list[Tensor]:
-        """``forward`` of microbatches, over the ranks of ``parallel`` if there are any.
+        """``forward`` of microbatches.
 
-        All ranks come with the same number of microbatches, some of which may be empty. Where a
-        sequence is in several, the earlier one has the earlier tokens.
+        Where there are several ranks, all come with the same number of microbatches, some of which
+        may be empty. Where a sequence is in several, the earlier one has the earlier tokens.
         """
         hidden = self._layers(steps, cache, observer)
         return [
@@ -126,18 +128,22 @@ class Decoder:
         caches = cache.layers[: len(self.spec.layers)]
         hidden = [self.ops.embed(self.embedding_WH, step.token_ids_T) for step in steps]
         shared = [self._shared(step) if len(step.token_ids_T) else None for step in steps]
-        chosen: list[list[Tensor]] | None = None if observer is None else [[] for _ in steps]
-        if self.parallel is not None:
-            self.parallel.run(hidden, shared, caches, chosen)
-        else:
-            for m, (x_TH, own) in enumerate(zip(hidden, shared, strict=True)):
-                if own is not None:
-                    ids = None if chosen is None else chosen[m]
-                    self.ops.forward_layers(x_TH, self.stack, own, caches, ids)
-        if observer is not None and chosen is not None:
-            for layer, *ids_TC in zip(self.spec.moe_layers, *filter(None, chosen), strict=True):
-                observer.record(layer, ids_TC[0] if len(ids_TC) == 1 else torch.cat(ids_TC))
+        routed: list[list[Tensor]] | None = None if observer is None else [[] for _ in steps]
+        self.runner.run(hidden, shared, caches, routed)
+        if observer is not None and routed is not None:
+            self._show_routing(observer, routed)
         return hidden
+
+    def _show_routing(self, observer: RoutingObserver, routed: Sequence[list[Tensor]]) -> None:
+        """Every MoE layer's choices for the tokens of all microbatches, of which there may be
+        none. Here they are copied to the host."""
+        for l, layer in enumerate(self.spec.moe_layers):
+            parts = [of_layers[l] for of_layers in routed if of_layers]
+            if not parts:
+                mlp = self.spec.layers[layer].mlp
+                assert isinstance(mlp, MoeSpec), layer
+                parts = [torch.empty(0, mlp.router.top_k, dtype=torch.int32)]
+            observer.record(layer, to_host(parts[0] if len(parts) == 1 else torch.cat(parts)))
 
     def final_norm(self, hidden_RH: Tensor) -> Tensor:
         weights = self.head.weights
@@ -244,19 +250,21 @@ def build_decoder(w: Weights, kv_dtype: torch.dtype | None = None) -> Decoder:
         head = w.linear("lm_head", spec.vocab, spec.hidden)
     w.checkpoint.release()
     layers = [_load_layer(w, i, layer, names, spec) for i, layer in enumerate(spec.layers)]
+    stack = w.ops.stack_layers(layers)
     return Decoder(
         spec=spec,
         ops=w.ops,
         dtype=w.dtype,
         kv_dtype=kv_dtype or w.dtype,
         embedding_WH=embedding_WH,
-        stack=w.ops.stack_layers(layers),
+        stack=stack,
         head=w.ops.prepare(
             HeadWeights(w.vector("model.norm.weight", spec.hidden), spec.norm_eps, head)
         ),
         rope=rope_tables(spec.rope, spec.max_positions),
         mtp=_load_mtp(w, names, spec, embedding_WH, head),
         unread=_explained(w, spec),
+        runner=LocalLayerRunner(w.ops, stack),
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.errors import CheckpointError, PlacementError
@@ -30,9 +31,11 @@ from moeserve.models.weights import Weights, stacked
 
 
 class RoutingObserver(Protocol):
-    """Hears every routing decision; must copy what it keeps."""
+    """Sees every routing decision; must copy what it keeps."""
 
-    def record(self, layer: int, ids_TC: Tensor) -> None: ...
+    def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
+        """The experts of a step's tokens (int32, on the host) in one MoE layer."""
+        ...
 
 
 Mlp = Part[DenseWeights] | tuple[Part[RouterWeights], Part[MoeWeights]]

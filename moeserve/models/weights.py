@@ -98,7 +98,7 @@ class Weights:
         as_stored = self.rounding.of(module) == "auto"
         read = self.stored.linear if as_stored else self.stored.exactly
         matrix = read(module, out, into)
-        self._heard()
+        self._report_progress()
         return self.held(module, matrix)
 
     def rows(self, modules: Sequence[str], outs: Sequence[int], into: int) -> Pieces:
@@ -109,13 +109,13 @@ class Weights:
     def floats(self, module: str, out: int, into: int) -> Tensor:
         """In fp32, however it is stored: routers, and what is never rounded."""
         matrix = self.stored.exactly(module, out, into)
-        self._heard()
+        self._report_progress()
         return to_float(matrix)
 
     def embedding(self, module: str, vocab: int, hidden: int) -> Tensor:
         """A view of the file where that has the weight dtype: only rows looked up are read."""
         table = self.checkpoint.get(f"{module}.weight", (vocab, hidden))
-        self._heard()
+        self._report_progress()
         aligned = table.is_meta or table.data_ptr() % table.itemsize == 0
         return table.to(self.dtype, copy=not aligned)
 
@@ -125,13 +125,13 @@ class Weights:
     def exact(self, name: str, *shape: int) -> Tensor:
         """A plain tensor in fp32."""
         tensor = self.checkpoint.get(name, shape).float()
-        self._heard()
+        self._report_progress()
         return tensor
 
     def exact_rows(self, name: str, rows: Sequence[int], *shape: int) -> Tensor:
         """Some rows of a plain tensor, in fp32."""
         tensor = torch.stack(self.checkpoint.rows(name, shape, rows)).float()
-        self._heard()
+        self._report_progress()
         return tensor
 
     def has_experts(self, name: str) -> bool:
@@ -152,7 +152,7 @@ class Weights:
             found = [x.mT for x in self.checkpoint.rows(name, (num, into, out), own)]
         else:
             found = self.checkpoint.rows(name, (num, out, into), own)
-        self._heard()
+        self._report_progress()
         cut = apart if transposed and paired else undivided
         return stacked([cut(self.held(name, matrix)) for matrix in found])
 
@@ -181,7 +181,7 @@ class Weights:
             )
         return to_int4(floats)
 
-    def _heard(self) -> None:
+    def _report_progress(self) -> None:
         if self.progress is not None:
             self.progress(self.checkpoint.bytes_read, self.checkpoint.total_bytes)
 

@@ -10,7 +10,9 @@ Tensors of the file; sequences in order of first computation, tokens of each by 
     domain_ids   [sequences]          int32, into the metadata's ``domains``
 
 A token whose KV came from the prefix cache was never routed for this request: it is left out, and
-counted in ``cached_lens``. What a preemption computes again is recorded once. Metadata (strings,
+counted in ``cached_lens``; so are draft tokens. What a preemption computes again is recorded once,
+also where a request then runs on another rank: each rank has a file and a sequence of its own, and
+leaves out, as cached, what the others have. Metadata (strings,
 lists as JSON): ``format``, ``model``, ``num_experts``, ``moe_layers`` (decoder layer of each entry
 of the second dimension), ``domains``, ``dropped_tokens`` (computed after ``max_tokens`` were
 recorded).
@@ -27,10 +29,10 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeserve.core import Request, RequestId, StepPlan
 from moeserve.errors import ConfigError
@@ -75,9 +77,8 @@ class RoutingRecorder:
         self._domains: dict[str, int] = {}
         self._prompt_lens: list[int] = []
         self._domain_ids: list[int] = []
-        self._reached: list[int] = []  # positions below are recorded, or were cached
-        self._rows = np.empty(0, self._row)
-        self._fresh: list[tuple[int, int, NDArray[np.void]]] = []  # sequence, end, new rows
+        self._rows = np.empty(0, self._row)  # of the step
+        self._new_rows: list[NDArray[np.void]] = []  # those of them to be recorded
         self._seen: set[int] = set()
         self._log = logging.getLogger("moeserve.routing")
         self._recording = True
@@ -91,30 +92,27 @@ class RoutingRecorder:
             self.dropped_tokens += plan.num_tokens
             return
         self._rows = np.empty(plan.num_tokens, self._row)
-        self._fresh = []
+        self._new_rows = []
         self._seen = set()
         row = 0
         for chunk in plan.chunks:
-            sequence, stop = self._sequence_of(chunk.request), chunk.start + len(chunk.token_ids)
             rows = self._rows[row : row + len(chunk.token_ids)]
-            rows["sequence"] = sequence
-            rows["position"] = np.arange(chunk.start, stop)
-            again = min(max(0, self._reached[sequence] - chunk.start), len(rows))
-            self._fresh.append((sequence, stop, rows[again:]))
+            rows["sequence"] = self._sequence_of(chunk.request)
+            rows["position"] = np.arange(chunk.start, chunk.start + len(rows))
+            again = max(0, chunk.reached - chunk.start)
+            self._new_rows.append(rows[again : len(rows) - len(chunk.draft_ids)])
             row += len(rows)
 
-    def record(self, layer: int, ids_TC: Tensor) -> None:
+    def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
         if self._recording:
-            self._rows["ids"][:, self._column[layer]] = ids_TC.numpy()
+            self._rows["ids"][:, self._column[layer]] = ids_TC
             self._seen.add(layer)
 
     def end(self) -> None:
-        if not self._recording or not self._fresh:
+        if not self._recording or not self._new_rows:
             return  # of several ranks, one may have no part in a step
         assert self._seen == set(self._column), f"layers seen: {sorted(self._seen)}"
-        for sequence, stop, _ in self._fresh:
-            self._reached[sequence] = max(self._reached[sequence], stop)
-        rows = np.concatenate([rows for _, _, rows in self._fresh])
+        rows = np.concatenate(self._new_rows)
         kept = rows[: self._max_tokens - self.recorded_tokens]
         try:
             self._append(kept.tobytes())
@@ -157,8 +155,8 @@ class RoutingRecorder:
         )
         order = np.lexsort((rows["position"], rows["sequence"]))
         sequence, position = rows["sequence"][order], rows["position"][order]
-        recorded = np.bincount(sequence, minlength=len(self._reached))
-        spans = np.zeros(len(self._reached), np.int64)
+        recorded = np.bincount(sequence, minlength=len(self._prompt_lens))
+        spans = np.zeros(len(self._prompt_lens), np.int64)
         np.maximum.at(spans, sequence, position + 1)
         small = {
             "positions": position,
@@ -183,8 +181,7 @@ class RoutingRecorder:
     def _sequence_of(self, request: Request) -> int:
         """The index of a request's sequence, made when it is first seen."""
         if request.id not in self._live:
-            self._live[request.id] = len(self._reached)
-            self._reached.append(0)
+            self._live[request.id] = len(self._prompt_lens)
             self._prompt_lens.append(len(request.prompt_ids))
             self._domain_ids.append(self._domains.setdefault(request.domain, len(self._domains)))
         return self._live[request.id]

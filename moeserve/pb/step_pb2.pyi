@@ -7,35 +7,37 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StepOrder(_message.Message):
-    __slots__ = ("step", "microbatches", "forget", "begun", "number", "start", "count", "sample", "kept", "added", "blocks", "note")
+    __slots__ = ("step", "microbatches", "forget", "new_requests", "number", "start", "count", "samples", "kept", "added", "blocks", "note", "drafts")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
-    BEGUN_FIELD_NUMBER: _ClassVar[int]
+    NEW_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
-    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     ADDED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
     step: int
     microbatches: int
     forget: _containers.RepeatedScalarFieldContainer[int]
-    begun: _containers.RepeatedCompositeFieldContainer[Begun]
+    new_requests: _containers.RepeatedCompositeFieldContainer[NewRequest]
     number: _containers.RepeatedScalarFieldContainer[int]
     start: _containers.RepeatedScalarFieldContainer[int]
     count: _containers.RepeatedScalarFieldContainer[int]
-    sample: _containers.RepeatedScalarFieldContainer[bool]
+    samples: _containers.RepeatedScalarFieldContainer[int]
     kept: _containers.RepeatedScalarFieldContainer[int]
     added: _containers.RepeatedScalarFieldContainer[int]
     blocks: _containers.RepeatedScalarFieldContainer[int]
     note: bytes
-    def __init__(self, step: _Optional[int] = ..., microbatches: _Optional[int] = ..., forget: _Optional[_Iterable[int]] = ..., begun: _Optional[_Iterable[_Union[Begun, _Mapping]]] = ..., number: _Optional[_Iterable[int]] = ..., start: _Optional[_Iterable[int]] = ..., count: _Optional[_Iterable[int]] = ..., sample: _Optional[_Iterable[bool]] = ..., kept: _Optional[_Iterable[int]] = ..., added: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[int]] = ..., note: _Optional[bytes] = ...) -> None: ...
+    drafts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., microbatches: _Optional[int] = ..., forget: _Optional[_Iterable[int]] = ..., new_requests: _Optional[_Iterable[_Union[NewRequest, _Mapping]]] = ..., number: _Optional[_Iterable[int]] = ..., start: _Optional[_Iterable[int]] = ..., count: _Optional[_Iterable[int]] = ..., samples: _Optional[_Iterable[int]] = ..., kept: _Optional[_Iterable[int]] = ..., added: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[int]] = ..., note: _Optional[bytes] = ..., drafts: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class Begun(_message.Message):
-    __slots__ = ("number", "id", "prompt", "outputs", "sampling", "salt", "domain")
+class NewRequest(_message.Message):
+    __slots__ = ("number", "id", "prompt", "outputs", "sampling", "salt", "domain", "adapter", "reached")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +45,8 @@ class Begun(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    REACHED_FIELD_NUMBER: _ClassVar[int]
     number: int
     id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -50,7 +54,9 @@ class Begun(_message.Message):
     sampling: Sampling
     salt: str
     domain: str
-    def __init__(self, number: _Optional[int] = ..., id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[str] = ..., domain: _Optional[str] = ...) -> None: ...
+    adapter: str
+    reached: int
+    def __init__(self, number: _Optional[int] = ..., id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[str] = ..., domain: _Optional[str] = ..., adapter: _Optional[str] = ..., reached: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "bias_ids", "biases", "seed", "stop_token_ids", "ignore_eos", "logprobs")
@@ -85,7 +91,7 @@ class Sampling(_message.Message):
     def __init__(self, min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., bias_ids: _Optional[_Iterable[int]] = ..., biases: _Optional[_Iterable[float]] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class StepReport(_message.Message):
-    __slots__ = ("step", "tokens", "scores", "failed", "work", "note", "uses")
+    __slots__ = ("step", "tokens", "scores", "failed", "work", "note", "uses", "accepted")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +99,7 @@ class StepReport(_message.Message):
     WORK_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
     USES_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     step: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     scores: _containers.RepeatedCompositeFieldContainer[Scores]
@@ -100,7 +107,8 @@ class StepReport(_message.Message):
     work: Work
     note: bytes
     uses: _containers.RepeatedCompositeFieldContainer[Use]
-    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[_Union[Scores, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., note: _Optional[bytes] = ..., uses: _Optional[_Iterable[_Union[Use, _Mapping]]] = ...) -> None: ...
+    accepted: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[_Union[Scores, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., note: _Optional[bytes] = ..., uses: _Optional[_Iterable[_Union[Use, _Mapping]]] = ..., accepted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Use(_message.Message):
     __slots__ = ("kind", "tokens", "ranks")

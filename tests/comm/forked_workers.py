@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from moeserve.worker.run import leave, main
+from moeserve.worker.command import leave, main
 
 
 def work(environ: dict[str, str], flags: list[str], said: Path) -> None:

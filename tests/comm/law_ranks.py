@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def run(case: Case, loaded: Loaded, group: Group, ops: Ops) -> dict[str, Tensor]
     prompts, home = prompts_of(case, decoder.spec.vocab)
     own = [i for i, rank in enumerate(home) if rank == group.rank]
     rows = greedy(
-        replace(decoder, parallel=parallel), [prompts[i] for i in own], case.micro,
+        decoder.over(parallel), [prompts[i] for i in own], case.micro,
         case.seed + group.rank,
     )  # fmt: skip
     parallel.dispatcher.close()

@@ -120,9 +120,8 @@ def test_without_local_sizes_only_loopback_is_one_host() -> None:
     assert read_launch(bare | {"MASTER_ADDR": "localhost"}).one_host
 
 
-@pytest.mark.parametrize(
-    ("environ", "without", "says"),
-    [
+def test_a_missing_variable_is_named(subtests: pytest.Subtests) -> None:
+    for environ, without, says in [
         (TORCHRUN, "WORLD_SIZE", "WORLD_SIZE is not set"),
         (TORCHRUN, "RANK", "RANK is not set"),
         (TORCHRUN, "MASTER_ADDR", "MASTER_ADDR is not set"),
@@ -131,16 +130,13 @@ def test_without_local_sizes_only_loopback_is_one_host() -> None:
         (HYDRA, "PMI_SIZE", "PMI_SIZE is not set"),
         (SRUN, "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST is not set"),
         (SRUN, "SLURM_NTASKS", "SLURM_NTASKS is not set"),
-    ],
-)
-def test_a_missing_variable_is_named(environ: dict[str, str], without: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        read_launch({k: v for k, v in environ.items() if k != without})
+    ]:
+        with subtests.test(without), pytest.raises(ConfigError, match=says):
+            read_launch({k: v for k, v in environ.items() if k != without})
 
 
-@pytest.mark.parametrize(
-    ("environ", "wrong", "says"),
-    [
+def test_a_contradiction_names_its_variables(subtests: pytest.Subtests) -> None:
+    for environ, wrong, says in [
         (TORCHRUN, {"RANK": "4"}, "RANK=4: must be less than WORLD_SIZE=4"),
         (TORCHRUN, {"RANK": "three"}, "RANK='three': expected a whole number"),
         (TORCHRUN, {"RANK": "-1"}, "RANK='-1'"),
@@ -155,28 +151,22 @@ def test_a_missing_variable_is_named(environ: dict[str, str], without: str, says
         (SRUN, {"SLURM_JOB_NODELIST": "gpu[07-08"}, "SLURM_JOB_NODELIST=.* do not close"),
         (SRUN, {"SLURM_JOB_NODELIST": "gpu[8-7]"}, "no list of numbers"),
         (SRUN, {"SLURM_JOB_NODELIST": ""}, "names no host"),
-    ],
-)
-def test_a_contradiction_names_its_variables(
-    environ: dict[str, str], wrong: dict[str, str], says: str
-) -> None:
-    with pytest.raises(ConfigError, match=says):
-        read_launch(environ | wrong)
+    ]:
+        with subtests.test(f"{wrong}"), pytest.raises(ConfigError, match=says):
+            read_launch(environ | wrong)
 
 
-@pytest.mark.parametrize(
-    ("text", "hosts"),
-    [
+def test_node_lists_unfold_in_order(subtests: pytest.Subtests) -> None:
+    for text, hosts in [
         ("a", ["a"]),
         ("a,b-1.x", ["a", "b-1.x"]),
         ("n[1-3]", ["n1", "n2", "n3"]),
         ("n[008-010,12]", ["n008", "n009", "n010", "n12"]),
         ("r[1-2]n[01-02],x", ["r1n01", "r1n02", "r2n01", "r2n02", "x"]),
         ("a[1,3]-ib", ["a1-ib", "a3-ib"]),
-    ],
-)
-def test_node_lists_unfold_in_order(text: str, hosts: list[str]) -> None:
-    assert expand_hosts(text, "X") == hosts
+    ]:
+        with subtests.test(text):
+            assert expand_hosts(text, "X") == hosts
 
 
 @given(st.lists(st.integers(0, 999), min_size=1, unique=True))

@@ -9,17 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from moeserve.comm.layout import (
-    MOST_SLOTS,
-    LayerLayout,
-    check,
-    layouts,
-    own_experts,
-    plan_of,
-)
-from moeserve.comm.table import NumpyAssignmentTable, slots_at, table_of
+from moeserve.comm.layout import LayerLayout, check, layouts, own_experts, plan_of
+from moeserve.comm.table import NumpyAssignmentTable, table_of
 from moeserve.errors import PlacementError
-from moeserve.kernels.wire import Wire
+from moeserve.kernels.wire import MOST_SLOTS, Wire
 from moeserve.placement.cluster import Dataflow
 from moeserve.placement.plan import Plan, contiguous, dump
 
@@ -107,7 +100,7 @@ def test_the_last_slot_of_a_unit_arrives_as_it_was_numbered(size: int) -> None:
         assert copies.slot_NC.tolist() == [[-1, 0], [MOST_SLOTS - 1, -1]]
         wire = Wire(torch.int8, 8, 2)
         record = torch.zeros(1, wire.row_bytes, dtype=torch.uint8)
-        at = slots_at(wire)
+        at = wire.slots_at
         record[:, at : at + 4] = copies.slot_NC[1:].contiguous().view(torch.uint8)
         relayed = table.relay([record.flatten()], wire, size)
         assert relayed.count_R == [0] * (size - 1) + [1]

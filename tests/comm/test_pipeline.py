@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,7 +194,7 @@ def test_ranks_give_the_bits_of_one_process(
         decoder = rank_of_group(path, ops, layouts, rank, how)
         moves = dispatcher(ops, post, rank, world, size)
         over = parallel_over(ops, decoder.stack.layers, layouts, moves, Progress())
-        return logits_of_rank(replace(decoder, parallel=over), job, rank)
+        return logits_of_rank(decoder.over(over), job, rank)
 
     found = {n: row for rows in in_threads(world, work) for n, row in rows.items()}
     expected = alone(whole, job.prompts)

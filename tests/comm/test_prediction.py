@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeserve.comm.build import copy_bytes, parallel_over
 from moeserve.comm.dispatcher import DispatchStats, FlatDispatcher
@@ -43,8 +42,8 @@ class Routes:
 
     layers: dict[int, NDArray[np.int32]] = field(default_factory=dict)
 
-    def record(self, layer: int, ids_TC: Tensor) -> None:
-        self.layers[layer] = ids_TC.numpy().copy()
+    def record(self, layer: int, ids_TC: NDArray[np.int32]) -> None:
+        self.layers[layer] = ids_TC.copy()
 
 
 def prompts(count: int) -> list[tuple[int, ...]]:

@@ -116,19 +116,17 @@ def test_other_sizes_of_the_group_are_refused_on_every_rank() -> None:
             one.result()
 
 
-@pytest.mark.parametrize(
-    ("theirs", "says"),
-    [
+def test_what_does_not_fit_is_named(subtests: pytest.Subtests) -> None:
+    for theirs, says in [
         (pb.Arrival(version="9.9", protocol=1, world=2), r"rank 3 runs moeserve 9.9 \(protocol 1"),
         (pb.Arrival(version="0.1", protocol=2, world=2), r"rank 3 .*\(protocol 2\), rank 1 0.1"),
         (pb.Arrival(version="0.1", protocol=1, world=8), "rank 3 was started as one of 8 ranks"),
-    ],
-)
-def test_what_does_not_fit_is_named(theirs: pb.Arrival, says: str) -> None:
-    mine = pb.Arrival(version="0.1", protocol=1, world=2)
-    refuse(1, mine, 3, mine)
-    with pytest.raises(ConfigError, match=says):
-        refuse(1, mine, 3, theirs)
+    ]:
+        with subtests.test(says):
+            mine = pb.Arrival(version="0.1", protocol=1, world=2)
+            refuse(1, mine, 3, mine)
+            with pytest.raises(ConfigError, match=says):
+                refuse(1, mine, 3, theirs)
 
 
 def test_a_port_that_is_taken_is_named() -> None:

@@ -1,14 +1,17 @@
-"""A control channel between threads, for tests of steps over ranks."""
+"""A control channel between threads, and drafts for null executors."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
+from moeserve.core import Request
+from moeserve.engine.null import draw, extend
+from moeserve.engine.scheduler import Drafter
 from moeserve.errors import LateRankError, MoeserveError
 
 WAIT_S = 20.0
@@ -88,3 +91,31 @@ class FollowerEnd:
 def wires() -> Callable[[int], Wire]:
     """By number of ranks."""
     return Wire
+
+
+@dataclass(frozen=True)
+class Guesser:
+    """Drafts ``count`` of the tokens that a null executor will make; at every ``errs``-th position
+    another one, none if that is 0."""
+
+    vocab: int
+    count: int
+    errs: int = 0
+
+    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
+        history, digest = [*request.prompt_ids, *output_ids], b""
+        for token in history:
+            digest = extend(digest, token)
+        for _ in range(self.count):
+            token = draw(digest, request.params.seed, self.vocab)
+            if self.errs and len(history) % self.errs == 0:
+                token = (token + 1) % self.vocab
+            history.append(token)
+            digest = extend(digest, token)
+        return history[len(history) - self.count :]
+
+
+@pytest.fixture(scope="session")
+def guessers() -> Callable[..., Drafter]:
+    """By vocabulary, number of drafts, and how often they are wrong."""
+    return Guesser

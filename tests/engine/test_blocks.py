@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from moeserve.core import BlockId, Counters
+from moeserve.core import BlockId, CacheScope, Counters
 from moeserve.engine.blocks import BlockKey, BlockPool, child_key, root_key
 
 SIZE = 4
@@ -15,7 +15,7 @@ SIZE = 4
 
 def chain(token_ids: list[int], salt: str = "") -> list[BlockKey]:
     """The keys of all full blocks of a sequence."""
-    keys, parent = [], root_key(salt)
+    keys, parent = [], root_key(CacheScope(salt))
     for at in range(0, len(token_ids) - SIZE + 1, SIZE):
         parent = child_key(parent, token_ids[at : at + SIZE])
         keys.append(parent)
@@ -33,6 +33,16 @@ def filled(pool: BlockPool, keys: list[BlockKey]) -> list[BlockId]:
 def test_a_key_names_everything_before_it() -> None:
     assert chain([1, 2, 3, 4, 5, 6, 7, 8])[1] != chain([0, 2, 3, 4, 5, 6, 7, 8])[1]
     assert chain([1, 2, 3, 4, 9, 9, 9, 9])[0] == chain([1, 2, 3, 4, 5, 6, 7, 8])[0]
+
+
+short = st.text(alphabet="ab\0:", max_size=3)
+
+
+@given(short, short, short, short)
+def test_scopes_share_a_root_key_only_if_they_are_equal(a: str, b: str, c: str, d: str) -> None:
+    """However salt and adapter run into one another."""
+    one, other = CacheScope(a, b), CacheScope(c, d)
+    assert (root_key(one) == root_key(other)) == (one == other)
 
 
 def test_tenants_do_not_share() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from moeserve.comm.dispatcher import DispatchStats
 from moeserve.core import (
     BlockId,
+    CacheScope,
     Chunk,
     Counters,
     Event,
@@ -38,7 +39,7 @@ from moeserve.engine.ranks.follower import follow
 from moeserve.engine.ranks.leader import DistributedExecutor
 from moeserve.engine.ranks.messages import StepDecoder, StepEncoder
 from moeserve.engine.ranks.microbatches import FixedMicrobatches
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.engine.scheduler import Drafter, Scheduler, SchedulerConfig
 from moeserve.errors import InternalError, LateRankError, UnavailableError
 
 Wires = Callable[[int], Any]
@@ -108,11 +109,11 @@ def band(
 
 
 def fleet_of(
-    world: int, blocks: int, config: SchedulerConfig = CONFIG
+    world: int, blocks: int, config: SchedulerConfig = CONFIG, drafter: Drafter | None = None
 ) -> tuple[Fleet, list[BlockPool]]:
     counters = Counters()
     pools = [BlockPool(blocks, BLOCK, counters) for _ in range(world)]
-    return Fleet(config, pools, counters), pools
+    return Fleet(config, pools, counters, drafter=drafter), pools
 
 
 def request(name: str, prompt: Sequence[int], max_tokens: int = 8, **params: object) -> Request:
@@ -145,13 +146,26 @@ def workloads(draw: st.DrawFn) -> list[tuple[int, Request, int | None]]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(workload=workloads(), world=st.integers(1, 4), blocks=st.integers(6, 12))
+@given(
+    workload=workloads(),
+    world=st.integers(1, 4),
+    blocks=st.integers(6, 12),
+    drafts=st.sampled_from([0, 0, 1, 3]),
+    errs=st.integers(0, 4),
+)
 def test_ranks_make_the_tokens_of_one_process(
-    workload: list[tuple[int, Request, int | None]], world: int, blocks: int, wires: Wires
+    workload: list[tuple[int, Request, int | None]],
+    world: int,
+    blocks: int,
+    drafts: int,
+    errs: int,
+    wires: Wires,
+    guessers: Callable[..., Drafter],
 ) -> None:
     """With few blocks, so that requests are preempted and move; ranks run every step together."""
     config = replace(CONFIG, max_model_len=22)
-    fleet, pools = fleet_of(world, blocks, config)
+    drafter = guessers(VOCAB, drafts, errs) if drafts else None
+    fleet, pools = fleet_of(world, blocks, config, drafter)
     tokens: dict[RequestId, list[int]] = {r.id: [] for _, r, _ in workload}
     aborted = set()
     with band(wires(world), blocks) as group:
@@ -365,18 +379,20 @@ def chunk(r: Request, start: int, count: int, blocks: Sequence[int], outputs: li
     history = (*r.prompt_ids, *outputs)
     stop = start + count
     ids = tuple(BlockId(b) for b in blocks)
-    return Chunk(r, history[start:stop], start, ids, stop == len(history), outputs, 1)
+    return Chunk(r, history[start:stop], start, ids, int(stop == len(history)), outputs, 1)
 
 
 def test_all_that_sampling_needs_arrives() -> None:
-    asked = Request(RequestId("é-1"), (1, 2, 300_000), EVERYTHING, salt="s", domain="law")
+    asked = Request(
+        RequestId("é-1"), (1, 2, 300_000), EVERYTHING, scope=CacheScope("s", "a"), domain="law"
+    )
     told, known = StepEncoder(), StepDecoder(1)
     sent = chunk(asked, 0, 3, [2, 0], [])
     order = told.order(1, 2, [sent])
     (got,) = known.plan(order).chunks
     assert got == replace(sent, request=replace(asked, params=replace(EVERYTHING, max_tokens=16)))
     scores = Logprobs(-0.1, ((7, -0.1), (8, -2.5)))
-    made = StepResult((Sampled(asked.id, 7, scores),))
+    made = StepResult((Sampled(asked.id, (7,), (scores,)),))
     report = known.report(order, known.plan(told.order(2, 2, [sent])), made)
     assert told.result([sent], report) == made
 
@@ -394,12 +410,12 @@ def test_a_preempted_request_comes_with_all_its_blocks_and_no_more() -> None:
     plan = known.plan(order)
     assert plan.preempted == ("a",)
     assert plan.chunks[0].blocks == (3, 1, 2)
-    assert (len(order.begun), list(order.kept), list(order.added)) == (0, [0], [3])
+    assert (len(order.new_requests), list(order.kept), list(order.added)) == (0, [0], [3])
 
 
 def test_an_order_about_a_stranger_is_refused() -> None:
     order = StepEncoder().order(4, 1, [chunk(request("a", [1]), 0, 1, [0], [])])
-    order.ClearField("begun")
+    order.ClearField("new_requests")
     with pytest.raises(InternalError, match="step 4: request number 0 is not known"):
         StepDecoder(1).plan(order)
 
@@ -408,7 +424,41 @@ def test_a_rank_that_samples_too_much_is_found_out() -> None:
     told, known = StepEncoder(), StepDecoder(1)
     sent = [chunk(request("a", [1, 2]), 0, 2, [0], [])]
     order = told.order(1, 1, sent)
-    report = known.report(order, known.plan(order), StepResult((Sampled(RequestId("a"), 7),)))
+    report = known.report(order, known.plan(order), StepResult((Sampled(RequestId("a"), (7,)),)))
     report.tokens.append(8)
     with pytest.raises(InternalError, match="more than it was asked to"):
         told.result(sent, report)
+
+
+def test_drafts_travel_and_what_was_accepted_comes_back() -> None:
+    asked, encoder, decoder = request("a", range(3), logprobs=0), StepEncoder(), StepDecoder(1)
+    outputs = [9]
+    ids = tuple(BlockId(b) for b in (0, 1))
+    drafted = Chunk(asked, (9, 10, 11), 3, ids, 3, outputs, 1, reached=3)
+    order = encoder.order(1, 1, [drafted])
+    plan = decoder.plan(order)
+    assert plan.chunks[0] == replace(
+        drafted, request=replace(asked, params=replace(asked.params, max_tokens=16))
+    )
+    scores = (Logprobs(-0.5), Logprobs(-0.25))
+    made = StepResult((Sampled(asked.id, (10, 12), scores),))
+    report = decoder.report(order, plan, made)
+    assert encoder.result([drafted], report) == made
+    outputs += [10, 12]
+    following = Chunk(asked, (12,), 5, ids, 1, outputs, 1, reached=5)
+    order = encoder.order(2, 1, [following])
+    assert not order.new_requests
+    assert decoder.plan(order).chunks[0].token_ids == (12,)
+    assert decoder.plan(order).chunks[0].reached == 5
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_a_rank_that_accepts_more_or_less_than_it_could_is_found_out(count: int) -> None:
+    asked, encoder, decoder = request("a", range(3)), StepEncoder(), StepDecoder(1)
+    sent = [Chunk(asked, (2, 10, 11), 2, (BlockId(0),), 3, (), 1)]
+    order = encoder.order(1, 1, sent)
+    made = StepResult((Sampled(asked.id, (10,)),))
+    report = decoder.report(order, decoder.plan(order), made)
+    report.accepted[0] = count
+    with pytest.raises(InternalError, match="where 1 to 3 were asked for"):
+        encoder.result(sent, report)

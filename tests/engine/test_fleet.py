@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -22,7 +22,7 @@ from moeserve.core import (
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.null import NullExecutor
 from moeserve.engine.ranks.fleet import Fleet, Homes, RankLoad
-from moeserve.engine.scheduler import SchedulerConfig
+from moeserve.engine.scheduler import Drafter, SchedulerConfig
 from moeserve.errors import ExhaustedError, InvalidRequestError
 
 BLOCK, VOCAB, EOS = 4, 50, 7
@@ -50,6 +50,7 @@ class Town:
     num_blocks: int = 64
     config: SchedulerConfig = CONFIG
     homes: Homes | None = None
+    drafter: Drafter | None = None
     tokens: dict[RequestId, list[int]] = field(default_factory=dict)
     finish: dict[RequestId, FinishReason | None] = field(default_factory=dict)
     now: float = 0.0
@@ -57,7 +58,7 @@ class Town:
     def __post_init__(self) -> None:
         self.counters = Counters()
         self.pools = [BlockPool(self.num_blocks, BLOCK, self.counters) for _ in range(self.ranks)]
-        self.fleet = Fleet(self.config, self.pools, self.counters, self.homes)
+        self.fleet = Fleet(self.config, self.pools, self.counters, self.homes, self.drafter)
         self.executors = [NullExecutor(self.num_blocks, BLOCK, VOCAB) for _ in range(self.ranks)]
 
     def add(self, *requests: Request) -> None:
@@ -73,7 +74,7 @@ class Town:
             assert all(0 <= b < self.num_blocks for c in own for b in c.blocks)
             for sampled in executor.run(replace(plan, chunks=own)).sampled:
                 found[sampled.request_id] = sampled
-        return StepResult(tuple(found[c.request.id] for c in plan.chunks if c.sample))
+        return StepResult(tuple(found[c.request.id] for c in plan.chunks if c.samples))
 
     def step(self) -> StepPlan:
         self.now += 1
@@ -247,9 +248,13 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
 
 
 def history(
-    arrivals: list[Arrival], ranks: int, num_blocks: int, config: SchedulerConfig
+    arrivals: list[Arrival],
+    ranks: int,
+    num_blocks: int,
+    config: SchedulerConfig,
+    drafter: Drafter | None,
 ) -> tuple[Town, list[StepPlan]]:
-    town, plans = Town(ranks, num_blocks, config), []
+    town, plans = Town(ranks, num_blocks, config, drafter=drafter), []
     last = max(max(a.step, a.abort_at or 0) for a in arrivals)
     for now in range(2000):
         town.add(*(a.request for a in arrivals if a.step == now))
@@ -273,6 +278,8 @@ def history(
     max_num_seqs=st.integers(1, 4),
     spare=st.integers(0, 20),
     prefix_cache=st.booleans(),
+    drafts=st.sampled_from([0, 0, 1, 3]),
+    errs=st.integers(0, 4),
 )
 def test_homes_never_change_tokens(
     arrivals: list[Arrival],
@@ -281,6 +288,9 @@ def test_homes_never_change_tokens(
     max_num_seqs: int,
     spare: int,
     prefix_cache: bool,
+    drafts: int,
+    errs: int,
+    guessers: Callable[..., Drafter],
 ) -> None:
     config = SchedulerConfig(
         max_model_len=32,
@@ -289,7 +299,8 @@ def test_homes_never_change_tokens(
         eos_ids=frozenset({EOS}),
         prefix_cache=prefix_cache,
     )
-    town, plans = history(arrivals, ranks, num_blocks, config)
+    drafter = guessers(VOCAB, drafts, errs) if drafts else None
+    town, plans = history(arrivals, ranks, num_blocks, config, drafter)
     town.assert_nothing_leaked()
     for plan in plans:
         for rank in range(ranks):
@@ -305,7 +316,7 @@ def test_homes_never_change_tokens(
             assert town.finish[a.request.id] in (FinishReason.ABORT, FinishReason.DEADLINE)
     assert sum(town.counters.finished.values()) == len(arrivals)
     assert town.counters.generated_tokens == sum(map(len, town.tokens.values()))
-    again, same = history(arrivals, ranks, num_blocks, config)
+    again, same = history(arrivals, ranks, num_blocks, config, drafter)
     assert (again.tokens, same) == (town.tokens, plans)
 
 

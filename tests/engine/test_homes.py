@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from moeserve.comm.layout import LayerLayout
 from moeserve.core import (
     BlockId,
+    CacheScope,
     Chunk,
     Counters,
     Request,
@@ -35,7 +35,7 @@ TRACE = Path(__file__).resolve().parents[2] / "examples/demo_model/routing_by_do
 
 def ask(name: str = "r", domain: str = "", salt: str = "", prompt: int = 4) -> Request:
     ids = tuple(range(prompt))
-    return Request(RequestId(name), ids, SamplingParams(), domain=domain, salt=salt)
+    return Request(RequestId(name), ids, SamplingParams(), domain=domain, scope=CacheScope(salt))
 
 
 def load(rank: int, tokens: int, cached: int = 0) -> RankLoad:
@@ -97,12 +97,12 @@ def test_ranks_that_hold_a_prompts_experts_are_counted() -> None:
     layout = LayerLayout(np.array([0, 1, 2, 1], np.int32), 3, 2)
     counter = ExpertUseCounter(Pipeline(None, layout, layout), 2)  # type: ignore[arg-type]
     chunks = (
-        Chunk(ask("a", domain="x"), (5,), 9, (BlockId(0),), True, (1,)),
-        Chunk(ask("b", domain="x"), (0, 1, 2), 0, (BlockId(1),), False),
-        Chunk(ask("c", salt="y", prompt=90), tuple(range(90)), 0, (BlockId(2),), False),
+        Chunk(ask("a", domain="x"), (5,), 9, (BlockId(0),), 1, (1,)),
+        Chunk(ask("b", domain="x"), (0, 1, 2), 0, (BlockId(1),), 0),
+        Chunk(ask("c", salt="y", prompt=90), tuple(range(90)), 0, (BlockId(2),), 0),
     )
     counter.begin(StepPlan(chunks))
-    ids_TC = torch.tensor([[2, 2]] + [[0, 0], [0, 1], [2, 2]] + [[2, 1]] * 90, dtype=torch.int32)
+    ids_TC = np.array([[2, 2]] + [[0, 0], [0, 1], [2, 2]] + [[2, 1]] * 90, np.int32)
     for layer in (1, 2):
         counter.record(layer, ids_TC)
     assert counter.take() == []
@@ -156,7 +156,7 @@ def copies(homes: Homes, ranks: int) -> tuple[int, float]:
                 homes.learn(
                     ExpertUse(kind, layers * len(seen_TR), tuple(seen_TR.sum(axis=0).tolist()))
                 )
-        made = tuple(Sampled(c.request.id, 1) for c in step.chunks if c.sample)
+        made = tuple(Sampled(c.request.id, (1,)) for c in step.chunks if c.samples)
         fleet.apply(StepResult(made))
     return sent, max(served_R) * ranks / sum(served_R)
 

@@ -225,6 +225,23 @@ def test_an_abort_does_not_reach_a_later_request_of_the_same_id() -> None:
         assert second.wait().finish is FinishReason.LENGTH
 
 
+def test_an_id_is_in_use_until_its_stream_has_ended() -> None:
+    """Also between the step that ends it and its last event."""
+    first, refused = Client(), []
+
+    class Hasty(Watcher):
+        def on_step(self, plan: StepPlan, seconds: float) -> None:
+            try:
+                engine.submit(request("r", 1), Client())
+            except InvalidRequestError as error:
+                refused.append(error.message)
+
+    with make_engine(observer=Hasty()) as engine:
+        engine.submit(request("r", 1), first)
+        assert first.wait().finish is FinishReason.LENGTH
+    assert refused == ["request id 'r' is in use: choose another"]
+
+
 def test_a_late_request_ends_with_its_deadline() -> None:
     now = [0.0]
     gate = Gate(null())

@@ -8,6 +8,7 @@ import torch
 
 from moeserve.core import BlockId, Chunk, Request, RequestId, SamplingParams, StepPlan
 from moeserve.engine.model_runner import ModelRunner
+from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.batch import StepBatch
 
 GREEDY = SamplingParams(temperature=0)
@@ -16,6 +17,8 @@ V = 8
 
 class Echo:
     """A decoder that answers each token with itself; after token 3 its logits are no numbers."""
+
+    ops = ReferenceOps()
 
     def __init__(self) -> None:
         self.steps: list[StepBatch] = []
@@ -36,14 +39,14 @@ class Echo:
         return logits_RV
 
 
-def chunk(name: str, token_ids: list[int], start: int, blocks: list[int], sample: bool) -> Chunk:
+def chunk(name: str, token_ids: list[int], start: int, blocks: list[int], samples: int) -> Chunk:
     request = Request(RequestId(name), tuple(range(start)) + tuple(token_ids), GREEDY)
-    return Chunk(request, tuple(token_ids), start, tuple(map(BlockId, blocks)), sample)
+    return Chunk(request, tuple(token_ids), start, tuple(map(BlockId, blocks)), samples)
 
 
 def test_chunks_of_prefill_and_decode_share_a_batch() -> None:
     decoder = Echo()
-    plan = StepPlan((chunk("a", [1, 2], 3, [5, 0], False), chunk("b", [4], 6, [2, 7], True)))
+    plan = StepPlan((chunk("a", [1, 2], 3, [5, 0], 0), chunk("b", [4], 6, [2, 7], 1)))
     result = ModelRunner(decoder, 8, 4).run(plan)
     (step,) = decoder.steps
     assert step.token_ids_T.tolist() == [1, 2, 4]
@@ -52,7 +55,7 @@ def test_chunks_of_prefill_and_decode_share_a_batch() -> None:
     assert step.attention.query_start_S1.tolist() == [0, 2, 3]
     assert step.attention.context_S.tolist() == [5, 7]
     assert step.logit_rows_R.tolist() == [2]
-    assert [(s.request_id, s.token_id) for s in result.sampled] == [("b", 4)]
+    assert [(s.request_id, s.token_ids) for s in result.sampled] == [("b", (4,))]
 
 
 def test_logits_that_are_no_numbers_fail_one_request_of_the_step() -> None:
@@ -60,12 +63,11 @@ def test_logits_that_are_no_numbers_fail_one_request_of_the_step() -> None:
     executor = ModelRunner(Echo(), 4, 4, on_logits=lambda c, _: seen.append(c.request.id))
     plan = StepPlan(
         tuple(
-            chunk(n, [t], 0, [i], True)
-            for i, (n, t) in enumerate(zip("abc", [1, 3, 6], strict=True))
+            chunk(n, [t], 0, [i], 1) for i, (n, t) in enumerate(zip("abc", [1, 3, 6], strict=True))
         )
     )
     result = executor.run(plan)
-    assert [(s.request_id, s.token_id) for s in result.sampled] == [("a", 1), ("c", 6)]
+    assert [(s.request_id, s.token_ids) for s in result.sampled] == [("a", (1,)), ("c", (6,))]
     assert result.failed == (("b", "request b: the logits after position 0 hold nan at token 5"),)
     assert seen == ["a", "b", "c"]
 
@@ -73,13 +75,13 @@ def test_logits_that_are_no_numbers_fail_one_request_of_the_step() -> None:
 def test_end_tokens_are_banned_before_min_tokens() -> None:
     params = SamplingParams(temperature=0, min_tokens=1)
     request = Request(RequestId("a"), (6,), params)
-    plan = StepPlan((Chunk(request, (6,), 0, (BlockId(0),), True),))
+    plan = StepPlan((Chunk(request, (6,), 0, (BlockId(0),), 1),))
     result = ModelRunner(Echo(), 4, 4, eos_ids=frozenset({6})).run(plan)
-    assert [s.token_id for s in result.sampled] == [0]
+    assert [s.token_ids for s in result.sampled] == [(0,)]
 
 
 def test_microbatches_sample_the_same_rows() -> None:
-    chunks = (chunk("a", [1, 2, 4], 0, [0], True), chunk("b", [4], 3, [1], True))
+    chunks = (chunk("a", [1, 2, 4], 0, [0], 1), chunk("b", [4], 3, [1], 1))
     plain, cut = Echo(), Echo()
     result = ModelRunner(plain, 8, 4).run(StepPlan(chunks))
     assert ModelRunner(cut, 8, 4).run(StepPlan(chunks), microbatches=2) == result
@@ -90,7 +92,7 @@ def test_microbatches_sample_the_same_rows() -> None:
 
 def test_a_step_that_cannot_be_packed_fails_its_requests_after_the_decoders_turn() -> None:
     decoder = Echo()
-    plan = StepPlan((chunk("a", [1], 9, [0], True), chunk("b", [2], 0, [1], True)))
+    plan = StepPlan((chunk("a", [1], 9, [0], 1), chunk("b", [2], 0, [1], 1)))
     result = ModelRunner(decoder, 8, 4).run(plan, microbatches=2)
     assert [request_id for request_id, _ in result.failed] == ["a", "b"]
     assert [s.token_ids_T.tolist() for s in decoder.steps] == [[], []]
@@ -99,7 +101,7 @@ def test_a_step_that_cannot_be_packed_fails_its_requests_after_the_decoders_turn
 def test_a_row_that_cannot_be_sampled_fails_one_request() -> None:
     odd = SamplingParams(temperature=0, logit_bias=((V + 5, 1.0),))
     request = Request(RequestId("odd"), (1,), odd)
-    plan = StepPlan((Chunk(request, (1,), 0, (BlockId(0),), True), chunk("b", [2], 0, [1], True)))
+    plan = StepPlan((Chunk(request, (1,), 0, (BlockId(0),), 1), chunk("b", [2], 0, [1], 1)))
     result = ModelRunner(Echo(), 8, 4).run(plan)
     assert [i for i, _ in result.failed] == ["odd"]
-    assert [(s.request_id, s.token_id) for s in result.sampled] == [("b", 2)]
+    assert [(s.request_id, s.token_ids) for s in result.sampled] == [("b", (2,))]

@@ -5,21 +5,32 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from io import RawIOBase
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from moeserve.core import Counters, FinishReason, Request, RequestId, SamplingParams
+from moeserve.core import (
+    BlockId,
+    Chunk,
+    Counters,
+    FinishReason,
+    Request,
+    RequestId,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+)
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.null import NullExecutor
+from moeserve.engine.ranks.fleet import Fleet, RankLoad
 from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.errors import ConfigError
 from moeserve.observe.routing import RoutingRecorder
@@ -43,6 +54,18 @@ def recorder(path: Path, max_tokens: int = 10_000, experts: int = EXPERTS) -> Ro
     )
 
 
+def record_step(recorder: RoutingRecorder, plan: StepPlan) -> None:
+    recorder.begin(plan)
+    for layer in LAYERS:
+        rows = [
+            chosen(token, position, layer)
+            for c in plan.chunks
+            for position, token in enumerate(c.token_ids, c.start)
+        ]
+        recorder.record(layer, np.array(rows, np.int32).reshape(-1, TOP_K))
+    recorder.end()
+
+
 def serve(
     recorder: RoutingRecorder, waves: Sequence[Sequence[Request]], num_blocks: int, chunk: int
 ) -> tuple[dict[RequestId, list[int]], Counters]:
@@ -58,15 +81,7 @@ def serve(
             tokens[r.id] = list(r.prompt_ids)
         while scheduler.has_work:
             plan = scheduler.plan(0.0)
-            recorder.begin(plan)
-            for layer in LAYERS:
-                rows = [
-                    chosen(token, position, layer)
-                    for c in plan.chunks
-                    for position, token in enumerate(c.token_ids, c.start)
-                ]
-                recorder.record(layer, torch.tensor(rows, dtype=torch.int32))
-            recorder.end()
+            record_step(recorder, plan)
             for out in scheduler.apply(executor.run(plan)):
                 tokens[out.request_id].append(out.token_id)
     return tokens, counters
@@ -178,6 +193,54 @@ def test_what_a_preemption_computes_again_is_recorded_once(tmp_path: Path) -> No
     recorded.close()
     assert counters.recomputed_tokens > 0
     assert load_file(tmp_path / "t")["seq_lens"].tolist() == [19, 19]
+
+
+class FirstRank:
+    """Fills rank 0 before rank 1."""
+
+    def pick(self, request: Request, loads: Sequence[RankLoad]) -> int:
+        return loads[0].rank
+
+
+def test_a_token_that_another_rank_computes_again_is_in_one_file(tmp_path: Path) -> None:
+    """A request is preempted on rank 0 and goes on, from its beginning, on rank 1."""
+    counters = Counters()
+    pools = [BlockPool(6, BLOCK, counters) for _ in range(2)]
+    config = SchedulerConfig(64, max_num_seqs=4, max_num_batched_tokens=64)
+    fleet = Fleet(config, pools, counters, FirstRank())
+    files = [tmp_path / f"rank{rank}" for rank in range(2)]
+    recorders = [recorder(file) for file in files]
+    executors = [NullExecutor(6, BLOCK, 100) for _ in range(2)]
+    for i in range(2):
+        fleet.add(request(f"r{i}", [i] * 8, 12))
+    while fleet.has_work:
+        plan = fleet.plan(0.0)
+        sampled = []
+        for rank, (recorded, executor) in enumerate(zip(recorders, executors, strict=True)):
+            own = replace(plan, chunks=tuple(c for c in plan.chunks if c.rank == rank))
+            record_step(recorded, own)
+            sampled += executor.run(own).sampled
+        fleet.apply(StepResult(tuple(sampled)))
+    for recorded in recorders:
+        recorded.close()
+    assert counters.recomputed_tokens > 0
+    first, second = (load_file(file) for file in files)
+    assert first["seq_lens"][0] == 19
+    moved_at = int(first["seq_lens"][1])
+    assert (second["seq_lens"].tolist(), second["cached_lens"].tolist()) == (
+        [19 - moved_at],
+        [moved_at],
+    )
+    assert second["positions"].tolist() == [*range(moved_at, 19)]
+
+
+def test_draft_tokens_are_left_out(tmp_path: Path) -> None:
+    recorded = recorder(tmp_path / "t")
+    asked = request("a", [1, 2, 3])
+    chunk = Chunk(asked, (3, 40, 41), 2, (BlockId(0), BlockId(1)), 3, reached=2)
+    record_step(recorded, StepPlan((chunk,)))
+    recorded.close()
+    assert load_file(tmp_path / "t")["positions"].tolist() == [2]
 
 
 def test_an_id_used_again_is_another_sequence(tmp_path: Path) -> None:

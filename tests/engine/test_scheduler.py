@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.core import Counters, FinishReason, Request, RequestId, SamplingParams, StepPlan
+from moeserve.core import (
+    CacheScope,
+    Counters,
+    FinishReason,
+    Request,
+    RequestId,
+    SamplingParams,
+    StepPlan,
+)
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.engine.scheduler import Drafter, Scheduler, SchedulerConfig
 from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
 
 BLOCK = 4
 VOCAB = 50
 EOS = 7
+Guessers = Callable[..., Drafter]
 
 
 def request(
@@ -33,7 +42,7 @@ def request(
         tuple(prompt),
         SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         deadline=deadline,
-        salt=salt,
+        scope=CacheScope(salt),
     )
 
 
@@ -47,11 +56,12 @@ class House:
             max_model_len=64, max_num_seqs=4, max_num_batched_tokens=16, eos_ids=frozenset({EOS})
         )
     )
+    drafter: Drafter | None = None
 
     def __post_init__(self) -> None:
         self.counters = Counters()
         self.pool = BlockPool(self.num_blocks, BLOCK, self.counters)
-        self.scheduler = Scheduler(self.config, self.pool, self.counters)
+        self.scheduler = Scheduler(self.config, self.pool, self.counters, drafter=self.drafter)
         self.executor = NullExecutor(self.num_blocks, BLOCK, VOCAB)
         self.tokens: dict[RequestId, list[int]] = {}
         self.finish: dict[RequestId, FinishReason | None] = {}
@@ -109,6 +119,7 @@ def test_a_request_gets_its_tokens_and_leaves_nothing_behind() -> None:
     assert len(house.tokens[RequestId("a")]) == 5
     assert house.finish[RequestId("a")] is FinishReason.LENGTH
     assert house.counters.finished == {FinishReason.LENGTH: 1}
+    assert house.counters.prompt_tokens == 10
     assert house.counters.computed_tokens == 10 + 4
     house.assert_nothing_leaked()
 
@@ -190,8 +201,11 @@ def test_recomputed_tokens_are_counted() -> None:
         for name, at in (("a", 0), ("b", 20))
     ]
     house.add(*requests)
-    house.run()
-    assert house.counters.recomputed_tokens > 0
+    again = 0
+    while house.scheduler.has_work:
+        plan = house.step()
+        again += sum(max(0, min(c.reached - c.start, len(c.token_ids))) for c in plan.chunks)
+    assert house.counters.recomputed_tokens == again > 0
     assert house.counters.computed_tokens == 2 * 19 + house.counters.recomputed_tokens
 
 
@@ -333,6 +347,161 @@ def test_first_come_first_served() -> None:
     assert ended == [f"r{i}" for i in range(6)]
 
 
+def test_a_request_starts_where_its_blocks_and_one_for_each_running_one_are_free() -> None:
+    """B needs 2 blocks, and A, which holds 2, may need one more: 5 in all."""
+    for num_blocks, started in ((5, ["a", "b"]), (4, ["a"])):
+        house = House(num_blocks)
+        house.add(request("a", range(8), 2), request("b", range(20, 28), 2))
+        assert ran(house.step()) == started
+
+
+def test_blocks_that_are_shared_again_are_not_free_any_more() -> None:
+    """C holds 1 block and may need another; B shares 2 that nobody holds, and needs 1: 5 in all."""
+    for num_blocks, started in ((5, ["c", "b"]), (4, ["c"])):
+        house = House(num_blocks)
+        house.add(request("a", range(8), 1))
+        house.run()
+        house.add(request("c", range(40, 44), 2), request("b", [*range(8), 9], 2))
+        assert ran(house.step()) == started
+
+
+def test_as_many_run_as_may_and_no_more() -> None:
+    house = House(config=SchedulerConfig(64, max_num_seqs=2, max_num_batched_tokens=16))
+    house.add(*(request(name, [1, 2], 4, ignore_eos=True) for name in "abc"))
+    assert ran(house.step()) == ["a", "b"]
+    assert (house.scheduler.num_running, house.scheduler.num_waiting) == (2, 1)
+
+
+def test_a_deadline_is_missed_when_it_comes() -> None:
+    for now, expired in ((2.9, ()), (3.0, ("a",)), (3.1, ("a",))):
+        house = House()
+        house.add(request("a", [1], deadline=3.0))
+        assert house.scheduler.plan(now).expired == expired
+
+
+def test_only_full_blocks_whose_tokens_are_computed_can_be_found() -> None:
+    house = House()
+    house.add(request("a", range(7), 3, ignore_eos=True))
+    cached = []
+    while house.scheduler.has_work:
+        house.step()
+        cached.append(house.pool.num_cached)
+    assert cached == [1, 2, 2]  # 7, 8 and 9 tokens
+
+
+def test_what_was_cancelled_is_offered_to_others() -> None:
+    house = House()
+    house.add(request("a", range(8), 4, ignore_eos=True))
+    house.step()
+    house.abort("a")
+    assert house.pool.num_cached == 2
+
+
+def test_the_tightest_bounds_that_make_sense_are_taken() -> None:
+    config = SchedulerConfig(2, max_num_seqs=1, max_num_batched_tokens=1, max_queue=1)
+    house = House(1, config)
+    house.add(request("a", [1], 9))
+    house.run()
+    assert len(house.tokens[RequestId("a")]) == 1
+
+
+def test_what_is_looked_up_and_found_is_counted_once_per_request() -> None:
+    house = House(num_blocks=6)
+    house.add(
+        request("a", range(8), max_tokens=12, ignore_eos=True),
+        request("b", range(20, 28), max_tokens=12, ignore_eos=True),
+    )
+    house.run()
+    assert house.counters.preemptions > 0
+    assert house.counters.prefix_queried_tokens == 16
+    assert house.counters.prefix_hit_tokens == 0
+
+
+def test_a_preempted_request_is_first_in_the_queue_and_says_how_far_it_was() -> None:
+    house = House(num_blocks=6, config=SchedulerConfig(64, prefix_cache=False))
+    house.add(
+        *(request(n, range(at, at + 8), 12, ignore_eos=True) for n, at in (("a", 0), ("b", 20)))
+    )
+    house.add(request("c", [1], 1))
+    plans = []
+    while house.scheduler.has_work:
+        plans.append(house.step())
+    (preempting,) = [plan for plan in plans if plan.preempted]
+    assert ran(preempting) == ["a"]
+    reached = max(
+        c.start + len(c.token_ids)
+        for p in plans[: plans.index(preempting)]
+        for c in p.chunks
+        if c.request.id == "b"
+    )
+    again = [c for p in plans[plans.index(preempting) :] for c in p.chunks if c.request.id == "b"]
+    assert (again[0].start, again[0].reached) == (0, reached)
+    started = [name for plan in plans[plans.index(preempting) :] for name in ran(plan)]
+    assert started.index("b") < started.index("c")
+
+
+def test_right_drafts_make_several_tokens_a_step(guessers: Guessers) -> None:
+    house = House(drafter=guessers(VOCAB, 3))
+    asked = request("a", range(5), 8, ignore_eos=True)
+    house.add(asked)
+    samples = []
+    while house.scheduler.has_work:
+        samples += [c.samples for c in house.step().chunks]
+    assert samples == [1, 4, 3]  # at most what the answer still needs
+    assert house.tokens[RequestId("a")] == alone(asked, house.config)
+    count = house.counters
+    assert (count.steps, count.generated_tokens, count.computed_tokens) == (3, 8, 12)
+    assert (count.drafted_tokens, count.accepted_tokens) == (5, 5)
+
+
+def test_wrong_drafts_cost_no_token_and_leave_no_trace(guessers: Guessers) -> None:
+    house = House(drafter=guessers(VOCAB, 3, errs=1))
+    asked = request("a", range(5), 8, ignore_eos=True)
+    house.add(asked)
+    house.run()
+    assert house.tokens[RequestId("a")] == alone(asked, house.config)
+    assert (house.counters.steps, house.counters.accepted_tokens) == (8, 0)
+    assert house.counters.computed_tokens == 5 + 7
+    assert house.counters.recomputed_tokens == 0
+
+
+def test_drafts_leave_every_generating_request_its_token(guessers: Guessers) -> None:
+    config = SchedulerConfig(64, max_num_seqs=3, max_num_batched_tokens=5)
+    house = House(config=config, drafter=guessers(VOCAB, 4))
+    house.add(*(request(name, [i], 9, ignore_eos=True) for i, name in enumerate("abc")))
+    house.step()
+    assert [(c.request.id, c.samples) for c in house.step().chunks] == [
+        ("a", 3),
+        ("b", 1),
+        ("c", 1),
+    ]
+
+
+def test_drafts_take_free_blocks_only(guessers: Guessers) -> None:
+    house = House(num_blocks=4, drafter=guessers(VOCAB, 9))
+    house.add(request("a", range(8), 9, ignore_eos=True), request("b", [1], 2, ignore_eos=True))
+    house.step()
+    plan = house.step()
+    assert [(c.request.id, len(c.token_ids), len(c.blocks)) for c in plan.chunks] == [
+        ("a", 4, 3),
+        ("b", 1, 1),
+    ]
+    assert not plan.preempted
+
+
+def test_tokens_behind_one_that_ends_the_request_are_dropped(guessers: Guessers) -> None:
+    free = alone(request("a", [1, 2], 20, seed=4, ignore_eos=True), SchedulerConfig(64))
+    config = SchedulerConfig(64, eos_ids=frozenset({free[3]}))
+    house = House(config=config, drafter=guessers(VOCAB, 6))
+    house.add(request("a", [1, 2], 20, seed=4))
+    house.run()
+    assert house.tokens[RequestId("a")] == free[:4]
+    assert house.finish[RequestId("a")] is FinishReason.STOP
+    assert house.counters.generated_tokens == 4
+    assert house.counters.computed_tokens == 2 + 3
+    house.assert_nothing_leaked()
+
+
 @dataclass(frozen=True)
 class Arrival:
     step: int
@@ -358,6 +527,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
             draw(st.sampled_from(["", "tenant"])),
             seed=draw(st.integers(0, 2)),
             min_tokens=draw(st.integers(0, 3)),
+            stop_token_ids=tuple(draw(st.lists(st.integers(0, VOCAB - 1), max_size=3))),
         )
         at = draw(st.integers(0, 20))
         abort_at = draw(st.none() | st.integers(at, at + 20))
@@ -372,10 +542,20 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
     max_num_seqs=st.integers(1, 5),
     spare=st.integers(0, 20),
     prefix_cache=st.booleans(),
+    drafts=st.sampled_from([0, 0, 1, 2, 5]),
+    errs=st.integers(0, 4),
 )
 def test_scheduling_never_changes_tokens(
-    arrivals: list[Arrival], num_blocks: int, max_num_seqs: int, spare: int, prefix_cache: bool
+    arrivals: list[Arrival],
+    num_blocks: int,
+    max_num_seqs: int,
+    spare: int,
+    prefix_cache: bool,
+    drafts: int,
+    errs: int,
+    guessers: Guessers,
 ) -> None:
+    """Nor does sampling several at a time, under preemption, stops and bounds of the answer."""
     config = SchedulerConfig(
         max_model_len=40,
         max_num_seqs=max_num_seqs,
@@ -383,7 +563,7 @@ def test_scheduling_never_changes_tokens(
         eos_ids=frozenset({EOS}),
         prefix_cache=prefix_cache,
     )
-    house = House(num_blocks, config)
+    house = House(num_blocks, config, guessers(VOCAB, drafts, errs) if drafts else None)
     last = max(max(a.step, a.abort_at or 0) for a in arrivals)
     for now in range(2000):
         house.add(*(a.request for a in arrivals if a.step == now))
@@ -409,6 +589,7 @@ def test_scheduling_never_changes_tokens(
     computed = house.counters.computed_tokens
     assert house.counters.generated_tokens == sum(map(len, house.tokens.values()))
     assert computed <= len(arrivals) * 40 + house.counters.recomputed_tokens
+    assert house.counters.accepted_tokens <= house.counters.drafted_tokens
 
 
 @settings(max_examples=60, deadline=None)

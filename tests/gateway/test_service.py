@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.core import Counters, Event, FinishReason, Request, RequestId
+from moeserve.core import CacheScope, Counters, Event, FinishReason, Request, RequestId
 from moeserve.engine.loop import Engine
 from moeserve.errors import (
     CancelledError,
@@ -104,7 +104,9 @@ async def test_an_ask_becomes_one_request_per_prompt_and_sequence() -> None:
     assert [r.prompt_ids for r in found] == [(1, 2), (1, 2), (3,), (3,)]
     assert [r.params.seed for r in found] == [5, child_seed(5, 1)] * 2
     assert [r.id for r in found] == ["r", "r 1", "r 2", "r 3"]
-    assert {(r.salt, r.domain, r.arrival, r.deadline) for r in found} == {("s", "d", 100.0, 102.5)}
+    assert {(r.scope, r.domain, r.arrival, r.deadline) for r in found} == {
+        (CacheScope("s"), "d", 100.0, 102.5)
+    }
 
 
 async def test_max_tokens_defaults_to_16_or_fills_the_context_where_asked() -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.config.options import LoadOptions
@@ -159,15 +161,30 @@ def test_only_the_wanted_rows_get_logits(tiny_decoder: LoadDecoder) -> None:
     assert decoder.forward(nothing, cache).shape == (0, decoder.spec.vocab)
 
 
+class Record:
+    """A routing observer that keeps one step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, NDArray[np.int32]] = {}
+
+    def record(self, layer: int, ids_TC: NDArray[np.int32]) -> None:
+        assert layer not in self.seen
+        self.seen[layer] = ids_TC.copy()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_an_observer_hears_every_routing_layer_of_a_step_without_tokens(
+    tiny_decoder: LoadDecoder, microbatches: int
+) -> None:
+    decoder, record = tiny_decoder("deepseek_v3"), Record()
+    steps = [pack_spans([], BLOCK)] * microbatches
+    decoder.forward_micro(steps, decoder.new_cache(2, BLOCK), record)
+    mlp = decoder.spec.layers[1].mlp
+    assert tuple(record.seen) == decoder.spec.moe_layers
+    assert {ids.shape for ids in record.seen.values()} == {(0, mlp.router.top_k)}
+
+
 def test_an_observer_hears_every_routing_layer_once(tiny_decoder: LoadDecoder) -> None:
-    class Record:
-        def __init__(self) -> None:
-            self.seen: dict[int, Tensor] = {}
-
-        def record(self, layer: int, ids_TC: Tensor) -> None:
-            assert layer not in self.seen
-            self.seen[layer] = ids_TC.clone()
-
     for family, routing in (
         ("deepseek_v3", (1, 2)),
         ("qwen3_moe", (1, 3)),

@@ -50,7 +50,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/scheduler.py": ("tests/engine/test_scheduler.py", "tests/engine/test_fleet.py"),
     "engine/ranks/fleet.py": ("tests/engine/test_fleet.py", "tests/engine/test_homes.py"),
     "engine/blocks.py": ("tests/engine/test_blocks.py", "tests/engine/test_scheduler.py"),
-    "engine/sampler.py": ("tests/engine/test_sampler.py",),
+    "kernels/reference/sampling.py": ("tests/kernels/test_sampling.py",),
     "placement/split.py": (
         "tests/placement/test_cost.py",
         "tests/placement/test_inputs.py",

@@ -1,1 +1,10 @@
-"""How bytes travel between ranks: one interface (``base``), a backend a module. Knows no tokens."""
+"""How bytes travel between ranks. Knows no tokens.
+
+::
+
+    base  backend              the interface; what all backends keep
+    open                       which backend carries bytes between these ranks
+    local  shm  tcp            one rank with itself; ranks of a host; ranks of several hosts
+    torch  mpi                 over torch.distributed and over MPI
+    stragglers                 which ranks are late, where the medium does not say
+"""

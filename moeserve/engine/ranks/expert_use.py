@@ -1,16 +1,16 @@
 """Whose experts prompts use, counted on the rank that runs them, for ``homes``.
 
-The first tokens of a prompt's chunk tell as much as all of them, so few are looked at. Letters:
+The first tokens of a prompt's chunk show as much as all of them, so few are looked at. Letters:
 T tokens, C choices, R ranks, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.pipeline import ParallelLayerRunner
@@ -22,7 +22,10 @@ LOOKED_AT = 32
 
 
 class ExpertUseCounter:
-    """A step observer in front of another one, if there is any; a ``homes.ExpertUseSource``."""
+    """A step observer in front of another one, if there is any; a ``homes.ExpertUseSource``.
+
+    What a step uses is added when the step ends, so that one that fails is not counted.
+    """
 
     def __init__(
         self, parallel: ParallelLayerRunner, world: int, then: StepObserver | None = None
@@ -47,14 +50,14 @@ class ExpertUseCounter:
         if self._then is not None:
             self._then.begin(plan)
 
-    def record(self, layer: int, ids_TC: Tensor) -> None:
+    def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
         if self._then is not None:
             self._then.record(layer, ids_TC)
         if not self._rows:
             return
         held_ER = self._held_by(layer)
         for kind, rows in self._rows:
-            used_TR = held_ER[ids_TC[rows].numpy()].any(axis=1)
+            used_TR = held_ER[ids_TC[rows]].any(axis=1)
             _add(self._step, kind, len(used_TR), used_TR.sum(axis=0))
 
     def end(self) -> None:
@@ -74,13 +77,13 @@ class ExpertUseCounter:
         """[E, R]: has the rank a slot of the expert?"""
         sharded = self._parallel.sharded[layer]
         assert sharded is not None, layer
-        known = self._held.get(layer)
-        if known is None or known[0] is not sharded.layout:
+        held = self._held.get(layer)
+        if held is None or held[0] is not sharded.layout:
             layout = sharded.layout
             held_ER = np.zeros((layout.num_experts, self._world), np.bool_)
             held_ER[layout.expert_S, np.arange(len(layout.expert_S)) // layout.slots] = True
-            known = self._held[layer] = layout, held_ER
-        return known[1]
+            held = self._held[layer] = layout, held_ER
+        return held[1]
 
 
 def _add(

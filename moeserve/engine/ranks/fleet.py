@@ -1,10 +1,10 @@
 """Which rank runs which request: one scheduler per rank behind one queue.
 
-A request has no home while it waits: it gets one when a rank has room for it, so nobody queues
-beside a free rank. Of the ranks with room, ``Homes`` picks. Whoever waits longest is placed first,
-and nobody overtakes him; preempted requests stand before those that never ran, and may find a home
-elsewhere, for they are computed anew anyway. Bounds of ``SchedulerConfig`` hold for each rank, but
-for ``max_queue``, which is of all.
+A request has no home while it waits: it gets one when a rank has room for it, so none waits beside
+a rank that is free. Of the ranks with room, ``Homes`` picks. The request that waits longest is
+placed first, and no later one before it; preempted requests stand before those that never ran, and
+may get another home, for they are computed anew anyway. Bounds of ``SchedulerConfig`` hold for each
+rank, but for ``max_queue``, which is of all.
 
 Pure, like ``scheduler``.
 """
@@ -29,13 +29,14 @@ from moeserve.core import (
 )
 from moeserve.engine.blocks import BlockCounts, BlockPool
 from moeserve.engine.scheduler import (
+    Drafter,
     Scheduler,
     SchedulerConfig,
-    SequenceState,
-    StepBuilder,
     refuse_duplicate,
     refuse_when_full,
 )
+from moeserve.engine.sequence import SequenceState
+from moeserve.engine.step_builder import StepBuilder
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,13 @@ class Fleet:
         pools: Sequence[BlockPool],
         counters: Counters,
         homes: Homes | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.config = config
         self.counters = counters
         self.ranks = tuple(
-            Scheduler(config, pool, counters, rank=rank) for rank, pool in enumerate(pools)
+            Scheduler(config, pool, counters, drafter=drafter, rank=rank)
+            for rank, pool in enumerate(pools)
         )
         self._homes = homes or LeastWork()
         self._again: list[SequenceState] = []  # preempted, by arrival
@@ -119,8 +122,8 @@ class Fleet:
     def add(self, request: Request) -> None:
         """Queue a request, or refuse it."""
         self.check(request)
-        known = self._waiting(request.id) or any(rank.owns(request.id) for rank in self.ranks)
-        refuse_duplicate(request, bool(known))
+        waits = self._waiting(request.id) is not None
+        refuse_duplicate(request, waits or any(rank.owns(request.id) for rank in self.ranks))
         refuse_when_full(self.num_waiting, self.config)
         self._arrivals += 1
         self._fresh[request.id] = SequenceState(request, arrival=self._arrivals)
@@ -166,7 +169,7 @@ class Fleet:
         return [out for rank in self.ranks for out in rank.settle(sampled)]
 
     def _place(self, builders: Sequence[StepBuilder]) -> None:
-        """Give homes, in order, until whoever is next fits nowhere."""
+        """Give homes, in order, until the next request fits nowhere."""
         if not self.num_waiting:
             return
         tokens = [rank.num_tokens for rank in self.ranks]

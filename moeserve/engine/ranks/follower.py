@@ -1,4 +1,4 @@
-"""A rank that is told what to run: receive an order, run it with all others, report.
+"""Every rank but the first: receive an order, run it together with all others, report.
 
 It decides nothing. Orders come whenever rank 0 has a step, also when this rank has no part in it.
 """
@@ -31,7 +31,8 @@ class FollowerChannel(Protocol):
 
 
 class FollowerNotes(Protocol):
-    """Whoever lets notes travel with orders and reports; its other end is a ``LeaderNotes``."""
+    """This rank's end of notes that travel with orders and reports; rank 0's is a
+    ``leader.LeaderNotes``."""
 
     def receive(self, note: bytes) -> None:
         """Before a step, on all ranks the same step."""
@@ -50,16 +51,16 @@ def follow(
     notes: FollowerNotes | None = None,
     uses: ExpertUseSource | None = None,
 ) -> int:
-    """Steps run until the run was over. ``stats`` and ``uses`` are what reports tell.
+    """Steps run until the run was over. Reports carry ``stats`` and ``uses``.
 
-    An error is told to the other ranks and raised: having left a step midway, this rank cannot
+    An error is sent to the other ranks and raised: having left a step midway, this rank cannot
     run another one with them.
     """
-    known = StepDecoder(rank)
+    decoder = StepDecoder(rank)
     steps = 0
     try:
         while (message := channel.receive()) is not None:
-            report = _step(message, known, executor, stats, notes)
+            report = _step(message, decoder, executor, stats, notes)
             if uses is not None:
                 write_uses(report, uses.take())
             channel.send(report.SerializeToString())
@@ -76,7 +77,7 @@ def follow(
 
 def _step(
     message: bytes,
-    known: StepDecoder,
+    decoder: StepDecoder,
     executor: RankExecutor,
     stats: DispatchStats | None,
     notes: FollowerNotes | None,
@@ -84,8 +85,8 @@ def _step(
     order = pb.StepOrder.FromString(message)
     if notes is not None and order.note:
         notes.receive(order.note)
-    plan = known.plan(order)
-    report = known.report(order, plan, executor.run(plan, order.microbatches))
+    plan = decoder.plan(order)
+    report = decoder.report(order, plan, executor.run(plan, order.microbatches))
     if stats is not None:
         write_work(report.work, stats)
     if notes is not None:

@@ -22,7 +22,7 @@ from moeserve.engine.ranks.fleet import LeastWork, RankLoad
 
 FIRST_TOKENS = 16
 SLACK = 0.25
-ENOUGH = 64  # tokens times layers, before a kind is known
+ENOUGH = 64  # tokens times layers, before the counts of a kind are used
 # Older counts weigh half as much after so many: traffic drifts, and plans change.
 HALVED_AT = 1 << 18
 MOST_KINDS = 1024
@@ -48,21 +48,21 @@ class ExpertUseSource(Protocol):
 def kind_of(request: Request) -> str:
     if request.domain:
         return f"domain {request.domain}"
-    if request.salt:
-        return f"salt {request.salt}"
+    if request.scope.salt:
+        return f"salt {request.scope.salt}"
     first = ",".join(map(str, request.prompt_ids[:FIRST_TOKENS]))
     return f"beginning {sha256(first.encode()).hexdigest()[:16]}"
 
 
 class NearExperts:
-    """Homes by what was counted; by work alone (``fleet.LeastWork``) for kinds not known yet."""
+    """Homes by what was counted; by work alone (``fleet.LeastWork``) where too little was."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, ExpertUse] = OrderedDict()
+        self._uses: OrderedDict[str, ExpertUse] = OrderedDict()
         self._otherwise = LeastWork()
 
     def learn(self, use: ExpertUse) -> None:
-        old = self._known.pop(use.kind, None)
+        old = self._uses.pop(use.kind, None)
         if old is not None:
             shift = int(old.tokens >= HALVED_AT)
             use_R = zip(old.use_R, use.use_R, strict=True)
@@ -71,12 +71,12 @@ class NearExperts:
                 (old.tokens >> shift) + use.tokens,
                 tuple((a >> shift) + b for a, b in use_R),
             )
-        self._known[use.kind] = use
-        if len(self._known) > MOST_KINDS:
-            self._known.popitem(last=False)
+        self._uses[use.kind] = use
+        if len(self._uses) > MOST_KINDS:
+            self._uses.popitem(last=False)
 
     def pick(self, request: Request, loads: Sequence[RankLoad]) -> int:
-        use = self._known.get(kind_of(request))
+        use = self._uses.get(kind_of(request))
         if use is None or use.tokens < ENOUGH:
             return self._otherwise.pick(request, loads)
         least = min(at.tokens - at.cached for at in loads)

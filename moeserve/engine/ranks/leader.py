@@ -4,9 +4,9 @@ Every rank gets its part of the plan, also where that is nothing; all run theirs
 each MoE layer is an exchange between all of them; each samples its own rows and reports. Rank 0
 chooses the number of microbatches for all.
 
-What goes wrong around a rank's turn ends the requests it touches (see ``runner``). What goes wrong
-in the exchange or on the way ends the run: lock-step is lost, every rank is told, and no further
-step is run. Carrying on without a rank would begin here.
+What goes wrong around a rank's part of a step ends the requests it touches (see ``model_runner``).
+What goes wrong in the exchange or on the way ends the run: lock-step is lost, every rank is sent
+the reason, and no further step is run. Carrying on without a rank would begin here.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ class LeaderNotes(Protocol):
     ``follower.FollowerNotes``."""
 
     def outgoing(self) -> Mapping[int, bytes]:
-        """Before a step: what ranks are to hear before they run it. Rank 0 does its own now."""
+        """Before a step: notes to the other ranks, which read them before they run it. Rank 0
+        does what its own says now."""
         ...
 
     def collect(self, rank: int, note: bytes) -> None:
-        """What a rank answered."""
+        """A rank's answer."""
         ...
 
     @property
@@ -66,7 +67,7 @@ class LeaderNotes(Protocol):
 class DistributedExecutor:
     """``work[r]`` is what rank r has counted so far, ``chosen`` steps by number of microbatches.
 
-    ``learn`` hears which ranks' experts prompts used: rank 0's own from ``uses``.
+    ``learn`` is called with which ranks' experts prompts used, rank 0's own from ``uses``.
     """
 
     def __init__(
@@ -81,7 +82,6 @@ class DistributedExecutor:
         uses: ExpertUseSource | None = None,
         learn: Callable[[ExpertUse], None] = lambda use: None,
         deadline_s: float = DEADLINE_S,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.work = [
             stats or DispatchStats(world),
@@ -96,8 +96,7 @@ class DistributedExecutor:
         self._uses = uses
         self._learn = learn
         self._deadline_s = deadline_s
-        self._clock = clock
-        self._told = {rank: StepEncoder() for rank in range(1, world)}
+        self._encoders = {rank: StepEncoder() for rank in range(1, world)}
         self._home: dict[RequestId, int] = {}
         self._step = 0
         self._lost: UnavailableError | None = None
@@ -129,12 +128,12 @@ class DistributedExecutor:
         shape = step_shape(parts)
         count = self._microbatches.choose(shape)
         waited = [stats.waited_s for stats in self.work]
-        begun = self._clock()
+        began = time.perf_counter()
         self._send(plan, parts, count)
         mine = StepPlan(tuple(parts[0]), preempted=plan.preempted, ended=plan.ended)
         results = [self._executor.run(mine, count)]
         results += [self._receive(rank, parts[rank]) for rank in range(1, self._world)]
-        seconds = self._clock() - begun
+        seconds = time.perf_counter() - began
         for use in () if self._uses is None else self._uses.take():
             self._learn(use)
         self.chosen[count] += 1
@@ -144,28 +143,30 @@ class DistributedExecutor:
 
     def _send(self, plan: StepPlan, parts: Sequence[Sequence[Chunk]], count: int) -> None:
         self._step += 1
-        gone = self._gone(plan)
+        ended = self._ended_on(plan)
         outgoing = {} if self._notes is None else self._notes.outgoing()
-        for rank, told in self._told.items():
-            order = told.order(self._step, count, parts[rank], gone.get(rank, ()), plan.preempted)
+        for rank, encoder in self._encoders.items():
+            order = encoder.order(
+                self._step, count, parts[rank], ended.get(rank, ()), plan.preempted
+            )
             if rank in outgoing:
                 order.note = outgoing[rank]
             self._channel.send(rank, order.SerializeToString())
 
-    def _gone(self, plan: StepPlan) -> dict[int, list[RequestId]]:
-        """What each rank can forget: what ended, and what now runs elsewhere."""
-        gone: dict[int, list[RequestId]] = {}
+    def _ended_on(self, plan: StepPlan) -> dict[int, list[RequestId]]:
+        """By rank, the requests that it can forget: they ended, or run elsewhere from now on."""
+        ended: dict[int, list[RequestId]] = {}
         for request_id in plan.ended:
             home = self._home.pop(request_id, None)
             if home is not None:
-                gone.setdefault(home, []).append(request_id)
+                ended.setdefault(home, []).append(request_id)
         for chunk in plan.chunks:
             home = self._home.get(chunk.request.id)
             if home != chunk.rank:
                 self._home[chunk.request.id] = chunk.rank
                 if home is not None:
-                    gone.setdefault(home, []).append(chunk.request.id)
-        return gone
+                    ended.setdefault(home, []).append(chunk.request.id)
+        return ended
 
     def _receive(self, rank: int, chunks: Sequence[Chunk]) -> StepResult:
         report = pb.StepReport.FromString(self._channel.receive(rank, self._deadline_s))
@@ -177,7 +178,7 @@ class DistributedExecutor:
             self._learn(use)
         if self._notes is not None and report.note:
             self._notes.collect(rank, report.note)
-        return self._told[rank].result(chunks, report)
+        return self._encoders[rank].result(chunks, report)
 
 
 def step_shape(parts: Sequence[Sequence[Chunk]]) -> StepShape:

@@ -1,20 +1,23 @@
-"""What rank 0 tells another rank about a step, and what comes back; only what the other lacks.
+"""The messages of a step between rank 0 and another rank: orders down, reports up.
 
 A rank keeps, of every request it runs, prompt, parameters, block table and the tokens it sampled.
-So a request travels whole once, and then a chunk of it is a few small numbers. ``StepEncoder`` is
-rank 0's memory of what a rank knows, ``StepDecoder`` is that rank's: they change in step. Requests
-have numbers on the wire, which are used again.
+So a request travels whole once, and after that a chunk of it is a few small numbers.
+``StepEncoder`` keeps, on rank 0, what one rank has; ``StepDecoder`` is what that rank has. Both
+change with every order and report, in the same way. Requests have numbers on the wire, which are
+used again.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from moeserve.comm.dispatcher import DispatchStats
 from moeserve.core import (
     BlockId,
+    CacheScope,
     Chunk,
     Logprobs,
     Request,
@@ -25,167 +28,218 @@ from moeserve.core import (
     StepResult,
 )
 from moeserve.engine.ranks.homes import ExpertUse
+from moeserve.engine.sequence import tokens_between
 from moeserve.errors import InternalError
 from moeserve.pb import step_pb2 as pb
 
 
 @dataclass(slots=True)
-class _Sent:
+class _SentRequest:
+    """What the rank has of a request: how many sampled tokens, and which blocks."""
+
     number: int
     outputs: int
     blocks: tuple[BlockId, ...] = ()
 
 
 class StepEncoder:
-    """What one rank has been told. Every order made here must reach it, in this sequence."""
+    """Orders to one rank, and its reports. Every order made here must reach it, in their order."""
 
     def __init__(self) -> None:
-        self._requests: dict[RequestId, _Sent] = {}
-        self._free: list[int] = []
+        self._sent: dict[RequestId, _SentRequest] = {}
+        self._free_numbers: list[int] = []
 
     def order(
         self,
         step: int,
         microbatches: int,
         chunks: Sequence[Chunk],
-        gone: Iterable[RequestId] = (),
+        ended: Iterable[RequestId] = (),
         preempted: Iterable[RequestId] = (),
     ) -> pb.StepOrder:
-        """The rank's part of a step; those ``gone`` are forgotten before."""
+        """The rank's part of a step; before it the rank forgets those that ``ended`` there."""
         order = pb.StepOrder(step=step, microbatches=microbatches)
-        order.forget.extend(self._forget(gone))
+        order.forget.extend(self._forget(ended))
         for request_id in preempted:
-            if request_id in self._requests:
-                self._requests[request_id].blocks = ()
-        numbers, kept, added = [], [], []
-        blocks: list[BlockId] = []
-        for chunk in chunks:
-            told = self._requests.get(chunk.request.id)
-            if told is None or told.outputs != len(chunk.output_ids):
-                told = self._tell(order, chunk)
-            stay = len(told.blocks)
-            if told.blocks != chunk.blocks[:stay]:
-                stay = 0
-            numbers.append(told.number)
-            kept.append(stay)
-            added.append(len(chunk.blocks) - stay)
-            blocks += chunk.blocks[stay:]
-            told.blocks = chunk.blocks
-        order.number.extend(numbers)
+            if request_id in self._sent:
+                self._sent[request_id].blocks = ()
+        requests = [self._send_request(order, chunk) for chunk in chunks]
+        order.number.extend([r.number for r in requests])
         order.start.extend([c.start for c in chunks])
         order.count.extend([len(c.token_ids) for c in chunks])
-        order.sample.extend([c.sample for c in chunks])
-        order.kept.extend(kept)
-        order.added.extend(added)
-        order.blocks.extend(blocks)
+        order.samples.extend([c.samples for c in chunks])
+        for chunk in chunks:
+            if chunk.samples > 1:
+                order.drafts.extend(chunk.draft_ids)
+        _write_blocks(order, chunks, requests)
         return order
 
     def result(self, chunks: Sequence[Chunk], report: pb.StepReport) -> StepResult:
         """What the rank made of an order's chunks."""
         failed = {f.chunk: f.reason for f in report.failed}
-        tokens, scores = iter(report.tokens), iter(report.scores)
+        tokens, scores, accepted = iter(report.tokens), iter(report.scores), iter(report.accepted)
         sampled = []
         for index, chunk in enumerate(chunks):
-            if chunk.sample and index not in failed:
-                wants = chunk.request.params.logprobs is not None
-                logprobs = _logprobs(next(scores)) if wants else None
-                sampled.append(Sampled(chunk.request.id, next(tokens), logprobs))
-                self._requests[chunk.request.id].outputs += 1
+            if not chunk.samples or index in failed:
+                continue
+            count = 1 if chunk.samples == 1 else next(accepted, 0)
+            token_ids = tuple(islice(tokens, count))
+            if not 1 <= count <= chunk.samples or len(token_ids) < count:
+                raise InternalError(
+                    f"step {report.step}: a rank sampled {len(token_ids)} tokens of {count} where "
+                    f"1 to {chunk.samples} were asked for"
+                )
+            logprobs: tuple[Logprobs, ...] = ()
+            if chunk.request.params.logprobs is not None:
+                logprobs = tuple(map(_logprobs, islice(scores, count)))
+            sampled.append(Sampled(chunk.request.id, token_ids, logprobs))
+            self._sent[chunk.request.id].outputs += count
         if next(tokens, None) is not None:
             raise InternalError(f"step {report.step}: a rank sampled more than it was asked to")
         problems = tuple((chunks[i].request.id, reason) for i, reason in failed.items())
         return StepResult(tuple(sampled), problems)
 
-    def _tell(self, order: pb.StepOrder, chunk: Chunk) -> _Sent:
-        """A request as a whole; if the rank has another version of it, it takes this one."""
+    def _send_request(self, order: pb.StepOrder, chunk: Chunk) -> _SentRequest:
+        """What the rank has of the chunk's request: with the order, if it lacks it or has another
+        version of it."""
         request = chunk.request
-        old = self._requests.get(request.id)
-        number = self._number() if old is None else old.number
-        told = self._requests[request.id] = _Sent(number, len(chunk.output_ids))
-        begun = order.begun.add(
-            number=number, id=request.id, salt=request.salt, domain=request.domain
-        )
-        begun.prompt.extend(request.prompt_ids)
-        begun.outputs.extend(chunk.output_ids)
-        _write_sampling(begun.sampling, request.params)
-        return told
+        old = self._sent.get(request.id)
+        if old is not None and old.outputs == len(chunk.output_ids):
+            return old
+        number = self._new_number() if old is None else old.number
+        new = self._sent[request.id] = _SentRequest(number, len(chunk.output_ids))
+        order.new_requests.append(_write_request(number, chunk))
+        return new
 
-    def _number(self) -> int:
-        return heapq.heappop(self._free) if self._free else len(self._requests)
+    def _new_number(self) -> int:
+        return heapq.heappop(self._free_numbers) if self._free_numbers else len(self._sent)
 
-    def _forget(self, gone: Iterable[RequestId]) -> list[int]:
-        told = [self._requests.pop(request_id, None) for request_id in gone]
-        numbers = [t.number for t in told if t is not None]
+    def _forget(self, ended: Iterable[RequestId]) -> list[int]:
+        """The numbers of those that the rank has; they can be used again."""
+        found = [self._sent.pop(request_id, None) for request_id in ended]
+        numbers = [request.number for request in found if request is not None]
         for number in numbers:
-            heapq.heappush(self._free, number)
+            heapq.heappush(self._free_numbers, number)
         return numbers
 
 
+def _write_blocks(
+    order: pb.StepOrder, chunks: Sequence[Chunk], requests: Sequence[_SentRequest]
+) -> None:
+    """Of each chunk's block table what the rank lacks; if its beginning differs, all of it."""
+    kept, added = [], []
+    blocks: list[BlockId] = []
+    for chunk, request in zip(chunks, requests, strict=True):
+        same = len(request.blocks)
+        if request.blocks != chunk.blocks[:same]:
+            same = 0
+        kept.append(same)
+        added.append(len(chunk.blocks) - same)
+        blocks += chunk.blocks[same:]
+        request.blocks = chunk.blocks
+    order.kept.extend(kept)
+    order.added.extend(added)
+    order.blocks.extend(blocks)
+
+
 @dataclass(slots=True)
-class _Held:
+class _HeldRequest:
+    """A request on the rank that runs it; ``reached`` as in ``Chunk``."""
+
     request: Request
     outputs: list[int]
+    reached: int
     blocks: tuple[BlockId, ...] = ()
-
-    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
-        prompt = self.request.prompt_ids
-        if stop <= len(prompt):
-            return prompt[start:stop]
-        first = max(0, start - len(prompt))
-        return prompt[start:] + tuple(self.outputs[first : stop - len(prompt)])
 
 
 @dataclass(slots=True)
 class StepDecoder:
-    """What rank ``rank`` knows of its requests."""
+    """Orders to rank ``rank``, where it stands, and its reports."""
 
     rank: int
-    _requests: dict[int, _Held] = field(default_factory=dict)
+    _held: dict[int, _HeldRequest] = field(default_factory=dict)
 
     def plan(self, order: pb.StepOrder) -> StepPlan:
         """The rank's part of the step. Preempted is what comes with all its blocks anew."""
-        ended = [self._requests.pop(number).request.id for number in order.forget]
-        for begun in order.begun:
-            self._requests[begun.number] = _Held(_read_request(begun), list(begun.outputs))
-        chunks, preempted = [], []
-        blocks, at = [BlockId(b) for b in order.blocks], 0
-        for number, start, count, sample, kept, added in zip(
-            order.number, order.start, order.count, order.sample, order.kept, order.added,
-            strict=True,
-        ):  # fmt: skip
-            known = self._requests.get(number)
-            if known is None:
+        ended = [self._held.pop(number).request.id for number in order.forget]
+        for new in order.new_requests:
+            request, outputs = _read_request(new), list(new.outputs)
+            self._held[new.number] = _HeldRequest(request, outputs, new.reached)
+        preempted: list[RequestId] = []
+        for number, kept in zip(order.number, order.kept, strict=True):
+            held = self._held.get(number)
+            if held is None:
                 raise InternalError(f"step {order.step}: request number {number} is not known")
-            if known.blocks and not kept:
-                preempted.append(known.request.id)
-            if added or kept != len(known.blocks):
-                known.blocks = known.blocks[:kept] + tuple(blocks[at : at + added])
-            at += added
-            tokens = known.tokens(start, start + count)
-            chunks.append(
-                Chunk(known.request, tokens, start, known.blocks, sample, known.outputs, self.rank)
-            )
-        return StepPlan(tuple(chunks), preempted=tuple(preempted), ended=tuple(ended))
+            if held.blocks and not kept:
+                preempted.append(held.request.id)
+        self._read_blocks(order)
+        return StepPlan(
+            tuple(self._read_chunks(order)), preempted=tuple(preempted), ended=tuple(ended)
+        )
 
     def report(self, order: pb.StepOrder, plan: StepPlan, result: StepResult) -> pb.StepReport:
-        """What goes back; the sampled tokens are remembered."""
+        """What goes back to rank 0; the sampled tokens are remembered."""
         report = pb.StepReport(step=order.step)
         sampled = {s.request_id: s for s in result.sampled}
         failed = dict(result.failed)
-        tokens = []
+        tokens: list[int] = []
         for index, (number, chunk) in enumerate(zip(order.number, plan.chunks, strict=True)):
             if chunk.request.id in failed:
                 report.failed.add(chunk=index, reason=failed[chunk.request.id])
-            elif chunk.sample:
+                continue
+            held, count = self._held[number], 0
+            if chunk.samples:
                 made = sampled[chunk.request.id]
-                self._requests[number].outputs.append(made.token_id)
-                tokens.append(made.token_id)
-                if made.logprobs is not None:
-                    scores = report.scores.add(chosen=made.logprobs.chosen)
-                    scores.top_ids.extend([i for i, _ in made.logprobs.top])
-                    scores.top.extend([value for _, value in made.logprobs.top])
+                count = len(made.token_ids)
+                held.outputs += made.token_ids
+                tokens += made.token_ids
+                if chunk.samples > 1:
+                    report.accepted.append(count)
+                for logprobs in made.logprobs:
+                    _write_logprobs(report.scores.add(), logprobs)
+            held.reached = max(held.reached, chunk.start + chunk.kept(count))
         report.tokens.extend(tokens)
         return report
+
+    def _read_blocks(self, order: pb.StepOrder) -> None:
+        """Bring the block tables of the order's requests up to date."""
+        blocks, at = [BlockId(b) for b in order.blocks], 0
+        for number, kept, added in zip(order.number, order.kept, order.added, strict=True):
+            held = self._held[number]
+            if added or kept != len(held.blocks):
+                held.blocks = held.blocks[:kept] + tuple(blocks[at : at + added])
+            at += added
+
+    def _read_chunks(self, order: pb.StepOrder) -> Iterator[Chunk]:
+        drafts = iter(order.drafts)
+        for number, start, count, samples in zip(
+            order.number, order.start, order.count, order.samples, strict=True
+        ):
+            held, num_drafts = self._held[number], max(0, samples - 1)
+            stop = start + count - num_drafts
+            token_ids = tokens_between(held.request.prompt_ids, held.outputs, start, stop)
+            if num_drafts:
+                token_ids += tuple(islice(drafts, num_drafts))
+            yield Chunk(
+                held.request, token_ids, start, held.blocks, samples, held.outputs, self.rank,
+                held.reached,
+            )  # fmt: skip
+
+
+def _write_request(number: int, chunk: Chunk) -> pb.NewRequest:
+    request = chunk.request
+    new = pb.NewRequest(
+        number=number,
+        id=request.id,
+        prompt=request.prompt_ids,
+        outputs=chunk.output_ids,
+        salt=request.scope.salt,
+        adapter=request.scope.adapter,
+        domain=request.domain,
+        reached=chunk.reached,
+    )
+    _write_sampling(new.sampling, request.params)
+    return new
 
 
 def _write_sampling(out: pb.Sampling, params: SamplingParams) -> None:
@@ -206,8 +260,8 @@ def _write_sampling(out: pb.Sampling, params: SamplingParams) -> None:
         out.logprobs = params.logprobs
 
 
-def _read_request(begun: pb.Begun) -> Request:
-    s = begun.sampling
+def _read_request(new: pb.NewRequest) -> Request:
+    s = new.sampling
     params = SamplingParams(
         min_tokens=s.min_tokens,
         temperature=s.temperature,
@@ -223,8 +277,14 @@ def _read_request(begun: pb.Begun) -> Request:
         ignore_eos=s.ignore_eos,
         logprobs=s.logprobs if s.HasField("logprobs") else None,
     )
-    prompt = tuple(begun.prompt)
-    return Request(RequestId(begun.id), prompt, params, salt=begun.salt, domain=begun.domain)
+    scope = CacheScope(new.salt, new.adapter)
+    return Request(RequestId(new.id), tuple(new.prompt), params, scope=scope, domain=new.domain)
+
+
+def _write_logprobs(scores: pb.Scores, logprobs: Logprobs) -> None:
+    scores.chosen = logprobs.chosen
+    scores.top_ids.extend([i for i, _ in logprobs.top])
+    scores.top.extend([value for _, value in logprobs.top])
 
 
 def _logprobs(scores: pb.Scores) -> Logprobs:

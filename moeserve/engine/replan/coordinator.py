@@ -1,7 +1,8 @@
-"""Plans on rank 0: a proposal becomes orders that ride on steps, and what came of it is logged.
+"""Plans on rank 0: a proposal becomes notes that travel with steps, and what came of it is logged.
 
-``propose`` may be called from any thread; everything else belongs to the thread that runs steps.
-Rank 0 is a rank too, and its ``ExpertSwapper`` is driven here.
+The thread that runs steps calls ``outgoing`` and ``collect``; whoever plans calls the rest, from
+any thread. One lock is held in every call, and nothing waits inside it. Rank 0 is a rank too: its
+``ExpertSwapper`` gets the same notes as the others'.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from moeserve.placement.plan import Plan
 
 
 class PlanCoordinator:
-    """A ``leader.LeaderNotes``; ``changes`` are those that ended."""
+    """A ``leader.LeaderNotes``."""
 
     def __init__(
         self, plan: Plan, swapper: ExpertSwapper, counters: Counters | None = None
     ) -> None:
-        self.changes: list[PlanChange] = []
-        self.counts: dict[int, Mapping[str, Any]] = {}
+        self._changes: list[PlanChange] = []
+        self._counts: dict[int, Mapping[str, Any]] = {}
         self._switch = PlanSwitch(rows_of(plan), plan.num_devices)
         self._plan = plan
         self._swapper = swapper
         self._counters = counters or Counters()
         self._world = plan.num_devices
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of everything below and of the switch
         self._proposed: Plan | None = None
         self._asking = False
         self._log = logging.getLogger("moeserve.plan")
@@ -43,16 +44,34 @@ class PlanCoordinator:
     @property
     def plan(self) -> Plan:
         """What is in use, which may be a mixture while a change is under way."""
-        return plan_of_rows(self._plan, self._switch.rows)
+        with self._lock:
+            rows = dict(self._switch.rows)
+        return plan_of_rows(self._plan, rows)
+
+    @property
+    def changes(self) -> list[PlanChange]:
+        """Those that ended, in order."""
+        with self._lock:
+            return list(self._changes)
+
+    @property
+    def counts(self) -> dict[int, Mapping[str, Any]]:
+        """By rank, what it has counted; complete when every rank has answered ``ask``."""
+        with self._lock:
+            return dict(self._counts)
 
     @property
     def changing(self) -> bool:
-        change = self._switch.change
-        return self._proposed is not None or (change is not None and not change.finished)
+        """Whether a plan is proposed or on its way into use."""
+        with self._lock:
+            change = self._switch.change
+            return self._proposed is not None or (change is not None and not change.finished)
 
     @property
     def pending(self) -> bool:
-        return self.changing or self._asking or self._switch.ready
+        """Whether notes wait for a step."""
+        with self._lock:
+            return self.changing or self._asking or self._switch.ready
 
     def propose(self, plan: Plan) -> None:
         """Taken up before the next step. PlacementError as ``comm.layout.check`` has it is the
@@ -61,49 +80,40 @@ class PlanCoordinator:
             self._proposed = plan
 
     def ask(self) -> None:
-        """All ranks are to say what they have counted since they were last asked: ``counts``."""
+        """Ask all ranks what they have counted since they were last asked: see ``counts``."""
         with self._lock:
-            self.counts = {}
+            self._counts = {}
             self._asking = True
 
     def outgoing(self) -> dict[int, bytes]:
-        self._take_up()
-        told: dict[str, Any] = {}
-        order = self._switch.order()
-        if order is not None:
-            told["order"] = asdict(order)
         with self._lock:
+            self._take_up()
+            content: dict[str, Any] = {}
+            order = self._switch.order()
+            if order is not None:
+                content["order"] = asdict(order)
             if self._asking:
-                told["count"] = True
-        if not told:
-            self._collect()
-            return {}
-        note = json.dumps(told).encode()
-        self._swapper.receive(note)
-        self._collect()
-        return dict.fromkeys(range(1, self._world), note)
+                content["count"] = True
+            note = json.dumps(content).encode()
+            if content:
+                self._swapper.receive(note)
+            answer = self._swapper.reply()
+            if answer:
+                self.collect(0, answer)
+            return dict.fromkeys(range(1, self._world), note) if content else {}
 
     def collect(self, rank: int, note: bytes) -> None:
-        said = json.loads(note)
-        for report in said.get("reports", ()):
-            self._switch.report(rank, PlanReport(**report))
-        if "counts" in said:
-            with self._lock:
-                self.counts[rank] = said["counts"]
-                self._asking &= len(self.counts) < self._world
-        self._conclude(self._switch.change)
-
-    def close(self) -> None:
-        self._swapper.close()
-
-    def _collect(self) -> None:
-        note = self._swapper.reply()
-        if note:
-            self.collect(0, note)
+        answer = json.loads(note)
+        with self._lock:
+            for report in answer.get("reports", ()):
+                self._switch.report(rank, PlanReport(**report))
+            if "counts" in answer:
+                self._counts[rank] = answer["counts"]
+                self._asking &= len(self._counts) < self._world
+            self._conclude(self._switch.change)
 
     def _take_up(self) -> None:
-        with self._lock:
-            plan, self._proposed = self._proposed, None
+        plan, self._proposed = self._proposed, None
         if plan is None:
             return
         before = self._switch.change
@@ -118,9 +128,9 @@ class PlanCoordinator:
 
     def _conclude(self, change: PlanChange | None) -> None:
         """Log a change that has ended, once."""
-        if change is None or not change.finished or any(change is c for c in self.changes):
+        if change is None or not change.finished or any(change is c for c in self._changes):
             return
-        self.changes.append(change)
+        self._changes.append(change)
         count = self._counters
         count.plan_changes += 1
         count.plan_layers_switched += change.switched

@@ -21,7 +21,8 @@ from moeserve.placement.report import CopyBytes
 
 @dataclass(frozen=True, slots=True)
 class LivePlan:
-    """``node_R`` are the nodes of the ranks. ``close`` before the engine stops."""
+    """``node_R`` are the nodes of the ranks. ``reread`` may be called from any thread, ``close``
+    before the engine stops."""
 
     coordinator: PlanCoordinator
     node_R: Sequence[int]
@@ -47,13 +48,13 @@ def build_replanner(
     ranks: DistributedExecutor,
     observer: EngineObserver,
     settings: ReplanSettings,
-    weigh: CopyBytes,
+    copy: CopyBytes,
     policy: ReplanPolicy | None = None,
 ) -> tuple[Replanner, StepHistory]:
     """The second is the engine's observer from now on; what a move costs and a copy weighs goes to
     the solver too, so that it does not move what is not worth it."""
     history = StepHistory(observer, ranks.work)
-    copy_bytes = (weigh.dispatch + weigh.combine) // 2
+    copy_bytes = (copy.dispatch + copy.combine) // 2
     weights = MoveWeights(settings.expert_bytes, copy_bytes, settings.horizon_tokens)
     solve = partial(solve_aside, settings=SolveSettings(weights=weights))
     return Replanner(coordinator, history, settings, solve, policy), history

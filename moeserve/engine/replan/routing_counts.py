@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeserve.core import StepPlan
 from moeserve.engine.model_runner import StepObserver
@@ -41,10 +40,10 @@ class RoutingCounts:
         self._rows_NLK = np.full((len(self._picked_N), *self._shape), -1, np.int16)
         self._tokens += count
 
-    def record(self, layer: int, ids_TC: Tensor) -> None:
-        ids, l = ids_TC.numpy(), self._column[layer]
-        self._load_LE[l] += np.bincount(ids.ravel(), minlength=self._load_LE.shape[1])
-        self._rows_NLK[:, l, : ids.shape[1]] = ids[self._picked_N]
+    def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
+        l = self._column[layer]
+        self._load_LE[l] += np.bincount(ids_TC.ravel(), minlength=self._load_LE.shape[1])
+        self._rows_NLK[:, l, : ids_TC.shape[1]] = ids_TC[self._picked_N]
 
     def end(self) -> None:
         if len(self._rows_NLK):
@@ -72,7 +71,7 @@ def sample_of(counts: Mapping[str, Any], layers: int, top_k: int) -> NDArray[np.
 
 
 def chain_observers(first: StepObserver | None, second: StepObserver | None) -> StepObserver | None:
-    """Whoever is there."""
+    """Those that are there as one, in this order; None if neither is."""
     return (first and second and ChainedObservers(first, second)) or first or second
 
 
@@ -86,7 +85,7 @@ class ChainedObservers:
         for one in self._pair:
             one.begin(plan)
 
-    def record(self, layer: int, ids_TC: Tensor) -> None:
+    def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
         for one in self._pair:
             one.record(layer, ids_TC)
 

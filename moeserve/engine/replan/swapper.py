@@ -1,8 +1,11 @@
 """A rank's part in a new plan: prepare a layer's experts beside the steps, swap them in at once.
 
 Experts are read from the checkpoint and packed on a thread of their own; the swap, between two
-steps, is one assignment, and what it held the step up is measured. Rides on orders and reports
-(``follow.FollowerNotes``), as JSON.
+steps, is one assignment, and what it held the step up is measured. Its notes travel with orders
+and reports, as JSON.
+
+``receive``, ``reply`` and ``apply`` belong to the thread that runs steps, ``close`` to whoever ends
+the rank after the last step; what they share with the thread that reads is under a lock.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class _Task:
 
 
 class ExpertSwapper:
-    """``open_source`` is called once, on the thread that reads."""
+    """A ``follower.FollowerNotes``; ``open_source`` is called once, on the thread that reads."""
 
     def __init__(
         self,
@@ -67,33 +70,34 @@ class ExpertSwapper:
         self._asked = False
         self._wanted = 0  # the turn that is being prepared; 0 is none
         self._ready: tuple[_Task, ShardedExperts] | None = None
-        self._said: deque[PlanReport] = deque()
+        self._reports: deque[PlanReport] = deque()
         self._lock = threading.Lock()
         self._tasks: SimpleQueue[_Task | ShardedExperts | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._log = logging.getLogger("moeserve.plan")
 
     def receive(self, note: bytes) -> None:
-        """What ``coordinator.PlanCoordinator`` has for this rank before a step."""
-        told = json.loads(note)
-        self._asked |= bool(told.get("count"))
-        if "order" in told:
-            order = told["order"]
+        """Before a step, a note of ``coordinator.PlanCoordinator``."""
+        content = json.loads(note)
+        self._asked |= bool(content.get("count"))
+        if "order" in content:
+            order = content["order"]
             self.apply(PlanOrder(**{**order, "expert_S": tuple(order["expert_S"])}))
 
     def reply(self) -> bytes:
+        """After a step: reports since the last call, and what was counted if that was asked for."""
         answer: dict[str, Any] = {}
         with self._lock:
-            if self._said:
-                answer["reports"] = [asdict(report) for report in self._said]
-                self._said.clear()
+            if self._reports:
+                answer["reports"] = [asdict(report) for report in self._reports]
+                self._reports.clear()
         if self._asked and self._counts is not None:
             answer["counts"] = self._counts.take()
         self._asked = False
         return json.dumps(answer).encode() if answer else b""
 
     def apply(self, order: PlanOrder) -> None:
-        """Before a step."""
+        """Before a step: drop, switch and begin to prepare, as the order says."""
         if order.abandon:
             with self._lock:
                 self._wanted, self._ready = 0, None
@@ -114,7 +118,7 @@ class ExpertSwapper:
             self._thread.join(timeout_s)
 
     def _switch(self, layer: int) -> None:
-        begun = self._clock()
+        began = self._clock()
         with self._lock:
             ready, self._ready = self._ready, None
         assert ready is not None, f"layer {layer} was not prepared"
@@ -123,9 +127,9 @@ class ExpertSwapper:
         assert old is not None, layer
         self._tasks.put(old)  # to be freed there, before the next is prepared
         del old
-        pause_s = self._clock() - begun
+        pause_s = self._clock() - began
         with self._lock:
-            self._said.append(PlanReport(ready[0].turn, pause_s=pause_s))
+            self._reports.append(PlanReport(ready[0].turn, pause_s=pause_s))
 
     def _start(self) -> None:
         if self._thread is None:
@@ -138,9 +142,11 @@ class ExpertSwapper:
             if isinstance(task, ShardedExperts):
                 del task
                 continue
-            if task.turn != self._wanted:
+            with self._lock:
+                wanted = self._wanted
+            if task.turn != wanted:
                 continue
-            begun = self._clock()
+            began = self._clock()
             before = 0 if source is None else source.bytes_read
             try:
                 source = source or self._open()
@@ -149,7 +155,7 @@ class ExpertSwapper:
                 self._log.exception("layer %d cannot be prepared", task.layer)
                 self._answer(task, None, PlanReport(task.turn, error=_shown(error)))
                 continue
-            seconds, read = self._clock() - begun, source.bytes_read - before
+            seconds, read = self._clock() - began, source.bytes_read - before
             done = PlanReport(task.turn, prepare_s=seconds, bytes_read=read)
             self._answer(task, sharded, done)
             del sharded  # or it would outlive its layer here
@@ -171,7 +177,7 @@ class ExpertSwapper:
             if task.turn != self._wanted:
                 return
             self._ready = None if sharded is None else (task, sharded)
-            self._said.append(report)
+            self._reports.append(report)
 
 
 def _shown(error: Exception) -> str:

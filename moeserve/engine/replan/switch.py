@@ -6,8 +6,8 @@ into use before the same step. One layer is on its way at a time: that is all th
 Where a rank cannot prepare a layer, the rest of the change is abandoned, and what has been switched
 stays.
 
-Pure: rank 0 asks ``PlanSwitch`` at every step boundary what to tell the ranks, and tells it what
-they answer. Letters: S slots of a layer on all ranks.
+Pure: rank 0 takes an order for all ranks from ``PlanSwitch`` at every step boundary, and gives it
+their reports. Letters: S slots of a layer on all ranks.
 """
 
 from __future__ import annotations

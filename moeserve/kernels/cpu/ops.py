@@ -53,6 +53,8 @@ from moeserve.kernels.ops import (
     Step,
     W,
 )
+from moeserve.kernels.reference.sampling import sample_rows
+from moeserve.kernels.sampling import SampledRow, SamplingRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +339,11 @@ class CpuOps(NativeWire):
         ):
             raise InternalError(f"head: a row of {rows_R.tolist()} is not in 0..{rows - 1}")
         return out
+
+    def sample(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
+    ) -> list[SampledRow]:
+        return sample_rows(logits_RV, rows, eos_ids)
 
 
 def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:

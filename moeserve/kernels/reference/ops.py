@@ -7,6 +7,7 @@ a torch matmul of many rows may add in another order than that of one row, and a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -26,7 +27,9 @@ from moeserve.kernels.ops import (
 from moeserve.kernels.reference import kv as reference_kv
 from moeserve.kernels.reference.combine import exact_sum, limbs_of, sum_to_float
 from moeserve.kernels.reference.products import product
+from moeserve.kernels.reference.sampling import sample_rows
 from moeserve.kernels.reference.wire import ReferenceWire
+from moeserve.kernels.sampling import SampledRow, SamplingRow
 
 
 class ReferenceOps(Composed, ReferenceWire):
@@ -170,6 +173,11 @@ class ReferenceOps(Composed, ReferenceWire):
         sinks_A: Tensor | None = None,
     ) -> Tensor:
         return reference_kv.attend(q_TAD, cache, batch, scale, window, sinks_A)
+
+    def sample(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
+    ) -> list[SampledRow]:
+        return sample_rows(logits_RV, rows, eos_ids)
 
 
 def route_row(logits_E: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,21 +6,25 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from moeserve.core import Chunk, Request, RequestId, SamplingParams
-from moeserve.engine.sampler import (
-    draw,
-    greatest,
-    likeliest,
-    sample,
-    score,
-    shift,
+from moeserve.core import RequestId, SamplingParams
+from moeserve.errors import InternalError
+from moeserve.kernels.cpu.ops import CpuOps
+from moeserve.kernels.reference.ops import ReferenceOps
+from moeserve.kernels.reference.sampling import (
+    adjust_logits,
+    draw_token,
+    logprobs_of,
+    sample_row,
+    top_k,
+    top_p,
     uniform,
 )
-from moeserve.errors import InternalError
+from moeserve.kernels.sampling import SamplingRow
 
 V = 24
 Row = NDArray[np.float32]
@@ -32,16 +36,14 @@ rows = st.lists(
 ).map(lambda values: np.asarray(values, np.float32))
 
 
-def chunk(
+def row(
     params: SamplingParams, prompt: tuple[int, ...] = (1, 2, 3), outputs: tuple[int, ...] = ()
-) -> Chunk:
-    request = Request(RequestId("r"), prompt, params)
-    history = prompt + outputs
-    return Chunk(request, history[-1:], len(history) - 1, (), True, outputs)
+) -> SamplingRow:
+    return SamplingRow(RequestId("r"), params, prompt, outputs)
 
 
 def token(logits: Row, params: SamplingParams, **history: tuple[int, ...]) -> int:
-    return sample(logits, chunk(params, **history), frozenset({0})).token_id
+    return sample_row(logits, row(params, **history), frozenset({0})).token_id
 
 
 def weights(logits: Row) -> NDArray[np.float64]:
@@ -57,7 +59,7 @@ def test_greedy_takes_the_best_and_of_equals_the_lowest(logits: Row) -> None:
 @given(rows, st.integers(1, V + 2))
 def test_the_k_greatest_are_found_and_of_equals_the_first(logits: Row, k: int) -> None:
     order = sorted(range(V), key=lambda i: (-logits[i], i))
-    assert greatest(logits, k).tolist() == sorted(order[:k])
+    assert top_k(logits, k).tolist() == sorted(order[:k])
 
 
 @settings(max_examples=20)
@@ -68,7 +70,7 @@ def test_the_k_greatest_of_a_large_vocabulary_are_the_same(
     values = np.random.Generator(np.random.Philox(seed)).normal(0, 3, 10_003)
     values = values.round(1 if has_ties else 9)
     order = np.argsort(-values, kind="stable")[:k]
-    assert greatest(values, k).tolist() == sorted(order.tolist())
+    assert top_k(values, k).tolist() == sorted(order.tolist())
 
 
 def most_likely(weight: NDArray[np.float64], p: float) -> list[int]:
@@ -82,7 +84,7 @@ def most_likely(weight: NDArray[np.float64], p: float) -> list[int]:
 @given(rows, st.floats(0.01, 0.99), st.integers(1, V))
 def test_top_p_keeps_the_fewest_that_reach_p(logits: Row, p: float, count: int) -> None:
     weight = weights(logits)[:count]
-    assert likeliest(weight, p).tolist() == most_likely(weight, p)
+    assert top_p(weight, p).tolist() == most_likely(weight, p)
 
 
 @settings(max_examples=20, deadline=None)
@@ -90,7 +92,7 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits: Row, p: float, count: int) 
 def test_top_p_of_a_large_vocabulary_is_the_same(seed: int, p: float, spread: float) -> None:
     logits = np.random.Generator(np.random.Philox(seed)).normal(0, spread, 5000)
     weight = weights(logits.round(1).astype(np.float32))
-    assert likeliest(weight, p).tolist() == most_likely(weight, p)
+    assert top_p(weight, p).tolist() == most_likely(weight, p)
 
 
 @settings(max_examples=300)
@@ -114,12 +116,12 @@ def test_a_draw_is_what_the_filters_leave_by_their_definition(
     reached = np.cumsum(weight[ids])
     expected = ids[sum(r <= u * reached[-1] for r in reached[:-1])]
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    assert draw(logits.astype(np.float64), params, u) == expected
+    assert draw_token(logits.astype(np.float64), params, u) == expected
 
 
 def test_what_has_no_weight_is_never_drawn() -> None:
     logits = np.array([-np.inf, 0.0, -np.inf])
-    assert {draw(logits, SamplingParams(), u) for u in (0.0, 0.5, 1 - 2**-53, 1.0)} == {1}
+    assert {draw_token(logits, SamplingParams(), u) for u in (0.0, 0.5, 1 - 2**-53, 1.0)} == {1}
 
 
 @given(rows, st.floats(0, 1, exclude_max=True), st.floats(0.1, 3))
@@ -128,7 +130,7 @@ def test_a_draw_is_the_quantile_of_the_distribution(
 ) -> None:
     share = np.exp(logits.astype(np.float64) / temperature)
     cumulative = np.cumsum(share / share.sum())
-    chosen = draw(logits.astype(np.float64), SamplingParams(temperature=temperature), u)
+    chosen = draw_token(logits.astype(np.float64), SamplingParams(temperature=temperature), u)
     assert cumulative[chosen] >= u - 1e-9
     assert chosen == 0 or cumulative[chosen - 1] <= u + 1e-9
 
@@ -137,7 +139,7 @@ def test_frequencies_match_probabilities() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     params = SamplingParams(temperature=1.0, seed=11)
     count = 20_000
-    drawn = [draw(logits.astype(np.float64), params, uniform(11, p)) for p in range(count)]
+    drawn = [draw_token(logits.astype(np.float64), params, uniform(11, p)) for p in range(count)]
     share = np.bincount(drawn, minlength=4) / count
     assert np.abs(share - [0.5, 0.3, 0.15, 0.05]).max() < 4 * np.sqrt(0.25 / count)
 
@@ -197,7 +199,7 @@ def test_penalties_and_bias_follow_their_definition(
         if i in outputs:
             logit -= presence + frequency * outputs.count(i)
         expected.append(logit + bias.get(i, 0.0))
-    got = shift(logits, params, prompt, outputs, ())
+    got = adjust_logits(logits, params, prompt, outputs, ())
     assert got.tolist() == pytest.approx(expected, abs=1e-9)
 
 
@@ -214,7 +216,7 @@ def test_min_tokens_bans_what_would_end_the_request() -> None:
 def test_logprobs_are_the_models_own(logits: Row, chosen: int, count: int) -> None:
     share = np.exp(logits.astype(np.float64))
     expected = np.log(share / share.sum())
-    found = score(logits, chosen, count)
+    found = logprobs_of(logits, chosen, count)
     assert found.chosen == pytest.approx(expected[chosen], abs=1e-9)
     order = sorted(range(V), key=lambda i: (-logits[i], i))[:count]
     assert [i for i, _ in found.top] == order
@@ -223,14 +225,14 @@ def test_logprobs_are_the_models_own(logits: Row, chosen: int, count: int) -> No
 
 def test_logprobs_ignore_temperature_and_penalties() -> None:
     logits = np.arange(V, dtype=np.float32)
-    plain = sample(logits, chunk(replace(GREEDY, logprobs=2)), frozenset())
-    bent = sample(
+    plain = sample_row(logits, row(replace(GREEDY, logprobs=2)), frozenset())
+    bent = sample_row(
         logits,
-        chunk(SamplingParams(temperature=0.1, top_k=1, logit_bias=((3, 1.0),), logprobs=2)),
+        row(SamplingParams(temperature=0.1, top_k=1, logit_bias=((3, 1.0),), logprobs=2)),
         frozenset(),
     )
     assert plain.logprobs == bent.logprobs
-    assert sample(logits, chunk(GREEDY), frozenset()).logprobs is None
+    assert sample_row(logits, row(GREEDY), frozenset()).logprobs is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -265,7 +267,24 @@ def test_a_vocabulary_of_banned_tokens_is_an_error() -> None:
 def test_the_rows_beside_and_the_place_in_memory_do_not_matter(
     logits: Row, before: int, params: SamplingParams
 ) -> None:
-    alone = sample(logits, chunk(params, outputs=(4, 4)), frozenset())
+    alone = sample_row(logits, row(params, outputs=(4, 4)), frozenset())
     batch = np.full((before + 2, V), 9, np.float32)
     batch[before] = logits
-    assert sample(batch[before], chunk(params, outputs=(4, 4)), frozenset()) == alone
+    assert sample_row(batch[before], row(params, outputs=(4, 4)), frozenset()) == alone
+
+
+@pytest.mark.parametrize("ops", [ReferenceOps(), CpuOps()], ids=lambda ops: ops.name)
+def test_an_op_table_samples_each_row_and_one_that_fails_alone_says_why(
+    ops: ReferenceOps | CpuOps, caplog: pytest.LogCaptureFixture
+) -> None:
+    logits_RV = torch.zeros(4, V)
+    logits_RV[0, 7], logits_RV[1, 3] = 1, torch.nan
+    odd = replace(GREEDY, logit_bias=((V + 5, 1.0),))
+    rows = [row(GREEDY), row(GREEDY), row(odd), row(SamplingParams(seed=2))]
+    first, bad, strange, drawn = ops.sample(logits_RV, rows, frozenset())
+    assert (first.token_id, first.failure) == (7, "")
+    assert bad.failure == "request r: the logits after position 2 hold nan at token 3"
+    assert strange.failure == "request r: sampling failed"
+    assert "request r cannot be sampled" in caplog.text
+    assert drawn == sample_row(np.zeros(V, np.float32), rows[3], frozenset())
+    assert ops.sample(logits_RV[:0], [], frozenset()) == []

@@ -1,0 +1,121 @@
+"""Plan, run, apply: the one way in which a scheduler and an executor make steps.
+
+The engine's thread takes ``run_step`` by itself, for it has clients to serve in between; whoever
+has only requests to finish uses ``drive``. Scheduler, executor and clock are arguments, so that a
+simulator can be all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moeserve.core import (
+    Counters,
+    FinishReason,
+    Request,
+    RequestId,
+    StepPlan,
+    StepResult,
+    TokenOut,
+)
+from moeserve.engine.blocks import BlockCounts
+from moeserve.engine.executor import Executor
+from moeserve.errors import InternalError, UnavailableError
+
+
+class Schedules(Protocol):
+    """A ``Scheduler``, or a ``Fleet`` of them."""
+
+    @property
+    def counters(self) -> Counters: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def has_work(self) -> bool: ...
+    @property
+    def blocks(self) -> BlockCounts: ...
+
+    def add(self, request: Request) -> None: ...
+
+    def abort(self, request_id: RequestId, reason: FinishReason) -> bool: ...
+
+    def plan(self, now: float) -> StepPlan: ...
+
+    def apply(self, result: StepResult) -> list[TokenOut]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """A step that is over; the scheduler has taken note of all that is here.
+
+    ``began`` is when its plan was made, by the clock. ``outs`` are the tokens that were accepted.
+    ``failed`` requests ended with an error, each for its own reason; where the step as a whole
+    failed, these are all that were in it, and ``error`` is what the executor raised.
+    """
+
+    plan: StepPlan
+    began: float
+    outs: tuple[TokenOut, ...] = ()
+    failed: tuple[tuple[RequestId, str], ...] = ()
+    error: Exception | None = None
+
+    def raise_failure(self) -> None:
+        """For those who have no client to tell: whatever failed, raised."""
+        if self.error is not None:
+            raise self.error
+        if self.failed:
+            raise InternalError(self.failed[0][1])
+
+
+def run_step(
+    scheduler: Schedules,
+    executor: Executor,
+    clock: Callable[[], float],
+    *,
+    lock: AbstractContextManager[Any] | None = None,
+    on_plan: Callable[[StepPlan, float], None] = lambda plan, began: None,
+) -> StepOutcome | None:
+    """One step; None where no request is left.
+
+    ``lock`` is held while the scheduler is asked, not while the executor runs, so requests may be
+    added and aborted meanwhile. ``on_plan`` is called, without it, before the executor. Requests
+    that expired are in the plan, also if that has nothing to run. An error of the executor ends
+    the step's requests; UnavailableError, after which it runs no more, is raised.
+    """
+    lock = lock or nullcontext()
+    with lock:
+        if not scheduler.has_work:
+            return None
+        plan = scheduler.plan(clock())
+    began = clock()
+    on_plan(plan, began)
+    if not plan.chunks:
+        return StepOutcome(plan, began)
+    try:
+        result = executor.run(plan)
+        with lock:
+            for request_id, _ in result.failed:
+                scheduler.abort(request_id, FinishReason.ERROR)
+            outs = tuple(scheduler.apply(result))
+    except UnavailableError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a backend raises ends this step's requests
+        failed = tuple((c.request.id, "its step failed") for c in plan.chunks)
+        with lock:
+            for request_id, _ in failed:
+                scheduler.abort(request_id, FinishReason.ERROR)
+        return StepOutcome(plan, began, failed=failed, error=error)
+    return StepOutcome(plan, began, outs, result.failed)
+
+
+def drive(
+    scheduler: Schedules, executor: Executor, clock: Callable[[], float] = lambda: 0.0
+) -> Iterator[StepOutcome]:
+    """Steps until no request is left. Requests may be added while it is held between two."""
+    while (outcome := run_step(scheduler, executor, clock)) is not None:
+        yield outcome
