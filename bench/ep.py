@@ -29,7 +29,7 @@ from expert_parallel.group import RankGroup, TrafficVariant
 from expert_parallel.inputs import PLANS, StepInputs, prepare
 from expert_parallel.schemes import (
     AUTO,
-    RankLoad,
+    LoadCase,
     Repetitions,
     Scheme,
     SchemeSamples,
@@ -104,14 +104,14 @@ class Travel:
     overlapped_step_s: float
 
 
-def speed(load: RankLoad, ranks: int, samples: SchemeSamples) -> tuple[float, float, float]:
+def speed(load: LoadCase, ranks: int, samples: SchemeSamples) -> tuple[float, float, float]:
     low, high = samples.range_s
     tokens = load.tokens * ranks
     return tokens / samples.seconds, tokens / high, tokens / low
 
 
 def require_equal_bits(
-    group: RankGroup, load: RankLoad, named: Sequence[TrafficVariant], repetitions: Repetitions
+    group: RankGroup, load: LoadCase, named: Sequence[TrafficVariant], repetitions: Repetitions
 ) -> None:
     """Law 1, before anything is timed: however tokens travel, logits are the same."""
     spans = load.spans(group.world, 0, repetitions.length, repetitions.prompt)
@@ -123,7 +123,7 @@ def require_equal_bits(
 
 
 def overlap_table(
-    group: RankGroup, bed: Bed, model: str, loads: Sequence[RankLoad], rates: Sequence[int | None],
+    group: RankGroup, bed: Bed, model: str, loads: Sequence[LoadCase], rates: Sequence[int | None],
     repetitions: Repetitions, say: Any,
 ) -> list[Overlap]:  # fmt: skip
     """Rates from the fastest on, the unlimited one first: it tells what communication costs."""
@@ -175,7 +175,7 @@ def travel_table(
     group: RankGroup,
     bed: Bed,
     inputs: StepInputs,
-    load: RankLoad,
+    load: LoadCase,
     rate: int,
     repetitions: Repetitions,
     say: Any,
@@ -210,7 +210,7 @@ def travel_table(
 
 
 def link_bytes(
-    group: RankGroup, bed: Bed, load: RankLoad, variant: TrafficVariant, repetitions: Repetitions
+    group: RankGroup, bed: Bed, load: LoadCase, variant: TrafficVariant, repetitions: Repetitions
 ) -> float:
     """What the kernel counts leaving all hosts in a step."""
     before = sum(bed.count(host).sent_bytes for host in range(bed.hosts))
@@ -266,8 +266,8 @@ def show_travel(rows: Sequence[Travel]) -> Table:
 def bench_model(
     args: argparse.Namespace, model: str, say: Any
 ) -> tuple[list[Overlap], list[Travel]]:
-    loads = [RankLoad("decode", b) for b in args.decode] + [
-        RankLoad("prefill", t) for t in args.prefill
+    loads = [LoadCase("decode", b) for b in args.decode] + [
+        LoadCase("prefill", t) for t in args.prefill
     ]
     repetitions = Repetitions(args.length, args.length * 3 // 4, args.steps, args.rounds)
     most = max(load.sequences(repetitions.length) for load in loads)

@@ -25,7 +25,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
-class RankLoad:
+class LoadCase:
     """``tokens`` of every rank in a step."""
 
     what: str  # "decode" or "prefill"
@@ -120,7 +120,7 @@ def fill(group: RankGroup, sequences: int, repetitions: Repetitions) -> None:
 
 def measure(
     group: RankGroup,
-    load: RankLoad,
+    load: LoadCase,
     schemes: Sequence[Scheme],
     repetitions: Repetitions,
     rates: Sequence[int | None],
@@ -157,7 +157,7 @@ def measure(
 
 def _one(
     group: RankGroup,
-    load: RankLoad,
+    load: LoadCase,
     scheme: Scheme,
     chooser: MicrobatchPolicy,
     repetitions: Repetitions,

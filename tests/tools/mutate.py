@@ -44,10 +44,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENTS = Path(__file__).with_name("equivalent_mutants.toml")
 
+SCHEDULER_TESTS = ("tests/engine/test_scheduler.py", "tests/engine/test_fleet.py")
 KERNEL_TESTS = ("tests/kernels/test_cpu_equals_reference.py",)
 # Arguments of pytest. One instruction set of the native twin is enough where all take minutes.
 TESTS: dict[str, tuple[str, ...]] = {
-    "engine/scheduler.py": ("tests/engine/test_scheduler.py", "tests/engine/test_fleet.py"),
+    "engine/scheduler.py": SCHEDULER_TESTS,
+    "engine/sequence.py": SCHEDULER_TESTS,
+    "engine/step_builder.py": SCHEDULER_TESTS,
     "engine/ranks/fleet.py": ("tests/engine/test_fleet.py", "tests/engine/test_homes.py"),
     "engine/blocks.py": ("tests/engine/test_blocks.py", "tests/engine/test_scheduler.py"),
     "kernels/reference/sampling.py": ("tests/kernels/test_sampling.py",),
