@@ -164,7 +164,8 @@ class Engine:
         """Queue a request from any thread, or raise why it cannot be served."""
         if self._tokenizer is None and request.params.stop:
             raise TokenizerError(
-                "stop strings need a tokenizer, and this model has none: use stop_token_ids",
+                "this model has no tokenizer, which stop strings need: use stop_token_ids "
+                "instead of stop",
                 param="stop",
             )
         text = None if self._tokenizer is None else TextStream(self._tokenizer, request)

@@ -113,7 +113,6 @@ class InferenceService:
         served = self._admit(wanted.model)
         n = limits.BOUNDS["n"].check("n", wanted.n)
         params = limits.sampling_params(wanted.params, served.limits)
-        _require_tokenizer_for_stops(served, params)
         salt = limits.label("cache_salt", wanted.salt, limits.MAX_SALT_BYTES)
         domain = limits.label("domain", wanted.domain, limits.MAX_DOMAIN_BYTES)
         request_id = limits.request_id(wanted.request_id) or f"req-{secrets.token_hex(12)}"
@@ -244,11 +243,3 @@ def _fit(
             param="min_tokens",
         )
     return fitted
-
-
-def _require_tokenizer_for_stops(served: ServedModel, params: SamplingParams) -> None:
-    if params.stop and served.tokenizer is None:
-        raise TokenizerError(
-            f"model {served.name!r} has no tokenizer: use stop_token_ids instead of stop",
-            param="stop",
-        )
