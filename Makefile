@@ -27,7 +27,7 @@ demo: $(STAMP) ## serve the shipped model, ask it over gRPC, print a story and a
 test: $(STAMP) ## run the tests (ARGS="-k name" to choose)
 	$(BIN)/pytest $(ARGS)
 
-DOCS = README.md CONTRIBUTING.md SECURITY.md bench/README.md launch/README.md \
+DOCS = README.md CONTRIBUTING.md SECURITY.md bench/README.md launch/README.md kernels/cpu/README.md \
   $(filter-out docs/settings.md,$(wildcard docs/*.md))  # which is generated
 
 check: $(STAMP) ## lint, format, types, layout
