@@ -119,13 +119,22 @@ def test_generate_refuses_what_only_a_server_uses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "serve.yaml"
-    file.write_text("http_port: 1234")
-    monkeypatch.setenv("MOESERVE_API_KEY", "secret-secret")
+    file.write_text("http_port: 1234\napi_key: secret-secret")
+    monkeypatch.setenv("MOESERVE_GRPC_PORT", "1235")
     assert cli.main(["generate", "--prompt", "x", "--config", str(file)]) == 2
     said = capsys.readouterr().err
-    assert "MOESERVE_API_KEY=...: has no effect in moeserve generate" in said
+    assert f"{file}: api_key=...: has no effect in moeserve generate" in said
     assert f"{file}: http_port=1234: has no effect in moeserve generate" in said
     assert "secret" not in said
+    assert "1235" not in said
+
+
+def test_variables_of_a_server_are_left_to_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MOESERVE_API_KEY", "secret-secret")
+    assert cli.main(["generate", "--prompt", "x", "--print-config"]) == 0
+    assert "secret" not in capsys.readouterr().out
 
 
 def test_generate_refuses_what_it_takes_where_that_is_idle(

@@ -61,13 +61,8 @@ class Ports:
         text = text.replace(":8000", f":{self.http}").replace(":50051", f":{self.grpc}")
         return text.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
 
-    def environment(self, command: str = "") -> dict[str, str]:
-        """``generate`` opens no doors, and says so to whoever sets them."""
-        doors = (
-            {}
-            if "moeserve generate" in command
-            else {"MOESERVE_GRPC_PORT": str(self.grpc), "MOESERVE_HTTP_PORT": str(self.http)}
-        )
+    def environment(self) -> dict[str, str]:
+        doors = {"MOESERVE_GRPC_PORT": str(self.grpc), "MOESERVE_HTTP_PORT": str(self.http)}
         # mpirun does not like to be run by root unless it is told twice.
         root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         return {**os.environ, **doors, **root, "MOESERVE_THREADS": "1"}
@@ -79,7 +74,7 @@ def run(snippet: Snippet, ports: Ports) -> str:
         done = subprocess.run(
             [*shell, ports.here(snippet.text)],
             cwd=folder,
-            env=ports.environment(snippet.text),
+            env=ports.environment(),
             capture_output=True,
             text=True,
             timeout=100,

@@ -27,9 +27,9 @@ INTRODUCTION = (
     "source has set. A `MOESERVE_...` variable or a key that is no setting is an error, and so is "
     "a value out of bounds; the message names the flag, the variable, or the file and its key. "
     "`--print-config` prints the settings as YAML that can be read back.",
-    "A setting that was given and would change nothing is an error, too. A command refuses what it "
-    "does not take, wherever that comes from: the environment of a server is not that of "
-    "`moeserve generate`. Of what it takes, these need another:",
+    "A setting that was given and would change nothing is an error, too. A command refuses a key "
+    "of the file that it does not take; variables may be of another command, since one environment "
+    "serves all. Of what a command takes, these need another:",
 )
 ELSEWHERE = (
     "`moeserve evaluate` and `moeserve bench` have flags of their own for the runs that they "

@@ -2,7 +2,8 @@
 
 ``--max-num-seqs 8``, ``MOESERVE_MAX_NUM_SEQS=8`` and ``max_num_seqs: 8`` say the same; of several
 the first in this order wins. A key that is no setting, a value that a setting refuses, and a
-setting that the command does not take are ConfigErrors that name the source.
+setting that the command does not take are ConfigErrors that name the source; but variables may be
+of another command, for one environment serves all.
 
 pydantic-settings (tried: 2.16) does not replace this. It ignores a ``MOESERVE_...`` variable that
 is no setting and a YAML file that is not there, takes the last of a YAML key given twice, a YAML
@@ -39,10 +40,11 @@ Chosen = TypeVar("Chosen", bound=Options)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A value and the words that name where it came from."""
+    """A value and the words that name where it came from; ``shared`` with other commands."""
 
     value: object
     source: str
+    shared: bool = False
 
 
 def shown(name: str, setting: Setting) -> str:
@@ -92,8 +94,9 @@ def read_settings(
 
 
 def options_of(settings: Mapping[str, Setting], kind: type[Chosen]) -> Chosen:
-    """The settings over the defaults of ``kind``, which must take them all."""
-    foreign = sorted(settings.keys() - kind.model_fields.keys())
+    """The settings over the defaults of ``kind``, which must take all that are not shared."""
+    taken = {name: s for name, s in settings.items() if name in kind.model_fields}
+    foreign = sorted(n for n, s in settings.items() if n not in taken and not s.shared)
     if foreign:
         takers = (name for name, options in COMMANDS.items() if options is kind)
         command = next(takers, kind.__name__)
@@ -104,9 +107,9 @@ def options_of(settings: Mapping[str, Setting], kind: type[Chosen]) -> Chosen:
             )
         )
     try:
-        return kind.model_validate({name: _value(name, s) for name, s in settings.items()})
+        return kind.model_validate({name: _value(name, s) for name, s in taken.items()})
     except ValidationError as refused:
-        raise ConfigError(_explain(refused, settings)) from refused
+        raise ConfigError(_explain(refused, taken)) from refused
 
 
 def load_config(
@@ -157,7 +160,7 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Setting]:
             continue
         name = key.removeprefix(ENV_PREFIX).lower()
         _require_known(name, key, ENV_PREFIX, str.upper)
-        found[name] = Setting(value, key)
+        found[name] = Setting(value, key, shared=True)
     return found
 
 
