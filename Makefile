@@ -14,17 +14,20 @@ TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check sanitize bench docs proto lock hooks clean distclean
+.PHONY: help setup demo test test-all check sanitize bench docs proto lock hooks clean distclean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv, install the pinned dependencies, build the native half
 
 demo: $(STAMP) ## serve the shipped model, ask it over gRPC, print a story and a sum
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP) ## run the tests (ARGS="-k name" to choose)
+test: $(STAMP) ## run the tests but the long ones (ARGS="tests/comm -k name" to choose from all)
+	$(BIN)/pytest $(if $(ARGS),$(ARGS),-m "not long")
+
+test-all: $(STAMP) ## run every test, as continuous integration does
 	$(BIN)/pytest $(ARGS)
 
 DOCS = README.md CONTRIBUTING.md SECURITY.md bench/README.md launch/README.md kernels/cpu/README.md \

@@ -23,6 +23,8 @@ from moeserve.models.families import read_spec
 from moeserve.models.library import resolve_model
 from moeserve.models.spec import MlaSpec, MoeSpec
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRACE = EXAMPLES / "demo_model" / "routing_by_domain.safetensors"
 MAX_WEIGHT_BYTES = 32_000_000

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("moeserve", "kernels", "placement")
 FILES = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")

@@ -15,6 +15,8 @@ from moeserve.bench import kernel
 from moeserve.bench.kernel import Contender, MoeLayer, measure, ours, read_contenders, routing
 from moeserve.errors import ConfigError
 
+pytestmark = pytest.mark.long
+
 KEYS = {"what", "peer", "unit", "threads", "median", "min", "max", "roofline", "note"}
 SMALL = ["--rounds", "2", "--threads", "1", "--json"]
 LAYER = MoeLayer(experts=4, per_token=2, hidden=64, inner=32)

@@ -20,6 +20,8 @@ from moeserve.kernels.ops import Ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.long
+
 MAKE = Path(__file__).parents[2] / "bench" / "models" / "make.py"
 SMALL = ["vocab_size=400", "hidden_size=64", "num_hidden_layers=2", "num_attention_heads=4"]
 TINY = {

@@ -12,6 +12,8 @@ import pytest
 
 from moeserve.testbed.network import refusal
 
+pytestmark = pytest.mark.long
+
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "ep.py"
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 BENCH = Path(__file__).parents[2] / "bench"
 SMALL = ["--rounds", "1", "--prefill", "8", "--batch", "2", "--prompt", "4", "--tokens", "3"]
 ONE = ["--threads", "1", "--streams", "2"]

@@ -39,7 +39,7 @@ BODY = {
 KEY = "key of clients"
 LOST = r"the run ends: (.*)"
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(200)]
 
 
 @dataclass

@@ -46,7 +46,7 @@ wait $!
 wait
 """
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(200)]
 
 
 def environment(script: str, folder: Path, mpirun: str | None) -> dict[str, str]:

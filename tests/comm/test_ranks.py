@@ -25,6 +25,8 @@ from moeserve.kernels.ops import Ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).parent
 MOST = 8
 SHARED_CORES = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")

@@ -20,7 +20,7 @@ PATIENCE_S = 150.0
 FLAGS = ["--grpc-port", "none", "--http-port", "0", "--threads", "1", "--num-blocks", "64"]
 WORKERS = Path(__file__).parent / "forked_workers.py"
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(200)]
 
 
 def ends(runs: Sequence[Sequence[Sequence[str]]], folder: Path) -> list[list[tuple[int, str]]]:

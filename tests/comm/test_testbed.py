@@ -20,6 +20,8 @@ from moeserve.testbed.links import parse_rate, show_rate
 from moeserve.testbed.network import Bed, refusal
 from moeserve.testbed.ranks import GroupEnd, ranks_of, run_ranks
 
+pytestmark = pytest.mark.long
+
 PORT = 5000
 
 

@@ -30,7 +30,7 @@ REQUEST = pb.GenerateRequest(
     n=16,
 )
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
 
 @contextmanager
