@@ -115,7 +115,7 @@ class Chunk:
     def kept(self, accepted: int) -> int:
         """How many of the tokens stay computed where ``accepted`` ones followed: the drafts that
         were not right are lost."""
-        return len(self.token_ids) - max(0, self.samples - accepted)
+        return len(self.token_ids) + min(0, accepted - self.samples)
 
 
 @dataclass(frozen=True, slots=True)

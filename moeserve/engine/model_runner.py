@@ -130,10 +130,14 @@ def sampling_rows(chunk: Chunk) -> Iterator[SamplingRow]:
 def accept(chunk: Chunk, sampled: Sequence[SampledRow]) -> Sampled | str:
     """The tokens of a chunk's rows, up to the first that is not the draft; or why a row that
     counts has none."""
+    if len(sampled) == 1:  # no drafts, as nearly always
+        (token_id, logprobs, failure) = sampled[0]
+        kept = () if logprobs is None else (logprobs,)
+        return failure or Sampled(chunk.request.id, (token_id,), kept)
     count = count_accepted(chunk.draft_ids, [row.token_id for row in sampled])
     for row in sampled[:count]:
         if row.failure:
             return row.failure
     token_ids = tuple(row.token_id for row in sampled[:count])
-    logprobs = tuple(row.logprobs for row in sampled[:count] if row.logprobs is not None)
-    return Sampled(chunk.request.id, token_ids, logprobs)
+    scores = tuple(row.logprobs for row in sampled[:count] if row.logprobs is not None)
+    return Sampled(chunk.request.id, token_ids, scores)

@@ -285,14 +285,17 @@ class Scheduler:
         for seq in generating:
             if seq.request.id in self._running:
                 self._grow(seq, builder.preempted)
-        ready = [seq for seq in generating if seq.request.id in self._running]
-        for others, seq in zip(range(len(ready) - 1, -1, -1), ready, strict=True):
-            builder.add(seq, self._drafts(seq, builder.budget - 1 - others))
+        if builder.preempted:
+            generating = [seq for seq in generating if seq.request.id in self._running]
+        others = len(generating)
+        for seq in generating:
+            others -= 1
+            drafts = self._drafts(seq, builder.budget - 1 - others) if self._drafter else ()
+            builder.add(seq, drafts)
 
     def _drafts(self, seq: SequenceState, most: int) -> tuple[int, ...]:
         """Guesses that fit: into the step, the answer, and blocks that nobody else needs now."""
-        if self._drafter is None:
-            return ()
+        assert self._drafter is not None
         size, params = self.pool.block_size, seq.request.params
         room = (len(seq.blocks) + self.pool.num_free) * size - len(seq)
         answer = min(params.max_tokens - len(seq.output_ids), self.config.max_model_len - len(seq))
@@ -317,10 +320,11 @@ class Scheduler:
             outs.append(TokenOut(seq.request.id, token_id, logprobs, finish))
             if finish is not None:
                 break
-        self.counters.generated_tokens += len(outs)
-        self.counters.drafted_tokens += chunk.samples - 1
-        self.counters.accepted_tokens += len(outs) - 1
-        self._advance(seq, chunk.kept(len(outs)))
+        counters, made = self.counters, len(outs)
+        counters.generated_tokens += made
+        counters.drafted_tokens += chunk.samples - 1
+        counters.accepted_tokens += made - 1
+        self._advance(seq, chunk.kept(made))
         if finish is not None:
             self._finish(seq, finish)
         return outs

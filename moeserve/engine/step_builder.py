@@ -29,15 +29,18 @@ class StepBuilder:
 
         ``draft_ids`` follow the newest token, which must then be the only one to be computed.
         """
-        stop = min(len(seq), seq.computed + self.budget)
-        assert not draft_ids or seq.generating, seq.request.id
-        token_ids = seq.tokens(seq.computed, stop) + draft_ids
+        length = len(seq)
+        stop = min(length, seq.computed + self.budget)
+        token_ids = seq.tokens(seq.computed, stop)
+        if draft_ids:
+            assert seq.generating, seq.request.id
+            token_ids += draft_ids
         chunk = Chunk(
             request=seq.request,
             token_ids=token_ids,
             start=seq.computed,
             blocks=tuple(seq.blocks),
-            samples=1 + len(draft_ids) if stop == len(seq) else 0,
+            samples=1 + len(draft_ids) if stop == length else 0,
             output_ids=seq.output_ids,
             rank=self._rank,
             reached=seq.reached,

@@ -1,18 +1,17 @@
 """What ``Ops.sample`` takes for every row of logits, and what it gives back.
 
-Letters: R rows, V vocabulary.
+Named tuples, since every token of every request makes one of each. Letters: R rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moeserve.core import Logprobs, RequestId, SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
+class SamplingRow(NamedTuple):
     """Whose logits a row holds, and the tokens before the one that they choose."""
 
     request_id: RequestId
@@ -26,8 +25,7 @@ class SamplingRow:
         return len(self.prompt_ids) + len(self.output_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledRow:
+class SampledRow(NamedTuple):
     """The token chosen from a row, and its log-probabilities if the request wants them.
 
     Where ``failure`` is not empty it says why no token could be chosen, and names the request.
