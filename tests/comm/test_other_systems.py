@@ -9,6 +9,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.long
+
 # What only Linux has: calls of os, fcntl, files under /proc and /sys, the native sockets.
 ELSEWHERE = """
 import os, pathlib, sys

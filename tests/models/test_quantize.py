@@ -283,6 +283,7 @@ print(peak() - before, done.bytes_before)
 """
 
 
+@pytest.mark.long
 def test_a_model_is_never_whole_in_memory(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """A model of 200 MB, in a process whose memory may rise by less than that."""
     source = tmp_path / "source"
