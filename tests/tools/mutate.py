@@ -33,6 +33,7 @@ import re
 import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
 import tomllib
@@ -286,6 +287,13 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
+def _copy_native(tree: Path) -> None:
+    """The compiled modules of an editable installation, which lie outside the checkout."""
+    installed = Path(sysconfig.get_path("purelib"))
+    for native in (installed / "moeserve").rglob("*.so"):
+        shutil.copy2(native, tree / native.relative_to(installed))
+
+
 @dataclass(slots=True)
 class Child:
     """A forked child that runs the tests of one mutant in its own copy of the tree."""
@@ -321,6 +329,7 @@ class Runner:
             tree.mkdir()
             for name in COPIED:
                 _copy(ROOT / name, tree / name)
+            _copy_native(tree)
 
     def run(self, module: str, texts: list[str], limit_s: float) -> list[tuple[str, float, str]]:
         """(outcome, seconds, first failure) of the module's tests with each of the texts."""
@@ -387,6 +396,8 @@ def _run_pytest(tree: Path, tests: tuple[str, ...], log: Path) -> int:
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
     sys.path.insert(0, str(tree))
+    # An editable installation has a finder of its own, which would lead to the checkout.
+    sys.meta_path[:] = [f for f in sys.meta_path if not hasattr(f, "known_source_files")]
     assert "moeserve" not in sys.modules
     import pytest
 
