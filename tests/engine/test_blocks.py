@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from moeserve.core import BlockId, CacheScope, Counters
-from moeserve.engine.blocks import BlockKey, BlockPool, child_key, root_key
+from moeserve.engine.blocks import BlockCounts, BlockKey, BlockPool, child_key, root_key
 
 SIZE = 4
 
@@ -203,3 +203,20 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_of_free_blocks_those_that_nobody_can_find_are_taken_first() -> None:
+    pool = BlockPool(2, SIZE, Counters())
+    keys = chain([1, 2, 3, 4])
+    [cached], [plain] = filled(pool, keys), pool.allocate(1)
+    pool.release([cached])
+    pool.release([plain])
+    assert pool.allocate(1) == [plain]
+    assert pool.find(keys) == [cached]
+
+
+def test_counts_tell_what_is_held_and_what_can_be_found() -> None:
+    pool = BlockPool(8, SIZE, Counters())
+    pool.release(filled(pool, chain(list(range(8)))))
+    pool.allocate(1)
+    assert pool.counts == BlockCounts(total=8, free=7, cached=2, size=SIZE)

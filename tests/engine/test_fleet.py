@@ -344,3 +344,47 @@ def test_requests_start_in_the_order_they_came(ranks: int, num_blocks: int, coun
 
 def arrival(chunk: Chunk) -> int:
     return int(chunk.request.id[1:])
+
+
+def test_preempted_requests_come_back_in_order_of_arrival() -> None:
+    town = Town(num_blocks=4)
+    ends = {"0": 8, "1": 13, "2": 13, "3": 13}
+    for name, most in ends.items():
+        town.add(request(name, [int(name) + 1] * 3, most, ignore_eos=True))
+    assert homes_of(town.step()) == {"0": 0, "1": 1, "2": 0, "3": 1}
+    while not (plan := town.step()).preempted:
+        pass
+    assert set(plan.preempted) == {"2", "3"}
+    assert town.fleet.num_waiting == 2
+    while town.finish[RequestId("0")] is None:
+        assert homes_of(town.step()).keys() <= {"0", "1"}
+    # One rank is free: who arrived first has it, whichever rank it ran on.
+    assert homes_of(town.step()) == {"1": 1, "2": 0}
+    town.run()
+    assert {name: len(town.tokens[RequestId(name)]) for name in ends} == ends
+    town.assert_nothing_leaked()
+
+
+def test_of_several_preempted_requests_the_one_that_is_named_ends() -> None:
+    town = Town(num_blocks=4)
+    for i in range(4):
+        town.add(request(str(i), [i + 1] * 3, 13, ignore_eos=True))
+    while not town.step().preempted:
+        pass
+    assert town.abort("3")
+    assert town.fleet.num_waiting == 1
+    assert not town.abort("3")
+    town.run()
+    assert town.finish[RequestId("2")] is FinishReason.LENGTH
+    assert town.counters.finished == {FinishReason.ABORT: 1, FinishReason.LENGTH: 3}
+    town.assert_nothing_leaked()
+
+
+def test_steps_and_prompts_are_counted_once_for_all_ranks() -> None:
+    town = Town()
+    town.add(request("a", [1] * 5, 3, ignore_eos=True), request("b", [2] * 7, 3, ignore_eos=True))
+    assert town.counters.prompt_tokens == 12
+    steps = 0
+    while town.fleet.has_work:
+        steps += bool(town.step().chunks)
+    assert town.counters.steps == steps == 3
