@@ -288,3 +288,38 @@ def test_an_op_table_samples_each_row_and_one_that_fails_alone_says_why(
     assert "request r cannot be sampled" in caplog.text
     assert drawn == sample_row(np.zeros(V, np.float32), rows[3], frozenset())
     assert ops.sample(logits_RV[:0], [], frozenset()) == []
+
+
+# What a row may ask for beside the token of its greatest logit.
+KINDS = (
+    {},
+    {"logprobs": 2},
+    {"min_tokens": 5, "stop_token_ids": (3,)},
+    {"repetition_penalty": 2.0},
+    {"presence_penalty": 1.0},
+    {"frequency_penalty": 0.5},
+    {"logit_bias": ((4, 9.0),)},
+    {"temperature": 1.0, "seed": 3},
+)
+kinds = st.sampled_from(KINDS).map(lambda fields: SamplingParams(**{"temperature": 0.0, **fields}))
+
+
+@given(st.lists(st.tuples(rows, kinds, st.booleans()), min_size=1, max_size=6))
+def test_rows_together_are_the_rows_alone(drawn: list[tuple[Row, SamplingParams, bool]]) -> None:
+    asked = [row(params, prompt=(0, 1), outputs=(2, 2)) for _, params, _ in drawn]
+    logits_RV = np.stack([np.where(broken, np.nan, x) for x, _, broken in drawn])
+    eos = frozenset({0})
+    found = ReferenceOps().sample(torch.from_numpy(logits_RV), asked, eos)
+    for (logits, _, broken), one, got in zip(drawn, asked, found, strict=True):
+        if broken:
+            assert "hold nan" in got.failure
+        else:
+            assert got == sample_row(logits, one, eos)
+
+
+def test_of_many_equal_weights_just_as_many_are_kept_as_reach_the_share() -> None:
+    assert top_p(np.ones(3000), 0.5).tolist() == list(range(1500))
+
+
+def test_a_seed_counts_by_its_64_bits() -> None:
+    assert uniform(-1, 3) == uniform(2**64 - 1, 3) != uniform(2**64 - 2, 3)
