@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -314,3 +316,32 @@ def test_weights_in_a_strided_view_are_read_as_they_are_seen(native: CpuOps) -> 
     whole = replace(weight, codes=codes.T.contiguous())
     ours = native.linear(x, native.pack_linear(weight))
     assert same_bits(ours, native.linear(x, native.pack_linear(whole)))
+
+
+def rounded_once(a: float, b: float, c: float) -> float:
+    """The fp32 nearest to a * b + c, by exact arithmetic; of two as near, the even one."""
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    near = np.float32(float(exact))
+    around = (np.nextafter(near, np.float32(-np.inf)), near, np.nextafter(near, np.float32(np.inf)))
+    return float(min(around, key=lambda x: (abs(Fraction(float(x)) - exact), x.view(np.int32) & 1)))
+
+
+def test_a_fused_multiply_add_is_rounded_once() -> None:
+    half, tiny = 2.0**-24, 2.0**-23  # half a step of fp32 above 1; one step
+    cases = []
+    for step in range(40):
+        c = 1 + step * tiny
+        # The product is just below half a step, by less than fp64 shows beside c.
+        cases += [(s * half * (1 + tiny), t * (1 - tiny), c) for s in (1, -1) for t in (1, -1)]
+        cases += [(s * half, 1.0, c) for s in (1, -1)]  # ties
+        cases += [(0.1 * (step + 1), -3.7 / (step + 1), 0.37), (1e30, 1e-3 * step, -1e27 * step)]
+    cases += [(-a, b, -c) for a, b, c in cases]
+    abc = np.asarray(cases, np.float32)
+    found = fused(*(torch.from_numpy(abc[:, i].copy()) for i in range(3)))
+    wanted = [rounded_once(*map(float, case)) for case in abc]
+    wrong = [
+        (tuple(c), f, w) for c, f, w in zip(abc, found.tolist(), wanted, strict=True) if f != w
+    ]
+    assert not wrong, wrong[:3]
+    twice = (abc[:, 0].astype(np.float64) * abc[:, 1] + abc[:, 2]).astype(np.float32)
+    assert (twice != np.asarray(wanted, np.float32)).sum() >= 20, "the cases would show no fault"
