@@ -15,6 +15,7 @@ from torch import Tensor
 from moeserve.errors import InternalError
 from moeserve.kernels.cpu.ops import CpuOps, _cpu
 from moeserve.kernels.ops import AttentionBatch, KvCache, KvShape, Ops
+from moeserve.kernels.reference.kv import round_probs
 from moeserve.kernels.reference.ops import ReferenceOps
 
 REFERENCE = ReferenceOps()
@@ -336,3 +337,11 @@ def test_int8_takes_half_and_a_scale(native: CpuOps) -> None:
     small = replace(case, dtype=torch.int8)
     assert native.kv_bytes_per_block(case.shape(1)) == 16 * 4 * 256 * 2
     assert native.kv_bytes_per_block(small.shape(1)) == 16 * 4 * (256 + 8)
+
+
+def test_probabilities_over_int8_values_are_codes_to_255_of_the_steps_greatest() -> None:
+    prob_P = torch.tensor([1.0, 0.45, 0.25, 0.001])
+    rounded_P, counted_P = round_probs(prob_P, torch.full((4,), 2.0), torch.int8)
+    # 255, 114.75, 63.75 and 0.255 of 2 / 255 each.
+    assert (rounded_P * 255 / 2).tolist() == pytest.approx([255, 115, 64, 0])
+    assert counted_P.tolist() == prob_P.tolist()

@@ -61,7 +61,12 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/comm/test_assign.py",
     ),
     "gateway/limits.py": ("tests/gateway/test_limits.py",),
-    "kernels/reference/kv.py": ("tests/kernels/test_attention.py", "-k", "not portable"),
+    "kernels/reference/kv.py": (
+        "tests/kernels/test_attention.py",
+        "tests/kernels/test_kv_blocks.py",
+        "-k",
+        "not portable",
+    ),
     "kernels/reference/ops.py": (*KERNEL_TESTS, "tests/kernels/test_parts.py"),
     "kernels/reference/wire.py": ("tests/kernels/test_packing.py", "tests/kernels/test_combine.py"),
     "kernels/reference/combine.py": ("tests/kernels/test_combine.py",),
