@@ -323,3 +323,9 @@ def test_of_many_equal_weights_just_as_many_are_kept_as_reach_the_share() -> Non
 
 def test_a_seed_counts_by_its_64_bits() -> None:
     assert uniform(-1, 3) == uniform(2**64 - 1, 3) != uniform(2**64 - 2, 3)
+
+
+def test_a_repetition_penalty_of_two_halves_what_was_seen() -> None:
+    logits = np.zeros(V, np.float32)
+    logits[4:6] = 3, 2
+    assert token(logits, replace(GREEDY, repetition_penalty=2.0), prompt=(4,)) == 5
