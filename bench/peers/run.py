@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import socket
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from moeserve.bench.roofline import roofline
 from moeserve.bench.rows import Row, notes, plot, summarise, table
 from moeserve.bench.workers import LoggedProcess, Worker, session_peak_bytes
 from moeserve.errors import MoeserveError
+from moeserve.host import allowed_cores
 from moeserve.kernels.probe import Machine, faster, probe_machine
 from moeserve.models.library import resolve_model
 from moeserve.models.survey import survey
@@ -354,7 +354,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip", nargs="+", default=[], choices=("generate", "serve"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=20.0, help="no round begins later")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=len(allowed_cores()))
     parser.add_argument("--prefill", type=int, nargs="+", default=[512], metavar="TOKENS")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--prompt", type=int, default=128)

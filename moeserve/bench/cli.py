@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeserve.errors import ConfigError
+from moeserve.host import allowed_cores
 
 if TYPE_CHECKING:
     from moeserve.bench.generation import Case
@@ -85,7 +85,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def thread_counts(args: argparse.Namespace) -> list[int]:
-    cores = len(os.sched_getaffinity(0))
+    cores = len(allowed_cores())
     if args.threads is None:
         return sorted({1, cores}) if args.what == "kernel" else [cores]
     counts = integers("--threads", args.threads)
