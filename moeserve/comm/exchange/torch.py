@@ -24,8 +24,12 @@ from moeserve.comm.exchange.base import Lanes
 from moeserve.comm.exchange.stragglers import LEAVING, REPORT_AFTER, StragglerDetector
 from moeserve.comm.group import Group
 
-# Our own deadlines end waits; this only bounds what nobody waits for.
+# Reports come when something is wrong, so never in most runs.
 _NEVER = timedelta(hours=24)
+# Our own deadlines end waits; this many of them bound what nobody waits for any more, and seconds
+# the time in which connections are made.
+_LEFT_ALONE = 4
+_CONNECTING_S = 120.0
 _NO_TAG = (1 << 31) - 1
 # How long a report may take that has been sent already.
 _GRACE_S = 0.2
@@ -111,14 +115,15 @@ class TorchExchange(ExchangeBackend):
         super().__init__(group, lanes)
         group.all_gather(f"{key}/ready", b"")
 
-        def pg(name: str) -> Any:
-            return connect(PrefixStore(f"{key}/{name}", group.store), group, address)
+        def pg(name: str, timeout: timedelta) -> Any:
+            return connect(PrefixStore(f"{key}/{name}", group.store), group, address, timeout)
 
+        bound = timedelta(seconds=max(_LEFT_ALONE * lanes.deadline_s, _CONNECTING_S))
         self._lane_L = [
-            _LaneState(pg(str(lane)), group.world) for lane in range(len(lanes.bytes_L))
+            _LaneState(pg(str(lane), bound), group.world) for lane in range(len(lanes.bytes_L))
         ]
         self._reports = ReportChannel(
-            pg("reports"), StragglerDetector(group.rank, group.world, len(lanes.bytes_L))
+            pg("reports", _NEVER), StragglerDetector(group.rank, group.world, len(lanes.bytes_L))
         )
         self._receives = self._reported = 0
 
@@ -162,6 +167,7 @@ class TorchExchange(ExchangeBackend):
         for state in self._lane_L:
             if state.work is not None and not state.work.is_completed():
                 break_connections(state.pg, self._others)
+                release_aside(state)
         self._lane_L = []
         self._reports.leave(self.blamed)
 
@@ -221,11 +227,11 @@ class ReportChannel:
                 self._stragglers.disconnected(source)
 
 
-def connect(store: Store, group: Group, address: str | None) -> Any:
+def connect(store: Store, group: Group, address: str | None, timeout: timedelta) -> Any:
     if address is None:
-        return ProcessGroupGloo(store, group.rank, group.world, _NEVER)
+        return ProcessGroupGloo(store, group.rank, group.world, timeout)
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = _NEVER
+    options._timeout = timeout
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     options._threads = 1
     return ProcessGroupGloo(store, group.rank, group.world, options)
@@ -238,3 +244,12 @@ def break_connections(pg: Any, others: Sequence[int]) -> None:
         with contextlib.suppress(RuntimeError):
             word = torch.zeros(1, dtype=torch.uint8)
             pg.recv([word], other, _NO_TAG).wait(timedelta(milliseconds=1))
+
+
+def release_aside(state: _LaneState) -> None:
+    """Let go of a process group on a thread of its own: its destructor waits for the group's
+    threads, and one of them may wait for a send until the group's timeout, since gloo loses the end
+    of a send whose connection breaks at the wrong moment."""
+    held = [state.pg, state.work]
+    state.pg = state.work = None
+    threading.Thread(target=held.clear, name="ends a group of gloo", daemon=True).start()
