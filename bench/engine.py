@@ -24,8 +24,9 @@ from rich.table import Table
 
 from moeserve.core import Counters, Request, RequestId, SamplingParams, StepPlan
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.model_runner import ModelRunner
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.engine.scheduler import Scheduler
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model

@@ -3,7 +3,7 @@
     python bench/overhead.py MODEL [--batch 1 16 32] [--steps N] [--threads N]
                              [--quantization int8] [--json]
 
-The whole engine runs on its own thread: planning, packing, the decoder's glue, sampling, text and
+The whole engine runs on its own thread: planning, packing, the decoder's glue, sampling and
 events. Of every step the thread's CPU time is taken, and how much of it is inside native calls; the
 table shows medians, and the native calls of a step. CPU time leaves others on the machine out, but
 not what they do to caches and memory.
@@ -25,6 +25,7 @@ from rich.table import Table
 from moeserve.config.options import EngineOptions
 from moeserve.core import Event, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
+from moeserve.engine.request_state import EachEvent
 from moeserve.kernels.cpu import _cpu
 
 PROMPT = 128
@@ -57,7 +58,7 @@ def measure(model: LoadedModel, batch: int, steps: int) -> Row:
     params = SamplingParams(max_tokens=steps + batch, temperature=0, ignore_eos=True)
     for r in range(batch):
         prompt = tuple((7 * r + 13 * i) % 200 + 1 for i in range(PROMPT))
-        model.engine.submit(Request(RequestId(str(r)), prompt, params), sink)
+        model.engine.submit(Request(RequestId(str(r)), prompt, params), EachEvent(sink))
     for _ in range(batch):
         assert ended.acquire(timeout=WAIT_S), "the engine does not answer"
     # From the first on there are only decode steps; when the first request ends, fewer run.

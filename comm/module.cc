@@ -5,4 +5,5 @@ NB_MODULE(_comm, m) {
   moeserve::bind_assign(m);
   moeserve::bind_shm(m);
   moeserve::bind_tcp(m);
+  moeserve::bind_mesh(m);
 }

@@ -8,5 +8,6 @@ namespace moeserve {
 void bind_assign(nanobind::module_& m);
 void bind_shm(nanobind::module_& m);
 void bind_tcp(nanobind::module_& m);
+void bind_mesh(nanobind::module_& m);
 
 }  // namespace moeserve

@@ -16,9 +16,9 @@ from pydantic import SecretStr
 from moeserve.config.options import (
     GROUPS,
     Dtype,
-    FollowerOptions,
     KvDtype,
     ModelOptions,
+    RankOptions,
     ServeConfig,
     parse_bytes,
 )
@@ -62,6 +62,7 @@ OTHER: dict[str, Any] = {
     "ep_backend": "shm",
     "combine": "ordered",
     "plan": "plan.json",
+    "doors": "all",
     "homes": "experts",
     "microbatches": 2,
     "replan": "auto",
@@ -275,9 +276,9 @@ def test_every_setting_is_in_one_group() -> None:
 def test_another_process_may_be_given_only_what_it_uses() -> None:
     config = ServeConfig(api_key=SecretStr("secret-secret"), http_port=1, threads=3, plan=Path("p"))
     environ = {"MOESERVE_API_KEY": "secret-secret", "MOESERVE_MAX_QUEUE": "7", "PATH": "/bin"}
-    given = to_environ(config, environ, FollowerOptions)
+    given = to_environ(config, environ, RankOptions)
     ours = {name for name in given if name.startswith("MOESERVE_")}
-    assert ours == {f"MOESERVE_{name.upper()}" for name in FollowerOptions.model_fields}
+    assert ours == {f"MOESERVE_{name.upper()}" for name in RankOptions.model_fields}
     assert "secret-secret" not in given.values()
     got = load_config({}, given)
     assert (got.threads, got.plan, got.http_port) == (3, Path("p"), ServeConfig().http_port)

@@ -20,6 +20,7 @@ from moeserve.worker.command import main as worker
 OF_RANKS: dict[str, Any] = {
     "ep_backend": "tcp",
     "plan": "plan.json",
+    "doors": "all",
     "homes": "experts",
     "replan": "auto",
     "microbatches": "2",

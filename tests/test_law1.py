@@ -19,8 +19,10 @@ from torch import Tensor
 from moeserve.config.options import LoadOptions
 from moeserve.core import Chunk, Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.model_runner import ModelRunner
-from moeserve.engine.scheduler import Drafter, Scheduler, SchedulerConfig
+from moeserve.engine.policies import Drafter
+from moeserve.engine.scheduler import Scheduler
 from moeserve.kernels.ops import Linear
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops

@@ -130,7 +130,7 @@ class StepRunner:
         steps = [pack_spans(part, BLOCK) for part in parts]
         assert isinstance(decoder.runner, ParallelLayerRunner)
         stats, traffic = decoder.runner.dispatcher.stats, self.exchange.traffic
-        before = (stats.waited_s, sum(stats.copies_R), stats.tokens, list(traffic.sent_R))
+        before = (stats.waited_s, stats.copies, stats.tokens, list(traffic.sent_R))
         begun = time.monotonic()
         logits = decoder.forward_micro(steps, self.cache)
         ended = time.monotonic()
@@ -138,7 +138,7 @@ class StepRunner:
             "begun": begun,
             "ended": ended,
             "waited": stats.waited_s - before[0],
-            "copies": sum(stats.copies_R) - before[1],
+            "copies": stats.copies - before[1],
             "token_layers": stats.tokens - before[2],
             "sent_R": [a - b for a, b in zip(traffic.sent_R, before[3], strict=True)],
         }

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from moeserve.bench.roofline import LoadCounter, Roofline, step_seconds
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.drive import drive
 from moeserve.engine.model_runner import ModelRunner, StepObserver
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.engine.scheduler import Scheduler
 from moeserve.models.decoder import Decoder
 
 BLOCK = 16

@@ -5,8 +5,8 @@
     group.py        the ranks of a run, their nodes (Topology), and the notes they leave at start
     launch/         environment: what a launcher's variables say; rendezvous: how ranks meet;
                     spawn: ranks as children of this process
-    control/        channels: messages of steps between rank 0 and the others; link: one connection;
-                    handshake: all serve the same; heartbeat, silence: who is lost
+    control/        handshake: all serve the same; mesh: records of steps, who is lost, who wants to
+                    stop; rpc: gRPC between processes, and whom they trust
     exchange/       base: rounds of bytes between ranks (Exchange, Lanes); local, shm, tcp, torch,
                     mpi: its backends; backend: what they share; stragglers: who is late;
                     open: which one is taken
@@ -15,5 +15,5 @@
     dispatcher.py   one MoE layer over ranks: dispatch, experts, combine
     pipeline.py     all layers of a step, microbatches in turn
     build.py        from a loaded model and its group to a runner of its layers
-    native.py       the native half (comm/*.cc): table, shared memory, sockets
+    native.py       the native half (comm/*.cc): table, shared memory, sockets, mesh
 """

@@ -1,4 +1,5 @@
-"""The native half, by raw addresses; ``table``, ``exchange.shm`` and ``exchange.tcp`` call it."""
+"""The native half, by raw addresses; ``table``, ``exchange.shm``, ``exchange.tcp`` and
+``control.mesh`` call it."""
 
 from collections.abc import Sequence
 
@@ -84,3 +85,60 @@ class Streams:
 
     def silent(self, ns: int) -> list[int]:
         """Those who did not answer within so long."""
+
+class Silence:
+    """The native twin of ``control.silence``. Seconds."""
+
+    def __init__(
+        self, ranks: Sequence[int], now: float, limit_s: float, period_s: float
+    ) -> None: ...
+    def record(self, rank: int, now: float) -> None: ...
+    def late(self, now: float) -> list[tuple[int, float]]:
+        """Late ranks and how long they have been silent."""
+
+class Mesh:
+    """One rank's end of the mesh; owns the connected sockets, and a copy of ``news``, to
+    which it writes when there is an alarm, when a rank has to stop, and on closing."""
+
+    def __init__(
+        self,
+        rank: int,
+        names: Sequence[int],
+        record_bytes: int,
+        dialled: Sequence[int],
+        accepted: Sequence[int],
+        limit_s: float,
+        period_s: float,
+        news: int,
+    ) -> None: ...
+    def watch(self) -> None:
+        """From now on silence is an alarm, and rounds are counted."""
+
+    def post(self, record: bytes) -> None: ...
+    def collect(self, ns: int) -> bytes | None:
+        """The records of all; None where some are missing after so long, or there is an alarm."""
+
+    def missing(self) -> list[int]:
+        """Ranks whose record of the posted round has not come."""
+
+    def absent(self, ns: int) -> list[int]:
+        """Ranks that answer within so long that they have not posted this rank's round."""
+
+    def wait_begun(self, ns: int) -> bool: ...
+    def wake(self) -> None: ...
+    def set_activity(self, text: str) -> None: ...
+    def fail(self, reason: str, ranks: Sequence[int]) -> None: ...
+    def end(self) -> None: ...
+    def ask_to_stop(self) -> None: ...
+    def alarm(self) -> tuple[bytes, list[int]] | None:
+        """Its reason in UTF-8, and the ranks that it blames."""
+
+    def ended(self) -> bool: ...
+    def stop_asked(self) -> bool: ...
+    def posted(self) -> int:
+        """The number of the round that was posted last, from 1 on since ``watch``."""
+
+    def counters(self) -> list[int]:
+        """Rounds, messages and bytes of rounds, other messages and bytes."""
+
+    def close(self) -> None: ...

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -44,22 +44,19 @@ class ShardedExperts:
 class DispatchStats:
     """Counted where it happens (law 8), on this rank; a copy is one token on its way to one rank.
 
-    ``copies_R`` and the bytes are by destination, this rank left out; ``inter_node`` are copies to
-    other nodes. ``waited_s`` is the time spent in ``receive``.
+    ``copies`` and the bytes are those sent to other ranks, ``inter_node`` the copies to other
+    nodes among them, ``came`` the copies that other ranks sent here. ``waited_s`` is the time spent
+    in ``receive``. The size does not depend on the number of ranks.
     """
 
-    world: int
     rounds: int = 0
     tokens: int = 0
-    copies_R: list[int] = field(default_factory=list)
+    copies: int = 0
     inter_node: int = 0
-    dispatch_bytes_R: list[int] = field(default_factory=list)
-    combine_bytes_R: list[int] = field(default_factory=list)
+    came: int = 0
+    dispatch_bytes: int = 0
+    combine_bytes: int = 0
     waited_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("copies_R", "dispatch_bytes_R", "combine_bytes_R"):
-            setattr(self, name, [0] * self.world)
 
 
 class Dispatcher(Protocol):
@@ -101,25 +98,28 @@ class DispatchHop:
         self._exchange = exchange
         self._stats = stats
         self._progress = progress
-        self._others = [(r, rank) for r, rank in enumerate(member_R) if r != exchange.rank]
         home = topology.node_R[member_R[exchange.rank]]
-        self._inter_node_R = [topology.node_R[rank] != home for rank in member_R]
+        nodes = [topology.node_R[rank] for rank in member_R]
+        self._abroad = [r for r, node in enumerate(nodes) if node != home]
 
     def send_tokens(
         self, lane: int, wire: Wire, sent: Assigned, pack: Callable[[list[Tensor]], None]
     ) -> None:
         """``pack`` writes the records of ``sent``."""
-        stats = self._stats
-        sizes_R = [count * wire.row_bytes for count in sent.count_R]
+        stats, count_R = self._stats, sent.count_R
+        sizes_R = [count * wire.row_bytes for count in count_R]
         pack(self._exchange.areas(2 * lane, sizes_R))
         self._exchange.send(2 * lane, sizes_R)
-        for r, rank in self._others:
-            stats.copies_R[rank] += sent.count_R[r]
-            stats.dispatch_bytes_R[rank] += sizes_R[r]
-            stats.inter_node += sent.count_R[r] if self._inter_node_R[r] else 0
+        copies = sum(count_R) - count_R[self.rank]
+        stats.copies += copies
+        stats.dispatch_bytes += copies * wire.row_bytes
+        stats.inter_node += sum(count_R[r] for r in self._abroad)
 
-    def tokens(self, lane: int) -> list[Tensor]:
-        return self._received(2 * lane)
+    def tokens(self, lane: int, wire: Wire) -> list[Tensor]:
+        segments_R = self._received(2 * lane)
+        came = sum(map(len, segments_R)) - len(segments_R[self.rank])
+        self._stats.came += came // wire.row_bytes
+        return segments_R
 
     def send_sums(
         self, lane: int, sharded: ShardedExperts, sums: Sums, segments_R: Sequence[Tensor]
@@ -130,8 +130,7 @@ class DispatchHop:
         areas_R = self._exchange.areas(back, most_R)
         sizes_R = ops.pack_sums(part, wire, sums, segments_R, areas_R)
         self._exchange.send(back, sizes_R)
-        for r, rank in self._others:
-            self._stats.combine_bytes_R[rank] += sizes_R[r]
+        self._stats.combine_bytes += sum(sizes_R) - sizes_R[self.rank]
 
     def sums(self, lane: int) -> list[Tensor]:
         return self._received(2 * lane + 1)
@@ -150,7 +149,7 @@ class FlatDispatcher:
     def __init__(
         self, ops: Ops, exchange: Exchange, topology: Topology, progress: Progress
     ) -> None:
-        self.stats = DispatchStats(exchange.world)
+        self.stats = DispatchStats()
         self._ops = ops
         self._progress = progress
         self._hop = DispatchHop(
@@ -171,7 +170,7 @@ class FlatDispatcher:
         self._progress.begin("shared expert")
         shared_TH = ops.shared(part, routed)
         yield
-        segments_R = hop.tokens(lane)
+        segments_R = hop.tokens(lane, wire)
         self._progress.begin("experts")
         hop.send_sums(lane, sharded, ops.run_experts(part, wire, segments_R), segments_R)
         yield
@@ -199,7 +198,7 @@ class HierarchicalDispatcher:
         topology: Topology,
         progress: Progress,
     ) -> None:
-        self.stats = DispatchStats(topology.world)
+        self.stats = DispatchStats()
         self._ops = ops
         self._progress = progress
         size, first = inner.world, outer.rank * inner.world
@@ -224,14 +223,14 @@ class HierarchicalDispatcher:
         self._progress.begin("shared expert")
         shared_TH = ops.shared(part, routed)
         yield
-        landed = outer.tokens(lane)
+        landed = outer.tokens(lane, wire)
         self._progress.begin("relay of tokens")
         inside = sharded.table.relay(landed, wire, size)
         inner.send_tokens(
             lane, wire, inside, lambda at: ops.relay_tokens(wire, landed, inside.copies, at)
         )
         yield
-        segments_R = inner.tokens(lane)
+        segments_R = inner.tokens(lane, wire)
         self._progress.begin("experts")
         inner.send_sums(lane, sharded, ops.run_experts(part, wire, segments_R), segments_R)
         yield

@@ -6,10 +6,10 @@
     CacheOptions    every rank, as it makes its KV cache          serve, worker, generate
     StepOptions     every rank: bounds of a step                  serve, worker, generate
     ProcessOptions  every rank: its process                       serve, worker, generate
-    RequestOptions  rank 0: how requests are taken in             serve, worker
+    RequestOptions  every rank: how requests are taken in         serve, worker
     EpOptions       every rank of several                         serve, worker
     LogOptions      every rank                                    serve, worker
-    DoorOptions     rank 0: what clients connect to               serve, worker
+    DoorOptions     ranks with doors: what clients connect to     serve, worker
 
 A class that is several groups has their settings flat, and can be passed wherever one of the groups
 is expected: a ``ServeConfig`` is a ``LoadOptions``. Options are frozen; a value out of bounds is a
@@ -181,6 +181,10 @@ class EpOptions(Options):
         default=None,
         description="which rank holds which expert, from moeserve place; default: in order",
     )
+    doors: Literal["first", "all"] = Field(
+        default="first",
+        description="ranks that clients may connect to: rank 0, or each at a port of its own",
+    )
     homes: Literal["load", "experts"] = Field(
         default="load",
         description="a request's rank: the least loaded, or near experts its kind uses",
@@ -206,7 +210,7 @@ class EpOptions(Options):
     )
     ep_tls: Path | None = Field(
         default=None,
-        description="folder of cert.pem, key.pem, ca.pem: control between ranks by mutual TLS",
+        description="folder of cert.pem, key.pem, ca.pem: gRPC between ranks by mutual TLS",
     )
 
 
@@ -263,14 +267,14 @@ class RankModelOptions(ProcessOptions, StepOptions, CacheOptions, LoadOptions, M
 
 
 class EngineOptions(RequestOptions, RankModelOptions):
-    """What the engine of rank 0, or of a process by itself, is built with."""
+    """What the engine of a rank, or of a process by itself, is built with."""
 
 
-class FollowerOptions(LogOptions, EpOptions, RankModelOptions):
-    """Everything that a rank other than 0 uses."""
+class RankOptions(LogOptions, EpOptions, EngineOptions):
+    """Everything that a rank without doors uses."""
 
 
-class ServeConfig(DoorOptions, FollowerOptions, EngineOptions):
+class ServeConfig(DoorOptions, RankOptions):
     """Every setting there is."""
 
 

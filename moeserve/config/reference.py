@@ -15,7 +15,7 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from moeserve.config.effect import RULES
-from moeserve.config.options import COMMANDS, GROUPS, FollowerOptions, Options
+from moeserve.config.options import COMMANDS, GROUPS, Options, RankOptions
 from moeserve.config.sources import ENV_PREFIX, SECRETS, choices, flag_of
 from moeserve.config.variables import MEANING
 
@@ -71,7 +71,7 @@ def _section(group: type[Options]) -> Iterator[str]:
     title = (group.__doc__ or "").splitlines()[0].removesuffix(".")
     takers = [f"`{name}`" for name, kind in COMMANDS.items() if issubclass(kind, group)]
     yield from ("", f"## {title}", "")
-    users = "every rank" if issubclass(FollowerOptions, group) else "rank 0 alone"
+    users = "every rank" if issubclass(RankOptions, group) else "rank 0 alone"
     yield from _wrapped(f"Taken by {', '.join(takers)}; used by {users}.")
     yield ""
     yield "| flag | variable | YAML key | default | values | what it is |"

@@ -2,15 +2,18 @@
 
 ::
 
-    scheduler.py      which tokens run in the next step (sequence: a request under way;
-                      step_builder: the step under construction; blocks: who holds which KV block)
+    scheduler.py      which tokens run in the next step (bounds: what it takes and refuses;
+                      policies: whom it asks; sequence: a request under way; step_builder: the step
+                      under construction; foresight: the step after it; blocks: who holds which KV
+                      block)
     executor.py       what runs a step: the seam between decisions and tensors
-    model_runner.py   runs it on this process's decoder; null: without a model, to check schedulers
+    model_runner.py   runs it on this process's decoder (input_batch: what it keeps from step to
+                      step); null: without a model, to check schedulers
     drive.py          plan, run, apply: one step after the other
     loop.py           the engine: a thread that makes steps and feeds streams (request_state: what
-                      it keeps of a request; text: from token ids to text)
+                      it keeps of a request, and how its events leave; pace: when a step is due)
     rank_model.py     one rank's share of a model, loaded (kv_size: how many KV blocks it gets);
                       build: from a folder to an engine
-    ranks/            one queue and one step over several ranks
+    ranks/            several ranks: where requests run, and steps in common
     replan/           another placement of experts while serving
 """

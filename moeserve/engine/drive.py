@@ -23,6 +23,7 @@ from moeserve.core import (
 )
 from moeserve.engine.blocks import BlockCounts
 from moeserve.engine.executor import Executor
+from moeserve.engine.sequence import NEW, History, SequenceState
 from moeserve.errors import InternalError, UnavailableError
 
 
@@ -40,7 +41,11 @@ class Schedules(Protocol):
     @property
     def blocks(self) -> BlockCounts: ...
 
-    def add(self, request: Request) -> None: ...
+    def add(self, request: Request, history: History = NEW) -> None: ...
+
+    def withdraw(self, count: int) -> list[SequenceState]:
+        """Let go of so many that wait."""
+        ...
 
     def abort(self, request_id: RequestId, reason: FinishReason) -> bool: ...
 
@@ -79,8 +84,10 @@ def run_step(
     *,
     lock: AbstractContextManager[Any] | None = None,
     on_plan: Callable[[StepPlan, float], None] = lambda plan, began: None,
+    due: bool = False,
 ) -> StepOutcome | None:
-    """One step; None where no request is left.
+    """One step; None where no request is left, unless it is ``due`` all the same: then others have
+    requests, and the executor runs with them.
 
     ``lock`` is held while the scheduler is asked, not while the executor runs, so requests may be
     added and aborted meanwhile. ``on_plan`` is called, without it, before the executor. Requests
@@ -89,15 +96,17 @@ def run_step(
     """
     lock = lock or nullcontext()
     with lock:
-        if not scheduler.has_work:
+        if not scheduler.has_work and not due:
             return None
         plan = scheduler.plan(clock())
     began = clock()
     on_plan(plan, began)
-    if not plan.chunks:
+    if not plan.chunks and not due:
         return StepOutcome(plan, began)
     try:
         result = executor.run(plan)
+        if result is None:
+            return StepOutcome(plan, began)
         with lock:
             for request_id, _ in result.failed:
                 scheduler.abort(request_id, FinishReason.ERROR)

@@ -9,11 +9,12 @@ from moeserve.core import StepPlan, StepResult
 
 
 class Executor(Protocol):
-    """One process's model (``model_runner``), all ranks (``ranks.leader``), or, to check a
-    scheduler, no model at all (``null``)."""
+    """One process's model (``model_runner``), a rank's part of it (``ranks.lock_step``), or, to
+    check a scheduler, no model at all (``null``)."""
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Compute every chunk and sample where asked. Plans come in the scheduler's order.
+    def run(self, plan: StepPlan) -> StepResult | None:
+        """Compute every chunk and sample where asked. Plans come in the scheduler's order. None
+        where it turned out that there was no step to run.
 
         UnavailableError where no further step can be run; any other error ends only the requests
         of this one.

@@ -2,7 +2,9 @@
 
 ``submit`` refuses or queues; from then on the request's sink receives ``Event``s, on the engine's
 thread, until one with ``finish``, which always comes: with an error if a step fails, if the
-request is aborted or late, or if the engine stops. A sink must not block. A failing step ends the
+request is aborted or late, or if the engine stops. A sink that many requests share is called once
+a step, with the events of all of them. Tokens leave as ids: the loop knows no text, and no stop
+strings; whoever finds one aborts the request with ``FinishReason.STOP``. A failing step ends the
 requests that were in it, and the engine goes on; where the executor says that it is unavailable,
 all requests end so, and the engine with them.
 """
@@ -13,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -26,14 +28,14 @@ from moeserve.core import (
     RequestId,
     StepPlan,
     Timing,
-    TokenOut,
 )
+from moeserve.engine.bounds import refuse_duplicate
 from moeserve.engine.drive import Schedules, StepOutcome, run_step
 from moeserve.engine.executor import Executor
-from moeserve.engine.request_state import RequestState, Sink
-from moeserve.engine.scheduler import refuse_duplicate
-from moeserve.engine.text import Decodes, TextStream
-from moeserve.errors import TokenizerError, UnavailableError
+from moeserve.engine.pace import Alone, Pace
+from moeserve.engine.request_state import EventSink, Outbox, RankSink, RequestState
+from moeserve.engine.sequence import NEW, History
+from moeserve.errors import UnavailableError
 
 IDLE_S = 1.0
 LOCK_S = 30.0
@@ -57,13 +59,32 @@ class EngineObserver(Protocol):
 
     def on_step(self, plan: StepPlan, seconds: float) -> None: ...
 
-    def on_first_token(self, timing: Timing) -> None: ...
-
-    def on_token(self, seconds: float) -> None:
-        """A further token, so long after the one before it."""
+    def on_gaps(self, gaps: Mapping[float, int]) -> None:
+        """How many tokens came how many seconds after the one before them; first tokens are not
+        among them."""
         ...
 
+    def on_first_token(self, timing: Timing) -> None: ...
+
     def on_finish(self, reason: FinishReason, timing: Timing) -> None: ...
+
+
+class ServingEngine(Protocol):
+    """What doors submit to: an ``Engine``, or all ranks' as one (``ranks.instance``)."""
+
+    @property
+    def counters(self) -> Counters: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    def submit(self, request: Request, sink: EventSink) -> None: ...
+
+    def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None: ...
+
+    def load(self) -> EngineLoad: ...
+
+    def stop(self, timeout: float = 30.0) -> bool: ...
 
 
 class Unobserved:
@@ -71,9 +92,9 @@ class Unobserved:
 
     def on_step(self, plan: StepPlan, seconds: float) -> None: ...
 
-    def on_first_token(self, timing: Timing) -> None: ...
+    def on_gaps(self, gaps: Mapping[float, int]) -> None: ...
 
-    def on_token(self, seconds: float) -> None: ...
+    def on_first_token(self, timing: Timing) -> None: ...
 
     def on_finish(self, reason: FinishReason, timing: Timing) -> None: ...
 
@@ -103,34 +124,32 @@ class EngineLock:
 
 
 class Engine:
-    """``start`` or ``with`` it; ``tokenizer`` None serves token ids without text.
-
-    ``idle`` is called about once a second while there is nothing to run; as from a step, an
-    UnavailableError ends the engine.
+    """``start`` or ``with`` it. Among several ranks ``pace`` says when a step is due that this
+    engine has no request for, and ``lock`` is shared with whoever else looks at the scheduler.
+    ``on_end`` is called once, on the engine's thread when it ends, with the reason.
     """
 
     def __init__(
         self,
         scheduler: Schedules,
         executor: Executor,
-        tokenizer: Decodes | None = None,
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
-        idle: Callable[[], None] = lambda: None,
+        pace: Pace | None = None,
+        lock: EngineLock | None = None,
     ) -> None:
+        self.on_end: Callable[[str], None] = lambda reason: None
         self._scheduler = scheduler
         self._executor = executor
-        self._tokenizer = tokenizer
         self._observer = observer or Unobserved()
         self._clock = clock
-        self._on_idle = idle
+        self._pace = pace or Alone()
         self._stop_reason = "the server stopped: retry elsewhere"
         self._log = logging.getLogger("moeserve.engine")
-        self._lock = EngineLock()  # of scheduler, streams and accepting
+        self._lock = lock or EngineLock()  # of scheduler, streams and accepting
         self._streams: dict[RequestId, RequestState] = {}
         self._accepting = True
-        self._cancelled: deque[RequestState] = deque()
-        self._wake = threading.Event()
+        self._cancelled: deque[tuple[RequestState, FinishReason]] = deque()
         self._stopping = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
@@ -160,32 +179,49 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, request: Request, sink: Sink) -> None:
+    def submit(self, request: Request, sink: EventSink, history: History = NEW) -> None:
         """Queue a request from any thread, or raise why it cannot be served."""
-        if self._tokenizer is None and request.params.stop:
-            raise TokenizerError(
-                "this model has no tokenizer, which stop strings need: use stop_token_ids "
-                "instead of stop",
-                param="stop",
-            )
-        text = None if self._tokenizer is None else TextStream(self._tokenizer, request)
-        stream = RequestState(request, sink, text, submitted=self._clock())
+        stream = RequestState(request, sink, submitted=self._clock())
         with self._lock:
             if not self._accepting:
                 raise UnavailableError("the server is draining or stopped: retry elsewhere")
             # The scheduler lets go of a request before its stream has had its last event.
             refuse_duplicate(request, request.id in self._streams)
-            self._scheduler.add(request)
+            self._scheduler.add(request, history)
             self._streams[request.id] = stream
             self._idle.clear()
-        self._wake.set()
+        self._pace.wake()
 
-    def abort(self, request_id: RequestId) -> None:
-        """End a request before the next step, from any thread; ended ones are left alone."""
+    def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a request before the next step, from any thread; ended ones are left alone.
+
+        ``reason`` is what its last event and the counters say: STOP where its client's text is
+        complete, ERROR where it cannot be made.
+        """
         stream = self._streams.get(request_id)  # without the lock: one look at a dict is atomic
         if stream is not None:
-            self._cancelled.append(stream)
-            self._wake.set()
+            self._cancelled.append((stream, reason))
+            self._pace.wake()
+
+    def count_end(self, reason: FinishReason) -> None:
+        """A request has ended that no scheduler ever had; from any thread."""
+        with self._lock:
+            finished = self._scheduler.counters.finished
+            finished[reason] = finished.get(reason, 0) + 1
+
+    def wake(self) -> None:
+        """Look again whether there is something to do, from any thread."""
+        self._pace.wake()
+
+    def give_back(self, count: int) -> None:
+        """Let so many waiting requests go, those that wait longest first, to whoever submitted
+        them. On the engine's thread, while a step is agreed on."""
+        with self._lock:
+            waiting = self._scheduler.withdraw(count)
+            streams = [self._streams.pop(seq.request.id) for seq in waiting]
+        for seq, stream in zip(waiting, streams, strict=True):
+            assert isinstance(stream.sink, RankSink), "only ranks give requests back"
+            stream.sink.give_back(seq.request.id, seq.reached)
 
     def load(self) -> EngineLoad:
         with self._lock:
@@ -208,10 +244,11 @@ class Engine:
 
     def stop(self, timeout: float = 30.0) -> bool:
         """End every stream and the thread; False if a step still ran after ``timeout``."""
-        with self._lock:
-            self._accepting = False
         self._stopping.set()
-        self._wake.set()
+        with self._lock:
+            # Ranks that others still need go on until all leave.
+            self._accepting &= not self._pace.leave()
+        self._pace.wake()
         if self._thread.ident is not None:
             self._thread.join(timeout)
         self._end_all()
@@ -221,11 +258,9 @@ class Engine:
 
     def _serve(self) -> None:
         try:
-            while not self._stopping.is_set():
+            while not (self._stopping.is_set() and self._pace.leave()):
                 if not self._step():
-                    self._on_idle()
-                    self._wake.wait(IDLE_S)
-                    self._wake.clear()
+                    self._pace.rest(IDLE_S)
         except UnavailableError as error:
             self._stop_reason = error.message
             self._log.critical("the engine stopped: %s", error.message)
@@ -235,36 +270,49 @@ class Engine:
             with self._lock:
                 self._accepting = False
             self._end_all()
+            self.on_end(self._stop_reason)
 
     def _step(self) -> bool:
         """One turn; False if there was nothing to do."""
-        while self._cancelled:
-            stream = self._cancelled.popleft()
-            if self._streams.get(stream.request.id) is stream:
-                self._end(stream.request.id, FinishReason.ABORT, "the request was cancelled")
-        outcome = run_step(
-            self._scheduler, self._executor, self._clock, lock=self._lock, on_plan=self._start_step
-        )
-        if outcome is None:
-            return False
+        outbox = Outbox()
         try:
-            self._finish_step(outcome)
-        except Exception:  # noqa: BLE001 - a bug of ours in here ends this step's requests only
-            self._log.exception("a step of %d tokens failed", outcome.plan.num_tokens)
-            for chunk in outcome.plan.chunks:
-                self._fail(chunk.request.id)
-        return True
+            while self._cancelled:
+                stream, reason = self._cancelled.popleft()
+                if self._streams.get(stream.request.id) is stream:
+                    why = "" if reason is FinishReason.STOP else "the request was cancelled"
+                    self._end(outbox, stream.request.id, reason, why)
+            outcome = run_step(
+                self._scheduler,
+                self._executor,
+                self._clock,
+                lock=self._lock,
+                on_plan=lambda plan, began: self._start_step(outbox, plan, began),
+                due=self._pace.due,
+            )
+            if outcome is None:
+                return False
+            try:
+                self._finish_step(outbox, outcome)
+            except Exception:  # noqa: BLE001 - a bug of ours in here ends this step's requests only
+                self._log.exception("a step of %d tokens failed", outcome.plan.num_tokens)
+                for chunk in outcome.plan.chunks:
+                    self._fail(outbox, chunk.request.id)
+            return True
+        finally:
+            self._send(outbox)
 
-    def _start_step(self, plan: StepPlan, began: float) -> None:
+    def _start_step(self, outbox: Outbox, plan: StepPlan, began: float) -> None:
         """Before the executor has its turn."""
         for request_id in plan.expired:
-            self._close(request_id, FinishReason.DEADLINE, "the deadline passed")
+            self._close(outbox, request_id, FinishReason.DEADLINE, "the deadline passed")
+        if not outbox.empty:
+            self._send(outbox)  # not after the step: it may be long
         for chunk in plan.chunks:
             stream = self._streams.get(chunk.request.id)
             if stream is not None and stream.scheduled is None:
                 stream.scheduled, stream.cached = began, chunk.start
 
-    def _finish_step(self, outcome: StepOutcome) -> None:
+    def _finish_step(self, outbox: Outbox, outcome: StepOutcome) -> None:
         """Events for everyone whose request was in the step."""
         plan = outcome.plan
         if outcome.error is not None:
@@ -272,58 +320,63 @@ class Engine:
         for request_id, problem in outcome.failed:
             if outcome.error is None:
                 self._log.error("%s", problem)
-            self._fail(request_id)
-        if outcome.error is not None or not plan.chunks:
-            return
-        now = self._clock()
-        self._observer.on_step(plan, now - outcome.began)
+            self._fail(outbox, request_id)
+        if outcome.error is None and plan.chunks:
+            self._take_tokens(outbox, outcome, self._clock())
+
+    def _take_tokens(self, outbox: Outbox, outcome: StepOutcome, now: float) -> None:
+        """What the step made, to observer and sinks."""
+        first: list[RequestState] = []
+        last: list[tuple[RequestState, Event]] = []
+        before: dict[float, int] = {}  # when the token before it came, and how often
         for out in outcome.outs:
             stream = self._streams.get(out.request_id)
-            if stream is not None:
-                self._deliver(stream, out, now)
-
-    def _deliver(self, stream: RequestState, out: TokenOut, now: float) -> None:
-        stream.made += 1
-        if stream.first_token is None:
-            stream.first_token = now
+            if stream is None:
+                continue
+            stream.made += 1
+            if stream.first_token is None:
+                stream.first_token = now
+                first.append(stream)
+            else:
+                before[stream.last_token] = before.get(stream.last_token, 0) + 1
+            stream.last_token = now
+            logprobs = () if out.logprobs is None else (out.logprobs,)
+            event = Event(out.request_id, (out.token_id,), logprobs, out.finish, "", stream.cached)
+            if out.finish is None:
+                outbox.add(stream.sink, event)
+            else:
+                last.append((stream, event))
+        self._observer.on_step(outcome.plan, now - outcome.began)
+        if before:
+            self._observer.on_gaps({now - then: count for then, count in before.items()})
+        for stream in first:
             self._observer.on_first_token(stream.timing(now))
-        else:
-            self._observer.on_token(now - stream.last_token)
-        stream.last_token = now
-        text, finish = "", out.finish
-        if stream.text is not None:
-            try:
-                piece = stream.text.push(out.token_id, out.finish)
-            except Exception:  # noqa: BLE001 - a tokenizer that cannot decode ends one request
-                self._log.exception("request %s: token %d", out.request_id, out.token_id)
-                self._fail(out.request_id)
-                return
-            text = piece.text
-            if piece.stopped:
-                finish = FinishReason.STOP
-        logprobs = () if out.logprobs is None else (out.logprobs,)
-        event = stream.event(text, (out.token_id,), logprobs, finish)
-        if finish is not None:
-            with self._lock:
-                self._scheduler.abort(out.request_id, finish)  # still runs if a stop string hit
-            self._forget(out.request_id, finish)
-        self._emit(stream, event)
+        for stream, event in last:
+            assert event.finish is not None
+            if self._forget(event.request_id, event.finish) is not None:
+                outbox.add(stream.sink, event)
 
-    def _fail(self, request_id: RequestId) -> None:
-        self._end(request_id, FinishReason.ERROR, "internal error: the server's log has the cause")
+    def _fail(self, outbox: Outbox, request_id: RequestId) -> None:
+        self._end(
+            outbox,
+            request_id,
+            FinishReason.ERROR,
+            "internal error: the server's log has the cause",
+        )
 
-    def _end(self, request_id: RequestId, reason: FinishReason, error: str) -> None:
+    def _end(self, outbox: Outbox, request_id: RequestId, reason: FinishReason, error: str) -> None:
         """End a request in scheduler and stream."""
         with self._lock:
             self._scheduler.abort(request_id, reason)
-        self._close(request_id, reason, error)
+        self._close(outbox, request_id, reason, error)
 
-    def _close(self, request_id: RequestId, reason: FinishReason, error: str) -> None:
-        """Send the last event of a stream whose request the scheduler no longer has."""
+    def _close(
+        self, outbox: Outbox, request_id: RequestId, reason: FinishReason, error: str
+    ) -> None:
+        """The last event of a stream whose request the scheduler no longer has."""
         stream = self._forget(request_id, reason)
         if stream is not None:
-            text = "" if stream.text is None else stream.text.flush()
-            self._emit(stream, stream.event(text, finish=reason, error=error))
+            outbox.add(stream.sink, stream.end(reason, error))
 
     def _forget(self, request_id: RequestId, reason: FinishReason) -> RequestState | None:
         """Whoever takes the stream out sends its last event: there is exactly one."""
@@ -333,19 +386,20 @@ class Engine:
             self._observer.on_finish(reason, stream.timing(self._clock()))
         return stream
 
-    def _emit(self, stream: RequestState, event: Event) -> None:
-        try:
-            stream.sink(event)
-        except Exception:  # noqa: BLE001 - a sink that breaks has lost its client
-            self._log.exception("request %s: its sink failed", event.request_id)
-            self._cancelled.append(stream)
-        if event.finish is not None:
+    def _send(self, outbox: Outbox) -> None:
+        for error, events in outbox.send():
+            self._log.error("a sink of %d events failed", len(events), exc_info=error)
+            for event in events:
+                self.abort(event.request_id)
+        if not self._streams:  # a look without the lock spares it where somebody is left
             with self._lock:
                 if not self._streams:
                     self._idle.set()
 
     def _end_all(self) -> None:
+        outbox = Outbox()
         with self._lock:
             request_ids = list(self._streams)
         for request_id in request_ids:
-            self._end(request_id, FinishReason.UNAVAILABLE, self._stop_reason)
+            self._end(outbox, request_id, FinishReason.UNAVAILABLE, self._stop_reason)
+        self._send(outbox)

@@ -1,7 +1,7 @@
 """One rank's share of a model: weights, KV memory, threads, and the way to the other ranks.
 
 A process by itself is one rank with everything. With an ``EpContext`` it holds its slots' experts,
-and every step is run with all others: rank 0 by a ``DistributedExecutor``, others by ``follow``.
+and every step is run with all others (``ranks.lock_step``).
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ from moeserve.config.options import EpOptions, RankModelOptions
 from moeserve.engine.kv_size import KvSize, least_of_all, size_kv
 from moeserve.engine.model_runner import ModelRunner, StepObserver
 from moeserve.engine.ranks.expert_use import ExpertUseCounter
-from moeserve.engine.ranks.follower import FollowerChannel, FollowerNotes, follow
-from moeserve.engine.ranks.homes import ExpertUse
-from moeserve.engine.ranks.leader import DistributedExecutor, LeaderChannel, LeaderNotes
-from moeserve.engine.ranks.microbatches import LARGEST, FixedMicrobatches, MeasuredMicrobatches
+from moeserve.engine.ranks.microbatches import LARGEST
 from moeserve.engine.replan.routing_counts import RoutingCounts, chain_observers
 from moeserve.engine.replan.swapper import ExpertSwapper
 from moeserve.errors import ConfigError
@@ -108,36 +105,6 @@ class RankModel:
         runner = self.decoder.runner
         assert isinstance(runner, ParallelLayerRunner), runner
         return runner
-
-    def lead(
-        self,
-        channel: LeaderChannel,
-        context: EpContext,
-        coordinator: LeaderNotes | None = None,
-        learn: Callable[[ExpertUse], None] = lambda use: None,
-    ) -> DistributedExecutor:
-        """On rank 0: what runs plans of all ranks."""
-        return DistributedExecutor(
-            self.executor,
-            channel,
-            self.world,
-            stats=self.parallel.dispatcher.stats,
-            microbatches=MeasuredMicrobatches()
-            if context.microbatches is None
-            else FixedMicrobatches(context.microbatches),
-            notes=coordinator,
-            uses=self.uses,
-            learn=learn,
-            deadline_s=context.options.ep_deadline,
-        )
-
-    def follow(
-        self, channel: FollowerChannel, context: EpContext, notes: FollowerNotes | None = None
-    ) -> int:
-        """On the others: run what rank 0 orders until the run is over; how many steps that were."""
-        stats = self.parallel.dispatcher.stats
-        notes = notes or self.swapper
-        return follow(channel, self.executor, context.rank, stats, notes, self.uses)
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""

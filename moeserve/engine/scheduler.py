@@ -14,10 +14,10 @@ Pure: time is an argument, tokens are numbers. Knows nothing of text, tensors or
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
 
 from moeserve.core import (
     BlockId,
@@ -32,70 +32,17 @@ from moeserve.core import (
     TokenOut,
 )
 from moeserve.engine.blocks import BlockCounts, BlockPool
-from moeserve.engine.sequence import SequenceState
+from moeserve.engine.bounds import (
+    SchedulerConfig,
+    refuse_complete,
+    refuse_duplicate,
+    refuse_unservable,
+    refuse_when_full,
+)
+from moeserve.engine.foresight import NextStep, foresee_step
+from moeserve.engine.policies import Admission, Drafter, FirstComeFirstServed
+from moeserve.engine.sequence import NEW, History, SequenceState
 from moeserve.engine.step_builder import StepBuilder
-from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Bounds. ``max_model_len`` counts prompt and generated tokens of one request."""
-
-    max_model_len: int
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_queue: int = 1024
-    eos_ids: frozenset[int] = frozenset()
-    prefix_cache: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.max_model_len < 2:
-            raise ConfigError(f"max_model_len={self.max_model_len}: must be at least 2")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least "
-                f"max_num_seqs={self.max_num_seqs}, one token for each running request"
-            )
-
-
-def refuse_duplicate(request: Request, in_use: bool) -> None:
-    """An id names one request at a time."""
-    if in_use:
-        raise InvalidRequestError(
-            f"request id {request.id!r} is in use: choose another", param="request_id"
-        )
-
-
-def refuse_when_full(waiting: int, config: SchedulerConfig) -> None:
-    """``max_queue`` bounds the requests that wait."""
-    if waiting >= config.max_queue:
-        raise ExhaustedError(f"{waiting} requests are waiting, as many as may: try again later")
-
-
-class Admission(Protocol):
-    """Chooses who is admitted next; None admits nobody in this step."""
-
-    def pick(
-        self, waiting: Mapping[RequestId, SequenceState], now: float
-    ) -> SequenceState | None: ...
-
-
-class FirstComeFirstServed:
-    """In order of arrival; preempted requests stand before those that never ran."""
-
-    def pick(self, waiting: Mapping[RequestId, SequenceState], now: float) -> SequenceState | None:
-        return next(iter(waiting.values()), None)
-
-
-class Drafter(Protocol):
-    """Guesses how a sequence goes on."""
-
-    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
-        """Tokens that may follow the newest one, in order; any number of them, none is fine."""
-        ...
 
 
 class Scheduler:
@@ -104,6 +51,9 @@ class Scheduler:
     ``plan`` is ``begin``, ``admit`` as often as there is room, and ``commit``; where several ranks
     share a queue (``fleet``) its owner calls these, and ``settle`` instead of ``apply``. ``rank``
     is the home of whatever runs here. Without a ``drafter`` every chunk samples one token at most.
+
+    A step costs what changes in it: a request that gets one more token costs the same few
+    attributes however long it is; block tables and keys are made when a block is added, or full.
     """
 
     def __init__(
@@ -124,8 +74,15 @@ class Scheduler:
         self._waiting: OrderedDict[RequestId, SequenceState] = OrderedDict()
         # In order of admission.
         self._running: OrderedDict[RequestId, SequenceState] = OrderedDict()
-        self._in_flight: list[tuple[SequenceState, Chunk]] = []
+        # Of the running ones, those whose next token is their last.
+        self._leaving: dict[RequestId, SequenceState] = {}
+        self._num_tokens = 0
+        self._in_flight = StepBuilder(0, rank)
+        # Nobody's deadline is before this.
+        self._earliest_deadline = math.inf
         self._ended: list[RequestId] = []
+        # Whether the last plan left requests waiting.
+        self._stuck = False
 
     @property
     def num_waiting(self) -> int:
@@ -146,7 +103,21 @@ class Scheduler:
     @property
     def num_tokens(self) -> int:
         """Of the running requests, whether or not their KV is there yet."""
-        return sum(map(len, self._running.values()))
+        return self._num_tokens
+
+    def foresee(self) -> NextStep:
+        """What the step after the one just planned will likely be here."""
+        last = self._in_flight
+        slots = self.config.max_num_seqs - self.num_running + last.leaving
+        # Who found no room in a step that had tokens left needs somebody to leave.
+        stuck = self._stuck and last.budget and not last.leaving
+        waiting = () if stuck else islice(self._waiting.values(), slots)
+        return foresee_step(
+            generating=min(last.staying, self.num_running),
+            left=last.left,
+            waiting=map(len, waiting),
+            budget=self.config.max_num_batched_tokens,
+        )
 
     def owns(self, request_id: RequestId) -> bool:
         return request_id in self._running or request_id in self._waiting
@@ -154,36 +125,33 @@ class Scheduler:
     def check(self, request: Request) -> None:
         """Refuse what can never run, whoever asks for it. Doors refuse the same earlier, with the
         client's words, for they need the bounds to choose a default (``gateway.limits``)."""
-        prompt, limit = len(request.prompt_ids), self.config.max_model_len
-        if prompt == 0:
-            raise InvalidRequestError("the prompt has no tokens: give one or more", param="prompt")
-        if prompt >= limit:
-            raise InvalidRequestError(
-                f"the prompt has {prompt} tokens, and the model serves {limit} with the answer: "
-                f"shorten it to at most {limit - 1}",
-                param="prompt",
-            )
-        if request.params.max_tokens < 1:
-            raise InvalidRequestError(
-                f"max_tokens={request.params.max_tokens}: must be at least 1", param="max_tokens"
-            )
-        longest = min(prompt + request.params.max_tokens, limit) - 1  # the last token has no KV
-        needed = self.pool.blocks_for(longest)
-        if needed > self.pool.num_blocks:
-            raise ExhaustedError(
-                f"{prompt} prompt tokens and max_tokens={request.params.max_tokens} need {needed} "
-                f"KV blocks, and there are {self.pool.num_blocks}: ask for fewer tokens, or serve "
-                "with more KV memory",
-                param="max_tokens",
-            )
+        refuse_unservable(request, self.config.max_model_len, self.pool)
 
-    def add(self, request: Request) -> None:
-        """Queue a request, or refuse it."""
+    def add(self, request: Request, history: History = NEW) -> None:
+        """Queue a request, or refuse it.
+
+        Where another scheduler had it before (``withdraw``), its prompt was counted there.
+        With outputs it goes before those that never ran, as a preempted one does.
+        """
         self.check(request)
+        output_ids, reached = history.output_ids, history.reached
+        refuse_complete(request, output_ids, self.config.max_model_len)
         refuse_duplicate(request, self.owns(request.id))
         refuse_when_full(self.num_waiting, self.config)
-        self._waiting[request.id] = SequenceState(request)
-        self.counters.prompt_tokens += len(request.prompt_ids)
+        seq = SequenceState(request, [*output_ids], reached=reached, admissions=int(reached > 0))
+        self._waiting[request.id] = seq
+        if output_ids:
+            self._waiting.move_to_end(request.id, last=False)
+        self._note_deadline(seq)
+        if not history.moved:
+            self.counters.prompt_tokens += len(request.prompt_ids)
+
+    @property
+    def num_foreseen(self) -> int:
+        """Tokens that the requests running now will have in the step after the one just planned,
+        as far as can be told."""
+        last = self._in_flight
+        return min(last.staying + last.left, self.config.max_num_batched_tokens)
 
     def abort(self, request_id: RequestId, reason: FinishReason) -> bool:
         """End a request and free its blocks; False if there is no such request."""
@@ -198,15 +166,22 @@ class Scheduler:
         builder = self.begin(now)
         while (seq := self._admission.pick(self._waiting, now)) and self.has_room(builder, seq):
             self.admit(builder, seq)
+        self._stuck = bool(self._waiting)
         return self.commit(builder, self.take_ended() if builder.chunks else ())
 
     def begin(self, now: float) -> StepBuilder:
         """What running requests need of the next step."""
         builder = StepBuilder(self.config.max_num_batched_tokens, self.rank, self._expire(now))
-        self._add_generating(builder)
-        for seq in self._running.values():
-            if builder.budget and not seq.generating:
-                builder.add(seq)
+        generating = self._grow_generating(builder.preempted)
+        if self._drafter is None:
+            leaving = sum(seq.generating for seq in self._leaving.values())
+            builder.add_newest(generating, leaving)
+        else:
+            self._add_with_drafts(builder, generating)
+        if len(builder.chunks) < len(self._running):
+            for seq in self._running.values():
+                if not seq.generating:
+                    builder.add(seq)
         return builder
 
     def has_room(self, builder: StepBuilder, seq: SequenceState) -> bool:
@@ -218,6 +193,7 @@ class Scheduler:
             not builder.budget
             or builder.preempted
             or len(self._running) >= self.config.max_num_seqs
+            or len(self._running) >= self.pool.num_free  # one block at least is never shared
         ):
             return False
         shared = self._cached_prefix(seq)
@@ -233,20 +209,26 @@ class Scheduler:
         """Start a request for which there is room."""
         shared = self._cached_prefix(seq)
         self.pool.share(shared)
-        seq.blocks = shared + self.pool.allocate(self.pool.blocks_for(len(seq)) - len(shared))
+        fresh = self.pool.allocate(self.pool.blocks_for(len(seq)) - len(shared))
+        seq.blocks = (*shared, *fresh)
         seq.computed = len(shared) * self.pool.block_size
         seq.admissions += 1
         if seq.admissions == 1:
             self.counters.prefix_queried_tokens += len(seq)
             self.counters.prefix_hit_tokens += seq.computed
         seq.reached = max(seq.reached, seq.computed)
+        seq.set_bounds(self.config.eos_ids, self.config.max_model_len)
         self._waiting.pop(seq.request.id, None)
         self._running[seq.request.id] = seq
+        self._num_tokens += seq.length
+        if seq.leaving:
+            self._leaving[seq.request.id] = seq
+        self._note_deadline(seq)
         builder.add(seq)
 
     def commit(self, builder: StepBuilder, ended: tuple[RequestId, ...]) -> StepPlan:
         """The step as it will run."""
-        self._in_flight = builder.chunks
+        self._in_flight = builder
         return builder.plan(ended)
 
     def take_ended(self) -> tuple[RequestId, ...]:
@@ -255,11 +237,10 @@ class Scheduler:
         self._ended.clear()
         return ended
 
-    def withdraw(self) -> list[SequenceState]:
-        """Let go of everything that waits."""
-        waiting = list(self._waiting.values())
-        self._waiting.clear()
-        return waiting
+    def withdraw(self, count: int | None = None) -> list[SequenceState]:
+        """Let go of so many that wait, the first ones first; None is all."""
+        ids = list(islice(self._waiting, count))
+        return [self._waiting.pop(request_id) for request_id in ids]
 
     def apply(self, result: StepResult) -> list[TokenOut]:
         """Take note of what the planned step computed and sampled."""
@@ -269,29 +250,71 @@ class Scheduler:
     def settle(self, sampled: Mapping[RequestId, Sampled]) -> list[TokenOut]:
         """``apply`` of a step that is counted elsewhere."""
         outs: list[TokenOut] = []
-        for seq, chunk in self._in_flight:
+        seqs, chunks, newest = self._in_flight.take()
+        self._settle_newest(seqs[:newest], sampled, outs)
+        for seq, chunk in zip(seqs[newest:], chunks[newest:], strict=True):
             if seq.finish is not None:
                 continue  # ended while the step ran
             if chunk.samples:
-                outs += self._accept(seq, chunk, sampled[seq.request.id])
+                self._accept(seq, chunk, sampled[seq.request.id], outs)
             else:
                 self._advance(seq, len(chunk.token_ids))
-        self._in_flight = []
+        self._num_tokens += len(outs)
+        self.counters.generated_tokens += len(outs)
         return outs
 
-    def _add_generating(self, builder: StepBuilder) -> None:
-        """One token each, and drafts as far as the others' one token leaves room."""
-        generating = [seq for seq in self._running.values() if seq.generating]
-        for seq in generating:
-            if seq.request.id in self._running:
-                self._grow(seq, builder.preempted)
-        if builder.preempted:
+    def _settle_newest(
+        self,
+        seqs: Sequence[SequenceState],
+        sampled: Mapping[RequestId, Sampled],
+        outs: list[TokenOut],
+    ) -> None:
+        """``_accept`` for those of whom only the newest token was computed, without drafts: all
+        that nearly every step has, so nothing is looked at twice."""
+        new, size, advanced = tuple.__new__, self.pool.block_size, 0
+        for seq in seqs:
+            if seq.finish is not None:
+                continue
+            request_id, (token_id,), logprobs = sampled[seq.request.id]
+            seq.output_ids.append(token_id)
+            computed = seq.length
+            seq.length = length = computed + 1
+            finish = None
+            if token_id in seq.end_ids or length + 1 >= seq.end_length:
+                finish = self._check_end(seq)
+            outs.append(
+                new(TokenOut, (request_id, token_id, logprobs[0] if logprobs else None, finish))
+            )
+            if computed % size and seq.reached < computed:
+                seq.computed = seq.reached = computed
+                advanced += 1
+            else:
+                self._advance(seq, 1)
+            if finish is not None:
+                self._finish(seq, finish)
+        self.counters.computed_tokens += advanced
+
+    def _grow_generating(self, preempted: list[RequestId]) -> list[SequenceState]:
+        """Those that generate, each with room for its newest token; who has none is preempted."""
+        size = self.pool.block_size
+        generating = [
+            seq
+            for seq in self._running.values()
+            if seq.computed + 1 == seq.length and seq.output_ids
+        ]
+        for seq in [seq for seq in generating if len(seq.blocks) * size < seq.length]:
+            if not preempted or seq.request.id in self._running:
+                self._grow(seq, preempted)
+        if preempted:
             generating = [seq for seq in generating if seq.request.id in self._running]
+        return generating
+
+    def _add_with_drafts(self, builder: StepBuilder, generating: Sequence[SequenceState]) -> None:
+        """One token each, and drafts as far as the others' one token leaves room."""
         others = len(generating)
         for seq in generating:
             others -= 1
-            drafts = self._drafts(seq, builder.budget - 1 - others) if self._drafter else ()
-            builder.add(seq, drafts)
+            builder.add(seq, self._drafts(seq, builder.budget - 1 - others))
 
     def _drafts(self, seq: SequenceState, most: int) -> tuple[int, ...]:
         """Guesses that fit: into the step, the answer, and blocks that nobody else needs now."""
@@ -302,49 +325,64 @@ class Scheduler:
         most = max(0, min(most, room, answer - 1))  # the last token of an answer is not computed
         draft_ids = tuple(self._drafter.propose(seq.request, seq.output_ids)[:most])
         more = self.pool.blocks_for(len(seq) + len(draft_ids)) - len(seq.blocks)
-        seq.blocks += self.pool.allocate(max(0, more))
+        if more > 0:
+            seq.blocks += tuple(self.pool.allocate(more))
         return draft_ids
 
-    def _accept(self, seq: SequenceState, chunk: Chunk, sampled: Sampled) -> list[TokenOut]:
+    def _accept(
+        self, seq: SequenceState, chunk: Chunk, sampled: Sampled, outs: list[TokenOut]
+    ) -> None:
         """Take the tokens that followed a chunk, in order, up to the first that ends the request.
 
         Only drafts that were right stay computed.
         """
         assert 1 <= len(sampled.token_ids) <= chunk.samples, (sampled, chunk.samples)
-        outs: list[TokenOut] = []
+        before = seq.length
         finish: FinishReason | None = None
         for i, token_id in enumerate(sampled.token_ids):
-            seq.output_ids.append(token_id)
-            finish = self._reason_to_end(seq)
+            seq.append(token_id)
+            finish = self._check_end(seq)
             logprobs = sampled.logprobs[i] if sampled.logprobs else None
             outs.append(TokenOut(seq.request.id, token_id, logprobs, finish))
             if finish is not None:
                 break
-        counters, made = self.counters, len(outs)
-        counters.generated_tokens += made
-        counters.drafted_tokens += chunk.samples - 1
-        counters.accepted_tokens += made - 1
+        made = seq.length - before
+        self.counters.drafted_tokens += chunk.samples - 1
+        self.counters.accepted_tokens += made - 1
         self._advance(seq, chunk.kept(made))
         if finish is not None:
             self._finish(seq, finish)
-        return outs
+
+    def _check_end(self, seq: SequenceState) -> FinishReason | None:
+        """Whether a request's newest token is its last; notes if the next one will be."""
+        finish = seq.reason_to_end()
+        if finish is None and seq.leaving:
+            self._leaving[seq.request.id] = seq
+        return finish
+
+    def _note_deadline(self, seq: SequenceState) -> None:
+        if seq.request.deadline is not None:
+            self._earliest_deadline = min(self._earliest_deadline, seq.request.deadline)
 
     def _expire(self, now: float) -> list[RequestId]:
-        late = [
-            seq
-            for queue in (self._running, self._waiting)
-            for seq in queue.values()
-            if seq.late(now)
-        ]
+        """End those whose deadline has come. Nobody is looked at before the earliest has."""
+        if now < self._earliest_deadline:
+            return []
+        seqs = [*self._running.values(), *self._waiting.values()]
+        late = [seq for seq in seqs if seq.late(now)]
         for seq in late:
             self._finish(seq, FinishReason.DEADLINE)
+        self._earliest_deadline = math.inf
+        for seq in seqs:
+            if seq.finish is None:
+                self._note_deadline(seq)
         return [seq.request.id for seq in late]
 
     def _grow(self, seq: SequenceState, preempted: list[RequestId]) -> None:
         """Give a generating sequence room for its newest token, or preempt it if it is last."""
         while len(seq.blocks) * self.pool.block_size < len(seq):
             if self.pool.num_free:
-                seq.blocks += self.pool.allocate(1)
+                seq.blocks += tuple(self.pool.allocate(1))
                 continue
             victim = next(reversed(self._running.values()))
             self._preempt(victim)
@@ -352,8 +390,13 @@ class Scheduler:
             if victim is seq:
                 return
 
-    def _preempt(self, seq: SequenceState) -> None:
+    def _stop_running(self, seq: SequenceState) -> None:
         del self._running[seq.request.id]
+        self._leaving.pop(seq.request.id, None)
+        self._num_tokens -= seq.length
+
+    def _preempt(self, seq: SequenceState) -> None:
+        self._stop_running(seq)
         self._free_blocks(seq)
         self._waiting[seq.request.id] = seq
         self._waiting.move_to_end(seq.request.id, last=False)
@@ -369,35 +412,25 @@ class Scheduler:
         """So many more tokens are computed; blocks that this fills can be shared."""
         self.counters.computed_tokens += count
         self.counters.recomputed_tokens += min(seq.reached - seq.computed, count)
-        first, seq.computed = seq.computed // self.pool.block_size, seq.computed + count
+        size, first = self.pool.block_size, seq.computed // self.pool.block_size
+        seq.computed += count
         seq.reached = max(seq.reached, seq.computed)
-        if not self.config.prefix_cache:
+        last = seq.computed // size
+        if first == last or not self.config.prefix_cache:
             return
-        last = seq.computed // self.pool.block_size
-        keys = seq.full_keys(self.pool.block_size)
+        keys = seq.full_keys(size)
         for block, key in zip(seq.blocks[first:last], keys[first:last], strict=True):
             self.pool.publish(block, key)
-
-    def _reason_to_end(self, seq: SequenceState) -> FinishReason | None:
-        params, token, made = seq.request.params, seq.output_ids[-1], len(seq.output_ids)
-        ends = token in params.stop_token_ids or (
-            token in self.config.eos_ids and not params.ignore_eos
-        )
-        if ends and made > params.min_tokens:
-            return FinishReason.STOP
-        if made >= params.max_tokens or len(seq) >= self.config.max_model_len:
-            return FinishReason.LENGTH
-        return None
 
     def _finish(self, seq: SequenceState, reason: FinishReason) -> None:
         seq.finish = reason
         self._ended.append(seq.request.id)
-        queue = self._running if seq.request.id in self._running else self._waiting
-        del queue[seq.request.id]
+        if self._waiting.pop(seq.request.id, None) is None:
+            self._stop_running(seq)
         self._free_blocks(seq, forget=reason is FinishReason.ERROR)
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
     def _free_blocks(self, seq: SequenceState, *, forget: bool = False) -> None:
         self.pool.release(seq.blocks, forget=forget)
-        seq.blocks = []
+        seq.blocks = ()
         seq.computed = 0

@@ -12,31 +12,77 @@ from moeserve.core import BlockId, FinishReason, Request
 from moeserve.engine.blocks import BlockKey, child_key, root_key
 
 
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a request made before it came to a rank: tokens, and of its sequence the most that was
+    computed; ``moved`` where another rank had it."""
+
+    output_ids: tuple[int, ...] = ()
+    reached: int = 0
+    moved: bool = False
+
+
+NEW = History()
+
+
 @dataclass(slots=True)
 class SequenceState:
     """The KV of the first ``computed`` tokens lies in ``blocks``.
 
-    ``reached`` is the most it ever had computed: below it, work is done again. ``arrival`` counts
-    requests where several schedulers share a queue.
+    ``reached`` is the most it ever had computed: below it, work is done again. ``length`` is that
+    of prompt and outputs together, which ``append`` keeps; ``end_ids`` and ``end_length`` are what
+    may end it where it runs (see ``set_bounds``). ``arrival`` counts requests where several
+    schedulers share a queue.
     """
 
     request: Request
     output_ids: list[int] = field(default_factory=list)
-    blocks: list[BlockId] = field(default_factory=list)
+    blocks: tuple[BlockId, ...] = ()
     keys: list[BlockKey] = field(default_factory=list)
     computed: int = 0
     reached: int = 0
     admissions: int = 0
     finish: FinishReason | None = None
     arrival: int = 0
+    length: int = 0
+    end_ids: frozenset[int] = frozenset()
+    end_length: int = 0
+
+    def __post_init__(self) -> None:
+        self.length = len(self.request.prompt_ids) + len(self.output_ids)
 
     def __len__(self) -> int:
-        return len(self.request.prompt_ids) + len(self.output_ids)
+        return self.length
 
     @property
     def generating(self) -> bool:
         """Only its newest token is still to be computed."""
-        return bool(self.output_ids) and self.computed == len(self) - 1
+        return self.computed + 1 == self.length and bool(self.output_ids)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the next token is its last, even if it does not end it by itself."""
+        return self.length + 1 >= self.end_length
+
+    def set_bounds(self, eos_ids: frozenset[int], max_model_len: int) -> None:
+        """It ends with one of ``end_ids`` (see ``reason_to_end``), or at ``end_length`` tokens."""
+        params = self.request.params
+        self.end_ids = frozenset() if params.ignore_eos else eos_ids
+        if params.stop_token_ids:
+            self.end_ids = self.end_ids.union(params.stop_token_ids)
+        self.end_length = min(len(self.request.prompt_ids) + params.max_tokens, max_model_len)
+
+    def reason_to_end(self) -> FinishReason | None:
+        """What its newest token means for it. An end token counts behind ``min_tokens`` others."""
+        newest, made = self.output_ids[-1], len(self.output_ids)
+        if newest in self.end_ids and made > self.request.params.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.length >= self.end_length else None
+
+    def append(self, token_id: int) -> None:
+        """One more output."""
+        self.output_ids.append(token_id)
+        self.length += 1
 
     def late(self, now: float) -> bool:
         """Whether its deadline has come."""
@@ -48,7 +94,7 @@ class SequenceState:
 
     def full_keys(self, block_size: int) -> list[BlockKey]:
         """The keys of all full blocks, each computed once."""
-        for b in range(len(self.keys), len(self) // block_size):
+        for b in range(len(self.keys), self.length // block_size):
             parent = self.keys[-1] if b else root_key(self.request.scope)
             self.keys.append(child_key(parent, self.tokens(b * block_size, (b + 1) * block_size)))
         return self.keys

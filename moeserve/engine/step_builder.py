@@ -5,7 +5,7 @@ The scheduler decides who gets a chunk, in which order; what a chunk holds is de
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from moeserve.core import Chunk, RequestId, StepPlan
 from moeserve.engine.sequence import SequenceState
@@ -14,42 +14,94 @@ from moeserve.engine.sequence import SequenceState
 class StepBuilder:
     """``budget`` tokens are left of the step; ``rank`` is the home of all that run in it.
 
+    ``chunks[i]`` is of ``seqs[i]``; the first ``newest`` of them came by ``add_newest``.
     ``expired`` hit their deadline when the step began, ``preempted`` gave up their blocks for it.
+    Of what the step leaves: ``staying`` requests are generating after it, ``leaving`` ones get
+    their last token from it, as far as that is known before, and ``left`` tokens of running
+    requests had no room in it.
     """
 
     def __init__(self, budget: int, rank: int, expired: Iterable[RequestId] = ()) -> None:
         self.budget = budget
-        self.chunks: list[tuple[SequenceState, Chunk]] = []
+        self.seqs: list[SequenceState] = []
+        self.chunks: list[Chunk] = []
         self.expired = tuple(expired)
         self.preempted: list[RequestId] = []
+        self.newest = 0
+        self.staying = 0
+        self.leaving = 0
+        self.left = 0
         self._rank = rank
 
+    def add_newest(self, seqs: Sequence[SequenceState], leaving: int) -> None:
+        """First of all, the newest token of each, which must be the only one to be computed.
+
+        They fit, and so many of them are ``leaving``.
+        """
+        assert not self.seqs, "something else was added first"
+        new, rank = tuple.__new__, self._rank
+        self.chunks += [
+            new(
+                Chunk,
+                (
+                    seq.request,
+                    (seq.output_ids[-1],),
+                    seq.computed,
+                    seq.blocks,
+                    1,
+                    seq.output_ids,
+                    rank,
+                    seq.reached,
+                ),
+            )
+            for seq in seqs
+        ]
+        self.seqs += seqs
+        self.newest = len(seqs)
+        self.staying += len(seqs) - leaving
+        self.leaving += leaving
+        self.budget -= len(seqs)
+        assert self.budget >= 0, self.budget
+
     def add(self, seq: SequenceState, draft_ids: tuple[int, ...] = ()) -> None:
-        """The sequence's next tokens, as many as the budget has room for.
+        """The sequence's next tokens, as many as the budget has room for, if any.
 
         ``draft_ids`` follow the newest token, which must then be the only one to be computed.
         """
-        length = len(seq)
-        stop = min(length, seq.computed + self.budget)
+        stop = min(seq.length, seq.computed + self.budget)
+        self.left += seq.length - stop
+        if stop == seq.computed:
+            return
         token_ids = seq.tokens(seq.computed, stop)
         if draft_ids:
             assert seq.generating, seq.request.id
             token_ids += draft_ids
+        ends = stop == seq.length
         chunk = Chunk(
             request=seq.request,
             token_ids=token_ids,
             start=seq.computed,
-            blocks=tuple(seq.blocks),
-            samples=1 + len(draft_ids) if stop == length else 0,
+            blocks=seq.blocks,
+            samples=1 + len(draft_ids) if ends else 0,
             output_ids=seq.output_ids,
             rank=self._rank,
             reached=seq.reached,
         )
-        self.chunks.append((seq, chunk))
+        self.seqs.append(seq)
+        self.chunks.append(chunk)
+        if ends and seq.leaving:
+            self.leaving += 1
+        elif ends:
+            self.staying += 1
         self.budget -= len(token_ids)
         assert self.budget >= 0, self.budget
 
+    def take(self) -> tuple[list[SequenceState], list[Chunk], int]:
+        """``seqs``, ``chunks`` and ``newest``, which are gone then."""
+        taken = self.seqs, self.chunks, self.newest
+        self.seqs, self.chunks, self.newest = [], [], 0
+        return taken
+
     def plan(self, ended: tuple[RequestId, ...]) -> StepPlan:
         """The step as it will run."""
-        chunks = tuple(chunk for _, chunk in self.chunks)
-        return StepPlan(chunks, self.expired, tuple(self.preempted), ended)
+        return StepPlan(tuple(self.chunks), self.expired, tuple(self.preempted), ended)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from moeserve.core import Counters, Request
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.drive import drive
 from moeserve.engine.model_runner import ModelRunner
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.engine.scheduler import Scheduler
 from moeserve.models.decoder import Decoder
 
 BLOCK = 16

@@ -53,9 +53,11 @@ _OPEN_PATHS = frozenset({"/health", "/ready"})
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def http_app(
-    service: InferenceService, api_key: str | None, metrics: Callable[[], tuple[bytes, str]]
-) -> ASGIApp:
+# A page and its content type.
+MetricsPage = Callable[[], Awaitable[tuple[bytes, str]]]
+
+
+def http_app(service: InferenceService, api_key: str | None, metrics: MetricsPage) -> ASGIApp:
     """The ASGI application; ``metrics`` gives a page and its content type."""
     routes = _Routes(service, metrics)
     table: list[tuple[str, str, Endpoint]] = [
@@ -79,7 +81,7 @@ def http_app(
 
 
 class _Routes:
-    def __init__(self, service: InferenceService, metrics: Callable[[], tuple[bytes, str]]) -> None:
+    def __init__(self, service: InferenceService, metrics: MetricsPage) -> None:
         self._service = service
         self._metrics = metrics
 
@@ -123,7 +125,7 @@ class _Routes:
         return JSONResponse({"version": moeserve.__version__})
 
     async def metrics(self, _: Request) -> Response:
-        page, kind = self._metrics()
+        page, kind = await self._metrics()
         return Response(page, headers={"content-type": kind})
 
 

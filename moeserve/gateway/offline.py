@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moeserve.config.options import EngineOptions, RankModelOptions
-from moeserve.engine.build import LoadedModel
+from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.gateway.mailbox import Mailbox
-from moeserve.gateway.server import load_model, served_of, shown_progress
+from moeserve.gateway.server import served_of, shown_progress
 from moeserve.gateway.service import ClientRequest, InferenceService
 from moeserve.observe.metrics import Metrics
 
@@ -42,7 +42,7 @@ def generate(
     """
     chosen = {name: getattr(options, name) for name in RankModelOptions.model_fields}
     with shown_progress() as progress:
-        loaded = load_model(EngineOptions(**chosen), Metrics(), progress)
+        loaded = build_engine(EngineOptions(**chosen), observer=Metrics(), progress=progress)
     return asyncio.run(_run(loaded, ClientRequest((prompt,), params), show or (lambda text: None)))
 
 

@@ -16,15 +16,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import Progress
 
-from moeserve.config.options import EngineOptions, ServeConfig
+from moeserve.config.options import ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
-from moeserve.engine.rank_model import EpContext
-from moeserve.engine.ranks.leader import LeaderChannel
 from moeserve.errors import CancelledError
 from moeserve.gateway.grpc_door import GrpcDoor
 from moeserve.gateway.http_door import http_app
@@ -46,41 +44,73 @@ ALIVE_POLL_S = 1.0
 
 ProgressCallback = Callable[[int, int], None]
 StopCallback = Callable[[], None]
-LoadModel = Callable[[ServeConfig, Metrics, ProgressCallback], LoadedModel]
 
 
-def serve(
-    config: ServeConfig,
-    load: LoadModel | None = None,
-    on_stop: Callable[[StopCallback], None] | None = None,
-) -> int:
-    """Serves until a signal; the exit status. Before it loads, ``on_stop`` is given what asks to
-    stop as the first signal does, from any thread."""
+class ServedProcess(Protocol):
+    """What a process serves, and whom a stop concerns beside it."""
+
+    def on_stop(self, stop: StopCallback) -> None:
+        """Before it loads: ``stop`` asks to stop as the first signal does, from any thread."""
+        ...
+
+    def load(
+        self,
+        config: ServeConfig,
+        observer: Metrics,
+        progress: ProgressCallback,
+        loop: asyncio.AbstractEventLoop,
+    ) -> LoadedModel:
+        """On a thread beside the loop."""
+        ...
+
+    def stopping(self) -> None:
+        """This process stops, for a signal or because it was asked."""
+        ...
+
+
+class OneProcess:
+    """A process by itself."""
+
+    def on_stop(self, stop: StopCallback) -> None: ...
+
+    def load(
+        self,
+        config: ServeConfig,
+        observer: Metrics,
+        progress: ProgressCallback,
+        loop: asyncio.AbstractEventLoop,
+    ) -> LoadedModel:
+        return build_engine(config, observer=observer, progress=progress)
+
+    def stopping(self) -> None: ...
+
+
+def serve(config: ServeConfig, process: ServedProcess | None = None) -> int:
+    """Serves until a signal; the exit status."""
     logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
-    return asyncio.run(_serve(config, load or load_model, on_stop))
+    return asyncio.run(_serve(config, process or OneProcess()))
 
 
-async def _serve(
-    config: ServeConfig, load: LoadModel, on_stop: Callable[[StopCallback], None] | None
-) -> int:
+async def _serve(config: ServeConfig, process: ServedProcess) -> int:
     signals = _Signals()
     loop = asyncio.get_running_loop()
-    if on_stop is not None:
-        on_stop(lambda: _ask(loop, signals.first))
+    process.on_stop(lambda: _ask(loop, signals.first))
     with signals.caught(), _thawed():
-        async with Server(config, load) as server:
+        async with Server(config, process) as server:
             try:
                 await server.load(signals.first)
             except CancelledError as stopped:
                 log.info("%s", stopped.message)
                 return 0
             server.reread_plan_on_hangup()
-            print(f"ready: {server}", flush=True)
+            if server.has_doors:
+                print(f"ready: {server}", flush=True)
             # What was made by now lives as long as the process: no collection looks at it again.
             gc.collect()
             gc.freeze()
             if not await server.outlived_by(signals.first):
                 return 1
+            process.stopping()
             log.info("draining %d requests", server.service.running)
             await server.drain(config.drain_timeout_s, signals.second)
     return 0
@@ -100,19 +130,6 @@ def _ask(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         loop.call_soon_threadsafe(event.set)
 
 
-def load_model(
-    options: EngineOptions,
-    observer: Metrics,
-    progress: ProgressCallback,
-    context: EpContext | None = None,
-    channel: LeaderChannel | None = None,
-) -> LoadedModel:
-    """Alone, or as rank 0 of several."""
-    return build_engine(
-        options, context=context, channel=channel, observer=observer, progress=progress
-    )
-
-
 def served_of(loaded: LoadedModel) -> ServedModel:
     """What the doors need to know of a model."""
     return ServedModel(
@@ -128,16 +145,21 @@ def served_of(loaded: LoadedModel) -> ServedModel:
 class Server:
     """Owns sockets, doors and engine for the length of an ``async with``."""
 
-    def __init__(self, config: ServeConfig, load: LoadModel = load_model) -> None:
+    def __init__(self, config: ServeConfig, process: ServedProcess | None = None) -> None:
         self.config = config
         self.metrics = Metrics()
         self.service = InferenceService(Mailbox(asyncio.get_running_loop()))
         self.loaded: LoadedModel | None = None
         self.grpc_port: int | None = None
         self.http_port: int | None = None
-        self._load = load
+        self._process = process or OneProcess()
         self._grpc: GrpcDoor | None = None
         self._http: HttpServer | None = None
+
+    @property
+    def has_doors(self) -> bool:
+        """Whether clients can connect; a rank may serve others' doors alone."""
+        return self.grpc_port is not None or self.http_port is not None
 
     def __str__(self) -> str:
         parts = [f"model={self.service.served.name}"]
@@ -152,7 +174,7 @@ class Server:
         config = self.config
         key = None if config.api_key is None else config.api_key.get_secret_value()
         if config.http_port is not None:
-            app = http_app(self.service, key, self.metrics.render)
+            app = http_app(self.service, key, self._metrics_page)
             self._http = HttpServer(app, config.host, config.http_port, FAREWELL_S)
             self.http_port = self._http.port
         try:
@@ -177,8 +199,11 @@ class Server:
     ) -> None:
         """Ends what still runs with UNAVAILABLE, then closes engine and doors."""
         self.service.drain()
-        if self.loaded is not None and not await asyncio.to_thread(self.loaded.close, STOP_S):
-            log.error("the engine did not stop within %g s", STOP_S)
+        if self.loaded is not None:
+            # Ranks leave together, so this one may have to wait while others drain.
+            wait_s = STOP_S + (self.config.drain_timeout_s if self.loaded.own_engine else 0.0)
+            if not await asyncio.to_thread(self.loaded.close, wait_s):
+                log.error("the engine did not stop within %g s", wait_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.service.idle(), FAREWELL_S)
         if self._grpc is not None:
@@ -198,7 +223,13 @@ class Server:
                 progress(done, total)
 
             loading = asyncio.create_task(
-                asyncio.to_thread(self._load, self.config, self.metrics, watched)
+                asyncio.to_thread(
+                    self._process.load,
+                    self.config,
+                    self.metrics,
+                    watched,
+                    asyncio.get_running_loop(),
+                )
             )
             watching = asyncio.create_task((interrupt or asyncio.Event()).wait())
             await asyncio.wait({loading, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -209,10 +240,20 @@ class Server:
         if stopping.is_set():
             raise CancelledError("stopped while loading")
         engine = loaded.engine
-        self.metrics.bind(loaded.name, engine.counters, engine.load, loaded.ranks)
+        if loaded.ranks is None:
+            own = loaded.own_engine or engine
+            self.metrics.bind(loaded.name, lambda: own.counters, own.load)
+        else:
+            ranks = loaded.ranks
+            self.metrics.bind(loaded.name, lambda: ranks.counters, ranks.load, ranks)
         self.service.serve(served_of(loaded))
         if self._grpc is not None:
             await self._grpc.announce(True)
+
+    async def _metrics_page(self) -> tuple[bytes, str]:
+        if self.loaded is not None and self.loaded.ranks is not None:
+            await self.loaded.ranks.refresh()
+        return self.metrics.render()
 
     def reread_plan_on_hangup(self) -> None:
         """SIGHUP: the file of --plan may hold another one."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from moeserve.core import CacheScope, Request, RequestId, SamplingParams
-from moeserve.engine.loop import Engine
+from moeserve.engine.loop import ServingEngine
 from moeserve.errors import (
     DeadlineError,
     InvalidRequestError,
@@ -37,7 +37,7 @@ class ServedModel:
     """The model behind the doors. ``tokenizer`` None serves token ids only."""
 
     name: str
-    engine: Engine
+    engine: ServingEngine
     tokenizer: Tokenizer | None
     limits: limits.ModelLimits
     architecture: str = ""
@@ -113,6 +113,12 @@ class InferenceService:
         served = self._admit(wanted.model)
         n = limits.BOUNDS["n"].check("n", wanted.n)
         params = limits.sampling_params(wanted.params, served.limits)
+        if params.stop and served.tokenizer is None:
+            raise TokenizerError(
+                f"model {served.name!r} has no tokenizer, which stop strings need: use "
+                "stop_token_ids instead of stop",
+                param="stop",
+            )
         salt = limits.label("cache_salt", wanted.salt, limits.MAX_SALT_BYTES)
         domain = limits.label("domain", wanted.domain, limits.MAX_DOMAIN_BYTES)
         request_id = limits.request_id(wanted.request_id) or f"req-{secrets.token_hex(12)}"
@@ -158,7 +164,13 @@ class InferenceService:
                 f"request_id={request_id!r} is already running: choose another", param="request_id"
             )
         stream = ResponseStream(
-            request_id, served.engine, requests, self._mailbox, self._clock, self._closed
+            request_id,
+            served.engine,
+            requests,
+            served.tokenizer,
+            self._mailbox,
+            self._clock,
+            self._closed,
         )
         self._streams[request_id] = stream
         self._idle.clear()

@@ -1,20 +1,23 @@
 """One client's running sequences, as an async iterator that leaves nothing behind.
 
-The engine's events arrive through the mailbox; ``Delta`` is what a door shows. Leaving a stream,
-however it ends, aborts what still runs, so that its KV is free at the next step.
+The engine's events arrive through the mailbox, as token ids; here they become text, in which stop
+strings are looked for. So a sequence may end a few tokens before its request does in the engine:
+what the engine made beyond is dropped, and not counted. ``Delta`` is what a door shows. Leaving a
+stream, however it ends, aborts what still runs, so that its KV is free at the next step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
 from moeserve.core import Event, FinishReason, Logprobs, Request
-from moeserve.engine.loop import Engine
+from moeserve.engine.loop import ServingEngine
 from moeserve.errors import (
     CancelledError,
     DeadlineError,
@@ -23,6 +26,9 @@ from moeserve.errors import (
     UnavailableError,
 )
 from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.text import Decodes, TextStream
+
+log = logging.getLogger(__name__)
 
 # An engine that ends no step for so long, while a stream waits, is lost.
 SILENCE_S = 600.0
@@ -61,11 +67,40 @@ class Delta:
 
 @dataclass(slots=True)
 class _Sequence:
+    """One sequence, and what came for it since it was last read.
+
+    ``last`` is its end: the engine's, or its own where the text says so. Nothing is taken after.
+    """
+
     request: Request
+    text: TextStream | None
     tokens: int = 0
     first_token: float = 0.0
     last_token: float = 0.0
-    done: bool = False
+    last: Event | None = None
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+
+    def take(self, event: Event, now: float) -> None:
+        """What the engine made. A tokenizer may raise anything; then nothing is taken."""
+        token_ids, finish, stopped = event.token_ids, event.finish, False
+        if self.text is not None:
+            ending = finish if finish is None or not _failed(event) else None
+            text, made, stopped = self.text.extend(token_ids, ending)
+            self.texts.append(text)
+            token_ids = token_ids[:made]
+        if token_ids:
+            self.last_token = now
+            self.first_token = self.first_token or now
+            self.tokens += len(token_ids)
+            self.token_ids += token_ids
+        if event.logprobs:
+            self.logprobs += event.logprobs[: len(token_ids)]
+        if stopped:
+            self.last = replace(event, finish=FinishReason.STOP)
+        elif finish is not None:
+            self.last = event
 
     def durations(self) -> Durations:
         making = self.last_token - self.first_token
@@ -73,6 +108,19 @@ class _Sequence:
             ttft_s=self.first_token - self.request.arrival,
             tpot_s=making / (self.tokens - 1) if self.tokens > 1 else 0.0,
             total_s=self.last_token - self.request.arrival,
+        )
+
+    def read(self, index: int) -> Delta:
+        """What came, once; with the end, if it ended well."""
+        delta = Delta(index, "".join(self.texts), tuple(self.token_ids), tuple(self.logprobs))
+        self.texts, self.token_ids, self.logprobs = [], [], []
+        if self.last is None or _failed(self.last):
+            return delta
+        return replace(
+            delta,
+            finish=self.last.finish,
+            usage=Usage(len(self.request.prompt_ids), self.tokens, self.last.cached_tokens),
+            timing=self.durations(),
         )
 
 
@@ -86,20 +134,25 @@ class ResponseStream:
     def __init__(
         self,
         request_id: str,
-        engine: Engine,
+        engine: ServingEngine,
         requests: list[Request],
+        tokenizer: Decodes | None,
         mailbox: Mailbox,
         clock: Callable[[], float],
         on_close: Callable[[str], None],
     ) -> None:
         self.request_id = request_id
         self._engine = engine
-        self._sequences = [_Sequence(r) for r in requests]
+        self._sequences = [
+            _Sequence(r, None if tokenizer is None else TextStream(tokenizer, r)) for r in requests
+        ]
         self._mailbox = mailbox
         self._clock = clock
         self._on_close = on_close
-        self._unread: dict[int, list[Event]] = {}  # the sequence that waits longest first
-        self._arrived = asyncio.Event()
+        self._unread: dict[int, None] = {}  # the sequence that waits longest first
+        self._waiter: asyncio.Future[None] | None = None  # of the reader, while it waits
+        self._timer: asyncio.TimerHandle | None = None
+        self._heard = False  # anything since the timer was set
         self._aborted = False
         self._closed = False
 
@@ -107,24 +160,44 @@ class ResponseStream:
         """Submits every sequence, or none."""
         for index, sequence in enumerate(self._sequences):
             try:
-                self._engine.submit(sequence.request, functools.partial(self._sink, index))
+                self._submit(index, sequence.request)
             except MoeserveError:
                 for unsent in self._sequences[index:]:
-                    unsent.done = True
+                    unsent.last = Event(unsent.request.id, finish=FinishReason.ABORT)
                 self.close()
                 raise
 
-    def _sink(self, index: int, event: Event) -> None:
-        """On the engine's thread."""
-        sequence = self._sequences[index]
-        if event.token_ids:
-            sequence.last_token = self._clock()
-            sequence.first_token = sequence.first_token or sequence.last_token
-        self._mailbox.post(functools.partial(self._receive, index, event))
+    def _submit(self, index: int, request: Request) -> None:
+        self._mailbox.open(request.id, functools.partial(self._receive, index))
+        try:
+            self._engine.submit(request, self._mailbox)
+        except MoeserveError:
+            self._mailbox.close(request.id)
+            raise
 
     def _receive(self, index: int, event: Event) -> None:
-        self._unread.setdefault(index, []).append(event)
-        self._arrived.set()
+        sequence = self._sequences[index]
+        if self._closed or sequence.last is not None:
+            return
+        try:
+            sequence.take(event, self._clock())
+        except Exception:  # a tokenizer that cannot decode ends one request
+            log.exception("request %s: tokens %s", event.request_id, event.token_ids)
+            sequence.last = replace(
+                event,
+                finish=FinishReason.ERROR,
+                error="internal error: the server's log has the cause",
+            )
+        if sequence.last is not None and event.finish is None:
+            assert sequence.last.finish is not None
+            self._engine.abort(event.request_id, sequence.last.finish)
+        self._unread[index] = None
+        self._heard = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -142,69 +215,72 @@ class ResponseStream:
         if self._closed:
             return
         self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         for sequence in self._sequences:
-            if not sequence.done:
+            if sequence.last is None:
                 self._engine.abort(sequence.request.id)
         self._on_close(self.request_id)
 
     def abort(self) -> None:
         """Ends the stream from outside: its reader gets CancelledError."""
         self._aborted = True
-        self._arrived.set()
+        self._wake()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delta:
-        if not self._unread and all(s.done for s in self._sequences) and not self._aborted:
-            raise StopAsyncIteration
         while not self._unread and not self._aborted:
+            if all(s.last is not None for s in self._sequences):
+                raise StopAsyncIteration
             await self._wait()
         if self._aborted:
             raise CancelledError(f"request {self.request_id} was aborted")
         index = next(iter(self._unread))
-        events = self._unread.pop(index)
-        if len(events) > 1 and _failed(events[-1]):
-            self._unread[index] = [events.pop()]  # after what was made before
-        return self._delta(index, events)
+        del self._unread[index]
+        sequence = self._sequences[index]
+        if sequence.last is not None and _failed(sequence.last):
+            if not sequence.token_ids:
+                raise _failure(sequence.last, self.request_id)
+            self._unread[index] = None  # after what was made before
+        return sequence.read(index)
 
     async def _wait(self) -> None:
-        """For an event; without a deadline, returns with none where others take their turn."""
-        self._arrived.clear()
-        steps = self._engine.counters.steps
+        """For an event. DeadlineError where the engine lets a deadline pass; InternalError where
+        it ends no step for ``SILENCE_S``."""
+        if self._timer is None:
+            self._watch()
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _watch(self) -> None:
+        """One timer for many waits: what it costs does not depend on the number of events."""
         deadline = self._sequences[0].request.deadline
         wait_s = SILENCE_S
         if deadline is not None:
             wait_s = max(0.0, deadline - self._clock()) + DEADLINE_GRACE_S
-        try:
-            async with asyncio.timeout(wait_s):
-                await self._arrived.wait()
-        except TimeoutError as late:
-            if deadline is not None:
-                raise DeadlineError(f"request {self.request_id} passed its deadline") from late
-            if self._engine.counters.steps == steps:
-                raise InternalError(f"the engine ended no step for {SILENCE_S:g} s") from late
+        self._heard = False
+        steps = self._engine.counters.steps
+        self._timer = asyncio.get_running_loop().call_later(wait_s, self._late, deadline, steps)
 
-    def _delta(self, index: int, events: list[Event]) -> Delta:
-        sequence, last = self._sequences[index], events[-1]
-        delta = Delta(
-            index,
-            text="".join(e.text for e in events),
-            token_ids=tuple(t for e in events for t in e.token_ids),
-            logprobs=tuple(p for e in events for p in e.logprobs),
-        )
-        sequence.tokens += len(delta.token_ids)
-        if last.finish is None:
-            return delta
-        sequence.done = True
-        if _failed(last):
-            raise _failure(last, self.request_id)
-        return replace(
-            delta,
-            finish=last.finish,
-            usage=Usage(len(sequence.request.prompt_ids), sequence.tokens, last.cached_tokens),
-            timing=sequence.durations(),
-        )
+    def _late(self, deadline: float | None, steps: int) -> None:
+        self._timer = None
+        if self._waiter is None or self._waiter.done():
+            return  # the next wait sets it again
+        if deadline is not None:
+            self._waiter.set_exception(
+                DeadlineError(f"request {self.request_id} passed its deadline")
+            )
+        elif self._heard or self._engine.counters.steps != steps:
+            self._watch()
+        else:
+            self._waiter.set_exception(
+                InternalError(f"the engine ended no step for {SILENCE_S:g} s")
+            )
 
 
 def _failed(event: Event) -> bool:

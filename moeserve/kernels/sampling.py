@@ -12,12 +12,17 @@ from moeserve.core import Logprobs, RequestId, SamplingParams
 
 
 class SamplingRow(NamedTuple):
-    """Whose logits a row holds, and the tokens before the one that they choose."""
+    """Whose logits a row holds, and the tokens before the one that they choose.
+
+    ``takes_best`` where that is known to be the one of the greatest logit whatever the tokens are,
+    and nothing else is asked for: such a row is told apart once, not in every step.
+    """
 
     request_id: RequestId
     params: SamplingParams
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
+    takes_best: bool = False
 
     @property
     def position(self) -> int:
@@ -34,3 +39,29 @@ class SampledRow(NamedTuple):
     token_id: int = -1
     logprobs: Logprobs | None = None
     failure: str = ""
+
+
+def sampling_row(
+    request_id: RequestId,
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+) -> SamplingRow:
+    """A row that is told apart."""
+    best = (
+        params.temperature <= 0
+        and params.min_tokens <= 0
+        and params.logprobs is None
+        and not adjusts_logits(params)
+    )
+    return SamplingRow(request_id, params, prompt_ids, output_ids, best)
+
+
+def adjusts_logits(params: SamplingParams) -> bool:
+    """Whether penalties or bias change the logits."""
+    return (
+        params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or bool(params.logit_bias)
+    )

@@ -1,15 +1,19 @@
 """One forward pass as tensors: which tokens, at which positions, reading and writing which slots.
 
-Pure packing of ``Span``; knows nothing of requests. Letters: T tokens, S sequences, M blocks of
+Pure packing of ``Span``; knows nothing of requests (``engine.input_batch`` packs those that come
+again). Letters: T tokens, S sequences, M blocks of
 the longest, R rows whose logits are wanted.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.kernels.ops import AttentionBatch
@@ -62,6 +66,46 @@ def split_spans(spans: Sequence[Span], parts: int) -> list[list[Span]]:
             done += stop - at
             at = stop
     return cut
+
+
+def split_step(step: StepBatch, parts: int) -> list[StepBatch]:
+    """``split_spans`` of a step that is packed. The parts are views of it."""
+    if parts == 1:
+        return [step]
+    ids_T, starts_S1 = step.token_ids_T, step.attention.query_start_S1.numpy()
+    positions_T, rows_R = step.positions_T.numpy(), step.logit_rows_R.numpy()
+    borders = [len(ids_T) * part // parts for part in range(parts + 1)]
+    return [
+        _slice(step, starts_S1, positions_T, rows_R, begin, end)
+        for begin, end in itertools.pairwise(borders)
+    ]
+
+
+def _slice(
+    step: StepBatch,
+    starts_S1: NDArray[np.int32],
+    positions_T: NDArray[np.int64],
+    rows_R: NDArray[np.int64],
+    begin: int,
+    end: int,
+) -> StepBatch:
+    """The tokens ``begin .. end - 1`` of a step, with what the arrays beside it hold."""
+    first = int(np.searchsorted(starts_S1, begin, side="right")) - 1
+    last = int(np.searchsorted(starts_S1, end)) if begin < end else first
+    query_start_S1 = starts_S1[first : last + 1].clip(begin, end) - np.int32(begin)
+    wanted = slice(*np.searchsorted(rows_R, (begin, end)).tolist())
+    attention = AttentionBatch(
+        torch.from_numpy(query_start_S1),
+        torch.from_numpy((positions_T[begin + query_start_S1[1:] - 1] + 1).astype(np.int32)),
+        step.attention.blocks_SM[first:last],
+    )
+    return StepBatch(
+        step.token_ids_T[begin:end],
+        step.positions_T[begin:end],
+        step.slot_T[begin:end],
+        attention,
+        torch.from_numpy(rows_R[wanted] - begin),
+    )
 
 
 def pack_spans(spans: Sequence[Span], block_size: int) -> StepBatch:

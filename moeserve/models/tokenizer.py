@@ -56,6 +56,11 @@ class Tokenizer:
         self._alphabet = alphabet
         self._where = where
         self._added = {i: token.content for i, token in inner.get_added_tokens_decoder().items()}
+        self._bytewise = alphabet is not None and _decoder_of(inner).get("type") == "ByteLevel"
+        self._pieces = {
+            skip: BytePieces(inner, alphabet or {}, skip_special_tokens=skip)
+            for skip in (True, False)
+        }
 
     @classmethod
     def load(cls, path: str | Path, chat_template: Path | None = None) -> Tokenizer:
@@ -87,6 +92,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Unfinished UTF-8 decodes to U+FFFD; ids beyond the vocabulary to nothing."""
         return self._inner.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def byte_pieces(self, skip_special_tokens: bool = True) -> Mapping[int, bytes] | None:
+        """For every id what it adds to the bytes that ``decode`` reads as UTF-8; None where a text
+        is not just the bytes of its tokens, one after the other."""
+        return self._pieces[skip_special_tokens] if self._bytewise else None
 
     def id_to_token(self, token_id: int) -> str | None:
         """As the vocabulary spells it."""
@@ -131,6 +141,33 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"the model's chat template rejects these messages: {error}", param="messages"
             ) from error
+
+
+class BytePieces(dict[int, bytes]):
+    """The bytes of tokens of a byte-level decoder, kept once they were asked for.
+
+    As the decoder does: a token with a letter that stands for no byte is text.
+    """
+
+    def __init__(
+        self, inner: tokenizers.Tokenizer, alphabet: Mapping[str, int], skip_special_tokens: bool
+    ) -> None:
+        super().__init__()
+        self._inner = inner
+        self._alphabet = alphabet
+        added = inner.get_added_tokens_decoder().items() if skip_special_tokens else ()
+        self._skipped = {token_id for token_id, token in added if token.special}
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = self._inner.id_to_token(token_id)
+        if token is None or token_id in self._skipped:
+            piece = b""
+        elif all(letter in self._alphabet for letter in token):
+            piece = bytes(self._alphabet[letter] for letter in token)
+        else:
+            piece = token.encode()
+        self[token_id] = piece
+        return piece
 
 
 def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
@@ -216,9 +253,14 @@ def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().astimezone().strftime(pattern)
 
 
+def _decoder_of(inner: tokenizers.Tokenizer) -> dict[str, Any]:
+    """As ``tokenizer.json`` describes it; empty where there is none."""
+    return json.loads(inner.decoder.__getstate__()) if inner.decoder else {}
+
+
 def _alphabet_of(inner: tokenizers.Tokenizer) -> dict[str, int] | None:
     """Letter -> byte of a byte-level vocabulary; None for the others."""
-    decoder = json.loads(inner.decoder.__getstate__()) if inner.decoder else {}
+    decoder = _decoder_of(inner)
     parts = decoder.get("decoders", [decoder])
     if not any(part.get("type") == "ByteLevel" for part in parts):
         return None

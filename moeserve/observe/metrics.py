@@ -8,11 +8,17 @@ registry is this object's own.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -42,8 +48,6 @@ ALIASES = {
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _SIZES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
-# Of more ranks than this, what they send is shown by sender alone.
-MOST_PAIRED = 16
 
 
 class LoadView(Protocol):
@@ -60,14 +64,14 @@ class LoadView(Protocol):
 
 
 class RankWork(Protocol):
-    """What a rank has counted (``comm.dispatcher.DispatchStats``); lists are by destination."""
+    """What a rank has counted (``comm.dispatcher.DispatchStats``)."""
 
     tokens: int
+    copies: int
     inter_node: int
+    dispatch_bytes: int
+    combine_bytes: int
     waited_s: float
-    copies_R: list[int]
-    dispatch_bytes_R: list[int]
-    combine_bytes_R: list[int]
 
 
 class RanksView(Protocol):
@@ -84,11 +88,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self._model = ""
-        self._counters = Counters()
+        self._counters: Callable[[], Counters] = Counters
         self._load: Callable[[], LoadView] | None = None
         self._ranks: RanksView | None = None
         self._ttft = _histogram("time_to_first_token_seconds", "arrival to first token", _SLOW)
-        self._itl = _histogram("inter_token_latency_seconds", "token to token", _FAST)
+        self._itl = _Gaps(_FAST)
         self._e2e = _histogram("e2e_latency_seconds", "arrival to end of a request", _SLOW)
         self._queue = _histogram("queue_time_seconds", "arrival to first step", _SLOW)
         self._prefill = _histogram("prefill_time_seconds", "first step to first token", _SLOW)
@@ -101,16 +105,19 @@ class Metrics:
     def bind(
         self,
         model: str,
-        counters: Counters,
+        counters: Callable[[], Counters],
         load: Callable[[], LoadView],
         ranks: RanksView | None = None,
     ) -> None:
-        """``ranks`` where there are several."""
+        """What is asked at every scrape; ``ranks`` where there are several."""
         self._model, self._counters, self._load, self._ranks = model, counters, load, ranks
 
     def render(self) -> tuple[bytes, str]:
         """The page and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+
+    def on_gaps(self, gaps: Mapping[float, int]) -> None:
+        self._itl.add(gaps)
 
     def on_step(self, plan: StepPlan, seconds: float) -> None:
         self._step.labels(self._model).observe(seconds)
@@ -123,9 +130,6 @@ class Metrics:
         if timing.scheduled_s is not None:
             self._queue.labels(self._model).observe(timing.scheduled_s)
             self._prefill.labels(self._model).observe(timing.first_token_s - timing.scheduled_s)
-
-    def on_token(self, seconds: float) -> None:
-        self._itl.labels(self._model).observe(seconds)
 
     def on_finish(self, reason: FinishReason, timing: Timing) -> None:
         self._e2e.labels(self._model).observe(timing.elapsed_s)
@@ -150,7 +154,7 @@ class Metrics:
             yield self._gauge(
                 "kv_cache_usage_ratio", "KV blocks in use, of 1", used / max(1, load.total_blocks)
             )
-        count = self._counters
+        count = self._counters()
         yield self._counter("steps", "forward passes", count.steps)
         yield self._counter("prompt_tokens", "tokens of admitted prompts", count.prompt_tokens)
         yield self._counter("generated_tokens", "tokens made", count.generated_tokens)
@@ -172,12 +176,13 @@ class Metrics:
         yield finished
         if self._ranks is not None:
             yield from _of_ranks(self._model, self._ranks)
+        yield self._itl.family(self._model)
         for histogram in self._histograms():
             yield from histogram.collect()
 
     def _histograms(self) -> tuple[Histogram, ...]:
         return (
-            *(self._ttft, self._itl, self._e2e, self._queue),
+            *(self._ttft, self._e2e, self._queue),
             *(self._prefill, self._decode, self._step, self._step_tokens),
         )
 
@@ -192,6 +197,31 @@ class Metrics:
         return family
 
 
+class _Gaps:
+    """A histogram of seconds from token to token that takes a whole step at once: the tokens of
+    a step mostly came equally long after the ones before them."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._seconds = 0.0
+
+    def add(self, gaps: Mapping[float, int]) -> None:
+        for seconds, count in gaps.items():
+            self._counts[bisect_left(self._bounds, seconds)] += count
+            self._seconds += seconds * count
+
+    def family(self, model: str) -> Metric:
+        """Without samples before the first gap."""
+        name = f"{PREFIX}inter_token_latency_seconds"
+        family = HistogramMetricFamily(name, "token to token", labels=[LABEL])
+        sums = list(accumulate(self._counts))
+        if sums[-1]:
+            bounds = [*map(str, self._bounds), "+Inf"]
+            family.add_metric([model], list(zip(bounds, sums, strict=True)), self._seconds)
+        return family
+
+
 def _of_ranks(model: str, ranks: RanksView) -> Iterator[Metric]:
     """What moved between ranks, and how steps were cut."""
 
@@ -201,30 +231,19 @@ def _of_ranks(model: str, ranks: RanksView) -> Iterator[Metric]:
     tokens = family("rank_layer_tokens", "tokens routed, each once per MoE layer", "rank")
     waited = family("rank_waited_seconds", "time spent waiting for other ranks", "rank")
     inter_node = family("rank_copies_inter_node", "copies of tokens sent to other nodes", "rank")
-    copies = family("rank_copies", "copies of tokens sent to experts of a rank", "rank", "to")
-    moved = family("rank_sent_bytes", "bytes of tokens and of results", "rank", "to", "direction")
+    copies = family("rank_copies", "copies of tokens sent to other ranks", "rank")
+    moved = family("rank_sent_bytes", "bytes of tokens and of results", "rank", "direction")
     steps = family("steps_by_microbatches", "forward passes cut into so many", "microbatches")
     for rank, work in enumerate(ranks.work):
         tokens.add_metric([model, str(rank)], work.tokens)
         waited.add_metric([model, str(rank)], work.waited_s)
         inter_node.add_metric([model, str(rank)], work.inter_node)
-        for to, count in _by_destination(rank, work.copies_R):
-            copies.add_metric([model, str(rank), to], count)
-        for direction, sent_R in (
-            ("dispatch", work.dispatch_bytes_R),
-            ("combine", work.combine_bytes_R),
-        ):
-            for to, count in _by_destination(rank, sent_R):
-                moved.add_metric([model, str(rank), to, direction], count)
+        copies.add_metric([model, str(rank)], work.copies)
+        moved.add_metric([model, str(rank), "dispatch"], work.dispatch_bytes)
+        moved.add_metric([model, str(rank), "combine"], work.combine_bytes)
     for count, number in sorted(ranks.chosen.items()):
         steps.add_metric([model, str(count)], number)
     yield from (tokens, waited, inter_node, copies, moved, steps)
-
-
-def _by_destination(rank: int, sent_R: Sequence[int]) -> list[tuple[str, int]]:
-    if len(sent_R) > MOST_PAIRED:
-        return [("all", sum(sent_R))]
-    return [(str(to), count) for to, count in enumerate(sent_R) if to != rank]
 
 
 class _Page(Collector):

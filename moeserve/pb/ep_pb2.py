@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14moeserve/pb/ep.proto\x12\x0bmoeserve.ep\"W\n\x07\x41rrival\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\r\n\x05world\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0c\n\x04\x63pus\x18\x05 \x03(\r\"\xee\x01\n\x08Identity\x12\x39\n\ncheckpoint\x18\x01 \x03(\x0b\x32%.moeserve.ep.Identity.CheckpointEntry\x12\x35\n\x08settings\x18\x02 \x03(\x0b\x32#.moeserve.ep.Identity.SettingsEntry\x12\x0c\n\x04plan\x18\x03 \x01(\t\x1a\x31\n\x0f\x43heckpointEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"K\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12%\n\x07\x63hannel\x18\x02 \x01(\x0e\x32\x14.moeserve.ep.Channel\x12\r\n\x05nonce\x18\x03 \x01(\x0c\")\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\x16\n\x05Proof\x12\r\n\x05proof\x18\x01 \x01(\x0c\"\t\n\x07Welcome\"\xa3\x01\n\tHeartbeat\x12!\n\x04\x62\x65\x61t\x18\x01 \x01(\x0b\x32\x11.moeserve.ep.BeatH\x00\x12\'\n\x07trouble\x18\x02 \x01(\x0b\x32\x14.moeserve.ep.TroubleH\x00\x12\x1f\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x10.moeserve.ep.EndH\x00\x12!\n\x04stop\x18\x04 \x01(\x0b\x32\x11.moeserve.ep.StopH\x00\x42\x06\n\x04what\"\x18\n\x04\x42\x65\x61t\x12\x10\n\x08\x61\x63tivity\x18\x01 \x03(\t\"(\n\x07Trouble\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05ranks\x18\x02 \x03(\r\"\x05\n\x03\x45nd\"\x06\n\x04Stop*L\n\x07\x43hannel\x12\x17\n\x13\x43HANNEL_UNSPECIFIED\x10\x00\x12\x11\n\rCHANNEL_STEPS\x10\x01\x12\x15\n\x11\x43HANNEL_HEARTBEAT\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14moeserve/pb/ep.proto\x12\x0bmoeserve.ep\"W\n\x07\x41rrival\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\r\n\x05world\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0c\n\x04\x63pus\x18\x05 \x03(\r\"\xee\x01\n\x08Identity\x12\x39\n\ncheckpoint\x18\x01 \x03(\x0b\x32%.moeserve.ep.Identity.CheckpointEntry\x12\x35\n\x08settings\x18\x02 \x03(\x0b\x32#.moeserve.ep.Identity.SettingsEntry\x12\x0c\n\x04plan\x18\x03 \x01(\t\x1a\x31\n\x0f\x43heckpointEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IDENTITY_CHECKPOINTENTRY']._serialized_options = b'8\001'
   _globals['_IDENTITY_SETTINGSENTRY']._loaded_options = None
   _globals['_IDENTITY_SETTINGSENTRY']._serialized_options = b'8\001'
-  _globals['_CHANNEL']._serialized_start=771
-  _globals['_CHANNEL']._serialized_end=847
   _globals['_ARRIVAL']._serialized_start=37
   _globals['_ARRIVAL']._serialized_end=124
   _globals['_IDENTITY']._serialized_start=127
@@ -45,22 +43,4 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IDENTITY_CHECKPOINTENTRY']._serialized_end=316
   _globals['_IDENTITY_SETTINGSENTRY']._serialized_start=318
   _globals['_IDENTITY_SETTINGSENTRY']._serialized_end=365
-  _globals['_HELLO']._serialized_start=367
-  _globals['_HELLO']._serialized_end=442
-  _globals['_CHALLENGE']._serialized_start=444
-  _globals['_CHALLENGE']._serialized_end=485
-  _globals['_PROOF']._serialized_start=487
-  _globals['_PROOF']._serialized_end=509
-  _globals['_WELCOME']._serialized_start=511
-  _globals['_WELCOME']._serialized_end=520
-  _globals['_HEARTBEAT']._serialized_start=523
-  _globals['_HEARTBEAT']._serialized_end=686
-  _globals['_BEAT']._serialized_start=688
-  _globals['_BEAT']._serialized_end=712
-  _globals['_TROUBLE']._serialized_start=714
-  _globals['_TROUBLE']._serialized_end=754
-  _globals['_END']._serialized_start=756
-  _globals['_END']._serialized_end=761
-  _globals['_STOP']._serialized_start=763
-  _globals['_STOP']._serialized_end=769
 # @@protoc_insertion_point(module_scope)

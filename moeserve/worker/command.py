@@ -16,8 +16,7 @@ from moeserve.config.options import ServeConfig
 from moeserve.config.sources import add_options, options_of, settings_from_args, to_yaml
 from moeserve.errors import ConfigError, MoeserveError
 from moeserve.gateway.server import serve
-from moeserve.worker.follow import follow
-from moeserve.worker.lead import lead
+from moeserve.worker.rank import run_rank
 from moeserve.worker.start import RankStart
 
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         launch = read_launch(os.environ)
         require_effect(config, settings, launch.world)
-        return run_rank(config, launch, os.environ)
+        return run(config, launch, os.environ)
     except ConfigError as error:
         print(f"moeserve: {error.message}", file=sys.stderr)
         return 2
@@ -47,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     worker = argparse.ArgumentParser(
         prog="moeserve.worker",
         description="Serve as one of several ranks, started by torchrun, mpirun, deepspeed or srun "
-        "with the same settings on all; rank 0 opens the doors.",
+        "with the same settings on all; rank 0 opens the doors, or each (--doors all).",
         epilog="example: torchrun --nproc-per-node 2 -m moeserve.worker --model demo",
         allow_abbrev=False,
     )
@@ -57,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     return worker
 
 
-def run_rank(config: ServeConfig, launch: Launch, environ: Mapping[str, str]) -> int:
+def run(config: ServeConfig, launch: Launch, environ: Mapping[str, str]) -> int:
     """This rank, whichever it is; the exit status."""
     if config.ep is not None and config.ep != launch.world:
         raise ConfigError(
@@ -66,9 +65,7 @@ def run_rank(config: ServeConfig, launch: Launch, environ: Mapping[str, str]) ->
         )
     if launch.world == 1:
         return serve(config)
-    if launch.rank == 0:
-        return lead(config, RankStart(launch, environ))
-    return follow(config, RankStart(launch, environ))
+    return run_rank(config, RankStart(launch, environ))
 
 
 def leave(status: int) -> NoReturn:

@@ -15,10 +15,10 @@ from pydantic import SecretStr
 from moeserve.comm.group import host_store
 from moeserve.comm.launch.environment import ALONE, LOOPBACK
 from moeserve.comm.launch.spawn import Children, child_environ
-from moeserve.config.options import FollowerOptions, ServeConfig
+from moeserve.config.options import RankOptions, ServeConfig
 from moeserve.config.sources import to_environ
 from moeserve.gateway.server import serve
-from moeserve.worker.lead import lead
+from moeserve.worker.rank import run_rank
 from moeserve.worker.start import RankStart
 
 # What children get to end by themselves once the run is over, and once it has broken.
@@ -34,7 +34,8 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
     if config.ep_secret is None:
         config = config.model_copy(update={"ep_secret": SecretStr(secrets.token_hex(32))})
     store, port = host_store(LOOPBACK)
-    settings = to_environ(config, environ, FollowerOptions)
+    wanted = ServeConfig if config.doors == "all" else RankOptions
+    settings = to_environ(config, environ, wanted)
     children = Children(
         [sys.executable, "-m", "moeserve.worker"],
         {rank: settings | child_environ(rank, world, port) for rank in range(1, world)},
@@ -43,7 +44,7 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
     grace_s = HURRY_S
     try:
         launch = replace(ALONE, world=world, local_world=world, port=port, launcher="moeserve")
-        status = lead(config, RankStart(launch, environ, store, children.alarm))
+        status = run_rank(config, RankStart(launch, environ, store, children.alarm))
         grace_s = GRACE_S if status == 0 else HURRY_S
         return status
     finally:

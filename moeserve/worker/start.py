@@ -12,12 +12,12 @@ from pathlib import Path
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from moeserve.comm.control.handshake import Identity, agree
-from moeserve.comm.control.link import Tls, Trust
+from moeserve.comm.control.rpc import Tls, Trust
 from moeserve.comm.exchange.base import Alarm
 from moeserve.comm.group import Group
 from moeserve.comm.launch.environment import Launch
 from moeserve.comm.launch.rendezvous import Rendezvous, open_group
-from moeserve.config.options import EpOptions, FollowerOptions, LoadOptions, ProcessOptions
+from moeserve.config.options import EpOptions, LoadOptions, ProcessOptions, RankOptions
 from moeserve.engine.rank_model import EpContext
 from moeserve.errors import MoeserveError
 from moeserve.host import read_cpu
@@ -38,6 +38,9 @@ COMMON = (
     "microbatches",
     "replan",
     "ep_deadline",
+    "doors",
+    "max_num_seqs",
+    "prefix_cache",
 )
 
 
@@ -52,7 +55,7 @@ class RankStart:
     alarm: Alarm | None = None
 
 
-def meet(options: FollowerOptions, start: RankStart) -> Rendezvous:
+def meet(options: RankOptions, start: RankStart) -> Rendezvous:
     """All ranks are there, and will serve the same; ConfigError that names who differs."""
     met = open_group(start.launch, environ=start.environ, store=start.store, alarm=start.alarm)
     with giving_up(met.group):
@@ -70,7 +73,7 @@ def giving_up(group: Group) -> Iterator[None]:
         raise
 
 
-def identity_of(options: FollowerOptions) -> Identity:
+def identity_of(options: RankOptions) -> Identity:
     settings = {name: str(getattr(options, name)) for name in COMMON}
     model = fingerprint(resolve_model(options.model))
     return Identity(model, settings, plan_digest(options.plan))

@@ -14,8 +14,9 @@ from moeserve.bench.generation import Case, prompts
 from moeserve.config.options import LoadOptions
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.model_runner import ModelRunner
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.engine.scheduler import Scheduler
 from moeserve.kernels.ops import Ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.tokenizer import Tokenizer

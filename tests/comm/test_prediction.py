@@ -115,7 +115,7 @@ def test_counted_copies_and_bytes_are_those_predicted(
 
     stats = served(ops, new_post(), plan, [other[r * each : (r + 1) * each] for r in range(WORLD)])
 
-    sent = sum(sum(m.copies_R) for m in stats)
+    sent = sum(m.copies for m in stats)
     per_token_layer = 2 * sent / len(topk_TLK) / len(layers)
     known = cost.traffic(plan, topk_TLK, home_T=home_T, batch=each * LENGTH)
     assert per_token_layer == pytest.approx(known.copies, rel=1e-12)
@@ -125,5 +125,5 @@ def test_counted_copies_and_bytes_are_those_predicted(
     assert isinstance(mlp, tuple)
     weigh = copy_bytes(ops, mlp[1], mlp[0].weights.spec.top_k)
     expected = predicted.copies / 2 * (weigh.dispatch + weigh.combine) * len(layers)
-    counted = sum(sum(m.dispatch_bytes_R) + sum(m.combine_bytes_R) for m in stats)
+    counted = sum(m.dispatch_bytes + m.combine_bytes for m in stats)
     assert counted / len(topk_TLK) == pytest.approx(expected, rel=0.02)

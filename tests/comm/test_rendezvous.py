@@ -6,26 +6,34 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moeserve.comm.control.handshake import Identity, agree
-from moeserve.comm.group import Group, host_store, join_store
+from moeserve.comm.group import START_S, Group, backing_off, host_store, join_store
 from moeserve.comm.launch.environment import LOOPBACK, Launch
 from moeserve.comm.launch.rendezvous import (
     HOST_ID,
+    START_CPU_S,
     Rendezvous,
     host_identity,
     listen_address,
     open_group,
     own_address,
+    patience_of,
     refuse,
 )
 from moeserve.errors import CheckpointError, ConfigError, LateRankError, PlacementError
+from moeserve.host import allowed_cores
 from moeserve.models.fingerprint import fingerprint
 from moeserve.pb import ep_pb2 as pb
 
@@ -156,6 +164,125 @@ def test_a_host_is_its_name_its_boot_and_its_namespaces() -> None:
     assert host_identity({HOST_ID: "a host"}) == "a host"
 
 
+def test_ranks_that_share_cores_are_waited_for_as_long_as_they_take_to_start() -> None:
+    few, many = launches(1)[0], launches(64)[0]
+    cores = len(allowed_cores())
+    assert patience_of(few) == START_S + START_CPU_S / cores
+    assert patience_of(many) == START_S + 64 * START_CPU_S / cores
+    assert patience_of(replace(many, local_world=None)) == patience_of(few)
+
+
+# Notes of all ranks.
+
+
+class CountingStore:
+    """A rank's own connection; ``asked`` is what it was asked for, and under which key."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.asked: list[tuple[str, str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(key: Any, *more: Any) -> Any:
+            self.asked.append((name, str(key)))
+            return getattr(self._store, name)(key, *more)
+
+        return ask
+
+
+def stores_of(world: int) -> list[Any]:
+    store, port = host_store(LOOPBACK)
+    return [store, *(join_store(LOOPBACK, port) for _ in range(world - 1))]
+
+
+@pytest.mark.parametrize("world", [2, 16])
+def test_who_comes_last_asks_the_store_three_times_whatever_the_number_of_ranks(world: int) -> None:
+    stores = stores_of(world)
+    last = CountingStore(stores[-1])
+    ranks = [Group(r, world, store) for r, store in enumerate([*stores[:-1], last])]
+    with ThreadPoolExecutor(world) as pool:
+        first = [pool.submit(rank.all_gather, "k", b"%d" % rank.rank) for rank in ranks[:-1]]
+        while ranks[0].store.add("k/count", 0) < world - 1:
+            time.sleep(0.001)
+        gathered = [pool.submit(ranks[-1].all_gather, "k", b"last").result(PATIENCE_S)]
+        gathered += [one.result(PATIENCE_S) for one in first]
+    assert gathered == [[*(b"%d" % r for r in range(world - 1)), b"last"]] * world
+    assert last.asked == [("append", "k/notes"), ("add", "k/count"), ("get", "k/notes")]
+
+
+@settings(max_examples=20, deadline=None)
+@given(notes=st.lists(st.binary(max_size=40), min_size=1, max_size=5), data=st.data())
+def test_notes_of_any_bytes_come_in_order_of_ranks_whoever_comes_first(
+    notes: list[bytes], data: st.DataObject
+) -> None:
+    store, world = HashStore(), len(notes)
+    order = data.draw(st.permutations(range(world)))
+    seen: dict[int, list[int]] = {r: [] for r in range(world)}
+    with ThreadPoolExecutor(world) as pool:
+        gathered = {
+            r: pool.submit(
+                Group(r, world, store).all_gather,
+                "k",
+                notes[r],
+                PATIENCE_S,
+                lambda rank, note, r=r: seen[r].append(rank),
+            )
+            for r in order
+        }
+        assert [gathered[r].result() for r in range(world)] == [notes] * world
+    assert [sorted(seen[r]) for r in range(world)] == [list(range(world))] * world
+
+
+def test_a_note_is_checked_while_others_are_late() -> None:
+    store = HashStore()
+
+    def refuses(rank: int, note: bytes) -> None:
+        if note == b"wrong":
+            raise ConfigError(f"rank {rank} is wrong")
+
+    with ThreadPoolExecutor(2) as pool:
+        wrong = pool.submit(Group(1, 3, store).all_gather, "k", b"wrong", 1.0)
+        with pytest.raises(ConfigError, match="rank 1 is wrong"):
+            Group(0, 3, store).all_gather("k", b"", PATIENCE_S, refuses)
+        with pytest.raises(LateRankError, match="rank 2 did not reach 'k' within 1 s"):
+            wrong.result()
+
+
+def test_who_gives_up_ends_the_wait_of_others_and_is_named() -> None:
+    store = HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(Group(0, 2, store).all_gather, "k", b"", PATIENCE_S)
+        Group(1, 2, store).give_up("no memory")
+        with pytest.raises(LateRankError, match="rank 1 gave up: no memory") as caught:
+            waiting.result()
+    assert caught.value.ranks == (1,)
+
+
+def test_the_end_of_who_keeps_the_notes_is_named() -> None:
+    store, port = host_store(LOOPBACK)
+    other = Group(1, 2, join_store(LOOPBACK, port))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(other.all_gather, "k", b"", PATIENCE_S)
+        while store.add("k/count", 0) < 1:
+            time.sleep(0.001)
+        del store
+        with pytest.raises(LateRankError, match="k: the rank that keeps the notes has ended"):
+            waiting.result()
+
+
+@settings(max_examples=50)
+@given(waited_s=st.floats(0.001, 1000.0))
+def test_looks_grow_slowly_with_the_wait_and_overshoot_it_by_half(waited_s: float) -> None:
+    total_s, looks = 0.0, 0
+    for pause_s in backing_off(0.001, 0.1):
+        if total_s >= waited_s:
+            break
+        total_s, looks = total_s + pause_s, looks + 1
+        assert pause_s <= 0.1
+    assert total_s <= 1.5 * waited_s + 0.001
+    assert looks <= 13 + waited_s / 0.1
+
+
 # What all ranks must have in common.
 
 
@@ -173,7 +300,14 @@ def compare(*identities: Identity) -> list[Future[None]]:
         ]
 
 
-def test_equal_ranks_agree() -> None:
+def test_equal_ranks_agree_and_read_nobodys_whole_identity() -> None:
+    stores = list(map(CountingStore, stores_of(2)))
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(agree, Group(r, 2, s), SAME) for r, s in enumerate(stores)]
+        assert [one.result() for one in done] == [None] * 2
+    for store in stores:
+        whole = [what for what, key in store.asked if key.startswith("identity/whole")]
+        assert whole == ["set"]
     assert [done.result() for done in compare(SAME, SAME, SAME)] == [None] * 3
 
 

@@ -17,9 +17,10 @@ from moeserve.core import (
     StepResult,
 )
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.drive import drive, run_step
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.engine.scheduler import Scheduler
 from moeserve.errors import InternalError, UnavailableError
 
 

@@ -20,9 +20,11 @@ from moeserve.core import (
     StepResult,
 )
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.ranks.fleet import Fleet, Homes, RankLoad
-from moeserve.engine.scheduler import Drafter, SchedulerConfig
+from moeserve.engine.policies import Drafter
+from moeserve.engine.ranks.fleet import Fleet
+from moeserve.engine.ranks.homes import Candidates, HomePolicy
 from moeserve.errors import ExhaustedError, InvalidRequestError
 
 BLOCK, VOCAB, EOS = 4, 50, 7
@@ -49,7 +51,7 @@ class Town:
     ranks: int = 2
     num_blocks: int = 64
     config: SchedulerConfig = CONFIG
-    homes: Homes | None = None
+    homes: HomePolicy | None = None
     drafter: Drafter | None = None
     tokens: dict[RequestId, list[int]] = field(default_factory=dict)
     finish: dict[RequestId, FinishReason | None] = field(default_factory=dict)
@@ -159,8 +161,8 @@ def test_a_preempted_request_may_go_to_another_rank() -> None:
     class First:
         """Fills rank 0 before rank 1."""
 
-        def pick(self, request: Request, loads: Sequence[RankLoad]) -> int:
-            return loads[0].rank
+        def pick(self, request: Request, candidates: Candidates) -> int:
+            return int(candidates.rank_C[0])
 
     town = Town(num_blocks=6, homes=First())
     asked = [

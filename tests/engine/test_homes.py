@@ -22,10 +22,21 @@ from moeserve.core import (
     StepResult,
 )
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.ranks.expert_use import LOOKED_AT, ExpertUseCounter
-from moeserve.engine.ranks.fleet import Fleet, Homes, LeastWork, RankLoad
-from moeserve.engine.ranks.homes import HALVED_AT, MOST_KINDS, ExpertUse, NearExperts, kind_of
-from moeserve.engine.scheduler import SchedulerConfig
+from moeserve.engine.ranks.fleet import Fleet
+from moeserve.engine.ranks.homes import (
+    HALVED_AT,
+    MOST_KINDS,
+    Candidates,
+    ExpertUse,
+    GivenHome,
+    HomePolicy,
+    LeastWork,
+    NearExperts,
+    RandomHomes,
+    kind_of,
+)
 from moeserve.placement.formats.routing_files import read
 from moeserve.placement.layer_use import layer_uses
 from moeserve.placement.plan import Plan, contiguous
@@ -38,8 +49,12 @@ def ask(name: str = "r", domain: str = "", salt: str = "", prompt: int = 4) -> R
     return Request(RequestId(name), ids, SamplingParams(), domain=domain, scope=CacheScope(salt))
 
 
-def load(rank: int, tokens: int, cached: int = 0) -> RankLoad:
-    return RankLoad(rank, running=1, tokens=tokens, cached=cached)
+def load(rank: int, tokens: int, cached: int = 0, running: int = 1) -> tuple[int, ...]:
+    return rank, running, tokens, cached
+
+
+def among(*loads: tuple[int, ...]) -> Candidates:
+    return Candidates(*np.array(loads, np.int64).T)
 
 
 def test_a_request_is_of_its_domain_else_of_its_tenant_else_of_its_beginning() -> None:
@@ -53,16 +68,16 @@ def test_a_known_kind_goes_near_its_experts_unless_that_overloads_the_rank() -> 
     homes = NearExperts()
     homes.learn(ExpertUse("domain law", 100, (20, 60, 50)))
     law = ask(domain="law")
-    assert homes.pick(law, [load(0, 100), load(1, 110), load(2, 90)]) == 1
-    assert homes.pick(law, [load(0, 100), load(1, 160), load(2, 90)]) == 2
-    assert homes.pick(law, [load(0, 100), load(2, 90)]) == 2
-    assert homes.pick(law, [load(0, 100, cached=99), load(1, 100), load(2, 100)]) == 0
+    assert homes.pick(law, among(load(0, 100), load(1, 110), load(2, 90))) == 1
+    assert homes.pick(law, among(load(0, 100), load(1, 160), load(2, 90))) == 2
+    assert homes.pick(law, among(load(0, 100), load(2, 90))) == 2
+    assert homes.pick(law, among(load(0, 100, cached=99), load(1, 100), load(2, 100))) == 0
 
 
 def test_an_unknown_kind_goes_where_least_is_to_do() -> None:
     homes = NearExperts()
     homes.learn(ExpertUse("domain law", 10, (0, 9)))
-    loads = [load(0, 5), load(1, 6)]
+    loads = among(load(0, 5), load(1, 6))
     assert homes.pick(ask(domain="law"), loads) == 0
     assert homes.pick(ask(domain="art"), loads) == LeastWork().pick(ask(), loads) == 0
 
@@ -72,12 +87,31 @@ def test_old_counts_fade_and_kinds_are_bounded() -> None:
     homes.learn(ExpertUse("domain law", HALVED_AT, (HALVED_AT, 0)))
     for _ in range(3):
         homes.learn(ExpertUse("domain law", HALVED_AT // 2, (0, HALVED_AT // 2)))
-    idle = [load(0, 0), load(1, 0)]
+    idle = among(load(0, 0), load(1, 0))
     assert homes.pick(ask(domain="law"), idle) == 1
     for i in range(MOST_KINDS):
         homes.learn(ExpertUse(f"domain {i}", 100, (100, 0)))
-    assert homes.pick(ask(domain="law"), [load(0, 1), load(1, 0)]) == 1
+    assert homes.pick(ask(domain="law"), among(load(0, 1), load(1, 0))) == 1
     assert homes.pick(ask(domain="0"), idle) == 0
+
+
+def test_of_ranks_with_equal_work_that_with_fewer_requests_is_home() -> None:
+    equal = among(load(1, 9, running=3), load(4, 12, cached=3, running=2), load(5, 9, running=2))
+    assert LeastWork().pick(ask(), equal) == 4
+
+
+def test_a_given_home_holds_where_it_has_room() -> None:
+    given = {"a": 2, "b": 1}
+    homes = GivenHome(lambda request: given.get(request.id), LeastWork())
+    loads = among(load(0, 5), load(2, 9))
+    assert [homes.pick(ask(name), loads) for name in "abc"] == [2, 0, 0]
+
+
+def test_random_homes_follow_from_seed_and_id() -> None:
+    loads = among(load(1, 0), load(3, 9), load(6, 5))
+    drawn = [[RandomHomes(s).pick(ask(str(i)), loads) for i in range(60)] for s in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert set(drawn[0]) == {1, 3, 6}
 
 
 class ShardedExperts:
@@ -117,7 +151,7 @@ def test_ranks_that_hold_a_prompts_experts_are_counted() -> None:
     assert counter.take() == []
 
 
-def copies(homes: Homes, ranks: int) -> tuple[int, float]:
+def copies(homes: HomePolicy, ranks: int) -> tuple[int, float]:
     """Copies away from home when the demo model's recorded requests are served, and the greatest
     share of the tokens on one rank, over the mean."""
     routing = read(TRACE)

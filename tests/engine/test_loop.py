@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -22,21 +22,16 @@ from moeserve.core import (
     Timing,
 )
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.executor import Executor
 from moeserve.engine.loop import Engine
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
-from moeserve.errors import InvalidRequestError, TokenizerError, UnavailableError
+from moeserve.engine.request_state import EachEvent
+from moeserve.engine.scheduler import Scheduler
+from moeserve.errors import InvalidRequestError, UnavailableError
 
 BLOCKS, BLOCK, VOCAB = 32, 4, 26
 WAIT_S = 30.0
-
-
-class Letters:
-    """A tokenizer whose tokens are a .. z."""
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return "".join(chr(97 + i) for i in ids)
 
 
 @dataclass
@@ -46,11 +41,12 @@ class Client:
     events: list[Event] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def __call__(self, event: Event) -> None:
-        assert not self.ended.is_set(), "an event after the last"
-        self.events.append(event)
-        if event.finish is not None:
-            self.ended.set()
+    def deliver(self, events: Sequence[Event]) -> None:
+        for event in events:
+            assert not self.ended.is_set(), "an event after the last"
+            self.events.append(event)
+            if event.finish is not None:
+                self.ended.set()
 
     def wait(self) -> Event:
         assert self.ended.wait(WAIT_S), "the stream has no end"
@@ -59,10 +55,6 @@ class Client:
     @property
     def token_ids(self) -> list[int]:
         return [t for e in self.events for t in e.token_ids]
-
-    @property
-    def text(self) -> str:
-        return "".join(e.text for e in self.events)
 
 
 class Gate:
@@ -84,16 +76,18 @@ class Watcher:
     """Remembers what an observer is told."""
 
     told: list[str] = field(default_factory=list)
+    gaps: list[dict[float, int]] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
 
     def on_step(self, plan: StepPlan, seconds: float) -> None:
         self.told.append(f"step {plan.num_tokens}")
 
+    def on_gaps(self, gaps: Mapping[float, int]) -> None:
+        self.gaps.append(dict(gaps))
+        self.told += ["token"] * sum(gaps.values())
+
     def on_first_token(self, timing: Timing) -> None:
         self.told.append("first")
-
-    def on_token(self, seconds: float) -> None:
-        self.told.append("token")
 
     def on_finish(self, reason: FinishReason, timing: Timing) -> None:
         self.told.append(f"finish {reason}")
@@ -112,11 +106,10 @@ def make_scheduler() -> Scheduler:
 
 def make_engine(
     executor: Executor | None = None,
-    tokenizer: Letters | None = None,
     observer: Watcher | None = None,
     clock: Callable[[], float] = lambda: 0.0,
 ) -> Engine:
-    return Engine(make_scheduler(), executor or null(), tokenizer or Letters(), observer, clock)
+    return Engine(make_scheduler(), executor or null(), observer, clock)
 
 
 def request(name: str = "r", max_tokens: int = 6, **params: object) -> Request:
@@ -147,10 +140,10 @@ def gated() -> Iterator[tuple[Engine, Gate]]:
             gate.let_go.set()
 
 
-def test_a_stream_gets_tokens_text_and_one_end() -> None:
+def test_a_stream_gets_tokens_and_one_end() -> None:
     client = solo(request())
     assert [len(e.token_ids) for e in client.events] == [1] * 6
-    assert client.text == Letters().decode(client.token_ids)
+    assert len(set(client.token_ids)) > 1
     assert [e.finish for e in client.events] == [None] * 5 + [FinishReason.LENGTH]
 
 
@@ -167,27 +160,42 @@ def test_64_streams_at_once_equal_their_solo_runs() -> None:
         assert client.token_ids == solo(asked).token_ids
 
 
-def test_a_stop_string_ends_the_request_and_frees_its_blocks() -> None:
-    free = solo(request(max_tokens=30)).text
-    stop = free[10:13]
-    client = Client()
-    with make_engine() as engine:
-        engine.submit(request(max_tokens=30, stop=(stop,)), client)
-        assert client.wait().finish is FinishReason.STOP
+def test_a_shared_sink_is_called_once_a_step_with_the_events_of_all() -> None:
+    calls: list[list[str]] = []
+    ended = threading.Event()
+
+    class Shared:
+        def deliver(self, events: Sequence[Event]) -> None:
+            calls.append([e.request_id for e in events])
+            if all(e.finish is not None for e in events):
+                ended.set()
+
+    shared, alone = Shared(), Client()
+    with gated() as (engine, gate):
+        engine.submit(request("first", 2), Client())
+        assert gate.entered.wait(WAIT_S)  # the rest run together from the next step on
+        for name in "abc":
+            engine.submit(request(name, 4), shared)
+        engine.submit(request("alone", 4), alone)
+        gate.let_go.set()
+        assert ended.wait(WAIT_S)
+        alone.wait()
+    assert calls == [["a", "b", "c"]] * 4
+    assert len(alone.events) == 4
+
+
+def test_a_request_whose_text_is_complete_ends_as_stopped() -> None:
+    with gated() as (engine, gate):
+        client = Client()
+        engine.submit(request(max_tokens=30, stop=("not looked for here",)), client)
+        assert gate.entered.wait(WAIT_S)
+        engine.abort(RequestId("r"), FinishReason.STOP)
+        gate.let_go.set()
+        last = client.wait()
+        assert (last.finish, last.error, last.token_ids) == (FinishReason.STOP, "", ())
         assert_empty(engine)
         assert engine.counters.finished == {FinishReason.STOP: 1}
         assert engine.counters.generated_tokens < 30
-    assert client.text == free[: free.index(stop)]
-
-
-def test_without_a_tokenizer_ids_are_served_and_stop_strings_refused() -> None:
-    client = Client()
-    with Engine(make_scheduler(), null(), tokenizer=None) as engine:
-        with pytest.raises(TokenizerError, match="stop_token_ids"):
-            engine.submit(request(stop=("x",)), client)
-        engine.submit(request(), client)
-        client.wait()
-    assert (client.text, len(client.token_ids)) == ("", 6)
 
 
 def test_a_refused_request_raises_and_leaves_nothing() -> None:
@@ -315,30 +323,12 @@ def test_a_sink_that_breaks_loses_its_request_only(caplog: pytest.LogCaptureFixt
 
     good = Client()
     with make_engine() as engine:
-        engine.submit(request("bad", 60), broken)
+        engine.submit(request("bad", 60), EachEvent(broken))
         engine.submit(request("good", 12), good)
         assert good.wait().finish is FinishReason.LENGTH
         assert engine.drain(WAIT_S)
         assert engine.counters.finished[FinishReason.ABORT] == 1
     assert "nobody listens" in caplog.text
-
-
-class Illiterate(Letters):
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        if len(ids) > 4:
-            raise ValueError("cannot read that")
-        return super().decode(ids)
-
-
-def test_a_token_that_cannot_be_decoded_ends_its_request_only(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    client = Client()
-    with make_engine(tokenizer=Illiterate()) as engine:
-        engine.submit(request("abcd"), client)
-        assert client.wait().finish is FinishReason.ERROR
-        assert_empty(engine)
-    assert "cannot read that" in caplog.text
 
 
 def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
@@ -421,3 +411,24 @@ def test_the_observer_hears_of_steps_tokens_and_ends() -> None:
         (20, 16, 1),
     ]
     assert again.events[-1].cached_tokens == 16
+
+
+def test_tokens_of_a_step_are_told_by_how_long_after_the_last_they_came() -> None:
+    now = [0.0]
+
+    class Watched(Gate):
+        def run(self, plan: StepPlan) -> StepResult:
+            result = super().run(plan)
+            now[0] += 1.0
+            return result
+
+    gate, watcher, clients = Watched(null()), Watcher(), [Client() for _ in range(3)]
+    with make_engine(gate, watcher, lambda: now[0]) as engine:
+        engine.submit(request("early", 3), clients[0])
+        assert gate.entered.wait(WAIT_S)
+        engine.submit(request("a", 2), clients[1])
+        engine.submit(request("b", 2), clients[2])
+        gate.let_go.set()
+        for client in clients:
+            client.wait()
+    assert watcher.gaps == [{1.0: 1}, {1.0: 3}]

@@ -5,10 +5,13 @@ Ranks are threads of this process, with decoders, exchanges and homes of their o
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +20,22 @@ import pytest
 from safetensors.numpy import load_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from moeserve.comm.control.local_mesh import local_meshes
+from moeserve.comm.control.rpc import Trust
 from moeserve.comm.group import Group, Topology
 from moeserve.config.options import EngineOptions, ServeConfig
 from moeserve.core import Event, FinishReason, Logprobs, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
-from moeserve.engine.rank_model import EpContext, RankModel, load_rank_model, of_rank
-from moeserve.errors import LateRankError
+from moeserve.engine.rank_model import EpContext, of_rank
+from moeserve.engine.ranks.build import build_rank
+from moeserve.engine.ranks.counted import GatheredCounts
+from moeserve.engine.ranks.meeting import RankMeeting
+from moeserve.engine.ranks.records import RECORD_BYTES
 from moeserve.models.spec import MoeSpec
 from moeserve.observe.progress import Progress
 from moeserve.placement.plan import Plan, contiguous, dump
 
 MakeCheckpoint = Callable[[str], Path]
-Wires = Callable[[int], Any]
 WAIT_S = 60.0
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=2)
 DRAWN = SamplingParams(temperature=0.9, max_tokens=9, seed=5, top_k=20, repetition_penalty=1.2)
@@ -37,56 +44,66 @@ SMALL = {"num_blocks": 64, "block_size": 4, "max_num_batched_tokens": 24, "max_n
 
 
 @dataclass
-class ServedModel:
+class ServedRanks:
     """Several ranks that serve; ``loaded`` is rank 0's view of them."""
 
-    loaded: LoadedModel
-    others: list[RankModel]
-    wire: Any
-    errors: list[BaseException] = field(default_factory=list)
+    loop: asyncio.AbstractEventLoop
+    ranks: list[LoadedModel]
+
+    @property
+    def loaded(self) -> LoadedModel:
+        return self.ranks[0]
+
+    def refresh(self) -> GatheredCounts:
+        """What all ranks have counted, once they rest."""
+        assert self.loaded.ranks is not None
+        self.call(self.loaded.ranks.refresh)
+        return self.loaded.ranks
+
+    def call(self, do: Callable[[], Any]) -> Any:
+        """On the event loop, as doors do."""
+
+        async def run() -> Any:
+            found = do()
+            return await found if asyncio.iscoroutine(found) else found
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(WAIT_S)
 
 
 @contextmanager
 def serving(
-    wire: Any, path: Path, nodes: Sequence[int], **settings: object
-) -> Iterator[ServedModel]:
-    world, store = wire.world, HashStore()
-    errors: list[BaseException] = []
-    others: list[RankModel] = []
+    path: Path, nodes: Sequence[int], doors: tuple[int, ...] = (0,), **settings: object
+) -> Iterator[ServedRanks]:
+    """Threads, over real sockets."""
+    world, store = len(nodes), HashStore()
+    meshes = local_meshes(world, RECORD_BYTES, 20.0)
     ranks = {"threads": 1, "microbatches": 1, "ep_deadline": 20.0}
     config = ServeConfig.model_validate({"model": str(path), **SMALL, **ranks, **settings})
+    loop = asyncio.new_event_loop()
+    runs = threading.Thread(target=loop.run_forever)
+    runs.start()
 
-    def context(rank: int) -> EpContext:
-        group = Group(rank, world, store, alarm=wire.alarm)
-        return EpContext(group, Topology(tuple(nodes)), Progress(), config, wire.alarm)
-
-    def work(rank: int) -> None:
+    def build(rank: int) -> LoadedModel:
+        mesh = meshes[rank]
+        group = Group(rank, world, store, alarm=mesh.alarm)
+        context = EpContext(group, Topology(tuple(nodes)), Progress(), config, mesh.alarm)
+        meeting = RankMeeting(loop, group, "127.0.0.1", Trust(), mesh.alarm)
         try:
-            own = load_rank_model(config, context=context(rank))
-            others.append(own)
-            try:
-                own.follow(wire.follower(rank), context(rank))
-            finally:
-                own.close()
-        except BaseException as error:  # noqa: BLE001 - told by the test thread
-            errors.append(error)
-            wire.trouble = LateRankError(f"rank {rank}: {error!r}", [rank])
+            return build_rank(config, context=context, mesh=mesh, meeting=meeting, doors=doors)
+        except BaseException as error:
+            mesh.fail(f"rank {rank}: {error!r}", [rank])
+            raise
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
-    for thread in threads:
-        thread.start()
-    loaded = build_engine(config, context=context(0), channel=wire.leader())
-    try:
-        yield ServedModel(loaded, others, wire, errors)
-    finally:
-        assert loaded.close()
-        for mailbox in wire.down.values():
-            mailbox.put(None)
-        for thread in threads:
-            thread.join(WAIT_S)
-        assert not any(thread.is_alive() for thread in threads)
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(world) as pool:
+        try:
+            loaded = list(pool.map(build, range(world)))
+            yield ServedRanks(loop, loaded)
+            assert all(pool.map(LoadedModel.close, loaded))
+        finally:
+            meshes[0].fail("the test is over", [0])
+            loop.call_soon_threadsafe(loop.stop)
+            runs.join(WAIT_S)
+            loop.close()
 
 
 @dataclass
@@ -95,11 +112,11 @@ class Client:
     ended: threading.Event = field(default_factory=threading.Event)
     first: threading.Event = field(default_factory=threading.Event)
 
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-        if event.token_ids:
+    def deliver(self, events: Sequence[Event]) -> None:
+        self.events += events
+        if any(event.token_ids for event in events):
             self.first.set()
-        if event.finish is not None:
+        if events[-1].finish is not None:
             self.ended.set()
 
     def wait(self) -> FinishReason | None:
@@ -116,11 +133,19 @@ class Client:
 
 
 def ask_all(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    group: ServedRanks | LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    doors: Sequence[int] = (0,),
 ) -> list[tuple[list[int], list[Logprobs]]]:
     clients = [Client() for _ in prompts]
     for i, (prompt, each, client) in enumerate(zip(prompts, params, clients, strict=True)):
-        loaded.engine.submit(Request(RequestId(f"r{i}"), tuple(prompt), each), client)
+        asked = Request(RequestId(f"r{i}"), tuple(prompt), each)
+        if isinstance(group, LoadedModel):
+            group.engine.submit(asked, client)
+        else:
+            engine = group.ranks[doors[i % len(doors)]].engine
+            group.call(partial(engine.submit, asked, client))
     for client in clients:
         assert client.wait() in (FinishReason.LENGTH, FinishReason.STOP)
     return [(client.token_ids, client.logprobs) for client in clients]
@@ -157,30 +182,29 @@ def alone(tiny_checkpoint: MakeCheckpoint) -> Callable[[str], list[Any]]:
 def test_ranks_answer_as_one_process_does(
     tiny_checkpoint: MakeCheckpoint,
     alone: Callable[[str], list[Any]],
-    wires: Wires,
     family: str,
     nodes: tuple[int, ...],
     backend: str,
     microbatches: int | str,
 ) -> None:
-    wire, path = wires(len(nodes)), tiny_checkpoint(family)
-    with serving(wire, path, nodes, ep_backend=backend, microbatches=microbatches) as group:
-        assert ask_all(group.loaded, PROMPTS, MIXED) == alone(family)
-        work = group.loaded.ranks.work if group.loaded.ranks else []
+    path = tiny_checkpoint(family)
+    with serving(path, nodes, ep_backend=backend, microbatches=microbatches) as group:
+        assert ask_all(group, PROMPTS, MIXED) == alone(family)
+        work = group.refresh().work
+        group.refresh()
         assert group.loaded.engine.load().free_blocks == len(nodes) * 64
     assert all(stats.tokens for stats in work), "a rank had no request"
     assert len({stats.rounds for stats in work}) == 1
-    assert all(sum(stats.copies_R) for stats in work)
+    assert all(stats.copies and stats.came for stats in work)
 
 
 def test_a_solved_plan_with_replicas_changes_nothing(
     tiny_checkpoint: MakeCheckpoint,
     alone: Callable[[str], list[Any]],
-    wires: Wires,
     tmp_path: Path,
 ) -> None:
     path = tiny_checkpoint("qwen2_moe")
-    with serving(wires(2), path, (0, 0)) as group:
+    with serving(path, (0, 0)) as group:
         spec = group.loaded.spec
     experts = next(x.mlp.router.num_experts for x in spec.layers if isinstance(x.mlp, MoeSpec))
     expert_LS = contiguous(
@@ -188,23 +212,22 @@ def test_a_solved_plan_with_replicas_changes_nothing(
     )[:, ::-1].copy()
     plan = tmp_path / "plan.json"
     plan.write_text(dump(Plan(expert_LS, experts, 2, 1, spec.moe_layers)))
-    with serving(wires(2), path, (0, 0), plan=plan) as group:
-        assert ask_all(group.loaded, PROMPTS, MIXED) == alone("qwen2_moe")
+    with serving(path, (0, 0), plan=plan) as group:
+        assert ask_all(group, PROMPTS, MIXED) == alone("qwen2_moe")
 
 
 def test_homes_near_experts_change_nothing_but_homes(
     tiny_checkpoint: MakeCheckpoint,
     alone: Callable[[str], list[Any]],
-    wires: Wires,
     tmp_path: Path,
 ) -> None:
     """Prompts come twice, so that their kinds are known; all ranks count, recorded or not."""
     path, trace = tiny_checkpoint("deepseek_v3"), tmp_path / "trace.safetensors"
     options = {"homes": "experts", "record_routing": trace, "prefix_cache": False}
-    with serving(wires(2), path, (0, 0), **options) as group:
+    with serving(path, (0, 0), **options) as group:
         for _ in range(2):
-            assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
-        assert all(rank.uses is not None and rank.uses.take() == [] for rank in group.others)
+            assert ask_all(group, PROMPTS, MIXED) == alone("deepseek_v3")
+        assert all(rank.own.uses is not None for rank in group.ranks)
     recorded = [load_file(file)["seq_lens"] for file in (trace, of_rank(trace, 1))]
     assert sum(map(len, recorded)) == 2 * len(PROMPTS)
     assert all(len(lens) for lens in recorded)
@@ -213,39 +236,37 @@ def test_homes_near_experts_change_nothing_but_homes(
 def test_a_plan_read_again_while_requests_run_changes_nothing_they_see(
     tiny_checkpoint: MakeCheckpoint,
     alone: Callable[[str], list[Any]],
-    wires: Wires,
     tmp_path: Path,
 ) -> None:
     path, file = tiny_checkpoint("deepseek_v3"), tmp_path / "plan.json"
     row = np.arange(16, dtype=np.int32)
     first = Plan(np.stack([row, row]), 16, 2, 1, (1, 2))
     file.write_text(dump(first))
-    with serving(wires(2), path, (0, 0), plan=file) as group:
+    with serving(path, (0, 0), plan=file) as group:
         live_plan, count = group.loaded.live_plan, group.loaded.engine.counters
         assert live_plan is not None
         file.write_text(dump(Plan(np.stack([row[::-1], row]).copy(), 16, 2, 1, (1, 2))))
         live_plan.reread(file)
         for _ in range(20):
-            assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
+            assert ask_all(group, PROMPTS, MIXED) == alone("deepseek_v3")
             if count.plan_changes:
                 break
         assert (count.plan_changes, count.plan_layers_switched) == (1, 1)
         assert count.plan_bytes_read == 16 * 3 * 32 * 64 * 4
         assert count.plan_paused_s > 0
         assert live_plan.coordinator.plan.expert_LS[0].tolist() == row[::-1].tolist()
-        assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
+        assert ask_all(group, PROMPTS, MIXED) == alone("deepseek_v3")
 
 
 def test_a_file_that_holds_no_plan_for_these_ranks_leaves_everything_as_it_is(
     tiny_checkpoint: MakeCheckpoint,
-    wires: Wires,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     row = np.arange(16, dtype=np.int32)
     other = Plan(np.stack([row, row]), 16, 4, 1, (1, 2))
     (tmp_path / "plan.json").write_text(dump(other))
-    with serving(wires(2), tiny_checkpoint("deepseek_v3"), (0, 0)) as group:
+    with serving(tiny_checkpoint("deepseek_v3"), (0, 0)) as group:
         live_plan = group.loaded.live_plan
         assert live_plan is not None
         live_plan.reread(tmp_path / "plan.json")
@@ -256,18 +277,18 @@ def test_a_file_that_holds_no_plan_for_these_ranks_leaves_everything_as_it_is(
 
 
 def test_re_planning_looks_at_what_all_ranks_counted(
-    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], wires: Wires
+    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]]
 ) -> None:
-    with serving(wires(2), tiny_checkpoint("deepseek_v3"), (0, 0), replan="auto") as group:
+    with serving(tiny_checkpoint("deepseek_v3"), (0, 0), replan="auto") as group:
         live_plan = group.loaded.live_plan
         assert live_plan is not None
         assert live_plan.replanner is not None
         for _ in range(8):
-            assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
+            assert ask_all(group, PROMPTS, MIXED) == alone("deepseek_v3")
         found = live_plan.replanner.consider()
         assert ("saves" in found.why) is found.apply
         assert found.cost_s > 0
-        assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
+        assert ask_all(group, PROMPTS, MIXED) == alone("deepseek_v3")
         counts = live_plan.coordinator.counts
         assert sorted(counts) == [0, 1]
         for said in counts.values():
@@ -275,46 +296,49 @@ def test_re_planning_looks_at_what_all_ranks_counted(
 
 
 def test_few_blocks_preempt_and_nothing_changes(
-    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], wires: Wires
+    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]]
 ) -> None:
     path = tiny_checkpoint("deepseek_v3")
-    with serving(wires(2), path, (0, 0), num_blocks=10, max_model_len=40) as group:
-        assert ask_all(group.loaded, PROMPTS, MIXED) == alone("deepseek_v3")
-        assert group.loaded.engine.counters.preemptions > 0
+    with serving(path, (0, 0), num_blocks=10, max_model_len=40) as group:
+        assert ask_all(group, PROMPTS, MIXED) == alone("deepseek_v3")
+        assert group.refresh().counters.preemptions > 0
 
 
 def test_more_ranks_than_requests(
-    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], wires: Wires
+    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]]
 ) -> None:
     path = tiny_checkpoint("deepseek_v3")
-    with serving(wires(4), path, (0, 0, 0, 0)) as group:
-        (got,) = ask_all(group.loaded, PROMPTS[:1], MIXED[:1])
-        assert group.loaded.ranks is not None
-        tokens = [stats.tokens for stats in group.loaded.ranks.work]
+    with serving(path, (0, 0, 0, 0)) as group:
+        (got,) = ask_all(group, PROMPTS[:1], MIXED[:1])
+        tokens = [stats.tokens for stats in group.refresh().work]
     assert got == alone("deepseek_v3")[0]
     assert tokens[0] > 0
     assert tokens[1:] == [0, 0, 0]
 
 
 def test_requests_that_end_early_leave_the_others_as_they_are(
-    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], wires: Wires
+    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]]
 ) -> None:
     """One is cancelled while steps run, one is out of time; both on ranks with other requests."""
     path = tiny_checkpoint("deepseek_v3")
     long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-    with serving(wires(2), path, (0, 0), max_num_seqs=8) as group:
+    with serving(path, (0, 0), max_num_seqs=8) as group:
         engine, cancelled, late = group.loaded.engine, Client(), Client()
-        engine.submit(Request(RequestId("cancelled"), (1, 2, 3), long), cancelled)
-        engine.submit(Request(RequestId("late"), (4, 5), long, deadline=-1.0), late)
+        first = Request(RequestId("cancelled"), (1, 2, 3), long)
+        second = Request(RequestId("late"), (4, 5), long, deadline=-1.0)
+        group.call(partial(engine.submit, first, cancelled))
+        group.call(partial(engine.submit, second, late))
         assert cancelled.first.wait(WAIT_S)
         clients = [Client() for _ in PROMPTS]
         for i, (prompt, params) in enumerate(zip(PROMPTS, MIXED, strict=True)):
-            engine.submit(Request(RequestId(f"r{i}"), tuple(prompt), params), clients[i])
+            asked = Request(RequestId(f"r{i}"), tuple(prompt), params)
+            group.call(partial(engine.submit, asked, clients[i]))
         assert clients[0].first.wait(WAIT_S)
-        engine.abort(RequestId("cancelled"))
+        group.call(partial(engine.abort, RequestId("cancelled")))
         assert cancelled.wait() is FinishReason.ABORT
         assert late.wait() is FinishReason.DEADLINE
         for client in clients:
             client.wait()
         assert [(c.token_ids, c.logprobs) for c in clients] == alone("deepseek_v3")
+        group.refresh()
         assert engine.load().free_blocks == 2 * 64

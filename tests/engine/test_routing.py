@@ -29,9 +29,11 @@ from moeserve.core import (
     StepResult,
 )
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.ranks.fleet import Fleet, RankLoad
-from moeserve.engine.scheduler import Scheduler, SchedulerConfig
+from moeserve.engine.ranks.fleet import Fleet
+from moeserve.engine.ranks.homes import Candidates
+from moeserve.engine.scheduler import Scheduler
 from moeserve.errors import ConfigError
 from moeserve.observe.routing import RoutingRecorder
 
@@ -198,8 +200,8 @@ def test_what_a_preemption_computes_again_is_recorded_once(tmp_path: Path) -> No
 class FirstRank:
     """Fills rank 0 before rank 1."""
 
-    def pick(self, request: Request, loads: Sequence[RankLoad]) -> int:
-        return loads[0].rank
+    def pick(self, request: Request, candidates: Candidates) -> int:
+        return int(candidates.rank_C[0])
 
 
 def test_a_token_that_another_rank_computes_again_is_in_one_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,8 +20,12 @@ from moeserve.core import (
     StepPlan,
 )
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
+from moeserve.engine.foresight import NextStep, foresee_step
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.scheduler import Drafter, Scheduler, SchedulerConfig
+from moeserve.engine.policies import Drafter
+from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.sequence import History
 from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
 
 BLOCK = 4
@@ -65,13 +70,19 @@ class House:
         self.executor = NullExecutor(self.num_blocks, BLOCK, VOCAB)
         self.tokens: dict[RequestId, list[int]] = {}
         self.finish: dict[RequestId, FinishReason | None] = {}
+        self.prompts: dict[RequestId, int] = {}
+        self.running: set[RequestId] = set()
         self.now = 0.0
 
     def add(self, *requests: Request) -> None:
         for r in requests:
             self.scheduler.add(r)
-            self.tokens[r.id] = []
-            self.finish[r.id] = None
+            self.take_note(r)
+
+    def take_note(self, r: Request, output_ids: Sequence[int] = ()) -> None:
+        self.tokens[r.id] = [*output_ids]
+        self.finish[r.id] = None
+        self.prompts[r.id] = len(r.prompt_ids)
 
     def step(self) -> StepPlan:
         self.now += 1
@@ -82,7 +93,17 @@ class House:
             for out in self.scheduler.apply(self.executor.run(plan)):
                 self.tokens[out.request_id].append(out.token_id)
                 self.finish[out.request_id] = out.finish
+        self.running = self.running - {*plan.preempted} | {c.request.id for c in plan.chunks}
+        self.assert_counts_hold()
         return plan
+
+    def assert_counts_hold(self) -> None:
+        """What the scheduler counts on the way is what a look at all would find."""
+        self.running = {r for r in self.running if self.finish[r] is None}
+        assert self.scheduler.num_running == len(self.running)
+        assert self.scheduler.num_tokens == sum(
+            self.prompts[r] + len(self.tokens[r]) for r in self.running
+        )
 
     def run(self, most: int = 2000) -> None:
         for _ in range(most):
@@ -101,6 +122,7 @@ class House:
         self.pool.check()
         assert self.pool.num_free == self.pool.num_blocks
         assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
+        assert self.scheduler.num_tokens == 0
 
 
 def alone(r: Request, config: SchedulerConfig) -> list[int]:
@@ -606,6 +628,183 @@ def test_nobody_starves(num_blocks: int, count: int) -> None:
         oldest = next(r for r in admitted if house.finish[r] is None or r in ran(plan))
         assert oldest in ran(plan)
     assert admitted == [f"r{i}" for i in range(count)]
+
+
+def test_deadlines_are_met_in_any_order_and_after_others_ended() -> None:
+    house = House()
+    deadlines = {"a": 5.0, "b": 3.0, "c": None, "d": 3.0, "e": 4.0}
+    house.add(*(request(n, [1, 2], 50, d, ignore_eos=True) for n, d in deadlines.items()))
+    assert [house.step().expired for _ in range(2)] == [(), ()]
+    house.abort("e")
+    assert [house.step().expired for _ in range(3)] == [("b", "d"), (), ("a",)]
+    house.add(request("f", [1], 50, 6.0))
+    assert [house.step().expired for _ in range(2)] == [("f",), ()]
+
+
+def test_one_more_token_keeps_the_same_blocks_and_outputs() -> None:
+    """By these an executor knows what did not change."""
+    house = House()
+    house.add(request("a", range(6), 9, ignore_eos=True))
+    chunks = [chunk for _ in range(9) for chunk in house.step().chunks]
+    assert len({id(c.output_ids) for c in chunks}) == 1
+    for before, chunk in itertools.pairwise(chunks):
+        grew = (chunk.start + 1 - 1) % BLOCK == 0
+        assert len(chunk.blocks) == len(before.blocks) + grew
+        assert grew or chunk.blocks is before.blocks
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 6)), min_size=1, max_size=9),
+    max_num_seqs=st.integers(1, 5),
+    spare=st.integers(0, 12),
+)
+def test_what_is_foreseen_comes_where_nothing_unforeseen_happens(
+    sizes: list[tuple[int, int]], max_num_seqs: int, spare: int
+) -> None:
+    config = SchedulerConfig(40, max_num_seqs, max_num_seqs + spare, prefix_cache=False)
+    house = House(64, config)
+    for i, (prompt, answer) in enumerate(sizes):
+        house.add(request(f"r{i}", range(prompt), answer, ignore_eos=True))
+    expected = None
+    while house.scheduler.has_work:
+        plan = house.scheduler.plan(0.0)
+        decodes = [c.start >= len(c.request.prompt_ids) for c in plan.chunks]
+        assert expected in (None, NextStep(plan.num_tokens, all(decodes)))
+        expected = house.scheduler.foresee()
+        house.scheduler.apply(house.executor.run(plan))
+    assert expected == NextStep(0, True)
+
+
+def test_who_finds_no_room_is_foreseen_when_somebody_leaves() -> None:
+    house = House(num_blocks=4)
+    house.add(request("a", range(8), 3, ignore_eos=True), request("b", range(8), 3))
+    seen = []
+    for _ in range(3):
+        plan = house.scheduler.plan(0.0)
+        assert ran(plan) == ["a"]
+        seen.append(house.scheduler.foresee())
+        house.scheduler.apply(house.executor.run(plan))
+    assert seen == [NextStep(1, True), NextStep(1, True), NextStep(8, False)]
+
+
+def test_what_is_foreseen_holds_no_more_than_is_there() -> None:
+    house = House()
+    assert house.scheduler.foresee() == NextStep(0, True)
+    house.add(request("a", range(8)), request("b", range(5)))
+    assert house.scheduler.foresee() == NextStep(13, False)
+    house.step()
+    house.abort("a")
+    assert house.scheduler.foresee() == NextStep(1, True)
+
+
+def test_foreseen_tokens_stay_within_the_budget() -> None:
+    looked_at = iter([5, 6, 7, 8])
+    found = foresee_step(generating=2, left=3, waiting=looked_at, budget=12)
+    assert found == NextStep(12, False)
+    assert list(looked_at) == [8]
+    assert foresee_step(generating=4, left=0, waiting=[9], budget=4) == NextStep(4, True)
+
+
+def test_only_who_waits_can_be_withdrawn() -> None:
+    house = House(config=SchedulerConfig(64, max_num_seqs=1))
+    house.add(request("a", [1, 2], 3, ignore_eos=True), request("b", [3, 4], 3))
+    house.step()
+    (taken,) = house.scheduler.withdraw(2)
+    assert (taken.request.id, taken.output_ids, taken.finish) == ("b", [], None)
+    assert house.scheduler.withdraw(2) == []
+    assert not house.scheduler.owns(RequestId("b"))
+    house.run()
+    assert house.counters.finished == {FinishReason.LENGTH: 1}
+    house.assert_nothing_leaked()
+
+
+def move(source: House, target: House, count: int = 1) -> list[RequestId]:
+    """Of those that wait, so many now wait elsewhere."""
+    moved = source.scheduler.withdraw(count)
+    for seq in moved:
+        request_id = seq.request.id
+        assert source.tokens[request_id] == seq.output_ids
+        target.scheduler.add(seq.request, History(tuple(seq.output_ids), seq.reached, True))
+        target.take_note(seq.request, source.tokens.pop(request_id))
+        del source.finish[request_id]
+    return [seq.request.id for seq in moved]
+
+
+def test_a_preempted_request_goes_on_elsewhere_with_its_tokens() -> None:
+    config = SchedulerConfig(64, max_num_seqs=2, prefix_cache=False)
+    source, target = House(6, config), House(64, config)
+    asked = [request(n, range(at, at + 8), 12, ignore_eos=True) for n, at in (("a", 0), ("b", 20))]
+    source.add(*asked)
+    target.add(request("c", [1], 1), request("d", [2], 1), request("e", [3], 1))
+    while not source.step().preempted:
+        pass
+    made = len(source.tokens[RequestId("b")])
+    assert made > 1
+    assert move(source, target) == ["b"]
+    assert ran(target.step()) == ["b", "c"]  # it goes before those that never ran
+    source.run()
+    target.run()
+    assert target.tokens[RequestId("b")] == alone(asked[1], config)
+    assert source.counters.prompt_tokens == 16
+    assert target.counters.prompt_tokens == 3
+    assert target.counters.generated_tokens == 3 + 12 - made
+    assert target.counters.recomputed_tokens == 8 + made - 1
+    assert target.counters.prefix_queried_tokens == 3
+    source.assert_nothing_leaked()
+    target.assert_nothing_leaked()
+
+
+def test_a_request_that_moves_keeps_its_deadline() -> None:
+    source, target = House(), House()
+    source.add(request("a", [1], 9, deadline=3.0))
+    assert move(source, target) == ["a"]
+    assert [target.scheduler.plan(now).expired for now in (2.0, 3.0)] == [(), ("a",)]
+
+
+@pytest.mark.parametrize("made", [4, 5, 10])
+def test_an_answer_that_is_complete_is_not_taken_over(made: int) -> None:
+    house = House(config=SchedulerConfig(12))
+    with pytest.raises(InvalidRequestError, match=f"{made} tokens of an answer that may have 4: "):
+        house.scheduler.add(request("a", [1], 4), History((0,) * made))
+    with pytest.raises(InvalidRequestError, match="10 tokens of an answer that may have 10: "):
+        house.scheduler.add(request("b", [1, 2], 99), History((0,) * 10))
+    house.scheduler.add(request("b", [1, 2], 99), History((0,) * 9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrivals=arrivals(),
+    num_blocks=st.integers(8, 14),
+    moves=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 7), st.booleans()), max_size=20),
+    prefix_cache=st.booleans(),
+)
+def test_moving_what_waits_never_changes_tokens(
+    arrivals: list[Arrival],
+    num_blocks: int,
+    moves: list[tuple[int, int, bool]],
+    prefix_cache: bool,
+) -> None:
+    """Requests arrive at one of two schedulers and move between them while they wait."""
+    config = SchedulerConfig(40, 3, 8, eos_ids=frozenset({EOS}), prefix_cache=prefix_cache)
+    houses = [House(num_blocks, config), House(num_blocks, config)]
+    for now in range(200):
+        for i, a in enumerate(arrivals):
+            if a.step == now:
+                houses[i % 2].add(replace(a.request, deadline=None))
+        for at, count, back in moves:
+            if at == now:
+                source, target = houses[::-1] if back else houses
+                move(source, target, count)
+        for house in houses:
+            house.step()
+            house.pool.check()
+    for house in houses:
+        house.assert_nothing_leaked()
+    made = {**houses[0].tokens, **houses[1].tokens}
+    assert made == {a.request.id: alone(a.request, config) for a in arrivals}
+    prompts = sum(len(a.request.prompt_ids) for a in arrivals)
+    assert sum(house.counters.prompt_tokens for house in houses) == prompts
 
 
 def ran(plan: StepPlan) -> list[RequestId]:

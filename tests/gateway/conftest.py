@@ -16,7 +16,7 @@ import pytest
 
 from moeserve.config.options import ServeConfig
 from moeserve.engine.loop import Engine
-from moeserve.gateway.server import LoadModel, Server, load_model
+from moeserve.gateway.server import OneProcess, ServedProcess, Server
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
 
@@ -26,9 +26,9 @@ PATIENCE_S = 60.0
 class House:
     """A running server and the clients that visit it."""
 
-    def __init__(self, config: ServeConfig, load: LoadModel = load_model) -> None:
+    def __init__(self, config: ServeConfig, process: ServedProcess | None = None) -> None:
         self._config = config
-        self._load = load
+        self._process = process or OneProcess()
         self._ready = threading.Event()
         self._problem: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="house")
@@ -105,7 +105,7 @@ class House:
     async def _live(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
-        async with Server(self._config, self._load) as self.server:
+        async with Server(self._config, self._process) as self.server:
             await self.server.load()
             self._ready.set()
             await self._end.wait()

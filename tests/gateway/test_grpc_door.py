@@ -30,6 +30,15 @@ def test_a_stream_joins_to_the_unary_answer(house: House) -> None:
     assert "".join(c.text_delta for c in chunks) == answer.outputs[0].text
 
 
+def test_the_text_is_that_of_prompt_and_tokens_together(house: House) -> None:
+    prompt = house.stub.Tokenize(pb.TokenizeRequest(text="Hello there"), timeout=60).token_ids
+    request = pb.GenerateRequest(text="Hello there", sampling=GREEDY)
+    chunks = list(house.stub.Generate(request, timeout=60))
+    ids = [*prompt, *(t for c in chunks for t in c.token_ids)]
+    whole = house.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids), timeout=60).text
+    assert whole == "Hello there" + "".join(c.text_delta for c in chunks)
+
+
 def test_the_last_chunk_tells_why_how_much_and_how_long(house: House) -> None:
     request = pb.GenerateRequest(token_ids=PROMPT, sampling=GREEDY)
     *before, last = house.stub.Generate(request, timeout=60)

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from moeserve.config.options import ServeConfig
 from moeserve.errors import CancelledError, CheckpointError, ConfigError, MoeserveError
-from moeserve.gateway.server import Server, load_model
+from moeserve.gateway.server import OneProcess, Server
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
 
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 HI = pb.TokenIds(ids=[72, 105])
 LONG = pb.SamplingParams(max_tokens=480, temperature=0, ignore_eos=True)
 SHORT = pb.SamplingParams(max_tokens=2, ignore_eos=True)
+
+
+class Loads(OneProcess):
+    """Loads as it is told."""
+
+    def __init__(self, load: Callable[..., Any]) -> None:
+        self._load = load
+
+    def load(self, *given: Any) -> Any:
+        return self._load(*given)
 
 
 def health_of(house: House) -> int:
@@ -86,12 +96,12 @@ def test_while_loading_the_doors_answer_unavailable(tiny: Path) -> None:
 
     def slow(*given: Any) -> Any:
         assert may_load.wait(60)
-        return load_model(*given)
+        return OneProcess().load(*given)
 
     async def visit() -> None:
         config = ServeConfig(model=str(tiny), grpc_port=0, http_port=0, threads=1)
         async with (
-            Server(config, slow) as server,
+            Server(config, Loads(slow)) as server,
             grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.http_port}") as http,
         ):
@@ -115,16 +125,15 @@ def test_while_loading_the_doors_answer_unavailable(tiny: Path) -> None:
 
 async def test_a_signal_while_loading_interrupts_it(tiny: Path) -> None:
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
 
-    def interrupted(config: ServeConfig, metrics: Any, tell: Any) -> Any:
+    def interrupted(config: ServeConfig, metrics: Any, tell: Any, loop: Any) -> Any:
         loop.call_soon_threadsafe(stop.set)
         for done in range(10**9):
             tell(done, 10**9)
         raise AssertionError("never interrupted")
 
     config = ServeConfig(model=str(tiny), grpc_port=0, http_port=0)
-    async with Server(config, interrupted) as server:
+    async with Server(config, Loads(interrupted)) as server:
         with pytest.raises(CancelledError, match="stopped while loading"):
             await server.load(stop)
 

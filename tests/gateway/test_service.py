@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.core import CacheScope, Counters, Event, FinishReason, Request, RequestId
+from moeserve.core import CacheScope, Counters, Event, FinishReason, Logprobs, Request, RequestId
 from moeserve.engine.loop import Engine
+from moeserve.engine.request_state import EventSink
 from moeserve.errors import (
     CancelledError,
     DeadlineError,
@@ -21,6 +23,7 @@ from moeserve.errors import (
     InternalError,
     InvalidRequestError,
     MoeserveError,
+    TokenizerError,
     UnavailableError,
 )
 from moeserve.gateway import stream as stream_module
@@ -28,6 +31,9 @@ from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.service import ClientRequest, InferenceService, ServedModel, child_seed
 from moeserve.gateway.stream import Durations, Usage
+
+if TYPE_CHECKING:
+    from moeserve.models.tokenizer import Tokenizer
 
 seeds = st.integers(0, 2**63 - 1)
 
@@ -37,26 +43,40 @@ class FakeEngine:
     """Keeps what it is given; a test plays the engine's part. Refuses from ``room`` on."""
 
     room: int = 99
-    sinks: dict[RequestId, Callable[[Event], None]] = field(default_factory=dict)
+    sinks: dict[RequestId, EventSink] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     aborted: list[RequestId] = field(default_factory=list)
+    reasons: list[FinishReason] = field(default_factory=list)
 
     @property
     def counters(self) -> Counters:
         return Counters()
 
-    def submit(self, request: Request, sink: Callable[[Event], None]) -> None:
+    def submit(self, request: Request, sink: EventSink) -> None:
         if len(self.requests) >= self.room:
             raise ExhaustedError("full")
         self.requests.append(request)
         self.sinks[request.id] = sink
 
-    def abort(self, request_id: RequestId) -> None:
+    def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
         self.aborted.append(request_id)
+        self.reasons.append(reason)
 
     def say(self, index: int, *tokens: int, **event: Any) -> None:
         request = self.requests[index]
-        self.sinks[request.id](Event(request.id, tokens, **event))
+        self.sinks[request.id].deliver([Event(request.id, tokens, **event)])
+
+
+class Letters:
+    """A tokenizer whose tokens are a .. z; it cannot read beyond."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        if max(ids, default=0) >= 26:
+            raise ValueError("cannot read that")
+        return "".join(chr(97 + i) for i in ids)
+
+    def byte_pieces(self, skip_special_tokens: bool = True) -> None:
+        return None
 
 
 class BusyEngine(FakeEngine):
@@ -74,10 +94,11 @@ class BusyEngine(FakeEngine):
         return Counters(steps=-self._turn)
 
 
-def served_by(engine: FakeEngine) -> InferenceService:
+def served_by(engine: FakeEngine, tokenizer: Letters | None = None) -> InferenceService:
     service = InferenceService(Mailbox(asyncio.get_running_loop()), clock=lambda: 100.0)
     model = ModelLimits(vocab_size=100, max_len=64)
-    service.serve(ServedModel("fake", cast("Engine", engine), None, model))
+    served = ServedModel("fake", cast("Engine", engine), cast("Tokenizer | None", tokenizer), model)
+    service.serve(served)
     return service
 
 
@@ -169,15 +190,16 @@ async def test_if_one_sequence_is_refused_none_runs() -> None:
 
 async def test_what_a_slow_reader_missed_comes_at_once_and_the_failure_after_it() -> None:
     engine = FakeEngine()
-    async with await served_by(engine).open(ClientRequest(prompts=((1,),), n=2)) as stream:
-        engine.say(0, 5, text="a")
-        engine.say(1, 8, text="x")
-        engine.say(0, 6, text="b")
+    ask = ClientRequest(prompts=((1,),), n=2)
+    async with await served_by(engine, Letters()).open(ask) as stream:
+        engine.say(0, 0)
+        engine.say(1, 23)
+        engine.say(0, 1)
         engine.say(1, finish=FinishReason.DEADLINE)
         found = [await anext(stream) for _ in range(2)]
         assert [(d.index, d.text, d.token_ids) for d in found] == [
-            (0, "ab", (5, 6)),
-            (1, "x", (8,)),
+            (0, "ab", (0, 1)),
+            (1, "x", (23,)),
         ]
         with pytest.raises(DeadlineError):
             await anext(stream)
@@ -268,20 +290,155 @@ async def test_prompts_are_bounded_in_number() -> None:
         await service.open(ClientRequest(prompts=((1,),) * 65))
 
 
-async def test_letters_arrive_in_order_and_many_for_one_wake_up() -> None:
+def numbered(request_id: str, i: int, finish: FinishReason | None = None) -> Event:
+    return Event(RequestId(request_id), (i,), finish=finish)
+
+
+async def test_events_arrive_in_order_and_many_for_one_wake_up() -> None:
     mailbox = Mailbox(asyncio.get_running_loop())
     read: list[int] = []
     done = asyncio.Event()
+    mailbox.open(RequestId("r"), lambda event: read.extend(event.token_ids))
+    mailbox.open(RequestId("s"), lambda event: done.set())
 
-    def post_all() -> None:
-        for i in range(1000):
-            mailbox.post(lambda i=i: read.append(i))  # type: ignore[misc]
+    def deliver_all() -> None:
+        for i in range(0, 1000, 2):
+            mailbox.deliver([numbered("r", i), numbered("r", i + 1)])
 
-    mailbox.post(lambda: read.append(-1))
-    thread = threading.Thread(target=post_all)
+    mailbox.deliver([numbered("r", -1)])
+    thread = threading.Thread(target=deliver_all)
     thread.start()
     thread.join(10)  # blocks the loop: everything waits in the box
-    mailbox.post(done.set)
+    mailbox.deliver([numbered("s", 0)])
     await asyncio.wait_for(done.wait(), 10)
     assert read == [-1, *range(1000)]
     assert mailbox.wakeups == 1
+
+
+async def test_a_route_ends_with_its_last_event_and_not_before() -> None:
+    """So that no event of an aborted request reaches a later one of the same id."""
+    mailbox = Mailbox(asyncio.get_running_loop())
+    read: list[tuple[str, int]] = []
+    name = RequestId("r")
+    mailbox.open(name, lambda event: read.append(("first", *event.token_ids)))
+    mailbox.deliver([numbered("r", 1), numbered("r", 2, FinishReason.ABORT), numbered("r", 3)])
+    with pytest.raises(InvalidRequestError, match="request id 'r' is in use: choose another"):
+        mailbox.open(name, lambda event: None)
+    await asyncio.sleep(0)
+    mailbox.open(name, lambda event: read.append(("second", *event.token_ids)))
+    mailbox.deliver([numbered("r", 4), numbered("nobody", 5)])
+    await asyncio.sleep(0)
+    assert read == [("first", 1), ("first", 2), ("second", 4)]
+    mailbox.close(name)
+    mailbox.open(name, lambda event: None)
+
+
+def letters(text: str) -> tuple[int, ...]:
+    return tuple(ord(c) - 97 for c in text)
+
+
+async def test_a_stop_string_ends_the_text_and_what_came_after_it_does_not_count() -> None:
+    engine = FakeEngine()
+    ask = ClientRequest(
+        prompts=((1, 2),), params={"stop": ["dog"], "max_tokens": 20, "logprobs": 0}
+    )
+    async with await served_by(engine, Letters()).open(ask) as stream:
+        engine.say(0, *letters("ado"), logprobs=(Logprobs(-1.0),) * 3, cached_tokens=1)
+        assert ((await anext(stream)).text, engine.aborted) == ("a", [])
+        tokens = letters("gma")
+        probs = tuple(Logprobs(-float(i)) for i in range(3))
+        engine.say(0, *tokens, logprobs=probs, cached_tokens=1)
+        engine.say(0, *letters("t"), logprobs=probs[:1], cached_tokens=1)
+        engine.say(0, finish=FinishReason.STOP)
+        delta = await anext(stream)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+    assert (delta.text, delta.token_ids, delta.logprobs) == ("", tokens[:1], probs[:1])
+    assert delta.finish is FinishReason.STOP
+    assert delta.usage == Usage(prompt_tokens=2, completion_tokens=4, cached_tokens=1)
+    assert list(zip(engine.aborted, engine.reasons, strict=True)) == [
+        (engine.requests[0].id, FinishReason.STOP)
+    ]
+
+
+async def test_a_stop_string_in_the_last_token_needs_no_abort() -> None:
+    engine = FakeEngine()
+    ask = ClientRequest(prompts=((1,),), params={"stop": ["b"], "include_stop": True})
+    async with await served_by(engine, Letters()).open(ask) as stream:
+        engine.say(0, *letters("ab"), finish=FinishReason.LENGTH)
+        delta = await anext(stream)
+    assert (delta.text, delta.finish) == ("ab", FinishReason.STOP)
+    assert engine.aborted == []
+
+
+async def test_what_may_be_a_stop_string_is_shown_where_the_sequence_ends() -> None:
+    engine = FakeEngine()
+    service = served_by(engine, Letters())
+    for ending in (letters("d"), ()):
+        ask = ClientRequest(prompts=((1,),), params={"stop": ["dog"]})
+        async with await service.open(ask) as stream:
+            index = len(engine.requests) - 1
+            engine.say(index, *letters("ad"))
+            assert (await anext(stream)).text == "a"
+            engine.say(index, *ending, finish=FinishReason.LENGTH)
+            assert (await anext(stream)).text == "d" * (1 + len(ending))
+
+
+async def test_a_token_that_cannot_be_decoded_ends_its_sequence_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = FakeEngine()
+    service = served_by(engine, Letters())
+    async with (
+        await service.open(ClientRequest(prompts=((1,),), request_id="bad")) as bad,
+        await service.open(ClientRequest(prompts=((1,),), request_id="good")) as good,
+    ):
+        engine.say(0, *letters("ab"))
+        engine.say(0, 26)
+        engine.say(1, *letters("c"), finish=FinishReason.LENGTH)
+        assert (await anext(bad)).text == "ab"
+        with pytest.raises(InternalError, match="the server's log has the cause"):
+            await anext(bad)
+        assert (await anext(good)).text == "c"
+    assert "cannot read that" in caplog.text
+    assert (engine.aborted, engine.reasons) == (["bad"], [FinishReason.ERROR])
+
+
+async def test_stop_strings_without_a_tokenizer_are_refused() -> None:
+    engine = FakeEngine()
+    with pytest.raises(TokenizerError, match="stop_token_ids instead of stop"):
+        await served_by(engine).open(ClientRequest(((1,),), {"stop": ["x"]}))
+    assert engine.requests == []
+
+
+@given(
+    text=st.text("abc", min_size=1, max_size=30),
+    cuts=st.sets(st.integers(1, 29)),
+    stops=st.lists(st.text("abc", min_size=1, max_size=3), max_size=2),
+    include=st.booleans(),
+    least=st.integers(0, 8),
+)
+async def test_how_tokens_are_cut_into_events_changes_nothing_but_the_deltas(
+    text: str, cuts: set[int], stops: list[str], include: bool, least: int
+) -> None:
+    params = {
+        "max_tokens": 30,
+        "min_tokens": least,
+        "stop": stops,
+        "include_stop": include,
+    }
+
+    async def answer(bounds: list[int]) -> tuple[str, tuple[int, ...], object, object]:
+        engine = FakeEngine()
+        ask = ClientRequest(prompts=((1,),), params=params if stops else params | {"stop": []})
+        async with await served_by(engine, Letters()).open(ask) as stream:
+            for start, end in itertools.pairwise(bounds):
+                finish = FinishReason.LENGTH if end == len(text) else None
+                engine.say(0, *letters(text[start:end]), finish=finish)
+            deltas = [d async for d in stream]
+        shown = "".join(d.text for d in deltas)
+        ids = tuple(t for d in deltas for t in d.token_ids)
+        return shown, ids, deltas[-1].finish, deltas[-1].usage
+
+    bounds = [0, *sorted(c for c in cuts if c < len(text)), len(text)]
+    assert await answer(bounds) == await answer(list(range(len(text) + 1)))

@@ -24,7 +24,7 @@ from moeserve.kernels.reference.sampling import (
     top_p,
     uniform,
 )
-from moeserve.kernels.sampling import SamplingRow
+from moeserve.kernels.sampling import SamplingRow, sampling_row
 
 V = 24
 Row = NDArray[np.float32]
@@ -39,7 +39,7 @@ rows = st.lists(
 def row(
     params: SamplingParams, prompt: tuple[int, ...] = (1, 2, 3), outputs: tuple[int, ...] = ()
 ) -> SamplingRow:
-    return SamplingRow(RequestId("r"), params, prompt, outputs)
+    return sampling_row(RequestId("r"), params, prompt, outputs)
 
 
 def token(logits: Row, params: SamplingParams, **history: tuple[int, ...]) -> int:
@@ -310,11 +310,21 @@ def test_rows_together_are_the_rows_alone(drawn: list[tuple[Row, SamplingParams,
     logits_RV = np.stack([np.where(broken, np.nan, x) for x, _, broken in drawn])
     eos = frozenset({0})
     found = ReferenceOps().sample(torch.from_numpy(logits_RV), asked, eos)
+    unknown = [one._replace(takes_best=False) for one in asked]
+    assert ReferenceOps().sample(torch.from_numpy(logits_RV), unknown, eos) == found
     for (logits, _, broken), one, got in zip(drawn, asked, found, strict=True):
         if broken:
             assert "hold nan" in got.failure
         else:
             assert got == sample_row(logits, one, eos)
+
+
+@pytest.mark.parametrize("fields", KINDS)
+def test_a_row_is_known_to_take_the_best_only_if_it_asks_for_nothing_else(
+    fields: dict[str, object],
+) -> None:
+    assert row(replace(GREEDY, **fields)).takes_best == (fields == {})  # type: ignore[arg-type]
+    assert not SamplingRow(RequestId("r"), GREEDY, (1,), ()).takes_best
 
 
 def test_of_many_equal_weights_just_as_many_are_kept_as_reach_the_share() -> None:

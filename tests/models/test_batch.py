@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.models.batch import Span, pack_spans, split_spans
+from moeserve.models.batch import Span, pack_spans, split_spans, split_step
 
 BLOCK = 4
 
@@ -46,6 +47,24 @@ def test_attention_of_a_cut_span_sees_its_earlier_parts(spans: list[Span], parts
         assert attention.context_S.tolist() == [s.start + len(s.token_ids) for s in part]
         for row, span in zip(attention.blocks_SM.tolist(), part, strict=True):
             assert row[: len(span.blocks)] == list(span.blocks)
+
+
+@given(spans=steps(), parts=st.integers(1, 5))
+def test_a_packed_step_is_cut_as_its_spans_are(spans: list[Span], parts: int) -> None:
+    cut = split_step(pack_spans(spans, BLOCK), parts)
+    slow = [pack_spans(part, BLOCK) for part in split_spans(spans, parts)]
+    assert len(cut) == parts
+    for got, expected in zip(cut, slow, strict=True):
+        for name in ("token_ids_T", "positions_T", "slot_T", "logit_rows_R"):
+            assert getattr(got, name).dtype is getattr(expected, name).dtype
+            assert getattr(got, name).tolist() == getattr(expected, name).tolist()
+        one, other = got.attention, expected.attention
+        assert one.query_start_S1.tolist() == other.query_start_S1.tolist()
+        assert one.context_S.tolist() == other.context_S.tolist()
+        assert one.blocks_SM.tolist() == other.blocks_SM.tolist()
+        assert {x.dtype for x in (one.query_start_S1, one.context_S, one.blocks_SM)} == {
+            torch.int32
+        }
 
 
 def test_a_step_may_be_empty() -> None:

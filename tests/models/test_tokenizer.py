@@ -85,6 +85,17 @@ def test_ids_beyond_the_vocabulary_have_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([*tokenizer.encode("ab"), 5000]) == "ab"
 
 
+@given(ids=st.lists(st.integers(0, 330)), skip=st.booleans())
+@settings(deadline=None, max_examples=200)
+def test_the_bytes_of_tokens_make_the_text(
+    tokenizer: Tokenizer, ids: list[int], skip: bool
+) -> None:
+    pieces = tokenizer.byte_pieces(skip)
+    assert pieces is not None
+    text = b"".join(pieces[i] for i in ids).decode(errors="replace")
+    assert text == tokenizer.decode(ids, skip)
+
+
 def test_half_a_character_decodes_to_the_replacement_mark(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("é")
     assert len(ids) == 2
@@ -103,6 +114,7 @@ def test_sentencepiece_vocabularies_tell_their_bytes_too(folder: Path) -> None:
     tokenizer = Tokenizer.load(folder)
 
     assert [tokenizer.token_bytes(i) for i in (1, 2, 3)] == [b"\n", b" the", "é".encode()]
+    assert tokenizer.byte_pieces() is None
 
 
 def test_special_tokens_of_the_template_are_added_on_request_only(folder: Path) -> None:

@@ -52,6 +52,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/scheduler.py": SCHEDULER_TESTS,
     "engine/sequence.py": SCHEDULER_TESTS,
     "engine/step_builder.py": SCHEDULER_TESTS,
+    "engine/foresight.py": ("tests/engine/test_scheduler.py",),
+    "engine/input_batch.py": ("tests/engine/test_input_batch.py",),
     "engine/ranks/fleet.py": ("tests/engine/test_fleet.py", "tests/engine/test_homes.py"),
     "engine/blocks.py": ("tests/engine/test_blocks.py", "tests/engine/test_scheduler.py"),
     "kernels/reference/sampling.py": ("tests/kernels/test_sampling.py",),

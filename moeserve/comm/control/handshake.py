@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 
-from moeserve.comm.group import START_S, Group
+from moeserve.comm.group import Group
 from moeserve.errors import CheckpointError, ConfigError, MoeserveError, PlacementError
 from moeserve.pb import ep_pb2 as pb
 
@@ -21,17 +22,26 @@ class Identity:
     plan: str
 
 
-def agree(group: Group, mine: Identity, timeout_s: float = START_S) -> None:
-    """Returns when all ranks are known to serve the same; the error names who differs in what."""
+def agree(group: Group, mine: Identity, timeout_s: float | None = None) -> None:
+    """Returns when all ranks are known to serve the same; the error names who differs in what.
 
-    def same(rank: int, note: bytes) -> None:
-        received = pb.Identity.FromString(note)
+    An identity has a digest for every file, so only its own digest goes to all; the whole is read
+    where that differs.
+    """
+
+    def same(rank: int, theirs_digest: bytes) -> None:
+        if theirs_digest == digest:
+            return
+        received = pb.Identity.FromString(group.read("identity/whole", rank))
         theirs = Identity(dict(received.checkpoint), dict(received.settings), received.plan)
         if (error := difference(group.rank, mine, rank, theirs)) is not None:
             raise error
 
     note = pb.Identity(checkpoint=mine.checkpoint, settings=mine.settings, plan=mine.plan)
-    group.all_gather("identity", note.SerializeToString(deterministic=True), timeout_s, same)
+    whole = note.SerializeToString(deterministic=True)
+    digest = sha256(whole).digest()
+    group.leave("identity/whole", whole)
+    group.all_gather("identity", digest, timeout_s, same)
 
 
 def difference(rank: int, mine: Identity, other: int, theirs: Identity) -> MoeserveError | None:

@@ -32,6 +32,7 @@ from moeserve.comm.group import (
     START_S,
     Group,
     Topology,
+    backing_off,
     host_store,
     join_store,
     print_notice,
@@ -43,7 +44,11 @@ from moeserve.host import allowed_cores
 from moeserve.pb import ep_pb2 as pb
 
 # Of the messages between ranks: raised whenever an older rank would not understand them.
-PROTOCOL = 1
+PROTOCOL = 2
+# CPU time of an interpreter until it meets the others, with a margin for a slow host: 2 to 3 s.
+START_CPU_S = 10.0
+# The longest pause between two tries to reach rank 0, which many do while its interpreter starts.
+_SLOWEST_TRY_S = 0.5
 _SIOCGIFADDR = 0x8915
 _ADDRESS_BYTES = 256
 
@@ -65,22 +70,32 @@ def open_group(
     environ: Mapping[str, str],
     store: Store | None = None,
     alarm: Alarm | None = None,
-    timeout_s: float = START_S,
+    timeout_s: float | None = None,
     notify: Callable[[str], None] = print_notice,
 ) -> Rendezvous:
-    """Meet all others. ``store`` is given where this process keeps the notes already.
+    """Meet all others, within ``patience_of(launch)`` unless told otherwise. ``store`` is given
+    where this process keeps the notes already.
 
     LateRankError names those that do not come, ConfigError what does not fit.
     """
+    timeout_s = patience_of(launch) if timeout_s is None else timeout_s
     if store is None:
         store = _reach(launch, timeout_s, notify)
     shared = PrefixStore(f"moeserve/{launch.attempt}", store)
-    group = Group(launch.rank, launch.world, shared, alarm=alarm, notify=notify)
+    group = Group(
+        launch.rank, launch.world, shared, alarm=alarm, patience_s=timeout_s, notify=notify
+    )
     try:
         return _meet(group, launch, environ, timeout_s)
     except (ConfigError, LateRankError) as error:
         group.give_up(error.message)
         raise
+
+
+def patience_of(launch: Launch) -> float:
+    """Seconds: ``START_S``, and what this host's interpreters take to start one after another on
+    its cores. They are started together, so that the first is ready long before the last."""
+    return START_S + START_CPU_S * (launch.local_world or 1) / len(allowed_cores())
 
 
 def _meet(group: Group, launch: Launch, environ: Mapping[str, str], timeout_s: float) -> Rendezvous:
@@ -97,6 +112,7 @@ def _meet(group: Group, launch: Launch, environ: Mapping[str, str], timeout_s: f
     def fits(rank: int, note: bytes) -> None:
         refuse(group.rank, mine, rank, pb.Arrival.FromString(note))
 
+    group.leave("arrival", mine.SerializeToString())  # where ranks of protocol 1 look
     notes = group.all_gather("arrival", mine.SerializeToString(), timeout_s, fits)
     arrivals = [pb.Arrival.FromString(note) for note in notes]
     hosts = list(dict.fromkeys(a.host for a in arrivals))
@@ -211,6 +227,7 @@ def _join(
     host: str, port: int, rank: int, timeout_s: float, notify: Callable[[str], None]
 ) -> Store:
     begun = noticed = time.monotonic()
+    pauses = backing_off(POLL_S, _SLOWEST_TRY_S)
     while True:
         try:
             socket.create_connection((host, port), timeout=1.0).close()
@@ -224,7 +241,7 @@ def _join(
             if now - noticed > NOTICE_S:
                 noticed = now
                 notify(f"rank {rank}: waiting for rank 0 at {host}:{port}")
-        time.sleep(POLL_S)
+        time.sleep(next(pauses))
 
 
 def _reach_by_mpi(launch: Launch, timeout_s: float, notify: Callable[[str], None]) -> Store:
@@ -251,10 +268,11 @@ def _reach_by_mpi(launch: Launch, timeout_s: float, notify: Callable[[str], None
         note[: len(text)] = text
     sent = world.Ibcast(note, root=0)
     begun = time.monotonic()
+    pauses = backing_off(POLL_S, _SLOWEST_TRY_S)
     while not sent.Test():
         if time.monotonic() - begun > timeout_s:
             raise LateRankError(f"rank 0 sent no address within {timeout_s:g} s", [0])
-        time.sleep(POLL_S)
+        time.sleep(next(pauses))
     if store is not None:
         return store
     host, port = json.loads(bytes(note).rstrip(b"\0"))

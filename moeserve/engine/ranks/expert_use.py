@@ -6,6 +6,7 @@ T tokens, C choices, R ranks, E experts.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class ExpertUseCounter:
         self._rows: list[tuple[str, slice]] = []
         self._step: dict[str, tuple[int, NDArray[np.int64]]] = {}
         self._found: dict[str, tuple[int, NDArray[np.int64]]] = {}
+        self._lock = threading.Lock()  # of what is found, which other threads take
         self._held: dict[int, tuple[LayerLayout, NDArray[np.bool_]]] = {}
 
     def begin(self, plan: StepPlan) -> None:
@@ -61,17 +63,16 @@ class ExpertUseCounter:
             _add(self._step, kind, len(used_TR), used_TR.sum(axis=0))
 
     def end(self) -> None:
-        for kind, (tokens, use_R) in self._step.items():
-            _add(self._found, kind, tokens, use_R)
+        with self._lock:
+            for kind, (tokens, use_R) in self._step.items():
+                _add(self._found, kind, tokens, use_R)
         if self._then is not None:
             self._then.end()
 
     def take(self) -> Sequence[ExpertUse]:
-        uses = [
-            ExpertUse(kind, n, tuple(use_R.tolist())) for kind, (n, use_R) in self._found.items()
-        ]
-        self._found.clear()
-        return uses
+        with self._lock:
+            found, self._found = self._found, {}
+        return [ExpertUse(kind, n, tuple(use_R.tolist())) for kind, (n, use_R) in found.items()]
 
     def _held_by(self, layer: int) -> NDArray[np.bool_]:
         """[E, R]: has the rank a slot of the expert?"""

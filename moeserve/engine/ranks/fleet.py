@@ -1,10 +1,10 @@
 """Which rank runs which request: one scheduler per rank behind one queue.
 
 A request has no home while it waits: it gets one when a rank has room for it, so none waits beside
-a rank that is free. Of the ranks with room, ``Homes`` picks. The request that waits longest is
-placed first, and no later one before it; preempted requests stand before those that never ran, and
-may get another home, for they are computed anew anyway. Bounds of ``SchedulerConfig`` hold for each
-rank, but for ``max_queue``, which is of all.
+a rank that is free. Of the ranks with room, a ``HomePolicy`` picks. The request that waits longest
+is placed first, and no later one before it; preempted requests stand before those that never ran,
+and may get another home, for they are computed anew anyway. Bounds of ``SchedulerConfig`` hold for
+each rank, but for ``max_queue``, which is of all.
 
 Pure, like ``scheduler``.
 """
@@ -14,9 +14,9 @@ from __future__ import annotations
 import bisect
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+
+import numpy as np
 
 from moeserve.core import (
     Counters,
@@ -28,45 +28,12 @@ from moeserve.core import (
     TokenOut,
 )
 from moeserve.engine.blocks import BlockCounts, BlockPool
-from moeserve.engine.scheduler import (
-    Drafter,
-    Scheduler,
-    SchedulerConfig,
-    refuse_duplicate,
-    refuse_when_full,
-)
+from moeserve.engine.bounds import SchedulerConfig, refuse_duplicate, refuse_when_full
+from moeserve.engine.policies import Drafter
+from moeserve.engine.ranks.homes import Candidates, HomePolicy, LeastWork
+from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
-
-
-@dataclass(frozen=True, slots=True)
-class RankLoad:
-    """A rank that has room for a request.
-
-    ``tokens`` are those of its running requests, computed or not; ``cached`` those of the request
-    in question whose KV it has.
-    """
-
-    rank: int
-    running: int
-    tokens: int
-    cached: int
-
-
-class Homes(Protocol):
-    """Chooses one of the ranks in ``loads``, of which there is at least one."""
-
-    def pick(self, request: Request, loads: Sequence[RankLoad]) -> int: ...
-
-
-class LeastWork:
-    """The rank with the fewest tokens, where each that need not be computed counts as one less.
-
-    So requests follow their prefix for as long as that saves more than it overloads the rank.
-    """
-
-    def pick(self, request: Request, loads: Sequence[RankLoad]) -> int:
-        return min(loads, key=lambda at: (at.tokens - at.cached, at.running, at.rank)).rank
 
 
 class Fleet:
@@ -77,7 +44,7 @@ class Fleet:
         config: SchedulerConfig,
         pools: Sequence[BlockPool],
         counters: Counters,
-        homes: Homes | None = None,
+        homes: HomePolicy | None = None,
         drafter: Drafter | None = None,
     ) -> None:
         self.config = config
@@ -174,14 +141,14 @@ class Fleet:
             return
         tokens = [rank.num_tokens for rank in self.ranks]
         while (seq := self._next()) is not None:
-            loads = [
-                RankLoad(at.rank, at.num_running, tokens[at.rank], at.cached_tokens(seq))
+            rows = [
+                (at.rank, at.num_running, tokens[at.rank], at.cached_tokens(seq))
                 for at, builder in zip(self.ranks, builders, strict=True)
                 if at.has_room(builder, seq)
             ]
-            if not loads:
+            if not rows:
                 return
-            home = self._homes.pick(seq.request, loads)
+            home = self._homes.pick(seq.request, Candidates(*np.array(rows, np.int64).T))
             self._unqueue(seq)
             self.ranks[home].admit(builders[home], seq)
             tokens[home] += len(seq)

@@ -2,9 +2,11 @@
 
 ::
 
-    switch.py           a change of plan, as decisions: what to prepare and when to switch
-    coordinator.py      rank 0: a plan becomes notes that travel with steps
+    switch.py           how ranks agree on the step before which a layer changes
+    messages.py         what rank 0 and the ranks tell each other, as JSON has it
     swapper.py          every rank: reads a layer's experts beside the steps, swaps them in
+    peers.py            how rank 0 reaches the ranks, beside the steps
+    coordinator.py      rank 0: a plan comes into use layer by layer
     routing_counts.py   every rank: what its tokens' routing was
     benefit.py          whether a new plan pays
     replanner.py        every so often: count, solve, propose what pays

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from moeserve.comm.layout import plan_of
-from moeserve.engine.loop import EngineObserver
-from moeserve.engine.ranks.leader import DistributedExecutor
 from moeserve.engine.replan.benefit import ReplanPolicy
 from moeserve.engine.replan.coordinator import PlanCoordinator
 from moeserve.engine.replan.replanner import Replanner, ReplanSettings, StepHistory
@@ -21,12 +19,17 @@ from moeserve.placement.report import CopyBytes
 
 @dataclass(frozen=True, slots=True)
 class LivePlan:
-    """``node_R`` are the nodes of the ranks. ``reread`` may be called from any thread, ``close``
-    before the engine stops."""
+    """``node_R`` are the nodes of the ranks. ``reread`` may be called from any thread, ``start``
+    when the engine runs, ``close`` before it stops."""
 
     coordinator: PlanCoordinator
     node_R: Sequence[int]
     replanner: Replanner | None = None
+
+    def start(self) -> None:
+        self.coordinator.start()
+        if self.replanner is not None:
+            self.replanner.start()
 
     def reread(self, file: Path) -> None:
         """Change to the plan in ``file``; the log says why not, where it cannot be."""
@@ -39,22 +42,21 @@ class LivePlan:
         self.coordinator.propose(found)
 
     def close(self) -> None:
+        self.coordinator.close()  # first: the other may be waiting for it
         if self.replanner is not None:
             self.replanner.close()
 
 
 def build_replanner(
     coordinator: PlanCoordinator,
-    ranks: DistributedExecutor,
-    observer: EngineObserver,
+    history: StepHistory,
     settings: ReplanSettings,
     copy: CopyBytes,
     policy: ReplanPolicy | None = None,
-) -> tuple[Replanner, StepHistory]:
-    """The second is the engine's observer from now on; what a move costs and a copy weighs goes to
-    the solver too, so that it does not move what is not worth it."""
-    history = StepHistory(observer, ranks.work)
+) -> Replanner:
+    """``history`` gets every step of all ranks from whoever runs them. What a move costs and a copy
+    weighs goes to the solver too, so that it does not move what is not worth it."""
     copy_bytes = (copy.dispatch + copy.combine) // 2
     weights = MoveWeights(settings.expert_bytes, copy_bytes, settings.horizon_tokens)
     solve = partial(solve_aside, settings=SolveSettings(weights=weights))
-    return Replanner(coordinator, history, settings, solve, policy), history
+    return Replanner(coordinator, history, settings, solve, policy)

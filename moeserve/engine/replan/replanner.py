@@ -15,9 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.comm.dispatcher import DispatchStats
-from moeserve.core import FinishReason, StepPlan, Timing
-from moeserve.engine.loop import EngineObserver
 from moeserve.engine.replan.benefit import (
     Conditions,
     MoveCost,
@@ -31,8 +28,8 @@ from moeserve.engine.replan.benefit import (
     plan_load,
 )
 from moeserve.engine.replan.coordinator import PlanCoordinator
-from moeserve.engine.replan.routing_counts import sample_of
-from moeserve.errors import PlacementError
+from moeserve.engine.replan.routing_counts import read_routing
+from moeserve.errors import MoeserveError
 from moeserve.placement.plan import Plan
 
 LEAST_TOKENS = 256
@@ -42,37 +39,21 @@ Solve = Callable[[Plan, NDArray[np.int32]], Plan]
 
 
 class StepHistory:
-    """An engine observer that keeps the measured steps and passes everything on. ``work`` is
-    ``DistributedExecutor.work``, counted up by every step."""
+    """The measured steps of the recent past: ``record`` is for the thread that runs them,
+    ``steps`` for any."""
 
-    def __init__(self, inner: EngineObserver, work: Sequence[DispatchStats]) -> None:
-        self.steps: deque[StepSample] = deque(maxlen=KEPT_STEPS)
-        self._inner = inner
-        self._work = work
-        self._before_D = came_D(work)
+    def __init__(self, kept: int = KEPT_STEPS) -> None:
+        self._lock = threading.Lock()
+        self._steps: deque[StepSample] = deque(maxlen=kept)
 
-    def on_step(self, plan: StepPlan, seconds: float) -> None:
-        now_D = came_D(self._work)
-        new_D, self._before_D = now_D - self._before_D, now_D
-        self.steps.append(
-            StepSample(seconds, plan.num_tokens, int(new_D.sum()), int(new_D.max(initial=0)))
-        )
-        self._inner.on_step(plan, seconds)
+    def record(self, step: StepSample) -> None:
+        with self._lock:
+            self._steps.append(step)
 
-    def on_first_token(self, timing: Timing) -> None:
-        self._inner.on_first_token(timing)
-
-    def on_token(self, seconds: float) -> None:
-        self._inner.on_token(seconds)
-
-    def on_finish(self, reason: FinishReason, timing: Timing) -> None:
-        self._inner.on_finish(reason, timing)
-
-
-def came_D(work: Sequence[DispatchStats]) -> NDArray[np.int64]:
-    """Copies that came to each rank from the others."""
-    came: NDArray[np.int64] = np.array([stats.copies_R for stats in work], np.int64).sum(axis=0)
-    return came
+    @property
+    def steps(self) -> list[StepSample]:
+        with self._lock:
+            return list(self._steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +73,8 @@ class ReplanSettings:
 
 
 class Replanner:
-    """``start`` it; ``consider`` is one round. ``decisions`` are kept for the log and tests."""
+    """``start`` it; ``consider`` is one round. ``history`` is to get every step of all ranks;
+    ``decisions`` are kept for the log and tests."""
 
     def __init__(
         self,
@@ -105,7 +87,7 @@ class Replanner:
     ) -> None:
         self.decisions: deque[ReplanDecision] = deque(maxlen=64)
         self._coordinator = coordinator
-        self._history = history
+        self.history = history
         self._settings = settings
         self._solve = solve
         self._policy = policy or ReplanPolicy()
@@ -135,7 +117,7 @@ class Replanner:
         while not self._stop.wait(self._settings.every_s):
             try:
                 self.consider()
-            except (PlacementError, OSError, ValueError) as error:
+            except (MoeserveError, OSError, ValueError) as error:
                 self._log.warning("re-planning: %s", error)
 
     def _consider(self) -> ReplanDecision:
@@ -149,7 +131,7 @@ class Replanner:
             )
         plan = coordinator.plan
         candidate = self._solve(plan, topk_TLK[::2])
-        steps = list(self._history.steps)
+        steps = self.history.steps
         per_step = sum(s.tokens for s in steps) / max(1, len(steps))
         batch = max(1, round(per_step / plan.num_devices))
         judged = topk_TLK[1::2]
@@ -170,19 +152,15 @@ class Replanner:
 
     def _ask(self) -> tuple[NDArray[np.int32], int, float]:
         """The ranks' samples, how many tokens they computed, and in how many seconds."""
-        plan = self._coordinator.plan
-        self._coordinator.ask()
-        ends = time.monotonic() + self._settings.answer_s
-        while len(counts := self._coordinator.counts) < plan.num_devices:
-            if self._stop.is_set() or time.monotonic() > ends:
-                break
-            time.sleep(0.02)
+        plan, top_k = self._coordinator.plan, self._settings.top_k
+        counts = self._coordinator.ask(self._settings.answer_s)
         now_s = self._clock()
         elapsed_s, self._asked_s = now_s - self._asked_s, now_s
-        layers, top_k = plan.num_layers, self._settings.top_k
-        samples = [sample_of(counts[rank], layers, top_k) for rank in sorted(counts)]
-        topk_TLK = np.concatenate([np.empty((0, layers, top_k), np.int32), *samples])
-        return topk_TLK, sum(int(c["tokens"]) for c in counts.values()), elapsed_s
+        found = [
+            read_routing(counts[rank], plan.num_layers, plan.num_experts, top_k)
+            for rank in sorted(counts)
+        ]
+        return np.concatenate([r.topk_TLK for r in found]), sum(r.tokens for r in found), elapsed_s
 
     def _moving(self, steps: Sequence[StepSample]) -> MoveCost:
         """As the last change measured it; before the first, reading as at the start, and a pause as

@@ -2,13 +2,16 @@
 
 Loads count every token. The sample takes a few tokens of each step, evenly, and keeps the newest;
 which experts go together can only be seen in whole tokens. Letters: L layers, E experts, T tokens,
-K choices.
+N sampled tokens, K choices.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,58 +19,95 @@ from numpy.typing import NDArray
 
 from moeserve.core import StepPlan
 from moeserve.engine.model_runner import StepObserver
+from moeserve.engine.replan.messages import read_count
+from moeserve.errors import PlacementError
 
 SAMPLE_BYTES = 96 << 10
 PER_STEP = 8
 
 
 class RoutingCounts:
-    """A step observer; ``take`` gives what came since the last ``take``, as JSON has it."""
+    """A step observer, whose steps are counted when they end: one that fails is not.
+
+    ``take``, from any thread, gives what came since the last ``take``, as JSON has it.
+    """
 
     def __init__(self, moe_layers: Sequence[int], num_experts: int, top_k: int) -> None:
         self._column = {layer: l for l, layer in enumerate(moe_layers)}
         self._shape = len(moe_layers), top_k
-        self._load_LE = np.zeros((len(moe_layers), num_experts), np.int64)
         self._most = max(1, SAMPLE_BYTES // (2 * len(moe_layers) * top_k))
-        self._kept: list[NDArray[np.int16]] = []
+        # Of the step that runs:
+        self._step_LE = np.zeros((len(moe_layers), num_experts), np.int64)
         self._rows_NLK = np.empty((0, *self._shape), np.int16)
         self._picked_N = np.empty(0, np.int64)
+        self._step_tokens = 0
+        # Of the steps that ended:
+        self._lock = threading.Lock()
+        self._load_LE = np.zeros_like(self._step_LE)
+        self._kept: list[NDArray[np.int16]] = []
         self._tokens = 0
 
     def begin(self, plan: StepPlan) -> None:
         count = plan.num_tokens
         self._picked_N = np.unique(np.linspace(0, count - 1, min(count, PER_STEP)).astype(int))
         self._rows_NLK = np.full((len(self._picked_N), *self._shape), -1, np.int16)
-        self._tokens += count
+        self._step_LE[:] = 0
+        self._step_tokens = count
 
     def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
         l = self._column[layer]
-        self._load_LE[l] += np.bincount(ids_TC.ravel(), minlength=self._load_LE.shape[1])
+        self._step_LE[l] += np.bincount(ids_TC.ravel(), minlength=self._step_LE.shape[1])
         self._rows_NLK[:, l, : ids_TC.shape[1]] = ids_TC[self._picked_N]
 
     def end(self) -> None:
-        if len(self._rows_NLK):
-            self._kept.append(self._rows_NLK)
-            while len(self._kept) > 1 and sum(map(len, self._kept)) > self._most:
-                del self._kept[0]
+        with self._lock:
+            self._load_LE += self._step_LE
+            self._tokens += self._step_tokens
+            if len(self._rows_NLK):
+                self._kept.append(self._rows_NLK)
+                while len(self._kept) > 1 and sum(map(len, self._kept)) > self._most:
+                    del self._kept[0]
 
     def take(self) -> Mapping[str, Any]:
-        sample = np.concatenate([np.empty((0, *self._shape), np.int16), *self._kept])
-        found = {
-            "tokens": self._tokens,
-            "load": self._load_LE.tolist(),
-            "sample": base64.b64encode(sample[-self._most :].tobytes()).decode("ascii"),
+        with self._lock:
+            kept, self._kept = self._kept, []
+            load_LE, self._load_LE = self._load_LE, np.zeros_like(self._load_LE)
+            tokens, self._tokens = self._tokens, 0
+        sample_NLK = np.concatenate([np.empty((0, *self._shape), np.int16), *kept])
+        return {
+            "tokens": tokens,
+            "load": load_LE.tolist(),
+            "sample": base64.b64encode(sample_NLK[-self._most :].tobytes()).decode("ascii"),
         }
-        self._load_LE[:] = 0
-        self._kept.clear()
-        self._tokens = 0
-        return found
 
 
-def sample_of(counts: Mapping[str, Any], layers: int, top_k: int) -> NDArray[np.int32]:
-    """[T, L, K] out of what ``take`` gave."""
-    flat = np.frombuffer(base64.b64decode(counts["sample"], validate=True), np.int16)
-    return flat.reshape(-1, layers, top_k).astype(np.int32)
+@dataclass(frozen=True, slots=True, eq=False)
+class RankRouting:
+    """What ``take`` gave, read: tokens computed, and the choices of a sample of them; -1 where a
+    layer has fewer."""
+
+    tokens: int
+    topk_TLK: NDArray[np.int32]
+
+
+def read_routing(
+    counts: Mapping[str, Any], layers: int, num_experts: int, top_k: int
+) -> RankRouting:
+    """What a peer says it counted; PlacementError where it cannot be that."""
+    tokens, sample = read_count(counts, "tokens"), counts.get("sample")
+    if not isinstance(sample, str) or len(sample) > 2 * SAMPLE_BYTES:
+        raise PlacementError(f"routing counts: the sample is no text of {2 * SAMPLE_BYTES} letters")
+    try:
+        flat = np.frombuffer(base64.b64decode(sample, validate=True), np.int16)
+        topk_TLK = flat.reshape(-1, layers, top_k).astype(np.int32)
+    except (binascii.Error, ValueError) as error:
+        raise PlacementError(f"routing counts: the sample cannot be read: {error}") from error
+    if topk_TLK.size and not -1 <= topk_TLK.min() <= topk_TLK.max() < num_experts:
+        raise PlacementError(
+            f"routing counts: the sample names experts {topk_TLK.min()} to {topk_TLK.max()}, "
+            f"the model has {num_experts}"
+        )
+    return RankRouting(tokens, topk_TLK)
 
 
 def chain_observers(first: StepObserver | None, second: StepObserver | None) -> StepObserver | None:

@@ -1,23 +1,22 @@
 """A rank's part in a new plan: prepare a layer's experts beside the steps, swap them in at once.
 
-Experts are read from the checkpoint and packed on a thread of their own; the swap, between two
-steps, is one assignment, and what it held the step up is measured. Its notes travel with orders
-and reports, as JSON.
+Experts are read from the checkpoint and packed on a thread of their own. The swap, between two
+steps, is one assignment, and what it held the step up is measured. When that is, all ranks agree on
+by the records of a step: see ``switch``, whose ``RankTurns`` decides here.
 
-``receive``, ``reply`` and ``apply`` belong to the thread that runs steps, ``close`` to whoever ends
-the rank after the last step; what they share with the thread that reads is under a lock.
+The thread that runs steps calls ``promise`` when it makes its record and ``settle`` when it has all
+records, both cheap; ``close`` is of whoever ends the rank after its last step. The rest is for any
+thread. One lock is held in every call, futures are completed outside it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from queue import SimpleQueue
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,8 +25,9 @@ from moeserve.comm.build import shard_experts
 from moeserve.comm.dispatcher import ShardedExperts
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.pipeline import ParallelLayerRunner
-from moeserve.engine.replan.switch import PlanOrder, PlanReport
-from moeserve.errors import MoeserveError
+from moeserve.engine.replan.messages import PlanOrder, PlanReport, describe
+from moeserve.engine.replan.switch import RankTurns, check_row
+from moeserve.errors import PlacementError
 from moeserve.kernels.ops import Ops, Part, RouterWeights
 from moeserve.models.expert_source import ExpertSource
 
@@ -35,20 +35,13 @@ Open = Callable[[], ExpertSource]
 
 
 class Counts(Protocol):
-    """What the rank has counted since it was last asked, as JSON has it."""
+    """What the rank has counted since it was last asked, as JSON has it; from any thread."""
 
     def take(self) -> Mapping[str, Any]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    turn: int
-    layer: int
-    expert_S: tuple[int, ...]
-
-
 class ExpertSwapper:
-    """A ``follower.FollowerNotes``; ``open_source`` is called once, on the thread that reads."""
+    """``open_source`` is called once, on the thread that reads."""
 
     def __init__(
         self,
@@ -67,69 +60,127 @@ class ExpertSwapper:
         self._open = open_source
         self._counts = counts
         self._clock = clock
-        self._asked = False
-        self._wanted = 0  # the turn that is being prepared; 0 is none
-        self._ready: tuple[_Task, ShardedExperts] | None = None
-        self._reports: deque[PlanReport] = deque()
-        self._lock = threading.Lock()
-        self._tasks: SimpleQueue[_Task | ShardedExperts | None] = SimpleQueue()
+        self._changed = threading.Condition()  # of everything below
+        self._turns = RankTurns()
+        self._closed = False
+        self._order: PlanOrder | None = None  # to be prepared when there is room
+        self._ready: tuple[PlanOrder, ShardedExperts] | None = None
+        self._unused: list[ShardedExperts] = []  # to be freed on the thread that reads
+        self._last: PlanReport | None = None  # of the last switch
+        self._preparing: dict[int, Future[PlanReport]] = {}  # by turn
+        self._switching: list[tuple[int, Future[PlanReport]]] = []
         self._thread: threading.Thread | None = None
         self._log = logging.getLogger("moeserve.plan")
 
-    def receive(self, note: bytes) -> None:
-        """Before a step, a note of ``coordinator.PlanCoordinator``."""
-        content = json.loads(note)
-        self._asked |= bool(content.get("count"))
-        if "order" in content:
-            order = content["order"]
-            self.apply(PlanOrder(**{**order, "expert_S": tuple(order["expert_S"])}))
+    def prepare(self, order: PlanOrder) -> Future[PlanReport]:
+        """Begin to prepare a layer; done when it is prepared, or with the report's ``error``."""
+        future: Future[PlanReport] = Future()
+        with self._changed:
+            begun = not self._closed and self._turns.begin(order.turn)
+            if begun:
+                self._drop_stale()
+                self._preparing[order.turn], self._order = future, order
+                self._start()
+                self._changed.notify_all()
+            answers = self._answers()
+        _complete(answers)
+        if not begun:
+            _complete([(future, PlanReport(order.turn, error=self._why_not(order.turn)))])
+        return future
 
-    def reply(self) -> bytes:
-        """After a step: reports since the last call, and what was counted if that was asked for."""
-        answer: dict[str, Any] = {}
-        with self._lock:
-            if self._reports:
-                answer["reports"] = [asdict(report) for report in self._reports]
-                self._reports.clear()
-        if self._asked and self._counts is not None:
-            answer["counts"] = self._counts.take()
-        self._asked = False
-        return json.dumps(answer).encode() if answer else b""
+    def abandon(self, turn: int) -> None:
+        """Drop what is prepared, or is being prepared, for turns up to this one. Where the rank has
+        named it in a record, what the records of all ranks say comes first."""
+        with self._changed:
+            self._turns.abandon(turn)
+            self._drop_stale()
+            answers = self._answers()
+            self._changed.notify_all()
+        _complete(answers)
 
-    def apply(self, order: PlanOrder) -> None:
-        """Before a step: drop, switch and begin to prepare, as the order says."""
-        if order.abandon:
-            with self._lock:
-                self._wanted, self._ready = 0, None
-        if order.switch is not None:
-            self._switch(order.switch)
-        if order.prepare is not None:
-            with self._lock:
-                self._wanted = order.turn
-            self._start()
-            self._tasks.put(_Task(order.turn, order.prepare, order.expert_S))
+    def switched(self, turn: int) -> Future[PlanReport]:
+        """Done when the newest turn was switched, with its pause; or is dropped, with an error."""
+        future: Future[PlanReport] = Future()
+        with self._changed:
+            self._switching.append((turn, future))
+            answers = self._answers()
+        _complete(answers)
+        return future
+
+    def counts(self) -> Mapping[str, Any]:
+        """What was counted since the last call; PlacementError where nothing is counted."""
+        if self._counts is None:
+            raise PlacementError("this rank does not count routing: start it with --replan auto")
+        return self._counts.take()
+
+    @property
+    def prepared(self) -> int:
+        """The turn that waits to be switched, for which steps are wanted; 0 is none."""
+        with self._changed:
+            return self._turns.prepared
+
+    def promise(self) -> int:
+        """When the record of the next step is made: the turn that it is to name, or 0."""
+        with self._changed:
+            return self._turns.promise()
+
+    def settle(self, agreed: int) -> None:
+        """Between two steps, once for every record, with ``agreed_turn`` of all ranks' records:
+        switch, or go back on the promise."""
+        began = self._clock()
+        with self._changed:
+            if not self._turns.settle(agreed):
+                self._drop_stale()
+                return
+            assert self._ready is not None, agreed
+            (order, sharded), self._ready = self._ready, None
+            assert order.turn == agreed, (order, agreed)
+            old, self._parallel.sharded[order.layer] = self._parallel.sharded[order.layer], sharded
+            assert old is not None, order.layer
+            self._unused.append(old)
+            del old
+            self._last = PlanReport(agreed, pause_s=self._clock() - began)
+            self._changed.notify_all()
 
     def close(self, timeout_s: float = 30.0) -> None:
         """What is being read is read to its end, and dropped."""
-        with self._lock:
-            self._wanted, self._ready = 0, None
+        with self._changed:
+            self._closed = True
+            self._turns = RankTurns()
+            self._drop_stale()
+            answers = self._answers()
+            self._changed.notify_all()
+        _complete(answers)
         if self._thread is not None:
-            self._tasks.put(None)
             self._thread.join(timeout_s)
 
-    def _switch(self, layer: int) -> None:
-        began = self._clock()
-        with self._lock:
-            ready, self._ready = self._ready, None
-        assert ready is not None, f"layer {layer} was not prepared"
-        assert ready[0].layer == layer, (ready[0], layer)
-        old, self._parallel.sharded[layer] = self._parallel.sharded[layer], ready[1]
-        assert old is not None, layer
-        self._tasks.put(old)  # to be freed there, before the next is prepared
-        del old
-        pause_s = self._clock() - began
-        with self._lock:
-            self._reports.append(PlanReport(ready[0].turn, pause_s=pause_s))
+    def _drop_stale(self) -> None:
+        """Under the lock, when turns may have been dropped."""
+        if self._order is not None and self._order.turn != self._turns.wanted:
+            self._order = None
+        if self._ready is not None and self._ready[0].turn != self._turns.prepared:
+            self._unused.append(self._ready[1])
+            self._ready = None
+            self._changed.notify_all()
+
+    def _answers(self) -> list[tuple[Future[PlanReport], PlanReport]]:
+        """Under the lock: futures that can be completed now, and with what."""
+        found, open_ = [], []
+        for turn in [t for t in self._preparing if t != self._turns.wanted]:
+            why = PlanReport(turn, error=self._why_not(turn))
+            found.append((self._preparing.pop(turn), why))
+        for turn, future in self._switching:
+            if self._last is not None and self._last.turn == turn:
+                found.append((future, self._last))
+            elif self._turns.is_open(turn):
+                open_.append((turn, future))
+            else:
+                found.append((future, PlanReport(turn, error=self._why_not(turn))))
+        self._switching = open_
+        return found
+
+    def _why_not(self, turn: int) -> str:
+        return "the rank ends" if self._closed else f"turn {turn} is abandoned"
 
     def _start(self) -> None:
         if self._thread is None:
@@ -137,48 +188,78 @@ class ExpertSwapper:
             self._thread.start()
 
     def _work(self) -> None:
+        """The thread that reads: free what is out of use, answer who waits, prepare."""
         source: ExpertSource | None = None
-        while (task := self._tasks.get()) is not None:
-            if isinstance(task, ShardedExperts):
-                del task
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_work)
+                unused, self._unused = self._unused, []
+                answers = self._answers()
+                order = self._order if self._turns.room else None
+                self._order = None if order is not None else self._order
+                closed = self._closed
+            del unused  # outside the lock, which steps take
+            _complete(answers)
+            if closed:
+                return
+            if order is None:
                 continue
-            with self._lock:
-                wanted = self._wanted
-            if task.turn != wanted:
-                continue
-            began = self._clock()
             before = 0 if source is None else source.bytes_read
+            began = self._clock()
             try:
                 source = source or self._open()
-                sharded = self._prepare(source, task)
-            except (MoeserveError, OSError, MemoryError, RuntimeError) as error:
-                self._log.exception("layer %d cannot be prepared", task.layer)
-                self._answer(task, None, PlanReport(task.turn, error=_shown(error)))
+                sharded = self._prepare(source, order)
+            except Exception as error:  # noqa: BLE001 - rank 0 waits: it is told whatever it was
+                self._log.exception("layer %d cannot be prepared", order.layer)
+                self._fail(order.turn, describe(error))
                 continue
             seconds, read = self._clock() - began, source.bytes_read - before
-            done = PlanReport(task.turn, prepare_s=seconds, bytes_read=read)
-            self._answer(task, sharded, done)
+            self._finish(order, sharded, PlanReport(order.turn, prepare_s=seconds, bytes_read=read))
             del sharded  # or it would outlive its layer here
 
-    def _prepare(self, source: ExpertSource, task: _Task) -> ShardedExperts:
+    def _has_work(self) -> bool:
+        ready = self._order is not None and self._turns.room
+        told = any(not self._turns.is_open(turn) for turn, _ in self._switching)
+        return self._closed or ready or told or bool(self._unused)
+
+    def _prepare(self, source: ExpertSource, order: PlanOrder) -> ShardedExperts:
         """Where the rank's own experts stay, nothing is read."""
-        held = self._parallel.sharded[task.layer]
-        assert held is not None, task.layer
-        row_S = np.array(task.expert_S, np.int32)
+        held = self._held(order.layer)
+        check_row(order.layer, tuple(held.layout.expert_S.tolist()), order.expert_S)
+        row_S = np.array(order.expert_S, np.int32)
         layout = LayerLayout(row_S, held.layout.num_experts, held.layout.world)
         part, own = held.part, layout.of_rank(self._rank)
         if own != held.layout.of_rank(self._rank):
-            experts = source.read(task.layer, own)
+            experts = source.read(order.layer, own)
             part = self._ops.prepare(replace(part.weights, experts=experts))
-        return shard_experts(self._ops, self.routers[task.layer], part, layout)
+        return shard_experts(self._ops, self.routers[order.layer], part, layout)
 
-    def _answer(self, task: _Task, sharded: ShardedExperts | None, report: PlanReport) -> None:
-        with self._lock:
-            if task.turn != self._wanted:
+    def _held(self, layer: int) -> ShardedExperts:
+        held = self._parallel.sharded[layer] if layer < len(self._parallel.sharded) else None
+        if held is None:
+            raise PlacementError(f"layer {layer} has no experts to move: take the model's own plan")
+        return held
+
+    def _finish(self, order: PlanOrder, sharded: ShardedExperts, report: PlanReport) -> None:
+        with self._changed:
+            if not self._turns.finish(order.turn):
                 return
-            self._ready = None if sharded is None else (task, sharded)
-            self._reports.append(report)
+            self._ready = order, sharded
+            future = self._preparing.pop(order.turn)
+        _complete([(future, report)])
+
+    def _fail(self, turn: int, error: str) -> None:
+        with self._changed:
+            future = self._preparing.pop(turn, None)
+            if future is not None:
+                self._turns.abandon(turn)
+            answers = self._answers()
+        _complete(answers)
+        if future is not None:
+            _complete([(future, PlanReport(turn, error=error))])
 
 
-def _shown(error: Exception) -> str:
-    return error.message if isinstance(error, MoeserveError) else f"{type(error).__name__}: {error}"
+def _complete(answers: list[tuple[Future[PlanReport], PlanReport]]) -> None:
+    for future, report in answers:
+        if future.set_running_or_notify_cancel():
+            future.set_result(report)

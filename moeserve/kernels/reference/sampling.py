@@ -12,6 +12,7 @@ Letters: R rows, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 from moeserve.core import Logprobs, SamplingParams
 from moeserve.errors import InternalError
 from moeserve.kernels.host_copy import to_host
-from moeserve.kernels.sampling import SampledRow, SamplingRow
+from moeserve.kernels.sampling import SampledRow, SamplingRow, adjusts_logits
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -40,15 +41,27 @@ def sample_rows(
     """One token for every row; a row that has none says why, and the others are not touched."""
     host_RV = to_host(logits_RV)
     if len(rows) < 2:  # looking at all at once costs more than at the one
-        return [_try(host_RV[r], row, eos_ids) for r, row in enumerate(rows)]
+        return [_sample_alone(host_RV[r], row, eos_ids) for r, row in enumerate(rows)]
     best_R = host_RV.argmax(axis=1)  # the first maximum of each row, or its first NaN
     sound_R = np.isfinite(host_RV[np.arange(len(rows)), best_R])
-    return [
-        SampledRow(best) if sound and takes_best(row, eos_ids) else _try(host_RV[r], row, eos_ids)
-        for r, (row, best, sound) in enumerate(
-            zip(rows, best_R.tolist(), sound_R.tolist(), strict=True)
-        )
-    ]
+    new = tuple.__new__
+    sampled = [new(SampledRow, (best, None, "")) for best in best_R.tolist()]
+    known = [row.takes_best for row in rows]
+    if not (all(known) and sound_R.all()):
+        for r, row in enumerate(rows):
+            if not (sound_R[r] and (known[r] or takes_best(row, eos_ids))):
+                sampled[r] = _try(host_RV[r], row, eos_ids)
+    return sampled
+
+
+def _sample_alone(
+    logits_V: NDArray[np.float32], row: SamplingRow, eos_ids: frozenset[int]
+) -> SampledRow:
+    if row.takes_best:
+        best = int(logits_V.argmax())
+        if math.isfinite(logits_V[best]):
+            return SampledRow(best)
+    return _try(logits_V, row, eos_ids)
 
 
 def takes_best(row: SamplingRow, eos_ids: frozenset[int]) -> bool:
@@ -57,7 +70,7 @@ def takes_best(row: SamplingRow, eos_ids: frozenset[int]) -> bool:
     return (
         params.temperature <= 0
         and params.logprobs is None
-        and not _adjusts_logits(params)
+        and not adjusts_logits(params)
         and not banned_ids(params, len(row.output_ids), eos_ids)
     )
 
@@ -80,16 +93,16 @@ def sample_row(
     """The token that follows. Raises InternalError if the logits are not numbers."""
     params = row.params
     best = int(logits_V.argmax())  # the first maximum, or the first NaN
-    if not np.isfinite(logits_V[best]):
+    if not math.isfinite(logits_V[best]):
         raise InternalError(
             f"request {row.request_id}: the logits after position {row.position - 1} hold "
             f"{logits_V[best]} at token {best}"
         )
     banned = banned_ids(params, len(row.output_ids), eos_ids)
     token = best
-    if params.temperature > 0 or banned or _adjusts_logits(params):
+    if params.temperature > 0 or banned or adjusts_logits(params):
         adjusted_V = adjust_logits(logits_V, params, row.prompt_ids, row.output_ids, banned)
-        if not np.isfinite(adjusted_V.max()):
+        if not math.isfinite(adjusted_V.max()):
             raise InternalError(f"request {row.request_id}: no token is allowed")
         if params.temperature > 0:
             token = draw_token(adjusted_V, params, uniform(params.seed, row.position))
@@ -230,12 +243,3 @@ def logprobs_of(logits_V: NDArray[np.float32], token: int, count: int) -> Logpro
     total = highest + np.log(x_V.sum())
     logprobs = [float(logits_V[i] - total) for i in (token, *best.tolist())]
     return Logprobs(logprobs[0], tuple(zip(best.tolist(), logprobs[1:], strict=True)))
-
-
-def _adjusts_logits(params: SamplingParams) -> bool:
-    return (
-        params.repetition_penalty != 1
-        or params.presence_penalty != 0
-        or params.frequency_penalty != 0
-        or bool(params.logit_bias)
-    )

@@ -1,0 +1,286 @@
+"""What a model runner keeps of its requests from step to step, so that a step packs what changed.
+
+The block table of every request is a row of one array, and what the sampler needs of it is made
+once. As long as steps run the same requests in the same order, they also share one array of block
+tables, to which new blocks are added. A request is known again by the identity of what its chunks
+hold (see ``Chunk``), so new blocks and an id that returns are noticed without anybody telling.
+``models.batch.pack_spans`` packs the same from nothing: it is the twin in tests.
+
+Steps that were packed stay as they are: what they share is only ever added to.
+
+Letters: T tokens, S chunks, N rows, M blocks of the longest, R rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moeserve.core import BlockId, Chunk, Request, RequestId
+from moeserve.errors import InternalError
+from moeserve.kernels.ops import AttentionBatch
+from moeserve.kernels.sampling import SamplingRow, sampling_row
+from moeserve.models.batch import StepBatch
+
+Ints = NDArray[np.int64]
+
+FIRST_ROWS, FIRST_BLOCKS = 16, 64
+# Blocks by which all requests of a step can grow before their tables are copied together again.
+SPARE_BLOCKS = 8
+# Decodes that are packed without arrays.
+FEW = 12
+
+
+@dataclass(slots=True)
+class _Held:
+    """A request as it was in its last chunk; ``blocks`` are in row ``row`` of the tables."""
+
+    request: Request
+    output_ids: Sequence[int]
+    blocks: tuple[BlockId, ...]
+    row: int
+    sampling: SamplingRow
+
+
+@dataclass(slots=True)
+class _Composition:
+    """The requests of a step, in order, and what steps of the same ones share.
+
+    ``rooms_S`` are the tokens that the blocks of each can hold. ``tables`` and ``rows_S`` are the
+    tensors of ``tables_SM`` and ``index_S``; ``starts_S1`` is for one token each.
+    """
+
+    requests: tuple[Request, ...]
+    output_ids: tuple[Sequence[int], ...]
+    blocks: tuple[tuple[BlockId, ...], ...]
+    sampling: list[SamplingRow]
+    tables_SM: NDArray[np.int32]
+    rooms_S: Ints
+    index_S: Ints
+    tables: Tensor
+    rows_S: Tensor
+    starts_S1: Tensor
+
+    def matches(self, requests: Sequence[Request], output_ids: Sequence[Sequence[int]]) -> bool:
+        """Whether these are the same requests in the same order."""
+        return (
+            len(requests) == len(self.requests)
+            and all(map(is_, requests, self.requests))
+            and all(map(is_, output_ids, self.output_ids))
+        )
+
+
+class InputBatch:
+    """Owns the block tables of a runner's requests, whose blocks have ``block_size`` tokens."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._held: dict[RequestId, _Held] = {}
+        self._free_rows: list[int] = []
+        self._tables_NM: NDArray[np.int32] = np.zeros((0, FIRST_BLOCKS), np.int32)
+        self._composition = self._compose(())
+
+    @property
+    def num_rows(self) -> int:
+        """Requests for which there is room before the tables grow."""
+        return len(self._tables_NM)
+
+    def forget(self, request_ids: Iterable[RequestId]) -> None:
+        """Their rows can be used again; ids that are not known are left out."""
+        for request_id in request_ids:
+            held = self._held.pop(request_id, None)
+            if held is not None:
+                self._free_rows.append(held.row)
+                self._composition = self._compose(())
+
+    def pack(self, chunks: Sequence[Chunk]) -> StepBatch:
+        """The chunks one after the other, each with its tokens in order; there may be none.
+
+        InternalError where a chunk's blocks have no room for its tokens.
+        """
+        columns = tuple(zip(*chunks, strict=True)) or ((),) * len(Chunk._fields)
+        _, token_ids, starts, blocks, samples, *_ = columns
+        composition = self._bring_up(chunks, columns)
+        total = sum(map(len, token_ids))
+        decodes = total == len(chunks) and samples.count(1) == total
+        if decodes and total <= FEW:
+            return self._pack_few(composition, token_ids, starts, blocks)
+        ids_T = np.fromiter(chain.from_iterable(token_ids), np.int64, total)
+        positions_T = np.array(starts, np.int64)
+        if decodes:
+            contexts_S, index_T = positions_T + 1, composition.index_S
+            starts_S1, rows_R = composition.starts_S1, composition.rows_S
+        else:
+            counts_S = np.fromiter(map(len, token_ids), np.int64, len(chunks))
+            ends_S, contexts_S = counts_S.cumsum(), positions_T + counts_S
+            positions_T = np.arange(total) + (contexts_S - ends_S).repeat(counts_S)
+            index_T = composition.index_S.repeat(counts_S)
+            starts_S1 = torch.from_numpy(np.append(0, ends_S).astype(np.int32))
+            rows_R = torch.from_numpy(wanted_rows(np.array(samples, np.int64), ends_S))
+        size = self._block_size
+        if (contexts_S > composition.rooms_S).any():
+            raise InternalError(no_room(blocks, contexts_S.tolist(), composition.requests, size))
+        slot_T = composition.tables_SM[index_T, positions_T // size] * np.int64(size)
+        slot_T += positions_T % size
+        return StepBatch(
+            torch.from_numpy(ids_T),
+            torch.from_numpy(positions_T),
+            torch.from_numpy(slot_T),
+            AttentionBatch(
+                starts_S1, torch.from_numpy(contexts_S.astype(np.int32)), composition.tables
+            ),
+            rows_R,
+        )
+
+    def _pack_few(
+        self,
+        composition: _Composition,
+        token_ids: Iterable[tuple[int, ...]],
+        starts: Sequence[int],
+        blocks: Sequence[tuple[BlockId, ...]],
+    ) -> StepBatch:
+        """One token each of so few that array operations take longer than the interpreter."""
+        size = self._block_size
+        contexts = [start + 1 for start in starts]
+        if any(len(b) * size <= start for b, start in zip(blocks, starts, strict=True)):
+            raise InternalError(no_room(blocks, contexts, composition.requests, size))
+        slots = [
+            b[start // size] * size + start % size for b, start in zip(blocks, starts, strict=True)
+        ]
+        wide = torch.from_numpy(np.array([*chain(*token_ids), *starts, *slots], np.int64))
+        ids_T, positions_T, slot_T = wide.split_with_sizes([len(starts)] * 3)
+        context_S = torch.from_numpy(np.array(contexts, np.int32))
+        attention = AttentionBatch(composition.starts_S1, context_S, composition.tables)
+        return StepBatch(ids_T, positions_T, slot_T, attention, composition.rows_S)
+
+    def sampling_rows(self, chunks: Sequence[Chunk]) -> list[SamplingRow]:
+        """One for each of the samples of the chunks that were packed last."""
+        rows = self._composition.sampling
+        if all(chunk.samples == 1 for chunk in chunks):
+            return rows
+        return [
+            row
+            for chunk, first in zip(chunks, rows, strict=True)
+            for row in ((first,) if chunk.samples == 1 else draft_rows(chunk))
+        ]
+
+    def _bring_up(
+        self, chunks: Sequence[Chunk], columns: Sequence[tuple[Any, ...]]
+    ) -> _Composition:
+        """The composition of these chunks: the last one as far as that is possible."""
+        requests, _, _, blocks, _, output_ids, *_ = columns
+        composition = self._composition
+        if not composition.matches(requests, output_ids):
+            composition = self._composition = self._compose(chunks)
+        elif not all(map(is_, blocks, composition.blocks)):
+            for s, (chunk, old) in enumerate(zip(chunks, composition.blocks, strict=True)):
+                new = chunk.blocks
+                if new is old:
+                    continue
+                self._update(self._held[chunk.request.id], chunk)
+                if len(new) > composition.tables_SM.shape[1] or new[: len(old)] != old:
+                    composition = self._composition = self._compose(chunks)
+                    break
+                composition.tables_SM[s, len(old) : len(new)] = new[len(old) :]
+                composition.rooms_S[s] = len(new) * self._block_size
+            composition.blocks = blocks
+        return composition
+
+    def _compose(self, chunks: Sequence[Chunk]) -> _Composition:
+        """From what is held of the chunks' requests, once it is up to date."""
+        held = [self._look_up(chunk) for chunk in chunks]
+        width = max((len(h.blocks) for h in held), default=0)
+        tables_SM = np.zeros((len(held), width + SPARE_BLOCKS if held else 0), np.int32)
+        if held:
+            tables_SM[:, :width] = self._tables_NM[[h.row for h in held], :width]
+        index_S = np.arange(len(held))
+        return _Composition(
+            tuple(h.request for h in held),
+            tuple(h.output_ids for h in held),
+            tuple(h.blocks for h in held),
+            [h.sampling for h in held],
+            tables_SM,
+            np.array([len(h.blocks) * self._block_size for h in held], np.int64),
+            index_S,
+            torch.from_numpy(tables_SM),
+            torch.from_numpy(index_S),
+            torch.arange(len(held) + 1, dtype=torch.int32),
+        )
+
+    def _look_up(self, chunk: Chunk) -> _Held:
+        held = self._held.get(chunk.request.id)
+        if (
+            held is not None
+            and held.blocks is chunk.blocks
+            and held.output_ids is chunk.output_ids
+            and held.request is chunk.request
+        ):
+            return held
+        return self._update(held, chunk)
+
+    def _update(self, held: _Held | None, chunk: Chunk) -> _Held:
+        """Take note of a chunk's request; of its block table only what is new is written."""
+        request, blocks = chunk.request, chunk.blocks
+        if held is None:
+            row, same = self._take_row(), 0
+        else:
+            row, same = held.row, len(held.blocks)
+            if held.blocks != blocks[:same]:
+                same = 0
+        if len(blocks) > self._tables_NM.shape[1]:
+            self._resize(len(self._tables_NM), 2 * len(blocks))
+        self._tables_NM[row, same : len(blocks)] = blocks[same:]
+        sampling = sampling_row(request.id, request.params, request.prompt_ids, chunk.output_ids)
+        new = _Held(request, chunk.output_ids, blocks, row, sampling)
+        self._held[request.id] = new
+        return new
+
+    def _take_row(self) -> int:
+        if not self._free_rows:
+            rows, width = self._tables_NM.shape
+            self._resize(max(FIRST_ROWS, 2 * rows), width)
+            self._free_rows.extend(range(len(self._tables_NM) - 1, rows - 1, -1))
+        return self._free_rows.pop()
+
+    def _resize(self, rows: int, width: int) -> None:
+        old = self._tables_NM
+        self._tables_NM = np.zeros((rows, width), np.int32)
+        self._tables_NM[: len(old), : old.shape[1]] = old
+
+
+def no_room(
+    blocks: Sequence[tuple[BlockId, ...]],
+    contexts: Sequence[int],
+    requests: Sequence[Request],
+    block_size: int,
+) -> str:
+    """Says whose blocks end before their tokens."""
+    return "; ".join(
+        f"request {request.id}: {len(table)} blocks of {block_size} tokens have no room for "
+        f"position {context - 1}"
+        for table, context, request in zip(blocks, contexts, requests, strict=True)
+        if context > len(table) * block_size
+    )
+
+
+def wanted_rows(samples_S: Ints, ends_S: Ints) -> Ints:
+    """The last ``samples_S[s]`` of the rows that end before ``ends_S[s]``, for all s in order."""
+    behind_S = samples_S.cumsum()
+    wanted_R: Ints = np.arange(samples_S.sum()) + (ends_S - behind_S).repeat(samples_S)
+    return wanted_R
+
+
+def draft_rows(chunk: Chunk) -> Iterator[SamplingRow]:
+    """One for each of a chunk's samples, as if the drafts before it were right."""
+    request, output_ids = chunk.request, chunk.output_ids
+    for i in range(chunk.samples):
+        history = (*output_ids, *chunk.draft_ids[:i]) if i else output_ids
+        yield sampling_row(request.id, request.params, request.prompt_ids, history)

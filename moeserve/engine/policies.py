@@ -1,0 +1,32 @@
+"""What a scheduler asks others: who is admitted next, and how a sequence may go on. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from moeserve.core import Request, RequestId
+from moeserve.engine.sequence import SequenceState
+
+
+class Admission(Protocol):
+    """Chooses who is admitted next; None admits nobody in this step."""
+
+    def pick(
+        self, waiting: Mapping[RequestId, SequenceState], now: float
+    ) -> SequenceState | None: ...
+
+
+class FirstComeFirstServed:
+    """In order of arrival; preempted requests stand before those that never ran."""
+
+    def pick(self, waiting: Mapping[RequestId, SequenceState], now: float) -> SequenceState | None:
+        return next(iter(waiting.values()), None)
+
+
+class Drafter(Protocol):
+    """Guesses how a sequence goes on."""
+
+    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
+        """Tokens that may follow the newest one, in order; any number of them, none is fine."""
+        ...

@@ -1,0 +1,35 @@
+"""What this rank's scheduler puts into the rank's records: its load, and what it foresees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moeserve.engine.loop import EngineLock
+from moeserve.engine.ranks.records import RankReport
+from moeserve.engine.scheduler import Scheduler
+
+
+class SchedulerLoad:
+    """A ``lock_step.RankLoad``; ``queued`` is how many requests wait at this process's door."""
+
+    def __init__(self, scheduler: Scheduler, lock: EngineLock) -> None:
+        self.queued: Callable[[], int] = lambda: 0
+        self._scheduler = scheduler
+        self._lock = lock
+
+    def report(self) -> RankReport:
+        scheduler, queued = self._scheduler, self.queued()
+        with self._lock:
+            foreseen = scheduler.foresee()
+            return RankReport(
+                # Who waits at the door needs the loads of another round.
+                work=foreseen.tokens > 0 or queued > 0,
+                decode=foreseen.decode_only,
+                tokens=foreseen.tokens,
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                held=scheduler.num_tokens,
+                foreseen=scheduler.num_foreseen,
+                free_blocks=scheduler.pool.num_free,
+                queued=queued,
+            )
