@@ -18,7 +18,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from moeserve.config.options import DoorOptions, RequestOptions
+from moeserve.config.options import DoorOptions
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
 
@@ -164,8 +164,8 @@ def test_ranks_that_serve_starts_get_only_the_settings_that_they_use(tiny: Path)
         assert nobody_left(process.pid)
     assert key not in command
     assert not any(key in line for line in environ)
-    doors = {name.upper() for name in (*DoorOptions.model_fields, *RequestOptions.model_fields)}
-    assert not doors & settings.keys()
+    assert not {name.upper() for name in DoorOptions.model_fields} & settings.keys()
+    assert settings["MAX_QUEUE"] == "77"  # each rank has a queue
     assert settings["SERVED_MODEL_NAME"] == "tiny"
     assert (settings["EP"], settings["MODEL"], settings["NUM_BLOCKS"]) == ("2", str(tiny), "512")
     assert len(settings["EP_SECRET"]) >= 16
