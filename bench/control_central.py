@@ -1,6 +1,6 @@
 """What rank 0 cost when it decided for all ranks: microseconds of CPU in a decode step.
 
-    PYTHONPATH=TREE python control_central.py RANKS REQUESTS STEPS
+    python other_tree.py TREE control_central.py RANKS REQUESTS STEPS
 
 Runs the classes of an earlier tree (``engine.ranks.fleet``, ``leader``, ``messages``), which this
 one no longer has; ``control.py --checkout TREE`` starts it. The other ranks' part runs in this

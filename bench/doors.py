@@ -85,8 +85,7 @@ class Door:
 
     def __init__(self, checkout: Path) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, str(HERE / "door_process.py")],
-            env=os.environ | {"PYTHONPATH": str(checkout)},
+            [sys.executable, HERE / "other_tree.py", checkout, HERE / "door_process.py"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
