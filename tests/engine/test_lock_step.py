@@ -151,10 +151,23 @@ def test_a_request_that_waits_beside_a_free_rank_moves_there(ranks_of: RanksOf) 
 
 def test_doors_may_use_the_same_id(ranks_of: RanksOf) -> None:
     asked = [request("same", [i] * 5, 20, ignore_eos=True) for i in range(2)]
-    with ranks_of(2, 32, doors=(0, 1), homes=lambda: GivenHome(lambda r: 0, LeastWork())) as ranks:
+    may_run = threading.Event()
+
+    def held(rank: int) -> Callable[[StepPlan], StepResult | None]:
+        def wait(plan: StepPlan) -> StepResult | None:
+            assert may_run.wait(WAIT_S)
+            return None
+
+        return wait
+
+    def first() -> HomePolicy:
+        return GivenHome(lambda r: 0, LeastWork())
+
+    with ranks_of(2, 32, doors=(0, 1), homes=first, before=held) as ranks:
         answers = [ranks.submit(r, door) for door, r in enumerate(asked)]
         with pytest.raises(InvalidRequestError, match=r"request id 'same.*in use"):
             ranks.submit(asked[0], 0)
+        may_run.set()
         ends = [answer.last for answer in answers]
     assert {end.request_id for end in ends} == {"same"}
     assert [answer.token_ids for answer in answers] == [alone(r) for r in asked]
@@ -183,7 +196,7 @@ def test_a_rank_that_falls_out_of_step_ends_the_run_by_name(rank: int, ranks_of:
 
     def spoil(own: int) -> Callable[[StepPlan], StepResult | None]:
         def failing(plan: StepPlan) -> StepResult | None:
-            if own == rank and armed.is_set():
+            if armed.wait(0.01) and own == rank:  # slowly, so that all are submitted before
                 raise ZeroDivisionError("a layer broke")
             return None
 
