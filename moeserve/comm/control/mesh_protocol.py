@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -53,7 +54,7 @@ class Inquiry:
     absent: set[int] = field(default_factory=set)
 
 
-class MeshProtocol:
+class MeshProtocol(ABC):
     """One rank's state. ``_streams`` are, for each step, the dialled one and the accepted one;
     whoever holds ``_changed`` may call anything."""
 
@@ -72,9 +73,9 @@ class MeshProtocol:
         self._counters = [0] * 5
         self._changed = threading.Condition()
 
+    @abstractmethod
     def _tell_news(self) -> None:
         """There is an alarm, or a rank has to stop."""
-        raise NotImplementedError
 
     def _new_round(self) -> _Round:
         return _Round([b""] * self._world)

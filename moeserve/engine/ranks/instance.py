@@ -149,8 +149,9 @@ class Instance:
                 del self._held[event.request_id]
                 self._front.finished(event.request_id)
                 self._observer.on_finish(event.finish, state.timing(now))
-            own = replace(event, request_id=state.request.id, cached_tokens=state.cached)
-            outbox.add(state.sink, own)
+            if self._suffix or event.cached_tokens != state.cached:
+                event = replace(event, request_id=state.request.id, cached_tokens=state.cached)
+            outbox.add(state.sink, event)
         if before:
             self._observer.on_gaps({now - then: count for then, count in before.items()})
         for error, found in outbox.send():
