@@ -24,9 +24,9 @@ from rich.progress import Progress
 from moeserve.config.options import ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.errors import CancelledError
-from moeserve.gateway.grpc_door import GrpcDoor
-from moeserve.gateway.http_door import http_app
-from moeserve.gateway.http_server import HttpServer, address_of
+from moeserve.gateway.grpc.door import GrpcDoor
+from moeserve.gateway.http.app import http_app
+from moeserve.gateway.http.server import HttpServer, address_of
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.service import InferenceService, ServedModel

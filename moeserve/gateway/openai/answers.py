@@ -7,29 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from moeserve.errors import MoeserveError
-from moeserve.gateway.http_bodies import AnswerFormat
+from moeserve.gateway.openai.errors import Json
+from moeserve.gateway.openai.fields import AnswerFormat
 from moeserve.gateway.stream import Delta, Usage
 from moeserve.models.tokenizer import Tokenizer
 
-Json = dict[str, Any]
-
 # JSON has no -Infinity; OpenAI writes this for a token that cannot occur.
 LEAST_LOGPROB = -9999.0
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-def error_body(error: MoeserveError) -> Json:
-    kind = _TYPES.get(error.http_status)
-    if kind is None:
-        kind = "invalid_request_error" if error.http_status < 500 else "server_error"
-    return error_object(error.message, kind, error.code.lower(), error.param)
-
-
-def error_object(message: str, kind: str, code: str, param: str | None = None) -> Json:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 @dataclass(slots=True)

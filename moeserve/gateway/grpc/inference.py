@@ -1,106 +1,40 @@
-"""The gRPC door: ``moeserve.v1.Inference`` with health and reflection.
+"""``moeserve.v1.Inference``: messages to client requests, and deltas to chunks.
 
-Translates messages to client requests and deltas to chunks; what they mean is the service's
-business. Messages are parsed here and not by gRPC, so that bytes which are no message get
-INVALID_ARGUMENT instead of INTERNAL.
+What they mean is the service's business.
 """
 
 from __future__ import annotations
 
 import functools
-import hmac
-import logging
-from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias, cast
 
 import grpc
-from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError, Message
-from google.protobuf.unknown_fields import UnknownFieldSet
-from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from google.protobuf.message import Message
 
 import moeserve
 from moeserve.core import FinishReason, Logprobs
-from moeserve.errors import (
-    ConfigError,
-    InternalError,
-    InvalidRequestError,
-    MoeserveError,
-    UnauthenticatedError,
-)
-from moeserve.gateway.limits import MAX_MESSAGE_BYTES
+from moeserve.errors import InvalidRequestError
+from moeserve.gateway.grpc.statuses import Context, Method, bytes_of, call
 from moeserve.gateway.service import ClientRequest, InferenceService, ServiceState
 from moeserve.gateway.stream import Delta, Durations, Usage
 from moeserve.pb import inference_pb2 as pb
 
-log = logging.getLogger(__name__)
-
 SERVICE = "moeserve.v1.Inference"
-_HEALTH = "/grpc.health.v1.Health/"
-_OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Without this two servers share a port in silence.
-    ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
 _FINISH = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
 
-Context = grpc.aio.ServicerContext[Any, Any]
-Method = Callable[[Any, Context], Awaitable[Message | None]]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
-class GrpcDoor:
-    """Owns a gRPC server; bound from the start, serving between ``open`` and ``close``."""
+class InferenceMethods:
+    """The methods, for one service."""
 
-    def __init__(
-        self,
-        service: InferenceService,
-        host: str,
-        port: int,
-        api_key: str | None = None,
-        with_reflection: bool = True,
-    ) -> None:
+    def __init__(self, service: InferenceService) -> None:
         self._service = service
-        self._health = health.aio.HealthServicer()
-        guards = [] if api_key is None else [_KeyGuard(api_key)]
-        self._server = grpc.aio.server(interceptors=guards, options=_OPTIONS)
-        self._server.add_generic_rpc_handlers([self._handlers()])
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if with_reflection:
-            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            self.port = int(self._server.add_insecure_port(address))
-        except RuntimeError as error:
-            raise ConfigError(
-                f"grpc_port={port}: cannot listen on {address}; taken, or not of this machine: "
-                "choose another --grpc-port (0 for any free one) or --host"
-            ) from error
 
-    async def open(self) -> None:
-        """Answers from now on; NOT_SERVING until ``announce``."""
-        await self.announce(False)
-        await self._server.start()
-
-    async def announce(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse
-        for name in ("", SERVICE):
-            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
-
-    async def close(self, grace_s: float) -> None:
-        """Refuses new calls, gives running ones ``grace_s``, then cancels them."""
-        await self._server.stop(grace_s)
-
-    def _handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler:
         unary: dict[str, tuple[Method, type[Message]]] = {
             "GenerateUnary": (self._generate_unary, pb.GenerateRequest),
             "Tokenize": (self._tokenize, pb.TokenizeRequest),
@@ -111,13 +45,13 @@ class GrpcDoor:
         }
         handlers: dict[str, _Handler] = {
             name: grpc.unary_unary_rpc_method_handler(
-                functools.partial(_call, method, kind), response_serializer=_bytes_of
+                functools.partial(call, method, kind), response_serializer=bytes_of
             )
             for name, (method, kind) in unary.items()
         }
         handlers["Generate"] = grpc.unary_stream_rpc_method_handler(
-            functools.partial(_call, self._generate, pb.GenerateRequest),
-            response_serializer=_bytes_of,
+            functools.partial(call, self._generate, pb.GenerateRequest),
+            response_serializer=bytes_of,
         )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
@@ -187,91 +121,6 @@ class GrpcDoor:
             block_size=load.block_size,
             ready=self._service.state is ServiceState.READY,
         )
-
-
-class _KeyGuard(grpc.aio.ServerInterceptor):
-    """Everything but health needs ``authorization: Bearer KEY``."""
-
-    def __init__(self, api_key: str) -> None:
-        self._expected = f"Bearer {api_key}".encode()
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> _Handler | None:
-        handler = await continuation(handler_call_details)
-        given = dict(handler_call_details.invocation_metadata).get("authorization", "")
-        known = hmac.compare_digest(str(given).encode(), self._expected)
-        if handler is None or known or handler_call_details.method.startswith(_HEALTH):
-            return handler
-        if handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(_deny)
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(_deny)
-        return grpc.unary_unary_rpc_method_handler(_deny)
-
-
-async def _deny(_: object, context: Context) -> None:
-    await _abort(
-        context, UnauthenticatedError("send the api key as metadata 'authorization: Bearer KEY'")
-    )
-
-
-async def _call(
-    method: Method, kind: type[Message], data: bytes, context: Context
-) -> Message | None:
-    """The frame around every method: bytes in, our errors out as statuses."""
-    try:
-        return await method(_parse(kind, data), context)
-    except MoeserveError as error:
-        failed: MoeserveError = error
-    except grpc.aio.AbortError:
-        raise
-    except Exception:  # a bug of ours: the log has it, the client gets INTERNAL, serving goes on
-        log.exception("a bug in %s", kind.DESCRIPTOR.name)
-        failed = InternalError("internal error; the server's log tells more")
-    await _abort(context, failed)
-    return None
-
-
-async def _abort(context: Context, error: MoeserveError) -> None:
-    code = grpc.StatusCode[error.code]
-    info = error_details_pb2.ErrorInfo(reason=error.code, domain="moeserve")
-    if error.param is not None:
-        info.metadata["param"] = error.param
-    detail = any_pb2.Any()
-    detail.Pack(info)
-    status = status_pb2.Status(code=code.value[0], message=error.message, details=[detail])
-    trailers = (("grpc-status-details-bin", status.SerializeToString()),)
-    await context.abort(code, error.message, trailers)
-
-
-def _bytes_of(message: Message) -> bytes:
-    return message.SerializeToString()
-
-
-def _parse(kind: type[Message], data: bytes) -> Message:
-    message = kind()
-    try:
-        message.ParseFromString(data)
-    except DecodeError as error:
-        raise InvalidRequestError(
-            f"not a valid {kind.DESCRIPTOR.full_name}; texts must be UTF-8: {error}"
-        ) from error
-    _refuse_unknown(message)
-    return message
-
-
-def _refuse_unknown(message: Message) -> None:
-    for unknown in UnknownFieldSet(message):  # type: ignore[attr-defined]
-        raise InvalidRequestError(
-            f"{message.DESCRIPTOR.full_name} has no field {unknown.field_number}; this server may "
-            "be older than the client"
-        )
-    for field, value in message.ListFields():
-        if field.message_type is not None and not field.is_repeated:
-            _refuse_unknown(value)
 
 
 def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -> ClientRequest:

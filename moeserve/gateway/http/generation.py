@@ -1,0 +1,119 @@
+"""One generation over HTTP: whole as JSON, or as server-sent events, while the client listens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from moeserve.errors import InternalError, MoeserveError
+from moeserve.gateway.http.failures import failed_response
+from moeserve.gateway.openai.answers import AnswerWriter
+from moeserve.gateway.openai.errors import Json, error_body
+from moeserve.gateway.openai.fields import AnswerFormat
+from moeserve.gateway.service import ClientRequest, InferenceService
+from moeserve.gateway.stream import ResponseStream
+
+log = logging.getLogger(__name__)
+
+
+class Generation(Response):
+    """Runs one client request for as long as the client listens."""
+
+    def __init__(
+        self, service: InferenceService, wanted: ClientRequest, form: AnswerFormat
+    ) -> None:
+        super().__init__()
+        self._service = service
+        self._wanted = wanted
+        self._form = form
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._answer(scope, receive, send))
+        hang_up = asyncio.create_task(_hung_up(receive))
+        try:
+            await asyncio.wait({work, hang_up}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            work.cancel()
+            hang_up.cancel()
+            await asyncio.wait({work, hang_up})
+        if not work.cancelled():
+            work.result()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        events = _Events(send)
+        try:
+            async with await self._service.open(self._wanted) as stream:
+                writer = self._writer(stream)
+                if self._form.stream:
+                    await self._stream(stream, writer, events)
+                    return
+                async for delta in stream:
+                    writer.add(delta)
+            answer = JSONResponse(writer.whole())
+        except MoeserveError as error:
+            failed = error
+        except Exception:  # a bug of ours: the log has it, the client gets 500, serving goes on
+            log.exception("a bug while answering")
+            failed = InternalError("internal error; the server's log tells more")
+        else:
+            await answer(scope, receive, send)
+            return
+        if events.started:
+            await events.send(error_body(failed))
+            await events.end()
+        else:
+            await failed_response(failed)(scope, receive, send)
+
+    async def _stream(self, stream: ResponseStream, writer: AnswerWriter, events: _Events) -> None:
+        async for delta in stream:
+            for chunk in writer.chunks(delta):
+                await events.send(chunk)
+        if self._form.include_usage:
+            await events.send(writer.usage_chunk())
+        await events.send_raw("[DONE]")
+        await events.end()
+
+    def _writer(self, stream: ResponseStream) -> AnswerWriter:
+        served = self._service.served
+        return AnswerWriter(
+            self._form,
+            stream.request_id,
+            served.name,
+            int(time.time()),
+            self._wanted.n,
+            served.tokenizer,
+        )
+
+
+class _Events:
+    """Server-sent events. The status is sent with the first, so that a request which fails before
+    its first token fails with the right one."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def send(self, event: Json) -> None:
+        await self.send_raw(json.dumps(event, ensure_ascii=False, allow_nan=False))
+
+    async def send_raw(self, data: str) -> None:
+        if not self.started:
+            self.started = True
+            kind = (b"content-type", b"text/event-stream; charset=utf-8")
+            headers = [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        body = f"data: {data}\n\n".encode(errors="replace")
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

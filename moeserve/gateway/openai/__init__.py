@@ -1,0 +1,11 @@
+"""OpenAI's JSON, without a transport: request bodies in; answers, whole and in chunks, out.
+
+::
+
+    fields       fields that several routes share, and the rule for all others
+    completions  bodies of ``/v1/completions``
+    chat         bodies of ``/v1/chat/completions``
+    tokens       bodies of ``/tokenize`` and ``/detokenize``
+    answers      answers, whole and in chunks, with logprobs in both forms
+    errors       failures in OpenAI's form
+"""

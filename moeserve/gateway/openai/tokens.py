@@ -1,0 +1,38 @@
+"""Bodies of ``/tokenize`` and ``/detokenize``, as vLLM has them."""
+
+from __future__ import annotations
+
+from moeserve.gateway.openai.chat import Conversation, parse_conversation
+from moeserve.gateway.openai.fields import (
+    Body,
+    flag,
+    refuse,
+    refuse_others,
+    text,
+)
+
+
+def parse_tokenize(body: Body) -> tuple[str, str | Conversation, bool]:
+    """Model, text or conversation, and whether special tokens are added."""
+    refuse_others(
+        body,
+        frozenset(
+            "model prompt messages add_special_tokens add_generation_prompt "
+            "chat_template_kwargs".split()
+        ),
+    )
+    if ("prompt" in body) == ("messages" in body):
+        refuse("prompt", "send either prompt or messages")
+    if "messages" in body:
+        conversation = parse_conversation(body)
+        return text(body, "model"), conversation, flag(body, "add_special_tokens")
+    special = flag(body, "add_special_tokens", default=True)
+    return text(body, "model"), text(body, "prompt"), special
+
+
+def parse_detokenize(body: Body) -> tuple[str, object, bool]:
+    """Model, token ids and whether special tokens are left out."""
+    refuse_others(body, frozenset({"model", "tokens", "skip_special_tokens"}))
+    if "tokens" not in body:
+        refuse("tokens", "missing: send a list of token ids")
+    return text(body, "model"), body["tokens"], flag(body, "skip_special_tokens", default=True)
