@@ -12,7 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from moeserve.errors import InternalError, MoeserveError
 from moeserve.gateway.http.failures import failed_response
-from moeserve.gateway.openai.answers import AnswerWriter
+from moeserve.gateway.openai.answers import AnswerHead, AnswerWriter
+from moeserve.gateway.openai.chat_answers import ChatWriter
+from moeserve.gateway.openai.completion_answers import CompletionWriter
 from moeserve.gateway.openai.errors import Json, error_body
 from moeserve.gateway.openai.fields import AnswerFormat
 from moeserve.gateway.service import ClientRequest, InferenceService
@@ -80,14 +82,9 @@ class Generation(Response):
 
     def _writer(self, stream: ResponseStream) -> AnswerWriter:
         served = self._service.served
-        return AnswerWriter(
-            self._form,
-            stream.request_id,
-            served.name,
-            int(time.time()),
-            self._wanted.n,
-            served.tokenizer,
-        )
+        head = AnswerHead(stream.request_id, served.name, int(time.time()), self._wanted.n)
+        write = ChatWriter if self._form.chat else CompletionWriter
+        return write(self._form, head, served.tokenizer)
 
 
 class _Events:

@@ -1,24 +1,36 @@
-"""Answers as OpenAI writes them: completions and chat, whole and in chunks, logprobs in both forms.
+"""What OpenAI's answers have alike, whole and in chunks: head, choices, usage.
 
-Pure: deltas in, JSON objects out.
+Pure: deltas in, JSON objects out. Completions and chat each write their own choices.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moeserve.gateway.openai.errors import Json
 from moeserve.gateway.openai.fields import AnswerFormat
+from moeserve.gateway.openai.logprobs import TokenEntries
 from moeserve.gateway.stream import Delta, Usage
 from moeserve.models.tokenizer import Tokenizer
 
-# JSON has no -Infinity; OpenAI writes this for a token that cannot occur.
-LEAST_LOGPROB = -9999.0
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """What names an answer: its id, model, time of creation, and ``n`` sequences a prompt."""
+
+    answer_id: str
+    model: str
+    created: int
+    n: int
 
 
 @dataclass(slots=True)
-class _Choice:
+class Choice:
+    """What came of one sequence so far."""
+
+    index: int
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Json] = field(default_factory=list)
@@ -27,44 +39,47 @@ class _Choice:
     usage: Usage | None = None
 
 
-class AnswerWriter:
-    """Writes one answer and owns what it has so far. ``n`` sequences for every prompt."""
+class AnswerWriter(ABC):
+    """Writes one answer and owns what it has so far.
+
+    Of a whole answer every delta is given to ``add``, of a stream to ``chunks``.
+    """
 
     def __init__(
-        self,
-        form: AnswerFormat,
-        answer_id: str,
-        model: str,
-        created: int,
-        n: int,
-        tokenizer: Tokenizer | None,
+        self, form: AnswerFormat, head: AnswerHead, kind: str, tokenizer: Tokenizer | None
     ) -> None:
         self._form = form
-        self._n = n
-        self._tokenizer = tokenizer
-        self._choices: dict[int, _Choice] = {}
-        what = "chat.completion" if form.chat else "text_completion"
-        chunk = ".chunk" if form.chat and form.stream else ""
-        self._head = {"id": answer_id, "object": what + chunk, "created": created, "model": model}
+        self._n = head.n
+        self._entries_of = TokenEntries(tokenizer)
+        self._choices: dict[int, Choice] = {}
+        self._head = {
+            "id": head.answer_id,
+            "object": kind,
+            "created": head.created,
+            "model": head.model,
+        }
+
+    @abstractmethod
+    def _whole_choice(self, choice: Choice) -> Json:
+        """A choice of a whole answer, without what all kinds have."""
+
+    @abstractmethod
+    def _parts(self, choice: Choice, delta: Delta, fresh: bool) -> Iterator[Json]:
+        """What a delta adds to a choice, each for a chunk of its own; ``fresh`` where it is the
+        choice's first."""
 
     def add(self, delta: Delta) -> None:
         """One more delta of what ``whole`` will be."""
-        choice = self._choice(delta)
+        choice, _ = self._choice(delta)
         choice.texts.append(delta.text)
         choice.token_ids.extend(delta.token_ids)
-        if self._form.logprobs:
-            choice.logprobs.extend(self._entries(choice, delta))
+        choice.logprobs.extend(self._entries(choice, delta))
 
     def whole(self) -> Json:
         choices = []
         for index, choice in sorted(self._choices.items()):
-            text = "".join(choice.texts)
             body: Json = {"index": index, "finish_reason": choice.finish}
-            body["logprobs"] = self._logprobs(choice.logprobs) if self._form.logprobs else None
-            if self._form.chat:
-                body["message"] = {"role": "assistant", "content": text, "refusal": None}
-            else:
-                body["text"] = text
+            body |= self._whole_choice(choice)
             if self._form.token_ids:
                 body["token_ids"] = choice.token_ids
             choices.append(body)
@@ -72,37 +87,32 @@ class AnswerWriter:
 
     def chunks(self, delta: Delta) -> Iterator[Json]:
         """What one delta adds to a stream; nothing if it has nothing to show yet."""
-        fresh = delta.index not in self._choices
-        choice = self._choice(delta)
-        if fresh and self._form.chat:
-            opening = {"role": "assistant", "content": ""}
-            yield self._chunk({"index": delta.index, "delta": opening, "finish_reason": None})
-        shows_tokens = delta.token_ids and (self._form.logprobs or self._form.token_ids)
-        if not (delta.text or shows_tokens or delta.finish):
-            return
-        body: Json = {"index": delta.index, "finish_reason": choice.finish, "logprobs": None}
-        if self._form.logprobs:
-            body["logprobs"] = self._logprobs(self._entries(choice, delta))
-        if self._form.chat:
-            body["delta"] = {"content": delta.text} if delta.text or not delta.finish else {}
-        else:
-            body["text"] = delta.text
-        if self._form.token_ids:
-            body["token_ids"] = list(delta.token_ids)
-        yield self._chunk(body)
+        choice, fresh = self._choice(delta)
+        usage = {"usage": None} if self._form.include_usage else {}
+        for part in self._parts(choice, delta, fresh):
+            yield self._head | {"choices": [{"index": delta.index} | part]} | usage
 
     def usage_chunk(self) -> Json:
         return self._head | {"choices": [], "usage": self._usage()}
 
-    def _chunk(self, choice: Json) -> Json:
-        usage = {"usage": None} if self._form.include_usage else {}
-        return self._head | {"choices": [choice]} | usage
+    def _shows(self, delta: Delta) -> bool:
+        tokens = delta.token_ids and (self._form.logprobs or self._form.token_ids)
+        return bool(delta.text or tokens or delta.finish)
 
-    def _choice(self, delta: Delta) -> _Choice:
-        choice = self._choices.setdefault(delta.index, _Choice())
+    def _choice(self, delta: Delta) -> tuple[Choice, bool]:
+        fresh = delta.index not in self._choices
+        choice = self._choices.setdefault(delta.index, Choice(delta.index))
         choice.finish = delta.finish.value if delta.finish else None
         choice.usage = delta.usage or choice.usage
-        return choice
+        return choice, fresh
+
+    def _entries(self, choice: Choice, delta: Delta) -> list[Json]:
+        if not self._form.logprobs:
+            return []
+        entries, choice.offset = self._entries_of.entries(
+            delta.token_ids, delta.logprobs, choice.offset
+        )
+        return entries
 
     def _usage(self) -> Json:
         used = {index: c.usage for index, c in self._choices.items() if c.usage is not None}
@@ -117,50 +127,3 @@ class AnswerWriter:
             "total_tokens": prompt + answer,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
-
-    def _entries(self, choice: _Choice, delta: Delta) -> list[Json]:
-        """One entry per token, in a form from which both of OpenAI's are made."""
-        entries = []
-        for token, found in zip(delta.token_ids, delta.logprobs, strict=True):
-            shown = self._shown(token, found.chosen)
-            tops = [self._shown(other, value) for other, value in found.top]
-            entries.append(shown | {"top_logprobs": tops, "offset": choice.offset})
-            choice.offset += len(self._whole_text(token))
-        return entries
-
-    def _shown(self, token: int, logprob: float) -> Json:
-        raw = self._bytes(token)
-        return {
-            "token": self._whole_text(token),
-            "logprob": max(logprob, LEAST_LOGPROB),
-            "bytes": None if raw is None else list(raw),
-        }
-
-    def _bytes(self, token: int) -> bytes | None:
-        return None if self._tokenizer is None else self._tokenizer.token_bytes(token)
-
-    def _whole_text(self, token: int) -> str:
-        raw = self._bytes(token)
-        if raw is None:
-            return f"token_id:{token}"
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-    def _logprobs(self, entries: list[Json]) -> Json:
-        if self._form.chat:
-            shown = [{k: v for k, v in entry.items() if k != "offset"} for entry in entries]
-            return {"content": shown, "refusal": None}
-        return {
-            "tokens": [entry["token"] for entry in entries],
-            "token_logprobs": [entry["logprob"] for entry in entries],
-            "top_logprobs": [_by_token(entry) for entry in entries],
-            "text_offset": [entry["offset"] for entry in entries],
-        }
-
-
-def _by_token(entry: Json) -> dict[str, float]:
-    """The best tokens, and the chosen one where it is not among them."""
-    best = {top["token"]: top["logprob"] for top in entry["top_logprobs"]}
-    return best | {entry["token"]: entry["logprob"]}
