@@ -6,16 +6,14 @@ dropped in silence. ``null`` is the same as absent, as OpenAI has it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from moeserve.errors import InvalidRequestError
 from moeserve.gateway import limits
+from moeserve.gateway.json_body import Body
 from moeserve.gateway.service import ClientRequest
-
-Body = Mapping[str, Any]
 
 _SAMPLING = frozenset(
     "max_tokens min_tokens temperature top_k top_p min_p repetition_penalty presence_penalty "
@@ -75,25 +73,6 @@ class Conversation:
     messages: list[dict[str, object]]
     add_generation_prompt: bool
     template_args: Mapping[str, object]
-
-
-def parse_json(raw: bytes) -> Body:
-    """A JSON object; NaN and infinities are no JSON."""
-    try:
-        body = json.loads(raw.decode(), parse_constant=_no_constant)
-        if b"\\u" in raw:  # an escape can spell half of a surrogate pair, which is no text
-            json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError("the body is not Unicode: it has a lone surrogate") from error
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"the body is not UTF-8 (byte {error.start}): send JSON in UTF-8"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is not JSON: {error}"[:300]) from error
-    if not isinstance(body, dict):
-        raise InvalidRequestError(f"the body is a JSON {type(body).__name__}, expected an object")
-    return {name: value for name, value in body.items() if value is not None}
 
 
 def parse_completion(body: Body) -> tuple[ClientRequest, AnswerFormat]:
@@ -295,10 +274,6 @@ def _template_args(body: Body) -> Mapping[str, object]:
         if not name.isidentifier() or name in ("self", "messages", "add_generation_prompt"):
             _refuse("chat_template_kwargs", f"{name!a:.60} cannot be set")
     return args
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _refuse(name: str, reason: str) -> NoReturn:

@@ -34,13 +34,13 @@ from moeserve.errors import (
 )
 from moeserve.gateway import http_bodies as bodies
 from moeserve.gateway.http_answers import AnswerWriter, Json, error_body, error_object
+from moeserve.gateway.json_body import Body
 from moeserve.gateway.limits import MAX_BODY_BYTES, prompt_text
 from moeserve.gateway.service import (
     ClientRequest,
     InferenceService,
     ServedModel,
     ServiceState,
-    tokenizer_of,
 )
 from moeserve.gateway.stream import ResponseStream
 
@@ -92,27 +92,27 @@ class _Routes:
         return JSONResponse(_model_card(self._service.model(request.path_params["name"])))
 
     async def completions(self, request: Request) -> Response:
-        wanted, form = bodies.parse_completion(await _body(request))
+        wanted, form = bodies.parse_completion(await _body(request, self._service))
         return _Generation(self._service, _named(wanted, "cmpl"), form)
 
     async def chat(self, request: Request) -> Response:
-        wanted, form, conversation = bodies.parse_chat(await _body(request))
-        prompt = _render(self._service.model(wanted.model), conversation)
+        wanted, form, conversation = bodies.parse_chat(await _body(request, self._service))
+        prompt = await self._render(wanted.model, conversation)
         wanted = replace(_named(wanted, "chatcmpl"), prompts=(prompt,))
         return _Generation(self._service, wanted, form)
 
     async def tokenize(self, request: Request) -> Response:
-        model, what, special = bodies.parse_tokenize(await _body(request))
+        model, what, special = bodies.parse_tokenize(await _body(request, self._service))
         served = self._service.model(model)
-        text = what if isinstance(what, str) else _render(served, what)
+        text = what if isinstance(what, str) else await self._render(model, what)
         ids = await self._service.tokenize(model, text, special)
         return JSONResponse(
             {"count": len(ids), "max_model_len": served.limits.max_len, "tokens": ids}
         )
 
     async def detokenize(self, request: Request) -> Response:
-        model, ids, skip = bodies.parse_detokenize(await _body(request))
-        return JSONResponse({"prompt": self._service.detokenize(model, ids, skip)})
+        model, ids, skip = bodies.parse_detokenize(await _body(request, self._service))
+        return JSONResponse({"prompt": await self._service.detokenize(model, ids, skip)})
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "alive"})
@@ -127,6 +127,15 @@ class _Routes:
     async def metrics(self, _: Request) -> Response:
         page, kind = await self._metrics()
         return Response(page, headers={"content-type": kind})
+
+    async def _render(self, model: str, conversation: bodies.Conversation) -> str:
+        self._service.model(model)
+        text = await self._service.texts.render(
+            conversation.messages,
+            add_generation_prompt=conversation.add_generation_prompt,
+            **conversation.template_args,
+        )
+        return prompt_text(text, "messages")
 
 
 class _Generation(Response):
@@ -287,7 +296,7 @@ async def _plain(request: Request, error: Exception) -> Response:
     return JSONResponse(body, status, headers)
 
 
-async def _body(request: Request) -> bodies.Body:
+async def _body(request: Request, service: InferenceService) -> Body:
     """The JSON object sent, within its bounds of type, size and time."""
     kind = Headers(scope=request.scope).get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -303,7 +312,7 @@ async def _body(request: Request) -> bodies.Body:
                     )
     except TimeoutError as late:
         raise DeadlineError(f"the body did not arrive within {BODY_S:g} s") from late
-    return bodies.parse_json(bytes(raw))
+    return await service.texts.parse_json(bytes(raw))
 
 
 def _named(wanted: ClientRequest, prefix: str) -> ClientRequest:
@@ -312,13 +321,6 @@ def _named(wanted: ClientRequest, prefix: str) -> ClientRequest:
         if wanted.request_id
         else replace(wanted, request_id=f"{prefix}-{secrets.token_hex(12)}")
     )
-
-
-def _render(served: ServedModel, conversation: bodies.Conversation) -> str:
-    text = tokenizer_of(served).render_chat(
-        conversation.messages, conversation.add_generation_prompt, **conversation.template_args
-    )
-    return prompt_text(text, "messages")
 
 
 def _model_card(served: ServedModel) -> Json:
