@@ -26,10 +26,8 @@ from moeserve.errors import (
 from moeserve.gateway import limits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.stream import ResponseStream
+from moeserve.gateway.text_work import TextWork
 from moeserve.models.tokenizer import Tokenizer
-
-# Longer texts are tokenised beside the event loop, not on it.
-INLINE_CHARS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +74,7 @@ class InferenceService:
 
     def __init__(self, mailbox: Mailbox, clock: Callable[[], float] = time.monotonic) -> None:
         self.state = ServiceState.LOADING
+        self.texts = TextWork()
         self._served: ServedModel | None = None
         self._mailbox = mailbox
         self._clock = clock
@@ -86,6 +85,7 @@ class InferenceService:
     def serve(self, served: ServedModel) -> None:
         """Opens for requests."""
         self._served = served
+        self.texts.serve(served.name, served.tokenizer)
         self.state = ServiceState.READY
 
     @property
@@ -186,26 +186,23 @@ class InferenceService:
         self, served: ServedModel, prompt: str | tuple[int, ...], special_tokens: bool
     ) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(await self.encode(served, limits.prompt_text(prompt), special_tokens))
+            return tuple(await self.encode(limits.prompt_text(prompt), special_tokens))
         limits.room_for_answer(len(prompt), served.limits)
         return limits.token_ids(prompt, served.limits)
 
-    async def encode(self, served: ServedModel, text: str, special_tokens: bool) -> list[int]:
-        tokenizer = tokenizer_of(served)
-        if len(text) <= INLINE_CHARS:
-            return tokenizer.encode(text, special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, special_tokens)
+    async def encode(self, text: str, special_tokens: bool) -> list[int]:
+        return await self.texts.encode(text, special_tokens)
 
     async def tokenize(self, model: str, text: str, special_tokens: bool = True) -> list[int]:
-        served = self.model(model)
+        self.model(model)
         if not text:
             return []
-        return await self.encode(served, limits.prompt_text(text, "text"), special_tokens)
+        return await self.encode(limits.prompt_text(text, "text"), special_tokens)
 
-    def detokenize(self, model: str, ids: object, skip_special_tokens: bool = True) -> str:
+    async def detokenize(self, model: str, ids: object, skip_special_tokens: bool = True) -> str:
         served = self.model(model)
         checked = limits.token_ids(ids, served.limits, "token_ids", served.limits.max_len)
-        return tokenizer_of(served).decode(list(checked), skip_special_tokens)
+        return await self.texts.decode(checked, skip_special_tokens)
 
     def abort(self, request_id: str) -> None:
         if (stream := self._streams.get(request_id)) is None:
@@ -221,15 +218,6 @@ class InferenceService:
     async def idle(self) -> None:
         """Waits until no stream is open; callers bound the wait."""
         await self._idle.wait()
-
-
-def tokenizer_of(served: ServedModel) -> Tokenizer:
-    if served.tokenizer is None:
-        raise TokenizerError(
-            f"model {served.name!r} has no tokenizer: send token ids instead of text",
-            param="prompt",
-        )
-    return served.tokenizer
 
 
 def child_seed(seed: int, index: int) -> int:

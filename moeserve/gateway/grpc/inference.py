@@ -91,7 +91,8 @@ class InferenceMethods:
     async def _detokenize(self, request: pb.DetokenizeRequest, _: Context) -> pb.DetokenizeResponse:
         skip = not request.HasField("skip_special_tokens") or request.skip_special_tokens
         ids = list(request.token_ids)
-        return pb.DetokenizeResponse(text=self._service.detokenize(request.model, ids, skip))
+        text = await self._service.detokenize(request.model, ids, skip)
+        return pb.DetokenizeResponse(text=text)
 
     async def _abort(self, request: pb.AbortRequest, _: Context) -> pb.AbortResponse:
         self._service.abort(request.request_id)

@@ -33,7 +33,6 @@ from moeserve.gateway.service import (
     InferenceService,
     ServedModel,
     ServiceState,
-    tokenizer_of,
 )
 
 # A page and its content type.
@@ -75,27 +74,27 @@ class _Routes:
         return JSONResponse(_model_card(self._service.model(request.path_params["name"])))
 
     async def completions(self, request: Request) -> Response:
-        wanted, form = parse_completion(await read_body(request))
+        wanted, form = parse_completion(await read_body(request, self._service.texts))
         return Generation(self._service, _named(wanted, "cmpl"), form)
 
     async def chat(self, request: Request) -> Response:
-        wanted, form, conversation = parse_chat(await read_body(request))
-        prompt = _render(self._service.model(wanted.model), conversation)
+        wanted, form, conversation = parse_chat(await read_body(request, self._service.texts))
+        prompt = await self._render(wanted.model, conversation)
         wanted = replace(_named(wanted, "chatcmpl"), prompts=(prompt,))
         return Generation(self._service, wanted, form)
 
     async def tokenize(self, request: Request) -> Response:
-        model, what, special = parse_tokenize(await read_body(request))
+        model, what, special = parse_tokenize(await read_body(request, self._service.texts))
         served = self._service.model(model)
-        text = what if isinstance(what, str) else _render(served, what)
+        text = what if isinstance(what, str) else await self._render(model, what)
         ids = await self._service.tokenize(model, text, special)
         return JSONResponse(
             {"count": len(ids), "max_model_len": served.limits.max_len, "tokens": ids}
         )
 
     async def detokenize(self, request: Request) -> Response:
-        model, ids, skip = parse_detokenize(await read_body(request))
-        return JSONResponse({"prompt": self._service.detokenize(model, ids, skip)})
+        model, ids, skip = parse_detokenize(await read_body(request, self._service.texts))
+        return JSONResponse({"prompt": await self._service.detokenize(model, ids, skip)})
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "alive"})
@@ -111,6 +110,15 @@ class _Routes:
         page, kind = await self._metrics()
         return Response(page, headers={"content-type": kind})
 
+    async def _render(self, model: str, conversation: Conversation) -> str:
+        self._service.model(model)
+        text = await self._service.texts.render(
+            conversation.messages,
+            add_generation_prompt=conversation.add_generation_prompt,
+            **conversation.template_args,
+        )
+        return prompt_text(text, "messages")
+
 
 def _named(wanted: ClientRequest, prefix: str) -> ClientRequest:
     return (
@@ -118,13 +126,6 @@ def _named(wanted: ClientRequest, prefix: str) -> ClientRequest:
         if wanted.request_id
         else replace(wanted, request_id=f"{prefix}-{secrets.token_hex(12)}")
     )
-
-
-def _render(served: ServedModel, conversation: Conversation) -> str:
-    text = tokenizer_of(served).render_chat(
-        conversation.messages, conversation.add_generation_prompt, **conversation.template_args
-    )
-    return prompt_text(text, "messages")
 
 
 def _model_card(served: ServedModel) -> Json:

@@ -1,27 +1,23 @@
-"""A request's body: read within bounds of type, size and time, and parsed as JSON.
-
-``null`` is the same as absent, as OpenAI has it.
-"""
+"""A request's body: read within bounds of type, size and time, and parsed as JSON."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import NoReturn
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from moeserve.errors import DeadlineError, InvalidRequestError
+from moeserve.errors import DeadlineError
+from moeserve.gateway.json_body import Body
 from moeserve.gateway.limits import MAX_BODY_BYTES
-from moeserve.gateway.openai.fields import Body
+from moeserve.gateway.text_work import TextWork
 
 # A client that is slower than this with its body is hung up on.
 BODY_S = 60.0
 
 
-async def read_body(request: Request) -> Body:
+async def read_body(request: Request, texts: TextWork) -> Body:
     """The JSON object sent, within its bounds of type, size and time."""
     kind = Headers(scope=request.scope).get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -37,27 +33,4 @@ async def read_body(request: Request) -> Body:
                     )
     except TimeoutError as late:
         raise DeadlineError(f"the body did not arrive within {BODY_S:g} s") from late
-    return parse_json(bytes(raw))
-
-
-def parse_json(raw: bytes) -> Body:
-    """A JSON object; NaN and infinities are no JSON."""
-    try:
-        body = json.loads(raw.decode(), parse_constant=_no_constant)
-        if b"\\u" in raw:  # an escape can spell half of a surrogate pair, which is no text
-            json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError("the body is not Unicode: it has a lone surrogate") from error
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"the body is not UTF-8 (byte {error.start}): send JSON in UTF-8"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is not JSON: {error}"[:300]) from error
-    if not isinstance(body, dict):
-        raise InvalidRequestError(f"the body is a JSON {type(body).__name__}, expected an object")
-    return {name: value for name, value in body.items() if value is not None}
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+    return await texts.parse_json(bytes(raw))

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from moeserve.errors import InvalidRequestError
 from moeserve.gateway import limits
+from moeserve.gateway.json_body import Body
 from moeserve.gateway.openai.fields import (
     COMMON,
     AnswerFormat,
-    Body,
     common,
     flag,
     mapping,

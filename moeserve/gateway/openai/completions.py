@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moeserve.gateway import limits
+from moeserve.gateway.json_body import Body
 from moeserve.gateway.openai.fields import (
     COMMON,
     AnswerFormat,
-    Body,
     common,
     refuse,
     refuse_others,

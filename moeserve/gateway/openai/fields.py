@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from moeserve.errors import InvalidRequestError
+from moeserve.gateway.json_body import Body
 from moeserve.gateway.service import ClientRequest
-
-Body = Mapping[str, Any]
 
 _SAMPLING = frozenset(
     "max_tokens min_tokens temperature top_k top_p min_p repetition_penalty presence_penalty "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from moeserve.gateway.json_body import Body
 from moeserve.gateway.openai.chat import Conversation, parse_conversation
 from moeserve.gateway.openai.fields import (
-    Body,
     flag,
     refuse,
     refuse_others,
