@@ -30,6 +30,35 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class GrammarKind(StrEnum):
+    """How the text of a ``Grammar`` is written.
+
+    ``JSON_SCHEMA``: a JSON Schema, as JSON. ``REGEX``: in the syntax of Rust's ``regex``, matched
+    as a whole. ``CHOICE``: a JSON list of strings, one of which is the answer. ``LARK``: Lark as
+    llguidance reads it, or GBNF. ``STRUCTURAL_TAG``: vLLM's ``{"structures": [...], "triggers":
+    [...]}`` as JSON: free text in which a trigger begins what a schema describes.
+    """
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    LARK = "lark"
+    STRUCTURAL_TAG = "structural_tag"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the text of an answer must be, from its first character to its last.
+
+    ``whitespace`` is for JSON alone: the regular expression of the blanks between its tokens.
+    None is the server's choice, which is bounded; empty is none.
+    """
+
+    kind: GrammarKind
+    text: str
+    whitespace: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. Bounds are checked at the doors (``gateway.limits``), not here.
@@ -38,6 +67,7 @@ class SamplingParams:
     OpenAI (presence, frequency: on generated tokens) and CTRL (repetition: prompt and generated).
     ``logprobs`` None is off; N asks for the chosen token's and the N best tokens'.
     ``seed`` None lets the door draw one; the same seed gives the same tokens whatever the batch.
+    ``grammar`` None allows every text.
     """
 
     max_tokens: int = 16
@@ -57,6 +87,7 @@ class SamplingParams:
     include_stop: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@
     fields              fields that several routes share, and the rule for all others
     completions         bodies of ``/v1/completions``
     chat                bodies of ``/v1/chat/completions``
+    structured          the form that an answer must have, as a grammar
     tokens              bodies of ``/tokenize`` and ``/detokenize``
     answers             what all answers have alike: head, choices, usage
     completion_answers  answers of ``/v1/completions``
