@@ -65,7 +65,8 @@ BOUNDS: Mapping[str, Bound] = {
     "top_k": Bound(0, 2**31 - 1, integer=True),
     "top_p": Bound(0, 1, above=True),
     "min_p": Bound(0, 1),
-    "repetition_penalty": Bound(0, 2, above=True),
+    # It divides logits, and no useful one is near 0: a quotient must stay a number.
+    "repetition_penalty": Bound(0.01, 2),
     "presence_penalty": Bound(-2, 2),
     "frequency_penalty": Bound(-2, 2),
     "seed": Bound(0, 2**63 - 1, integer=True),

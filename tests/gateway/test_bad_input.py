@@ -64,6 +64,7 @@ PARAMS: list[tuple[str, Any, Any]] = [
     ("min_p", 1.5, 1.5),
     ("top_k", 2**32 - 1, -1),
     ("repetition_penalty", 0.0, 0.0),
+    ("repetition_penalty", 5e-324, 5e-324),
     ("repetition_penalty", 2.5, 2.5),
     ("presence_penalty", -2.5, -2.5),
     ("frequency_penalty", 1e30, 1e30),

@@ -33,10 +33,11 @@ INTEGERS = {
 NUMBERS = {
     "temperature": (0.0, 2.0),
     "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 2.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
 }
-ABOVE = {"top_p": (0.0, 1.0), "repetition_penalty": (0.0, 2.0)}
+ABOVE = {"top_p": (0.0, 1.0)}
 
 
 def below(value: float) -> float:

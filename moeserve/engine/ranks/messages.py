@@ -30,6 +30,8 @@ from moeserve.errors import InvalidRequestError
 from moeserve.pb import rank_pb2 as pb
 
 M = TypeVar("M", bound=Message)
+# A logit of fp32 divided by less may be infinite, which is no logit.
+_LEAST_DIVISOR = 1e-200
 
 
 def parse(kind: type[M], content: bytes) -> M:
@@ -92,7 +94,7 @@ def _require_numbers(submission: pb.Submission, vocab_size: int) -> None:
         "temperature": s.temperature >= 0,
         "top_p": s.top_p > 0,
         "min_p": s.min_p >= 0,
-        "repetition_penalty": s.repetition_penalty > 0,
+        "repetition_penalty": s.repetition_penalty >= _LEAST_DIVISOR,
         "presence_penalty": True,
         "frequency_penalty": True,
     }
