@@ -12,7 +12,8 @@ import json
 from collections.abc import Callable, Mapping
 
 from moeserve.core import Grammar, GrammarKind
-from moeserve.gateway.openai.fields import Body, mapping, refuse
+from moeserve.gateway.json_body import Body
+from moeserve.gateway.openai.fields import mapping, refuse
 
 _GUIDED = {
     "guided_json": "json",
