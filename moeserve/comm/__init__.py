@@ -10,6 +10,8 @@
     exchange/       base: rounds of bytes between ranks (Exchange, Lanes); local, shm, tcp, torch,
                     mpi: its backends; backend: what they share; stragglers: who is late;
                     open: which one is taken
+    connecting.py   connections between ranks beside strangers, all handshakes at once; proofs.py:
+                    what both ends of one prove
     layout.py       where the experts of every layer lie; how many slots a record can number
     table.py        which copies of a batch's tokens go where (assign.py: the numpy twin)
     dispatcher.py   one MoE layer over ranks: dispatch, experts, combine

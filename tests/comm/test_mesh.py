@@ -24,14 +24,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed import HashStore
 
+from moeserve.comm.connecting import Address, Connector
 from moeserve.comm.control.local_mesh import local_meshes
 from moeserve.comm.control.mesh import Mesh, open_mesh
 from moeserve.comm.control.mesh_twin import PythonMesh
-from moeserve.comm.control.neighbours import NeighbourConnector, connect_neighbours, exchange_notes
+from moeserve.comm.control.neighbours import (
+    MAGIC,
+    Neighbours,
+    connect_neighbours,
+    exchange_notes,
+    places_ahead,
+    places_behind,
+)
 from moeserve.comm.control.silence import SilenceDetector
 from moeserve.comm.control.step_mesh import StepMesh
 from moeserve.comm.group import Group, host_store
 from moeserve.comm.native import native_half
+from moeserve.comm.proofs import Credentials
 from moeserve.errors import ConfigError, LateRankError, MoeserveError, UnavailableError
 
 PATIENCE_S = 20.0
@@ -562,9 +571,12 @@ def test_strangers_do_not_get_in_and_do_not_keep_others_out(
         eventually(lambda: caplog.text.count(refused) == 7)
 
         give_up = time.monotonic() + PATIENCE_S
-        connector = NeighbourConnector(second, listening, token, SECRET, give_up)
-        connector.dial(0, host, port, there)
-        mesh = Mesh(second, connector.complete(PATIENCE_S), 4, 20.0, PythonMesh)
+        (ahead,), (behind,) = places_ahead(second), places_behind(second)
+        own = Credentials(MAGIC, token, SECRET)
+        connector = Connector(second, listening, own, [behind], give_up)
+        connector.dial(ahead, Address(host, port, bytes.fromhex(there)))
+        found = connector.complete(PATIENCE_S)
+        mesh = Mesh(second, Neighbours((found[ahead],), (found[behind],)), 4, 20.0, PythonMesh)
         mesh.meet(second, PATIENCE_S)
         both = [opening.result(PATIENCE_S), mesh]
         one_round(both)

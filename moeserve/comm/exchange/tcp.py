@@ -10,10 +10,8 @@ until it is used.
 
 from __future__ import annotations
 
-import hmac
 import mmap
 import secrets
-import select
 import socket
 import time
 from collections.abc import Sequence
@@ -22,18 +20,18 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from moeserve.comm.connecting import Address, Connector, listen
 from moeserve.comm.exchange.backend import ExchangeBackend
 from moeserve.comm.exchange.base import Lanes
 from moeserve.comm.group import START_S, Group, named
 from moeserve.comm.native import native_half
+from moeserve.comm.proofs import TOKEN_BYTES, Credentials, Place
 from moeserve.errors import ConfigError, LateRankError
 
-_TOKEN_BYTES = 32
-_RANK_BYTES = 4
+_MAGIC = b"moetcp01"
 _PARITIES = 2
 # What the kernel may hold of a stream while nobody reads it; it grants what its own limit allows.
 _BUFFER_BYTES = 4 << 20
-_HELLO_S = 5.0
 # How long a rank that does anything at all may take to answer.
 _GRACE_NS = 200_000_000
 
@@ -135,82 +133,33 @@ def _area(capacity: int) -> Tensor:
 
 
 def connect(group: Group, key: str, address: str | None) -> list[socket.socket | None]:
-    """By rank; None is our own. A rank connects to those below it and accepts those above.
+    """By rank; None is our own. A rank dials those below it and accepts those above.
 
     LateRankError names who was not there in time.
     """
     deadline = time.monotonic() + START_S
+    host = address or socket.gethostbyname(socket.gethostname())
+    me, world = group.rank, group.world
+    dialled = {rank: Place(me, rank, 0) for rank in range(me)}
+    accepted = {rank: Place(rank, me, 0) for rank in range(me + 1, world)}
     with ExitStack() as stack:
-        host = address or socket.gethostbyname(socket.gethostname())
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = stack.enter_context(socket.create_server((host, 0), family=family, backlog=512))
-        _enlarge_buffers(listening)
-        port = listening.getsockname()[1]
-        token = secrets.token_hex(_TOKEN_BYTES)
-        notes = group.all_gather(f"{key}/address", f"{host} {port} {token}".encode())
-        found: list[socket.socket | None] = [None] * group.world
-        for rank in range(group.rank):
-            there, port_text, secret = notes[rank].decode().split()
-            try:
-                stream = _dial(there, int(port_text), deadline)
-                stack.enter_context(stream)
-                stream.sendall(bytes.fromhex(secret) + group.rank.to_bytes(_RANK_BYTES, "little"))
-            except OSError as error:
-                late = group.of_run(rank)
-                raise LateRankError(
-                    f"rank {late} cannot be reached at {there}:{port_text}: {error}", [late]
-                ) from error
-            found[rank] = stream
-        _accept_all(listening, bytes.fromhex(token), found, group, deadline)
-        for stream in filter(None, found):
-            stack.enter_context(stream)
-            stream.setblocking(False)
-            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # All is well: only the listener is to be closed.
-        stack.pop_all()
-        listening.close()
-    return found
-
-
-def _dial(host: str, port: int, deadline: float) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    stream = socket.socket(family, socket.SOCK_STREAM)
-    _enlarge_buffers(stream)  # before the handshake, which fixes how far a window may grow
-    stream.settimeout(max(0.001, deadline - time.monotonic()))
-    try:
-        stream.connect((host, port))
-    except OSError:
-        stream.close()
-        raise
-    return stream
-
-
-def _accept_all(
-    listening: socket.socket,
-    token: bytes,
-    found: list[socket.socket | None],
-    group: Group,
-    deadline: float,
-) -> None:
-    """Accept the connections of all ranks above ours; connections of others are closed."""
-    expected = set(range(group.rank + 1, group.world))
-    while expected:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([listening], [], [], left)[0]:
-            late = [group.of_run(r) for r in sorted(expected)]
-            raise LateRankError(f"{named(late)} did not connect within {START_S:g} s", late)
-        stream, _ = listening.accept()
-        try:
-            stream.settimeout(min(_HELLO_S, max(0.001, left)))
-            hello = stream.recv(_TOKEN_BYTES + _RANK_BYTES, socket.MSG_WAITALL)
-        except OSError:
-            hello = b""
-        rank = int.from_bytes(hello[_TOKEN_BYTES:], "little")
-        if not hmac.compare_digest(hello[:_TOKEN_BYTES], token) or rank not in expected:
-            stream.close()
-            continue
-        expected.remove(rank)
-        found[rank] = stream
+        # Before a handshake of TCP, which fixes how far a window may grow.
+        listening = listen(stack, host, _enlarge_buffers)
+        token = secrets.token_bytes(TOKEN_BYTES)
+        own = Address(host, listening.getsockname()[1], token)
+        credentials = Credentials(_MAGIC, token, None)
+        connector = Connector(
+            group, listening, credentials, accepted.values(), deadline, _enlarge_buffers
+        )
+        stack.callback(connector.close)
+        notes = group.all_gather(f"{key}/address", own.note())
+        for rank, place in dialled.items():
+            connector.dial(place, Address.read(notes[rank], group.of_run(rank)))
+        found = connector.complete(START_S)
+    for stream in found.values():
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    places = dialled | accepted
+    return [found[places[rank]] if rank != me else None for rank in range(world)]
 
 
 def _enlarge_buffers(stream: socket.socket) -> None:
