@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from moeserve.errors import DeadlineError, InvalidRequestError
+from moeserve.gateway.http.protocol import BODY_READ
 from moeserve.gateway.limits import MAX_BODY_BYTES
 from moeserve.gateway.openai.fields import Body
 
@@ -23,6 +24,15 @@ BODY_S = 60.0
 
 async def read_body(request: Request) -> Body:
     """The JSON object sent, within its bounds of type, size and time."""
+    try:
+        return await _read(request)
+    finally:
+        # Bodies of all requests are bounded together; a server of another kind does not count.
+        if (tell := getattr(request.state, BODY_READ, None)) is not None:
+            tell()
+
+
+async def _read(request: Request) -> Body:
     kind = Headers(scope=request.scope).get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPException(415, f"content-type {kind!a:.60}: send application/json")
