@@ -2,16 +2,22 @@
 
 ::
 
-    http       the HTTP door: routes, bodies, server-sent events, who may call
-    openai     OpenAI's JSON, without a transport: bodies in, answers out
-    grpc       the gRPC door: ``moeserve.v1.Inference`` with health and reflection
-    limits     every bound on a request; client fields to sampling parameters
-    service    what a request means, whatever door it came through
-    stream     the running sequences of one request, for whoever reads them
-    text_work  client texts: bodies parsed, conversations rendered, texts tokenised
-    json_body  a request body as JSON
-    text       from token ids to text that is ready to show, and stop strings
-    mailbox    events from engines' threads to the event loop, each to its stream
-    server     one process that serves: bind, load, serve, drain
-    offline    one answer without a server
+    http          the HTTP door: routes, bodies, server-sent events, who may call
+    openai        OpenAI's JSON, without a transport: bodies in, answers out
+    grpc          the gRPC door: ``moeserve.v1.Inference`` with health and reflection
+    identity      who a request is from: keys with names, and the tenant that each is
+    certificates  TLS of both doors, from files that may change
+    authority     a certificate authority for tests
+    file_watch    files that are read again when they change
+    descriptors   how many connections doors may hold, from how many files may be open
+    limits        every bound on a request; client fields to sampling parameters
+    service       what a request means, whatever door it came through
+    stream        the running sequences of one request, for whoever reads them
+    text_work     client texts: bodies parsed, conversations rendered, texts tokenised
+    json_body     a request body as JSON
+    text          from token ids to text that is ready to show, and stop strings
+    mailbox       events from engines' threads to the event loop, each to its stream
+    entrance      both doors as the settings want them, and what they watch
+    server        one process that serves: bind, load, serve, drain
+    offline       one answer without a server
 """

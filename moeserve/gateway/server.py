@@ -24,9 +24,9 @@ from rich.progress import Progress
 from moeserve.config.options import ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.errors import CancelledError
-from moeserve.gateway.grpc.door import GrpcDoor
-from moeserve.gateway.http.app import http_app
-from moeserve.gateway.http.server import HttpServer, address_of
+from moeserve.gateway.descriptors import raise_descriptor_limit
+from moeserve.gateway.entrance import Entrance
+from moeserve.gateway.http.server import address_of
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.service import InferenceService, ServedModel
@@ -40,7 +40,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 FAREWELL_S = 5.0
 STOP_S = 30.0
 # How soon a dead engine is noticed.
-ALIVE_POLL_S = 1.0
+ALIVE_POLL_S = 0.25
 
 ProgressCallback = Callable[[int, int], None]
 StopCallback = Callable[[], None]
@@ -88,6 +88,7 @@ class OneProcess:
 def serve(config: ServeConfig, process: ServedProcess | None = None) -> int:
     """Serves until a signal; the exit status."""
     logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    raise_descriptor_limit()
     return asyncio.run(_serve(config, process or OneProcess()))
 
 
@@ -153,8 +154,7 @@ class Server:
         self.grpc_port: int | None = None
         self.http_port: int | None = None
         self._process = process or OneProcess()
-        self._grpc: GrpcDoor | None = None
-        self._http: HttpServer | None = None
+        self._entrance: Entrance | None = None
 
     @property
     def has_doors(self) -> bool:
@@ -166,29 +166,22 @@ class Server:
         if self.grpc_port is not None:
             parts.append(f"grpc={address_of(self.config.host, self.grpc_port)}")
         if self.http_port is not None:
-            parts.append(f"http=http://{address_of(self.config.host, self.http_port)}")
+            scheme = "http" if self.config.tls_cert is None else "https"
+            parts.append(f"http={scheme}://{address_of(self.config.host, self.http_port)}")
         return " ".join(parts)
 
     async def __aenter__(self) -> Self:
         """Both doors are open, and answer UNAVAILABLE until ``load``."""
-        config = self.config
-        key = None if config.api_key is None else config.api_key.get_secret_value()
-        if config.http_port is not None:
-            app = http_app(self.service, key, self._metrics_page)
-            self._http = HttpServer(app, config.host, config.http_port, FAREWELL_S)
-            self.http_port = self._http.port
+        self._entrance = entrance = Entrance(
+            self.service, self.config, self._metrics_page, FAREWELL_S
+        )
+        self.grpc_port = None if entrance.grpc is None else entrance.grpc.port
+        self.http_port = None if entrance.http is None else entrance.http.port
         try:
-            if config.grpc_port is not None:
-                reflected = config.loopback if config.reflection is None else config.reflection
-                self._grpc = GrpcDoor(self.service, config.host, config.grpc_port, key, reflected)
-                self.grpc_port = self._grpc.port
-                await self._grpc.open()
+            await entrance.open()
         except BaseException:  # whatever it is goes on up; the port must not stay taken
-            if self._http is not None:
-                self._http.release()
+            entrance.release()
             raise
-        if self._http is not None:
-            self._http.open()
         return self
 
     async def __aexit__(
@@ -206,11 +199,8 @@ class Server:
                 log.error("the engine did not stop within %g s", wait_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.service.idle(), FAREWELL_S)
-        if self._grpc is not None:
-            await self._grpc.announce(False)
-            await self._grpc.close(FAREWELL_S)
-        if self._http is not None:
-            await self._http.close()
+        if self._entrance is not None:
+            await self._entrance.close()
 
     async def load(self, interrupt: asyncio.Event | None = None) -> None:
         """Opens for requests when the model is there; CancelledError where ``interrupt`` came."""
@@ -247,8 +237,11 @@ class Server:
             ranks = loaded.ranks
             self.metrics.bind(loaded.name, lambda: ranks.counters, ranks.load, ranks)
         self.service.serve(served_of(loaded))
-        if self._grpc is not None:
-            await self._grpc.announce(True)
+        await self._announce(True)
+
+    async def _announce(self, serving: bool) -> None:
+        if self._entrance is not None:
+            await self._entrance.announce(serving)
 
     async def _metrics_page(self) -> tuple[bytes, str]:
         if self.loaded is not None and self.loaded.ranks is not None:
@@ -269,13 +262,13 @@ class Server:
                 await asyncio.wait_for(stop.wait(), ALIVE_POLL_S)
                 return True
         log.critical("the engine has died: the server ends")
+        await self._announce(False)
         return False
 
     async def drain(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
         """Refuses new requests and waits for running ones, no longer than until ``hurry``."""
         self.service.drain()
-        if self._grpc is not None:
-            await self._grpc.announce(False)
+        await self._announce(False)
         idle = asyncio.create_task(self.service.idle())
         hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
         done, late = await asyncio.wait(

@@ -24,6 +24,7 @@ from moeserve.errors import (
     UnavailableError,
 )
 from moeserve.gateway import limits
+from moeserve.gateway.identity import TenantUsage, tenant, tenant_salt
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.stream import ResponseStream
 from moeserve.gateway.text_work import TextWork
@@ -79,6 +80,8 @@ class InferenceService:
         self._mailbox = mailbox
         self._clock = clock
         self._streams: dict[str, ResponseStream] = {}
+        self._tenants: dict[str, str] = {}  # whose the stream is
+        self.usage: dict[str, TenantUsage] = {}  # by tenant
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -94,6 +97,15 @@ class InferenceService:
         if self._served is None:
             raise UnavailableError("the model is loading: try again shortly")
         return self._served
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request that came now would be served: the model is there, and every rank."""
+        return (
+            self.state is ServiceState.READY
+            and self._served is not None
+            and self._served.engine.alive
+        )
 
     @property
     def running(self) -> int:
@@ -143,7 +155,7 @@ class InferenceService:
                         replace(fitted, seed=child_seed(seed, i)),
                         arrival=arrival,
                         deadline=None if wanted.timeout_s is None else arrival + wanted.timeout_s,
-                        scope=CacheScope(salt),
+                        scope=CacheScope(tenant_salt(tenant(), salt)),
                         domain=domain,
                     )
                 )
@@ -173,12 +185,18 @@ class InferenceService:
             self._closed,
         )
         self._streams[request_id] = stream
+        self._tenants[request_id] = tenant()
         self._idle.clear()
         stream.start()
+        usage = self.usage.setdefault(tenant(), TenantUsage())
+        usage.requests += 1
+        usage.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
         return stream
 
     def _closed(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
+        if (stream := self._streams.pop(request_id, None)) is not None:
+            usage = self.usage.setdefault(self._tenants.pop(request_id), TenantUsage())
+            usage.generated_tokens += stream.made
         if not self._streams:
             self._idle.set()
 
@@ -205,7 +223,8 @@ class InferenceService:
         return await self.texts.decode(checked, skip_special_tokens)
 
     def abort(self, request_id: str) -> None:
-        if (stream := self._streams.get(request_id)) is None:
+        stream = self._streams.get(request_id)
+        if stream is None or self._tenants[request_id] != tenant():
             raise NotFoundError(
                 f"request {request_id!a:.150} is not running here", param="request_id"
             )

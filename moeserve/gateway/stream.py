@@ -156,6 +156,11 @@ class ResponseStream:
         self._aborted = False
         self._closed = False
 
+    @property
+    def made(self) -> int:
+        """Tokens that came, of all sequences together."""
+        return sum(sequence.tokens for sequence in self._sequences)
+
     def start(self) -> None:
         """Submits every sequence, or none."""
         for index, sequence in enumerate(self._sequences):

@@ -1,7 +1,8 @@
 """The frame around every gRPC method: bytes in, our errors out as statuses with details.
 
 Messages are parsed here and not by gRPC, so that bytes which are no message get INVALID_ARGUMENT
-instead of INTERNAL. Details carry ``google.rpc.ErrorInfo``.
+instead of INTERNAL. Details carry ``google.rpc.ErrorInfo``, and ``RetryInfo`` where HTTP has
+``Retry-After``.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import error_details_pb2, status_pb2
 
-from moeserve.errors import InternalError, InvalidRequestError, MoeserveError
+from moeserve.errors import (
+    RETRIED,
+    RETRY_AFTER_S,
+    InternalError,
+    InvalidRequestError,
+    MoeserveError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +53,21 @@ async def abort(context: Context, error: MoeserveError) -> None:
     info = error_details_pb2.ErrorInfo(reason=error.code, domain="moeserve")
     if error.param is not None:
         info.metadata["param"] = error.param
-    detail = any_pb2.Any()
-    detail.Pack(info)
-    status = status_pb2.Status(code=code.value[0], message=error.message, details=[detail])
+    details: list[Message] = [info]
+    if error.http_status in RETRIED:
+        delay = duration_pb2.Duration(seconds=RETRY_AFTER_S)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(
+        code=code.value[0], message=error.message, details=[_packed(d) for d in details]
+    )
     trailers = (("grpc-status-details-bin", status.SerializeToString()),)
     await context.abort(code, error.message, trailers)
+
+
+def _packed(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
 
 
 def bytes_of(message: Message) -> bytes:

@@ -7,5 +7,9 @@
     generation  one generation, whole or as server-sent events
     failures    the frame around every route: failures in OpenAI's form
     guards      who may call
-    server      a listening socket and the uvicorn on it
+    server      a listening socket and the connections that come in by it
+    acceptor    takes connections, as many as there may be
+    phases      what each connection waits for, since when, and who has to go
+    protocol    one connection: uvicorn's, which tells its phase
+    log_rate    a bound on what strangers can make us log
 """

@@ -2,7 +2,7 @@
 
 Every failure, also of unknown routes and unreadable bodies, has OpenAI's error form. A client
 that hangs up cancels its request, streaming or not. Only ``/health`` and ``/ready`` are open when
-there is an api key.
+there are api keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import moeserve
 from moeserve.gateway.http.body import read_body
 from moeserve.gateway.http.failures import Endpoint, framed, plain_response
 from moeserve.gateway.http.generation import Generation
-from moeserve.gateway.http.guards import KeyGuard
+from moeserve.gateway.http.guards import HostRules, guarded
+from moeserve.gateway.identity import Tenants
 from moeserve.gateway.limits import prompt_text
 from moeserve.gateway.openai.chat import Conversation, parse_chat
 from moeserve.gateway.openai.completions import parse_completion
@@ -39,8 +40,14 @@ from moeserve.gateway.service import (
 MetricsPage = Callable[[], Awaitable[tuple[bytes, str]]]
 
 
-def http_app(service: InferenceService, api_key: str | None, metrics: MetricsPage) -> ASGIApp:
-    """The ASGI application; ``metrics`` gives a page and its content type."""
+def http_app(
+    service: InferenceService,
+    tenants: Tenants | None,
+    metrics: MetricsPage,
+    rules: HostRules | None = None,
+) -> ASGIApp:
+    """The ASGI application; ``metrics`` gives a page and its content type. Without ``tenants``
+    everybody may call; without ``rules`` by whatever name."""
     routes = _Routes(service, metrics)
     table: list[tuple[str, str, Endpoint]] = [
         ("GET", "/v1/models", routes.models),
@@ -59,7 +66,7 @@ def http_app(service: InferenceService, api_key: str | None, metrics: MetricsPag
         exception_handlers={HTTPException: plain_response},
     )
     app.router.redirect_slashes = False
-    return app if api_key is None else KeyGuard(app, api_key)
+    return guarded(app, tenants, rules or HostRules())
 
 
 class _Routes:
@@ -100,8 +107,10 @@ class _Routes:
         return JSONResponse({"status": "alive"})
 
     async def ready(self, _: Request) -> Response:
-        ready = self._service.state is ServiceState.READY
-        return JSONResponse({"status": self._service.state.value}, 200 if ready else 503)
+        ready = self._service.ready
+        state = self._service.state
+        status = "lost" if state is ServiceState.READY and not ready else state.value
+        return JSONResponse({"status": status}, 200 if ready else 503)
 
     async def version(self, _: Request) -> Response:
         return JSONResponse({"version": moeserve.__version__})

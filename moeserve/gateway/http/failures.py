@@ -10,7 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from moeserve.errors import InternalError, MoeserveError, UnavailableError
+from moeserve.errors import (
+    RETRIED,
+    RETRY_AFTER_S,
+    InternalError,
+    MoeserveError,
+    UnavailableError,
+)
 from moeserve.gateway.openai.errors import error_body, error_object
 
 log = logging.getLogger(__name__)
@@ -42,7 +48,7 @@ def framed(endpoint: Endpoint) -> Endpoint:
 
 
 def failed_response(error: MoeserveError) -> Response:
-    headers = {"retry-after": "1"} if error.http_status in (429, 503) else {}
+    headers = {"retry-after": str(RETRY_AFTER_S)} if error.http_status in RETRIED else {}
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_body(error), error.http_status, headers)

@@ -8,7 +8,12 @@ from moeserve.errors import MoeserveError
 
 Json = dict[str, Any]
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 def error_body(error: MoeserveError) -> Json:
