@@ -220,6 +220,9 @@ class LogOptions(Options):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe messages to log"
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="lines for people, or one JSON object a line"
+    )
 
 
 class DoorOptions(Options):
@@ -236,6 +239,9 @@ class DoorOptions(Options):
         default=None,
         min_length=8,
         description="secret that clients send as 'authorization: Bearer ...'",
+    )
+    request_log: bool = Field(
+        default=True, description="a line in the log for each request of a client"
     )
     reflection: bool | None = Field(
         default=None, description="gRPC reflection; default: only when listening on loopback"

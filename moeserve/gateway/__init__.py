@@ -8,6 +8,7 @@
     limits   every bound on a request; client fields to sampling parameters
     service  what a request means, whatever door it came through
     stream   the running sequences of one request, for whoever reads them
+    records  what is told of a request when it has ended
     text     from token ids to text that is ready to show, and stop strings
     mailbox  events from engines' threads to the event loop, each to its stream
     server   one process that serves: bind, load, serve, drain

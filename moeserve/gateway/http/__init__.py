@@ -7,5 +7,6 @@
     generation  one generation, whole or as server-sent events
     failures    the frame around every route: failures in OpenAI's form
     guards      who may call
+    access      a line in the log for calls that the service does not tell of
     server      a listening socket and the uvicorn on it
 """
