@@ -213,7 +213,8 @@ class Event:
     """News of a request, for whoever holds its stream; text is made there.
 
     ``token_ids`` and ``logprobs`` are those since the last event. The last event has ``finish``;
-    ``error`` explains unsuccessful ends.
+    ``error`` explains unsuccessful ends. ``queue_s``, which the first with a token has, is how long
+    the request waited for its first step.
     """
 
     request_id: RequestId
@@ -222,6 +223,7 @@ class Event:
     finish: FinishReason | None = None
     error: str = ""
     cached_tokens: int = 0
+    queue_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +243,8 @@ class Counters:
     """Counted where it happens (law 8); read by metrics and tests, never reset.
 
     ``computed_tokens`` are those whose KV was kept, so without drafts that were not right;
-    ``accepted_tokens`` are those of the ``drafted_tokens`` that were.
+    ``accepted_tokens`` are those of the ``drafted_tokens`` that were, ``drafts`` are the
+    chunks that carried some.
     """
 
     steps: int = 0
@@ -249,6 +252,7 @@ class Counters:
     generated_tokens: int = 0
     computed_tokens: int = 0
     recomputed_tokens: int = 0
+    drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     prefix_queried_tokens: int = 0

@@ -220,6 +220,9 @@ class LogOptions(Options):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe messages to log"
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="lines for people, or one JSON object a line"
+    )
 
 
 class DoorOptions(Options):
@@ -266,6 +269,9 @@ class DoorOptions(Options):
     )
     idle_timeout_s: float = Field(
         default=75.0, ge=1, le=86400, description="seconds that an HTTP connection may rest"
+    )
+    request_log: bool = Field(
+        default=True, description="a line in the log for each request of a client"
     )
     reflection: bool | None = Field(
         default=None, description="gRPC reflection; default: only when listening on loopback"

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -334,14 +334,15 @@ class Engine:
             if stream is None:
                 continue
             stream.made += 1
+            logprobs = () if out.logprobs is None else (out.logprobs,)
+            event = Event(out.request_id, (out.token_id,), logprobs, out.finish, "", stream.cached)
             if stream.first_token is None:
                 stream.first_token = now
                 first.append(stream)
+                event = replace(event, queue_s=stream.queue_s)
             else:
                 before[stream.last_token] = before.get(stream.last_token, 0) + 1
             stream.last_token = now
-            logprobs = () if out.logprobs is None else (out.logprobs,)
-            event = Event(out.request_id, (out.token_id,), logprobs, out.finish, "", stream.cached)
             if out.finish is None:
                 outbox.add(stream.sink, event)
             else:

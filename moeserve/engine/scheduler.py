@@ -347,6 +347,7 @@ class Scheduler:
             if finish is not None:
                 break
         made = seq.length - before
+        self.counters.drafts += chunk.samples > 1
         self.counters.drafted_tokens += chunk.samples - 1
         self.counters.accepted_tokens += made - 1
         self._advance(seq, chunk.kept(made))

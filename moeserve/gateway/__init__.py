@@ -13,6 +13,7 @@
     limits        every bound on a request; client fields to sampling parameters
     service       what a request means, whatever door it came through
     stream        the running sequences of one request, for whoever reads them
+    records       what is told of a request when it has ended
     text_work     client texts: bodies parsed, conversations rendered, texts tokenised
     json_body     a request body as JSON
     text          from token ids to text that is ready to show, and stop strings

@@ -12,6 +12,7 @@ from moeserve.gateway.certificates import ServerTls
 from moeserve.gateway.descriptors import connections_of_a_door
 from moeserve.gateway.file_watch import FileWatch
 from moeserve.gateway.grpc.door import GrpcDoor
+from moeserve.gateway.http.access import AccessLog
 from moeserve.gateway.http.app import MetricsPage, http_app
 from moeserve.gateway.http.guards import HostRules, host_rules
 from moeserve.gateway.http.server import HttpServer, no_tls
@@ -42,7 +43,7 @@ class Entrance:
         most = connections_of_a_door(config.max_connections, doors) if doors else 0
         if config.http_port is not None:
             self.http = HttpServer(
-                http_app(service, tenants, metrics, _rules(config)),
+                AccessLog(http_app(service, tenants, metrics, _rules(config))),
                 config.host,
                 config.http_port,
                 farewell_s,

@@ -10,8 +10,9 @@ from typing import Any
 from moeserve.config.options import EngineOptions, RankModelOptions
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.gateway.mailbox import Mailbox
-from moeserve.gateway.server import served_of, shown_progress
+from moeserve.gateway.server import served_of
 from moeserve.gateway.service import ClientRequest, InferenceService
+from moeserve.observe.loading import shown_progress
 from moeserve.observe.metrics import Metrics
 
 

@@ -18,9 +18,6 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
-from rich.progress import Progress
-
 from moeserve.config.options import ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.errors import CancelledError
@@ -30,11 +27,13 @@ from moeserve.gateway.http.server import address_of
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.service import InferenceService, ServedModel
+from moeserve.observe.families import CacheInfo
+from moeserve.observe.loading import ProgressCallback, shown_progress
+from moeserve.observe.logs import configure_log
 from moeserve.observe.metrics import Metrics
+from moeserve.observe.requests import RequestLog, RequestRecord
 
 log = logging.getLogger(__name__)
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 # What the doors get to send the last events after the engine has stopped.
 FAREWELL_S = 5.0
@@ -42,7 +41,6 @@ STOP_S = 30.0
 # How soon a dead engine is noticed.
 ALIVE_POLL_S = 0.25
 
-ProgressCallback = Callable[[int, int], None]
 StopCallback = Callable[[], None]
 
 
@@ -87,7 +85,7 @@ class OneProcess:
 
 def serve(config: ServeConfig, process: ServedProcess | None = None) -> int:
     """Serves until a signal; the exit status."""
-    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    configure_log(config.log_level, config.log_format)
     raise_descriptor_limit()
     return asyncio.run(_serve(config, process or OneProcess()))
 
@@ -143,13 +141,24 @@ def served_of(loaded: LoadedModel) -> ServedModel:
     )
 
 
+def cache_info(loaded: LoadedModel) -> CacheInfo:
+    return CacheInfo(
+        block_size=loaded.block_size,
+        num_blocks=loaded.num_blocks,
+        dtype=str(loaded.own.decoder.kv_dtype).removeprefix("torch."),
+        prefix_cache=loaded.config.prefix_cache,
+    )
+
+
 class Server:
     """Owns sockets, doors and engine for the length of an ``async with``."""
 
     def __init__(self, config: ServeConfig, process: ServedProcess | None = None) -> None:
         self.config = config
         self.metrics = Metrics()
-        self.service = InferenceService(Mailbox(asyncio.get_running_loop()))
+        self._log = RequestLog() if config.request_log else None
+        mailbox = Mailbox(asyncio.get_running_loop())
+        self.service = InferenceService(mailbox, observe=self._ended)
         self.loaded: LoadedModel | None = None
         self.grpc_port: int | None = None
         self.http_port: int | None = None
@@ -230,18 +239,25 @@ class Server:
         if stopping.is_set():
             raise CancelledError("stopped while loading")
         engine = loaded.engine
+        cache = cache_info(loaded)
         if loaded.ranks is None:
             own = loaded.own_engine or engine
-            self.metrics.bind(loaded.name, lambda: own.counters, own.load)
+            self.metrics.bind(loaded.name, lambda: own.counters, own.load, cache=cache)
         else:
             ranks = loaded.ranks
-            self.metrics.bind(loaded.name, lambda: ranks.counters, ranks.load, ranks)
+            self.metrics.bind(loaded.name, lambda: ranks.counters, ranks.load, ranks, cache)
         self.service.serve(served_of(loaded))
         await self._announce(True)
 
     async def _announce(self, serving: bool) -> None:
         if self._entrance is not None:
             await self._entrance.announce(serving)
+
+    def _ended(self, record: RequestRecord) -> None:
+        """A client's request has ended, or was refused."""
+        self.metrics.on_request(record)
+        if self._log is not None:
+            self._log.write(record)
 
     async def _metrics_page(self) -> tuple[bytes, str]:
         if self.loaded is not None and self.loaded.ranks is not None:
@@ -300,12 +316,3 @@ class _Signals:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
-
-
-@contextlib.contextmanager
-def shown_progress() -> Iterator[ProgressCallback]:
-    """A bar on a terminal, nothing elsewhere; stdout stays free."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

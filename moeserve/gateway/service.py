@@ -7,6 +7,7 @@ A ``ClientRequest`` is checked, tokenised and becomes one engine request per pro
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import secrets
 import time
@@ -19,6 +20,7 @@ from moeserve.engine.loop import ServingEngine
 from moeserve.errors import (
     DeadlineError,
     InvalidRequestError,
+    MoeserveError,
     NotFoundError,
     TokenizerError,
     UnavailableError,
@@ -26,9 +28,11 @@ from moeserve.errors import (
 from moeserve.gateway import limits
 from moeserve.gateway.identity import TenantUsage, tenant, tenant_salt
 from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.records import record_of, refusal
 from moeserve.gateway.stream import ResponseStream
 from moeserve.gateway.text_work import TextWork
 from moeserve.models.tokenizer import Tokenizer
+from moeserve.observe.requests import RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +77,19 @@ class ServiceState(StrEnum):
 class InferenceService:
     """Owns the running streams of one model, from loading to draining."""
 
-    def __init__(self, mailbox: Mailbox, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[RequestRecord], None] = lambda record: None,
+    ) -> None:
+        """``observe`` gets a record of each request when it has ended, or was refused."""
         self.state = ServiceState.LOADING
         self.texts = TextWork()
         self._served: ServedModel | None = None
         self._mailbox = mailbox
         self._clock = clock
+        self._observe = observe
         self._streams: dict[str, ResponseStream] = {}
         self._tenants: dict[str, str] = {}  # whose the stream is
         self.usage: dict[str, TenantUsage] = {}  # by tenant
@@ -122,6 +133,19 @@ class InferenceService:
 
     async def open(self, wanted: ClientRequest) -> ResponseStream:
         """Checks and submits; the caller must enter the stream at once."""
+        arrival = self._clock()
+        try:
+            stream = await self._prepare(wanted, arrival)
+        except (MoeserveError, asyncio.CancelledError) as error:
+            waited = self._clock() - arrival
+            name = None if self._served is None else self._served.name
+            self._observe(refusal(wanted, name, error, waited))
+            raise
+        stream.start()
+        return stream
+
+    async def _prepare(self, wanted: ClientRequest, arrival: float) -> ResponseStream:
+        """Checked and tokenised, not yet submitted."""
         served = self._admit(wanted.model)
         n = limits.BOUNDS["n"].check("n", wanted.n)
         params = limits.sampling_params(wanted.params, served.limits)
@@ -134,7 +158,6 @@ class InferenceService:
         salt = limits.label("cache_salt", wanted.salt, limits.MAX_SALT_BYTES)
         domain = limits.label("domain", wanted.domain, limits.MAX_DOMAIN_BYTES)
         request_id = limits.request_id(wanted.request_id) or f"req-{secrets.token_hex(12)}"
-        arrival = self._clock()
         if wanted.timeout_s is not None and wanted.timeout_s <= 0:
             raise DeadlineError("the deadline has passed before the request arrived")
         if not 1 <= len(wanted.prompts) <= limits.MAX_PROMPTS:
@@ -161,15 +184,15 @@ class InferenceService:
                 )
         # Tokenising may have let others in: look again.
         self._admit(wanted.model)
-        return self._start(request_id, served, requests)
+        return self._opened(request_id, served, requests, wanted)
 
     def _admit(self, model: str) -> ServedModel:
         if self.state is ServiceState.DRAINING:
             raise UnavailableError("the server is draining: send the request elsewhere")
         return self.model(model)
 
-    def _start(
-        self, request_id: str, served: ServedModel, requests: list[Request]
+    def _opened(
+        self, request_id: str, served: ServedModel, requests: list[Request], wanted: ClientRequest
     ) -> ResponseStream:
         if request_id in self._streams:
             raise InvalidRequestError(
@@ -182,23 +205,30 @@ class InferenceService:
             served.tokenizer,
             self._mailbox,
             self._clock,
-            self._closed,
+            functools.partial(self._closed, wanted, requests),
         )
         self._streams[request_id] = stream
         self._tenants[request_id] = tenant()
         self._idle.clear()
-        stream.start()
         usage = self.usage.setdefault(tenant(), TenantUsage())
         usage.requests += 1
         usage.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
         return stream
 
-    def _closed(self, request_id: str) -> None:
-        if (stream := self._streams.pop(request_id, None)) is not None:
-            usage = self.usage.setdefault(self._tenants.pop(request_id), TenantUsage())
-            usage.generated_tokens += stream.made
+    def _closed(
+        self,
+        wanted: ClientRequest,
+        requests: list[Request],
+        stream: ResponseStream,
+        error: BaseException | None,
+    ) -> None:
+        self._streams.pop(stream.request_id, None)
+        usage = self.usage.setdefault(self._tenants.pop(stream.request_id, ""), TenantUsage())
+        usage.generated_tokens += stream.made
         if not self._streams:
             self._idle.set()
+        took = self._clock() - requests[0].arrival
+        self._observe(record_of(wanted, requests, stream, self.served.name, error, took))
 
     async def _ids(
         self, served: ServedModel, prompt: str | tuple[int, ...], special_tokens: bool

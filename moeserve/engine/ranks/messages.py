@@ -4,7 +4,8 @@ Writers raise ValueError where a value has no place in a message. Readers raise 
 which names what came, for bytes that are no message and for values that mean nothing here.
 
 Every field survives, but for these: times go as what is left of them, seeds modulo 2**64, of which
-the sampler uses no more; and what a door does by itself (stop strings and other text) stays there.
+the sampler uses no more; and what a door does by itself (stop strings and other text, how long a
+request waited) stays there.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@
     generation  one generation, whole or as server-sent events
     failures    the frame around every route: failures in OpenAI's form
     guards      who may call
+    access      a line in the log for calls that the service does not tell of
     server      a listening socket and the connections that come in by it
     acceptor    takes connections, as many as there may be
     phases      what each connection waits for, since when, and who has to go

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from moeserve.errors import InternalError, MoeserveError
+from moeserve.gateway.http.access import RECORDED
 from moeserve.gateway.http.failures import failed_response
 from moeserve.gateway.openai.answers import AnswerHead, AnswerWriter
 from moeserve.gateway.openai.chat_answers import ChatWriter
@@ -35,6 +36,7 @@ class Generation(Response):
         self._form = form
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[RECORDED] = True  # the service tells of it
         work = asyncio.create_task(self._answer(scope, receive, send))
         hang_up = asyncio.create_task(_hung_up(receive))
         try:
