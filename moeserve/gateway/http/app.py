@@ -27,7 +27,7 @@ from moeserve.gateway.limits import prompt_text
 from moeserve.gateway.openai.chat import Conversation, parse_chat
 from moeserve.gateway.openai.completions import parse_completion
 from moeserve.gateway.openai.errors import Json
-from moeserve.gateway.openai.tokens import parse_detokenize, parse_tokenize
+from moeserve.gateway.openai.tokens import parse_detokenize, parse_tokenize, tokenizer_info
 from moeserve.gateway.service import (
     ClientRequest,
     InferenceService,
@@ -50,6 +50,7 @@ def http_app(service: InferenceService, api_key: str | None, metrics: MetricsPag
         ("POST", "/v1/chat/completions", routes.chat),
         ("POST", "/tokenize", routes.tokenize),
         ("POST", "/detokenize", routes.detokenize),
+        ("GET", "/tokenizer_info", routes.tokenizer_info),
         ("GET", "/health", routes.health),
         ("GET", "/ready", routes.ready),
         ("GET", "/version", routes.version),
@@ -96,6 +97,9 @@ class _Routes:
     async def detokenize(self, request: Request) -> Response:
         model, ids, skip = parse_detokenize(await read_body(request))
         return JSONResponse({"prompt": self._service.detokenize(model, ids, skip)})
+
+    async def tokenizer_info(self, _: Request) -> Response:
+        return JSONResponse(tokenizer_info(self._service.served))
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "alive"})
