@@ -68,6 +68,10 @@ class SamplingParams:
     ``logprobs`` None is off; N asks for the chosen token's and the N best tokens'.
     ``seed`` None lets the door draw one; the same seed gives the same tokens whatever the batch.
     ``grammar`` None allows every text.
+    ``prompt_logprobs`` is ``logprobs`` for the tokens of the prompt, of which the first has none.
+    ``allowed_token_ids`` are the only ones that can be chosen, unless there are none. None of
+    ``bad_token_ids`` comes to stand in the answer, each a sequence of one or more. ``only_prompt``
+    shows nothing of the answer, for whoever asks about the prompt alone.
     """
 
     max_tokens: int = 16
@@ -88,6 +92,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    only_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +151,16 @@ class Chunk(NamedTuple):
     reached: int = 0
 
     @property
+    def scored(self) -> range:
+        """Positions of the chunk whose logits give log-probabilities of the prompt: each that has
+        a token of the prompt behind it and was not ``reached`` before, if the request wants them.
+        """
+        if self.request.params.prompt_logprobs is None:
+            return range(0)
+        stop = min(self.start + len(self.token_ids), len(self.request.prompt_ids) - 1)
+        return range(max(self.start, self.reached), stop)
+
+    @property
     def draft_ids(self) -> tuple[int, ...]:
         """The tokens at the end that are not the request's yet."""
         return self.token_ids[len(self.token_ids) - self.samples + 1 :] if self.samples else ()
@@ -188,15 +206,27 @@ class Sampled(NamedTuple):
     logprobs: tuple[Logprobs, ...] = ()
 
 
+class Scored(NamedTuple):
+    """Log-probabilities of the prompt's tokens behind the positions that a chunk ``scored``.
+
+    Over the steps of a request they come in order, each once: from the prompt's second token on.
+    """
+
+    request_id: RequestId
+    logprobs: tuple[Logprobs, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One entry per chunk with ``samples``, in the plan's order, less those that ``failed``.
 
     A failure belongs to one request alone (its logits are not numbers): id and explanation.
+    ``scored`` has an entry for each chunk that scored something.
     """
 
     sampled: tuple[Sampled, ...]
     failed: tuple[tuple[RequestId, str], ...] = ()
+    scored: tuple[Scored, ...] = ()
 
 
 class TokenOut(NamedTuple):
@@ -212,9 +242,10 @@ class TokenOut(NamedTuple):
 class Event:
     """News of a request, for whoever holds its stream; text is made there.
 
-    ``token_ids`` and ``logprobs`` are those since the last event. The last event has ``finish``;
-    ``error`` explains unsuccessful ends. ``queue_s``, which the first with a token has, is how long
-    the request waited for its first step.
+    ``token_ids``, ``logprobs`` and ``prompt_logprobs`` are those since the last event; the
+    prompt's come before its first token. The last event has ``finish``; ``error`` explains
+    unsuccessful ends. ``queue_s``, which the first with a token has, is how long the request waited
+    for its first step.
     """
 
     request_id: RequestId
@@ -224,6 +255,7 @@ class Event:
     error: str = ""
     cached_tokens: int = 0
     queue_s: float = 0.0
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -329,6 +329,10 @@ class Engine:
         first: list[RequestState] = []
         last: list[tuple[RequestState, Event]] = []
         before: dict[float, int] = {}  # when the token before it came, and how often
+        for scored in outcome.scored:
+            if (stream := self._streams.get(scored.request_id)) is not None:
+                event = Event(scored.request_id, prompt_logprobs=scored.logprobs)
+                outbox.add(stream.sink, event)
         for out in outcome.outs:
             stream = self._streams.get(out.request_id)
             if stream is None:

@@ -2,7 +2,8 @@
 
 Packs the plan's chunks into one batch (``input_batch``), or into microbatches, lets the decoder
 write their KV and return the logits after the tokens that are followed by a sampled one, and has
-the op table choose these, all at once.
+the op table choose these, all at once. Logits after tokens of a prompt that is scored come with
+them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeserve.core import Chunk, RequestId, Sampled, StepPlan, StepResult
+from moeserve.core import Chunk, RequestId, Sampled, Scored, StepPlan, StepResult
 from moeserve.engine.executor import count_accepted
 from moeserve.engine.input_batch import InputBatch
 from moeserve.kernels.ops import Ops
@@ -92,10 +93,19 @@ class ModelRunner(Generic[Cache]):
     def _sample(self, chunks: Sequence[Chunk], logits_RV: Tensor) -> StepResult:
         rows = self._batch.sampling_rows(chunks)
         if self._on_logits is not None:
-            owners = (chunk for chunk in chunks for _ in range(chunk.samples))
-            for chunk, logits_V in zip(owners, logits_RV, strict=True):
-                self._on_logits(chunk, logits_V)
+            owners = (c for c in chunks for _ in range(len(c.scored) + c.samples))
+            for chunk, row, logits_V in zip(owners, rows, logits_RV, strict=True):
+                if not row.known:
+                    self._on_logits(chunk, logits_V)
         sampled_R = self._decoder.ops.sample(logits_RV, rows, self._eos_ids)
+        if not self._batch.scores:
+            return self._accept(chunks, sampled_R)
+        scored, sampled_R, failed = take_scored(chunks, sampled_R)
+        result = self._accept(chunks, sampled_R)
+        return StepResult(result.sampled, (*failed, *result.failed), scored)
+
+    def _accept(self, chunks: Sequence[Chunk], sampled_R: Sequence[SampledRow]) -> StepResult:
+        """From the rows of the chunks' samples."""
         made: list[Sampled] = []
         failed: list[tuple[RequestId, str]] = []
         new, at = tuple.__new__, 0
@@ -137,3 +147,30 @@ def accept(chunk: Chunk, sampled: Sequence[SampledRow]) -> Sampled | str:
     token_ids = tuple(row.token_id for row in sampled[:count])
     scores = tuple(row.logprobs for row in sampled[:count] if row.logprobs is not None)
     return Sampled(chunk.request.id, token_ids, scores)
+
+
+def take_scored(
+    chunks: Sequence[Chunk], sampled: Sequence[SampledRow]
+) -> tuple[tuple[Scored, ...], list[SampledRow], list[tuple[RequestId, str]]]:
+    """What chunks scored, the rows of their samples, and the requests that failed without any.
+
+    A chunk with a scored row that failed has nothing else: its samples fail likewise.
+    """
+    scored: list[Scored] = []
+    left: list[SampledRow] = []
+    failed: list[tuple[RequestId, str]] = []
+    at = 0
+    for chunk in chunks:
+        middle = at + len(chunk.scored)
+        known, at = sampled[at:middle], middle + chunk.samples
+        problem = next((row.failure for row in known if row.failure), "")
+        if problem:
+            left += [SampledRow(failure=problem)] * chunk.samples
+            if not chunk.samples:
+                failed.append((chunk.request.id, problem))
+            continue
+        left += sampled[middle:at]
+        if known:
+            found = tuple(row.logprobs for row in known if row.logprobs is not None)
+            scored.append(Scored(chunk.request.id, found))
+    return tuple(scored), left, failed

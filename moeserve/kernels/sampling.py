@@ -16,6 +16,9 @@ class SamplingRow(NamedTuple):
 
     ``takes_best`` where that is known to be the one of the greatest logit whatever the tokens are,
     and nothing else is asked for: such a row is told apart once, not in every step.
+
+    With ``known`` nothing is chosen: the row's token is ``prompt_ids[known]``, and what is asked
+    for are its log-probabilities.
     """
 
     request_id: RequestId
@@ -23,11 +26,12 @@ class SamplingRow(NamedTuple):
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     takes_best: bool = False
+    known: int = 0
 
     @property
     def position(self) -> int:
         """Of the token that is chosen, counted from the beginning of the prompt."""
-        return len(self.prompt_ids) + len(self.output_ids)
+        return self.known or len(self.prompt_ids) + len(self.output_ids)
 
 
 class SampledRow(NamedTuple):
@@ -58,10 +62,12 @@ def sampling_row(
 
 
 def adjusts_logits(params: SamplingParams) -> bool:
-    """Whether penalties or bias change the logits."""
+    """Whether penalties, bias, or tokens that are forbidden change the logits."""
     return (
         params.repetition_penalty != 1
         or params.presence_penalty != 0
         or params.frequency_penalty != 0
         or bool(params.logit_bias)
+        or bool(params.allowed_token_ids)
+        or bool(params.bad_token_ids)
     )

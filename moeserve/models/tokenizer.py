@@ -38,7 +38,7 @@ _NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokenizer:
-    """The tokenizer of one model folder."""
+    """The tokenizer of one model folder. ``chat_template`` is Jinja, where the model has one."""
 
     def __init__(
         self,
@@ -48,8 +48,10 @@ class Tokenizer:
         template: jinja2.Template | None,
         alphabet: Mapping[str, int] | None,
         where: Path,
+        chat_template: str | None = None,
     ) -> None:
         self.eos_ids = eos_ids
+        self.chat_template = chat_template
         self._inner = inner
         self._specials = specials
         self._template = template
@@ -70,17 +72,23 @@ class Tokenizer:
         inner = _read_tokenizer(file)
         try:
             settings = read_json(folder / "tokenizer_config.json", required=False)
-            template = _compile(folder, _template_of(folder, settings, chat_template))
+            source = _template_of(folder, settings, chat_template)
+            template = _compile(folder, source)
             specials = _named_specials(settings)
             eos_ids = _eos_ids(folder, inner, specials)
         except CheckpointError as error:
             raise TokenizerError(f"{error.message}; {_REMEDY}") from error
-        return cls(inner, eos_ids, specials, template, _alphabet_of(inner), file)
+        return cls(inner, eos_ids, specials, template, _alphabet_of(inner), file, source)
 
     @property
     def vocab_size(self) -> int:
         """Tokens that have a text; a model's vocabulary may be padded beyond."""
         return self._inner.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def named_specials(self) -> Mapping[str, str | None]:
+        """The tokens that have a name, ``bos_token`` and the like; None where there is none."""
+        return {name: self._specials.get(name) for name in _NAMED_SPECIALS}
 
     @property
     def has_chat_template(self) -> bool:

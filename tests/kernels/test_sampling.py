@@ -212,6 +212,53 @@ def test_min_tokens_bans_what_would_end_the_request() -> None:
     assert token(logits, replace(params, ignore_eos=True)) == 0
 
 
+some_ids = st.lists(st.integers(0, V - 1), min_size=1, max_size=6)
+
+
+@given(rows, some_ids, some_ids, st.booleans(), st.integers(0, 9))
+def test_nothing_but_what_is_allowed_is_chosen(
+    logits: Row, allowed: list[int], biased: list[int], greedy: bool, seed: int
+) -> None:
+    bias = tuple((i, 5.0) for i in sorted(set(biased)))
+    params = SamplingParams(temperature=0.0 if greedy else 1.0, seed=seed, logit_bias=bias)
+    chosen = token(logits, replace(params, allowed_token_ids=tuple(allowed)))
+    assert chosen in allowed
+    if greedy:
+        bent = logits.astype(np.float64)
+        bent[sorted(set(biased))] += 5.0
+        assert chosen == max(allowed, key=lambda i: (bent[i], -i))
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple), max_size=5).map(tuple),
+    st.integers(0, 1000),
+)
+def test_an_answer_has_no_bad_sequence_in_it_and_is_bent_nowhere_else(
+    bad: tuple[tuple[int, ...], ...], seed: int
+) -> None:
+    """Tokens 0 to 3 are likely, so that sequences of them are met."""
+    draws = np.random.Generator(np.random.Philox(seed)).normal(0, 1, (20, V)).astype(np.float32)
+    draws[:, :4] += 4
+    params = replace(GREEDY, bad_token_ids=bad)
+    made: list[int] = []
+    for logits in draws:
+        ends = {b[-1] for b in bad if tuple([*made, b[-1]][-len(b) :]) == b}
+        made.append(token(logits, params, prompt=(0, 1, 2, 3), outputs=tuple(made)))
+        assert made[-1] == max(set(range(V)) - ends, key=lambda i: (logits[i], -i))
+    for b in bad:
+        assert not any(tuple(made[i : i + len(b)]) == b for i in range(len(made)))
+
+
+@given(rows, st.integers(1, 5), st.integers(0, 5))
+def test_a_known_token_is_scored_and_not_chosen(logits: Row, known: int, count: int) -> None:
+    asked = SamplingParams(prompt_logprobs=count, temperature=0.7, allowed_token_ids=(3,))
+    prompt = (7, 1, 4, 9, 2, 11)
+    found = sample_row(logits, row(asked, prompt)._replace(known=known), frozenset())
+    assert found.token_id == prompt[known]
+    assert found.logprobs == logprobs_of(logits, prompt[known], count)
+
+
 @given(rows, st.integers(0, V - 1), st.integers(0, 20))
 def test_logprobs_are_the_models_own(logits: Row, chosen: int, count: int) -> None:
     share = np.exp(logits.astype(np.float64))
@@ -299,6 +346,8 @@ KINDS = (
     {"presence_penalty": 1.0},
     {"frequency_penalty": 0.5},
     {"logit_bias": ((4, 9.0),)},
+    {"allowed_token_ids": (5, 2, 9)},
+    {"bad_token_ids": ((1,), (2, 2, 3))},
     {"temperature": 1.0, "seed": 3},
 )
 kinds = st.sampled_from(KINDS).map(lambda fields: SamplingParams(**{"temperature": 0.0, **fields}))

@@ -28,7 +28,7 @@ from moeserve.gateway.limits import prompt_text
 from moeserve.gateway.openai.chat import Conversation, parse_chat
 from moeserve.gateway.openai.completions import parse_completion
 from moeserve.gateway.openai.errors import Json
-from moeserve.gateway.openai.tokens import parse_detokenize, parse_tokenize
+from moeserve.gateway.openai.tokens import parse_detokenize, parse_tokenize, tokenizer_info
 from moeserve.gateway.service import (
     ClientRequest,
     InferenceService,
@@ -56,6 +56,7 @@ def http_app(
         ("POST", "/v1/chat/completions", routes.chat),
         ("POST", "/tokenize", routes.tokenize),
         ("POST", "/detokenize", routes.detokenize),
+        ("GET", "/tokenizer_info", routes.tokenizer_info),
         ("GET", "/health", routes.health),
         ("GET", "/ready", routes.ready),
         ("GET", "/version", routes.version),
@@ -102,6 +103,10 @@ class _Routes:
     async def detokenize(self, request: Request) -> Response:
         model, ids, skip = parse_detokenize(await read_body(request, self._service.texts))
         return JSONResponse({"prompt": await self._service.detokenize(model, ids, skip)})
+
+    async def tokenizer_info(self, _: Request) -> Response:
+        served = self._service.served
+        return JSONResponse(tokenizer_info(self._service.texts.tokenizer, served.limits.max_len))
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "alive"})

@@ -1,15 +1,18 @@
-"""Bodies of ``/tokenize`` and ``/detokenize``, as vLLM has them."""
+"""Bodies of ``/tokenize`` and ``/detokenize``, and the answer of ``/tokenizer_info``, as vLLM has
+them."""
 
 from __future__ import annotations
 
 from moeserve.gateway.json_body import Body
 from moeserve.gateway.openai.chat import Conversation, parse_conversation
+from moeserve.gateway.openai.errors import Json
 from moeserve.gateway.openai.fields import (
     flag,
     refuse,
     refuse_others,
     text,
 )
+from moeserve.models.tokenizer import Tokenizer
 
 
 def parse_tokenize(body: Body) -> tuple[str, str | Conversation, bool]:
@@ -36,3 +39,13 @@ def parse_detokenize(body: Body) -> tuple[str, object, bool]:
     if "tokens" not in body:
         refuse("tokens", "missing: send a list of token ids")
     return text(body, "model"), body["tokens"], flag(body, "skip_special_tokens", default=True)
+
+
+def tokenizer_info(tokenizer: Tokenizer, max_len: int) -> Json:
+    """What ``tokenizer_config.json`` says that a client needs to write prompts itself."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the one that reads tokenizer.json
+        **tokenizer.named_specials,
+        "model_max_length": max_len,
+        "chat_template": tokenizer.chat_template,
+    }

@@ -2,9 +2,10 @@
 
 Each row is computed by itself, in float64, and draws from a counter-based generator keyed by
 (seed, position of the new token): the token depends on its own logits and history only, never on
-the batch (law 1). In this order: penalties, bias, tokens banned by ``min_tokens``, temperature,
-min-p, top-k, top-p (over what the filters before left, renormalised). Equal logits: the lower
-token id is greater. Log-probabilities are those of the model, before any of this.
+the batch (law 1). In this order: penalties, bias, tokens that are not allowed, those banned by
+``min_tokens`` and as the end of ``bad_token_ids``, temperature, min-p, top-k, top-p (over what the
+filters before left, renormalised). Equal logits: the lower token id is greater. Log-probabilities
+are those of the model, before any of this.
 
 Letters: R rows, V vocabulary.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,7 @@ def takes_best(row: SamplingRow, eos_ids: frozenset[int]) -> bool:
     params = row.params
     return (
         params.temperature <= 0
+        and not row.known
         and params.logprobs is None
         and not adjusts_logits(params)
         and not banned_ids(params, len(row.output_ids), eos_ids)
@@ -98,6 +100,9 @@ def sample_row(
             f"request {row.request_id}: the logits after position {row.position - 1} hold "
             f"{logits_V[best]} at token {best}"
         )
+    if row.known:
+        token = row.prompt_ids[row.known]
+        return SampledRow(token, logprobs_of(logits_V, token, params.prompt_logprobs or 0))
     banned = banned_ids(params, len(row.output_ids), eos_ids)
     token = best
     if params.temperature > 0 or banned or adjusts_logits(params):
@@ -126,7 +131,7 @@ def adjust_logits(
     output_ids: Sequence[int],
     banned: Iterable[int],
 ) -> Floats:
-    """Logits after penalties, bias and bans."""
+    """Logits after penalties, bias and bans, of which tokens that are not allowed have one too."""
     x_V = logits_V.astype(np.float64)
     if params.repetition_penalty != 1:
         seen = np.unique(np.asarray([*prompt_ids, *output_ids], np.int64))
@@ -137,9 +142,21 @@ def adjust_logits(
         x_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
     for token, bias in params.logit_bias:
         x_V[token] += bias
-    for token in banned:
+    if params.allowed_token_ids:
+        allowed = np.array(params.allowed_token_ids, np.int64)
+        kept = x_V[allowed]
+        x_V.fill(-np.inf)
+        x_V[allowed] = kept
+    for token in (*banned, *ends_of_bad(params.bad_token_ids, output_ids)):
         x_V[token] = -np.inf
     return x_V
+
+
+def ends_of_bad(bad: Iterable[Sequence[int]], output_ids: Sequence[int]) -> Iterator[int]:
+    """The last tokens of those sequences whose other tokens the answer ends with."""
+    for *others, last in bad:
+        if not others or list(output_ids[-len(others) :]) == others:
+            yield last
 
 
 def draw_token(logits_V: Floats, params: SamplingParams, u: float) -> int:
