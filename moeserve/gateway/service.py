@@ -25,6 +25,7 @@ from moeserve.errors import (
 )
 from moeserve.gateway import limits
 from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.parsers.styles import PLAIN, AnswerStyle
 from moeserve.gateway.stream import ResponseStream
 from moeserve.models.tokenizer import Tokenizer
 
@@ -34,7 +35,8 @@ INLINE_CHARS = 4096
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model behind the doors. ``tokenizer`` None serves token ids only."""
+    """The model behind the doors. ``tokenizer`` None serves token ids only. ``style`` is how it
+    writes tool calls and reasoning."""
 
     name: str
     engine: ServingEngine
@@ -42,6 +44,7 @@ class ServedModel:
     limits: limits.ModelLimits
     architecture: str = ""
     eos_ids: tuple[int, ...] = ()
+    style: AnswerStyle = PLAIN
     created: int = field(default_factory=lambda: int(time.time()))
 
 

@@ -48,8 +48,10 @@ class Tokenizer:
         template: jinja2.Template | None,
         alphabet: Mapping[str, int] | None,
         where: Path,
+        template_source: str | None = None,
     ) -> None:
         self.eos_ids = eos_ids
+        self.template_source = template_source
         self._inner = inner
         self._specials = specials
         self._template = template
@@ -70,12 +72,13 @@ class Tokenizer:
         inner = _read_tokenizer(file)
         try:
             settings = read_json(folder / "tokenizer_config.json", required=False)
-            template = _compile(folder, _template_of(folder, settings, chat_template))
+            source = _template_of(folder, settings, chat_template)
+            template = _compile(folder, source)
             specials = _named_specials(settings)
             eos_ids = _eos_ids(folder, inner, specials)
         except CheckpointError as error:
             raise TokenizerError(f"{error.message}; {_REMEDY}") from error
-        return cls(inner, eos_ids, specials, template, _alphabet_of(inner), file)
+        return cls(inner, eos_ids, specials, template, _alphabet_of(inner), file, source)
 
     @property
     def vocab_size(self) -> int:
@@ -241,8 +244,21 @@ def _compile(folder: Path, source: str | None) -> jinja2.Template | None:
         raise CheckpointError(f"{folder}: the chat template is not valid Jinja: {error}") from error
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it: unlike Jinja's own, it escapes nothing for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _raise(message: str) -> None:

@@ -23,17 +23,16 @@ from moeserve.gateway.http.body import read_body
 from moeserve.gateway.http.failures import Endpoint, framed, plain_response
 from moeserve.gateway.http.generation import Generation
 from moeserve.gateway.http.guards import KeyGuard
-from moeserve.gateway.limits import prompt_text
-from moeserve.gateway.openai.chat import Conversation, parse_chat
+from moeserve.gateway.openai.chat import parse_chat
 from moeserve.gateway.openai.completions import parse_completion
 from moeserve.gateway.openai.errors import Json
+from moeserve.gateway.openai.prepare import prepare, render
 from moeserve.gateway.openai.tokens import parse_detokenize, parse_tokenize
 from moeserve.gateway.service import (
     ClientRequest,
     InferenceService,
     ServedModel,
     ServiceState,
-    tokenizer_of,
 )
 
 # A page and its content type.
@@ -80,14 +79,14 @@ class _Routes:
 
     async def chat(self, request: Request) -> Response:
         wanted, form, conversation = parse_chat(await read_body(request))
-        prompt = _render(self._service.model(wanted.model), conversation)
-        wanted = replace(_named(wanted, "chatcmpl"), prompts=(prompt,))
-        return Generation(self._service, wanted, form)
+        wanted = _named(wanted, "chatcmpl")
+        wanted, reading = await prepare(self._service, wanted, conversation)
+        return Generation(self._service, wanted, form, reading)
 
     async def tokenize(self, request: Request) -> Response:
         model, what, special = parse_tokenize(await read_body(request))
         served = self._service.model(model)
-        text = what if isinstance(what, str) else _render(served, what)
+        text = what if isinstance(what, str) else await render(served, what)
         ids = await self._service.tokenize(model, text, special)
         return JSONResponse(
             {"count": len(ids), "max_model_len": served.limits.max_len, "tokens": ids}
@@ -118,13 +117,6 @@ def _named(wanted: ClientRequest, prefix: str) -> ClientRequest:
         if wanted.request_id
         else replace(wanted, request_id=f"{prefix}-{secrets.token_hex(12)}")
     )
-
-
-def _render(served: ServedModel, conversation: Conversation) -> str:
-    text = tokenizer_of(served).render_chat(
-        conversation.messages, conversation.add_generation_prompt, **conversation.template_args
-    )
-    return prompt_text(text, "messages")
 
 
 def _model_card(served: ServedModel) -> Json:

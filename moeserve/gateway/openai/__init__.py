@@ -5,6 +5,10 @@
     fields              fields that several routes share, and the rule for all others
     completions         bodies of ``/v1/completions``
     chat                bodies of ``/v1/chat/completions``
+    messages            a conversation, from clients' shape to chat templates'
+    tools               tools, and which of them may or must be called
+    reading             how the text of a request's answers is read
+    prepare             a conversation to a prompt, and all that follows from the model
     tokens              bodies of ``/tokenize`` and ``/detokenize``
     answers             what all answers have alike: head, choices, usage
     completion_answers  answers of ``/v1/completions``
