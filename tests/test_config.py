@@ -71,6 +71,8 @@ OTHER: dict[str, Any] = {
     "ep_secret": "sixteen-or-longer",
     "ep_tls": "tls",
     "record_routing": "trace.safetensors",
+    "tool_parser": "glm",
+    "reasoning_parser": "think",
     "drain_timeout_s": 1.5,
     "reflection": True,
     "log_level": "debug",

@@ -276,6 +276,14 @@ class DoorOptions(Options):
     reflection: bool | None = Field(
         default=None, description="gRPC reflection; default: only when listening on loopback"
     )
+    tool_parser: Literal[
+        "auto", "none", "hermes", "qwen3_coder", "deepseek", "glm", "kimi", "harmony"
+    ] = Field(
+        default="auto", description="how the model writes tool calls; auto goes by its template"
+    )
+    reasoning_parser: Literal["auto", "none", "think", "harmony"] = Field(
+        default="auto", description="how the model marks reasoning; auto goes by its template"
+    )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="seconds that running streams get after SIGTERM"
     )

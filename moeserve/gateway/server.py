@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
-from moeserve.config.options import ServeConfig
+from moeserve.config.options import DoorOptions, ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.errors import CancelledError
 from moeserve.gateway.descriptors import raise_descriptor_limit
@@ -26,6 +26,7 @@ from moeserve.gateway.entrance import Entrance
 from moeserve.gateway.http.server import address_of
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.parsers.styles import style_of
 from moeserve.gateway.service import InferenceService, ServedModel
 from moeserve.observe.families import CacheInfo
 from moeserve.observe.loading import ProgressCallback, shown_progress
@@ -129,8 +130,9 @@ def _ask(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         loop.call_soon_threadsafe(event.set)
 
 
-def served_of(loaded: LoadedModel) -> ServedModel:
+def served_of(loaded: LoadedModel, doors: DoorOptions | None = None) -> ServedModel:
     """What the doors need to know of a model."""
+    template = None if loaded.tokenizer is None else loaded.tokenizer.chat_template
     return ServedModel(
         name=loaded.name,
         engine=loaded.engine,
@@ -138,6 +140,9 @@ def served_of(loaded: LoadedModel) -> ServedModel:
         limits=ModelLimits(loaded.spec.vocab, loaded.max_model_len, loaded.context),
         architecture=loaded.spec.architecture,
         eos_ids=tuple(sorted(loaded.config.eos_ids)),
+        style=style_of(template)
+        if doors is None
+        else style_of(template, doors.tool_parser, doors.reasoning_parser),
     )
 
 
@@ -246,7 +251,7 @@ class Server:
         else:
             ranks = loaded.ranks
             self.metrics.bind(loaded.name, lambda: ranks.counters, ranks.load, ranks, cache)
-        self.service.serve(served_of(loaded))
+        self.service.serve(served_of(loaded, self.config))
         await self._announce(True)
 
     async def _announce(self, serving: bool) -> None:

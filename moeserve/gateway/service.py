@@ -28,6 +28,7 @@ from moeserve.errors import (
 from moeserve.gateway import limits
 from moeserve.gateway.identity import TenantUsage, tenant, tenant_salt
 from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.parsers.styles import PLAIN, AnswerStyle
 from moeserve.gateway.records import record_of, refusal
 from moeserve.gateway.stream import ResponseStream
 from moeserve.gateway.text_work import TextWork
@@ -37,7 +38,8 @@ from moeserve.observe.requests import RequestRecord
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model behind the doors. ``tokenizer`` None serves token ids only."""
+    """The model behind the doors. ``tokenizer`` None serves token ids only. ``style`` is how it
+    writes tool calls and reasoning."""
 
     name: str
     engine: ServingEngine
@@ -45,6 +47,7 @@ class ServedModel:
     limits: limits.ModelLimits
     architecture: str = ""
     eos_ids: tuple[int, ...] = ()
+    style: AnswerStyle = PLAIN
     created: int = field(default_factory=lambda: int(time.time()))
 
 

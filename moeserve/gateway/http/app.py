@@ -24,10 +24,10 @@ from moeserve.gateway.http.failures import Endpoint, framed, plain_response
 from moeserve.gateway.http.generation import Generation
 from moeserve.gateway.http.guards import HostRules, guarded
 from moeserve.gateway.identity import Tenants
-from moeserve.gateway.limits import prompt_text
-from moeserve.gateway.openai.chat import Conversation, parse_chat
+from moeserve.gateway.openai.chat import parse_chat
 from moeserve.gateway.openai.completions import parse_completion
 from moeserve.gateway.openai.errors import Json
+from moeserve.gateway.openai.prepare import prepare, render
 from moeserve.gateway.openai.tokens import parse_detokenize, parse_tokenize, tokenizer_info
 from moeserve.gateway.service import (
     ClientRequest,
@@ -87,14 +87,14 @@ class _Routes:
 
     async def chat(self, request: Request) -> Response:
         wanted, form, conversation = parse_chat(await read_body(request, self._service.texts))
-        prompt = await self._render(wanted.model, conversation)
-        wanted = replace(_named(wanted, "chatcmpl"), prompts=(prompt,))
-        return Generation(self._service, wanted, form)
+        wanted = _named(wanted, "chatcmpl")
+        wanted, reading = await prepare(self._service, wanted, conversation)
+        return Generation(self._service, wanted, form, reading)
 
     async def tokenize(self, request: Request) -> Response:
         model, what, special = parse_tokenize(await read_body(request, self._service.texts))
         served = self._service.model(model)
-        text = what if isinstance(what, str) else await self._render(model, what)
+        text = what if isinstance(what, str) else await render(self._service.texts, served, what)
         ids = await self._service.tokenize(model, text, special)
         return JSONResponse(
             {"count": len(ids), "max_model_len": served.limits.max_len, "tokens": ids}
@@ -123,15 +123,6 @@ class _Routes:
     async def metrics(self, _: Request) -> Response:
         page, kind = await self._metrics()
         return Response(page, headers={"content-type": kind})
-
-    async def _render(self, model: str, conversation: Conversation) -> str:
-        self._service.model(model)
-        text = await self._service.texts.render(
-            conversation.messages,
-            add_generation_prompt=conversation.add_generation_prompt,
-            **conversation.template_args,
-        )
-        return prompt_text(text, "messages")
 
 
 def _named(wanted: ClientRequest, prefix: str) -> ClientRequest:

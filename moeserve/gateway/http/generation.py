@@ -18,6 +18,7 @@ from moeserve.gateway.openai.chat_answers import ChatWriter
 from moeserve.gateway.openai.completion_answers import CompletionWriter
 from moeserve.gateway.openai.errors import Json, error_body
 from moeserve.gateway.openai.fields import AnswerFormat
+from moeserve.gateway.openai.reading import Reading
 from moeserve.gateway.service import ClientRequest, InferenceService
 from moeserve.gateway.stream import ResponseStream
 
@@ -25,15 +26,20 @@ log = logging.getLogger(__name__)
 
 
 class Generation(Response):
-    """Runs one client request for as long as the client listens."""
+    """Runs one client request for as long as the client listens; ``reading`` is a chat's."""
 
     def __init__(
-        self, service: InferenceService, wanted: ClientRequest, form: AnswerFormat
+        self,
+        service: InferenceService,
+        wanted: ClientRequest,
+        form: AnswerFormat,
+        reading: Reading | None = None,
     ) -> None:
         super().__init__()
         self._service = service
         self._wanted = wanted
         self._form = form
+        self._reading = reading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[RECORDED] = True  # the service tells of it
@@ -85,8 +91,9 @@ class Generation(Response):
     def _writer(self, stream: ResponseStream) -> AnswerWriter:
         served = self._service.served
         head = AnswerHead(stream.request_id, served.name, int(time.time()), self._wanted.n)
-        write = ChatWriter if self._form.chat else CompletionWriter
-        return write(self._form, head, served.tokenizer)
+        if self._form.chat:
+            return ChatWriter(self._form, head, served.tokenizer, self._reading)
+        return CompletionWriter(self._form, head, served.tokenizer)
 
 
 class _Events:

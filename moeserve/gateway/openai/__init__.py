@@ -6,6 +6,10 @@
     completions         bodies of ``/v1/completions``
     chat                bodies of ``/v1/chat/completions``
     structured          the form that an answer must have, as a grammar
+    messages            a conversation, from clients' shape to chat templates'
+    tools               tools, and which of them may or must be called
+    reading             how the text of a request's answers is read
+    prepare             a conversation to a prompt, and all that follows from the model
     tokens              bodies of ``/tokenize`` and ``/detokenize``
     answers             what all answers have alike: head, choices, usage
     completion_answers  answers of ``/v1/completions``

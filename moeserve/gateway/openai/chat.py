@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from moeserve.errors import InvalidRequestError
 from moeserve.gateway import limits
@@ -16,22 +17,44 @@ from moeserve.gateway.openai.fields import (
     mapping,
     refuse,
     refuse_others,
+    text,
 )
+from moeserve.gateway.openai.messages import Message, for_template, parse_messages
+from moeserve.gateway.openai.tools import NO_TOOLS, ToolUse, parse_tools
+from moeserve.gateway.parsers.styles import AnswerStyle
 from moeserve.gateway.service import ClientRequest
 
 _FIELDS = COMMON | frozenset(
-    "messages max_completion_tokens top_logprobs chat_template_kwargs add_generation_prompt".split()
+    "messages max_completion_tokens top_logprobs chat_template_kwargs add_generation_prompt tools "
+    "tool_choice parallel_tool_calls documents reasoning_effort max_thinking_tokens".split()
 )
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+THINKING_BUDGET = limits.Bound(0, 2**31 - 1, integer=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Chat messages, still to be rendered with the model's template."""
+    """Chat messages, still to be rendered with the model's template.
 
-    messages: list[dict[str, object]]
-    add_generation_prompt: bool
-    template_args: Mapping[str, object]
+    ``max_thinking`` bounds the tokens of reasoning.
+    """
+
+    messages: list[Message]
+    add_generation_prompt: bool = True
+    template_args: Mapping[str, object] | None = None
+    tool_use: ToolUse = NO_TOOLS
+    max_thinking: int | None = None
+
+    def shaped(self, style: AnswerStyle) -> list[Message]:
+        """The messages as the model's template takes them."""
+        return for_template(self.messages, style)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the template is rendered with beside messages; tools and documents are None where
+        there are none, as transformers passes them."""
+        named = {"tools": list(self.tool_use.offered) or None, "documents": None}
+        return named | dict(self.template_args or {})
 
 
 def parse_chat(body: Body) -> tuple[ClientRequest, AnswerFormat, Conversation]:
@@ -54,52 +77,29 @@ def parse_chat(body: Body) -> tuple[ClientRequest, AnswerFormat, Conversation]:
 
 
 def parse_conversation(body: Body) -> Conversation:
+    budget = body.get("max_thinking_tokens")
     return Conversation(
-        messages=_messages(body.get("messages")),
+        messages=parse_messages(body.get("messages")),
         add_generation_prompt=flag(body, "add_generation_prompt", default=True),
-        template_args=_template_args(body),
+        template_args=_documents(body)
+        | thinking_args(text(body, "reasoning_effort"), "reasoning_effort")
+        | _template_args(body),
+        tool_use=parse_tools(body),
+        max_thinking=None
+        if budget is None
+        else THINKING_BUDGET.check("max_thinking_tokens", budget),
     )
 
 
-def _messages(value: object) -> list[dict[str, object]]:
-    if not isinstance(value, list) or not value:
-        refuse("messages", "expected a list of at least one message")
-    if len(value) > limits.MAX_MESSAGES:
-        refuse("messages", f"{len(value)} messages, at most {limits.MAX_MESSAGES}")
-    return [_message(item, f"messages[{i}]") for i, item in enumerate(value)]
-
-
-def _message(value: object, where: str) -> dict[str, object]:
-    if not isinstance(value, dict):
-        refuse("messages", f"{where}: expected an object with role and content")
-    given = {name: item for name, item in value.items() if item is not None}
-    if unknown := given.keys() - {"role", "content", "name", "refusal"}:
-        refuse("messages", f"{where}.{min(unknown)!a:.60}: not supported")
-    if given.get("role") not in _ROLES:
-        refuse("messages", f"{where}.role: expected one of {', '.join(_ROLES)}")
-    message: dict[str, object] = {
-        "role": given["role"],
-        "content": _content(given.get("content"), where),
-    }
-    if isinstance(given.get("name"), str):
-        message["name"] = given["name"]
-    return message
-
-
-def _content(value: object, where: str) -> str:
-    """A string, or OpenAI's list of parts, of which only text is understood."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        refuse("messages", f"{where}.content: expected a string")
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            refuse("messages", f"{where}.content: only parts of type 'text' are supported")
-        if not isinstance(part.get("text"), str):
-            refuse("messages", f"{where}.content: a text part needs a string 'text'")
-        texts.append(part["text"])
-    return "".join(texts)
+def thinking_args(effort: str, param: str) -> dict[str, object]:
+    """An effort under the names by which templates know it: gpt-oss has the word, Qwen3 and GLM
+    ``enable_thinking``, DeepSeek V3.1 ``thinking``. A template that knows none is not changed."""
+    if not effort:
+        return {}
+    if effort not in EFFORTS:
+        refuse(param, f"expected one of {', '.join(EFFORTS)}")
+    thinks = effort != "none"
+    return {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
 
 
 def _bounded_top(body: Body) -> int:
@@ -110,8 +110,15 @@ def _bounded_top(body: Body) -> int:
         raise InvalidRequestError(error.message, param="top_logprobs") from error
 
 
-def _template_args(body: Body) -> Mapping[str, object]:
-    args = mapping(body, "chat_template_kwargs")
+def _documents(body: Body) -> dict[str, object]:
+    value = body.get("documents", [])
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        refuse("documents", "expected a list of objects")
+    return {"documents": value or None}
+
+
+def _template_args(body: Body) -> dict[str, object]:
+    args = dict(mapping(body, "chat_template_kwargs"))
     for name in args:
         if not name.isidentifier() or name in ("self", "messages", "add_generation_prompt"):
             refuse("chat_template_kwargs", f"{name!a:.60} cannot be set")

@@ -21,7 +21,7 @@ def parse_tokenize(body: Body) -> tuple[str, str | Conversation, bool]:
         body,
         frozenset(
             "model prompt messages add_special_tokens add_generation_prompt "
-            "chat_template_kwargs".split()
+            "chat_template_kwargs tools tool_choice documents reasoning_effort".split()
         ),
     )
     if ("prompt" in body) == ("messages" in body):
