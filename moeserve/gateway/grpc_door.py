@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -30,7 +30,14 @@ from moeserve.errors import (
     MoeserveError,
     UnauthenticatedError,
 )
-from moeserve.gateway.limits import MAX_MESSAGE_BYTES
+from moeserve.gateway.limits import (
+    MAX_IDS,
+    MAX_LOGIT_BIAS,
+    MAX_MESSAGE_BYTES,
+    MAX_REQUEST_BYTES,
+    MAX_STOP,
+    MAX_STOP_IDS,
+)
 from moeserve.gateway.service import ClientRequest, InferenceService, ServiceState
 from moeserve.gateway.stream import Delta, Durations, Usage
 from moeserve.pb import inference_pb2 as pb
@@ -38,10 +45,17 @@ from moeserve.pb import inference_pb2 as pb
 log = logging.getLogger(__name__)
 
 SERVICE = "moeserve.v1.Inference"
+_SMALL_MESSAGE = 1 << 16
+# Fields that are looked at one by one.
+_FEW = (
+    ("stop", MAX_STOP, "strings"),
+    ("stop_token_ids", MAX_STOP_IDS, "ids"),
+    ("logit_bias", MAX_LOGIT_BIAS, "entries"),
+)
 _HEALTH = "/grpc.health.v1.Health/"
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     # Without this two servers share a port in silence.
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
@@ -156,7 +170,7 @@ class GrpcDoor:
 
     async def _detokenize(self, request: pb.DetokenizeRequest, _: Context) -> pb.DetokenizeResponse:
         skip = not request.HasField("skip_special_tokens") or request.skip_special_tokens
-        ids = list(request.token_ids)
+        ids = _ids(request.token_ids, "token_ids")
         text = await self._service.detokenize(request.model, ids, skip)
         return pb.DetokenizeResponse(text=text)
 
@@ -260,7 +274,17 @@ def _parse(kind: type[Message], data: bytes) -> Message:
         raise InvalidRequestError(
             f"not a valid {kind.DESCRIPTOR.full_name}; texts must be UTF-8: {error}"
         ) from error
-    _refuse_unknown(message)
+    if len(data) <= _SMALL_MESSAGE:
+        _refuse_unknown(message)
+        return message
+    # To name them takes long where there are many.
+    size = message.ByteSize()
+    message.DiscardUnknownFields()
+    if message.ByteSize() != size:
+        raise InvalidRequestError(
+            f"{kind.DESCRIPTOR.full_name} has fields that this server does not know; it may be "
+            "older than the client"
+        )
     return message
 
 
@@ -277,6 +301,9 @@ def _refuse_unknown(message: Message) -> None:
 
 def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -> ClientRequest:
     sampling = request.sampling
+    for name, most, unit in _FEW:
+        if (given := len(getattr(sampling, name))) > most:
+            raise InvalidRequestError(f"{name}: {given} {unit}, at most {most}", param=name)
     params: dict[str, object] = {
         field.name: value
         for field, value in sampling.ListFields()
@@ -292,7 +319,7 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
         case "text":
             prompt: str | tuple[int, ...] = request.text
         case "token_ids":
-            prompt = tuple(request.token_ids.ids)
+            prompt = _ids(request.token_ids.ids, "prompt")
         case _:
             raise InvalidRequestError(
                 "the prompt is missing: set text or token_ids", param="prompt"
@@ -307,6 +334,13 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
         domain=request.domain,
         timeout_s=time_remaining,
     )
+
+
+def _ids(field: Sequence[int], name: str) -> tuple[int, ...]:
+    """As Python has them, which takes long where there are many."""
+    if len(field) > MAX_IDS:
+        raise InvalidRequestError(f"{name}: {len(field)} ids, at most {MAX_IDS}", param=name)
+    return tuple(field)
 
 
 def _chunk(request_id: str, delta: Delta) -> pb.GenerateChunk:
