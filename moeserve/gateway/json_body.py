@@ -22,6 +22,7 @@ Body = Mapping[str, Any]
 
 # A conversation of 1024 messages with tools has some ten thousand.
 MOST_VALUES = 1 << 16
+MOST_DEPTH = 128
 _LONG_STRING = 4096  # characters
 _LONG_LIST = 64
 _MARKS = (b",", b"[", b"{", b"\\")
@@ -60,7 +61,7 @@ def takes_long(raw: bytes, small: int, large: int, marks: int) -> bool:
 
 def pack(body: Body, most_ints: int) -> bytes:
     """``unpack`` makes the same of it. InvalidRequestError where it has more than ``MOST_VALUES``
-    values, or long lists of integers with more than ``most_ints`` in all."""
+    values, one more than ``MOST_DEPTH`` deep, or more than ``most_ints`` integers in long lists."""
     blobs: list[bytes] = []
     table: list[tuple[list[str | int], str, int]] = []
     rest: dict[str, Any] = {}
@@ -76,6 +77,8 @@ def pack(body: Body, most_ints: int) -> bytes:
             raise InvalidRequestError(
                 f"the body has more than {MOST_VALUES} values: send less, or integers in lists"
             )
+        if len(path) > MOST_DEPTH:
+            raise InvalidRequestError(f"{path[0]!a:.60}: nested more than {MOST_DEPTH} deep")
         blob = _blob_of(value)
         if blob is not None:
             kind, content = blob

@@ -6,6 +6,7 @@ Texts go as UTF-8, token ids as int32 in the machine's order. Starts without tor
     encode   text in, ids out; only their number where there are more than ``most``
     decode   ids in, text out
     render   {messages, add_generation_prompt, args} as JSON in, text out
+    try      nothing in or out: some text and a conversation, as the others do them
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from moeserve.process.serve_jobs import JobLimits, Reply, run_worker
 PREPARING = JobLimits(memory_bytes=2 << 30, cpu_s=30)
 MOST_TEXT_BYTES = 64 << 20
 _TALK = ({"role": "user", "content": "Hi"},)
+_TEXT = "Hello, world! 1 + 1 = 2\n"
 
 
 def text_program(
@@ -64,16 +66,15 @@ class TextJobs:
         )
         return {}, _bounded(text, "what the model's chat template made")
 
-
-def load(folder: Path, chat_template: Path | None) -> TextJobs:
-    """The tokenizer, tried out: it encodes, decodes and renders something."""
-    tokenizer = Tokenizer.load(folder, chat_template)
-    tokenizer.decode(tokenizer.encode("Hello, world! 1 + 1 = 2\n"))
-    tokenizer.decode(range(min(tokenizer.vocab_size, 1024)))
-    if tokenizer.has_chat_template:
-        with contextlib.suppress(InvalidRequestError):  # it wants other messages
-            tokenizer.render_chat(_TALK)
-    return TextJobs(tokenizer)
+    def try_out(self, _: Mapping[str, Any], __: bytes) -> Reply:
+        """TokenizerError where the template cannot be compiled."""
+        self.tokenizer.decode(self.tokenizer.encode(_TEXT))
+        self.tokenizer.decode(range(min(self.tokenizer.vocab_size, 1024)))
+        self.tokenizer.compile_template()
+        if self.tokenizer.has_chat_template:
+            with contextlib.suppress(InvalidRequestError):  # it wants other messages
+                self.tokenizer.render_chat(_TALK)
+        return {}, b""
 
 
 def _bounded(text: str, what: str) -> bytes:
@@ -97,8 +98,13 @@ def main() -> None:
     args = words.parse_args()
 
     def prepare() -> tuple[Mapping[str, Any], Head]:
-        jobs = load(args.folder, args.chat_template)
-        return {"encode": jobs.encode, "decode": jobs.decode, "render": jobs.render}, {}
+        jobs = TextJobs(Tokenizer.load(args.folder, args.chat_template, compiled=False))
+        return {
+            "encode": jobs.encode,
+            "decode": jobs.decode,
+            "render": jobs.render,
+            "try": jobs.try_out,
+        }, {}
 
     run_worker(prepare, PREPARING, JobLimits(args.memory_bytes, args.cpu_s))
 

@@ -21,9 +21,8 @@ from moeserve.errors import CheckpointError, TokenizerError
 from moeserve.models.chat_template import ChatTemplate, template_source
 from moeserve.models.fields import Fields
 from moeserve.models.files import read_json, read_text
-from moeserve.models.tokenizer_cost import TokenizerCost, cost_of, require_decodable
+from moeserve.models.tokenizer_cost import REMEDY, TokenizerCost, cost_of, require_decodable
 
-_REMEDY = "prompts as token ids still work"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _SHOWN_ERROR = 300  # characters
 _NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -75,12 +74,21 @@ class Tokenizer:
             specials = _named_specials(settings)
             source = template_source(folder, settings, chat_template)
             template = None if source is None else ChatTemplate(source, specials, folder)
-            if template is not None and compiled:
-                template.compile()
             eos_ids = _eos_ids(folder, inner, specials)
         except CheckpointError as error:
-            raise TokenizerError(f"{error.message}; {_REMEDY}") from error
-        return cls(inner, files, eos_ids, template)
+            raise TokenizerError(f"{error.message}; {REMEDY}") from error
+        tokenizer = cls(inner, files, eos_ids, template)
+        if compiled:
+            tokenizer.compile_template()
+        return tokenizer
+
+    def compile_template(self) -> None:
+        """TokenizerError where there is one that is not Jinja."""
+        try:
+            if self._template is not None:
+                self._template.compile()
+        except CheckpointError as error:
+            raise TokenizerError(f"{error.message}; {REMEDY}") from error
 
     @property
     def vocab_size(self) -> int:
@@ -194,7 +202,7 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     try:
         source = read_text(file)
     except CheckpointError as error:
-        raise TokenizerError(f"{error.message}; {_REMEDY}") from error
+        raise TokenizerError(f"{error.message}; {REMEDY}") from error
     try:
         inner = tokenizers.Tokenizer.from_str(source)
         inner.no_truncation()
@@ -203,7 +211,7 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
         if not is_failure(error):
             raise
         raise TokenizerError(
-            f"{file}: not a tokenizer ({str(error)[:_SHOWN_ERROR]}); {_REMEDY}"
+            f"{file}: not a tokenizer ({str(error)[:_SHOWN_ERROR]}); {REMEDY}"
         ) from error
     require_decodable(inner, str(file))
     return inner

@@ -21,6 +21,7 @@ from moeserve.errors import TokenizerError
 
 Part = Mapping[str, Any]
 
+REMEDY = "prompts as token ids still work"
 # The longest canonical decomposition has four characters, which NFC makes one.
 _COMPOSED = 4
 # Of a token: published models have up to some hundred.
@@ -86,13 +87,16 @@ def require_decodable(inner: tokenizers.Tokenizer, where: str) -> None:
     """TokenizerError where the text of a few tokens could be long without bound."""
     longest = max(map(len, inner.get_vocab(with_added_tokens=True)), default=0)
     if longest > _MOST_CHARS:
-        raise TokenizerError(f"{where}: a token of {longest} characters, at most {_MOST_CHARS}")
+        raise TokenizerError(
+            f"{where}: a token of {longest} characters, at most {_MOST_CHARS}; {REMEDY}"
+        )
     growth = 1.0
     for part in _parts(inner.decoder, "decoders"):
         growth *= _growth(part)
     if growth > _MOST_GROWTH:
         raise TokenizerError(
-            f"{where}: its decoder may make a text more than {_MOST_GROWTH:g} times as long"
+            f"{where}: its decoder may make a text more than {_MOST_GROWTH:g} times as long; "
+            f"{REMEDY}"
         )
 
 
