@@ -15,10 +15,13 @@ from moeserve.core import SamplingParams
 from moeserve.errors import ExhaustedError, InvalidRequestError, MoeserveError
 
 MAX_MESSAGE_BYTES = 64 * 2**20
+MAX_REQUEST_BYTES = 8 * 2**20
 MAX_BODY_BYTES = 16 * 2**20
 MAX_PROMPT_BYTES = 4 * 2**20
 MAX_PROMPTS = 64
 MAX_MESSAGES = 1024
+MAX_IDS = 2**20
+MAX_LISTED_IDS = 2**18
 MAX_N = 16
 MAX_STOP = 16
 MAX_STOP_BYTES = 256
@@ -136,6 +139,19 @@ def room_for_answer(prompt_len: int, model: ModelLimits) -> int:
     return model.max_len - prompt_len
 
 
+def require_may_fit(chars: int, least_tokens: int, model: ModelLimits) -> None:
+    """Refuses a text that is too long whatever its tokens are, before they are looked for."""
+    if least_tokens >= model.max_len:
+        raise _too_long(
+            least_tokens + 1,
+            model,
+            f"the prompt has {chars} characters, which are at least {least_tokens} tokens, but the "
+            f"model holds {model.max_len} of prompt and answer together: send at most "
+            f"{model.max_len - 1} tokens",
+            "prompt",
+        )
+
+
 def require_fits(prompt_len: int, max_tokens: int, model: ModelLimits) -> None:
     if max_tokens > room_for_answer(prompt_len, model):
         raise _too_long(
@@ -167,6 +183,9 @@ def token_ids(
         raise InvalidRequestError(f"{name}: expected a list of token ids", param=name)
     if most is not None and len(value) > most:
         raise InvalidRequestError(f"{name}: {len(value)} ids, at most {most}", param=name)
+    of_ints = set(map(type, value)) <= {int}
+    if of_ints and min(value, default=0) >= 0 and max(value, default=0) < model.vocab_size:
+        return tuple(value)
     for token in value:
         if type(token) is not int or not 0 <= token < model.vocab_size:
             raise InvalidRequestError(

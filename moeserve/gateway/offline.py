@@ -48,17 +48,21 @@ def generate(
 
 
 async def _run(loaded: LoadedModel, ask: ClientRequest, show: Callable[[str], None]) -> Completion:
+    service = InferenceService(Mailbox(asyncio.get_running_loop()))
     try:
-        return await _answer(loaded, ask, show)
+        return await _answer(service, loaded, ask, show)
     finally:
+        await service.texts.close()
         # While the loop still runs, for the engine's last events go through it.
         await asyncio.to_thread(loaded.close)
 
 
 async def _answer(
-    loaded: LoadedModel, ask: ClientRequest, show: Callable[[str], None]
+    service: InferenceService,
+    loaded: LoadedModel,
+    ask: ClientRequest,
+    show: Callable[[str], None],
 ) -> Completion:
-    service = InferenceService(Mailbox(asyncio.get_running_loop()))
     service.serve(served_of(loaded))
     text: list[str] = []
     ids: list[int] = []

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -88,6 +89,8 @@ def serve(config: ServeConfig, process: ServedProcess | None = None) -> int:
     """Serves until a signal; the exit status."""
     configure_log(config.log_level, config.log_format)
     raise_descriptor_limit()
+    # Long texts go to processes of their own: no threads beside the model's.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return asyncio.run(_serve(config, process or OneProcess()))
 
 
@@ -104,6 +107,7 @@ async def _serve(config: ServeConfig, process: ServedProcess) -> int:
                 return 0
             server.reread_plan_on_hangup()
             if server.has_doors:
+                server.service.texts.warm_up()
                 print(f"ready: {server}", flush=True)
             # What was made by now lives as long as the process: no collection looks at it again.
             gc.collect()
@@ -215,6 +219,7 @@ class Server:
             await asyncio.wait_for(self.service.idle(), FAREWELL_S)
         if self._entrance is not None:
             await self._entrance.close()
+        await self.service.texts.close()
 
     async def load(self, interrupt: asyncio.Event | None = None) -> None:
         """Opens for requests when the model is there; CancelledError where ``interrupt`` came."""

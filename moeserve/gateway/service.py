@@ -102,7 +102,7 @@ class InferenceService:
     def serve(self, served: ServedModel) -> None:
         """Opens for requests."""
         self._served = served
-        self.texts.serve(served.name, served.tokenizer)
+        self.texts.serve(served.name, served.tokenizer, served.limits)
         self.state = ServiceState.READY
 
     @property
@@ -237,18 +237,21 @@ class InferenceService:
         self, served: ServedModel, prompt: str | tuple[int, ...], special_tokens: bool
     ) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(await self.encode(limits.prompt_text(prompt), special_tokens))
+            return await self.encode(limits.prompt_text(prompt), special_tokens, served.limits)
         limits.room_for_answer(len(prompt), served.limits)
         return limits.token_ids(prompt, served.limits)
 
-    async def encode(self, text: str, special_tokens: bool) -> list[int]:
-        return await self.texts.encode(text, special_tokens)
+    async def encode(
+        self, text: str, special_tokens: bool, model: limits.ModelLimits
+    ) -> tuple[int, ...]:
+        """The ids of a prompt, which leaves room for an answer."""
+        return tuple(await self.texts.encode(text, special_tokens, model=model))
 
     async def tokenize(self, model: str, text: str, special_tokens: bool = True) -> list[int]:
         self.model(model)
         if not text:
             return []
-        return await self.encode(limits.prompt_text(text, "text"), special_tokens)
+        return await self.texts.encode(limits.prompt_text(text, "text"), special_tokens)
 
     async def detokenize(self, model: str, ids: object, skip_special_tokens: bool = True) -> str:
         served = self.model(model)

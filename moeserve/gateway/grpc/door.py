@@ -17,7 +17,7 @@ from moeserve.gateway.grpc.guards import BusyPeers, GrpcGuard
 from moeserve.gateway.grpc.inference import SERVICE, InferenceMethods
 from moeserve.gateway.grpc.reads import MessageReads
 from moeserve.gateway.identity import Tenants
-from moeserve.gateway.limits import MAX_BODY_BYTES, MAX_MESSAGE_BYTES
+from moeserve.gateway.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from moeserve.gateway.service import InferenceService
 
 MAX_STREAMS = 1024
@@ -33,7 +33,7 @@ ANNOUNCE_S = 2.0
 
 OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_BODY_BYTES),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     # Without this two servers share a port in silence.
     ("grpc.so_reuseport", 0),
     ("grpc.max_concurrent_streams", MAX_STREAMS),

@@ -6,6 +6,7 @@ What they mean is the service's business.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -15,11 +16,18 @@ import moeserve
 from moeserve.core import FinishReason, Logprobs
 from moeserve.errors import InvalidRequestError
 from moeserve.gateway.grpc.statuses import Context, Method, bytes_of, call
+from moeserve.gateway.limits import MAX_IDS, MAX_LOGIT_BIAS, MAX_STOP, MAX_STOP_IDS
 from moeserve.gateway.service import ClientRequest, InferenceService, ServiceState
 from moeserve.gateway.stream import Delta, Durations, Usage
 from moeserve.pb import inference_pb2 as pb
 
 SERVICE = "moeserve.v1.Inference"
+# Fields that are looked at one by one.
+_FEW = (
+    ("stop", MAX_STOP, "strings"),
+    ("stop_token_ids", MAX_STOP_IDS, "ids"),
+    ("logit_bias", MAX_LOGIT_BIAS, "entries"),
+)
 _FINISH = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -90,7 +98,7 @@ class InferenceMethods:
 
     async def _detokenize(self, request: pb.DetokenizeRequest, _: Context) -> pb.DetokenizeResponse:
         skip = not request.HasField("skip_special_tokens") or request.skip_special_tokens
-        ids = list(request.token_ids)
+        ids = _ids(request.token_ids, "token_ids")
         text = await self._service.detokenize(request.model, ids, skip)
         return pb.DetokenizeResponse(text=text)
 
@@ -126,6 +134,9 @@ class InferenceMethods:
 
 def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -> ClientRequest:
     sampling = request.sampling
+    for name, most, unit in _FEW:
+        if (given := len(getattr(sampling, name))) > most:
+            raise InvalidRequestError(f"{name}: {given} {unit}, at most {most}", param=name)
     params: dict[str, object] = {
         field.name: value
         for field, value in sampling.ListFields()
@@ -141,7 +152,7 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
         case "text":
             prompt: str | tuple[int, ...] = request.text
         case "token_ids":
-            prompt = tuple(request.token_ids.ids)
+            prompt = _ids(request.token_ids.ids, "prompt")
         case _:
             raise InvalidRequestError(
                 "the prompt is missing: set text or token_ids", param="prompt"
@@ -156,6 +167,13 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
         domain=request.domain,
         timeout_s=time_remaining,
     )
+
+
+def _ids(field: Sequence[int], name: str) -> tuple[int, ...]:
+    """As Python has them, which takes long where there are many."""
+    if len(field) > MAX_IDS:
+        raise InvalidRequestError(f"{name}: {len(field)} ids, at most {MAX_IDS}", param=name)
+    return tuple(field)
 
 
 def _chunk(request_id: str, delta: Delta) -> pb.GenerateChunk:

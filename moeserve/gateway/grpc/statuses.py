@@ -27,6 +27,8 @@ from moeserve.errors import (
 
 log = logging.getLogger(__name__)
 
+_SMALL_MESSAGE = 1 << 16
+
 Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Message | None]]
 
@@ -82,7 +84,17 @@ def _parse(kind: type[Message], data: bytes) -> Message:
         raise InvalidRequestError(
             f"not a valid {kind.DESCRIPTOR.full_name}; texts must be UTF-8: {error}"
         ) from error
-    _refuse_unknown(message)
+    if len(data) <= _SMALL_MESSAGE:
+        _refuse_unknown(message)
+        return message
+    # To name them takes long where there are many.
+    size = message.ByteSize()
+    message.DiscardUnknownFields()
+    if message.ByteSize() != size:
+        raise InvalidRequestError(
+            f"{kind.DESCRIPTOR.full_name} has fields that this server does not know; it may be "
+            "older than the client"
+        )
     return message
 
 
