@@ -193,10 +193,12 @@ class StepResult:
     """One entry per chunk with ``samples``, in the plan's order, less those that ``failed``.
 
     A failure belongs to one request alone (its logits are not numbers): id and explanation.
+    ``told`` are those whose clients are told it, since what they asked for is the cause.
     """
 
     sampled: tuple[Sampled, ...]
     failed: tuple[tuple[RequestId, str], ...] = ()
+    told: frozenset[RequestId] = frozenset()
 
 
 class TokenOut(NamedTuple):

@@ -59,14 +59,16 @@ class StepOutcome:
     """A step that is over; the scheduler has taken note of all that is here.
 
     ``began`` is when its plan was made, by the clock. ``outs`` are the tokens that were accepted.
-    ``failed`` requests ended with an error, each for its own reason; where the step as a whole
-    failed, these are all that were in it, and ``error`` is what the executor raised.
+    ``failed`` requests ended with an error, each for its own reason, which those of ``told`` may
+    know; where the step as a whole failed, these are all that were in it, and ``error`` is what the
+    executor raised.
     """
 
     plan: StepPlan
     began: float
     outs: tuple[TokenOut, ...] = ()
     failed: tuple[tuple[RequestId, str], ...] = ()
+    told: frozenset[RequestId] = frozenset()
     error: Exception | None = None
 
     def raise_failure(self) -> None:
@@ -119,7 +121,7 @@ def run_step(
             for request_id, _ in failed:
                 scheduler.abort(request_id, FinishReason.ERROR)
         return StepOutcome(plan, began, failed=failed, error=error)
-    return StepOutcome(plan, began, outs, result.failed)
+    return StepOutcome(plan, began, outs, result.failed, result.told)
 
 
 def drive(

@@ -6,6 +6,7 @@
     openai   OpenAI's JSON, without a transport: bodies in, answers out
     grpc     the gRPC door: ``moeserve.v1.Inference`` with health and reflection
     limits   every bound on a request; client fields to sampling parameters
+    grammars whether a grammar can be used, before its request is queued
     service  what a request means, whatever door it came through
     stream   the running sequences of one request, for whoever reads them
     text     from token ids to text that is ready to show, and stop strings

@@ -24,6 +24,7 @@ from rich.progress import Progress
 from moeserve.config.options import ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.errors import CancelledError
+from moeserve.gateway.grammars import GrammarGate
 from moeserve.gateway.grpc.door import GrpcDoor
 from moeserve.gateway.http.app import http_app
 from moeserve.gateway.http.server import HttpServer, address_of
@@ -139,6 +140,7 @@ def served_of(loaded: LoadedModel) -> ServedModel:
         limits=ModelLimits(loaded.spec.vocab, loaded.max_model_len, loaded.context),
         architecture=loaded.spec.architecture,
         eos_ids=tuple(sorted(loaded.config.eos_ids)),
+        grammars=GrammarGate(loaded.own.grammars),
     )
 
 

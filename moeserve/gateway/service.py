@@ -24,6 +24,7 @@ from moeserve.errors import (
     UnavailableError,
 )
 from moeserve.gateway import limits
+from moeserve.gateway.grammars import GrammarGate
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.stream import ResponseStream
 from moeserve.models.tokenizer import Tokenizer
@@ -34,7 +35,8 @@ INLINE_CHARS = 4096
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model behind the doors. ``tokenizer`` None serves token ids only."""
+    """The model behind the doors. ``tokenizer`` None serves token ids only, and without
+    ``grammars`` answers have any form."""
 
     name: str
     engine: ServingEngine
@@ -42,6 +44,7 @@ class ServedModel:
     limits: limits.ModelLimits
     architecture: str = ""
     eos_ids: tuple[int, ...] = ()
+    grammars: GrammarGate = field(default_factory=GrammarGate)
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -129,6 +132,8 @@ class InferenceService:
             raise InvalidRequestError(
                 f"{len(wanted.prompts)} prompts: expected 1 to {limits.MAX_PROMPTS}", param="prompt"
             )
+        if params.grammar is not None:
+            await served.grammars.admit(params.grammar)
         requests = []
         seed = params.seed if "seed" in wanted.params else secrets.randbits(63)
         for p, prompt in enumerate(wanted.prompts):

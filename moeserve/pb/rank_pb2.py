@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16moeserve/pb/rank.proto\x12\rmoeserve.rank\"W\n\x06ToRank\x12)\n\x06submit\x18\x01 \x03(\x0b\x32\x19.moeserve.rank.Submission\x12\"\n\x03\x65nd\x18\x02 \x03(\x0b\x32\x15.moeserve.rank.Ending\"\xd9\x01\n\nSubmission\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x0f\n\x07outputs\x18\x03 \x03(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.moeserve.rank.Sampling\x12\x0c\n\x04salt\x18\x05 \x01(\t\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\t\x12\x16\n\ttimeout_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05moved\x18\t \x01(\x08\x12\x0f\n\x07reached\x18\n \x01(\rB\x0c\n\n_timeout_s\"\xc5\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x10\n\x08\x62ias_ids\x18\n \x03(\r\x12\x0e\n\x06\x62iases\x18\x0b \x03(\x01\x12\x0c\n\x04seed\x18\x0c \x01(\x04\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_logprobs\"$\n\x06\x45nding\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x98\x01\n\x08\x46romRank\x12!\n\x04news\x18\x01 \x03(\x0b\x32\x13.moeserve.rank.News\x12\r\n\x05taken\x18\x02 \x03(\t\x12\r\n\x05round\x18\x03 \x01(\x04\x12)\n\x08returned\x18\x04 \x03(\x0b\x32\x17.moeserve.rank.Returned\x12 \n\x04uses\x18\x05 \x03(\x0b\x32\x12.moeserve.rank.Use\"\'\n\x08Returned\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07reached\x18\x02 \x01(\r\"\x7f\n\x04News\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12%\n\x06scores\x18\x03 \x03(\x0b\x32\x15.moeserve.rank.Scores\x12\x0e\n\x06\x66inish\x18\x04 \x01(\t\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\"6\n\x06Scores\x12\x0e\n\x06\x63hosen\x18\x01 \x01(\x01\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x0b\n\x03top\x18\x03 \x03(\x01\"2\n\x03Use\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\r\n\x05ranks\x18\x03 \x03(\x04\"\x10\n\x0e\x43ountedRequest\"\xaa\x03\n\x0c\x43ountedReply\x12!\n\x04work\x18\x01 \x01(\x0b\x32\x13.moeserve.rank.Work\x12;\n\x08\x63ounters\x18\x02 \x03(\x0b\x32).moeserve.rank.CountedReply.CountersEntry\x12;\n\x08\x66inished\x18\x03 \x03(\x0b\x32).moeserve.rank.CountedReply.FinishedEntry\x12\x43\n\x0cmicrobatches\x18\x04 \x03(\x0b\x32-.moeserve.rank.CountedReply.MicrobatchesEntry\x12!\n\x04load\x18\x05 \x01(\x0b\x32\x13.moeserve.rank.Load\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a/\n\rFinishedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x33\n\x11MicrobatchesEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x99\x01\n\x04Work\x12\x0e\n\x06rounds\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x0e\n\x06\x63opies\x18\x03 \x01(\x04\x12\x12\n\ninter_node\x18\x04 \x01(\x04\x12\x0c\n\x04\x63\x61me\x18\x05 \x01(\x04\x12\x16\n\x0e\x64ispatch_bytes\x18\x06 \x01(\x04\x12\x15\n\rcombine_bytes\x18\x07 \x01(\x04\x12\x10\n\x08waited_s\x18\x08 \x01(\x01\"~\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x15\n\rcached_blocks\x18\x05 \x01(\x04\x12\x12\n\nblock_size\x18\x06 \x01(\r\"\x17\n\x04Note\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x32\xc6\x01\n\x0bRankService\x12<\n\x06\x41ttach\x12\x15.moeserve.rank.ToRank\x1a\x17.moeserve.rank.FromRank(\x01\x30\x01\x12\x45\n\x07\x43ounted\x12\x1d.moeserve.rank.CountedRequest\x1a\x1b.moeserve.rank.CountedReply\x12\x32\n\x06Replan\x12\x13.moeserve.rank.Note\x1a\x13.moeserve.rank.Noteb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16moeserve/pb/rank.proto\x12\rmoeserve.rank\"W\n\x06ToRank\x12)\n\x06submit\x18\x01 \x03(\x0b\x32\x19.moeserve.rank.Submission\x12\"\n\x03\x65nd\x18\x02 \x03(\x0b\x32\x15.moeserve.rank.Ending\"\xd9\x01\n\nSubmission\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x0f\n\x07outputs\x18\x03 \x03(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.moeserve.rank.Sampling\x12\x0c\n\x04salt\x18\x05 \x01(\t\x12\x0e\n\x06\x64omain\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\t\x12\x16\n\ttimeout_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05moved\x18\t \x01(\x08\x12\x0f\n\x07reached\x18\n \x01(\rB\x0c\n\n_timeout_s\"\xee\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x10\n\x08\x62ias_ids\x18\n \x03(\r\x12\x0e\n\x06\x62iases\x18\x0b \x03(\x01\x12\x0c\n\x04seed\x18\x0c \x01(\x04\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x00\x88\x01\x01\x12\'\n\x07grammar\x18\x14 \x01(\x0b\x32\x16.moeserve.rank.GrammarB\x0b\n\t_logprobs\"M\n\x07Grammar\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x17\n\nwhitespace\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_whitespace\"$\n\x06\x45nding\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x98\x01\n\x08\x46romRank\x12!\n\x04news\x18\x01 \x03(\x0b\x32\x13.moeserve.rank.News\x12\r\n\x05taken\x18\x02 \x03(\t\x12\r\n\x05round\x18\x03 \x01(\x04\x12)\n\x08returned\x18\x04 \x03(\x0b\x32\x17.moeserve.rank.Returned\x12 \n\x04uses\x18\x05 \x03(\x0b\x32\x12.moeserve.rank.Use\"\'\n\x08Returned\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07reached\x18\x02 \x01(\r\"\x7f\n\x04News\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12%\n\x06scores\x18\x03 \x03(\x0b\x32\x15.moeserve.rank.Scores\x12\x0e\n\x06\x66inish\x18\x04 \x01(\t\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\"6\n\x06Scores\x12\x0e\n\x06\x63hosen\x18\x01 \x01(\x01\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x0b\n\x03top\x18\x03 \x03(\x01\"2\n\x03Use\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\r\n\x05ranks\x18\x03 \x03(\x04\"\x10\n\x0e\x43ountedRequest\"\xaa\x03\n\x0c\x43ountedReply\x12!\n\x04work\x18\x01 \x01(\x0b\x32\x13.moeserve.rank.Work\x12;\n\x08\x63ounters\x18\x02 \x03(\x0b\x32).moeserve.rank.CountedReply.CountersEntry\x12;\n\x08\x66inished\x18\x03 \x03(\x0b\x32).moeserve.rank.CountedReply.FinishedEntry\x12\x43\n\x0cmicrobatches\x18\x04 \x03(\x0b\x32-.moeserve.rank.CountedReply.MicrobatchesEntry\x12!\n\x04load\x18\x05 \x01(\x0b\x32\x13.moeserve.rank.Load\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a/\n\rFinishedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x33\n\x11MicrobatchesEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x99\x01\n\x04Work\x12\x0e\n\x06rounds\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x0e\n\x06\x63opies\x18\x03 \x01(\x04\x12\x12\n\ninter_node\x18\x04 \x01(\x04\x12\x0c\n\x04\x63\x61me\x18\x05 \x01(\x04\x12\x16\n\x0e\x64ispatch_bytes\x18\x06 \x01(\x04\x12\x15\n\rcombine_bytes\x18\x07 \x01(\x04\x12\x10\n\x08waited_s\x18\x08 \x01(\x01\"~\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x15\n\rcached_blocks\x18\x05 \x01(\x04\x12\x12\n\nblock_size\x18\x06 \x01(\r\"\x17\n\x04Note\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x32\xc6\x01\n\x0bRankService\x12<\n\x06\x41ttach\x12\x15.moeserve.rank.ToRank\x1a\x17.moeserve.rank.FromRank(\x01\x30\x01\x12\x45\n\x07\x43ounted\x12\x1d.moeserve.rank.CountedRequest\x1a\x1b.moeserve.rank.CountedReply\x12\x32\n\x06Replan\x12\x13.moeserve.rank.Note\x1a\x13.moeserve.rank.Noteb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,35 +42,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMISSION']._serialized_start=131
   _globals['_SUBMISSION']._serialized_end=348
   _globals['_SAMPLING']._serialized_start=351
-  _globals['_SAMPLING']._serialized_end=676
-  _globals['_ENDING']._serialized_start=678
-  _globals['_ENDING']._serialized_end=714
-  _globals['_FROMRANK']._serialized_start=717
-  _globals['_FROMRANK']._serialized_end=869
-  _globals['_RETURNED']._serialized_start=871
-  _globals['_RETURNED']._serialized_end=910
-  _globals['_NEWS']._serialized_start=912
-  _globals['_NEWS']._serialized_end=1039
-  _globals['_SCORES']._serialized_start=1041
-  _globals['_SCORES']._serialized_end=1095
-  _globals['_USE']._serialized_start=1097
-  _globals['_USE']._serialized_end=1147
-  _globals['_COUNTEDREQUEST']._serialized_start=1149
-  _globals['_COUNTEDREQUEST']._serialized_end=1165
-  _globals['_COUNTEDREPLY']._serialized_start=1168
-  _globals['_COUNTEDREPLY']._serialized_end=1594
-  _globals['_COUNTEDREPLY_COUNTERSENTRY']._serialized_start=1445
-  _globals['_COUNTEDREPLY_COUNTERSENTRY']._serialized_end=1492
-  _globals['_COUNTEDREPLY_FINISHEDENTRY']._serialized_start=1494
-  _globals['_COUNTEDREPLY_FINISHEDENTRY']._serialized_end=1541
-  _globals['_COUNTEDREPLY_MICROBATCHESENTRY']._serialized_start=1543
-  _globals['_COUNTEDREPLY_MICROBATCHESENTRY']._serialized_end=1594
-  _globals['_WORK']._serialized_start=1597
-  _globals['_WORK']._serialized_end=1750
-  _globals['_LOAD']._serialized_start=1752
-  _globals['_LOAD']._serialized_end=1878
-  _globals['_NOTE']._serialized_start=1880
-  _globals['_NOTE']._serialized_end=1903
-  _globals['_RANKSERVICE']._serialized_start=1906
-  _globals['_RANKSERVICE']._serialized_end=2104
+  _globals['_SAMPLING']._serialized_end=717
+  _globals['_GRAMMAR']._serialized_start=719
+  _globals['_GRAMMAR']._serialized_end=796
+  _globals['_ENDING']._serialized_start=798
+  _globals['_ENDING']._serialized_end=834
+  _globals['_FROMRANK']._serialized_start=837
+  _globals['_FROMRANK']._serialized_end=989
+  _globals['_RETURNED']._serialized_start=991
+  _globals['_RETURNED']._serialized_end=1030
+  _globals['_NEWS']._serialized_start=1032
+  _globals['_NEWS']._serialized_end=1159
+  _globals['_SCORES']._serialized_start=1161
+  _globals['_SCORES']._serialized_end=1215
+  _globals['_USE']._serialized_start=1217
+  _globals['_USE']._serialized_end=1267
+  _globals['_COUNTEDREQUEST']._serialized_start=1269
+  _globals['_COUNTEDREQUEST']._serialized_end=1285
+  _globals['_COUNTEDREPLY']._serialized_start=1288
+  _globals['_COUNTEDREPLY']._serialized_end=1714
+  _globals['_COUNTEDREPLY_COUNTERSENTRY']._serialized_start=1565
+  _globals['_COUNTEDREPLY_COUNTERSENTRY']._serialized_end=1612
+  _globals['_COUNTEDREPLY_FINISHEDENTRY']._serialized_start=1614
+  _globals['_COUNTEDREPLY_FINISHEDENTRY']._serialized_end=1661
+  _globals['_COUNTEDREPLY_MICROBATCHESENTRY']._serialized_start=1663
+  _globals['_COUNTEDREPLY_MICROBATCHESENTRY']._serialized_end=1714
+  _globals['_WORK']._serialized_start=1717
+  _globals['_WORK']._serialized_end=1870
+  _globals['_LOAD']._serialized_start=1872
+  _globals['_LOAD']._serialized_end=1998
+  _globals['_NOTE']._serialized_start=2000
+  _globals['_NOTE']._serialized_end=2023
+  _globals['_RANKSERVICE']._serialized_start=2026
+  _globals['_RANKSERVICE']._serialized_end=2224
 # @@protoc_insertion_point(module_scope)

@@ -15,6 +15,8 @@ from moeserve.core import (
     CacheScope,
     Event,
     FinishReason,
+    Grammar,
+    GrammarKind,
     Logprobs,
     Request,
     RequestId,
@@ -65,6 +67,7 @@ params = st.builds(
     stop_token_ids=token_lists,
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, 20),
+    grammar=st.none() | st.builds(Grammar, st.sampled_from(GrammarKind), texts, st.none() | texts),
 )
 requests = st.builds(
     Request,
@@ -113,7 +116,12 @@ def test_every_field_of_a_request_survives(
 
 def test_a_field_that_is_new_is_not_forgotten() -> None:
     """Each that crosses is given another value than its default, by its kind."""
-    lists: dict[str, Any] = {"logit_bias": ((1, 2.5),), "stop_token_ids": (1,)}
+    grammar = Grammar(GrammarKind.REGEX, "a+", "")
+    lists: dict[str, Any] = {
+        "logit_bias": ((1, 2.5),),
+        "stop_token_ids": (1,),
+        "grammar": grammar,
+    }
     crossing = [f for f in fields(SamplingParams) if f.name not in DOORS_OWN]
     others: dict[str, Any] = {f.name: _other(f.default) for f in crossing}
     changed = SamplingParams(**(others | lists))

@@ -19,6 +19,8 @@ from moeserve.core import (
     CacheScope,
     Event,
     FinishReason,
+    Grammar,
+    GrammarKind,
     Logprobs,
     Request,
     RequestId,
@@ -132,7 +134,14 @@ def _read_sampling(s: pb.Sampling) -> SamplingParams:
         stop_token_ids=tuple(s.stop_token_ids),
         ignore_eos=s.ignore_eos,
         logprobs=s.logprobs if s.HasField("logprobs") else None,
+        grammar=_read_grammar(s.grammar) if s.HasField("grammar") else None,
     )
+
+
+def _read_grammar(g: pb.Grammar) -> Grammar:
+    if g.kind not in set(GrammarKind):
+        raise InvalidRequestError(f"{g.kind[:40]!r} is no kind of grammar", param="grammar")
+    return Grammar(GrammarKind(g.kind), g.text, g.whitespace if g.HasField("whitespace") else None)
 
 
 def _write_sampling(out: pb.Sampling, params: SamplingParams) -> None:
@@ -152,6 +161,10 @@ def _write_sampling(out: pb.Sampling, params: SamplingParams) -> None:
     out.ignore_eos = params.ignore_eos
     if params.logprobs is not None:
         out.logprobs = params.logprobs
+    if params.grammar is not None:
+        out.grammar.kind, out.grammar.text = params.grammar.kind.value, params.grammar.text
+        if params.grammar.whitespace is not None:
+            out.grammar.whitespace = params.grammar.whitespace
 
 
 def write_news(out: pb.News, event: Event) -> None:

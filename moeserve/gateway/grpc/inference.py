@@ -6,13 +6,14 @@ What they mean is the service's business.
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import Message
 
 import moeserve
-from moeserve.core import FinishReason, Logprobs
+from moeserve.core import FinishReason, Grammar, GrammarKind, Logprobs
 from moeserve.errors import InvalidRequestError
 from moeserve.gateway.grpc.statuses import Context, Method, bytes_of, call
 from moeserve.gateway.service import ClientRequest, InferenceService, ServiceState
@@ -128,7 +129,7 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
     params: dict[str, object] = {
         field.name: value
         for field, value in sampling.ListFields()
-        if field.name not in ("logit_bias", "stop", "stop_token_ids")
+        if field.name not in ("logit_bias", "stop", "stop_token_ids", "grammar")
     }
     if sampling.logit_bias:
         params["logit_bias"] = dict(sampling.logit_bias)
@@ -136,6 +137,8 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
         params["stop"] = list(sampling.stop)
     if sampling.stop_token_ids:
         params["stop_token_ids"] = list(sampling.stop_token_ids)
+    if sampling.HasField("grammar"):
+        params["grammar"] = _grammar(sampling.grammar)
     match request.WhichOneof("prompt"):
         case "text":
             prompt: str | tuple[int, ...] = request.text
@@ -154,6 +157,21 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
         salt=request.cache_salt,
         domain=request.domain,
         timeout_s=time_remaining,
+    )
+
+
+def _grammar(given: pb.Grammar) -> Grammar:
+    kind = given.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequestError("the grammar is missing: set one of its kinds", param="grammar")
+    if kind == "choice":
+        if not given.choice.texts or not all(given.choice.texts):
+            raise InvalidRequestError("choice: expected texts, none empty", param="grammar")
+        text = json.dumps(list(given.choice.texts), ensure_ascii=False)
+    else:
+        text = getattr(given, kind)
+    return Grammar(
+        GrammarKind(kind), text, given.whitespace if given.HasField("whitespace") else None
     )
 
 

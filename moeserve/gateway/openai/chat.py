@@ -17,11 +17,12 @@ from moeserve.gateway.openai.fields import (
     refuse,
     refuse_others,
 )
+from moeserve.gateway.openai.structured import STRUCTURED_FIELDS, grammar_of
 from moeserve.gateway.service import ClientRequest
 
-_FIELDS = COMMON | frozenset(
+_FIELDS = frozenset(
     "messages max_completion_tokens top_logprobs chat_template_kwargs add_generation_prompt".split()
-)
+).union(COMMON, STRUCTURED_FIELDS)
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -48,6 +49,8 @@ def parse_chat(body: Body) -> tuple[ClientRequest, AnswerFormat, Conversation]:
         params["logprobs"] = _bounded_top(body)
     elif "top_logprobs" in body:
         refuse("top_logprobs", "needs logprobs: true")
+    if (grammar := grammar_of(body)) is not None:
+        params["grammar"] = grammar
     conversation = parse_conversation(body)
     special = flag(body, "add_special_tokens")
     return replace(wanted, params=params, fill=True, special_tokens=special), form, conversation
