@@ -222,11 +222,13 @@ class StepResult:
 
     A failure belongs to one request alone (its logits are not numbers): id and explanation.
     ``scored`` has an entry for each chunk that scored something.
+    ``told`` are those whose clients are told it, since what they asked for is the cause.
     """
 
     sampled: tuple[Sampled, ...]
     failed: tuple[tuple[RequestId, str], ...] = ()
     scored: tuple[Scored, ...] = ()
+    told: frozenset[RequestId] = frozenset()
 
 
 class TokenOut(NamedTuple):

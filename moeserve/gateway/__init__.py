@@ -12,6 +12,7 @@
     file_watch    files that are read again when they change
     descriptors   how many connections doors may hold, from how many files may be open
     limits        every bound on a request; client fields to sampling parameters
+    grammars      whether a grammar can be used, before its request is queued
     service       what a request means, whatever door it came through
     stream        the running sequences of one request, for whoever reads them
     records       what is told of a request when it has ended

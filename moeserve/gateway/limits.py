@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moeserve.core import SamplingParams
+from moeserve.core import Grammar, SamplingParams
 from moeserve.errors import ExhaustedError, InvalidRequestError, MoeserveError
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -30,6 +30,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_ID_CHARS = 128
 MAX_SALT_BYTES = 128
 MAX_DOMAIN_BYTES = 64
+MAX_GRAMMAR_BYTES = 256 * 2**10
+MAX_WHITESPACE_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ def sampling_params(given: Mapping[str, object], model: ModelLimits) -> Sampling
             values[name] = token_ids(value, model, name, MAX_STOP_IDS)
         elif name == "logit_bias":
             values[name] = _logit_bias(value, model)
+        elif name == "grammar":
+            values[name] = _grammar(value)
         else:
             raise InvalidRequestError(f"{name}: unknown sampling parameter", param=name)
     if "max_tokens" in values and values["max_tokens"] > model.max_len:
@@ -120,6 +124,11 @@ def sampling_params(given: Mapping[str, object], model: ModelLimits) -> Sampling
         raise InvalidRequestError(
             f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}",
             param="min_tokens",
+        )
+    if params.grammar is not None and params.ignore_eos:
+        raise InvalidRequestError(
+            "ignore_eos: an answer in a given form ends with end-of-text; leave it out",
+            param="ignore_eos",
         )
     return params
 
@@ -260,6 +269,21 @@ def _logit_bias(value: object, model: ModelLimits) -> tuple[tuple[int, float], .
     if len(set(ids)) < len(ids):
         raise InvalidRequestError("logit_bias: a token id is given twice", param="logit_bias")
     return tuple(sorted(zip(ids, biases, strict=True)))
+
+
+def _grammar(value: object) -> Grammar:
+    """Of a size that can be looked at; whether it is a grammar says who compiles it."""
+    if not isinstance(value, Grammar):
+        raise InvalidRequestError(f"grammar={_shown(value)}: expected a grammar", param="grammar")
+    bounds = ((value.text, MAX_GRAMMAR_BYTES), (value.whitespace or "", MAX_WHITESPACE_BYTES))
+    for text, most in bounds:
+        if (size := _utf8_len(text, "grammar")) > most:
+            raise InvalidRequestError(
+                f"the grammar has {size} bytes, at most {most}: simplify it", param="grammar"
+            )
+    if not value.text:
+        raise InvalidRequestError("the grammar is empty", param="grammar")
+    return value
 
 
 def _as_id(key: object) -> object:

@@ -24,6 +24,7 @@ from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.errors import CancelledError
 from moeserve.gateway.descriptors import raise_descriptor_limit
 from moeserve.gateway.entrance import Entrance
+from moeserve.gateway.grammars import GrammarGate
 from moeserve.gateway.http.server import address_of
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
@@ -144,6 +145,7 @@ def served_of(loaded: LoadedModel, doors: DoorOptions | None = None) -> ServedMo
         limits=ModelLimits(loaded.spec.vocab, loaded.max_model_len, loaded.context),
         architecture=loaded.spec.architecture,
         eos_ids=tuple(sorted(loaded.config.eos_ids)),
+        grammars=GrammarGate(loaded.own.grammars),
         style=style_of(template)
         if doors is None
         else style_of(template, doors.tool_parser, doors.reasoning_parser),

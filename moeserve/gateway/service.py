@@ -26,6 +26,7 @@ from moeserve.errors import (
     UnavailableError,
 )
 from moeserve.gateway import limits
+from moeserve.gateway.grammars import GrammarGate
 from moeserve.gateway.identity import TenantUsage, tenant, tenant_salt
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.parsers.styles import PLAIN, AnswerStyle
@@ -39,7 +40,7 @@ from moeserve.observe.requests import RequestRecord
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """The model behind the doors. ``tokenizer`` None serves token ids only. ``style`` is how it
-    writes tool calls and reasoning."""
+    writes tool calls and reasoning. Without ``grammars`` answers have any form."""
 
     name: str
     engine: ServingEngine
@@ -48,6 +49,7 @@ class ServedModel:
     architecture: str = ""
     eos_ids: tuple[int, ...] = ()
     style: AnswerStyle = PLAIN
+    grammars: GrammarGate = field(default_factory=GrammarGate)
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -167,6 +169,8 @@ class InferenceService:
             raise InvalidRequestError(
                 f"{len(wanted.prompts)} prompts: expected 1 to {limits.MAX_PROMPTS}", param="prompt"
             )
+        if params.grammar is not None:
+            await served.grammars.admit(params.grammar)
         requests = []
         seed = params.seed if "seed" in wanted.params else secrets.randbits(63)
         for p, prompt in enumerate(wanted.prompts):

@@ -1,12 +1,16 @@
 """What ``Ops.sample`` takes for every row of logits, and what it gives back.
 
-Named tuples, since every token of every request makes one of each. Letters: R rows, V vocabulary.
+Named tuples, since every token of every request makes one of each. Letters: R rows, V vocabulary,
+B its bytes: one bit for each token, bit i of byte b for token 8 b + i.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moeserve.core import Logprobs, RequestId, SamplingParams
 
@@ -15,7 +19,8 @@ class SamplingRow(NamedTuple):
     """Whose logits a row holds, and the tokens before the one that they choose.
 
     ``takes_best`` where that is known to be the one of the greatest logit whatever the tokens are,
-    and nothing else is asked for: such a row is told apart once, not in every step.
+    and nothing else is asked for: such a row is told apart once, not in every step. ``allowed_B``
+    are the tokens of which one has to be chosen, whatever else is asked for; None are all.
 
     With ``known`` nothing is chosen: the row's token is ``prompt_ids[known]``, and what is asked
     for are its log-probabilities.
@@ -27,6 +32,7 @@ class SamplingRow(NamedTuple):
     output_ids: Sequence[int]
     takes_best: bool = False
     known: int = 0
+    allowed_B: NDArray[np.uint8] | None = None
 
     @property
     def position(self) -> int:

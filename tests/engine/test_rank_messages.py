@@ -15,6 +15,8 @@ from moeserve.core import (
     CacheScope,
     Event,
     FinishReason,
+    Grammar,
+    GrammarKind,
     Logprobs,
     Request,
     RequestId,
@@ -70,6 +72,7 @@ params = st.builds(
     bad_token_ids=st.lists(st.lists(tokens, min_size=1, max_size=4).map(tuple), max_size=3).map(
         tuple
     ),
+    grammar=st.none() | st.builds(Grammar, st.sampled_from(GrammarKind), texts, st.none() | texts),
 )
 requests = st.builds(
     Request,
@@ -120,11 +123,13 @@ def test_every_field_of_a_request_survives(
 
 def test_a_field_that_is_new_is_not_forgotten() -> None:
     """Each that crosses is given another value than its default, by its kind."""
+    grammar = Grammar(GrammarKind.REGEX, "a+", "")
     lists: dict[str, Any] = {
         "logit_bias": ((1, 2.5),),
         "stop_token_ids": (1,),
         "allowed_token_ids": (1, 2),
         "bad_token_ids": ((1,), (2, 3)),
+        "grammar": grammar,
     }
     crossing = [f for f in fields(SamplingParams) if f.name not in DOORS_OWN]
     others: dict[str, Any] = {f.name: _other(f.default) for f in crossing}

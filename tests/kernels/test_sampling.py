@@ -368,6 +368,64 @@ def test_rows_together_are_the_rows_alone(drawn: list[tuple[Row, SamplingParams,
             assert got == sample_row(logits, one, eos)
 
 
+allowed_tokens = st.sets(st.integers(0, V - 1), min_size=1)
+
+
+def bits(allowed: set[int]) -> NDArray[np.uint8]:
+    return np.packbits([i in allowed for i in range(V)], bitorder="little")
+
+
+def only(logits: Row, allowed: set[int]) -> Row:
+    """Without what is not allowed."""
+    return np.where([i in allowed for i in range(V)], logits, -np.inf).astype(np.float32)
+
+
+@given(st.lists(st.tuples(rows, kinds, st.none() | allowed_tokens), min_size=1, max_size=6))
+def test_what_is_not_allowed_is_as_if_its_logit_were_infinitely_small(
+    drawn: list[tuple[Row, SamplingParams, set[int] | None]],
+) -> None:
+    asked = [
+        row(params)._replace(allowed_B=None if allowed is None else bits(allowed))
+        for _, params, allowed in drawn
+    ]
+    logits_RV = np.stack([logits for logits, _, _ in drawn])
+    found = ReferenceOps().sample(torch.from_numpy(logits_RV), asked, frozenset({0}))
+    for (logits, params, allowed), got in zip(drawn, found, strict=True):
+        if allowed is None:
+            assert got == sample_row(logits, row(params), frozenset({0}))
+            continue
+        # Where only tokens are allowed that would end it too early, they may.
+        if allowed <= {0, *params.stop_token_ids}:
+            params = replace(params, min_tokens=0)
+        masked = sample_row(only(logits, allowed), row(params), frozenset({0}))
+        assert got.token_id == masked.token_id
+        assert got.token_id in allowed
+        if params.logprobs is not None:  # they are the model's own
+            assert got.logprobs == logprobs_of(logits, got.token_id, params.logprobs)
+
+
+@pytest.mark.parametrize("params", [GREEDY, replace(GREEDY, temperature=1.0)])
+@pytest.mark.parametrize("many", [False, True])
+def test_a_row_that_allows_nothing_or_holds_no_numbers_fails_alone(
+    params: SamplingParams, many: bool
+) -> None:
+    logits = np.zeros(V, np.float32)
+    none = row(params)._replace(allowed_B=bits(set()))
+    broken = row(params)._replace(allowed_B=bits({1}))
+    given = [(logits, none), (np.where(np.arange(V) == 2, np.nan, logits), broken)]
+    if not many:
+        found = [
+            ReferenceOps().sample(torch.from_numpy(x[None]), [r], frozenset())[0] for x, r in given
+        ]
+    else:
+        together = np.stack([x for x, _ in given]).astype(np.float32)
+        found = ReferenceOps().sample(
+            torch.from_numpy(together), [r for _, r in given], frozenset()
+        )
+    assert "no token is allowed" in found[0].failure
+    assert "hold nan" in found[1].failure
+
+
 @pytest.mark.parametrize("fields", KINDS)
 def test_a_row_is_known_to_take_the_best_only_if_it_asks_for_nothing_else(
     fields: dict[str, object],

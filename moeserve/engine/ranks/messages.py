@@ -20,6 +20,8 @@ from moeserve.core import (
     CacheScope,
     Event,
     FinishReason,
+    Grammar,
+    GrammarKind,
     Logprobs,
     Request,
     RequestId,
@@ -142,7 +144,14 @@ def _read_sampling(s: pb.Sampling) -> SamplingParams:
         prompt_logprobs=s.prompt_logprobs if s.HasField("prompt_logprobs") else None,
         allowed_token_ids=tuple(s.allowed_token_ids),
         bad_token_ids=tuple(tuple(bad.ids) for bad in s.bad_token_ids),
+        grammar=_read_grammar(s.grammar) if s.HasField("grammar") else None,
     )
+
+
+def _read_grammar(g: pb.Grammar) -> Grammar:
+    if g.kind not in set(GrammarKind):
+        raise InvalidRequestError(f"{g.kind[:40]!r} is no kind of grammar", param="grammar")
+    return Grammar(GrammarKind(g.kind), g.text, g.whitespace if g.HasField("whitespace") else None)
 
 
 def _write_sampling(out: pb.Sampling, params: SamplingParams) -> None:
@@ -166,6 +175,10 @@ def _write_sampling(out: pb.Sampling, params: SamplingParams) -> None:
         out.prompt_logprobs = params.prompt_logprobs
     out.allowed_token_ids.extend(params.allowed_token_ids)
     out.bad_token_ids.extend([pb.BadTokens(ids=bad) for bad in params.bad_token_ids])
+    if params.grammar is not None:
+        out.grammar.kind, out.grammar.text = params.grammar.kind.value, params.grammar.text
+        if params.grammar.whitespace is not None:
+            out.grammar.whitespace = params.grammar.whitespace
 
 
 def write_news(out: pb.News, event: Event) -> None:

@@ -6,6 +6,7 @@ What they mean is the service's business.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
@@ -13,7 +14,7 @@ import grpc
 from google.protobuf.message import Message
 
 import moeserve
-from moeserve.core import FinishReason, Logprobs
+from moeserve.core import FinishReason, Grammar, GrammarKind, Logprobs
 from moeserve.errors import InvalidRequestError
 from moeserve.gateway.grpc.statuses import Context, Method, bytes_of, call
 from moeserve.gateway.limits import MAX_IDS, MAX_LOGIT_BIAS, MAX_STOP, MAX_STOP_IDS
@@ -140,7 +141,7 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
     params: dict[str, object] = {
         field.name: value
         for field, value in sampling.ListFields()
-        if field.name not in ("logit_bias", "stop", "stop_token_ids")
+        if field.name not in ("logit_bias", "stop", "stop_token_ids", "grammar")
     }
     if sampling.logit_bias:
         params["logit_bias"] = dict(sampling.logit_bias)
@@ -148,6 +149,8 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
         params["stop"] = list(sampling.stop)
     if sampling.stop_token_ids:
         params["stop_token_ids"] = list(sampling.stop_token_ids)
+    if sampling.HasField("grammar"):
+        params["grammar"] = _grammar(sampling.grammar)
     match request.WhichOneof("prompt"):
         case "text":
             prompt: str | tuple[int, ...] = request.text
@@ -174,6 +177,21 @@ def _ids(field: Sequence[int], name: str) -> tuple[int, ...]:
     if len(field) > MAX_IDS:
         raise InvalidRequestError(f"{name}: {len(field)} ids, at most {MAX_IDS}", param=name)
     return tuple(field)
+
+
+def _grammar(given: pb.Grammar) -> Grammar:
+    kind = given.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequestError("the grammar is missing: set one of its kinds", param="grammar")
+    if kind == "choice":
+        if not given.choice.texts or not all(given.choice.texts):
+            raise InvalidRequestError("choice: expected texts, none empty", param="grammar")
+        text = json.dumps(list(given.choice.texts), ensure_ascii=False)
+    else:
+        text = getattr(given, kind)
+    return Grammar(
+        GrammarKind(kind), text, given.whitespace if given.HasField("whitespace") else None
+    )
 
 
 def _chunk(request_id: str, delta: Delta) -> pb.GenerateChunk:

@@ -20,14 +20,15 @@ from moeserve.gateway.openai.fields import (
     text,
 )
 from moeserve.gateway.openai.messages import Message, for_template, parse_messages
+from moeserve.gateway.openai.structured import STRUCTURED_FIELDS, grammar_of
 from moeserve.gateway.openai.tools import NO_TOOLS, ToolUse, parse_tools
 from moeserve.gateway.parsers.styles import AnswerStyle
 from moeserve.gateway.service import ClientRequest
 
-_FIELDS = COMMON | frozenset(
+_FIELDS = frozenset(
     "messages max_completion_tokens top_logprobs chat_template_kwargs add_generation_prompt tools "
     "tool_choice parallel_tool_calls documents reasoning_effort max_thinking_tokens".split()
-)
+).union(COMMON, STRUCTURED_FIELDS)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 THINKING_BUDGET = limits.Bound(0, 2**31 - 1, integer=True)
 
@@ -71,6 +72,8 @@ def parse_chat(body: Body) -> tuple[ClientRequest, AnswerFormat, Conversation]:
         params["logprobs"] = _bounded_top(body)
     elif "top_logprobs" in body:
         refuse("top_logprobs", "needs logprobs: true")
+    if (grammar := grammar_of(body)) is not None:
+        params["grammar"] = grammar
     conversation = parse_conversation(body)
     special = flag(body, "add_special_tokens")
     return replace(wanted, params=params, fill=True, special_tokens=special), form, conversation

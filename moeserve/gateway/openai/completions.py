@@ -13,9 +13,10 @@ from moeserve.gateway.openai.fields import (
     refuse,
     refuse_others,
 )
+from moeserve.gateway.openai.structured import STRUCTURED_FIELDS, grammar_of
 from moeserve.gateway.service import ClientRequest
 
-_FIELDS = COMMON | {"prompt"}
+_FIELDS = COMMON | STRUCTURED_FIELDS | {"prompt"}
 
 
 def parse_completion(body: Body) -> tuple[ClientRequest, AnswerFormat]:
@@ -26,6 +27,8 @@ def parse_completion(body: Body) -> tuple[ClientRequest, AnswerFormat]:
     params = dict(wanted.params)
     if "logprobs" in body:
         params["logprobs"] = body["logprobs"]
+    if (grammar := grammar_of(body)) is not None:
+        params["grammar"] = grammar
     return replace(wanted, prompts=_prompts(body["prompt"]), params=params), form
 
 

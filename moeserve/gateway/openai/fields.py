@@ -31,7 +31,6 @@ _INERT: Mapping[str, tuple[object, ...]] = {
     "metadata": (_ANY,),
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),

@@ -55,7 +55,7 @@ def schema_grammar(schema: object, name: str, whitespace: str | None = None) -> 
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
             refuse(name, f"not JSON ({error})"[:200])
-    if not isinstance(schema, dict | bool):
+    if not isinstance(schema, dict):
         refuse(name, "expected a JSON Schema, which is an object")
     return Grammar(GrammarKind.JSON_SCHEMA, _compact(schema, name), whitespace)
 
