@@ -130,6 +130,12 @@ def sampling_params(given: Mapping[str, object], model: ModelLimits) -> Sampling
             "ignore_eos: an answer in a given form ends with end-of-text; leave it out",
             param="ignore_eos",
         )
+    for name in ("allowed_token_ids", "bad_token_ids"):
+        if params.grammar is not None and getattr(params, name):
+            raise InvalidRequestError(
+                f"{name}: an answer in a given form says itself what is allowed; leave it out",
+                param=name,
+            )
     return params
 
 

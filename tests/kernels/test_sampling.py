@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -346,14 +347,21 @@ KINDS = (
     {"presence_penalty": 1.0},
     {"frequency_penalty": 0.5},
     {"logit_bias": ((4, 9.0),)},
-    {"allowed_token_ids": (5, 2, 9)},
-    {"bad_token_ids": ((1,), (2, 2, 3))},
     {"temperature": 1.0, "seed": 3},
 )
-kinds = st.sampled_from(KINDS).map(lambda fields: SamplingParams(**{"temperature": 0.0, **fields}))
+# What no answer in a given form may ask for (``limits``).
+OWN_KINDS = ({"allowed_token_ids": (5, 2, 9)}, {"bad_token_ids": ((1,), (2, 2, 3))})
 
 
-@given(st.lists(st.tuples(rows, kinds, st.booleans()), min_size=1, max_size=6))
+def greedy(fields: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, **fields})
+
+
+kinds = st.sampled_from(KINDS).map(greedy)
+all_kinds = st.sampled_from((*KINDS, *OWN_KINDS)).map(greedy)
+
+
+@given(st.lists(st.tuples(rows, all_kinds, st.booleans()), min_size=1, max_size=6))
 def test_rows_together_are_the_rows_alone(drawn: list[tuple[Row, SamplingParams, bool]]) -> None:
     asked = [row(params, prompt=(0, 1), outputs=(2, 2)) for _, params, _ in drawn]
     logits_RV = np.stack([np.where(broken, np.nan, x) for x, _, broken in drawn])

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Phase(StrEnum):
+class Stage(StrEnum):
     """What a connection is at."""
 
     OPENING = "opening"  # accepted, its TLS not yet agreed on
@@ -29,9 +29,14 @@ class Phase(StrEnum):
 
 
 # Those that nobody has asked anything of go first, however briefly they have been there.
-_UNASKED = (Phase.OPENING, Phase.IDLE, Phase.HEAD, Phase.LEAVING)
+_UNASKED = (
+    Stage.OPENING,
+    Stage.IDLE,
+    Stage.HEAD,
+    Stage.LEAVING,
+)
 # Of the others those that wait for their client, once they have for so long.
-_HELD = (Phase.BODY, Phase.STALLED)
+_HELD = (Stage.BODY, Stage.STALLED)
 HELD_S = 2.0
 
 
@@ -39,10 +44,10 @@ class Phases(Generic[Key]):
     """Owns the phase of every connection. ``limits_s`` says how long one may last; those that it
     leaves out may last for ever."""
 
-    def __init__(self, limits_s: Mapping[Phase, float]) -> None:
+    def __init__(self, limits_s: Mapping[Stage, float]) -> None:
         self._limits_s = dict(limits_s)
-        self._phases: dict[Key, Phase] = {}
-        self._since: dict[Phase, OrderedDict[Key, float]] = {p: OrderedDict() for p in Phase}
+        self._phases: dict[Key, Stage] = {}
+        self._since: dict[Stage, OrderedDict[Key, float]] = {p: OrderedDict() for p in Stage}
         self._bytes: dict[Key, int] = {}
         self.held_bytes = 0
 
@@ -52,7 +57,7 @@ class Phases(Generic[Key]):
     def __contains__(self, key: Key) -> bool:
         return key in self._phases
 
-    def enter(self, key: Key, phase: Phase, now: float) -> None:
+    def enter(self, key: Key, phase: Stage, now: float) -> None:
         """From now on; one that is in that phase already stays there since when it was."""
         before = self._phases.get(key)
         if before is phase:
@@ -78,10 +83,10 @@ class Phases(Generic[Key]):
     def held(self, key: Key) -> int:
         return self._bytes.get(key, 0)
 
-    def count(self, phase: Phase) -> int:
+    def count(self, phase: Stage) -> int:
         return len(self._since[phase])
 
-    def late(self, now: float) -> Iterator[tuple[Key, Phase]]:
+    def late(self, now: float) -> Iterator[tuple[Key, Stage]]:
         """Those whose phase has lasted longer than it may; each is to be ended by the caller."""
         for phase, limit_s in self._limits_s.items():
             found = []
