@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from moeserve.comm.group import GIVE_UP_S, NOTICE_S, Group, named
+from moeserve.comm.group import GIVE_UP_S, NOTICE_S, Group, named, spoiled
 from moeserve.comm.proofs import Credentials, Handshake, Place, accepting, dialling
 from moeserve.errors import ConfigError, LateRankError, UnauthenticatedError
 
@@ -52,16 +52,14 @@ class Address:
 
     @classmethod
     def read(cls, note: bytes, rank: int) -> Address:
-        """LateRankError where the note of ``rank`` is none."""
+        """ConfigError where the note of ``rank`` is none."""
         try:
             host, port, token = json.loads(note)
             found = cls(str(host), int(port), bytes.fromhex(token))
         except (ValueError, TypeError, RecursionError, OverflowError) as error:
-            raise LateRankError(
-                f"rank {rank} left no address, but {note[:60]!r}: start the run again", [rank]
-            ) from error
+            raise spoiled("address", f"no address of rank {rank}") from error
         if not 0 < found.port < 1 << 16:
-            raise LateRankError(f"rank {rank} left port {found.port}, which is none", [rank])
+            raise spoiled("address", f"a port of rank {rank} that is none")
         return found
 
 

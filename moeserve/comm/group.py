@@ -25,7 +25,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from moeserve.comm.exchange.base import Alarm
-from moeserve.errors import LateRankError, MoeserveError
+from moeserve.errors import ConfigError, LateRankError, MoeserveError
 
 START_S = 60.0
 # How soon a wait says whom it is for, and the first pause of one for a process.
@@ -154,8 +154,10 @@ class Group:
     def trouble(self) -> MoeserveError | None:
         """Why to wait no longer: a rank that gave up, or the alarm."""
         if self.store.check([_GIVEN_UP]):
-            rank, _, reason = bytes(self.store.get(_GIVEN_UP)).decode().partition(" ")
-            return LateRankError(f"rank {rank} gave up: {reason}", [int(rank)])
+            note = bytes(self.store.get(_GIVEN_UP))
+            rank, _, reason = note.decode(errors="replace").partition(" ")
+            blamed = [int(rank)] if rank in map(str, range(self.world)) else []
+            return LateRankError(f"rank {rank[:20]} gave up: {reason}", blamed)
         return None if self.alarm is None else self.alarm()
 
 
@@ -223,7 +225,10 @@ class _Gathering:
         value = bytes(self._group.store.get(f"{self._key}/notes"))
         came: dict[int, bytes] = {}
         while self._parsed < len(value):
-            rank, size = _FRAME.unpack_from(value, self._parsed)
+            rest = len(value) - self._parsed - _FRAME.size
+            rank, size = _FRAME.unpack_from(value, self._parsed) if rest >= 0 else (0, 0)
+            if size > rest:
+                raise spoiled(self._key, f"{len(value)} bytes that are no notes")
             self._parsed += _FRAME.size + size
             if rank < self._group.world:
                 came[rank] = value[self._parsed - size : self._parsed]
@@ -235,6 +240,14 @@ class _Gathering:
     def _missing(self) -> list[int]:
         group = self._group
         return [group.of_run(r) for r in range(group.world) if r not in self._notes]
+
+
+def spoiled(key: str, what: str) -> ConfigError:
+    """Notes that no rank has left."""
+    return ConfigError(
+        f"the notes of the start hold {what} under {key!r}: somebody else writes to them; start "
+        "the ranks where only they reach MASTER_PORT"
+    )
 
 
 def backing_off(first_s: float, slowest_s: float) -> Iterator[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 
 from moeserve.comm.control.handshake import Identity, agree
 from moeserve.comm.group import START_S, Group, backing_off, host_store, join_store
@@ -256,6 +257,35 @@ def test_who_gives_up_ends_the_wait_of_others_and_is_named() -> None:
         with pytest.raises(LateRankError, match="rank 1 gave up: no memory") as caught:
             waiting.result()
     assert caught.value.ranks == (1,)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=40), st.binary(max_size=40))
+def test_notes_that_no_rank_has_left_are_refused_or_passed_over(
+    before: bytes, given_up: bytes
+) -> None:
+    """Whoever reaches the store can write to it."""
+    store = HashStore()
+    store.append("k/notes", before)  # type: ignore[attr-defined]
+    store.add("k/count", 1)
+    if given_up:
+        store.set("given up", given_up)  # type: ignore[arg-type]
+    with contextlib.suppress(ConfigError, LateRankError):
+        Group(0, 2, store).all_gather("k", b"mine", 0.0)
+
+
+def test_an_arrival_that_is_none_is_refused() -> None:
+    for note in (b"\xff", b"\x0a\xff", b"GET / HTTP/1.1"):
+        starts = launches(2)
+        store, _ = host_store(LOOPBACK, starts[0].port or 0)
+        shared = PrefixStore(f"moeserve/{starts[0].attempt}", store)
+        spoil = Group(1, 2, shared)
+        with ThreadPoolExecutor(1) as pool:
+            spoiling = pool.submit(spoil.all_gather, "arrival", note, PATIENCE_S)
+            with pytest.raises(ConfigError, match="no arrival of rank 1"):
+                open_group(starts[0], environ={}, store=store, timeout_s=PATIENCE_S)
+            with contextlib.suppress(LateRankError):
+                spoiling.result()
 
 
 def test_the_end_of_who_keeps_the_notes_is_named() -> None:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 
-from moeserve.comm.group import Group
+from google.protobuf.message import DecodeError
+
+from moeserve.comm.group import Group, spoiled
 from moeserve.errors import CheckpointError, ConfigError, MoeserveError, PlacementError
 from moeserve.pb import ep_pb2 as pb
 
@@ -32,7 +34,10 @@ def agree(group: Group, mine: Identity, timeout_s: float | None = None) -> None:
     def same(rank: int, theirs_digest: bytes) -> None:
         if theirs_digest == digest:
             return
-        received = pb.Identity.FromString(group.read("identity/whole", rank))
+        try:
+            received = pb.Identity.FromString(group.read("identity/whole", rank))
+        except DecodeError as cause:
+            raise spoiled("identity/whole", f"no identity of rank {rank}") from cause
         theirs = Identity(dict(received.checkpoint), dict(received.settings), received.plan)
         if (error := difference(group.rank, mine, rank, theirs)) is not None:
             raise error

@@ -28,6 +28,9 @@ from moeserve.errors import ConfigError, MoeserveError, UnavailableError
 
 # No message is larger, either way.
 MOST_BYTES = 64 << 20
+# What whoever connects gets to begin to speak HTTP/2 (and TLS); how many calls it may have open.
+HANDSHAKE_S = 10
+MOST_CALLS = 4096
 # How often a connection is tried, and for how long an answer is waited for.
 KEEPALIVE_S = 10
 # What a peer gets to answer the first call, connecting included.
@@ -48,6 +51,8 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
+    ("grpc.max_concurrent_streams", MOST_CALLS),
 )
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"

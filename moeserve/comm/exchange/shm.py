@@ -125,16 +125,16 @@ def share_blocks(group: Group, size: int, key: str, reason: str = "") -> list[mm
             for rank, theirs in enumerate(group.all_gather(f"{key}/block", note.encode())):
                 try:
                     if rank != group.rank:
-                        blocks[rank] = map_block(theirs.decode(), size)
+                        blocks[rank] = map_block(theirs.decode(errors="replace"), size)
                 except (OSError, ValueError) as error:
                     reason = f"the memory of rank {group.of_run(rank)} cannot be mapped: {error}"
             reasons = group.all_gather(f"{key}/mapped", reason.encode())
         finally:
             os.close(fd)
     for rank, reason_of in enumerate(reasons):
-        if reason_of:
+        if why := reason_of.decode(errors="replace"):
             raise ConfigError(
-                f"no shared memory between ranks: rank {group.of_run(rank)}: {reason_of.decode()}. "
+                f"no shared memory between ranks: rank {group.of_run(rank)}: {why}. "
                 "They must be of one host, one user and one PID namespace, with the same lanes; or "
                 "choose another backend"
             )

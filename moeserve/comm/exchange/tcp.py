@@ -51,7 +51,10 @@ class TcpExchange(ExchangeBackend):
         native, reason = native_half()
         if native is not None and not hasattr(native, "Streams"):
             reason = "this system has no streams (Linux has)"
-        reasons = [note.decode() for note in group.all_gather(f"{key}/able", reason.encode())]
+        reasons = [
+            note.decode(errors="replace")
+            for note in group.all_gather(f"{key}/able", reason.encode())
+        ]
         for rank, why in enumerate(reasons):
             if why:
                 raise ConfigError(f"no streams between ranks: rank {group.of_run(rank)}: {why}")

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
 from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]
 
 import moeserve
@@ -36,6 +37,7 @@ from moeserve.comm.group import (
     host_store,
     join_store,
     print_notice,
+    spoiled,
 )
 from moeserve.comm.launch.environment import LOOPBACK, Launch
 from moeserve.config.variables import HOST_ID
@@ -110,17 +112,24 @@ def _meet(group: Group, launch: Launch, environ: Mapping[str, str], timeout_s: f
     )
 
     def fits(rank: int, note: bytes) -> None:
-        refuse(group.rank, mine, rank, pb.Arrival.FromString(note))
+        refuse(group.rank, mine, rank, _read_arrival(rank, note))
 
     group.leave("arrival", mine.SerializeToString())  # where ranks of protocol 1 look
     notes = group.all_gather("arrival", mine.SerializeToString(), timeout_s, fits)
-    arrivals = [pb.Arrival.FromString(note) for note in notes]
+    arrivals = [_read_arrival(rank, note) for rank, note in enumerate(notes)]
     hosts = list(dict.fromkeys(a.host for a in arrivals))
     topology = Topology(tuple(hosts.index(a.host) for a in arrivals))
     cpus = set(mine.cpus)
     sharing = sum(a.host == mine.host and not cpus.isdisjoint(a.cpus) for a in arrivals)
     near = topology.num_nodes == 1 or launch.one_host
     return Rendezvous(group, topology, LOOPBACK if near else listen_address(launch), sharing)
+
+
+def _read_arrival(rank: int, note: bytes) -> pb.Arrival:
+    try:
+        return pb.Arrival.FromString(note)
+    except DecodeError as error:
+        raise spoiled("arrival", f"no arrival of rank {rank}") from error
 
 
 def refuse(rank: int, mine: pb.Arrival, other: int, theirs: pb.Arrival) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import grpc
 
 from moeserve.comm.control.rpc import Trust, greet, open_channel, open_server, proof_metadata
-from moeserve.comm.group import Group
+from moeserve.comm.group import Group, spoiled
 from moeserve.engine.ranks.rank_links import RankListener, RemoteLink
 from moeserve.errors import ConfigError, MoeserveError, UnavailableError
 
@@ -58,7 +58,7 @@ class RankMeeting:
             name = "" if self.trust.tls is None else self.trust.tls.name
             place = {"host": self.address, "port": port, "name": name}
             notes = self.group.all_gather("rank service", json.dumps(place).encode())
-            self.places = [json.loads(note) for note in notes]
+            self.places = [_read_place(rank, note) for rank, note in enumerate(notes)]
             self._require_alike()
             if self.group.world > 1:
                 self._require_greetings()
@@ -110,9 +110,19 @@ class RankMeeting:
             raise failure
         for rank, text in enumerate(said):
             if text:
-                raise ConfigError(f"rank {rank} does not reach its neighbour: {text.decode()}")
+                raise ConfigError(
+                    f"rank {rank} does not reach its neighbour: {text.decode(errors='replace')}"
+                )
 
     async def _greet_next(self) -> None:
         rank = (self.group.rank + 1) % self.group.world
         async with self._channel(rank) as channel:
             await greet(channel, proof_metadata(self.trust, self.run), rank)
+
+
+def _read_place(rank: int, note: bytes) -> dict[str, Any]:
+    try:
+        place = json.loads(note)
+        return {"host": str(place["host"]), "port": int(place["port"]), "name": str(place["name"])}
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        raise spoiled("rank service", f"no address of rank {rank}") from error
