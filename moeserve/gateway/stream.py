@@ -177,6 +177,11 @@ class ResponseStream:
         self._closed = False
         self.started = False  # every sequence was taken in
 
+    @property
+    def prompt_lens(self) -> tuple[int, ...]:
+        """Tokens of each sequence's prompt."""
+        return tuple(len(s.request.prompt_ids) for s in self._sequences)
+
     def start(self) -> None:
         """Submits every sequence, or none."""
         for index, sequence in enumerate(self._sequences):

@@ -1,4 +1,5 @@
-"""The gRPC door: a server with ``moeserve.v1.Inference``, health and reflection."""
+"""The gRPC door: a server with ``moeserve.v1.Inference``, KServe's inference service, health and
+reflection."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 from moeserve.errors import ConfigError
 from moeserve.gateway.grpc.guards import GrpcKeyGuard
 from moeserve.gateway.grpc.inference import SERVICE, InferenceMethods
+from moeserve.gateway.grpc.kserve import KSERVE_SERVICE, KserveMethods
 from moeserve.gateway.limits import MAX_MESSAGE_BYTES
 from moeserve.gateway.service import InferenceService
 
@@ -36,10 +38,11 @@ class GrpcDoor:
         self._health = health.aio.HealthServicer()
         guards = [] if api_key is None else [GrpcKeyGuard(api_key)]
         self._server = grpc.aio.server(interceptors=guards, options=_OPTIONS)
-        self._server.add_generic_rpc_handlers([InferenceMethods(service).handlers()])
+        methods = (InferenceMethods(service), KserveMethods(service))
+        self._server.add_generic_rpc_handlers([m.handlers() for m in methods])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if with_reflection:
-            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (SERVICE, KSERVE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
@@ -57,7 +60,7 @@ class GrpcDoor:
 
     async def announce(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse
-        for name in ("", SERVICE):
+        for name in ("", SERVICE, KSERVE_SERVICE):
             await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def close(self, grace_s: float) -> None:

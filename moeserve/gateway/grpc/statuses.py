@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import any_pb2
@@ -21,6 +21,7 @@ from moeserve.errors import InternalError, InvalidRequestError, MoeserveError
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Kind = TypeVar("Kind", bound=Message)
 Method = Callable[[Any, Context], Awaitable[Message | None]]
 
 
@@ -29,7 +30,7 @@ async def call(
 ) -> Message | None:
     """The frame around every method: bytes in, our errors out as statuses."""
     try:
-        return await method(_parse(kind, data), context)
+        return await method(parse(kind, data), context)
     except MoeserveError as error:
         failed: MoeserveError = error
     except grpc.aio.AbortError:
@@ -57,7 +58,8 @@ def bytes_of(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def _parse(kind: type[Message], data: bytes) -> Message:
+def parse(kind: type[Kind], data: bytes) -> Kind:
+    """The message; InvalidRequestError where it is none, or has a field that is not known here."""
     message = kind()
     try:
         message.ParseFromString(data)
