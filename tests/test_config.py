@@ -76,6 +76,8 @@ OTHER: dict[str, Any] = {
     "drain_timeout_s": 1.5,
     "reflection": True,
     "log_level": "debug",
+    "log_format": "json",
+    "request_log": False,
 }
 each_field = pytest.mark.parametrize("name", ServeConfig.model_fields)
 Writer = Callable[..., Path]

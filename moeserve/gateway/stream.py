@@ -182,6 +182,11 @@ class ResponseStream:
         """Tokens that came, of all sequences together."""
         return sum(sequence.tokens for sequence in self._sequences)
 
+    @property
+    def prompt_lens(self) -> tuple[int, ...]:
+        """Tokens of each sequence's prompt."""
+        return tuple(len(s.request.prompt_ids) for s in self._sequences)
+
     def start(self) -> None:
         """Submits every sequence, or none."""
         for index, sequence in enumerate(self._sequences):

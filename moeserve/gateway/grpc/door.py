@@ -1,4 +1,5 @@
-"""The gRPC door: a server with ``moeserve.v1.Inference``, health and reflection."""
+"""The gRPC door: a server with ``moeserve.v1.Inference``, KServe's inference service, health and
+reflection."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from moeserve.gateway.descriptors import MOST
 from moeserve.gateway.grpc.connections import IdleConnections
 from moeserve.gateway.grpc.guards import BusyPeers, GrpcGuard
 from moeserve.gateway.grpc.inference import SERVICE, InferenceMethods
+from moeserve.gateway.grpc.kserve import KSERVE_SERVICE, KserveMethods
 from moeserve.gateway.grpc.reads import MessageReads
 from moeserve.gateway.identity import Tenants
 from moeserve.gateway.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
@@ -71,7 +73,10 @@ class GrpcDoor:
             options=(*OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections)),
         )
         # Services beside health, by name: what follows their state, and what reflection shows.
-        services = {SERVICE: InferenceMethods(service).handlers()}
+        services = {
+            SERVICE: InferenceMethods(service).handlers(),
+            KSERVE_SERVICE: KserveMethods(service).handlers(),
+        }
         self._names: Sequence[str] = ("", *services)
         self._server.add_generic_rpc_handlers(tuple(services.values()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _SMALL_MESSAGE = 1 << 16
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Kind = TypeVar("Kind", bound=Message)
 Method = Callable[[Any, Context], Awaitable[Message | None]]
 
 
@@ -38,7 +39,7 @@ async def call(
 ) -> Message | None:
     """The frame around every method: bytes in, our errors out as statuses."""
     try:
-        return await method(_parse(kind, data), context)
+        return await method(parse(kind, data), context)
     except MoeserveError as error:
         failed: MoeserveError = error
     except grpc.aio.AbortError:
@@ -76,7 +77,8 @@ def bytes_of(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def _parse(kind: type[Message], data: bytes) -> Message:
+def parse(kind: type[Kind], data: bytes) -> Kind:
+    """The message; InvalidRequestError where it is none, or has a field that is not known here."""
     message = kind()
     try:
         message.ParseFromString(data)
