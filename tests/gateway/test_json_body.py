@@ -24,7 +24,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.text(), values, max_size=5))
 def test_a_packed_body_is_the_same(body: dict[str, Any]) -> None:
     found = unpack(pack(body, most_ints=1 << 20))
