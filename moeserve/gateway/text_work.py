@@ -40,9 +40,9 @@ FEW_MARKS = 1 << 14
 # Integers in the lists of a body that are taken whatever the model.
 _LEAST_INTS = 1 << 16
 
-_QUICK_JOB = JobLimits(memory_bytes=512 << 20, cpu_s=3)
+_QUICK_JOB = JobLimits(memory_bytes=512 << 20, cpu_s=2)
 _LONG_JOB = JobLimits(memory_bytes=3 << 29, cpu_s=30)
-QUICK_POOL = PoolLimits(workers=2, jobs=1024, job_bytes=64 << 20, job_s=20.0)
+QUICK_POOL = PoolLimits(workers=2, jobs=1024, job_bytes=64 << 20, job_s=20.0, idle_s=600.0)
 LONG_POOL = PoolLimits(workers=1, jobs=16, job_bytes=64 << 20, job_s=60.0)
 
 

@@ -17,7 +17,7 @@ from moeserve.process.serve_jobs import JobLimits
 # On a busy host; the process itself is bounded in processor time.
 START_S = 120.0
 # To compile the template, and to tokenise and render something short.
-TRYING = JobLimits(memory_bytes=512 << 20, cpu_s=2)
+TRYING = JobLimits(memory_bytes=512 << 20, cpu_s=1)
 
 
 def load_checked(path: str | Path, chat_template: Path | None = None) -> Tokenizer:
@@ -30,11 +30,12 @@ def load_checked(path: str | Path, chat_template: Path | None = None) -> Tokeniz
     except TokenizerError:
         raise
     except MoeserveError as error:
+        reason = error.message.partition(": ")[0]
         raise TokenizerError(
             f"{folder}: tokenizer.json cannot be loaded within {PREPARING.cpu_s} s and "
             f"{PREPARING.memory_bytes >> 20} MiB, or it and the chat template not be used for a "
             f"short text within {TRYING.cpu_s} s and {TRYING.memory_bytes >> 20} MiB "
-            f"({error.message}); download them again, from whom you trust; {REMEDY}"
+            f"({reason}); download them again, from whom you trust; {REMEDY}"
         ) from error
     return Tokenizer.load(folder, chat_template, compiled=False)
 

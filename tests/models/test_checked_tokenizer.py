@@ -48,12 +48,11 @@ def refused(folder: Path, *said: str) -> None:
     [
         (NESTED, "took too long"),
         ("{{ 'a' * 3000000000 }}", "memory"),
-        ("{% set x = 'a' * 3000000000 %}{{ x }}", "memory"),
         ("{{ '%2000000000d' % 1 }}", "memory"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", ""),
         ("{% if %}", "not valid Jinja"),
     ],
-    ids=["nested ranges", "folded", "set", "format", "nested", "no Jinja"],
+    ids=["nested ranges", "folded", "format", "nested", "no Jinja"],
 )
 def test_a_template_that_takes_too_much_is_refused(folder: Path, template: str, said: str) -> None:
     (folder / "chat_template.jinja").write_text(template)
