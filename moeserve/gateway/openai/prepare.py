@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import replace
 
 from moeserve.gateway.limits import prompt_text
@@ -20,9 +21,10 @@ async def prepare(
     served = service.model(wanted.model)
     _refuse_what_it_cannot(served.style, conversation)
     prompt = await render(served, conversation)
-    reading = Reading(served.style, conversation.tool_use, prompt)
-    params = dict(wanted.params)
     tokenizer = tokenizer_of(served)
+    closing_id = tokenizer.token_to_id(served.style.reasoning_end)
+    reading = Reading(served.style, conversation.tool_use, prompt, closing_id)
+    params = dict(wanted.params)
     if reading.parses and _is_special(tokenizer, served.style.marker):
         params["skip_special_tokens"] = False
     if reading.parses and served.style.stops:
@@ -30,6 +32,13 @@ async def prepare(
         own = [token for token in found if token is not None]
         params["stop_token_ids"] = [*_ids(params.get("stop_token_ids")), *own]
     return replace(wanted, prompts=(prompt,), params=params), reading
+
+
+def named(wanted: ClientRequest, prefix: str) -> ClientRequest:
+    """The request with an id, the client's or a fresh one."""
+    if wanted.request_id:
+        return wanted
+    return replace(wanted, request_id=f"{prefix}-{secrets.token_hex(12)}")
 
 
 def _refuse_what_it_cannot(style: AnswerStyle, conversation: Conversation) -> None:

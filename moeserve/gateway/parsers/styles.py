@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeserve.gateway.parsers import thinking
-from moeserve.gateway.parsers.harmony import CHANNEL, STOPS, HarmonyParser
+from moeserve.gateway.parsers.harmony import CHANNEL, ENDS, STOPS, HarmonyParser
 from moeserve.gateway.parsers.json_calls import DEEPSEEK, HERMES, KIMI, JsonCallParser
 from moeserve.gateway.parsers.parts import AnswerParser, PlainParser
 from moeserve.gateway.parsers.tagged_calls import GLM, QWEN_CODER, TaggedCallParser, ToolSchemas
@@ -58,6 +58,11 @@ class AnswerStyle:
         if self.reasoning == "harmony":
             return CHANNEL
         return _OPENING.get(self.tools, "")
+
+    @property
+    def reasoning_end(self) -> str:
+        """The token that ends reasoning; empty where there is none."""
+        return {"think": thinking.CLOSING, "harmony": ENDS[0], "none": ""}[self.reasoning]
 
     @property
     def stops(self) -> tuple[str, ...]:
