@@ -9,7 +9,9 @@ from moeserve.gateway.limits import prompt_text
 from moeserve.gateway.openai.chat import Conversation
 from moeserve.gateway.openai.fields import refuse
 from moeserve.gateway.openai.reading import Reading
+from moeserve.gateway.parsers.answer_grammar import AnswerShape, answer_grammar
 from moeserve.gateway.parsers.styles import AnswerStyle
+from moeserve.gateway.parsers.thinking import ends_inside
 from moeserve.gateway.service import ClientRequest, InferenceService, ServedModel, tokenizer_of
 from moeserve.models.tokenizer import Tokenizer
 
@@ -31,6 +33,17 @@ async def prepare(
         found = map(tokenizer.token_to_id, served.style.stops)
         own = [token for token in found if token is not None]
         params["stop_token_ids"] = [*_ids(params.get("stop_token_ids")), *own]
+    shape = AnswerShape(
+        tools=conversation.tool_use.forced,
+        parallel=conversation.tool_use.parallel,
+        budget=conversation.max_thinking,
+        inside=served.style.reasoning == "think" and ends_inside(prompt),
+    )
+    if answer_grammar(served.style, shape, tokenizer.token_to_id) is not None:
+        refuse(
+            "tool_choice" if shape.tools else "max_thinking_tokens",
+            "not supported by this server: it takes constrained decoding",
+        )
     return replace(wanted, prompts=(prompt,), params=params), reading
 
 

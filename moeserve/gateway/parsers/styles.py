@@ -44,12 +44,14 @@ class AnswerStyle:
     """How a model writes calls and reasoning, and what its template expects of a history.
 
     ``arguments_as_text``: the template joins a call's arguments to strings, as they are.
+    ``fenced``: DeepSeek's arguments stand between fences, as they did before V3.1.
     ``knows_developer``: it has a role ``developer``; others get ``system`` instead.
     """
 
     tools: ToolStyle = "none"
     reasoning: ReasoningStyle = "none"
     arguments_as_text: bool = False
+    fenced: bool = False
     knows_developer: bool = True
 
     @property
@@ -86,6 +88,7 @@ def style_of(
         calls,
         _shown_reasoning(source) if reasoning == "auto" else reasoning,
         arguments_as_text=calls == "deepseek" and not _writes_json(source),
+        fenced="```json" in source,
         knows_developer=not source or "developer" in source,
     )
 
