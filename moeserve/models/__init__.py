@@ -14,5 +14,6 @@
     attention  moe  rope       its parts: attention, feed-forward, rotary tables
     batch                      one forward pass as tensors
     tokenizer                  text to token ids and back; chat messages to a prompt
+    generation_tag             a tag of chat templates that transformers adds to Jinja
     quantize  shards           a quantised copy of a folder; safetensors written piece by piece
 """

@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from moeserve.errors import CheckpointError, InvalidRequestError, TokenizerError
 from moeserve.models.checkpoint import read_json
 from moeserve.models.fields import Fields
+from moeserve.models.generation_tag import GenerationTag
 
 _REMEDY = "prompts as token ids still work"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -233,7 +234,7 @@ def _compile(folder: Path, source: str | None) -> jinja2.Template | None:
     if source is None:
         return None
     sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
     )
     sandbox.filters["tojson"] = _to_json
     sandbox.globals["raise_exception"] = _raise

@@ -48,10 +48,10 @@ class AgentRoutes:
         chat, asked = chat_of_response(await read_body(request))
         try:
             wanted, form, conversation = parse_chat(chat)
+            _one(wanted.n)
+            wanted, reading = await prepare(self._service, named(wanted, "resp"), conversation)
         except InvalidRequestError as error:
             raise _renamed(error, _RESPONSE_NAMES) from error
-        _one(wanted.n)
-        wanted, reading = await prepare(self._service, named(wanted, "resp"), conversation)
 
         def write(stream: ResponseStream) -> ResponseWriter:
             return ResponseWriter(self._head(stream), asked, reading)
@@ -82,11 +82,16 @@ class AgentRoutes:
 
 
 # What chat calls otherwise.
-_RESPONSE_NAMES = {"messages": "input", "max_tokens": "max_output_tokens"}
+_RESPONSE_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text",
+    "reasoning_effort": "reasoning",
+}
 
 
 def _renamed(error: InvalidRequestError, names: dict[str, str]) -> InvalidRequestError:
-    param = names.get(error.param or "")
+    param = names.get((error.param or "").partition(".")[0])
     return error if param is None else InvalidRequestError(error.message, param=param)
 
 

@@ -25,6 +25,7 @@ _TOOL_MARKERS: Mapping[str, ToolStyle] = {
     CHANNEL: "harmony",
     "<｜tool▁call▁begin｜>": "deepseek",
     KIMI.opening: "kimi",
+    "tool_declare": "kimi",  # its first template shows tools, but no calls
     GLM.key: "glm",
     "<function=": "qwen3_coder",
     HERMES.opening: "hermes",
