@@ -6,8 +6,6 @@ for a prompt they change nothing but the scope of names.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -16,7 +14,7 @@ from jinja2.parser import Parser
 class GenerationTag(Extension):
     """For an environment that compiles chat templates."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
