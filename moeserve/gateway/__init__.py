@@ -4,6 +4,7 @@
 
     http          the HTTP door: routes, bodies, server-sent events, who may call
     openai        OpenAI's JSON, without a transport: bodies in, answers out
+    anthropic     Anthropic's Messages, without a transport
     parsers       a model's text to content, reasoning and tool calls
     grpc          the gRPC door: ``moeserve.v1.Inference`` with health and reflection
     identity      who a request is from: keys with names, and the tenant that each is

@@ -54,7 +54,8 @@ class Durations:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """News of sequence ``index`` (prompt * n + i); the last one has finish, usage and timing."""
+    """News of sequence ``index`` (prompt * n + i); the last one has finish, usage and timing, and
+    the stop string that ended it, if one did."""
 
     index: int
     text: str
@@ -63,6 +64,7 @@ class Delta:
     finish: FinishReason | None = None
     usage: Usage | None = None
     timing: Durations | None = None
+    stop: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,7 @@ class _Sequence:
             finish=self.last.finish,
             usage=Usage(len(self.request.prompt_ids), self.tokens, self.last.cached_tokens),
             timing=self.durations(),
+            stop="" if self.text is None else self.text.stop_met,
         )
 
 
@@ -186,6 +189,11 @@ class ResponseStream:
     def prompt_lens(self) -> tuple[int, ...]:
         """Tokens of each sequence's prompt."""
         return tuple(len(s.request.prompt_ids) for s in self._sequences)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the first prompt."""
+        return len(self._sequences[0].request.prompt_ids)
 
     def start(self) -> None:
         """Submits every sequence, or none."""

@@ -17,5 +17,6 @@
     tokenizer_cost             what a tokenizer may take, as far as its parts tell
     text_worker                both in a process that may be ended
     checked_tokenizer          one that such a process has loaded before
+    generation_tag             a tag of chat templates that transformers adds to Jinja
     quantize  shards           a quantised copy of a folder; safetensors written piece by piece
 """

@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moeserve.errors import CheckpointError, InvalidRequestError
 from moeserve.models.files import read_text
+from moeserve.models.generation_tag import GenerationTag
 
 # What a program in the sandbox can raise; MemoryError is left to whoever bounds memory.
 _TEMPLATE_ERRORS = (
@@ -93,7 +94,7 @@ def template_source(
 
 def _sandbox() -> ImmutableSandboxedEnvironment:
     sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
     )
     sandbox.filters["tojson"] = _to_json
     sandbox.globals["raise_exception"] = _raise

@@ -4,7 +4,9 @@
 
     app         OpenAI's routes and small ones around them
     body        a request's body, read within its bounds, as JSON
+    agents      OpenAI's Responses and Anthropic's Messages
     generation  one generation, whole or as server-sent events
+    typed_generation  the same, where events have types
     failures    the frame around every route: failures in OpenAI's form
     guards      who may call
     access      a line in the log for calls that the service does not tell of

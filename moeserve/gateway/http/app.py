@@ -1,4 +1,4 @@
-"""The HTTP door: OpenAI's routes, and small ones around them.
+"""The HTTP door: OpenAI's and Anthropic's routes, and small ones around them.
 
 Every failure, also of unknown routes and unreadable bodies, has OpenAI's error form. A client
 that hangs up cancels its request, streaming or not. Only ``/health`` and ``/ready`` are open when
@@ -7,9 +7,7 @@ there are api keys.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import moeserve
+from moeserve.gateway.http.agents import AgentRoutes
 from moeserve.gateway.http.body import read_body
 from moeserve.gateway.http.failures import Endpoint, framed, plain_response
 from moeserve.gateway.http.generation import Generation
@@ -27,10 +26,9 @@ from moeserve.gateway.identity import Tenants
 from moeserve.gateway.openai.chat import parse_chat
 from moeserve.gateway.openai.completions import parse_completion
 from moeserve.gateway.openai.errors import Json
-from moeserve.gateway.openai.prepare import prepare, render
+from moeserve.gateway.openai.prepare import named, prepare, render
 from moeserve.gateway.openai.tokens import parse_detokenize, parse_tokenize, tokenizer_info
 from moeserve.gateway.service import (
-    ClientRequest,
     InferenceService,
     ServedModel,
     ServiceState,
@@ -54,6 +52,7 @@ def http_app(
         ("GET", "/v1/models/{name:path}", routes.model),
         ("POST", "/v1/completions", routes.completions),
         ("POST", "/v1/chat/completions", routes.chat),
+        *AgentRoutes(service).table,
         ("POST", "/tokenize", routes.tokenize),
         ("POST", "/detokenize", routes.detokenize),
         ("GET", "/tokenizer_info", routes.tokenizer_info),
@@ -83,11 +82,11 @@ class _Routes:
 
     async def completions(self, request: Request) -> Response:
         wanted, form = parse_completion(await read_body(request, self._service.texts))
-        return Generation(self._service, _named(wanted, "cmpl"), form)
+        return Generation(self._service, named(wanted, "cmpl"), form)
 
     async def chat(self, request: Request) -> Response:
         wanted, form, conversation = parse_chat(await read_body(request, self._service.texts))
-        wanted = _named(wanted, "chatcmpl")
+        wanted = named(wanted, "chatcmpl")
         wanted, reading = await prepare(self._service, wanted, conversation)
         return Generation(self._service, wanted, form, reading)
 
@@ -123,14 +122,6 @@ class _Routes:
     async def metrics(self, _: Request) -> Response:
         page, kind = await self._metrics()
         return Response(page, headers={"content-type": kind})
-
-
-def _named(wanted: ClientRequest, prefix: str) -> ClientRequest:
-    return (
-        wanted
-        if wanted.request_id
-        else replace(wanted, request_id=f"{prefix}-{secrets.token_hex(12)}")
-    )
 
 
 def _model_card(served: ServedModel) -> Json:

@@ -55,16 +55,13 @@ class Generation(Response):
             work.result()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events = _Events(send)
+        events = Events(send)
         try:
             async with await self._service.open(self._wanted) as stream:
-                writer = self._writer(stream)
                 if self._form.stream:
-                    await self._stream(stream, writer, events)
+                    await self._stream(stream, events)
                     return
-                async for delta in stream:
-                    writer.add(delta)
-            answer = JSONResponse(writer.whole())
+                answer = await self._whole(stream)
         except MoeserveError as error:
             failed = error
         except Exception:  # a bug of ours: the log has it, the client gets 500, serving goes on
@@ -74,12 +71,19 @@ class Generation(Response):
             await answer(scope, receive, send)
             return
         if events.started:
-            await events.send(error_body(failed))
+            await self._break_off(events, failed)
             await events.end()
         else:
-            await failed_response(failed)(scope, receive, send)
+            await self._refusal(failed)(scope, receive, send)
 
-    async def _stream(self, stream: ResponseStream, writer: AnswerWriter, events: _Events) -> None:
+    async def _whole(self, stream: ResponseStream) -> Response:
+        writer = self._writer(stream)
+        async for delta in stream:
+            writer.add(delta)
+        return JSONResponse(writer.whole())
+
+    async def _stream(self, stream: ResponseStream, events: Events) -> None:
+        writer = self._writer(stream)
         async for delta in stream:
             for chunk in writer.chunks(delta):
                 await events.send(chunk)
@@ -87,6 +91,13 @@ class Generation(Response):
             await events.send(writer.usage_chunk())
         await events.send_raw("[DONE]")
         await events.end()
+
+    def _refusal(self, failed: MoeserveError) -> Response:
+        return failed_response(failed)
+
+    async def _break_off(self, events: Events, failed: MoeserveError) -> None:
+        """Of a stream that has begun."""
+        await events.send(error_body(failed))
 
     def _writer(self, stream: ResponseStream) -> AnswerWriter:
         served = self._service.served
@@ -96,24 +107,28 @@ class Generation(Response):
         return CompletionWriter(self._form, head, served.tokenizer)
 
 
-class _Events:
+class Events:
     """Server-sent events. The status is sent with the first, so that a request which fails before
     its first token fails with the right one."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
+        self.sent = 0
 
-    async def send(self, event: Json) -> None:
-        await self.send_raw(json.dumps(event, ensure_ascii=False, allow_nan=False))
+    async def send(self, event: Json, name: str = "") -> None:
+        """``name`` is the event's type, where the API's events have one."""
+        await self.send_raw(json.dumps(event, ensure_ascii=False, allow_nan=False), name)
 
-    async def send_raw(self, data: str) -> None:
+    async def send_raw(self, data: str, name: str = "") -> None:
+        self.sent += 1
         if not self.started:
             self.started = True
             kind = (b"content-type", b"text/event-stream; charset=utf-8")
             headers = [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        body = f"data: {data}\n\n".encode(errors="replace")
+        head = f"event: {name}\n" if name else ""
+        body = f"{head}data: {data}\n\n".encode(errors="replace")
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def end(self) -> None:

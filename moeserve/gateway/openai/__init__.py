@@ -10,6 +10,8 @@
     tools               tools, and which of them may or must be called
     reading             how the text of a request's answers is read
     prepare             a conversation to a prompt, and all that follows from the model
+    responses           bodies of ``/v1/responses``, put as those of chat
+    response_answers    answers of ``/v1/responses``: items, and their events
     tokens              bodies of ``/tokenize`` and ``/detokenize``
     answers             what all answers have alike: head, choices, usage
     completion_answers  answers of ``/v1/completions``

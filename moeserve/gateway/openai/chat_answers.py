@@ -42,7 +42,7 @@ class ChatWriter(AnswerWriter):
         if answer is None:
             answer = self._reading.open(self._answer_id, delta.index)
             self._answers[delta.index] = answer
-        return answer.take(delta.text, last=delta.finish is not None)
+        return answer.take(delta.text, last=delta.finish is not None, token_ids=delta.token_ids)
 
     def _whole_choice(self, choice: Choice) -> Json:
         answer = self._answers[choice.index]
@@ -75,6 +75,11 @@ class ChatWriter(AnswerWriter):
             # What came with them is told once.
             tokens = {"logprobs": None} | ({"token_ids": []} if self._form.token_ids else {})
         yield {"finish_reason": self._finish(choice), "delta": parts[-1]} | tokens
+
+    def _usage(self) -> Json:
+        thought = sum(answer.reasoning_tokens for answer in self._answers.values())
+        details = {"completion_tokens_details": {"reasoning_tokens": thought}} if thought else {}
+        return super()._usage() | details
 
     def _finish(self, choice: Choice) -> str | None:
         called = choice.index in self._answers and self._answers[choice.index].calls

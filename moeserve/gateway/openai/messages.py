@@ -51,7 +51,8 @@ def _message(value: object, where: str) -> Message:
     calls = _calls(given.get("tool_calls"), where)
     if calls and role != "assistant":
         refuse("messages", f"{where}.tool_calls: only an assistant calls tools")
-    message: Message = {"role": role, "content": None}
+    # Calls without a text have an empty one: templates that print it, or look into it, want text.
+    message: Message = {"role": role, "content": ""}
     if "content" in given or not calls:
         message["content"] = _content(given.get("content"), where)
     for name in ("name", "tool_call_id"):

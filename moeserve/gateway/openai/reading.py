@@ -11,11 +11,13 @@ from moeserve.gateway.parsers.styles import PLAIN, AnswerStyle, open_parser
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """``prompt`` is the rendered conversation: it may end inside reasoning."""
+    """``prompt`` is the rendered conversation: it may end inside reasoning, which ends with the
+    token ``closing_id``."""
 
     style: AnswerStyle = PLAIN
     tool_use: ToolUse = NO_TOOLS
     prompt: str = ""
+    closing_id: int | None = None
 
     @property
     def parses(self) -> bool:
@@ -30,4 +32,5 @@ class Reading:
             open_parser(self.style, self.tool_use.schemas, self.prompt),
             id_seed=f"{answer_id}/{index}",
             most_calls=None if self.tool_use.parallel else 1,
+            closing_id=self.closing_id,
         )

@@ -44,6 +44,13 @@ class ToolUse:
         return () if self.mode is ToolMode.NONE else self.tools
 
     @property
+    def forced(self) -> tuple[Mapping[str, Any], ...]:
+        """What the model must call one of; empty where it need not."""
+        if self.mode is not ToolMode.REQUIRED:
+            return ()
+        return tuple(t for t in self.tools if self.name in ("", t["function"]["name"]))
+
+    @property
     def schemas(self) -> dict[str, Mapping[str, Any]] | None:
         """The properties of each tool's parameters, for parsers; None where nothing is offered."""
         if not self.offered:

@@ -13,5 +13,5 @@ nothing of what its parts join to. Nothing raises: what is no call in the model'
     harmony       the channels of gpt-oss
     styles        which of them a model needs, from its chat template
     answer        everything that came of one sequence
-    forced        tools and a tool choice to a grammar that makes the model call
+    answer_grammar  calls that are asked for, and a budget of reasoning, as a grammar
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moeserve.gateway.parsers.parts import (
@@ -27,10 +27,19 @@ class CallSoFar:
 
 class ParsedAnswer:
     """Owns a sequence's parser and what it gave. ``most_calls`` cuts further calls off, as OpenAI
-    has it for ``parallel_tool_calls: false``."""
+    has it for ``parallel_tool_calls: false``. ``closing_id`` is the token that ends reasoning."""
 
-    def __init__(self, parser: AnswerParser, id_seed: str, most_calls: int | None = None) -> None:
+    def __init__(
+        self,
+        parser: AnswerParser,
+        id_seed: str,
+        most_calls: int | None = None,
+        closing_id: int | None = None,
+    ) -> None:
         self._parser = parser
+        self._closing_id = closing_id
+        self._before_closing = 0
+        self._closed = False
         self._id_seed = id_seed
         self._most_calls = most_calls
         self._content: list[str] = []
@@ -45,12 +54,25 @@ class ParsedAnswer:
     def reasoning(self) -> str:
         return "".join(self._reasoning)
 
-    def take(self, text: str, *, last: bool) -> list[Part]:
+    @property
+    def reasoning_tokens(self) -> int:
+        """Up to the token that ends reasoning, its markers among them; 0 where there is none."""
+        return self._before_closing if self._reasoning else 0
+
+    def take(self, text: str, *, last: bool, token_ids: Sequence[int] = ()) -> list[Part]:
         """What more text gives, the rest of it where it is the last; kept, and to be shown."""
+        self._count(token_ids)
         parts = self._parser.push(text)
         if last:
             parts += self._parser.flush()
         return [part for part in map(self._keep, joined(parts)) if part is not None]
+
+    def _count(self, token_ids: Sequence[int]) -> None:
+        if self._closed or self._closing_id is None:
+            return
+        self._closed = self._closing_id in token_ids
+        ended = token_ids.index(self._closing_id) + 1 if self._closed else len(token_ids)
+        self._before_closing += ended
 
     def _keep(self, part: Part) -> Part | None:
         if isinstance(part, ContentPart):

@@ -51,16 +51,17 @@ HERMES = JsonCallFormat(
     re.compile(rf'\s*\{{\s*"name"\s*:\s*"(?P<name>{NAME})"\s*,\s*"arguments"\s*:\s*(?=\{{)'),
     enveloped=True,
 )
-_SEP = "<｜tool▁sep｜>"
+DEEPSEEK_SEPARATOR = "<｜tool▁sep｜>"
 DEEPSEEK = JsonCallFormat(
     "<｜tool▁call▁begin｜>",
     "<｜tool▁call▁end｜>",
     re.compile(
-        rf"\s*\w*\s*{_SEP}\s*(?P<name>{NAME})\s*```(?:json)?\s*(?=\{{)"
-        rf"|\s*(?P<other_name>{NAME})\s*{_SEP}\s*(?=\{{)"
+        rf"\s*\w*\s*{DEEPSEEK_SEPARATOR}\s*(?P<name>{NAME})\s*```(?:json)?\s*(?=\{{)"
+        rf"|\s*(?P<other_name>{NAME})\s*{DEEPSEEK_SEPARATOR}\s*(?=\{{)"
     ),
     ignored=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
 )
+KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
 KIMI = JsonCallFormat(
     "<|tool_call_begin|>",
     "<|tool_call_end|>",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeserve.gateway.parsers import thinking
-from moeserve.gateway.parsers.harmony import CHANNEL, STOPS, HarmonyParser
+from moeserve.gateway.parsers.harmony import CHANNEL, ENDS, STOPS, HarmonyParser
 from moeserve.gateway.parsers.json_calls import DEEPSEEK, HERMES, KIMI, JsonCallParser
 from moeserve.gateway.parsers.parts import AnswerParser, PlainParser
 from moeserve.gateway.parsers.tagged_calls import GLM, QWEN_CODER, TaggedCallParser, ToolSchemas
@@ -25,6 +25,7 @@ _TOOL_MARKERS: Mapping[str, ToolStyle] = {
     CHANNEL: "harmony",
     "<｜tool▁call▁begin｜>": "deepseek",
     KIMI.opening: "kimi",
+    "tool_declare": "kimi",  # its first template shows tools, but no calls
     GLM.key: "glm",
     "<function=": "qwen3_coder",
     HERMES.opening: "hermes",
@@ -44,12 +45,14 @@ class AnswerStyle:
     """How a model writes calls and reasoning, and what its template expects of a history.
 
     ``arguments_as_text``: the template joins a call's arguments to strings, as they are.
+    ``fenced``: DeepSeek's arguments stand between fences, as they did before V3.1.
     ``knows_developer``: it has a role ``developer``; others get ``system`` instead.
     """
 
     tools: ToolStyle = "none"
     reasoning: ReasoningStyle = "none"
     arguments_as_text: bool = False
+    fenced: bool = False
     knows_developer: bool = True
 
     @property
@@ -58,6 +61,11 @@ class AnswerStyle:
         if self.reasoning == "harmony":
             return CHANNEL
         return _OPENING.get(self.tools, "")
+
+    @property
+    def reasoning_end(self) -> str:
+        """The token that ends reasoning; empty where there is none."""
+        return {"think": thinking.CLOSING, "harmony": ENDS[0], "none": ""}[self.reasoning]
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -81,6 +89,7 @@ def style_of(
         calls,
         _shown_reasoning(source) if reasoning == "auto" else reasoning,
         arguments_as_text=calls == "deepseek" and not _writes_json(source),
+        fenced="```json" in source,
         knows_developer=not source or "developer" in source,
     )
 

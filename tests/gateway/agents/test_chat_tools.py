@@ -37,9 +37,14 @@ ASK: Any = {"model": "scripted", "messages": HELLO, "tools": TOOLS}
 
 def test_a_call_is_a_call(stage: Stage) -> None:
     stage.says("<think>\nLet me see.\n</think>\n\nI look it up.\n" + CALL + SECOND)
-    choice = stage.openai.chat.completions.create(**ASK).choices[0]
+    answer = stage.openai.chat.completions.create(**ASK)
+    choice = answer.choices[0]
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content == "I look it up."
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens_details is not None
+    # Every marker is a token, and every letter.
+    assert answer.usage.completion_tokens_details.reasoning_tokens == len("Let me see.") + 4
     extra = choice.message.model_extra or {}
     assert extra["reasoning_content"] == extra["reasoning"] == "Let me see."
     calls: Any = choice.message.tool_calls
