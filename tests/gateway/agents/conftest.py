@@ -148,6 +148,7 @@ class Stage:
         self._ready.set()
         await self._end.wait()
         await server.close()
+        await service.texts.close()
 
 
 async def _no_metrics() -> tuple[bytes, str]:
