@@ -81,7 +81,8 @@ class ModelRunner(Generic[Cache]):
         try:
             self._batch.forget(plan.preempted)
             self._batch.forget(plan.ended)
-            steps = split_step(self._batch.pack(plan.chunks), microbatches)
+            step = self._batch.pack(plan.chunks, again=True)
+            steps = split_step(step, microbatches)
         except Exception:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
             self._log.exception("a step of %d tokens cannot be packed", plan.num_tokens)
             self._decoder.forward_micro(split_step(self._batch.pack(()), microbatches), self._cache)

@@ -90,6 +90,15 @@ def native_part(weights: PartWeights) -> NativePart:
 
 
 def new_step(rope: Rope, position_T: Tensor, slot_T: Tensor, attention: AttentionBatch) -> Step:
+    handle = _cpu.Step(*step_args(rope, position_T, slot_T, attention))
+    assert int(attention.query_start_S1[-1]) == len(position_T), (attention, position_T)
+    return Step(len(position_T), rope, position_T, slot_T, attention, NativeStep(handle))
+
+
+def step_args(
+    rope: Rope, position_T: Tensor, slot_T: Tensor, attention: AttentionBatch
+) -> tuple[Any, ...]:
+    """Of a native step, which takes the numbers that the tensors hold when it is made."""
     rows, (table, pairs) = position_T.shape[0], rope.cos_WR.shape
     sequences, width = attention.blocks_SM.shape
     starts = attention.query_start_S1
@@ -97,23 +106,31 @@ def new_step(rope: Rope, position_T: Tensor, slot_T: Tensor, attention: Attentio
     assert slot_T.shape == (rows,), (slot_T.shape, rows)
     assert starts.shape == (sequences + 1,), attention
     assert attention.context_S.shape == (sequences,), attention
-    assert int(starts[-1]) == rows, (starts, rows)
-    handle = _cpu.Step(
-        _address(position_T, torch.int64),
+    return (
+        address(position_T, torch.int64),
         rows,
-        _address(rope.cos_WR, torch.float32),
-        _address(rope.sin_WR, torch.float32),
+        address(rope.cos_WR, torch.float32),
+        address(rope.sin_WR, torch.float32),
         table,
         pairs,
         rope.interleaved,
-        _address(slot_T, torch.int64),
-        _address(starts, torch.int32),
-        _address(attention.context_S, torch.int32),
-        _address(attention.blocks_SM, torch.int32),
+        address(slot_T, torch.int64),
+        address(starts, torch.int32),
+        address(attention.context_S, torch.int32),
+        address(attention.blocks_SM, torch.int32),
         sequences,
         width,
     )
-    return Step(rows, rope, position_T, slot_T, attention, NativeStep(handle))
+
+
+def embed_args(table_WH: Tensor, ids_T: Tensor) -> tuple[Any, ...]:
+    """Of a native look-up, but for where its rows go."""
+    size, hidden = table_WH.shape
+    assert table_WH.dtype in (torch.float32, torch.bfloat16), table_WH.dtype
+    assert table_WH.is_contiguous(), table_WH.stride()
+    is_bf16 = table_WH.dtype is torch.bfloat16
+    ids_at = address(ids_T, torch.int64)
+    return table_WH.data_ptr(), is_bf16, size, hidden, ids_at, len(ids_T)
 
 
 def stack_layers(layers: Sequence[Layer]) -> Stack:
@@ -288,7 +305,8 @@ def _vector(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def _address(x: Tensor, dtype: torch.dtype) -> int:
+def address(x: Tensor, dtype: torch.dtype) -> int:
+    """Where a contiguous tensor of this dtype lies."""
     assert x.dtype is dtype, (x.dtype, dtype)
     assert x.is_contiguous(), x.stride()
     return x.data_ptr()
