@@ -60,7 +60,7 @@ class _KeptStep:
     in ``memory``, as ``packed`` says."""
 
     step: StepBatch
-    memory: NDArray[np.uint8]
+    memory: bytearray
     packed: Struct
     ids_S: Ints
     positions_S: Ints
@@ -221,8 +221,7 @@ class InputBatch:
         slots_S[:] = composition.tables_SM[composition.index_S, blocks_S]
         slots_S *= size
         slots_S += inner_S
-        kept.contexts_S[:] = positions_S
-        kept.contexts_S += 1
+        np.add(positions_S, 1, out=kept.contexts_S, casting="unsafe")
         return kept.step
 
     def sampling_rows(self, chunks: Sequence[Chunk]) -> list[SamplingRow]:
@@ -331,13 +330,13 @@ def _step_of(
 
 def _new_kept(composition: _Composition, count: int) -> _KeptStep:
     packed = Struct(f"={3 * count}q{count}i")
-    memory = np.zeros(packed.size, np.uint8)
-    numbers = memory[: 24 * count].view(np.int64)
-    contexts_S = memory[24 * count :].view(np.int32)
-    step = _step_of(
-        composition, torch.from_numpy(numbers), torch.from_numpy(contexts_S), KeptPass()
-    )
-    return _KeptStep(step, memory, packed, *numbers.reshape(3, count), contexts_S)
+    memory = bytearray(packed.size)
+    numbers = np.frombuffer(memory, np.int64, 3 * count)
+    contexts_S = np.frombuffer(memory, np.int32, offset=numbers.nbytes)
+    tensors = torch.from_numpy(numbers), torch.from_numpy(contexts_S)
+    step = _step_of(composition, *tensors, KeptPass())
+    ids_S, positions_S, slots_S = numbers.reshape(3, count)
+    return _KeptStep(step, memory, packed, ids_S, positions_S, slots_S, contexts_S)
 
 
 def no_room(

@@ -1,7 +1,6 @@
 """A forward pass that is run again and again over the same tensors: its arguments are made once.
 
-What a run costs outside the kernels is four calls with numbers; no tensor is made, and no shape
-looked at. Letters: see ``ops``.
+A run is one native call; no tensor is made, and no shape looked at. Letters: see ``ops``.
 """
 
 from __future__ import annotations
@@ -15,21 +14,25 @@ from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels.cpu import _cpu
-from moeserve.kernels.cpu.handles import NativePart, address, embed_args, rows_at, step_args
+from moeserve.kernels.cpu.handles import (
+    NativePart,
+    NativeStep,
+    address,
+    embed_args,
+    new_step,
+    rows_at,
+)
 from moeserve.kernels.ops import AttentionBatch, KvCache, Trunk
+
+# What ``_cpu.run_pass`` counts from 1.
+POSITION, TOKEN, LAYERS, ROW = range(1, 5)
 
 
 @dataclass(frozen=True, slots=True)
 class NativePass:
-    """``step``, ``embed``, ``layers`` (less the step) and ``head`` are arguments of native calls.
+    """``memory`` is what the handle points to beside what is named."""
 
-    ``inputs`` and ``memory`` hold what these point to.
-    """
-
-    step: tuple[Any, ...]
-    embed: tuple[Any, ...]
-    layers: tuple[Any, ...]
-    head: tuple[Any, ...]
+    handle: _cpu.Pass
     logits_RN: Tensor
     trunk: Trunk
     attention: AttentionBatch
@@ -37,20 +40,24 @@ class NativePass:
     memory: tuple[Any, ...]
 
     def __call__(self) -> Tensor:
-        """InternalError, or IndexError for a position, says what does not fit."""
-        step = _cpu.Step(*self.step)
-        if not _cpu.embed(*self.embed):
-            raise InternalError(f"embed: a token id is not in 0..{self.embed[2] - 1}")
-        x_at, stack, caches, ids_at = self.layers
-        if not _cpu.forward_layers(x_at, stack, step, caches, ids_at):
-            raise InternalError(
-                f"forward_layers: slots, contexts or blocks of {self.attention} do not fit the "
-                f"{len(caches)} caches of {len(self.trunk.stack.layers)} layers"
-            )
-        if not _cpu.head(*self.head):
-            rows = self.head[1]
-            raise InternalError(f"head: a row of {self.rows_R.tolist()} is not in 0..{rows - 1}")
+        """Raises as the operations by themselves do."""
+        if fault := _cpu.run_pass(self.handle):
+            raise self._error(fault)
         return self.logits_RN
+
+    def _error(self, fault: int) -> Exception:
+        trunk = self.trunk
+        if fault == POSITION:
+            return IndexError("a position is outside the rotary tables")
+        if fault == TOKEN:
+            return InternalError(f"embed: a token id is not in 0..{len(trunk.embedding_WH) - 1}")
+        if fault == ROW:
+            return InternalError(f"head: a row of {self.rows_R.tolist()} is not one of the step")
+        assert fault == LAYERS, fault
+        return InternalError(
+            f"forward_layers: slots, contexts or blocks of {self.attention} do not fit the caches "
+            f"of {len(trunk.stack.layers)} layers"
+        )
 
 
 def new_pass(
@@ -65,20 +72,30 @@ def new_pass(
     """``Ops.new_pass``; the logits are one tensor."""
     stack: NativePart = trunk.stack.data
     head: NativePart = trunk.head.data
-    rows, wanted, hidden = len(token_ids_T), len(rows_R), stack.hidden
+    rope, rows, hidden = trunk.rope, len(token_ids_T), stack.hidden
     assert hidden == head.hidden == trunk.embedding_WH.shape[1], (hidden, head.hidden)
+    assert len(position_T) == rows, (position_T, rows)
+    step = new_step(rope, position_T, slot_T, attention)
+    native: NativeStep = step.data
     x_TH = torch.empty(rows, hidden)
     chosen = torch.empty(rows * sum(stack.top_ks), dtype=torch.int32)
-    logits_RN = torch.empty(wanted, trunk.head.weights.head.out_features)
-    x_at, handles = rows_at(x_TH, rows, hidden), [cache.data.handle for cache in caches]
-    return NativePass(
-        step_args(trunk.rope, position_T, slot_T, attention),
-        (*embed_args(trunk.embedding_WH, token_ids_T), x_at),
-        (x_at, stack.handle, handles, chosen.data_ptr()),
-        (x_at, rows, address(rows_R, torch.int64), wanted, head.handle, logits_RN.data_ptr()),
-        logits_RN,
-        trunk,
-        attention,
-        rows_R,
-        (caches, token_ids_T, position_T, slot_T, x_TH, chosen),
+    logits_RN = torch.empty(len(rows_R), trunk.head.weights.head.out_features)
+    handle = _cpu.Pass(
+        native.handle,
+        address(position_T, torch.int64),
+        address(rope.cos_WR, torch.float32),
+        address(rope.sin_WR, torch.float32),
+        len(rope.cos_WR),
+        *embed_args(trunk.embedding_WH),
+        address(token_ids_T, torch.int64),
+        rows_at(x_TH, rows, hidden),
+        stack.handle,
+        [cache.data.handle for cache in caches],
+        chosen.data_ptr(),
+        address(rows_R, torch.int64),
+        len(rows_R),
+        head.handle,
+        logits_RN.data_ptr(),
     )
+    memory = (step, caches, token_ids_T, x_TH, chosen)
+    return NativePass(handle, logits_RN, trunk, attention, rows_R, memory)

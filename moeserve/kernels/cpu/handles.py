@@ -90,15 +90,6 @@ def native_part(weights: PartWeights) -> NativePart:
 
 
 def new_step(rope: Rope, position_T: Tensor, slot_T: Tensor, attention: AttentionBatch) -> Step:
-    handle = _cpu.Step(*step_args(rope, position_T, slot_T, attention))
-    assert int(attention.query_start_S1[-1]) == len(position_T), (attention, position_T)
-    return Step(len(position_T), rope, position_T, slot_T, attention, NativeStep(handle))
-
-
-def step_args(
-    rope: Rope, position_T: Tensor, slot_T: Tensor, attention: AttentionBatch
-) -> tuple[Any, ...]:
-    """Of a native step, which takes the numbers that the tensors hold when it is made."""
     rows, (table, pairs) = position_T.shape[0], rope.cos_WR.shape
     sequences, width = attention.blocks_SM.shape
     starts = attention.query_start_S1
@@ -106,7 +97,8 @@ def step_args(
     assert slot_T.shape == (rows,), (slot_T.shape, rows)
     assert starts.shape == (sequences + 1,), attention
     assert attention.context_S.shape == (sequences,), attention
-    return (
+    assert int(starts[-1]) == rows, (starts, rows)
+    handle = _cpu.Step(
         address(position_T, torch.int64),
         rows,
         address(rope.cos_WR, torch.float32),
@@ -121,16 +113,15 @@ def step_args(
         sequences,
         width,
     )
+    return Step(rows, rope, position_T, slot_T, attention, NativeStep(handle))
 
 
-def embed_args(table_WH: Tensor, ids_T: Tensor) -> tuple[Any, ...]:
-    """Of a native look-up, but for where its rows go."""
+def embed_args(table_WH: Tensor) -> tuple[int, bool, int, int]:
+    """A table as native calls take it: where it lies, whether it is bf16, its size, its width."""
     size, hidden = table_WH.shape
     assert table_WH.dtype in (torch.float32, torch.bfloat16), table_WH.dtype
     assert table_WH.is_contiguous(), table_WH.stride()
-    is_bf16 = table_WH.dtype is torch.bfloat16
-    ids_at = address(ids_T, torch.int64)
-    return table_WH.data_ptr(), is_bf16, size, hidden, ids_at, len(ids_T)
+    return table_WH.data_ptr(), table_WH.dtype is torch.bfloat16, size, hidden
 
 
 def stack_layers(layers: Sequence[Layer]) -> Stack:

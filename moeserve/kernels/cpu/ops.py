@@ -314,8 +314,9 @@ class CpuOps(NativeWire):
             routed += [part.view(step.rows, -1) for part in parts]
 
     def embed(self, table_WH: Tensor, ids_T: Tensor) -> Tensor:
+        assert ids_T.dtype is torch.int64, ids_T.dtype
         ids, out = ids_T.contiguous(), torch.empty(len(ids_T), table_WH.shape[1])
-        if not _cpu.embed(*embed_args(table_WH, ids), out.data_ptr()):
+        if not _cpu.embed(*embed_args(table_WH), ids.data_ptr(), len(ids), out.data_ptr()):
             raise InternalError(f"embed: a token id is not in 0..{len(table_WH) - 1}")
         return out
 
@@ -350,7 +351,13 @@ class CpuOps(NativeWire):
     def sample(
         self, logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
     ) -> list[SampledRow]:
-        return sample_rows(logits_RV, rows, eos_ids)
+        return sample_rows(logits_RV, rows, eos_ids, best_of_rows)
+
+
+def best_of_rows(logits_RV: Tensor) -> list[int]:
+    """As ``reference.sampling.best_of_rows``, by all threads."""
+    rows, size = logits_RV.shape
+    return _cpu.best_of_rows(rows_at(logits_RV, rows, size), rows, size)
 
 
 def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:

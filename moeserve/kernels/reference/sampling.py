@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,33 +35,34 @@ LOW_BITS = 44
 STRETCH = 64
 
 
-def sample_rows(
-    logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
-) -> list[SampledRow]:
-    """One token for every row; a row that has none says why, and the others are not touched."""
+def best_of_rows(logits_RV: Tensor) -> list[int]:
+    """The token of the greatest logit of each row, the first of equals; -1 where that is not
+    finite, or a logit is not a number."""
     host_RV = to_host(logits_RV)
-    if len(rows) < 2:  # looking at all at once costs more than at the one
-        return [_sample_alone(host_RV[r], row, eos_ids) for r, row in enumerate(rows)]
     best_R = host_RV.argmax(axis=1)  # the first maximum of each row, or its first NaN
-    sound_R = np.isfinite(host_RV[np.arange(len(rows)), best_R])
-    new = tuple.__new__
-    sampled = [new(SampledRow, (best, None, "")) for best in best_R.tolist()]
-    known = [row.takes_best for row in rows]
-    if not (all(known) and sound_R.all()):
+    sound_R = np.isfinite(host_RV[np.arange(len(best_R)), best_R])
+    best: list[int] = np.where(sound_R, best_R, -1).tolist()
+    return best
+
+
+def sample_rows(
+    logits_RV: Tensor,
+    rows: Sequence[SamplingRow],
+    eos_ids: frozenset[int],
+    find_best: Callable[[Tensor], list[int]] = best_of_rows,
+) -> list[SampledRow]:
+    """One token for every row; a row that has none says why, and the others are not touched.
+
+    ``find_best`` is ``best_of_rows`` or as good.
+    """
+    new, best_R = tuple.__new__, find_best(logits_RV)
+    sampled = [new(SampledRow, (best, None, "")) for best in best_R]
+    if -1 in best_R or not all(row.takes_best for row in rows):
+        host_RV = to_host(logits_RV)
         for r, row in enumerate(rows):
-            if not (sound_R[r] and (known[r] or takes_best(row, eos_ids))):
+            if best_R[r] < 0 or not (row.takes_best or takes_best(row, eos_ids)):
                 sampled[r] = _try(host_RV[r], row, eos_ids)
     return sampled
-
-
-def _sample_alone(
-    logits_V: NDArray[np.float32], row: SamplingRow, eos_ids: frozenset[int]
-) -> SampledRow:
-    if row.takes_best:
-        best = int(logits_V.argmax())
-        if math.isfinite(logits_V[best]):
-            return SampledRow(best)
-    return _try(logits_V, row, eos_ids)
 
 
 def takes_best(row: SamplingRow, eos_ids: frozenset[int]) -> bool:
