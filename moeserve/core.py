@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, NewType
 
+# Stands for a token that the step before will make (``StepPlan.ahead``).
+UNKNOWN = -1
+
 RequestId = NewType("RequestId", str)
 BlockId = NewType("BlockId", int)
 
@@ -128,12 +131,17 @@ class StepPlan:
 
     ``ended`` are all requests that ended, for whatever reason, since the last plan that had
     chunks: an executor forgets them before it looks at the chunks, for their ids may return.
+
+    One that is made ``ahead``, while the step before runs, has the newest token of each of that
+    step's requests, which is ``UNKNOWN`` until that step is over. Some of these may have ended by
+    then: what comes of their rows is nobody's.
     """
 
     chunks: tuple[Chunk, ...]
     expired: tuple[RequestId, ...] = ()
     preempted: tuple[RequestId, ...] = ()
     ended: tuple[RequestId, ...] = ()
+    ahead: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -29,9 +29,10 @@ from moeserve.core import (
     StepPlan,
     Timing,
 )
+from moeserve.engine.ahead import SchedulesAhead, StepsAhead
 from moeserve.engine.bounds import refuse_duplicate
-from moeserve.engine.drive import Schedules, StepOutcome, run_step
-from moeserve.engine.executor import Executor
+from moeserve.engine.drive import OnPlan, Schedules, StepOutcome, run_step
+from moeserve.engine.executor import Executor, StartingExecutor
 from moeserve.engine.pace import Alone, Pace
 from moeserve.engine.request_state import EventSink, Outbox, RankSink, RequestState
 from moeserve.engine.sequence import NEW, History
@@ -124,7 +125,8 @@ class EngineLock:
 
 
 class Engine:
-    """``start`` or ``with`` it. Among several ranks ``pace`` says when a step is due that this
+    """``start`` or ``with`` it. Where the executor can be started, a step is planned while the one
+    before runs (``ahead``). Among several ranks ``pace`` says when a step is due that this
     engine has no request for, and ``lock`` is shared with whoever else looks at the scheduler.
     ``on_end`` is called once, on the engine's thread when it ends, with the reason.
     """
@@ -147,6 +149,9 @@ class Engine:
         self._stop_reason = "the server stopped: retry elsewhere"
         self._log = logging.getLogger("moeserve.engine")
         self._lock = lock or EngineLock()  # of scheduler, streams and accepting
+        self._ahead: StepsAhead | None = None
+        if isinstance(executor, StartingExecutor) and isinstance(scheduler, SchedulesAhead):
+            self._ahead = StepsAhead(scheduler, executor, clock, self._lock)
         self._streams: dict[RequestId, RequestState] = {}
         self._accepting = True
         self._cancelled: deque[tuple[RequestState, FinishReason]] = deque()
@@ -281,14 +286,7 @@ class Engine:
                 if self._streams.get(stream.request.id) is stream:
                     why = "" if reason is FinishReason.STOP else "the request was cancelled"
                     self._end(outbox, stream.request.id, reason, why)
-            outcome = run_step(
-                self._scheduler,
-                self._executor,
-                self._clock,
-                lock=self._lock,
-                on_plan=lambda plan, began: self._start_step(outbox, plan, began),
-                due=self._pace.due,
-            )
+            outcome = self._run_step(lambda plan, began: self._start_step(outbox, plan, began))
             if outcome is None:
                 return False
             try:
@@ -300,6 +298,18 @@ class Engine:
             return True
         finally:
             self._send(outbox)
+
+    def _run_step(self, on_plan: OnPlan) -> StepOutcome | None:
+        if self._ahead is not None:
+            return self._ahead.run(on_plan)
+        return run_step(
+            self._scheduler,
+            self._executor,
+            self._clock,
+            lock=self._lock,
+            on_plan=on_plan,
+            due=self._pace.due,
+        )
 
     def _start_step(self, outbox: Outbox, plan: StepPlan, began: float) -> None:
         """Before the executor has its turn."""
