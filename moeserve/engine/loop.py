@@ -156,8 +156,6 @@ class Engine:
         self._accepting = True
         self._cancelled: deque[tuple[RequestState, FinishReason]] = deque()
         self._stopping = threading.Event()
-        self._idle = threading.Event()
-        self._idle.set()
         self._thread = threading.Thread(target=self._serve, name="moeserve-engine", daemon=True)
 
     def __enter__(self) -> Self:
@@ -189,12 +187,11 @@ class Engine:
         stream = RequestState(request, sink, submitted=self._clock())
         with self._lock:
             if not self._accepting:
-                raise UnavailableError("the server is draining or stopped: retry elsewhere")
+                raise UnavailableError("the server is stopping or stopped: retry elsewhere")
             # The scheduler lets go of a request before its stream has had its last event.
             refuse_duplicate(request, request.id in self._streams)
             self._scheduler.add(request, history)
             self._streams[request.id] = stream
-            self._idle.clear()
         self._pace.wake()
 
     def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
@@ -240,12 +237,6 @@ class Engine:
                 block_size=blocks.size,
                 accepting=self._accepting,
             )
-
-    def drain(self, timeout: float) -> bool:
-        """Accept nothing new and wait for what runs; False if that took longer."""
-        with self._lock:
-            self._accepting = False
-        return self._idle.wait(timeout)
 
     def stop(self, timeout: float = 30.0) -> bool:
         """End every stream and the thread; False if a step still ran after ``timeout``."""
@@ -401,10 +392,6 @@ class Engine:
             self._log.error("a sink of %d events failed", len(events), exc_info=error)
             for event in events:
                 self.abort(event.request_id)
-        if not self._streams:  # a look without the lock spares it where somebody is left
-            with self._lock:
-                if not self._streams:
-                    self._idle.set()
 
     def _end_all(self) -> None:
         outbox = Outbox()

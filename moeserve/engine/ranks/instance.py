@@ -20,7 +20,7 @@ from moeserve.engine.loop import Engine, EngineLoad, EngineObserver
 from moeserve.engine.ranks.door_requests import Return
 from moeserve.engine.ranks.front import Front
 from moeserve.engine.ranks.homes import ExpertUse
-from moeserve.engine.ranks.loads import RankLoads
+from moeserve.engine.ranks.loads import LoadsOfRound, RankLoads
 from moeserve.engine.ranks.rank_links import LinkTable
 from moeserve.engine.request_state import EventSink, Outbox, RequestState
 from moeserve.engine.sequence import History
@@ -72,7 +72,8 @@ class Instance:
         engine.on_end = self._lose_engine
         self._held: dict[RequestId, _Held] = {}
         self.queued = 0
-        self._loads = self._seen = loads
+        self._loads: LoadsOfRound = lambda: loads
+        self._seen = self._loads
         self._suffix = suffix
         self._awake = False
 
@@ -88,7 +89,7 @@ class Instance:
     def submit(self, request: Request, sink: EventSink) -> None:
         """Queue a request, or raise why it cannot be served."""
         if not self._engine.alive:
-            raise UnavailableError("the server is draining or stopped: retry elsewhere")
+            raise UnavailableError("the server is stopping or stopped: retry elsewhere")
         inner = replace(request, id=self._inner(request.id)) if self._suffix else request
         self._front.add(inner)
         self._held[inner.id] = _Held(RequestState(request, sink, self._clock()))
@@ -109,7 +110,7 @@ class Instance:
 
     def load(self) -> EngineLoad:
         """Of all ranks together; blocks that are cached are counted on this rank alone."""
-        own, loads = self._engine.load(), self._loads
+        own, loads = self._engine.load(), self._loads()
         ranks = len(loads.running_R)
         return EngineLoad(
             running=int(loads.running_R.sum()),
@@ -125,8 +126,8 @@ class Instance:
         """This process's rank leaves, when all ranks do; False if that took longer."""
         return self._engine.stop(timeout)
 
-    def publish(self, loads: RankLoads) -> None:
-        """On the engine's thread: the newest loads."""
+    def publish(self, loads: LoadsOfRound) -> None:
+        """On the engine's thread: the newest loads, which are looked at on the loop's."""
         self._loads = loads
         # Read after the store: whoever saw True takes it up at the wake-up that is still due.
         if not self._awake and self._held:
@@ -210,7 +211,7 @@ class Instance:
         self._awake = False
         if self._loads is not self._seen:
             self._seen = self._loads
-            self._front.publish(self._seen)
+            self._front.publish(self._seen())
         self._place()
 
     def _place(self) -> None:
