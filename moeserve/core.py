@@ -3,9 +3,10 @@
 A request goes ``Request`` -> (scheduler) ``StepPlan`` of ``Chunk`` -> (executor) ``StepResult``
 of ``Sampled`` -> (engine loop) ``Event`` to whoever asked.
 
-What every request has one of in every step (``Chunk``, ``Sampled``, ``TokenOut``) are named tuples,
-which are made in a tenth of the time of a frozen dataclass, and whose fields ``zip`` turns into
-columns. Code that makes one for each token calls ``tuple.__new__``, which again halves it.
+What every request has one of in every step (``Chunk``, ``Sampled``, ``TokenOut``, ``Event``) are
+named tuples, which are made in a tenth of the time of a frozen dataclass, and whose fields ``zip``
+turns into columns. Code that makes one for each token calls ``tuple.__new__``, which again halves
+it.
 """
 
 from __future__ import annotations
@@ -185,8 +186,7 @@ class TokenOut(NamedTuple):
     finish: FinishReason | None
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """News of a request, for whoever holds its stream; text is made there.
 
     ``token_ids`` and ``logprobs`` are those since the last event. The last event has ``finish``;

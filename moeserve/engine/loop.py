@@ -327,6 +327,7 @@ class Engine:
 
     def _take_tokens(self, outbox: Outbox, outcome: StepOutcome, now: float) -> None:
         """What the step made, to observer and sinks."""
+        new = tuple.__new__
         first: list[RequestState] = []
         last: list[tuple[RequestState, Event]] = []
         before: dict[float, int] = {}  # when the token before it came, and how often
@@ -342,7 +343,10 @@ class Engine:
                 before[stream.last_token] = before.get(stream.last_token, 0) + 1
             stream.last_token = now
             logprobs = () if out.logprobs is None else (out.logprobs,)
-            event = Event(out.request_id, (out.token_id,), logprobs, out.finish, "", stream.cached)
+            event = new(
+                Event,
+                (out.request_id, (out.token_id,), logprobs, out.finish, "", stream.cached),
+            )
             if out.finish is None:
                 outbox.add(stream.sink, event)
             else:

@@ -98,7 +98,7 @@ class _Sequence:
         if event.logprobs:
             self.logprobs += event.logprobs[: len(token_ids)]
         if stopped:
-            self.last = replace(event, finish=FinishReason.STOP)
+            self.last = event._replace(finish=FinishReason.STOP)
         elif finish is not None:
             self.last = event
 

@@ -91,9 +91,10 @@ class Instance:
         if not self._engine.alive:
             raise UnavailableError("the server is stopping or stopped: retry elsewhere")
         inner = replace(request, id=self._inner(request.id)) if self._suffix else request
+        self._look()
         self._front.add(inner)
         self._held[inner.id] = _Held(RequestState(request, sink, self._clock()))
-        self._take_up()
+        self._place()
 
     def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request; ended ones are left alone."""
@@ -127,10 +128,12 @@ class Instance:
         return self._engine.stop(timeout)
 
     def publish(self, loads: LoadsOfRound) -> None:
-        """On the engine's thread: the newest loads, which are looked at on the loop's."""
+        """On the engine's thread: the newest loads. They are looked at on the loop's, when a
+        request comes or is returned, and at once where some wait."""
         self._loads = loads
-        # Read after the store: whoever saw True takes it up at the wake-up that is still due.
-        if not self._awake and self._held:
+        # Read after the store: whoever saw True takes it up at the wake-up that is still due. Who
+        # begins to wait now asks for another round.
+        if not self._awake and self.queued:
             self._awake = True
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits
                 self._loop.call_soon_threadsafe(self._take_up)
@@ -151,7 +154,7 @@ class Instance:
                 self._front.finished(event.request_id)
                 self._observer.on_finish(event.finish, state.timing(now))
             if self._suffix or event.cached_tokens != state.cached:
-                event = replace(event, request_id=state.request.id, cached_tokens=state.cached)
+                event = event._replace(request_id=state.request.id, cached_tokens=state.cached)
             outbox.add(state.sink, event)
         if before:
             self._observer.on_gaps({now - then: count for then, count in before.items()})
@@ -209,12 +212,15 @@ class Instance:
 
     def _take_up(self) -> None:
         self._awake = False
+        self._place()
+
+    def _look(self) -> None:
         if self._loads is not self._seen:
             self._seen = self._loads
             self._front.publish(self._seen())
-        self._place()
 
     def _place(self) -> None:
+        self._look()
         for request_id in self._front.expire(self._clock()):
             self._end(request_id, FinishReason.DEADLINE, "the deadline passed")
         for placement in self._front.place():

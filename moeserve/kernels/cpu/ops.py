@@ -356,8 +356,9 @@ class CpuOps(NativeWire):
 
 def best_of_rows(logits_RV: Tensor) -> list[int]:
     """As ``reference.sampling.best_of_rows``, by all threads."""
-    rows, size = logits_RV.shape
-    return _cpu.best_of_rows(rows_at(logits_RV, rows, size), rows, size)
+    assert logits_RV.dtype is torch.float32, logits_RV.dtype
+    assert logits_RV.is_contiguous(), logits_RV.stride()
+    return _cpu.best_of_rows(logits_RV.data_ptr(), *logits_RV.shape)
 
 
 def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:
