@@ -14,7 +14,8 @@ TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check sanitize bench docs proto lock hooks clean distclean
+.PHONY: help setup demo test test-all clients check sanitize bench docs proto lock hooks clean \
+  distclean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +30,11 @@ test: $(STAMP) ## run the tests but the long ones (ARGS="tests/comm -k name" to 
 
 test-all: $(STAMP) ## run every test, as continuous integration does
 	$(BIN)/pytest $(ARGS)
+
+CLIENTS := build/clients
+clients: $(STAMP) ## run real clients against a server, each in an environment of its own
+	mkdir -p $(CLIENTS)
+	CLIENT_ENVIRONMENTS=$(CLIENTS) $(BIN)/pytest tests/clients $(ARGS)
 
 DOCS = README.md CONTRIBUTING.md SECURITY.md bench/README.md launch/README.md kernels/cpu/README.md \
   $(filter-out docs/settings.md,$(wildcard docs/*.md))  # which is generated

@@ -29,9 +29,9 @@ from moeserve.core import (
 )
 from moeserve.engine.blocks import BlockCounts
 from moeserve.engine.loop import Engine
-from moeserve.gateway.grpc_door import GrpcDoor
-from moeserve.gateway.http_door import http_app
-from moeserve.gateway.http_server import HttpServer
+from moeserve.gateway.grpc.door import GrpcDoor
+from moeserve.gateway.http.app import http_app
+from moeserve.gateway.http.server import HttpServer
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.service import InferenceService, ServedModel

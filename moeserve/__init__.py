@@ -6,7 +6,7 @@ Imports run one way, and ``tests/test_layout.py`` holds it::
       ^
     kernels  placement                        op table; who holds which expert
       ^
-    models  observe                           checkpoint to decoder; counters
+    models  observe  grammar                  checkpoint to decoder; counters; which tokens may come
       ^
     comm                                      moving tokens; layers over ranks
       ^

@@ -30,6 +30,35 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class GrammarKind(StrEnum):
+    """How the text of a ``Grammar`` is written.
+
+    ``JSON_SCHEMA``: a JSON Schema, as JSON. ``REGEX``: in the syntax of Rust's ``regex``, matched
+    as a whole. ``CHOICE``: a JSON list of strings, one of which is the answer. ``LARK``: Lark as
+    llguidance reads it, or GBNF. ``STRUCTURAL_TAG``: vLLM's ``{"structures": [...], "triggers":
+    [...]}`` as JSON: free text in which a trigger begins what a schema describes.
+    """
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    LARK = "lark"
+    STRUCTURAL_TAG = "structural_tag"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the text of an answer must be, from its first character to its last.
+
+    ``whitespace`` is for JSON alone: the regular expression of the blanks between its tokens.
+    None is the server's choice, which is bounded; empty is none.
+    """
+
+    kind: GrammarKind
+    text: str
+    whitespace: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. Bounds are checked at the doors (``gateway.limits``), not here.
@@ -38,6 +67,11 @@ class SamplingParams:
     OpenAI (presence, frequency: on generated tokens) and CTRL (repetition: prompt and generated).
     ``logprobs`` None is off; N asks for the chosen token's and the N best tokens'.
     ``seed`` None lets the door draw one; the same seed gives the same tokens whatever the batch.
+    ``grammar`` None allows every text.
+    ``prompt_logprobs`` is ``logprobs`` for the tokens of the prompt, of which the first has none.
+    ``allowed_token_ids`` are the only ones that can be chosen, unless there are none. None of
+    ``bad_token_ids`` comes to stand in the answer, each a sequence of one or more. ``only_prompt``
+    shows nothing of the answer, for whoever asks about the prompt alone.
     """
 
     max_tokens: int = 16
@@ -57,6 +91,11 @@ class SamplingParams:
     include_stop: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    only_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +151,16 @@ class Chunk(NamedTuple):
     reached: int = 0
 
     @property
+    def scored(self) -> range:
+        """Positions of the chunk whose logits give log-probabilities of the prompt: each that has
+        a token of the prompt behind it and was not ``reached`` before, if the request wants them.
+        """
+        if self.request.params.prompt_logprobs is None:
+            return range(0)
+        stop = min(self.start + len(self.token_ids), len(self.request.prompt_ids) - 1)
+        return range(max(self.start, self.reached), stop)
+
+    @property
     def draft_ids(self) -> tuple[int, ...]:
         """The tokens at the end that are not the request's yet."""
         return self.token_ids[len(self.token_ids) - self.samples + 1 :] if self.samples else ()
@@ -157,15 +206,29 @@ class Sampled(NamedTuple):
     logprobs: tuple[Logprobs, ...] = ()
 
 
+class Scored(NamedTuple):
+    """Log-probabilities of the prompt's tokens behind the positions that a chunk ``scored``.
+
+    Over the steps of a request they come in order, each once: from the prompt's second token on.
+    """
+
+    request_id: RequestId
+    logprobs: tuple[Logprobs, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One entry per chunk with ``samples``, in the plan's order, less those that ``failed``.
 
     A failure belongs to one request alone (its logits are not numbers): id and explanation.
+    ``scored`` has an entry for each chunk that scored something.
+    ``told`` are those whose clients are told it, since what they asked for is the cause.
     """
 
     sampled: tuple[Sampled, ...]
     failed: tuple[tuple[RequestId, str], ...] = ()
+    scored: tuple[Scored, ...] = ()
+    told: frozenset[RequestId] = frozenset()
 
 
 class TokenOut(NamedTuple):
@@ -181,8 +244,10 @@ class TokenOut(NamedTuple):
 class Event:
     """News of a request, for whoever holds its stream; text is made there.
 
-    ``token_ids`` and ``logprobs`` are those since the last event. The last event has ``finish``;
-    ``error`` explains unsuccessful ends.
+    ``token_ids``, ``logprobs`` and ``prompt_logprobs`` are those since the last event; the
+    prompt's come before its first token. The last event has ``finish``; ``error`` explains
+    unsuccessful ends. ``queue_s``, which the first with a token has, is how long the request waited
+    for its first step.
     """
 
     request_id: RequestId
@@ -191,6 +256,8 @@ class Event:
     finish: FinishReason | None = None
     error: str = ""
     cached_tokens: int = 0
+    queue_s: float = 0.0
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +277,8 @@ class Counters:
     """Counted where it happens (law 8); read by metrics and tests, never reset.
 
     ``computed_tokens`` are those whose KV was kept, so without drafts that were not right;
-    ``accepted_tokens`` are those of the ``drafted_tokens`` that were.
+    ``accepted_tokens`` are those of the ``drafted_tokens`` that were, ``drafts`` are the
+    chunks that carried some.
     """
 
     steps: int = 0
@@ -218,6 +286,7 @@ class Counters:
     generated_tokens: int = 0
     computed_tokens: int = 0
     recomputed_tokens: int = 0
+    drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     prefix_queried_tokens: int = 0

@@ -250,13 +250,13 @@ def is_free(host: str, port: int) -> bool:
 
 def examine_model(name: str, host: HostReport, notes: list[Advice]) -> ModelReport:
     """Raises what ``serve`` would raise about this folder."""
+    from moeserve.models.checked_tokenizer import load_checked
     from moeserve.models.library import resolve_model
     from moeserve.models.survey import survey
-    from moeserve.models.tokenizer import Tokenizer
 
     path = resolve_model(name)
     try:
-        Tokenizer.load(path)
+        load_checked(path)
     except TokenizerError as absent:
         notes.append(Advice(absent.message))
     found = survey(path)

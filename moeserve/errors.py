@@ -6,6 +6,7 @@
     |-- InvalidRequestError       INVALID_ARGUMENT     400
     |-- NotFoundError             NOT_FOUND            404
     |-- UnauthenticatedError      UNAUTHENTICATED      401
+    |-- ForbiddenError            PERMISSION_DENIED    403
     |-- ExhaustedError            RESOURCE_EXHAUSTED   429
     |-- CancelledError            CANCELLED            499
     |-- DeadlineError             DEADLINE_EXCEEDED    504
@@ -25,6 +26,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import ClassVar
+
+# HTTP's statuses of what may succeed a little later, and what clients are told to wait.
+RETRIED = (429, 503)
+RETRY_AFTER_S = 1
 
 
 class MoeserveError(Exception):
@@ -52,6 +57,13 @@ class NotFoundError(MoeserveError):
 class UnauthenticatedError(MoeserveError):
     code = "UNAUTHENTICATED"
     http_status = 401
+
+
+class ForbiddenError(MoeserveError):
+    """Meant for another host, or sent by a page that may not call."""
+
+    code = "PERMISSION_DENIED"
+    http_status = 403
 
 
 class ExhaustedError(MoeserveError):

@@ -71,9 +71,13 @@ OTHER: dict[str, Any] = {
     "ep_secret": "sixteen-or-longer",
     "ep_tls": "tls",
     "record_routing": "trace.safetensors",
+    "tool_parser": "glm",
+    "reasoning_parser": "think",
     "drain_timeout_s": 1.5,
     "reflection": True,
     "log_level": "debug",
+    "log_format": "json",
+    "request_log": False,
 }
 each_field = pytest.mark.parametrize("name", ServeConfig.model_fields)
 Writer = Callable[..., Path]

@@ -83,7 +83,7 @@ MOST_PARAMETERS = 10
 LARGER_WITH_REASON: dict[str, str] = {}
 
 FOLDERS_WITH_A_MAP = tuple(
-    "config comm engine kernels models placement gateway worker observe".split()
+    "config comm engine grammar kernels models placement gateway worker observe".split()
 )
 MAPS_STILL_MISSING: dict[str, str] = {}
 

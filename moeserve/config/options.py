@@ -220,6 +220,9 @@ class LogOptions(Options):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe messages to log"
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="lines for people, or one JSON object a line"
+    )
 
 
 class DoorOptions(Options):
@@ -232,13 +235,54 @@ class DoorOptions(Options):
     http_port: Port | None = Field(
         default=8000, description="0 takes any free port, 'none' closes it"
     )
+    api_key_file: Path | None = Field(
+        default=None,
+        description="file of NAME:KEY lines, read again when it changes; each name is a tenant",
+    )
     api_key: Secret = Field(
         default=None,
         min_length=8,
-        description="secret that clients send as 'authorization: Bearer ...'",
+        description="one key for all: 'authorization: Bearer ...'; better not on a command line, "
+        "which others on the host can read: take the file, or the variable",
+    )
+    tls_cert: Path | None = Field(
+        default=None, description="certificate chain in PEM: both doors speak TLS"
+    )
+    tls_key: Path | None = Field(default=None, description="key of --tls-cert, in PEM")
+    tls_client_ca: Path | None = Field(
+        default=None, description="authorities in PEM: clients need a certificate of one of them"
+    )
+    allowed_hosts: str | None = Field(
+        default=None,
+        min_length=1,
+        description="names, by commas, that clients may ask for beside the address; '*' is any; "
+        "default: any, but on loopback only its own",
+    )
+    allowed_origins: str | None = Field(
+        default=None,
+        min_length=1,
+        description="pages, by commas, such as https://chat.example, that may call and read "
+        "(CORS); '*' is any",
+    )
+    max_connections: Count | None = Field(
+        default=None, description="at a door; default: from the descriptors that there may be"
+    )
+    idle_timeout_s: float = Field(
+        default=75.0, ge=1, le=86400, description="seconds that an HTTP connection may rest"
+    )
+    request_log: bool = Field(
+        default=True, description="a line in the log for each request of a client"
     )
     reflection: bool | None = Field(
         default=None, description="gRPC reflection; default: only when listening on loopback"
+    )
+    tool_parser: Literal[
+        "auto", "none", "hermes", "qwen3_coder", "deepseek", "glm", "kimi", "harmony"
+    ] = Field(
+        default="auto", description="how the model writes tool calls; auto goes by its template"
+    )
+    reasoning_parser: Literal["auto", "none", "think", "harmony"] = Field(
+        default="auto", description="how the model marks reasoning; auto goes by its template"
     )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="seconds that running streams get after SIGTERM"
@@ -254,9 +298,14 @@ class DoorOptions(Options):
             raise ValueError("grpc_port and http_port are both none: keep at least one door open")
         if self.grpc_port and self.grpc_port == self.http_port:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}: choose two")
-        if not self.loopback and self.api_key is None:
+        if (self.tls_cert is None) is not (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together: set both, or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs TLS: set tls_cert and tls_key too")
+        if not (self.loopback or self.api_key or self.api_key_file or self.tls_client_ca):
             raise ValueError(
-                f"host {self.host!r} can be reached by others: set api_key, or keep 127.0.0.1"
+                f"host {self.host!r} can be reached by others: set api_key_file (or api_key, or "
+                "tls_client_ca), or keep 127.0.0.1"
             )
         return self
 

@@ -21,6 +21,7 @@ from moeserve.engine.ranks.counted import GatheredCounts
 from moeserve.engine.replan.live import LivePlan
 from moeserve.engine.scheduler import Scheduler
 from moeserve.errors import ConfigError, TokenizerError
+from moeserve.models.checked_tokenizer import load_checked
 from moeserve.models.library import resolve_model
 from moeserve.models.spec import ModelSpec
 from moeserve.models.tokenizer import Tokenizer
@@ -127,7 +128,7 @@ def scheduler_config(options: EngineOptions, own: RankModel) -> SchedulerConfig:
 def load_tokenizer(path: Path, chat_template: Path | None = None) -> tuple[Tokenizer | None, str]:
     """The folder's tokenizer, or why there is none: token ids can be served without."""
     try:
-        return Tokenizer.load(path, chat_template), ""
+        return load_checked(path, chat_template), ""
     except TokenizerError as error:
         if chat_template is not None:
             raise ConfigError(f"chat_template={str(chat_template)!r}: {error.message}") from error

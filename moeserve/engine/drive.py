@@ -17,6 +17,7 @@ from moeserve.core import (
     FinishReason,
     Request,
     RequestId,
+    Scored,
     StepPlan,
     StepResult,
     TokenOut,
@@ -58,16 +59,19 @@ class Schedules(Protocol):
 class StepOutcome:
     """A step that is over; the scheduler has taken note of all that is here.
 
-    ``began`` is when its plan was made, by the clock. ``outs`` are the tokens that were accepted.
-    ``failed`` requests ended with an error, each for its own reason; where the step as a whole
-    failed, these are all that were in it, and ``error`` is what the executor raised.
+    ``began`` is when its plan was made, by the clock. ``outs`` are the tokens that were accepted,
+    ``scored`` what became known of prompts. ``failed`` requests ended with an error, each for its
+    own reason, which those of ``told`` may know; where the step as a whole failed, these are all
+    that were in it, and ``error`` is what the executor raised.
     """
 
     plan: StepPlan
     began: float
     outs: tuple[TokenOut, ...] = ()
     failed: tuple[tuple[RequestId, str], ...] = ()
+    told: frozenset[RequestId] = frozenset()
     error: Exception | None = None
+    scored: tuple[Scored, ...] = ()
 
     def raise_failure(self) -> None:
         """For those who have no client to tell: whatever failed, raised."""
@@ -119,7 +123,7 @@ def run_step(
             for request_id, _ in failed:
                 scheduler.abort(request_id, FinishReason.ERROR)
         return StepOutcome(plan, began, failed=failed, error=error)
-    return StepOutcome(plan, began, outs, result.failed)
+    return StepOutcome(plan, began, outs, result.failed, result.told, scored=result.scored)
 
 
 def drive(

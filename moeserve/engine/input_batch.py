@@ -87,6 +87,7 @@ class InputBatch:
         self._free_rows: list[int] = []
         self._tables_NM: NDArray[np.int32] = np.zeros((0, FIRST_BLOCKS), np.int32)
         self._composition = self._compose(())
+        self.scores = False  # whether chunks that were packed last score something
 
     @property
     def num_rows(self) -> int:
@@ -111,6 +112,7 @@ class InputBatch:
         composition = self._bring_up(chunks, columns)
         total = sum(map(len, token_ids))
         decodes = total == len(chunks) and samples.count(1) == total
+        self.scores = not decodes and any(chunk.scored for chunk in chunks)
         if decodes and total <= FEW:
             return self._pack_few(composition, token_ids, starts, blocks)
         ids_T = np.fromiter(chain.from_iterable(token_ids), np.int64, total)
@@ -124,7 +126,10 @@ class InputBatch:
             positions_T = np.arange(total) + (contexts_S - ends_S).repeat(counts_S)
             index_T = composition.index_S.repeat(counts_S)
             starts_S1 = torch.from_numpy(np.append(0, ends_S).astype(np.int32))
-            rows_R = torch.from_numpy(wanted_rows(np.array(samples, np.int64), ends_S))
+            rows = wanted_rows(np.array(samples, np.int64), ends_S)
+            if self.scores:
+                rows = np.sort(np.concatenate((rows, scored_rows(chunks))))
+            rows_R = torch.from_numpy(rows)
         size = self._block_size
         if (contexts_S > composition.rooms_S).any():
             raise InternalError(no_room(blocks, contexts_S.tolist(), composition.requests, size))
@@ -162,14 +167,18 @@ class InputBatch:
         return StepBatch(ids_T, positions_T, slot_T, attention, composition.rows_S)
 
     def sampling_rows(self, chunks: Sequence[Chunk]) -> list[SamplingRow]:
-        """One for each of the samples of the chunks that were packed last."""
+        """One for each of the rows of the chunks that were packed last: of each chunk those that
+        it scores, then its samples."""
         rows = self._composition.sampling
-        if all(chunk.samples == 1 for chunk in chunks):
+        if not self.scores and all(chunk.samples == 1 for chunk in chunks):
             return rows
         return [
             row
             for chunk, first in zip(chunks, rows, strict=True)
-            for row in ((first,) if chunk.samples == 1 else draft_rows(chunk))
+            for row in (
+                *(first._replace(known=p + 1, takes_best=False) for p in chunk.scored),
+                *((first,) if chunk.samples == 1 else draft_rows(chunk)),
+            )
         ]
 
     def _bring_up(
@@ -276,6 +285,16 @@ def wanted_rows(samples_S: Ints, ends_S: Ints) -> Ints:
     behind_S = samples_S.cumsum()
     wanted_R: Ints = np.arange(samples_S.sum()) + (ends_S - behind_S).repeat(samples_S)
     return wanted_R
+
+
+def scored_rows(chunks: Sequence[Chunk]) -> Ints:
+    """The rows of the positions that chunks score, where each chunk's rows follow those before."""
+    rows: list[int] = []
+    begin = 0
+    for chunk in chunks:
+        rows += (begin + position - chunk.start for position in chunk.scored)
+        begin += len(chunk.token_ids)
+    return np.array(rows, np.int64)
 
 
 def draft_rows(chunk: Chunk) -> Iterator[SamplingRow]:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -318,6 +318,9 @@ class Engine:
         if outcome.error is not None:
             self._log.error("a step of %d tokens failed", plan.num_tokens, exc_info=outcome.error)
         for request_id, problem in outcome.failed:
+            if request_id in outcome.told:
+                self._end(outbox, request_id, FinishReason.ERROR, problem)
+                continue
             if outcome.error is None:
                 self._log.error("%s", problem)
             self._fail(outbox, request_id)
@@ -329,19 +332,24 @@ class Engine:
         first: list[RequestState] = []
         last: list[tuple[RequestState, Event]] = []
         before: dict[float, int] = {}  # when the token before it came, and how often
+        for scored in outcome.scored:
+            if (stream := self._streams.get(scored.request_id)) is not None:
+                event = Event(scored.request_id, prompt_logprobs=scored.logprobs)
+                outbox.add(stream.sink, event)
         for out in outcome.outs:
             stream = self._streams.get(out.request_id)
             if stream is None:
                 continue
             stream.made += 1
+            logprobs = () if out.logprobs is None else (out.logprobs,)
+            event = Event(out.request_id, (out.token_id,), logprobs, out.finish, "", stream.cached)
             if stream.first_token is None:
                 stream.first_token = now
                 first.append(stream)
+                event = replace(event, queue_s=stream.queue_s)
             else:
                 before[stream.last_token] = before.get(stream.last_token, 0) + 1
             stream.last_token = now
-            logprobs = () if out.logprobs is None else (out.logprobs,)
-            event = Event(out.request_id, (out.token_id,), logprobs, out.finish, "", stream.cached)
             if out.finish is None:
                 outbox.add(stream.sink, event)
             else:

@@ -2,24 +2,27 @@
 
 Packs the plan's chunks into one batch (``input_batch``), or into microbatches, lets the decoder
 write their KV and return the logits after the tokens that are followed by a sampled one, and has
-the op table choose these, all at once.
+the op table choose these, all at once. What grammars allow is found out meanwhile
+(``grammar.masks``). Logits after tokens of a prompt that is scored come with them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeserve.core import Chunk, RequestId, Sampled, StepPlan, StepResult
+from moeserve.core import Chunk, RequestId, Sampled, Scored, StepPlan, StepResult
 from moeserve.engine.executor import count_accepted
 from moeserve.engine.input_batch import InputBatch
+from moeserve.grammar.masks import GrammarMasks, MaskWanted, StepMasks
 from moeserve.kernels.ops import Ops
-from moeserve.kernels.sampling import SampledRow
+from moeserve.kernels.sampling import SampledRow, SamplingRow
 from moeserve.models.batch import StepBatch, split_step
 
 Cache = TypeVar("Cache")
@@ -54,6 +57,7 @@ class Forward(Protocol[Cache]):
 
 class ModelRunner(Generic[Cache]):
     """``on_logits`` sees every row of logits [V] that a token is sampled from, with its chunk.
+    Without ``masks`` requests with a grammar fail.
 
     As one rank of a group it must not fall out of step with the others: what goes wrong before or
     after the decoder's turn fails requests, and the decoder has its turn all the same.
@@ -67,7 +71,9 @@ class ModelRunner(Generic[Cache]):
         eos_ids: frozenset[int] = frozenset(),
         observer: StepObserver | None = None,
         on_logits: Callable[[Chunk, Tensor], None] | None = None,
+        masks: GrammarMasks | None = None,
     ) -> None:
+        self.masks = masks or GrammarMasks()
         self._decoder = decoder
         self._batch = InputBatch(block_size)
         self._eos_ids = eos_ids
@@ -81,7 +87,9 @@ class ModelRunner(Generic[Cache]):
         try:
             self._batch.forget(plan.preempted)
             self._batch.forget(plan.ended)
+            self.masks.forget((*plan.preempted, *plan.ended))
             steps = split_step(self._batch.pack(plan.chunks), microbatches)
+            self.masks.begin(masks_wanted(plan.chunks))
         except Exception:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
             self._log.exception("a step of %d tokens cannot be packed", plan.num_tokens)
             self._decoder.forward_micro(split_step(self._batch.pack(()), microbatches), self._cache)
@@ -90,33 +98,19 @@ class ModelRunner(Generic[Cache]):
         return self._sample(plan.chunks, logits[0] if len(logits) == 1 else torch.cat(logits))
 
     def _sample(self, chunks: Sequence[Chunk], logits_RV: Tensor) -> StepResult:
-        rows = self._batch.sampling_rows(chunks)
+        masks = self.masks.take()
+        rows = with_masks(self._batch.sampling_rows(chunks), masks)
         if self._on_logits is not None:
-            owners = (chunk for chunk in chunks for _ in range(chunk.samples))
-            for chunk, logits_V in zip(owners, logits_RV, strict=True):
-                self._on_logits(chunk, logits_V)
+            owners = (c for c in chunks for _ in range(len(c.scored) + c.samples))
+            for chunk, row, logits_V in zip(owners, rows, logits_RV, strict=True):
+                if not row.known:
+                    self._on_logits(chunk, logits_V)
         sampled_R = self._decoder.ops.sample(logits_RV, rows, self._eos_ids)
-        made: list[Sampled] = []
-        failed: list[tuple[RequestId, str]] = []
-        new, at = tuple.__new__, 0
-        for chunk in chunks:
-            count = chunk.samples
-            if count == 1:  # no drafts, as nearly always
-                token_id, logprobs, problem = sampled_R[at]
-                if not problem:
-                    scores = () if logprobs is None else (logprobs,)
-                    made.append(new(Sampled, (chunk.request.id, (token_id,), scores)))
-            elif count:
-                found = accept(chunk, sampled_R[at : at + count])
-                problem = found if isinstance(found, str) else ""
-                if isinstance(found, Sampled):
-                    made.append(found)
-            else:
-                continue
-            if problem:
-                failed.append((chunk.request.id, problem))
-            at += count
-        return StepResult(tuple(made), tuple(failed))
+        if not self._batch.scores:
+            return accept_all(chunks, sampled_R, masks.failed)
+        scored, sampled_R, failed = take_scored(chunks, sampled_R)
+        result = accept_all(chunks, sampled_R, masks.failed)
+        return replace(result, failed=(*failed, *result.failed), scored=scored)
 
     def _forward(self, plan: StepPlan, steps: Sequence[StepBatch]) -> list[Tensor]:
         if self._observer is None:
@@ -125,6 +119,51 @@ class ModelRunner(Generic[Cache]):
         rows = self._decoder.forward_micro(steps, self._cache, self._observer)
         self._observer.end()
         return rows
+
+
+def masks_wanted(chunks: Iterable[Chunk]) -> list[MaskWanted]:
+    """Of those whose grammars say which token may follow. They have no drafts."""
+    wanted = []
+    for chunk in chunks:
+        if chunk.samples and chunk.request.params.grammar is not None:
+            assert chunk.samples == 1, f"{chunk.request.id} has a grammar, and drafts"
+            wanted.append(MaskWanted(chunk.request, chunk.output_ids))
+    return wanted
+
+
+def with_masks(rows: list[SamplingRow], masks: StepMasks) -> list[SamplingRow]:
+    """The rows, of which some allow no more than their masks."""
+    if not masks.allowed:
+        return rows
+    allowed = masks.allowed.get
+    return [row if row.known else row._replace(allowed_B=allowed(row.request_id)) for row in rows]
+
+
+def accept_all(
+    chunks: Sequence[Chunk], sampled_R: Sequence[SampledRow], refused: Mapping[RequestId, str]
+) -> StepResult:
+    """From the rows of the chunks' samples; ``refused`` requests have failed, and may know why."""
+    made: list[Sampled] = []
+    failed: list[tuple[RequestId, str]] = []
+    new, at = tuple.__new__, 0
+    for chunk in chunks:
+        count = chunk.samples
+        if count == 1:  # no drafts, as nearly always
+            token_id, logprobs, problem = sampled_R[at]
+            if not problem and chunk.request.id not in refused:
+                scores = () if logprobs is None else (logprobs,)
+                made.append(new(Sampled, (chunk.request.id, (token_id,), scores)))
+        elif count:
+            found = accept(chunk, sampled_R[at : at + count])
+            problem = found if isinstance(found, str) else ""
+            if isinstance(found, Sampled):
+                made.append(found)
+        else:
+            continue
+        if problem and chunk.request.id not in refused:
+            failed.append((chunk.request.id, problem))
+        at += count
+    return StepResult(tuple(made), (*failed, *refused.items()), told=frozenset(refused))
 
 
 def accept(chunk: Chunk, sampled: Sequence[SampledRow]) -> Sampled | str:
@@ -137,3 +176,30 @@ def accept(chunk: Chunk, sampled: Sequence[SampledRow]) -> Sampled | str:
     token_ids = tuple(row.token_id for row in sampled[:count])
     scores = tuple(row.logprobs for row in sampled[:count] if row.logprobs is not None)
     return Sampled(chunk.request.id, token_ids, scores)
+
+
+def take_scored(
+    chunks: Sequence[Chunk], sampled: Sequence[SampledRow]
+) -> tuple[tuple[Scored, ...], list[SampledRow], list[tuple[RequestId, str]]]:
+    """What chunks scored, the rows of their samples, and the requests that failed without any.
+
+    A chunk with a scored row that failed has nothing else: its samples fail likewise.
+    """
+    scored: list[Scored] = []
+    left: list[SampledRow] = []
+    failed: list[tuple[RequestId, str]] = []
+    at = 0
+    for chunk in chunks:
+        middle = at + len(chunk.scored)
+        known, at = sampled[at:middle], middle + chunk.samples
+        problem = next((row.failure for row in known if row.failure), "")
+        if problem:
+            left += [SampledRow(failure=problem)] * chunk.samples
+            if not chunk.samples:
+                failed.append((chunk.request.id, problem))
+            continue
+        left += sampled[middle:at]
+        if known:
+            found = tuple(row.logprobs for row in known if row.logprobs is not None)
+            scored.append(Scored(chunk.request.id, found))
+    return tuple(scored), left, failed

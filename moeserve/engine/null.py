@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 
-from moeserve.core import Chunk, RequestId, Sampled, StepPlan, StepResult
+from moeserve.core import Chunk, Logprobs, RequestId, Sampled, Scored, StepPlan, StepResult
 from moeserve.engine.executor import count_accepted
 
 
@@ -32,7 +32,7 @@ class NullExecutor:
         # depends on what another writes in the same step.
         starts = [self._past(c) for c in plan.chunks]
         written: dict[int, RequestId] = {}
-        sampled = []
+        sampled, scored = [], []
         for chunk, digest in zip(plan.chunks, starts, strict=True):
             digests = []
             for position, token in enumerate(chunk.token_ids, chunk.start):
@@ -47,8 +47,15 @@ class NullExecutor:
             made = self._draw(chunk, digests)
             if made:
                 sampled.append(Sampled(chunk.request.id, made))
+            if chunk.scored:
+                known = [digests[position - chunk.start] for position in chunk.scored]
+                scored.append(Scored(chunk.request.id, tuple(map(self._score, known))))
             self._next_position[chunk.request.id] = chunk.start + chunk.kept(len(made))
-        return StepResult(tuple(sampled))
+        return StepResult(tuple(sampled), scored=tuple(scored))
+
+    def _score(self, digest: bytes) -> Logprobs:
+        """What is said of the token behind this digest."""
+        return Logprobs(-float(draw(digest, 0, self._vocab_size)))
 
     def _draw(self, chunk: Chunk, digests: Sequence[bytes]) -> tuple[int, ...]:
         """The tokens that follow the chunk's, whose digests these are."""

@@ -27,6 +27,9 @@ from moeserve.engine.ranks.microbatches import LARGEST
 from moeserve.engine.replan.routing_counts import RoutingCounts, chain_observers
 from moeserve.engine.replan.swapper import ExpertSwapper
 from moeserve.errors import ConfigError
+from moeserve.grammar.checking import GrammarChecker
+from moeserve.grammar.masks import GrammarMasks
+from moeserve.grammar.worker import Vocabulary
 from moeserve.host import read_memory
 from moeserve.kernels.ops import Ops, Part, RouterWeights
 from moeserve.kernels.reference.ops import ReferenceOps
@@ -85,13 +88,15 @@ class EpContext:
 @dataclass(frozen=True, slots=True)
 class RankModel:
     """A loaded share, ready to run steps; ``plan`` and ``swapper`` where there are others.
-    ``read_bytes_per_s`` is what loading was measured at."""
+    ``grammars`` are checked for the doors of this process, if it has some. ``read_bytes_per_s`` is
+    what loading was measured at."""
 
     decoder: Decoder
     executor: ModelRunner[ModelKvCache]
     size: KvSize
     eos_ids: frozenset[int]
     world: int
+    grammars: GrammarChecker
     recorder: RoutingRecorder | None
     plan: Plan | None = None
     uses: ExpertUseCounter | None = None
@@ -108,6 +113,8 @@ class RankModel:
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""
+        self.executor.masks.close()
+        self.grammars.close()
         if self.swapper is not None:
             self.swapper.close()
         if isinstance(self.decoder.runner, ParallelLayerRunner):
@@ -157,9 +164,12 @@ def load_rank_model(
     # 6. What runs a step.
     ends = (*decoder.spec.eos_ids, *tokenizer_eos)
     eos_ids = frozenset(i for i in ends if i < decoder.spec.vocab)
+    vocabulary = _vocabulary(options, decoder, eos_ids)
+    blocks, masks = (size.num_blocks, options.block_size), GrammarMasks(vocabulary)
     return RankModel(
         decoder=decoder,
-        executor=ModelRunner(decoder, size.num_blocks, options.block_size, eos_ids, observer),
+        executor=ModelRunner(decoder, *blocks, eos_ids, observer, masks=masks),
+        grammars=GrammarChecker(vocabulary),
         size=size,
         eos_ids=eos_ids,
         world=1 if context is None else context.group.world,
@@ -170,6 +180,16 @@ def load_rank_model(
         expert_bytes=_bytes_of_an_expert(checkpoint, plan),
         read_bytes_per_s=read_bytes_per_s,
     )
+
+
+def _vocabulary(
+    options: RankModelOptions, decoder: Decoder, eos_ids: frozenset[int]
+) -> Vocabulary | None:
+    """What grammars are about; None where the model has no tokenizer, or its answers no end."""
+    file = resolve_model(options.model) / "tokenizer.json"
+    if not file.is_file() or not eos_ids:
+        return None
+    return Vocabulary(file, decoder.spec.vocab, tuple(sorted(eos_ids)))
 
 
 def _for_plan_changes(

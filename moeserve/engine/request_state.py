@@ -53,6 +53,11 @@ class RequestState:
     made: int = 0
     cached: int = 0
 
+    @property
+    def queue_s(self) -> float:
+        """From when it was submitted to its first step; 0 where there was none yet."""
+        return 0.0 if self.scheduled is None else self.scheduled - self.submitted
+
     def timing(self, now: float) -> Timing:
         return Timing(
             prompt_tokens=len(self.request.prompt_ids),
@@ -65,7 +70,7 @@ class RequestState:
 
     def end(self, reason: FinishReason, error: str) -> Event:
         """The last event, where it brings no token."""
-        return Event(self.request.id, (), (), reason, error, self.cached)
+        return Event(self.request.id, (), (), reason, error, self.cached, self.queue_s)
 
 
 class Outbox:

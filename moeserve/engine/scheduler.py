@@ -347,6 +347,7 @@ class Scheduler:
             if finish is not None:
                 break
         made = seq.length - before
+        self.counters.drafts += chunk.samples > 1
         self.counters.drafted_tokens += chunk.samples - 1
         self.counters.accepted_tokens += made - 1
         self._advance(seq, chunk.kept(made))
@@ -406,6 +407,9 @@ class Scheduler:
         if not self.config.prefix_cache:
             return []
         usable = (len(seq) - 1) // self.pool.block_size  # one token must be left to compute
+        if seq.request.params.prompt_logprobs is not None:
+            # A token's log-probability is known only where the one before it was computed.
+            usable = min(usable, seq.reached // self.pool.block_size)
         return self.pool.find(seq.full_keys(self.pool.block_size)[:usable])
 
     def _advance(self, seq: SequenceState, count: int) -> None:

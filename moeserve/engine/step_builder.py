@@ -10,9 +10,14 @@ from collections.abc import Iterable, Sequence
 from moeserve.core import Chunk, RequestId, StepPlan
 from moeserve.engine.sequence import SequenceState
 
+# Of a step's tokens, those that can be scored (``Chunk.scored``): each needs a row of logits, as
+# long as the vocabulary.
+MOST_SCORED = 256
+
 
 class StepBuilder:
-    """``budget`` tokens are left of the step; ``rank`` is the home of all that run in it.
+    """``budget`` tokens are left of the step, of which ``scores`` can be scored; ``rank`` is the
+    home of all that run in it.
 
     ``chunks[i]`` is of ``seqs[i]``; the first ``newest`` of them came by ``add_newest``.
     ``expired`` hit their deadline when the step began, ``preempted`` gave up their blocks for it.
@@ -23,6 +28,7 @@ class StepBuilder:
 
     def __init__(self, budget: int, rank: int, expired: Iterable[RequestId] = ()) -> None:
         self.budget = budget
+        self.scores = MOST_SCORED
         self.seqs: list[SequenceState] = []
         self.chunks: list[Chunk] = []
         self.expired = tuple(expired)
@@ -64,11 +70,13 @@ class StepBuilder:
         assert self.budget >= 0, self.budget
 
     def add(self, seq: SequenceState, draft_ids: tuple[int, ...] = ()) -> None:
-        """The sequence's next tokens, as many as the budget has room for, if any.
+        """The sequence's next tokens, as many as the budgets have room for, if any.
 
         ``draft_ids`` follow the newest token, which must then be the only one to be computed.
         """
         stop = min(seq.length, seq.computed + self.budget)
+        if seq.request.params.prompt_logprobs is not None:
+            stop = self._score(seq, stop)
         self.left += seq.length - stop
         if stop == seq.computed:
             return
@@ -95,6 +103,14 @@ class StepBuilder:
             self.staying += 1
         self.budget -= len(token_ids)
         assert self.budget >= 0, self.budget
+
+    def _score(self, seq: SequenceState, stop: int) -> int:
+        """Where a chunk that would end at ``stop`` ends, so that what it scores fits."""
+        first, behind = max(seq.computed, seq.reached), len(seq.request.prompt_ids) - 1
+        if min(stop, behind) - first > self.scores:
+            stop = first + self.scores
+        self.scores -= max(0, min(stop, behind) - first)
+        return stop
 
     def take(self) -> tuple[list[SequenceState], list[Chunk], int]:
         """``seqs``, ``chunks`` and ``newest``, which are gone then."""

@@ -2,15 +2,26 @@
 
 ::
 
-    grpc_door                  ``moeserve.v1.Inference`` with health and reflection
-    http_door                  OpenAI's routes: who may call, status codes, server-sent events
-    http_bodies  http_answers  OpenAI's JSON: request bodies in; answers, whole and in chunks, out
-    http_server                a listening socket and the uvicorn on it
-    limits                     every bound on a request; client fields to sampling parameters
-    service                    what a request means, whatever door it came through
-    stream                     the running sequences of one request, for whoever reads them
-    text                       from token ids to text that is ready to show, and stop strings
-    mailbox                    events from engines' threads to the event loop, each to its stream
-    server                     one process that serves: bind, load, serve, drain
-    offline                    one answer without a server
+    http          the HTTP door: routes, bodies, server-sent events, who may call
+    openai        OpenAI's JSON, without a transport: bodies in, answers out
+    anthropic     Anthropic's Messages, without a transport
+    parsers       a model's text to content, reasoning and tool calls
+    grpc          the gRPC door: ``moeserve.v1.Inference`` with health and reflection
+    identity      who a request is from: keys with names, and the tenant that each is
+    certificates  TLS of both doors, from files that may change
+    authority     a certificate authority for tests
+    file_watch    files that are read again when they change
+    descriptors   how many connections doors may hold, from how many files may be open
+    limits        every bound on a request; client fields to sampling parameters
+    grammars      whether a grammar can be used, before its request is queued
+    service       what a request means, whatever door it came through
+    stream        the running sequences of one request, for whoever reads them
+    records       what is told of a request when it has ended
+    text_work     client texts: bodies parsed, conversations rendered, texts tokenised
+    json_body     a request body as JSON
+    text          from token ids to text that is ready to show, and stop strings
+    mailbox       events from engines' threads to the event loop, each to its stream
+    entrance      both doors as the settings want them, and what they watch
+    server        one process that serves: bind, load, serve, drain
+    offline       one answer without a server
 """

@@ -11,14 +11,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moeserve.core import SamplingParams
+from moeserve.core import Grammar, SamplingParams
 from moeserve.errors import ExhaustedError, InvalidRequestError, MoeserveError
 
 MAX_MESSAGE_BYTES = 64 * 2**20
+MAX_REQUEST_BYTES = 8 * 2**20
 MAX_BODY_BYTES = 16 * 2**20
 MAX_PROMPT_BYTES = 4 * 2**20
 MAX_PROMPTS = 64
 MAX_MESSAGES = 1024
+MAX_IDS = 2**20
+MAX_LISTED_IDS = 2**18
 MAX_N = 16
 MAX_STOP = 16
 MAX_STOP_BYTES = 256
@@ -27,6 +30,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_ID_CHARS = 128
 MAX_SALT_BYTES = 128
 MAX_DOMAIN_BYTES = 64
+MAX_GRAMMAR_BYTES = 256 * 2**10
+MAX_WHITESPACE_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,8 @@ def sampling_params(given: Mapping[str, object], model: ModelLimits) -> Sampling
             values[name] = token_ids(value, model, name, MAX_STOP_IDS)
         elif name == "logit_bias":
             values[name] = _logit_bias(value, model)
+        elif name == "grammar":
+            values[name] = _grammar(value)
         else:
             raise InvalidRequestError(f"{name}: unknown sampling parameter", param=name)
     if "max_tokens" in values and values["max_tokens"] > model.max_len:
@@ -118,6 +125,17 @@ def sampling_params(given: Mapping[str, object], model: ModelLimits) -> Sampling
             f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}",
             param="min_tokens",
         )
+    if params.grammar is not None and params.ignore_eos:
+        raise InvalidRequestError(
+            "ignore_eos: an answer in a given form ends with end-of-text; leave it out",
+            param="ignore_eos",
+        )
+    for name in ("allowed_token_ids", "bad_token_ids"):
+        if params.grammar is not None and getattr(params, name):
+            raise InvalidRequestError(
+                f"{name}: an answer in a given form says itself what is allowed; leave it out",
+                param=name,
+            )
     return params
 
 
@@ -134,6 +152,19 @@ def room_for_answer(prompt_len: int, model: ModelLimits) -> int:
             "prompt",
         )
     return model.max_len - prompt_len
+
+
+def require_may_fit(chars: int, least_tokens: int, model: ModelLimits) -> None:
+    """Refuses a text that is too long whatever its tokens are, before they are looked for."""
+    if least_tokens >= model.max_len:
+        raise _too_long(
+            least_tokens + 1,
+            model,
+            f"the prompt has {chars} characters, which are at least {least_tokens} tokens, but the "
+            f"model holds {model.max_len} of prompt and answer together: send at most "
+            f"{model.max_len - 1} tokens",
+            "prompt",
+        )
 
 
 def require_fits(prompt_len: int, max_tokens: int, model: ModelLimits) -> None:
@@ -167,6 +198,9 @@ def token_ids(
         raise InvalidRequestError(f"{name}: expected a list of token ids", param=name)
     if most is not None and len(value) > most:
         raise InvalidRequestError(f"{name}: {len(value)} ids, at most {most}", param=name)
+    of_ints = set(map(type, value)) <= {int}
+    if of_ints and min(value, default=0) >= 0 and max(value, default=0) < model.vocab_size:
+        return tuple(value)
     for token in value:
         if type(token) is not int or not 0 <= token < model.vocab_size:
             raise InvalidRequestError(
@@ -241,6 +275,21 @@ def _logit_bias(value: object, model: ModelLimits) -> tuple[tuple[int, float], .
     if len(set(ids)) < len(ids):
         raise InvalidRequestError("logit_bias: a token id is given twice", param="logit_bias")
     return tuple(sorted(zip(ids, biases, strict=True)))
+
+
+def _grammar(value: object) -> Grammar:
+    """Of a size that can be looked at; whether it is a grammar says who compiles it."""
+    if not isinstance(value, Grammar):
+        raise InvalidRequestError(f"grammar={_shown(value)}: expected a grammar", param="grammar")
+    bounds = ((value.text, MAX_GRAMMAR_BYTES), (value.whitespace or "", MAX_WHITESPACE_BYTES))
+    for text, most in bounds:
+        if (size := _utf8_len(text, "grammar")) > most:
+            raise InvalidRequestError(
+                f"the grammar has {size} bytes, at most {most}: simplify it", param="grammar"
+            )
+    if not value.text:
+        raise InvalidRequestError("the grammar is empty", param="grammar")
+    return value
 
 
 def _as_id(key: object) -> object:

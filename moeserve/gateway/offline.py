@@ -10,8 +10,9 @@ from typing import Any
 from moeserve.config.options import EngineOptions, RankModelOptions
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.gateway.mailbox import Mailbox
-from moeserve.gateway.server import served_of, shown_progress
+from moeserve.gateway.server import served_of
 from moeserve.gateway.service import ClientRequest, InferenceService
+from moeserve.observe.loading import shown_progress
 from moeserve.observe.metrics import Metrics
 
 
@@ -47,17 +48,21 @@ def generate(
 
 
 async def _run(loaded: LoadedModel, ask: ClientRequest, show: Callable[[str], None]) -> Completion:
+    service = InferenceService(Mailbox(asyncio.get_running_loop()))
     try:
-        return await _answer(loaded, ask, show)
+        return await _answer(service, loaded, ask, show)
     finally:
+        await service.texts.close()
         # While the loop still runs, for the engine's last events go through it.
         await asyncio.to_thread(loaded.close)
 
 
 async def _answer(
-    loaded: LoadedModel, ask: ClientRequest, show: Callable[[str], None]
+    service: InferenceService,
+    loaded: LoadedModel,
+    ask: ClientRequest,
+    show: Callable[[str], None],
 ) -> Completion:
-    service = InferenceService(Mailbox(asyncio.get_running_loop()))
     service.serve(served_of(loaded))
     text: list[str] = []
     ids: list[int] = []

@@ -12,37 +12,38 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
-from rich.progress import Progress
-
-from moeserve.config.options import ServeConfig
+from moeserve.config.options import DoorOptions, ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.errors import CancelledError
-from moeserve.gateway.grpc_door import GrpcDoor
-from moeserve.gateway.http_door import http_app
-from moeserve.gateway.http_server import HttpServer, address_of
+from moeserve.gateway.descriptors import raise_descriptor_limit
+from moeserve.gateway.entrance import Entrance
+from moeserve.gateway.grammars import GrammarGate
+from moeserve.gateway.http.server import address_of
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.parsers.styles import style_of
 from moeserve.gateway.service import InferenceService, ServedModel
+from moeserve.observe.families import CacheInfo
+from moeserve.observe.loading import ProgressCallback, shown_progress
+from moeserve.observe.logs import configure_log
 from moeserve.observe.metrics import Metrics
+from moeserve.observe.requests import RequestLog, RequestRecord
 
 log = logging.getLogger(__name__)
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 # What the doors get to send the last events after the engine has stopped.
 FAREWELL_S = 5.0
 STOP_S = 30.0
 # How soon a dead engine is noticed.
-ALIVE_POLL_S = 1.0
+ALIVE_POLL_S = 0.25
 
-ProgressCallback = Callable[[int, int], None]
 StopCallback = Callable[[], None]
 
 
@@ -87,7 +88,10 @@ class OneProcess:
 
 def serve(config: ServeConfig, process: ServedProcess | None = None) -> int:
     """Serves until a signal; the exit status."""
-    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    configure_log(config.log_level, config.log_format)
+    raise_descriptor_limit()
+    # Long texts go to processes of their own: no threads beside the model's.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return asyncio.run(_serve(config, process or OneProcess()))
 
 
@@ -104,6 +108,7 @@ async def _serve(config: ServeConfig, process: ServedProcess) -> int:
                 return 0
             server.reread_plan_on_hangup()
             if server.has_doors:
+                server.service.texts.warm_up()
                 print(f"ready: {server}", flush=True)
             # What was made by now lives as long as the process: no collection looks at it again.
             gc.collect()
@@ -130,8 +135,9 @@ def _ask(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         loop.call_soon_threadsafe(event.set)
 
 
-def served_of(loaded: LoadedModel) -> ServedModel:
+def served_of(loaded: LoadedModel, doors: DoorOptions | None = None) -> ServedModel:
     """What the doors need to know of a model."""
+    template = None if loaded.tokenizer is None else loaded.tokenizer.chat_template
     return ServedModel(
         name=loaded.name,
         engine=loaded.engine,
@@ -139,6 +145,19 @@ def served_of(loaded: LoadedModel) -> ServedModel:
         limits=ModelLimits(loaded.spec.vocab, loaded.max_model_len, loaded.context),
         architecture=loaded.spec.architecture,
         eos_ids=tuple(sorted(loaded.config.eos_ids)),
+        grammars=GrammarGate(loaded.own.grammars),
+        style=style_of(template)
+        if doors is None
+        else style_of(template, doors.tool_parser, doors.reasoning_parser),
+    )
+
+
+def cache_info(loaded: LoadedModel) -> CacheInfo:
+    return CacheInfo(
+        block_size=loaded.block_size,
+        num_blocks=loaded.num_blocks,
+        dtype=str(loaded.own.decoder.kv_dtype).removeprefix("torch."),
+        prefix_cache=loaded.config.prefix_cache,
     )
 
 
@@ -148,13 +167,14 @@ class Server:
     def __init__(self, config: ServeConfig, process: ServedProcess | None = None) -> None:
         self.config = config
         self.metrics = Metrics()
-        self.service = InferenceService(Mailbox(asyncio.get_running_loop()))
+        self._log = RequestLog() if config.request_log else None
+        mailbox = Mailbox(asyncio.get_running_loop())
+        self.service = InferenceService(mailbox, observe=self._ended)
         self.loaded: LoadedModel | None = None
         self.grpc_port: int | None = None
         self.http_port: int | None = None
         self._process = process or OneProcess()
-        self._grpc: GrpcDoor | None = None
-        self._http: HttpServer | None = None
+        self._entrance: Entrance | None = None
 
     @property
     def has_doors(self) -> bool:
@@ -166,29 +186,22 @@ class Server:
         if self.grpc_port is not None:
             parts.append(f"grpc={address_of(self.config.host, self.grpc_port)}")
         if self.http_port is not None:
-            parts.append(f"http=http://{address_of(self.config.host, self.http_port)}")
+            scheme = "http" if self.config.tls_cert is None else "https"
+            parts.append(f"http={scheme}://{address_of(self.config.host, self.http_port)}")
         return " ".join(parts)
 
     async def __aenter__(self) -> Self:
         """Both doors are open, and answer UNAVAILABLE until ``load``."""
-        config = self.config
-        key = None if config.api_key is None else config.api_key.get_secret_value()
-        if config.http_port is not None:
-            app = http_app(self.service, key, self._metrics_page)
-            self._http = HttpServer(app, config.host, config.http_port, FAREWELL_S)
-            self.http_port = self._http.port
+        self._entrance = entrance = Entrance(
+            self.service, self.config, self._metrics_page, FAREWELL_S
+        )
+        self.grpc_port = None if entrance.grpc is None else entrance.grpc.port
+        self.http_port = None if entrance.http is None else entrance.http.port
         try:
-            if config.grpc_port is not None:
-                reflected = config.loopback if config.reflection is None else config.reflection
-                self._grpc = GrpcDoor(self.service, config.host, config.grpc_port, key, reflected)
-                self.grpc_port = self._grpc.port
-                await self._grpc.open()
+            await entrance.open()
         except BaseException:  # whatever it is goes on up; the port must not stay taken
-            if self._http is not None:
-                self._http.release()
+            entrance.release()
             raise
-        if self._http is not None:
-            self._http.open()
         return self
 
     async def __aexit__(
@@ -206,11 +219,9 @@ class Server:
                 log.error("the engine did not stop within %g s", wait_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.service.idle(), FAREWELL_S)
-        if self._grpc is not None:
-            await self._grpc.announce(False)
-            await self._grpc.close(FAREWELL_S)
-        if self._http is not None:
-            await self._http.close()
+        if self._entrance is not None:
+            await self._entrance.close()
+        await self.service.texts.close()
 
     async def load(self, interrupt: asyncio.Event | None = None) -> None:
         """Opens for requests when the model is there; CancelledError where ``interrupt`` came."""
@@ -240,15 +251,25 @@ class Server:
         if stopping.is_set():
             raise CancelledError("stopped while loading")
         engine = loaded.engine
+        cache = cache_info(loaded)
         if loaded.ranks is None:
             own = loaded.own_engine or engine
-            self.metrics.bind(loaded.name, lambda: own.counters, own.load)
+            self.metrics.bind(loaded.name, lambda: own.counters, own.load, cache=cache)
         else:
             ranks = loaded.ranks
-            self.metrics.bind(loaded.name, lambda: ranks.counters, ranks.load, ranks)
-        self.service.serve(served_of(loaded))
-        if self._grpc is not None:
-            await self._grpc.announce(True)
+            self.metrics.bind(loaded.name, lambda: ranks.counters, ranks.load, ranks, cache)
+        self.service.serve(served_of(loaded, self.config))
+        await self._announce(True)
+
+    async def _announce(self, serving: bool) -> None:
+        if self._entrance is not None:
+            await self._entrance.announce(serving)
+
+    def _ended(self, record: RequestRecord) -> None:
+        """A client's request has ended, or was refused."""
+        self.metrics.on_request(record)
+        if self._log is not None:
+            self._log.write(record)
 
     async def _metrics_page(self) -> tuple[bytes, str]:
         if self.loaded is not None and self.loaded.ranks is not None:
@@ -269,13 +290,13 @@ class Server:
                 await asyncio.wait_for(stop.wait(), ALIVE_POLL_S)
                 return True
         log.critical("the engine has died: the server ends")
+        await self._announce(False)
         return False
 
     async def drain(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
         """Refuses new requests and waits for running ones, no longer than until ``hurry``."""
         self.service.drain()
-        if self._grpc is not None:
-            await self._grpc.announce(False)
+        await self._announce(False)
         idle = asyncio.create_task(self.service.idle())
         hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
         done, late = await asyncio.wait(
@@ -307,12 +328,3 @@ class _Signals:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
-
-
-@contextlib.contextmanager
-def shown_progress() -> Iterator[ProgressCallback]:
-    """A bar on a terminal, nothing elsewhere; stdout stays free."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -7,6 +7,7 @@ A ``ClientRequest`` is checked, tokenised and becomes one engine request per pro
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import secrets
 import time
@@ -19,22 +20,27 @@ from moeserve.engine.loop import ServingEngine
 from moeserve.errors import (
     DeadlineError,
     InvalidRequestError,
+    MoeserveError,
     NotFoundError,
     TokenizerError,
     UnavailableError,
 )
 from moeserve.gateway import limits
+from moeserve.gateway.grammars import GrammarGate
+from moeserve.gateway.identity import TenantUsage, tenant, tenant_salt
 from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.parsers.styles import PLAIN, AnswerStyle
+from moeserve.gateway.records import record_of, refusal
 from moeserve.gateway.stream import ResponseStream
+from moeserve.gateway.text_work import TextWork
 from moeserve.models.tokenizer import Tokenizer
-
-# Longer texts are tokenised beside the event loop, not on it.
-INLINE_CHARS = 4096
+from moeserve.observe.requests import RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model behind the doors. ``tokenizer`` None serves token ids only."""
+    """The model behind the doors. ``tokenizer`` None serves token ids only. ``style`` is how it
+    writes tool calls and reasoning. Without ``grammars`` answers have any form."""
 
     name: str
     engine: ServingEngine
@@ -42,6 +48,8 @@ class ServedModel:
     limits: limits.ModelLimits
     architecture: str = ""
     eos_ids: tuple[int, ...] = ()
+    style: AnswerStyle = PLAIN
+    grammars: GrammarGate = field(default_factory=GrammarGate)
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -74,18 +82,29 @@ class ServiceState(StrEnum):
 class InferenceService:
     """Owns the running streams of one model, from loading to draining."""
 
-    def __init__(self, mailbox: Mailbox, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[RequestRecord], None] = lambda record: None,
+    ) -> None:
+        """``observe`` gets a record of each request when it has ended, or was refused."""
         self.state = ServiceState.LOADING
+        self.texts = TextWork()
         self._served: ServedModel | None = None
         self._mailbox = mailbox
         self._clock = clock
+        self._observe = observe
         self._streams: dict[str, ResponseStream] = {}
+        self._tenants: dict[str, str] = {}  # whose the stream is
+        self.usage: dict[str, TenantUsage] = {}  # by tenant
         self._idle = asyncio.Event()
         self._idle.set()
 
     def serve(self, served: ServedModel) -> None:
         """Opens for requests."""
         self._served = served
+        self.texts.serve(served.name, served.tokenizer, served.limits)
         self.state = ServiceState.READY
 
     @property
@@ -94,6 +113,15 @@ class InferenceService:
         if self._served is None:
             raise UnavailableError("the model is loading: try again shortly")
         return self._served
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request that came now would be served: the model is there, and every rank."""
+        return (
+            self.state is ServiceState.READY
+            and self._served is not None
+            and self._served.engine.alive
+        )
 
     @property
     def running(self) -> int:
@@ -110,6 +138,19 @@ class InferenceService:
 
     async def open(self, wanted: ClientRequest) -> ResponseStream:
         """Checks and submits; the caller must enter the stream at once."""
+        arrival = self._clock()
+        try:
+            stream = await self._prepare(wanted, arrival)
+        except (MoeserveError, asyncio.CancelledError) as error:
+            waited = self._clock() - arrival
+            name = None if self._served is None else self._served.name
+            self._observe(refusal(wanted, name, error, waited))
+            raise
+        stream.start()
+        return stream
+
+    async def _prepare(self, wanted: ClientRequest, arrival: float) -> ResponseStream:
+        """Checked and tokenised, not yet submitted."""
         served = self._admit(wanted.model)
         n = limits.BOUNDS["n"].check("n", wanted.n)
         params = limits.sampling_params(wanted.params, served.limits)
@@ -122,13 +163,14 @@ class InferenceService:
         salt = limits.label("cache_salt", wanted.salt, limits.MAX_SALT_BYTES)
         domain = limits.label("domain", wanted.domain, limits.MAX_DOMAIN_BYTES)
         request_id = limits.request_id(wanted.request_id) or f"req-{secrets.token_hex(12)}"
-        arrival = self._clock()
         if wanted.timeout_s is not None and wanted.timeout_s <= 0:
             raise DeadlineError("the deadline has passed before the request arrived")
         if not 1 <= len(wanted.prompts) <= limits.MAX_PROMPTS:
             raise InvalidRequestError(
                 f"{len(wanted.prompts)} prompts: expected 1 to {limits.MAX_PROMPTS}", param="prompt"
             )
+        if params.grammar is not None:
+            await served.grammars.admit(params.grammar)
         requests = []
         seed = params.seed if "seed" in wanted.params else secrets.randbits(63)
         for p, prompt in enumerate(wanted.prompts):
@@ -143,21 +185,21 @@ class InferenceService:
                         replace(fitted, seed=child_seed(seed, i)),
                         arrival=arrival,
                         deadline=None if wanted.timeout_s is None else arrival + wanted.timeout_s,
-                        scope=CacheScope(salt),
+                        scope=CacheScope(tenant_salt(tenant(), salt)),
                         domain=domain,
                     )
                 )
         # Tokenising may have let others in: look again.
         self._admit(wanted.model)
-        return self._start(request_id, served, requests)
+        return self._opened(request_id, served, requests, wanted)
 
     def _admit(self, model: str) -> ServedModel:
         if self.state is ServiceState.DRAINING:
             raise UnavailableError("the server is draining: send the request elsewhere")
         return self.model(model)
 
-    def _start(
-        self, request_id: str, served: ServedModel, requests: list[Request]
+    def _opened(
+        self, request_id: str, served: ServedModel, requests: list[Request], wanted: ClientRequest
     ) -> ResponseStream:
         if request_id in self._streams:
             raise InvalidRequestError(
@@ -170,45 +212,59 @@ class InferenceService:
             served.tokenizer,
             self._mailbox,
             self._clock,
-            self._closed,
+            functools.partial(self._closed, wanted, requests),
         )
         self._streams[request_id] = stream
+        self._tenants[request_id] = tenant()
         self._idle.clear()
-        stream.start()
+        usage = self.usage.setdefault(tenant(), TenantUsage())
+        usage.requests += 1
+        usage.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
         return stream
 
-    def _closed(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
+    def _closed(
+        self,
+        wanted: ClientRequest,
+        requests: list[Request],
+        stream: ResponseStream,
+        error: BaseException | None,
+    ) -> None:
+        self._streams.pop(stream.request_id, None)
+        usage = self.usage.setdefault(self._tenants.pop(stream.request_id, ""), TenantUsage())
+        usage.generated_tokens += stream.made
         if not self._streams:
             self._idle.set()
+        took = self._clock() - requests[0].arrival
+        self._observe(record_of(wanted, requests, stream, self.served.name, error, took))
 
     async def _ids(
         self, served: ServedModel, prompt: str | tuple[int, ...], special_tokens: bool
     ) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(await self.encode(served, limits.prompt_text(prompt), special_tokens))
+            return await self.encode(limits.prompt_text(prompt), special_tokens, served.limits)
         limits.room_for_answer(len(prompt), served.limits)
         return limits.token_ids(prompt, served.limits)
 
-    async def encode(self, served: ServedModel, text: str, special_tokens: bool) -> list[int]:
-        tokenizer = tokenizer_of(served)
-        if len(text) <= INLINE_CHARS:
-            return tokenizer.encode(text, special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, special_tokens)
+    async def encode(
+        self, text: str, special_tokens: bool, model: limits.ModelLimits
+    ) -> tuple[int, ...]:
+        """The ids of a prompt, which leaves room for an answer."""
+        return tuple(await self.texts.encode(text, special_tokens, model=model))
 
     async def tokenize(self, model: str, text: str, special_tokens: bool = True) -> list[int]:
-        served = self.model(model)
+        self.model(model)
         if not text:
             return []
-        return await self.encode(served, limits.prompt_text(text, "text"), special_tokens)
+        return await self.texts.encode(limits.prompt_text(text, "text"), special_tokens)
 
-    def detokenize(self, model: str, ids: object, skip_special_tokens: bool = True) -> str:
+    async def detokenize(self, model: str, ids: object, skip_special_tokens: bool = True) -> str:
         served = self.model(model)
         checked = limits.token_ids(ids, served.limits, "token_ids", served.limits.max_len)
-        return tokenizer_of(served).decode(list(checked), skip_special_tokens)
+        return await self.texts.decode(checked, skip_special_tokens)
 
     def abort(self, request_id: str) -> None:
-        if (stream := self._streams.get(request_id)) is None:
+        stream = self._streams.get(request_id)
+        if stream is None or self._tenants[request_id] != tenant():
             raise NotFoundError(
                 f"request {request_id!a:.150} is not running here", param="request_id"
             )
@@ -221,15 +277,6 @@ class InferenceService:
     async def idle(self) -> None:
         """Waits until no stream is open; callers bound the wait."""
         await self._idle.wait()
-
-
-def tokenizer_of(served: ServedModel) -> Tokenizer:
-    if served.tokenizer is None:
-        raise TokenizerError(
-            f"model {served.name!r} has no tokenizer: send token ids instead of text",
-            param="prompt",
-        )
-    return served.tokenizer
 
 
 def child_seed(seed: int, index: int) -> int:

@@ -54,7 +54,8 @@ class Durations:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """News of sequence ``index`` (prompt * n + i); the last one has finish, usage and timing."""
+    """News of sequence ``index`` (prompt * n + i); the last one has finish, usage and timing, and
+    the stop string that ended it, if one did."""
 
     index: int
     text: str
@@ -63,6 +64,23 @@ class Delta:
     finish: FinishReason | None = None
     usage: Usage | None = None
     timing: Durations | None = None
+    stop: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Of all sequences of a stream. ``finish`` has each reason once; ``complete`` when all have
+    one. Seconds, None where there was no token: the shortest queue and time to a first token, and
+    the mean between tokens."""
+
+    complete: bool
+    finish: tuple[FinishReason, ...]
+    cached_tokens: int
+    output_tokens: int
+    longest: int
+    queue_s: float | None
+    ttft_s: float | None
+    tpot_s: float | None
 
 
 @dataclass(slots=True)
@@ -75,6 +93,8 @@ class _Sequence:
     request: Request
     text: TextStream | None
     tokens: int = 0
+    queue_s: float = 0.0
+    cached: int = 0
     first_token: float = 0.0
     last_token: float = 0.0
     last: Event | None = None
@@ -92,7 +112,9 @@ class _Sequence:
             token_ids = token_ids[:made]
         if token_ids:
             self.last_token = now
-            self.first_token = self.first_token or now
+            if not self.tokens:
+                self.first_token = now
+                self.queue_s, self.cached = event.queue_s, event.cached_tokens
             self.tokens += len(token_ids)
             self.token_ids += token_ids
         if event.logprobs:
@@ -121,6 +143,7 @@ class _Sequence:
             finish=self.last.finish,
             usage=Usage(len(self.request.prompt_ids), self.tokens, self.last.cached_tokens),
             timing=self.durations(),
+            stop="" if self.text is None else self.text.stop_met,
         )
 
 
@@ -139,7 +162,7 @@ class ResponseStream:
         tokenizer: Decodes | None,
         mailbox: Mailbox,
         clock: Callable[[], float],
-        on_close: Callable[[str], None],
+        on_close: Callable[[ResponseStream, BaseException | None], None],
     ) -> None:
         self.request_id = request_id
         self._engine = engine
@@ -155,17 +178,34 @@ class ResponseStream:
         self._heard = False  # anything since the timer was set
         self._aborted = False
         self._closed = False
+        self.started = False  # every sequence was taken in
+
+    @property
+    def made(self) -> int:
+        """Tokens that came, of all sequences together."""
+        return sum(sequence.tokens for sequence in self._sequences)
+
+    @property
+    def prompt_lens(self) -> tuple[int, ...]:
+        """Tokens of each sequence's prompt."""
+        return tuple(len(s.request.prompt_ids) for s in self._sequences)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the first prompt."""
+        return len(self._sequences[0].request.prompt_ids)
 
     def start(self) -> None:
         """Submits every sequence, or none."""
         for index, sequence in enumerate(self._sequences):
             try:
                 self._submit(index, sequence.request)
-            except MoeserveError:
+            except MoeserveError as error:
                 for unsent in self._sequences[index:]:
                     unsent.last = Event(unsent.request.id, finish=FinishReason.ABORT)
-                self.close()
+                self.close(error)
                 raise
+        self.started = True
 
     def _submit(self, index: int, request: Request) -> None:
         self._mailbox.open(request.id, functools.partial(self._receive, index))
@@ -208,10 +248,10 @@ class ResponseStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(error)
 
-    def close(self) -> None:
-        """Aborts what still runs. May be called again."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Aborts what still runs, because of ``error`` if there is one. May be called again."""
         if self._closed:
             return
         self._closed = True
@@ -220,7 +260,24 @@ class ResponseStream:
         for sequence in self._sequences:
             if sequence.last is None:
                 self._engine.abort(sequence.request.id)
-        self._on_close(self.request_id)
+        self._on_close(self, error)
+
+    def totals(self) -> Totals:
+        """What its sequences have come to by now."""
+        begun = [s for s in self._sequences if s.tokens]
+        gaps = sum(s.tokens - 1 for s in begun)
+        making = sum(s.last_token - s.first_token for s in begun)
+        reasons = [s.last.finish for s in self._sequences if s.last is not None and s.last.finish]
+        return Totals(
+            complete=len(reasons) == len(self._sequences),
+            finish=tuple(dict.fromkeys(reasons)),
+            cached_tokens=sum(s.cached for s in begun),
+            output_tokens=sum(s.tokens for s in begun),
+            longest=max((s.tokens for s in begun), default=0),
+            queue_s=min((s.queue_s for s in begun), default=None),
+            ttft_s=min((s.durations().ttft_s for s in begun), default=None),
+            tpot_s=making / gaps if gaps else None,
+        )
 
     def abort(self) -> None:
         """Ends the stream from outside: its reader gets CancelledError."""

@@ -167,22 +167,23 @@ class Detokenizer:
 class StopMatcher:
     """Ends text at the stop string that is complete first; of several, the longest.
 
-    The outcome does not depend on how the text is cut into pieces.
+    The outcome does not depend on how the text is cut into pieces. ``met`` is the one that did.
     """
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
         self._stops = tuple(s for s in stops if s)
         self._include = include
         self._held = ""
+        self.met = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """What can be shown, and whether a stop string was met."""
         if not self._stops:
             return text, False
         text, self._held = self._held + text, ""
-        ends = [(at + len(s), -len(s)) for s in self._stops if (at := text.find(s)) >= 0]
+        ends = [(at + len(s), -len(s), s) for s in self._stops if (at := text.find(s)) >= 0]
         if ends:
-            end, length = min(ends)
+            end, length, self.met = min(ends)
             return text[: end if self._include else end + length], True
         held = max((overlap(text, s) for s in self._stops), default=0)
         cut = len(text) - held
@@ -220,6 +221,11 @@ class TextStream:
             tokenizer, request.prompt_ids, params.skip_special_tokens
         )
         self._matcher = StopMatcher(params.stop, params.include_stop)
+
+    @property
+    def stop_met(self) -> str:
+        """The stop string that ended the text; empty where none did."""
+        return self._matcher.met
 
     def push(self, token_id: int, finish: FinishReason | None) -> Piece:
         """Text after one more token; with ``finish`` nothing is held back any more."""

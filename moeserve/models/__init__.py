@@ -3,7 +3,7 @@
 ::
 
     library                    where a model's name leads: the demo, or a folder
-    checkpoint  fields         ``config.json`` and memory-mapped safetensors, every read checked
+    checkpoint  fields  files  ``config.json`` and memory-mapped safetensors, every read checked
     fingerprint  survey        is it the same checkpoint; what serving it would take
     spec  names                what a model is, and what its tensors are called: plain data
     families/                  ``config.json`` to a spec: a short file per architecture
@@ -13,6 +13,10 @@
     layer_runner               who runs its layers: this process; others are in ``comm``
     attention  moe  rope       its parts: attention, feed-forward, rotary tables
     batch                      one forward pass as tensors
-    tokenizer                  text to token ids and back; chat messages to a prompt
+    tokenizer  chat_template   text to token ids and back; chat messages to a prompt
+    tokenizer_cost             what a tokenizer may take, as far as its parts tell
+    text_worker                both in a process that may be ended
+    checked_tokenizer          one that such a process has loaded before
+    generation_tag             a tag of chat templates that transformers adds to Jinja
     quantize  shards           a quantised copy of a folder; safetensors written piece by piece
 """

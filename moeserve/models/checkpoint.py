@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moeserve.errors import CheckpointError
+from moeserve.models.files import open_regular, read_json
+from moeserve.safetensors_header import read_header
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -206,21 +208,6 @@ class HeaderView(Checkpoint):
         return super()._mapped(name, shape, kinds).to("meta")
 
 
-def read_json(file: Path, *, required: bool) -> dict[str, Any]:
-    """The JSON object in a file; empty where an optional one is absent."""
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        if not required:
-            return {}
-        raise CheckpointError(f"{file}: missing; every model folder has one") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
@@ -249,14 +236,14 @@ def _shard(index: Path, name: str) -> Path:
 
 
 def _map(file: Path) -> dict[str, Entry]:
-    """What is in a file, by name. The library checks the header; data is mapped here, where pages
-    can be given back."""
+    """What is in a file, by name. The library checks a header, of bounded length; data is mapped
+    here, where pages can be given back."""
     try:
-        with safe_open(file, framework="pt", device="cpu"):
-            pass
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
+        with open_regular(file) as opened:
+            text = read_header(opened)
+            with safe_open(file, framework="pt", device="cpu"):
+                pass
+            header = json.loads(text)
             # Private, since torch wants memory it could write; nobody does, so reserve none.
             mapping = mmap.mmap(
                 opened.fileno(),
@@ -264,11 +251,11 @@ def _map(file: Path) -> dict[str, Entry]:
                 flags=mmap.MAP_PRIVATE | _NORESERVE,
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: truncated or not safetensors ({error}); download it again"
         ) from error
-    first = 8 + length
+    first = 8 + len(text)
     header.pop("__metadata__", None)
     return {
         name: Entry(

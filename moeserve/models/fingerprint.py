@@ -9,6 +9,8 @@ from pathlib import Path
 
 from moeserve.errors import CheckpointError
 from moeserve.models.checkpoint import INDEX, weight_files
+from moeserve.models.files import open_regular, read_bounded
+from moeserve.safetensors_header import read_header
 
 _SMALL = (
     "config.json",
@@ -17,15 +19,13 @@ _SMALL = (
     "tokenizer_config.json",
     INDEX,
 )
-# A header is bounded by the format's own library, which checks it when the file is opened.
-_LARGEST_HEADER = 100 << 20
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
     """By file name: size and digest."""
     try:
         small = [folder / name for name in _SMALL if (folder / name).is_file()]
-        digests = {file.name: _digest_of(file, file.read_bytes()) for file in small}
+        digests = {file.name: _digest_of(file, read_bounded(file)) for file in small}
         return digests | {
             file.name: _digest_of(file, _header(file)) for file in weight_files(folder)
         }
@@ -38,6 +38,8 @@ def _digest_of(file: Path, content: bytes) -> str:
 
 
 def _header(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        length = opened.read(8)
-        return length + opened.read(min(int.from_bytes(length, "little"), _LARGEST_HEADER))
+    try:
+        with open_regular(file) as opened:
+            return read_header(opened)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not safetensors ({error}); download it again") from error

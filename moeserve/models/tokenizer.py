@@ -1,40 +1,39 @@
 """Text to token ids and back, from ``tokenizer.json``; chat messages to a prompt.
 
-The chat template is a stranger's program: it runs in Jinja's immutable sandbox. Every token's
-bytes are known, so that half a UTF-8 character can be shown as what it is.
+Both are a stranger's, so loading, tokenising and rendering may take any time and memory: they are
+bounded where they run in a process that may be ended (``text_worker``). ``checked_tokenizer`` loads
+here what such a process has loaded before. Every token's bytes are known, so that half a UTF-8
+character can be shown as what it is.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from moeserve.errors import CheckpointError, InvalidRequestError, TokenizerError
-from moeserve.models.checkpoint import read_json
+from moeserve.errors import CheckpointError, TokenizerError
+from moeserve.models.chat_template import ChatTemplate, template_source
 from moeserve.models.fields import Fields
+from moeserve.models.files import read_json, read_text
+from moeserve.models.tokenizer_cost import REMEDY, TokenizerCost, cost_of, require_decodable
 
-_REMEDY = "prompts as token ids still work"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-# What a program in the sandbox can raise.
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+_SHOWN_ERROR = 300  # characters
 _NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """Where a tokenizer is from; ``chat_template`` is a Jinja file instead of the folder's."""
+
+    folder: Path
+    chat_template: Path | None = None
 
 
 class Tokenizer:
@@ -43,18 +42,18 @@ class Tokenizer:
     def __init__(
         self,
         inner: tokenizers.Tokenizer,
+        files: TokenizerFiles,
         eos_ids: tuple[int, ...],
         specials: Mapping[str, str],
-        template: jinja2.Template | None,
-        alphabet: Mapping[str, int] | None,
-        where: Path,
+        template: ChatTemplate | None,
     ) -> None:
+        self.files = files
         self.eos_ids = eos_ids
-        self._inner = inner
         self._specials = specials
+        self.cost: TokenizerCost = cost_of(inner)
+        self._inner = inner
         self._template = template
-        self._alphabet = alphabet
-        self._where = where
+        self._alphabet = alphabet = _alphabet_of(inner)
         self._added = {i: token.content for i, token in inner.get_added_tokens_decoder().items()}
         self._bytewise = alphabet is not None and _decoder_of(inner).get("type") == "ByteLevel"
         self._pieces = {
@@ -63,19 +62,35 @@ class Tokenizer:
         }
 
     @classmethod
-    def load(cls, path: str | Path, chat_template: Path | None = None) -> Tokenizer:
-        """``chat_template`` is a Jinja file to use instead of the folder's."""
-        folder = Path(path)
+    def load(
+        cls, path: str | Path, chat_template: Path | None = None, *, compiled: bool = True
+    ) -> Tokenizer:
+        """``chat_template`` is a Jinja file to use instead of the folder's. Unless ``compiled``,
+        the template is compiled when it first renders."""
+        files = TokenizerFiles(Path(path), chat_template)
+        folder = files.folder
         file = folder / "tokenizer.json"
         inner = _read_tokenizer(file)
         try:
             settings = read_json(folder / "tokenizer_config.json", required=False)
-            template = _compile(folder, _template_of(folder, settings, chat_template))
             specials = _named_specials(settings)
+            source = template_source(folder, settings, chat_template)
+            template = None if source is None else ChatTemplate(source, specials, folder)
             eos_ids = _eos_ids(folder, inner, specials)
         except CheckpointError as error:
-            raise TokenizerError(f"{error.message}; {_REMEDY}") from error
-        return cls(inner, eos_ids, specials, template, _alphabet_of(inner), file)
+            raise TokenizerError(f"{error.message}; {REMEDY}") from error
+        tokenizer = cls(inner, files, eos_ids, specials, template)
+        if compiled:
+            tokenizer.compile_template()
+        return tokenizer
+
+    def compile_template(self) -> None:
+        """TokenizerError where there is one that is not Jinja."""
+        try:
+            if self._template is not None:
+                self._template.compile()
+        except CheckpointError as error:
+            raise TokenizerError(f"{error.message}; {REMEDY}") from error
 
     @property
     def vocab_size(self) -> int:
@@ -83,15 +98,40 @@ class Tokenizer:
         return self._inner.get_vocab_size(with_added_tokens=True)
 
     @property
+    def named_specials(self) -> Mapping[str, str | None]:
+        """The tokens that have a name, ``bos_token`` and the like; None where there is none."""
+        return {name: self._specials.get(name) for name in _NAMED_SPECIALS}
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja, where the model has one."""
+        return None if self._template is None else self._template.source
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids, without the interpreter's lock while it works. TokenizerError where the
+        tokenizer fails on this text."""
+        try:
+            # Of one text: the library keeps the lock while it encodes a text by itself, and makes
+            # offsets, which take as long again.
+            found = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise self._failed("tokenise this text", error) from error
+        return found[0].ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Unfinished UTF-8 decodes to U+FFFD; ids beyond the vocabulary to nothing."""
-        return self._inner.decode(ids, skip_special_tokens=skip_special_tokens)
+        try:
+            return self._inner.decode(ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise self._failed("read these tokens", error) from error
 
     def byte_pieces(self, skip_special_tokens: bool = True) -> Mapping[int, bytes] | None:
         """For every id what it adds to the bytes that ``decode`` reads as UTF-8; None where a text
@@ -128,19 +168,19 @@ class Tokenizer:
         """The prompt of a conversation. Encode it without adding special tokens."""
         if self._template is None:
             raise TokenizerError(
-                f"{self._where.parent}: the model has no chat template; ask for a completion of "
+                f"{self.files.folder}: the model has no chat template; ask for a completion of "
                 f"a prompt instead"
             )
-        try:
-            return self._template.render(
-                **{**self._specials, **kwargs},
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except _TEMPLATE_ERRORS as error:
-            raise InvalidRequestError(
-                f"the model's chat template rejects these messages: {error}", param="messages"
-            ) from error
+        return self._template.render(messages, add_generation_prompt, **kwargs)
+
+    def _failed(self, what: str, error: BaseException) -> TokenizerError:
+        file = self.files.folder / "tokenizer.json"
+        return TokenizerError(f"{file}: cannot {what}: {error}"[:_SHOWN_ERROR])
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether the tokenizers library failed; its panics are no ``Exception``."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 class BytePieces(dict[int, bytes]):
@@ -172,15 +212,20 @@ class BytePieces(dict[int, bytes]):
 
 def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     try:
-        source = file.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{file}: cannot be read ({error}); {_REMEDY}") from error
+        source = read_text(file)
+    except CheckpointError as error:
+        raise TokenizerError(f"{error.message}; {REMEDY}") from error
     try:
         inner = tokenizers.Tokenizer.from_str(source)
-    except Exception as error:  # the library raises nothing narrower
-        raise TokenizerError(f"{file}: not a tokenizer ({error}); {_REMEDY}") from error
-    inner.no_truncation()
-    inner.no_padding()
+        inner.no_truncation()
+        inner.no_padding()
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise TokenizerError(
+            f"{file}: not a tokenizer ({str(error)[:_SHOWN_ERROR]}); {REMEDY}"
+        ) from error
+    require_decodable(inner, str(file))
     return inner
 
 
@@ -206,51 +251,6 @@ def _eos_ids(
         ids.extend(Fields(config, str(folder / name)).ids("eos_token_id"))
     own = inner.token_to_id(specials["eos_token"]) if "eos_token" in specials else None
     return tuple(dict.fromkeys(ids if own is None else [*ids, own]))
-
-
-def _template_of(
-    folder: Path, settings: Mapping[str, Any], given: Path | None = None
-) -> str | None:
-    file = given or folder / "chat_template.jinja"
-    if given is not None or file.exists():
-        try:
-            return file.read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error})") from error
-    found = settings.get("chat_template")
-    if isinstance(found, list):
-        named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
-        found = named.get("default")
-    if found is not None and not isinstance(found, str):
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is not a string")
-    return found
-
-
-def _compile(folder: Path, source: str | None) -> jinja2.Template | None:
-    if source is None:
-        return None
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    sandbox.filters["tojson"] = _to_json
-    sandbox.globals["raise_exception"] = _raise
-    sandbox.globals["strftime_now"] = _strftime_now
-    try:
-        return sandbox.from_string(source)
-    except jinja2.TemplateError as error:
-        raise CheckpointError(f"{folder}: the chat template is not valid Jinja: {error}") from error
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(pattern)
 
 
 def _decoder_of(inner: tokenizers.Tokenizer) -> dict[str, Any]:

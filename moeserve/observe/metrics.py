@@ -1,53 +1,62 @@
 """What Prometheus sees.
 
 Counts come from the engine's counters and a load snapshot at the moment of scraping; only
-durations are kept here, as histograms that the engine feeds (it calls the ``on_`` methods). Every
-metric that vLLM has too is also served under vLLM's name, so that existing dashboards work. The
-registry is this object's own.
+distributions are kept here: the engine feeds those of steps and sequences (it calls the ``on_``
+methods), the service those of clients' requests. ``families`` says how they are written. The
+registry is this object's own; it also holds ``process_*``, of this process.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-)
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from moeserve.core import Counters, FinishReason, StepPlan, Timing
+from moeserve.observe.families import (
+    ALIASES,
+    PREFIX,
+    CacheInfo,
+    Distribution,
+    RanksView,
+    by_label,
+    cache_config,
+    counter,
+    gauge,
+    of_ranks,
+    renamed,
+)
+from moeserve.observe.requests import RequestRecord
 
-LABEL = "model_name"
-PREFIX = "moeserve_"
-# Ours -> vLLM's, without prefixes and without the _total of counters.
-ALIASES = {
-    "num_requests_running": "num_requests_running",
-    "num_requests_waiting": "num_requests_waiting",
-    "kv_cache_usage_ratio": "kv_cache_usage_perc",
-    "prefix_cache_queries": "prefix_cache_queries",
-    "prefix_cache_hits": "prefix_cache_hits",
-    "prompt_tokens": "prompt_tokens",
-    "generated_tokens": "generation_tokens",
-    "preemptions": "num_preemptions",
-    "requests_finished": "request_success",
-    "time_to_first_token_seconds": "time_to_first_token_seconds",
-    "inter_token_latency_seconds": "inter_token_latency_seconds",
-    "e2e_latency_seconds": "e2e_request_latency_seconds",
-    "queue_time_seconds": "request_queue_time_seconds",
-    "prefill_time_seconds": "request_prefill_time_seconds",
-    "decode_time_seconds": "request_decode_time_seconds",
-}
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_SIZES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+_STEP_TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+_SEQUENCES = (1, 2, 5, 10, 20)
+
+# Name and text of each counter, by the field of ``Counters``.
+_COUNTED: Mapping[str, tuple[str, str]] = {
+    "steps": ("steps", "forward passes"),
+    "prompt_tokens": ("prompt_tokens", "tokens of admitted prompts"),
+    "generated_tokens": ("generated_tokens", "tokens made"),
+    "computed_tokens": ("computed_tokens", "tokens run"),
+    "recomputed_tokens": ("recomputed_tokens", "of these, once more"),
+    "drafts": ("drafts", "guesses of what follows, of one token or more"),
+    "drafted_tokens": ("drafted_tokens", "tokens in them"),
+    "accepted_tokens": ("accepted_tokens", "of these, those that were right"),
+    "prefix_queried_tokens": ("prefix_cache_queries", "tokens looked up"),
+    "prefix_hit_tokens": ("prefix_cache_hits", "tokens found"),
+    "preemptions": ("preemptions", "requests put back for room"),
+    "evicted_blocks": ("evicted_blocks", "cached KV blocks given up"),
+    "plan_changes": ("plan_changes", "changes of plan that ended"),
+    "plan_layers_switched": ("plan_layers_switched", "in them"),
+    "plan_bytes_read": ("plan_bytes_read", "of experts for them"),
+    "plan_paused_s": ("plan_paused_seconds", "steps held up"),
+}
 
 
 class LoadView(Protocol):
@@ -63,26 +72,6 @@ class LoadView(Protocol):
     def free_blocks(self) -> int: ...
 
 
-class RankWork(Protocol):
-    """What a rank has counted (``comm.dispatcher.DispatchStats``)."""
-
-    tokens: int
-    copies: int
-    inter_node: int
-    dispatch_bytes: int
-    combine_bytes: int
-    waited_s: float
-
-
-class RanksView(Protocol):
-    """What ranks have counted, and how many steps had so many microbatches."""
-
-    @property
-    def work(self) -> Sequence[RankWork]: ...
-    @property
-    def chosen(self) -> Mapping[int, int]: ...
-
-
 class Metrics:
     """Observes one engine and renders its page; ``bind`` says whose numbers to show."""
 
@@ -91,16 +80,36 @@ class Metrics:
         self._counters: Callable[[], Counters] = Counters
         self._load: Callable[[], LoadView] | None = None
         self._ranks: RanksView | None = None
-        self._ttft = _histogram("time_to_first_token_seconds", "arrival to first token", _SLOW)
-        self._itl = _Gaps(_FAST)
-        self._e2e = _histogram("e2e_latency_seconds", "arrival to end of a request", _SLOW)
-        self._queue = _histogram("queue_time_seconds", "arrival to first step", _SLOW)
-        self._prefill = _histogram("prefill_time_seconds", "first step to first token", _SLOW)
-        self._decode = _histogram("decode_time_seconds", "first token to end", _SLOW)
-        self._step = _histogram("step_seconds", "one forward pass", _FAST)
-        self._step_tokens = _histogram("step_tokens", "tokens in a forward pass", _SIZES)
+        self._cache: CacheInfo | None = None
+        self._distributions: list[Distribution] = []
+        # Of sequences, in seconds.
+        self._ttft = self._kept("time_to_first_token_seconds", "arrival to first token", _SLOW)
+        self._itl = self._kept("inter_token_latency_seconds", "token to token", _FAST)
+        self._tpot = self._kept("time_per_output_token_seconds", "its mean of a sequence", _FAST)
+        self._e2e = self._kept("e2e_latency_seconds", "arrival to end of a sequence", _SLOW)
+        self._queue = self._kept("queue_time_seconds", "arrival to first step", _SLOW)
+        self._inference = self._kept("inference_time_seconds", "first step to end", _SLOW)
+        self._prefill = self._kept("prefill_time_seconds", "first step to first token", _SLOW)
+        self._decode = self._kept("decode_time_seconds", "first token to end", _SLOW)
+        # Of sequences, in tokens.
+        self._prompt = self._kept("request_prompt_tokens", "tokens of a prompt", _TOKENS)
+        self._fresh = self._kept("request_prefilled_tokens", "of these, not from cache", _TOKENS)
+        self._made = self._kept("request_generated_tokens", "tokens that one made", _TOKENS)
+        # Of steps.
+        self._step = self._kept("step_seconds", "one forward pass", _FAST)
+        self._step_tokens = self._kept("step_tokens", "tokens in a forward pass", _STEP_TOKENS)
+        # Of clients' requests, which may be several sequences.
+        self._longest = self._kept("request_longest_tokens", "of its longest sequence", _TOKENS)
+        self._n = self._kept("request_n", "sequences asked for", _SEQUENCES)
+        self._asked = self._kept("request_max_tokens", "tokens asked for at most", _TOKENS)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Page(self.collect))
+        ProcessCollector(registry=self._registry)
+
+    def _kept(self, name: str, text: str, bounds: tuple[float, ...]) -> Distribution:
+        kept = Distribution(name, text, bounds)
+        self._distributions.append(kept)
+        return kept
 
     def bind(
         self,
@@ -108,142 +117,87 @@ class Metrics:
         counters: Callable[[], Counters],
         load: Callable[[], LoadView],
         ranks: RanksView | None = None,
+        cache: CacheInfo | None = None,
     ) -> None:
         """What is asked at every scrape; ``ranks`` where there are several."""
-        self._model, self._counters, self._load, self._ranks = model, counters, load, ranks
+        self._model, self._counters, self._load = model, counters, load
+        self._ranks, self._cache = ranks, cache
 
     def render(self) -> tuple[bytes, str]:
         """The page and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
     def on_gaps(self, gaps: Mapping[float, int]) -> None:
-        self._itl.add(gaps)
+        for seconds, count in gaps.items():
+            self._itl.add(seconds, count)
 
     def on_step(self, plan: StepPlan, seconds: float) -> None:
-        self._step.labels(self._model).observe(seconds)
-        self._step_tokens.labels(self._model).observe(plan.num_tokens)
+        self._step.add(seconds)
+        self._step_tokens.add(plan.num_tokens)
 
     def on_first_token(self, timing: Timing) -> None:
         if timing.first_token_s is None:
             return
-        self._ttft.labels(self._model).observe(timing.first_token_s)
+        self._ttft.add(timing.first_token_s)
         if timing.scheduled_s is not None:
-            self._queue.labels(self._model).observe(timing.scheduled_s)
-            self._prefill.labels(self._model).observe(timing.first_token_s - timing.scheduled_s)
+            self._queue.add(timing.scheduled_s)
+            self._prefill.add(timing.first_token_s - timing.scheduled_s)
 
     def on_finish(self, reason: FinishReason, timing: Timing) -> None:
-        self._e2e.labels(self._model).observe(timing.elapsed_s)
+        """Of one sequence."""
+        self._e2e.add(timing.elapsed_s)
+        self._prompt.add(timing.prompt_tokens)
+        self._made.add(timing.output_tokens)
+        if timing.scheduled_s is not None:
+            self._inference.add(timing.elapsed_s - timing.scheduled_s)
+            self._fresh.add(timing.prompt_tokens - timing.cached_tokens)
         if timing.first_token_s is not None:
-            self._decode.labels(self._model).observe(timing.elapsed_s - timing.first_token_s)
+            decoding = timing.elapsed_s - timing.first_token_s
+            self._decode.add(decoding)
+            if timing.output_tokens > 1:
+                self._tpot.add(decoding / (timing.output_tokens - 1))
+
+    def on_request(self, record: RequestRecord) -> None:
+        """A client's request has ended that was not refused."""
+        if record.refused:
+            return
+        self._longest.add(record.longest)
+        self._n.add(record.n)
+        if record.max_tokens is not None:
+            self._asked.add(record.max_tokens)
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric, each followed by its alias."""
+        """Every metric, each followed by its aliases."""
         for metric in self._ours():
             yield metric
-            alias = ALIASES.get(metric.name.removeprefix(PREFIX))
-            if alias is not None:
-                yield _renamed(metric, f"vllm:{alias}")
+            for alias in ALIASES.get(metric.name.removeprefix(PREFIX), ()):
+                yield renamed(metric, f"vllm:{alias}")
 
     def _ours(self) -> Iterator[Metric]:
+        model, count = self._model, self._counters()
         if self._load is not None:
             load = self._load()
             used = load.total_blocks - load.free_blocks
-            yield self._gauge("num_requests_running", "in the running batch", load.running)
-            yield self._gauge("num_requests_waiting", "in the queue", load.waiting)
-            yield self._gauge("kv_blocks", "KV blocks in all", load.total_blocks)
-            yield self._gauge(
-                "kv_cache_usage_ratio", "KV blocks in use, of 1", used / max(1, load.total_blocks)
-            )
-        count = self._counters()
-        yield self._counter("steps", "forward passes", count.steps)
-        yield self._counter("prompt_tokens", "tokens of admitted prompts", count.prompt_tokens)
-        yield self._counter("generated_tokens", "tokens made", count.generated_tokens)
-        yield self._counter("computed_tokens", "tokens run", count.computed_tokens)
-        yield self._counter("recomputed_tokens", "of these, once more", count.recomputed_tokens)
-        yield self._counter("prefix_cache_queries", "tokens looked up", count.prefix_queried_tokens)
-        yield self._counter("prefix_cache_hits", "tokens found", count.prefix_hit_tokens)
-        yield self._counter("preemptions", "requests put back for room", count.preemptions)
-        yield self._counter("evicted_blocks", "cached KV blocks given up", count.evicted_blocks)
-        yield self._counter("plan_changes", "changes of plan that ended", count.plan_changes)
-        yield self._counter("plan_layers_switched", "in them", count.plan_layers_switched)
-        yield self._counter("plan_bytes_read", "of experts for them", count.plan_bytes_read)
-        yield self._counter("plan_paused_seconds", "steps held up", count.plan_paused_s)
-        finished = CounterMetricFamily(
-            f"{PREFIX}requests_finished", "ended requests", labels=[LABEL, "finished_reason"]
+            yield gauge(model, "num_requests_running", "in the running batch", load.running)
+            yield gauge(model, "num_requests_waiting", "in the queue", load.waiting)
+            yield gauge(model, "kv_blocks", "KV blocks in all", load.total_blocks)
+            share = used / max(1, load.total_blocks)
+            yield gauge(model, "kv_cache_usage_ratio", "KV blocks in use, of 1", share)
+        if self._cache is not None:
+            yield cache_config(model, self._cache)
+        for field, (name, text) in _COUNTED.items():
+            yield counter(model, name, text, getattr(count, field))
+        yield by_label(
+            model,
+            "requests_finished",
+            "ended requests",
+            "finished_reason",
+            {reason.value: count.finished.get(reason, 0) for reason in FinishReason},
         )
-        for reason in FinishReason:
-            finished.add_metric([self._model, reason.value], count.finished.get(reason, 0))
-        yield finished
         if self._ranks is not None:
-            yield from _of_ranks(self._model, self._ranks)
-        yield self._itl.family(self._model)
-        for histogram in self._histograms():
-            yield from histogram.collect()
-
-    def _histograms(self) -> tuple[Histogram, ...]:
-        return (
-            *(self._ttft, self._e2e, self._queue),
-            *(self._prefill, self._decode, self._step, self._step_tokens),
-        )
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=[LABEL])
-        family.add_metric([self._model], value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(PREFIX + name, text, labels=[LABEL])
-        family.add_metric([self._model], value)
-        return family
-
-
-class _Gaps:
-    """A histogram of seconds from token to token that takes a whole step at once: the tokens of
-    a step mostly came equally long after the ones before them."""
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._seconds = 0.0
-
-    def add(self, gaps: Mapping[float, int]) -> None:
-        for seconds, count in gaps.items():
-            self._counts[bisect_left(self._bounds, seconds)] += count
-            self._seconds += seconds * count
-
-    def family(self, model: str) -> Metric:
-        """Without samples before the first gap."""
-        name = f"{PREFIX}inter_token_latency_seconds"
-        family = HistogramMetricFamily(name, "token to token", labels=[LABEL])
-        sums = list(accumulate(self._counts))
-        if sums[-1]:
-            bounds = [*map(str, self._bounds), "+Inf"]
-            family.add_metric([model], list(zip(bounds, sums, strict=True)), self._seconds)
-        return family
-
-
-def _of_ranks(model: str, ranks: RanksView) -> Iterator[Metric]:
-    """What moved between ranks, and how steps were cut."""
-
-    def family(name: str, text: str, *labels: str) -> CounterMetricFamily:
-        return CounterMetricFamily(PREFIX + name, text, labels=[LABEL, *labels])
-
-    tokens = family("rank_layer_tokens", "tokens routed, each once per MoE layer", "rank")
-    waited = family("rank_waited_seconds", "time spent waiting for other ranks", "rank")
-    inter_node = family("rank_copies_inter_node", "copies of tokens sent to other nodes", "rank")
-    copies = family("rank_copies", "copies of tokens sent to other ranks", "rank")
-    moved = family("rank_sent_bytes", "bytes of tokens and of results", "rank", "direction")
-    steps = family("steps_by_microbatches", "forward passes cut into so many", "microbatches")
-    for rank, work in enumerate(ranks.work):
-        tokens.add_metric([model, str(rank)], work.tokens)
-        waited.add_metric([model, str(rank)], work.waited_s)
-        inter_node.add_metric([model, str(rank)], work.inter_node)
-        copies.add_metric([model, str(rank)], work.copies)
-        moved.add_metric([model, str(rank), "dispatch"], work.dispatch_bytes)
-        moved.add_metric([model, str(rank), "combine"], work.combine_bytes)
-    for count, number in sorted(ranks.chosen.items()):
-        steps.add_metric([model, str(count)], number)
-    yield from (tokens, waited, inter_node, copies, moved, steps)
+            yield from of_ranks(model, self._ranks)
+        for distribution in self._distributions:
+            yield distribution.family(model)
 
 
 class _Page(Collector):
@@ -252,14 +206,3 @@ class _Page(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return self._collect()
-
-
-def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-    return Histogram(PREFIX + name, text, labelnames=[LABEL], buckets=buckets, registry=None)
-
-
-def _renamed(metric: Metric, name: str) -> Metric:
-    alias = Metric(name, f"{metric.documentation} (as {metric.name})", metric.type)
-    for sample in metric.samples:
-        alias.samples.append(sample._replace(name=name + sample.name.removeprefix(metric.name)))
-    return alias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moeserve.comm.exchange.base import Alarm
 from moeserve.errors import MoeserveError
-from moeserve.gateway.server import ProgressCallback
+from moeserve.observe.loading import ProgressCallback
 
 
 class LoadProgress:

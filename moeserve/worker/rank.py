@@ -20,13 +20,15 @@ from moeserve.comm.control.mesh import open_mesh
 from moeserve.comm.control.rpc import require_trust
 from moeserve.comm.control.step_mesh import StepMesh
 from moeserve.comm.launch.environment import Launch
-from moeserve.config.options import ServeConfig
+from moeserve.config.options import LogOptions, ServeConfig
 from moeserve.engine.build import LoadedModel
 from moeserve.engine.ranks.build import build_rank
 from moeserve.engine.ranks.meeting import RankMeeting
 from moeserve.engine.ranks.records import RECORD_BYTES
 from moeserve.errors import MoeserveError
-from moeserve.gateway.server import LOG_FORMAT, ProgressCallback, StopCallback, serve
+from moeserve.gateway.server import StopCallback, serve
+from moeserve.observe.loading import ProgressCallback
+from moeserve.observe.logs import configure_log
 from moeserve.observe.metrics import Metrics
 from moeserve.worker.failure import FailurePolicy
 from moeserve.worker.load_progress import LoadProgress
@@ -62,10 +64,10 @@ def doors_of(config: ServeConfig, launch: Launch) -> ServeConfig:
     return config.model_copy(update=moved)
 
 
-def configure_log(level: str, launch: Launch) -> None:
-    """Lines name the rank, unless who started it does so."""
-    who = "" if launch.launcher == "moeserve" else f"rank {launch.rank} "
-    logging.basicConfig(level=level.upper(), format=LOG_FORMAT.replace("%(l", who + "%(l", 1))
+def configure_rank_log(options: LogOptions, launch: Launch) -> None:
+    """Lines name the rank, unless they are text and who started it does so."""
+    named = launch.launcher == "moeserve" and options.log_format == "text"
+    configure_log(options.log_level, options.log_format, None if named else launch.rank)
 
 
 class RankProcess:
@@ -76,7 +78,7 @@ class RankProcess:
 
     def __init__(self, config: ServeConfig, start: RankStart) -> None:
         if start.launch.rank:
-            configure_log(config.log_level, start.launch)
+            configure_rank_log(config, start.launch)
         self.progress = progress_of(config, start.launch.rank)
         self.failure = FailurePolicy(config.ep_deadline)
         self._start = start

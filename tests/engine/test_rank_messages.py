@@ -15,6 +15,8 @@ from moeserve.core import (
     CacheScope,
     Event,
     FinishReason,
+    Grammar,
+    GrammarKind,
     Logprobs,
     Request,
     RequestId,
@@ -48,7 +50,7 @@ def reals(low: float, high: float, **more: Any) -> st.SearchStrategy[float]:
 
 
 # What a door does by itself does not cross: its defaults stand on the other side.
-DOORS_OWN = ("stop", "include_stop", "skip_special_tokens")
+DOORS_OWN = ("stop", "include_stop", "skip_special_tokens", "only_prompt")
 params = st.builds(
     SamplingParams,
     max_tokens=counts,
@@ -65,6 +67,12 @@ params = st.builds(
     stop_token_ids=token_lists,
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs=st.none() | st.integers(0, 20),
+    allowed_token_ids=token_lists,
+    bad_token_ids=st.lists(st.lists(tokens, min_size=1, max_size=4).map(tuple), max_size=3).map(
+        tuple
+    ),
+    grammar=st.none() | st.builds(Grammar, st.sampled_from(GrammarKind), texts, st.none() | texts),
 )
 requests = st.builds(
     Request,
@@ -77,14 +85,16 @@ requests = st.builds(
 )
 histories = st.builds(History, token_lists, counts, st.booleans())
 scores = reals(-math.inf, 0, allow_nan=False)
+logprobs = st.lists(
+    st.builds(Logprobs, scores, st.lists(st.tuples(tokens, scores), max_size=4).map(tuple)),
+    max_size=3,
+).map(tuple)
 events = st.builds(
     Event,
     request_id=texts.map(RequestId),
     token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=5).map(tuple),
-    logprobs=st.lists(
-        st.builds(Logprobs, scores, st.lists(st.tuples(tokens, scores), max_size=4).map(tuple)),
-        max_size=3,
-    ).map(tuple),
+    logprobs=logprobs,
+    prompt_logprobs=logprobs,
     finish=st.none() | st.sampled_from(FinishReason),
     cached_tokens=st.integers(0, 2**32 - 1),
 )
@@ -113,14 +123,23 @@ def test_every_field_of_a_request_survives(
 
 def test_a_field_that_is_new_is_not_forgotten() -> None:
     """Each that crosses is given another value than its default, by its kind."""
-    lists: dict[str, Any] = {"logit_bias": ((1, 2.5),), "stop_token_ids": (1,)}
+    grammar = Grammar(GrammarKind.REGEX, "a+", "")
+    lists: dict[str, Any] = {
+        "logit_bias": ((1, 2.5),),
+        "stop_token_ids": (1,),
+        "allowed_token_ids": (1, 2),
+        "bad_token_ids": ((1,), (2, 3)),
+        "grammar": grammar,
+    }
     crossing = [f for f in fields(SamplingParams) if f.name not in DOORS_OWN]
     others: dict[str, Any] = {f.name: _other(f.default) for f in crossing}
     changed = SamplingParams(**(others | lists))
     request = Request(RequestId("é"), (1,), changed, 0.0, 5.0, CacheScope("a", "b"), "c")
     assert read_submission(sent(request, History(), 0.0), 0.0, VOCAB)[0] == request
     assert all(getattr(changed, f.name) != f.default for f in crossing)
-    stays = replace(changed, stop=("x",), include_stop=True, skip_special_tokens=False)
+    stays = replace(
+        changed, stop=("x",), include_stop=True, skip_special_tokens=False, only_prompt=True
+    )
     more = replace(request, params=stays)
     assert read_submission(sent(more, History(), 0.0), 0.0, VOCAB)[0] == request
 
@@ -191,6 +210,10 @@ SOUND = Request(RequestId("a"), (1, 2), SamplingParams())
         (lambda s: setattr(s.sampling, "repetition_penalty", 5e-324), "repetition_penalty=5e-324"),
         (lambda s: setattr(s.sampling, "presence_penalty", math.nan), "presence_penalty=nan"),
         (lambda s: setattr(s.sampling, "logprobs", 2**32 - 1), "logprobs=4294967295"),
+        (lambda s: setattr(s.sampling, "prompt_logprobs", VOCAB + 1), "prompt_logprobs=50001"),
+        (lambda s: s.sampling.allowed_token_ids.append(VOCAB), "token 50000"),
+        (lambda s: s.sampling.bad_token_ids.add(ids=[1, VOCAB]), "token 50000"),
+        (lambda s: s.sampling.bad_token_ids.add(), "bad_token_ids: a sequence without tokens"),
         (lambda s: setattr(s, "timeout_s", math.nan), "timeout_s=nan"),
         (lambda s: setattr(s, "timeout_s", -1.0), "timeout_s=-1.0"),
     ],
@@ -213,6 +236,8 @@ def test_reasons_that_are_none_are_refused() -> None:
         read_news(pb.News(id="a", finish="because"))
     with pytest.raises(InvalidRequestError, match=r"1 log-probabilities of 2 tokens"):
         read_news(pb.News(id="a", scores=[pb.Scores(top_ids=[1, 2], top=[0.0])]))
+    with pytest.raises(InvalidRequestError, match=r"0 log-probabilities of 1 tokens"):
+        read_news(pb.News(id="a", prompt_scores=[pb.Scores(top_ids=[1])]))
 
 
 def test_values_without_a_place_in_a_message_are_an_error_of_the_writer() -> None:

@@ -238,8 +238,6 @@ def test_unknown_routes_and_wrong_methods_have_the_same_shape(house: House) -> N
 
 UNSUPPORTED: list[tuple[str, Any]] = [
     ("tools", [{"type": "function", "function": {"name": "f"}}]),
-    ("response_format", {"type": "json_schema", "json_schema": {}}),
-    ("response_format", {"type": "json_object"}),
     ("modalities", ["text", "audio"]),
     ("reasoning_effort", "high"),
     ("echo", True),

@@ -242,3 +242,11 @@ async def test_concurrent_async_clients_each_get_their_own_answer(
             return [t async for part in stream for t in part.choices[0].token_ids]
 
         assert await asyncio.gather(*map(ask, prompts)) == solo
+
+
+def test_a_client_can_ask_what_it_needs_to_write_prompts_itself(house: House) -> None:
+    info = house.http.get("/tokenizer_info").json()
+    assert (info["eos_token"], info["bos_token"]) == ("<|endoftext|>", None)
+    assert "<|assistant|>" in info["chat_template"]
+    assert info["model_max_length"] == 512
+    assert info["tokenizer_class"] == "PreTrainedTokenizerFast"

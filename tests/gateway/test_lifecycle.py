@@ -162,7 +162,9 @@ def test_a_body_that_never_ends_is_answered_when_the_server_stops(
     with open_house(tiny, num_blocks=64) as house:
         address = ("127.0.0.1", house.server.http_port)
         client = socket.create_connection(address, timeout=60)
-        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        )
         client.sendall(f'{head}content-length: 99\r\n\r\n{{"prompt"'.encode())
         house.http.get("/health")
     with client:

@@ -12,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve.comm.dispatcher import DispatchStats
 from moeserve.core import Counters, FinishReason, StepPlan, Timing
+from moeserve.observe.families import ALIASES, CacheInfo
 from moeserve.observe.metrics import _FAST as ITL_BUCKETS
-from moeserve.observe.metrics import ALIASES, Metrics
+from moeserve.observe.metrics import Metrics
+from moeserve.observe.requests import RequestRecord
 
 
 @dataclass
@@ -24,11 +26,15 @@ class Load:
     free_blocks: int = 4
 
 
+# On every sample but those of the process.
+COMMON = {"model_name": "tiny", "engine": "0"}
+
+
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     page, kind = metrics.render()
     assert kind.startswith("text/plain")
     return {
-        (s.name, tuple(sorted((k, v) for k, v in s.labels.items() if k != "model_name"))): s.value
+        (s.name, tuple(sorted((k, v) for k, v in s.labels.items() if k not in COMMON))): s.value
         for family in text_string_to_metric_families(page.decode())
         for s in family.samples
     }
@@ -36,7 +42,7 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
 
 def bound() -> tuple[Metrics, Counters]:
     metrics, counters = Metrics(), Counters()
-    metrics.bind("tiny", lambda: counters, Load)
+    metrics.bind("tiny", lambda: counters, Load, cache=CacheInfo(16, 10, "float32", True))
     return metrics, counters
 
 
@@ -76,9 +82,11 @@ def test_durations_fill_histograms() -> None:
             "request_queue_time_seconds",
             "request_prefill_time_seconds",
             "request_decode_time_seconds",
+            "request_inference_time_seconds",
+            "request_time_per_output_token_seconds",
         )
     }
-    assert list(sums.values()) == [0.3, 1.0, 1.3, 0.1, 0.2, 1.0]
+    assert list(sums.values()) == [0.3, 1.0, 1.3, 0.1, 0.2, 1.0, 1.2, 0.5]
     assert found["moeserve_inter_token_latency_seconds_count", ()] == 2
     assert found["moeserve_step_seconds_count", ()] == 1
 
@@ -89,7 +97,8 @@ def test_requests_that_never_ran_have_no_token_times() -> None:
     metrics.on_finish(FinishReason.DEADLINE, never)
     found = samples(metrics)
     assert found["moeserve_e2e_latency_seconds_count", ()] == 1
-    assert ("moeserve_decode_time_seconds_count", ()) not in found
+    for name in ("decode_time", "inference_time", "time_per_output_token", "queue_time"):
+        assert found[f"moeserve_{name}_seconds_count", ()] == 0
 
 
 def test_every_alias_is_served_with_the_value_of_ours() -> None:
@@ -99,15 +108,19 @@ def test_every_alias_is_served_with_the_value_of_ours() -> None:
     metrics.on_step(StepPlan(()), 0.02)
     metrics.on_gaps({0.5: 1})
     metrics.on_finish(FinishReason.STOP, timing)
+    metrics.on_request(RequestRecord("x", "tiny", "OK", 1.3, n=2, max_tokens=7, longest=3))
     found = samples(metrics)
-    for ours, theirs in ALIASES.items():
-        pairs = [
-            (value, found[name.replace(f"moeserve_{ours}", f"vllm:{theirs}"), labels])
-            for (name, labels), value in found.items()
-            if name.startswith(f"moeserve_{ours}") and not name.endswith("_created")
-        ]
-        assert pairs, ours
-        assert all(a == b for a, b in pairs)
+    endings = ("", "_total", "_bucket", "_sum", "_count")
+    for ours, others in ALIASES.items():
+        for theirs in others:
+            pairs = [
+                (value, found[f"vllm:{theirs}{ending}", labels])
+                for ending in endings
+                for (name, labels), value in found.items()
+                if name == f"moeserve_{ours}{ending}"
+            ]
+            assert pairs, ours
+            assert all(a == b for a, b in pairs)
 
 
 def test_two_of_them_share_nothing() -> None:
@@ -163,11 +176,68 @@ def test_gaps_between_tokens_fall_into_the_buckets_of_one_by_one(
             for _ in range(count):
                 plain.observe(seconds)
     found = samples(metrics)
-    if not any(steps):
-        assert ("moeserve_inter_token_latency_seconds_count", ()) not in found
-        return
     for sample in next(iter(plain.collect())).samples:
         labels = tuple(sample.labels.items())
         name = sample.name.replace("plain", "moeserve_inter_token_latency_seconds")
         if not name.endswith("_created"):
             assert found[name, labels] == pytest.approx(sample.value)
+
+
+def test_every_distribution_is_there_before_the_first_request() -> None:
+    found = samples(bound()[0])
+    names = {name.removesuffix("_bucket") for name, _ in found if name.endswith("_bucket")}
+    assert {
+        f"vllm:{name}"
+        for name in (
+            "request_prompt_tokens",
+            "request_generation_tokens",
+            "request_max_num_generation_tokens",
+            "request_params_n",
+            "request_params_max_tokens",
+            "iteration_tokens_total",
+            "time_to_first_token_seconds",
+            "time_per_output_token_seconds",
+            "inter_token_latency_seconds",
+        )
+    } <= names
+    assert all(found[f"{name}_count", ()] == 0 for name in names)
+
+
+def test_every_sample_says_whose_it_is() -> None:
+    page, _ = bound()[0].render()
+    for family in text_string_to_metric_families(page.decode()):
+        for sample in family.samples:
+            if not sample.name.startswith("process_"):
+                assert COMMON.items() <= sample.labels.items(), sample
+
+
+def test_the_process_and_the_cache_are_described() -> None:
+    found = samples(bound()[0])
+    assert found["process_resident_memory_bytes", ()] > 0
+    assert found["process_open_fds", ()] > 0
+    said = next(dict(labels) for name, labels in found if name == "vllm:cache_config_info")
+    assert said["block_size"] == "16"
+    assert said["num_gpu_blocks"] == "10"
+    assert said["enable_prefix_caching"] == "True"
+
+
+def test_drafts_are_shown_as_vllm_shows_them() -> None:
+    metrics, counters = bound()
+    counters.drafts, counters.drafted_tokens, counters.accepted_tokens = 3, 9, 4
+    found = samples(metrics)
+    assert found["vllm:spec_decode_num_drafts_total", ()] == 3
+    assert found["vllm:spec_decode_num_draft_tokens_total", ()] == 9
+    assert found["vllm:spec_decode_num_accepted_tokens_total", ()] == 4
+
+
+def test_what_clients_asked_for_is_counted_once_a_request() -> None:
+    metrics, _ = bound()
+    metrics.on_request(RequestRecord("a", "tiny", "OK", 1.0, n=2, max_tokens=60, longest=50))
+    metrics.on_request(RequestRecord("b", "tiny", "OK", 1.0, longest=3))
+    metrics.on_request(RequestRecord("c", "tiny", "RESOURCE_EXHAUSTED", 0.0, refused=True, n=9))
+    found = samples(metrics)
+    assert found["vllm:request_params_n_sum", ()] == 3
+    assert found["vllm:request_params_n_count", ()] == 2
+    assert found["vllm:request_params_max_tokens_sum", ()] == 60
+    assert found["vllm:request_params_max_tokens_count", ()] == 1
+    assert found["vllm:request_max_num_generation_tokens_sum", ()] == 53

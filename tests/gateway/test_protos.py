@@ -55,6 +55,7 @@ def test_field_numbers_never_change() -> None:
     assert sampling == (
         "max_tokens min_tokens temperature top_k top_p min_p repetition_penalty "
         "presence_penalty frequency_penalty logit_bias seed stop stop_token_ids ignore_eos "
-        "include_stop skip_special_tokens logprobs".split()
+        "include_stop skip_special_tokens logprobs grammar".split()
     )
+    assert pb.SamplingParams.DESCRIPTOR.fields_by_name["grammar"].number == 25
     assert [f.number for f in pb.GenerateChunk.DESCRIPTOR.fields] == list(range(1, 9))

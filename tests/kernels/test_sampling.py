@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,6 +213,53 @@ def test_min_tokens_bans_what_would_end_the_request() -> None:
     assert token(logits, replace(params, ignore_eos=True)) == 0
 
 
+some_ids = st.lists(st.integers(0, V - 1), min_size=1, max_size=6)
+
+
+@given(rows, some_ids, some_ids, st.booleans(), st.integers(0, 9))
+def test_nothing_but_what_is_allowed_is_chosen(
+    logits: Row, allowed: list[int], biased: list[int], greedy: bool, seed: int
+) -> None:
+    bias = tuple((i, 5.0) for i in sorted(set(biased)))
+    params = SamplingParams(temperature=0.0 if greedy else 1.0, seed=seed, logit_bias=bias)
+    chosen = token(logits, replace(params, allowed_token_ids=tuple(allowed)))
+    assert chosen in allowed
+    if greedy:
+        bent = logits.astype(np.float64)
+        bent[sorted(set(biased))] += 5.0
+        assert chosen == max(allowed, key=lambda i: (bent[i], -i))
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple), max_size=5).map(tuple),
+    st.integers(0, 1000),
+)
+def test_an_answer_has_no_bad_sequence_in_it_and_is_bent_nowhere_else(
+    bad: tuple[tuple[int, ...], ...], seed: int
+) -> None:
+    """Tokens 0 to 3 are likely, so that sequences of them are met."""
+    draws = np.random.Generator(np.random.Philox(seed)).normal(0, 1, (20, V)).astype(np.float32)
+    draws[:, :4] += 4
+    params = replace(GREEDY, bad_token_ids=bad)
+    made: list[int] = []
+    for logits in draws:
+        ends = {b[-1] for b in bad if tuple([*made, b[-1]][-len(b) :]) == b}
+        made.append(token(logits, params, prompt=(0, 1, 2, 3), outputs=tuple(made)))
+        assert made[-1] == max(set(range(V)) - ends, key=lambda i: (logits[i], -i))
+    for b in bad:
+        assert not any(tuple(made[i : i + len(b)]) == b for i in range(len(made)))
+
+
+@given(rows, st.integers(1, 5), st.integers(0, 5))
+def test_a_known_token_is_scored_and_not_chosen(logits: Row, known: int, count: int) -> None:
+    asked = SamplingParams(prompt_logprobs=count, temperature=0.7, allowed_token_ids=(3,))
+    prompt = (7, 1, 4, 9, 2, 11)
+    found = sample_row(logits, row(asked, prompt)._replace(known=known), frozenset())
+    assert found.token_id == prompt[known]
+    assert found.logprobs == logprobs_of(logits, prompt[known], count)
+
+
 @given(rows, st.integers(0, V - 1), st.integers(0, 20))
 def test_logprobs_are_the_models_own(logits: Row, chosen: int, count: int) -> None:
     share = np.exp(logits.astype(np.float64))
@@ -301,10 +349,19 @@ KINDS = (
     {"logit_bias": ((4, 9.0),)},
     {"temperature": 1.0, "seed": 3},
 )
-kinds = st.sampled_from(KINDS).map(lambda fields: SamplingParams(**{"temperature": 0.0, **fields}))
+# What no answer in a given form may ask for (``limits``).
+OWN_KINDS = ({"allowed_token_ids": (5, 2, 9)}, {"bad_token_ids": ((1,), (2, 2, 3))})
 
 
-@given(st.lists(st.tuples(rows, kinds, st.booleans()), min_size=1, max_size=6))
+def greedy(fields: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, **fields})
+
+
+kinds = st.sampled_from(KINDS).map(greedy)
+all_kinds = st.sampled_from((*KINDS, *OWN_KINDS)).map(greedy)
+
+
+@given(st.lists(st.tuples(rows, all_kinds, st.booleans()), min_size=1, max_size=6))
 def test_rows_together_are_the_rows_alone(drawn: list[tuple[Row, SamplingParams, bool]]) -> None:
     asked = [row(params, prompt=(0, 1), outputs=(2, 2)) for _, params, _ in drawn]
     logits_RV = np.stack([np.where(broken, np.nan, x) for x, _, broken in drawn])
@@ -317,6 +374,64 @@ def test_rows_together_are_the_rows_alone(drawn: list[tuple[Row, SamplingParams,
             assert "hold nan" in got.failure
         else:
             assert got == sample_row(logits, one, eos)
+
+
+allowed_tokens = st.sets(st.integers(0, V - 1), min_size=1)
+
+
+def bits(allowed: set[int]) -> NDArray[np.uint8]:
+    return np.packbits([i in allowed for i in range(V)], bitorder="little")
+
+
+def only(logits: Row, allowed: set[int]) -> Row:
+    """Without what is not allowed."""
+    return np.where([i in allowed for i in range(V)], logits, -np.inf).astype(np.float32)
+
+
+@given(st.lists(st.tuples(rows, kinds, st.none() | allowed_tokens), min_size=1, max_size=6))
+def test_what_is_not_allowed_is_as_if_its_logit_were_infinitely_small(
+    drawn: list[tuple[Row, SamplingParams, set[int] | None]],
+) -> None:
+    asked = [
+        row(params)._replace(allowed_B=None if allowed is None else bits(allowed))
+        for _, params, allowed in drawn
+    ]
+    logits_RV = np.stack([logits for logits, _, _ in drawn])
+    found = ReferenceOps().sample(torch.from_numpy(logits_RV), asked, frozenset({0}))
+    for (logits, params, allowed), got in zip(drawn, found, strict=True):
+        if allowed is None:
+            assert got == sample_row(logits, row(params), frozenset({0}))
+            continue
+        # Where only tokens are allowed that would end it too early, they may.
+        if allowed <= {0, *params.stop_token_ids}:
+            params = replace(params, min_tokens=0)
+        masked = sample_row(only(logits, allowed), row(params), frozenset({0}))
+        assert got.token_id == masked.token_id
+        assert got.token_id in allowed
+        if params.logprobs is not None:  # they are the model's own
+            assert got.logprobs == logprobs_of(logits, got.token_id, params.logprobs)
+
+
+@pytest.mark.parametrize("params", [GREEDY, replace(GREEDY, temperature=1.0)])
+@pytest.mark.parametrize("many", [False, True])
+def test_a_row_that_allows_nothing_or_holds_no_numbers_fails_alone(
+    params: SamplingParams, many: bool
+) -> None:
+    logits = np.zeros(V, np.float32)
+    none = row(params)._replace(allowed_B=bits(set()))
+    broken = row(params)._replace(allowed_B=bits({1}))
+    given = [(logits, none), (np.where(np.arange(V) == 2, np.nan, logits), broken)]
+    if not many:
+        found = [
+            ReferenceOps().sample(torch.from_numpy(x[None]), [r], frozenset())[0] for x, r in given
+        ]
+    else:
+        together = np.stack([x for x, _ in given]).astype(np.float32)
+        found = ReferenceOps().sample(
+            torch.from_numpy(together), [r for _, r in given], frozenset()
+        )
+    assert "no token is allowed" in found[0].failure
+    assert "hold nan" in found[1].failure
 
 
 @pytest.mark.parametrize("fields", KINDS)

@@ -57,6 +57,15 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
+@given(text=st.text(max_size=200), special=st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_ids_are_those_of_the_library(tokenizer: Tokenizer, text: str, special: bool) -> None:
+    from tokenizers import Tokenizer as Inner
+
+    inner = Inner.from_file(str(tokenizer.files.folder / "tokenizer.json"))
+    assert tokenizer.encode(text, special) == inner.encode(text, add_special_tokens=special).ids
+
+
 def test_the_vocabulary_covers_every_byte(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 320
     assert {tokenizer.token_bytes(i) for i in range(256)} == {bytes([b]) for b in range(256)}

@@ -73,5 +73,6 @@ class Children:
 
 
 def _echo(out: IO[str], rank: int, line: str) -> None:
-    out.write(f"[rank {rank}] {line}")
+    """Names the rank; a line that is a JSON object does so itself."""
+    out.write(line if line.startswith("{") else f"[rank {rank}] {line}")
     out.flush()

@@ -93,16 +93,18 @@ class DoorRequests:
             self._engine.abort(request_id, reason)
 
     def take(self, most: int) -> list[Event | Return]:
-        """The oldest news, up to ``most``; should there be more, ``on_news`` is called again."""
+        """The oldest news, up to ``most`` and the one that reaches it, each with log-probabilities
+        of a prompt as many; should there be more, ``on_news`` is called again."""
         # Before the look: what is added after it makes another call.
         self._called = False
         found: list[Event | Return] = [*self._refused]
         self._refused.clear()
-        for _ in range(min(most, len(self._news))):
+        while self._news and most > 0:
             news = self._news.popleft()
             if isinstance(news, Return) or news.finish is not None:
                 self._running.discard(news.request_id)
             found.append(news)
+            most -= 1 if isinstance(news, Return) else 1 + len(news.prompt_logprobs)
         if self._news:
             self._call()
         return found

@@ -210,6 +210,8 @@ class Front:
             return [], self._nothing_R
         usable = (len(seq) - 1) // self._block_size  # one token must be left to compute
         keys = seq.full_keys(self._block_size)
+        if seq.request.params.prompt_logprobs is not None:  # every token is computed
+            return keys, self._nothing_R
         return keys, self._prefixes.cached_blocks(keys[:usable]) * self._block_size
 
     def _next(self) -> SequenceState | None:

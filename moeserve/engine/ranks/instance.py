@@ -149,8 +149,14 @@ class Instance:
                 del self._held[event.request_id]
                 self._front.finished(event.request_id)
                 self._observer.on_finish(event.finish, state.timing(now))
-            if self._suffix or event.cached_tokens != state.cached:
-                event = replace(event, request_id=state.request.id, cached_tokens=state.cached)
+            first = state.made == len(event.token_ids)
+            if self._suffix or first or event.cached_tokens != state.cached:
+                event = replace(
+                    event,
+                    request_id=state.request.id,
+                    cached_tokens=state.cached,
+                    queue_s=state.queue_s,
+                )
             outbox.add(state.sink, event)
         if before:
             self._observer.on_gaps({now - then: count for then, count in before.items()})

@@ -4,7 +4,8 @@ Writers raise ValueError where a value has no place in a message. Readers raise 
 which names what came, for bytes that are no message and for values that mean nothing here.
 
 Every field survives, but for these: times go as what is left of them, seeds modulo 2**64, of which
-the sampler uses no more; and what a door does by itself (stop strings and other text) stays there.
+the sampler uses no more; and what a door does by itself (stop strings and other text, how long a
+request waited) stays there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from moeserve.core import (
     CacheScope,
     Event,
     FinishReason,
+    Grammar,
+    GrammarKind,
     Logprobs,
     Request,
     RequestId,
@@ -109,13 +112,17 @@ def _require_numbers(submission: pb.Submission, vocab_size: int) -> None:
         )
     if not 0 <= submission.timeout_s < math.inf:
         raise InvalidRequestError(f"timeout_s={submission.timeout_s} is no time", param="timeout")
-    for ids in (submission.prompt, submission.outputs, s.bias_ids, s.stop_token_ids):
+    lists = [submission.prompt, submission.outputs, s.bias_ids, s.stop_token_ids]
+    for ids in (*lists, s.allowed_token_ids, *(bad.ids for bad in s.bad_token_ids)):
         if (largest := max(ids, default=0)) >= vocab_size:
             raise InvalidRequestError(f"token {largest}: the model has {vocab_size}")
-    if s.logprobs > vocab_size:
-        raise InvalidRequestError(
-            f"logprobs={s.logprobs}: the model has {vocab_size} tokens", param="logprobs"
-        )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (count := getattr(s, name)) > vocab_size:
+            raise InvalidRequestError(
+                f"{name}={count}: the model has {vocab_size} tokens", param=name
+            )
+    if not all(bad.ids for bad in s.bad_token_ids):
+        raise InvalidRequestError("bad_token_ids: a sequence without tokens", param="bad_words")
 
 
 def _read_sampling(s: pb.Sampling) -> SamplingParams:
@@ -134,7 +141,17 @@ def _read_sampling(s: pb.Sampling) -> SamplingParams:
         stop_token_ids=tuple(s.stop_token_ids),
         ignore_eos=s.ignore_eos,
         logprobs=s.logprobs if s.HasField("logprobs") else None,
+        prompt_logprobs=s.prompt_logprobs if s.HasField("prompt_logprobs") else None,
+        allowed_token_ids=tuple(s.allowed_token_ids),
+        bad_token_ids=tuple(tuple(bad.ids) for bad in s.bad_token_ids),
+        grammar=_read_grammar(s.grammar) if s.HasField("grammar") else None,
     )
+
+
+def _read_grammar(g: pb.Grammar) -> Grammar:
+    if g.kind not in set(GrammarKind):
+        raise InvalidRequestError(f"{g.kind[:40]!r} is no kind of grammar", param="grammar")
+    return Grammar(GrammarKind(g.kind), g.text, g.whitespace if g.HasField("whitespace") else None)
 
 
 def _write_sampling(out: pb.Sampling, params: SamplingParams) -> None:
@@ -154,23 +171,28 @@ def _write_sampling(out: pb.Sampling, params: SamplingParams) -> None:
     out.ignore_eos = params.ignore_eos
     if params.logprobs is not None:
         out.logprobs = params.logprobs
+    if params.prompt_logprobs is not None:
+        out.prompt_logprobs = params.prompt_logprobs
+    out.allowed_token_ids.extend(params.allowed_token_ids)
+    out.bad_token_ids.extend([pb.BadTokens(ids=bad) for bad in params.bad_token_ids])
+    if params.grammar is not None:
+        out.grammar.kind, out.grammar.text = params.grammar.kind.value, params.grammar.text
+        if params.grammar.whitespace is not None:
+            out.grammar.whitespace = params.grammar.whitespace
 
 
 def write_news(out: pb.News, event: Event) -> None:
     out.id = event.request_id
     out.tokens.extend(event.token_ids)
-    for logprobs in event.logprobs:
-        scores = out.scores.add()
-        scores.chosen = logprobs.chosen
-        scores.top_ids.extend([i for i, _ in logprobs.top])
-        scores.top.extend([value for _, value in logprobs.top])
+    out.scores.extend(map(_scores_of, event.logprobs))
+    out.prompt_scores.extend(map(_scores_of, event.prompt_logprobs))
     if event.finish is not None:
         out.finish, out.error = event.finish.value, event.error
     out.cached_tokens = event.cached_tokens
 
 
 def read_news(news: pb.News) -> Event:
-    for scores in news.scores:
+    for scores in (*news.scores, *news.prompt_scores):
         if len(scores.top_ids) != len(scores.top):
             raise InvalidRequestError(
                 f"{len(scores.top)} log-probabilities of {len(scores.top_ids)} tokens"
@@ -178,13 +200,21 @@ def read_news(news: pb.News) -> Event:
     return Event(
         request_id=RequestId(news.id),
         token_ids=tuple(news.tokens),
-        logprobs=tuple(
-            Logprobs(s.chosen, tuple(zip(s.top_ids, s.top, strict=True))) for s in news.scores
-        ),
+        logprobs=tuple(map(_logprobs_of, news.scores)),
         finish=_read_reason(news.finish) if news.finish else None,
         error=news.error,
         cached_tokens=news.cached_tokens,
+        prompt_logprobs=tuple(map(_logprobs_of, news.prompt_scores)),
     )
+
+
+def _scores_of(logprobs: Logprobs) -> pb.Scores:
+    ids, values = zip(*logprobs.top, strict=True) if logprobs.top else ((), ())
+    return pb.Scores(chosen=logprobs.chosen, top_ids=ids, top=values)
+
+
+def _logprobs_of(scores: pb.Scores) -> Logprobs:
+    return Logprobs(scores.chosen, tuple(zip(scores.top_ids, scores.top, strict=True)))
 
 
 def write_uses(uses: Sequence[ExpertUse]) -> list[pb.Use]:

@@ -2,18 +2,20 @@
 
 Each row is computed by itself, in float64, and draws from a counter-based generator keyed by
 (seed, position of the new token): the token depends on its own logits and history only, never on
-the batch (law 1). In this order: penalties, bias, tokens banned by ``min_tokens``, temperature,
-min-p, top-k, top-p (over what the filters before left, renormalised). Equal logits: the lower
+the batch (law 1). In this order: tokens that a grammar does not allow, penalties, bias, tokens that
+are not in ``allowed_token_ids``, those banned by ``min_tokens`` and as the end of
+``bad_token_ids``, temperature, min-p, top-k, top-p (over what the filters before left,
+renormalised). Where all that a grammar allows are banned, they are not. Equal logits: the lower
 token id is greater. Log-probabilities are those of the model, before any of this.
 
-Letters: R rows, V vocabulary.
+Letters: R rows, V vocabulary, B its bytes (one bit for each token), M rows that do not allow all.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +46,8 @@ def sample_rows(
         return [_sample_alone(host_RV[r], row, eos_ids) for r, row in enumerate(rows)]
     best_R = host_RV.argmax(axis=1)  # the first maximum of each row, or its first NaN
     sound_R = np.isfinite(host_RV[np.arange(len(rows)), best_R])
+    if any(row.allowed_B is not None for row in rows):
+        best_R, sound_R = _best_allowed(host_RV, rows, best_R, sound_R)
     new = tuple.__new__
     sampled = [new(SampledRow, (best, None, "")) for best in best_R.tolist()]
     known = [row.takes_best for row in rows]
@@ -57,11 +61,34 @@ def sample_rows(
 def _sample_alone(
     logits_V: NDArray[np.float32], row: SamplingRow, eos_ids: frozenset[int]
 ) -> SampledRow:
-    if row.takes_best:
+    if row.takes_best and row.allowed_B is None:
         best = int(logits_V.argmax())
         if math.isfinite(logits_V[best]):
             return SampledRow(best)
     return _try(logits_V, row, eos_ids)
+
+
+def _best_allowed(
+    logits_RV: NDArray[np.float32],
+    rows: Sequence[SamplingRow],
+    best_R: Ids,
+    sound_R: NDArray[np.bool_],
+) -> tuple[Ids, NDArray[np.bool_]]:
+    """The best token of each row that is allowed, and whether it can be taken: ``best_R`` and
+    ``sound_R`` are as if all were allowed. All rows at once: one after the other takes longer."""
+    index_M = np.array([r for r, row in enumerate(rows) if row.allowed_B is not None])
+    masks_MB = np.stack([row.allowed_B for row in rows if row.allowed_B is not None])
+    logits_MV = logits_RV[index_M]
+    logits_MV[~allowed_tokens(masks_MB, logits_MV.shape[1])] = -np.inf
+    best_R, sound_R, best_M = best_R.copy(), sound_R.copy(), logits_MV.argmax(axis=1)
+    best_R[index_M] = best_M
+    sound_R[index_M] &= np.isfinite(logits_MV[np.arange(len(index_M)), best_M])
+    return best_R, sound_R
+
+
+def allowed_tokens(masks_MB: NDArray[np.uint8], vocab: int) -> NDArray[np.bool_]:
+    """Which tokens the bits of each row allow: [M, V]."""
+    return np.unpackbits(masks_MB, axis=1, count=vocab, bitorder="little").view(np.bool_)
 
 
 def takes_best(row: SamplingRow, eos_ids: frozenset[int]) -> bool:
@@ -69,6 +96,7 @@ def takes_best(row: SamplingRow, eos_ids: frozenset[int]) -> bool:
     params = row.params
     return (
         params.temperature <= 0
+        and not row.known
         and params.logprobs is None
         and not adjusts_logits(params)
         and not banned_ids(params, len(row.output_ids), eos_ids)
@@ -98,10 +126,19 @@ def sample_row(
             f"request {row.request_id}: the logits after position {row.position - 1} hold "
             f"{logits_V[best]} at token {best}"
         )
+    if row.known:
+        token = row.prompt_ids[row.known]
+        return SampledRow(token, logprobs_of(logits_V, token, params.prompt_logprobs or 0))
     banned = banned_ids(params, len(row.output_ids), eos_ids)
-    token = best
-    if params.temperature > 0 or banned or adjusts_logits(params):
+    token, allowed = best, row.allowed_B
+    if params.temperature > 0 or banned or allowed is not None or adjusts_logits(params):
         adjusted_V = adjust_logits(logits_V, params, row.prompt_ids, row.output_ids, banned)
+        if allowed is not None:
+            forbidden_V = ~allowed_tokens(allowed[None], len(logits_V))[0]
+            adjusted_V[forbidden_V] = -np.inf
+            if banned and not math.isfinite(adjusted_V.max()):  # the grammar's end has come
+                adjusted_V = adjust_logits(logits_V, params, row.prompt_ids, row.output_ids, ())
+                adjusted_V[forbidden_V] = -np.inf
         if not math.isfinite(adjusted_V.max()):
             raise InternalError(f"request {row.request_id}: no token is allowed")
         if params.temperature > 0:
@@ -126,7 +163,7 @@ def adjust_logits(
     output_ids: Sequence[int],
     banned: Iterable[int],
 ) -> Floats:
-    """Logits after penalties, bias and bans."""
+    """Logits after penalties, bias and bans, of which tokens that are not allowed have one too."""
     x_V = logits_V.astype(np.float64)
     if params.repetition_penalty != 1:
         seen = np.unique(np.asarray([*prompt_ids, *output_ids], np.int64))
@@ -137,9 +174,21 @@ def adjust_logits(
         x_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
     for token, bias in params.logit_bias:
         x_V[token] += bias
-    for token in banned:
+    if params.allowed_token_ids:
+        allowed = np.array(params.allowed_token_ids, np.int64)
+        kept = x_V[allowed]
+        x_V.fill(-np.inf)
+        x_V[allowed] = kept
+    for token in (*banned, *ends_of_bad(params.bad_token_ids, output_ids)):
         x_V[token] = -np.inf
     return x_V
+
+
+def ends_of_bad(bad: Iterable[Sequence[int]], output_ids: Sequence[int]) -> Iterator[int]:
+    """The last tokens of those sequences whose other tokens the answer ends with."""
+    for *others, last in bad:
+        if not others or list(output_ids[-len(others) :]) == others:
+            yield last
 
 
 def draw_token(logits_V: Floats, params: SamplingParams, u: float) -> int:

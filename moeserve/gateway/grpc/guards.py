@@ -1,0 +1,132 @@
+"""Around every method of every service: who calls, how its message is read, that a call runs.
+
+Only health needs no key. The message of a unary request is read here and not by gRPC: after the
+key has been looked at, within a limit of time (``reads``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from moeserve.errors import InvalidRequestError, MoeserveError, UnauthenticatedError
+from moeserve.gateway.grpc.reads import MessageReads
+from moeserve.gateway.grpc.statuses import Context, abort
+from moeserve.gateway.identity import Tenants, serve_tenant
+
+_HEALTH = "/grpc.health.v1.Health/"
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class BusyPeers:
+    """How many calls run from each remote port: their connections are not idle."""
+
+    def __init__(self) -> None:
+        self._calls: Counter[int] = Counter()
+
+    def __contains__(self, port: int) -> bool:
+        return port in self._calls
+
+    @contextmanager
+    def calling(self, peer: str) -> Iterator[None]:
+        """``peer`` as gRPC writes it: ``ipv4:127.0.0.1:50000``, ``ipv6:%5B::1%5D:50000``."""
+        _, _, text = peer.rpartition(":")
+        port = int(text) if text.isdecimal() else -1
+        self._calls[port] += 1
+        try:
+            yield
+        finally:
+            self._calls[port] -= 1
+            if not self._calls[port]:
+                del self._calls[port]
+
+
+class GrpcGuard(grpc.aio.ServerInterceptor):
+    """Everything but health needs ``authorization: Bearer KEY``, where there are keys."""
+
+    def __init__(self, tenants: Tenants | None, reads: MessageReads, busy: BusyPeers) -> None:
+        self._tenants = tenants
+        self._reads = reads
+        self._busy = busy
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        tenant = ""
+        if self._tenants is not None and not handler_call_details.method.startswith(_HEALTH):
+            given = dict(handler_call_details.invocation_metadata).get("authorization", "")
+            found = self._tenants.of(str(given).encode())
+            if found is None:
+                return grpc.stream_stream_rpc_method_handler(_deny)
+            tenant = found
+        return self._guarded(handler, tenant)
+
+    def _guarded(self, handler: _Handler, tenant: str) -> _Handler:
+        """``handler`` as one that takes a stream of requests: of that of a unary one it reads the
+        first."""
+        method = _method_of(handler)
+        read = None if handler.request_streaming else self._message
+        parse = handler.request_deserializer
+
+        async def running(requests: object, context: Context) -> Any:
+            with self._busy.calling(context.peer()):
+                serve_tenant(tenant)
+                request = requests if read is None else await read(parse, context)
+                return await method(request, context)
+
+        async def yielding(requests: object, context: Context) -> AsyncIterator[Any]:
+            with self._busy.calling(context.peer()):
+                serve_tenant(tenant)
+                request = requests if read is None else await read(parse, context)
+                async for answer in method(request, context):
+                    yield answer
+
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+        return make(
+            yielding if inspect.isasyncgenfunction(method) else running,
+            request_deserializer=parse if read is None else None,
+            response_serializer=handler.response_serializer,
+        )
+
+    async def _message(self, parse: Callable[[bytes], Any] | None, context: Context) -> Any:
+        try:
+            message = await self._reads.first(context)
+            return message if parse is None else parse(message)
+        except DecodeError as error:
+            failed: MoeserveError = InvalidRequestError(f"not a valid message: {error}")
+        except MoeserveError as error:
+            failed = error
+        await abort(context, failed)
+        raise AssertionError("abort raises")
+
+
+def _method_of(handler: _Handler) -> Callable[..., Any]:
+    kinds = (
+        handler.unary_unary,
+        handler.unary_stream,
+        handler.stream_unary,
+        handler.stream_stream,
+    )
+    return next(method for method in kinds if method is not None)
+
+
+async def _deny(_: object, context: Context) -> None:
+    """Before the message has been read."""
+    await abort(
+        context, UnauthenticatedError("send the api key as metadata 'authorization: Bearer KEY'")
+    )

@@ -1,0 +1,129 @@
+"""What OpenAI's answers have alike, whole and in chunks: head, choices, usage.
+
+Pure: deltas in, JSON objects out. Completions and chat each write their own choices.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from moeserve.gateway.openai.errors import Json
+from moeserve.gateway.openai.fields import AnswerFormat
+from moeserve.gateway.openai.logprobs import TokenEntries
+from moeserve.gateway.stream import Delta, Usage
+from moeserve.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """What names an answer: its id, model, time of creation, and ``n`` sequences a prompt."""
+
+    answer_id: str
+    model: str
+    created: int
+    n: int
+
+
+@dataclass(slots=True)
+class Choice:
+    """What came of one sequence so far."""
+
+    index: int
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Json] = field(default_factory=list)
+    offset: int = 0
+    finish: str | None = None
+    usage: Usage | None = None
+
+
+class AnswerWriter(ABC):
+    """Writes one answer and owns what it has so far.
+
+    Of a whole answer every delta is given to ``add``, of a stream to ``chunks``.
+    """
+
+    def __init__(
+        self, form: AnswerFormat, head: AnswerHead, kind: str, tokenizer: Tokenizer | None
+    ) -> None:
+        self._form = form
+        self._n = head.n
+        self._entries_of = TokenEntries(tokenizer)
+        self._choices: dict[int, Choice] = {}
+        self._head = {
+            "id": head.answer_id,
+            "object": kind,
+            "created": head.created,
+            "model": head.model,
+        }
+
+    @abstractmethod
+    def _whole_choice(self, choice: Choice) -> Json:
+        """A choice of a whole answer, without what all kinds have."""
+
+    @abstractmethod
+    def _parts(self, choice: Choice, delta: Delta, fresh: bool) -> Iterator[Json]:
+        """What a delta adds to a choice, each for a chunk of its own; ``fresh`` where it is the
+        choice's first."""
+
+    def add(self, delta: Delta) -> None:
+        """One more delta of what ``whole`` will be."""
+        choice, _ = self._choice(delta)
+        choice.texts.append(delta.text)
+        choice.token_ids.extend(delta.token_ids)
+        choice.logprobs.extend(self._entries(choice, delta))
+
+    def whole(self) -> Json:
+        choices = []
+        for index, choice in sorted(self._choices.items()):
+            body: Json = {"index": index, "finish_reason": choice.finish}
+            body |= self._whole_choice(choice)
+            if self._form.token_ids:
+                body["token_ids"] = choice.token_ids
+            choices.append(body)
+        return self._head | {"choices": choices, "usage": self._usage()}
+
+    def chunks(self, delta: Delta) -> Iterator[Json]:
+        """What one delta adds to a stream; nothing if it has nothing to show yet."""
+        choice, fresh = self._choice(delta)
+        usage = {"usage": None} if self._form.include_usage else {}
+        for part in self._parts(choice, delta, fresh):
+            yield self._head | {"choices": [{"index": delta.index} | part]} | usage
+
+    def usage_chunk(self) -> Json:
+        return self._head | {"choices": [], "usage": self._usage()}
+
+    def _shows(self, delta: Delta) -> bool:
+        tokens = delta.token_ids and (self._form.logprobs or self._form.token_ids)
+        return bool(delta.text or tokens or delta.finish)
+
+    def _choice(self, delta: Delta) -> tuple[Choice, bool]:
+        fresh = delta.index not in self._choices
+        choice = self._choices.setdefault(delta.index, Choice(delta.index))
+        choice.finish = delta.finish.value if delta.finish else None
+        choice.usage = delta.usage or choice.usage
+        return choice, fresh
+
+    def _entries(self, choice: Choice, delta: Delta) -> list[Json]:
+        if not self._form.logprobs:
+            return []
+        entries, choice.offset = self._entries_of.entries(
+            delta.token_ids, delta.logprobs, choice.offset
+        )
+        return entries
+
+    def _usage(self) -> Json:
+        used = {index: c.usage for index, c in self._choices.items() if c.usage is not None}
+        # The n sequences of one prompt share it, so it counts once.
+        firsts = [usage for index, usage in used.items() if index % self._n == 0]
+        prompt = sum(usage.prompt_tokens for usage in firsts)
+        answer = sum(usage.completion_tokens for usage in used.values())
+        cached = sum(usage.cached_tokens for usage in firsts)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "total_tokens": prompt + answer,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }

@@ -1,0 +1,71 @@
+"""Log-probabilities as OpenAI writes them, for completions and for chat. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeserve.core import Logprobs
+from moeserve.gateway.openai.errors import Json
+from moeserve.models.tokenizer import Tokenizer
+
+# JSON has no -Infinity; OpenAI writes this for a token that cannot occur.
+LEAST_LOGPROB = -9999.0
+
+
+class TokenEntries:
+    """One entry per token, in a form from which both of OpenAI's are made."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+
+    def entries(
+        self, token_ids: Sequence[int], logprobs: Sequence[Logprobs], offset: int
+    ) -> tuple[list[Json], int]:
+        """The entries of tokens whose text begins at character ``offset``, and where it ends."""
+        entries = []
+        for token, found in zip(token_ids, logprobs, strict=True):
+            shown = self._shown(token, found.chosen)
+            tops = [self._shown(other, value) for other, value in found.top]
+            entries.append(shown | {"top_logprobs": tops, "offset": offset})
+            offset += len(self._whole_text(token))
+        return entries, offset
+
+    def _shown(self, token: int, logprob: float) -> Json:
+        raw = self._bytes(token)
+        return {
+            "token": self._whole_text(token),
+            "logprob": max(logprob, LEAST_LOGPROB),
+            "bytes": None if raw is None else list(raw),
+        }
+
+    def _bytes(self, token: int) -> bytes | None:
+        return None if self._tokenizer is None else self._tokenizer.token_bytes(token)
+
+    def _whole_text(self, token: int) -> str:
+        raw = self._bytes(token)
+        if raw is None:
+            return f"token_id:{token}"
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def chat_logprobs(entries: list[Json]) -> Json:
+    shown = [{k: v for k, v in entry.items() if k != "offset"} for entry in entries]
+    return {"content": shown, "refusal": None}
+
+
+def completion_logprobs(entries: list[Json]) -> Json:
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [_by_token(entry) for entry in entries],
+        "text_offset": [entry["offset"] for entry in entries],
+    }
+
+
+def _by_token(entry: Json) -> dict[str, float]:
+    """The best tokens, and the chosen one where it is not among them."""
+    best = {top["token"]: top["logprob"] for top in entry["top_logprobs"]}
+    return best | {entry["token"]: entry["logprob"]}
