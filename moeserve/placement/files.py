@@ -30,6 +30,8 @@ MOST_PLAN_BYTES = 32 << 20
 LEAST_BUDGET_BYTES = 64 << 20
 BUDGET_PER_BYTE = 20
 
+_LONGEST_REASON = 300
+
 # What code that takes such documents apart may meet.
 MALFORMED = (
     KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
@@ -59,7 +61,7 @@ def require_regular(path: Path) -> int:
     try:
         found = path.stat()
     except (OSError, ValueError) as cause:
-        raise PlacementError(f"cannot read {path}: {_why(cause)}") from cause
+        raise PlacementError(f"cannot read {path}: {reason(cause)}") from cause
     if not stat.S_ISREG(found.st_mode):
         raise PlacementError(f"cannot read {path}: it is no regular file")
     return found.st_size
@@ -75,13 +77,13 @@ def read_text(path: Path, most: int = MOST_TEXT_BYTES) -> str:
                 raise PlacementError(f"cannot read {path}: it is no regular file")
             content = file.read(most + 1)
     except OSError as cause:
-        raise PlacementError(f"cannot read {path}: {_why(cause)}") from cause
+        raise PlacementError(f"cannot read {path}: {reason(cause)}") from cause
     if len(content) > most:
         raise PlacementError(f"{path} has more than {most} bytes: split it")
     try:
         return content.decode()
     except UnicodeDecodeError as cause:
-        raise PlacementError(f"{path} is not JSON, or not in UTF-8: {cause}") from cause
+        raise PlacementError(f"{path} is not JSON, or not in UTF-8: {reason(cause)}") from cause
 
 
 def read_json(path: Path, most: int = MOST_TEXT_BYTES) -> Any:
@@ -89,7 +91,7 @@ def read_json(path: Path, most: int = MOST_TEXT_BYTES) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as cause:
-        raise PlacementError(f"{path} is not JSON: {cause}") from cause
+        raise PlacementError(f"{path} is not JSON: {reason(cause)}") from cause
 
 
 def require_size(what: str, layers: int, experts: int) -> None:
@@ -117,5 +119,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _why(cause: Exception) -> str:
-    return (cause.strerror if isinstance(cause, OSError) else None) or str(cause)
+def reason(cause: Exception) -> str:
+    """What an error says, cut short: it may repeat what the file holds."""
+    text = (cause.strerror if isinstance(cause, OSError) else None) or str(cause)
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."

@@ -37,6 +37,7 @@ from moeserve.placement.files import (
     MOST_PLAN_BYTES,
     MOST_SLOTS,
     read_json,
+    reason,
     shown,
     whole_number,
 )
@@ -229,7 +230,7 @@ def load(path: Path) -> Plan:
     except PlacementError as cause:
         raise PlacementError(f"{path}: {cause.message}") from cause
     except MALFORMED as cause:  # of which binascii.Error is one
-        raise PlacementError(f"{path}: malformed plan: {cause}") from cause
+        raise PlacementError(f"{path}: malformed plan: {reason(cause)}") from cause
 
 
 def slot_table(rows: Any) -> NDArray[np.int32]:

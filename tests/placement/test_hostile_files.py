@@ -277,6 +277,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"guide": {"shape": None, "uint8": "AA=="}}, "malformed plan"),
     ({"guide": []}, "malformed plan"),
     ({"figures": 5}, "malformed plan"),
+    ({"dataflow": ["many words"] * 1000}, "malformed plan"),
     ({"version": "v" * 10_000}, "is plan version"),
     ({"k" * 10_000: 1}, "keys differ"),
 ]

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
-from moeserve.placement.files import MALFORMED, MemoryBudget, require_regular
+from moeserve.placement.files import MALFORMED, MemoryBudget, reason, require_regular
 
 MOST_MEMBERS = 1 << 16
 _ENCRYPTED = 1
@@ -40,7 +40,7 @@ def open_archive(path: Path, kind: str) -> Iterator[Archive]:
     except PlacementError:
         raise
     except _BROKEN as cause:
-        raise PlacementError(f"{path} is not a readable {kind}: {cause}") from cause
+        raise PlacementError(f"{path} is not a readable {kind}: {reason(cause)}") from cause
 
 
 class Archive:

@@ -31,6 +31,7 @@ from moeserve.placement.files import (
     MOST_LAYERS,
     MemoryBudget,
     read_json,
+    reason,
     require_regular,
     require_size,
     shown,
@@ -112,7 +113,7 @@ def _safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
             arrays = {name: archive.get_tensor(name) for name in wanted}
             return arrays, dict(archive.metadata() or {})
     except (SafetensorError, OSError, TypeError, AttributeError, ValueError) as cause:
-        raise PlacementError(f"{path} is not a readable .safetensors: {cause}") from cause
+        raise PlacementError(f"{path} is not a readable .safetensors: {reason(cause)}") from cause
 
 
 def _require_small_header(path: Path) -> None:
@@ -184,7 +185,9 @@ def _counts(path: Path, table: Any, weight: float) -> Routing:
             raise TypeError(f"its type is {table.dtype}")
         load_LE = np.asarray(table, np.float64)
     except MALFORMED as cause:
-        raise PlacementError(f"{path}: ragged or non-numeric count table: {cause}") from cause
+        raise PlacementError(
+            f"{path}: ragged or non-numeric count table: {reason(cause)}"
+        ) from cause
     if load_LE.ndim == 3:
         with np.errstate(over="ignore", invalid="ignore"):  # refused where it is checked
             load_LE = load_LE.sum(axis=0)
@@ -245,7 +248,9 @@ def _from_records(path: Path, records: Any, num_experts: int | None, weight: flo
         try:
             ids_LTK = np.asarray(record["topk_ids_of_layer"])
         except MALFORMED as cause:
-            raise PlacementError(f"{path}: record {i}: ragged or non-numeric: {cause}") from cause
+            raise PlacementError(
+                f"{path}: record {i}: ragged or non-numeric: {reason(cause)}"
+            ) from cause
         if ids_LTK.ndim != 3 or not np.issubdtype(ids_LTK.dtype, np.integer):
             raise PlacementError(f"{path}: record {i}: expected whole numbers [layers, tokens, k]")
         require_size(f"{path}: record {i}", ids_LTK.shape[0], ids_LTK.shape[2])

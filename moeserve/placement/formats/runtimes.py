@@ -19,7 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
-from moeserve.placement.files import MALFORMED, MOST_LAYERS, read_json, read_text, require_size
+from moeserve.placement.files import (
+    MALFORMED,
+    MOST_LAYERS,
+    read_json,
+    read_text,
+    reason,
+    require_size,
+)
 from moeserve.placement.plan import Plan, slot_table, tidy
 
 # Which is read slowly.
@@ -161,7 +168,7 @@ def _from_ascend(path: Path, _e: int, devices: int, wanted: tuple[int, ...] | No
                 raise PlacementError(f"{path} is for {len(listed)} devices, not {devices}")
             rows.append([e for device in listed for e in device["device_expert"]])
     except MALFORMED as cause:
-        raise PlacementError(f"{path}: not an expert map: {cause}") from cause
+        raise PlacementError(f"{path}: not an expert map: {reason(cause)}") from cause
     if wanted is not None and len(wanted) != len(rows):
         raise PlacementError(f"{path} has {len(rows)} MoE layers, asked are {len(wanted)}")
     return rows, wanted or tuple(range(len(rows)))
@@ -176,7 +183,7 @@ def _from_tensorrt(path: Path, _e: int, _d: int, wanted: tuple[int, ...] | None)
         numbers = tuple(sorted(table)) if wanted is None else wanted
         return [table[n] for n in numbers], numbers
     except (yaml.YAMLError, *MALFORMED) as cause:
-        raise PlacementError(f"{path}: not a load-balancer file: {cause}") from cause
+        raise PlacementError(f"{path}: not a load-balancer file: {reason(cause)}") from cause
 
 
 def _from_lightllm(path: Path, experts: int, devices: int, wanted: tuple[int, ...] | None) -> _Rows:
@@ -192,7 +199,7 @@ def _from_lightllm(path: Path, experts: int, devices: int, wanted: tuple[int, ..
             own = np.arange(experts).reshape(devices, -1).tolist()
             rows.append([e for mine in own for e in sorted(mine + list(spare))])
     except MALFORMED as cause:
-        raise PlacementError(f"{path}: not a redundancy config: {cause}") from cause
+        raise PlacementError(f"{path}: not a redundancy config: {reason(cause)}") from cause
     if not numbers:
         raise PlacementError(f"{path} names no layer; say which with --layers")
     return rows, numbers
