@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all clients check sanitize bench docs proto lock hooks clean \
+.PHONY: help setup demo test test-all fuzz clients check sanitize bench docs proto lock hooks clean \
   distclean
 
 help: ## list the targets
@@ -30,6 +30,10 @@ test: $(STAMP) ## run the tests but the long ones (ARGS="tests/comm -k name" to 
 
 test-all: $(STAMP) ## run every test, as continuous integration does
 	$(BIN)/pytest $(ARGS)
+
+TIMES := 50
+fuzz: $(STAMP) ## look for inputs that break something, TIMES=50 as many as continuous integration
+	FUZZ_EXAMPLES=$(TIMES) $(BIN)/pytest tests/fuzz $(ARGS)
 
 CLIENTS := build/clients
 clients: $(STAMP) ## run real clients against a server, each in an environment of its own

@@ -27,7 +27,7 @@ _TEMPLATE_ERRORS = (
     ArithmeticError,
     AttributeError,
     LookupError,
-    RecursionError,
+    RuntimeError,  # also of Jinja's own, for a cycler of nothing
     TypeError,
     ValueError,
 )

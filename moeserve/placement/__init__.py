@@ -3,6 +3,7 @@
 ::
 
     cluster  routing  plan     plain data: devices and links; what was routed; slots -> experts
+    files                      bounds on what files of others hold, and reading within them
     problem                    what is asked of a solver, and what can be refused at once
     split                      which copy of a replicated expert a token uses: the runtime's rule
     layer_use  migration       where the tokens of a layer go; where a migrating token is after it

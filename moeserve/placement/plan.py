@@ -17,7 +17,6 @@ Which copy of an expert a token uses: ``split``; for "migrate" copy ``t % copies
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 from collections.abc import Mapping
@@ -30,9 +29,22 @@ from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
 from moeserve.placement.cluster import Dataflow, Phase
+from moeserve.placement.files import (
+    MALFORMED,
+    MOST_DEVICES,
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    MOST_PLAN_BYTES,
+    MOST_SLOTS,
+    read_json,
+    reason,
+    shown,
+    whole_number,
+)
 
 FORMAT = "moeserve-plan"
 VERSION = 1
+MOST_OF = {"num_experts": MOST_EXPERTS, "num_devices": MOST_DEVICES, "num_nodes": MOST_DEVICES}
 _KEYS = {
     "format", "version", "num_experts", "num_devices", "num_nodes", "moe_layers", "dataflow",
     "phase", "expert_of_slot", "guide", "figures",
@@ -192,32 +204,24 @@ def write_whole(path: Path, text: str) -> None:
         raise PlacementError(f"cannot write {path}: {cause.strerror}") from cause
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as cause:
-        raise PlacementError(f"cannot read {path}: {cause.strerror}") from cause
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
-        raise PlacementError(f"{path} is not JSON: {cause}") from cause
-
-
 def load(path: Path) -> Plan:
-    document = read_json(path)
+    document = read_json(path, MOST_PLAN_BYTES)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise PlacementError(f'{path} is not a plan of ours: "format" must be "{FORMAT}"')
     if document.get("version") != VERSION:
         raise PlacementError(
-            f"{path} is plan version {document.get('version')!r}; this reads version {VERSION}"
+            f"{path} is plan version {shown(document.get('version'))}; this reads version {VERSION}"
         )
     if document.keys() != _KEYS:
-        raise PlacementError(f"{path}: keys differ in {sorted(document.keys() ^ _KEYS)}")
+        differing = sorted(document.keys() ^ _KEYS)
+        raise PlacementError(f"{path}: keys differ in {[shown(key) for key in differing[:10]]}")
     try:
         return Plan(
             slot_table(document["expert_of_slot"]),
             _count(document, "num_experts"),
             _count(document, "num_devices"),
             _count(document, "num_nodes"),
-            tuple(int(l) for l in document["moe_layers"]),
+            _layers(document["moe_layers"]),
             Dataflow(document["dataflow"]),
             Phase(document["phase"]),
             _guide(document["guide"]),
@@ -225,14 +229,19 @@ def load(path: Path) -> Plan:
         )
     except PlacementError as cause:
         raise PlacementError(f"{path}: {cause.message}") from cause
-    except (TypeError, ValueError, KeyError, binascii.Error) as cause:
-        raise PlacementError(f"{path}: malformed plan: {cause}") from cause
+    except MALFORMED as cause:  # of which binascii.Error is one
+        raise PlacementError(f"{path}: malformed plan: {reason(cause)}") from cause
 
 
 def slot_table(rows: Any) -> NDArray[np.int32]:
     """[L, S] from nested lists of whole numbers of equal length."""
     if not isinstance(rows, list) or not rows or not all(isinstance(r, list) for r in rows):
         raise PlacementError("expert ids must be a list with one list per layer")
+    if len(rows) > MOST_LAYERS or len(rows[0]) > MOST_SLOTS:
+        raise PlacementError(
+            f"{len(rows)} layers of {len(rows[0])} slots; a plan has at most {MOST_LAYERS} of "
+            f"{MOST_SLOTS}"
+        )
     if len({len(r) for r in rows}) > 1:
         raise PlacementError("layers differ in their number of slots; all must have the same")
     if not all(type(e) is int and abs(e) < 2**31 for r in rows for e in r):
@@ -241,14 +250,18 @@ def slot_table(rows: Any) -> NDArray[np.int32]:
 
 
 def _count(document: Mapping[str, Any], key: str) -> int:
-    value = document[key]
-    if type(value) is not int or value < 1:
-        raise PlacementError(f"{key}={value!r}: must be a positive whole number")
-    return value
+    return whole_number(document[key], key, 1, MOST_OF[key])
+
+
+def _layers(listed: Any) -> tuple[int, ...]:
+    if not isinstance(listed, list) or len(listed) > MOST_LAYERS:
+        raise PlacementError(f"moe_layers must be a list of at most {MOST_LAYERS} layer numbers")
+    return tuple(whole_number(l, "moe_layers", 0, MOST_LAYERS - 1) for l in listed)
 
 
 def _guide(packed: Any) -> NDArray[np.uint8] | None:
     if packed is None:
         return None
     raw = base64.b64decode(packed["uint8"], validate=True)
-    return np.frombuffer(raw, np.uint8).reshape([int(n) for n in packed["shape"]])
+    shape = [whole_number(n, "guide's shape", 1, MOST_SLOTS) for n in packed["shape"]]
+    return np.frombuffer(raw, np.uint8).reshape(shape)

@@ -7,14 +7,18 @@ one model: a plan fitted on it is meant to hold for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
+from moeserve.placement.files import require_size
 
+MOST_WEIGHT = 1e12
+# Ids that are looked at together: memory for their copies.
+_CHUNK_IDS = 1 << 20
 Loads = NDArray[np.float64]
 Ids = NDArray[np.int32]
 
@@ -40,11 +44,17 @@ class Workload:
         if (self.load_LE < 0).any():
             l, e = np.argwhere(self.load_LE < 0)[0]
             raise PlacementError(f"{self.name}: load of layer {l}, expert {e} is negative")
+        with np.errstate(over="ignore"):
+            total = self.load_LE.sum()
+        if not np.isfinite(total):
+            raise PlacementError(f"{self.name}: loads add up to more than a number holds")
         silent_L = np.flatnonzero(self.load_LE.sum(axis=1) <= 0)
         if len(silent_L):
             raise PlacementError(f"{self.name}: layer {silent_L[0]} has no load at all")
-        if not np.isfinite(self.weight) or self.weight <= 0:
-            raise PlacementError(f"{self.name}: weight {self.weight} must be positive")
+        if not 0 < self.weight <= MOST_WEIGHT:
+            raise PlacementError(
+                f"{self.name}: weight {self.weight} must be positive, at most {MOST_WEIGHT:g}"
+            )
 
     @property
     def tokens(self) -> Ids:
@@ -66,9 +76,20 @@ class Workload:
 def counted(topk_TLK: Ids, num_experts: int) -> Loads:
     """How often each layer chose each expert."""
     layers = topk_TLK.shape[1]
-    flat_TLK = topk_TLK + np.arange(layers, dtype=np.int64)[:, None] * num_experts
-    hits = np.bincount(flat_TLK[topk_TLK >= 0].ravel(), minlength=layers * num_experts)
-    return hits.reshape(layers, num_experts).astype(np.float64)
+    load_LE = np.zeros((layers, num_experts))
+    base_L = np.arange(layers, dtype=np.int64)[:, None] * num_experts
+    for some_TLK in _chunks(topk_TLK):
+        flat_TLK = some_TLK + base_L
+        hits = np.bincount(flat_TLK[some_TLK >= 0].ravel(), minlength=layers * num_experts)
+        load_LE += hits.reshape(layers, num_experts)
+    return load_LE
+
+
+def _chunks(topk_TLK: Ids) -> Iterator[Ids]:
+    """Of some tokens each."""
+    step = max(1, _CHUNK_IDS // max(1, topk_TLK.shape[1] * topk_TLK.shape[2]))
+    for begin in range(0, len(topk_TLK), step):
+        yield topk_TLK[begin : begin + step]
 
 
 def workload_of_tokens(
@@ -87,23 +108,34 @@ def workload_of_tokens(
         )
     if not np.issubdtype(topk_TLK.dtype, np.integer):
         raise PlacementError(f"{name}: topk_ids is {topk_TLK.dtype}, expected integers")
-    ids_TLK = np.ascontiguousarray(topk_TLK, dtype=np.int32)
-    experts = int(ids_TLK.max()) + 1 if num_experts is None else num_experts
-    if ids_TLK.max() >= experts or ids_TLK.min() < -1:
-        wrong = int(ids_TLK.max() if ids_TLK.max() >= experts else ids_TLK.min())
+    least, most = int(topk_TLK.min()), int(topk_TLK.max())
+    experts = most + 1 if num_experts is None else num_experts
+    if most >= experts or least < -1:
+        wrong = most if most >= experts else least
         raise PlacementError(f"{name}: unknown expert {wrong}; the model has {experts} per layer")
-    sorted_TLK = np.sort(ids_TLK, axis=2)
-    twice = (sorted_TLK[:, :, 1:] == sorted_TLK[:, :, :-1]) & (sorted_TLK[:, :, 1:] >= 0)
-    if twice.any():
-        t, l, _ = np.argwhere(twice)[0]
-        raise PlacementError(f"{name}: token {t} chose one expert twice in layer {l}")
+    require_size(name, topk_TLK.shape[1], experts)
+    ids_TLK = np.ascontiguousarray(topk_TLK, dtype=np.int32)
+    _require_distinct(name, ids_TLK)
     lens_C = _lengths(name, seq_lens, len(ids_TLK))
-    domain_C = None if domain_ids is None else np.asarray(domain_ids, np.int64)
+    if domain_ids is not None and not np.issubdtype(domain_ids.dtype, np.integer):
+        raise PlacementError(f"{name}: domain_ids is {domain_ids.dtype}, expected integers")
+    domain_C = None if domain_ids is None else domain_ids.astype(np.int64)
     if domain_C is not None and domain_C.shape != lens_C.shape:
         raise PlacementError(
             f"{name}: {domain_C.shape} domain_ids for {len(lens_C)} sequences; give one each"
         )
     return Workload(name, counted(ids_TLK, experts), weight, ids_TLK, lens_C, domain_C)
+
+
+def _require_distinct(name: str, ids_TLK: Ids) -> None:
+    first = 0
+    for some_TLK in _chunks(ids_TLK):
+        sorted_TLK = np.sort(some_TLK, axis=2)
+        twice = (sorted_TLK[:, :, 1:] == sorted_TLK[:, :, :-1]) & (sorted_TLK[:, :, 1:] >= 0)
+        if twice.any():
+            t, l, _ = np.argwhere(twice)[0]
+            raise PlacementError(f"{name}: token {first + t} chose one expert twice in layer {l}")
+        first += len(some_TLK)
 
 
 def _lengths(name: str, seq_lens: NDArray[np.integer] | None, tokens: int) -> NDArray[np.int64]:
@@ -112,10 +144,9 @@ def _lengths(name: str, seq_lens: NDArray[np.integer] | None, tokens: int) -> ND
     lens_C = np.asarray(seq_lens)
     if lens_C.ndim != 1 or not np.issubdtype(lens_C.dtype, np.integer) or (lens_C < 0).any():
         raise PlacementError(f"{name}: seq_lens must be a list of lengths")
-    if int(lens_C.sum()) != tokens:
+    if (lens_C > tokens).any() or int(lens_C.sum()) != tokens:
         raise PlacementError(
-            f"{name}: ragged trace: seq_lens add up to {int(lens_C.sum())}, but there are "
-            f"{tokens} tokens"
+            f"{name}: ragged trace: seq_lens do not add up to the {tokens} tokens that there are"
         )
     return lens_C.astype(np.int64)
 

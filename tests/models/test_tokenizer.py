@@ -198,6 +198,7 @@ def test_what_templates_commonly_use_is_there(folder: Path) -> None:
         "{{ messages[0].content + 1 }}",
         "{{ messages[7].content }}",
         "{{ 1 // 0 }}",
+        "{{ cycler() }}",
         "{% for i in range(10 ** 9) %}{% endfor %}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     ],

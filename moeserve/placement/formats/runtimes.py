@@ -19,8 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
-from moeserve.placement.plan import Plan, read_json, slot_table, tidy
+from moeserve.placement.files import (
+    MALFORMED,
+    MOST_LAYERS,
+    read_json,
+    read_text,
+    reason,
+    require_size,
+)
+from moeserve.placement.plan import Plan, slot_table, tidy
 
+# Which is read slowly.
+_MOST_YAML_BYTES = 16 << 20
 FORMATS = ("sglang", "ascend", "tensorrt", "lightllm")
 
 
@@ -38,8 +48,12 @@ def load(
     moe_layers: tuple[int, ...] | None = None,
 ) -> Plan:
     """The plan in ``path``; what the format leaves out is given."""
+    require_size(str(path), 1, num_experts)
     rows, layers = _IMPORTERS[_known(form)](path, num_experts, num_devices, moe_layers)
-    return Plan(slot_table(rows), num_experts, num_devices, num_nodes, layers)
+    try:
+        return Plan(slot_table(rows), num_experts, num_devices, num_nodes, layers)
+    except PlacementError as cause:
+        raise PlacementError(f"{path}: {cause.message}") from cause
 
 
 def _known(form: str) -> str:
@@ -139,7 +153,7 @@ def _from_sglang(path: Path, _e: int, _d: int, wanted: tuple[int, ...] | None) -
         rows = document["physical_to_logical_map"]
         numbers = _numbered(path, rows, wanted)
         return [rows[n] for n in numbers], numbers
-    except (KeyError, TypeError) as cause:
+    except MALFORMED as cause:
         raise PlacementError(f"{path}: no physical_to_logical_map in it") from cause
 
 
@@ -153,8 +167,8 @@ def _from_ascend(path: Path, _e: int, devices: int, wanted: tuple[int, ...] | No
             if len(listed) != devices:
                 raise PlacementError(f"{path} is for {len(listed)} devices, not {devices}")
             rows.append([e for device in listed for e in device["device_expert"]])
-    except (KeyError, TypeError, ValueError) as cause:
-        raise PlacementError(f"{path}: not an expert map: {cause}") from cause
+    except MALFORMED as cause:
+        raise PlacementError(f"{path}: not an expert map: {reason(cause)}") from cause
     if wanted is not None and len(wanted) != len(rows):
         raise PlacementError(f"{path} has {len(rows)} MoE layers, asked are {len(wanted)}")
     return rows, wanted or tuple(range(len(rows)))
@@ -164,14 +178,12 @@ def _from_tensorrt(path: Path, _e: int, _d: int, wanted: tuple[int, ...] | None)
     import yaml
 
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.safe_load(read_text(path, _MOST_YAML_BYTES))
         table = {int(n): row for n, row in document["initial_global_assignments"].items()}
         numbers = tuple(sorted(table)) if wanted is None else wanted
         return [table[n] for n in numbers], numbers
-    except OSError as cause:
-        raise PlacementError(f"cannot read {path}: {cause.strerror}") from cause
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as cause:
-        raise PlacementError(f"{path}: not a load-balancer file: {cause}") from cause
+    except (yaml.YAMLError, *MALFORMED) as cause:
+        raise PlacementError(f"{path}: not a load-balancer file: {reason(cause)}") from cause
 
 
 def _from_lightllm(path: Path, experts: int, devices: int, wanted: tuple[int, ...] | None) -> _Rows:
@@ -179,15 +191,15 @@ def _from_lightllm(path: Path, experts: int, devices: int, wanted: tuple[int, ..
     try:
         extra = int(document["redundancy_expert_num"])
         numbers = wanted or tuple(sorted(int(k) for k in document if k.isdigit()))
-        rows = []
+        rows: list[Any] = []
         for n in numbers:
             spare = document.get(str(n), document.get("default"))
-            if spare is None or len(spare) != extra or experts % devices:
+            if spare is None or len(spare) != extra or experts % devices or len(rows) > MOST_LAYERS:
                 raise PlacementError(f"{path}: layer {n}: expected {extra} redundant experts")
             own = np.arange(experts).reshape(devices, -1).tolist()
             rows.append([e for mine in own for e in sorted(mine + list(spare))])
-    except (KeyError, TypeError, ValueError, AttributeError) as cause:
-        raise PlacementError(f"{path}: not a redundancy config: {cause}") from cause
+    except MALFORMED as cause:
+        raise PlacementError(f"{path}: not a redundancy config: {reason(cause)}") from cause
     if not numbers:
         raise PlacementError(f"{path} names no layer; say which with --layers")
     return rows, numbers

@@ -8,9 +8,9 @@ refused, so a hostile file can at worst be rejected.
 
 from __future__ import annotations
 
+import math
 import pickletools
-import zipfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from typing import Any
 import numpy as np
 
 from moeserve.errors import PlacementError
+from moeserve.placement.files import shown
+from moeserve.placement.formats.archive import Archive, open_archive
 
 _DTYPES = {
     "DoubleStorage": "<f8", "FloatStorage": "<f4", "HalfStorage": "<f2", "LongStorage": "<i8",
     "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "|i1", "ByteStorage": "|u1",
     "BoolStorage": "|b1",
 }  # fmt: skip
-_LIMIT = 4 << 30  # bytes of one storage
+# Bytes of the skeleton, each of which may become some sixty in memory.
+_MOST_SKELETON = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +43,20 @@ _MARK = _Name("", "mark")
 
 def read(path: Path) -> Any:
     """Containers, numbers, strings, and numpy arrays for tensors."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name.split("/", 1)[-1]: name for name in archive.namelist()}
-            if "data.pkl" not in members:
-                raise PlacementError(f"{path}: not a file written by torch.save")
-            skeleton = archive.read(members["data.pkl"])
-            return _Reader(path, lambda key: _storage(path, archive, members, key)).run(skeleton)
-    except OSError as cause:
-        raise PlacementError(f"cannot read {path}: {cause.strerror}") from cause
-    except (zipfile.BadZipFile, ValueError, IndexError, KeyError, TypeError, EOFError) as cause:
-        raise PlacementError(f"{path}: corrupt or not written by torch.save: {cause}") from cause
-
-
-def _storage(path: Path, archive: zipfile.ZipFile, members: dict[str, str], key: str) -> bytes:
-    info = archive.getinfo(members[f"data/{key}"])
-    if info.file_size > _LIMIT:
-        raise PlacementError(f"{path}: storage {key} has {info.file_size} bytes, limit {_LIMIT}")
-    return archive.read(info)
+    with open_archive(path, "file written by torch.save") as archive:
+        members = {name.split("/", 1)[-1]: name for name in archive.names}
+        if "data.pkl" not in members:
+            raise PlacementError(f"{path}: not a file written by torch.save")
+        skeleton = archive.content(members["data.pkl"], _MOST_SKELETON)
+        return _Reader(path, archive, members).run(skeleton)
 
 
 class _Reader:
-    def __init__(self, path: Path, storage: Callable[[str], bytes]) -> None:
-        self._path, self._storage = path, storage
+    """``members`` are the archive's by their names within the dump."""
+
+    def __init__(self, path: Path, archive: Archive, members: Mapping[str, str]) -> None:
+        self._path, self._archive, self._members = path, archive, members
+        self._storages: dict[str, bytes] = {}
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
@@ -102,6 +96,8 @@ class _Reader:
                 self._stack[-1].extend(items)
             case "SETITEM" | "SETITEMS":
                 items = self._marked() if name == "SETITEMS" else [pop(-2), pop()]
+                if not all(type(key) in (str, int) for key in items[::2]):
+                    raise PlacementError(f"{self._path}: refused: a key is neither text nor number")
                 self._stack[-1].update(zip(items[::2], items[1::2], strict=True))
             case "BINPUT" | "LONG_BINPUT":
                 self._memo[argument] = self._stack[-1]
@@ -136,16 +132,24 @@ class _Reader:
             raise PlacementError(f"{self._path}: refused: unknown persistent id {kind!r}")
         if storage_type.name not in _DTYPES:
             raise PlacementError(f"{self._path}: {storage_type.name} is not a supported type")
-        return np.frombuffer(self._storage(str(key)), _DTYPES[storage_type.name])
+        if type(key) is not str:
+            raise PlacementError(f"{self._path}: refused: the name of a storage is no text")
+        if key not in self._storages:
+            self._storages[key] = self._archive.content(self._members[f"data/{key}"])
+        return np.frombuffer(self._storages[key], _DTYPES[storage_type.name])
 
     def _call(self, callee: Any, arguments: Any) -> Any:
         if callee == _Name("collections", "OrderedDict") and not arguments:
             return {}
         if callee == _Name("torch._utils", "_rebuild_tensor_v2"):
             return self._tensor(*arguments[:4])
-        raise PlacementError(f"{self._path}: refused to call {callee}")
+        raise PlacementError(f"{self._path}: refused to call {shown(callee)}")
 
     def _tensor(self, storage: Any, offset: int, size: Any, stride: Any) -> Any:
+        if not all(type(n) is int for n in (offset, *size, *stride)):
+            raise PlacementError(f"{self._path}: the shape of a tensor is no numbers")
+        # A stride of 0 makes a tensor of any size out of one number.
+        self._archive.budget.charge(math.prod(size) * storage.itemsize, "a tensor")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if min((offset, *size, *stride), default=0) < 0 or (0 not in size and last >= len(storage)):
             raise PlacementError(f"{self._path}: a tensor reaches beyond its storage")
