@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 # A tensor takes about 120 bytes of it: several times what the largest published files have. The
 # format's own library allows 100 MB, of which it and Python would make gigabytes.
-MOST_HEADER_BYTES = 32 << 20
+MOST_HEADER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)

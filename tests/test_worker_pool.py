@@ -205,6 +205,33 @@ async def test_closing_ends_jobs(open_pool: OpenPool) -> None:
         await pool.ask({"do": "pid"})
 
 
+@pytest.mark.parametrize("turns", [1, 2, 5, 50])
+async def test_closing_while_a_worker_starts_leaves_none(open_pool: OpenPool, turns: int) -> None:
+    pool = open_pool()
+    job = asyncio.create_task(pool.ask({"do": "pid"}))
+    warming = asyncio.create_task(pool.warm())
+    for _ in range(turns):
+        await asyncio.sleep(0.0005)
+    warming.cancel()
+    await asyncio.wait({warming})
+    await pool.close()
+    with pytest.raises(UnavailableError, match="stops"):
+        await job
+    assert not running("some_worker")
+
+
+def running(word: str) -> list[Path]:
+    """Processes with this word in their command."""
+    return [p for p in Path("/proc").glob("[0-9]*") if word.encode() in command_of(p)]
+
+
+def command_of(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 async def test_one_that_cannot_begin_says_why(open_pool: OpenPool) -> None:
     pool = open_pool("broken", workers=1)
     for _ in range(2):

@@ -159,6 +159,7 @@ class TextWork:
     async def close(self) -> None:
         """Ends the processes, and what they do with UnavailableError; may be called again."""
         if self._warming is not None:
+            self._warming.cancel()
             await asyncio.wait({self._warming})
         for pool in self._pools.values():
             await pool.close()

@@ -19,12 +19,15 @@ from moeserve.errors import CheckpointError
 _MIB = 1 << 20
 # By the end of a file's name: several times what the largest published models have.
 _MOST_BYTES = {
-    "config.json": 16 * _MIB,
+    "config.json": 8 * _MIB,
     "tokenizer.json": 128 * _MIB,
-    ".index.json": 128 * _MIB,
+    ".index.json": 48 * _MIB,
     ".jinja": 1 * _MIB,
 }
-_MOST_OTHERS = 16 * _MIB
+_MOST_OTHERS = 8 * _MIB
+# A value may take a hundred times the bytes that spell it. The largest index has 200 thousand.
+MOST_VALUES = 1 << 20
+_MARKS = (b",", b"[", b"{")
 
 
 def open_regular(file: Path) -> BinaryIO:
@@ -64,7 +67,12 @@ def read_text(file: Path) -> str:
 def read_json(file: Path, *, required: bool) -> dict[str, Any]:
     """The JSON object in a file; empty where an optional one is absent."""
     try:
-        value = json.loads(read_bounded(file).decode("utf-8"))
+        content = read_bounded(file)
+        if sum(map(content.count, _MARKS)) > MOST_VALUES:
+            raise CheckpointError(
+                f"{file}: more than {MOST_VALUES} values, which no model needs; download it again"
+            )
+        value = json.loads(content.decode("utf-8"))
     except FileNotFoundError as error:
         if not required:
             return {}

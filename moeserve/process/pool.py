@@ -178,7 +178,7 @@ class WorkerPool:
     async def _start(self) -> JobWorker:
         """A new worker that is ready; what its ``prepare`` raised where it is not."""
         name = self._program.name
-        worker = JobWorker(*await asyncio.to_thread(self._program.start))
+        worker = await self._launch()
         self._workers.add(worker)
         self.counts.started += 1
         try:
@@ -192,6 +192,15 @@ class WorkerPool:
             self._drop(worker)
             raise
         return worker
+
+    async def _launch(self) -> JobWorker:
+        """Its process, which is there also where whoever waits for it gives up: then it ends."""
+        launching = asyncio.ensure_future(asyncio.to_thread(self._program.start))
+        try:
+            return JobWorker(*await asyncio.shield(launching))
+        except asyncio.CancelledError:
+            self._drop(JobWorker(*await launching))
+            raise
 
     def _keep(self, worker: JobWorker) -> None:
         if worker.rss > worker.ready_rss + self._limits.grown_bytes or self._closed:

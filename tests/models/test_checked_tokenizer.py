@@ -13,8 +13,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
-from moeserve.errors import TokenizerError
+from moeserve.errors import InvalidRequestError, TokenizerError
+from moeserve.models import text_worker
 from moeserve.models.checked_tokenizer import load_checked
+from moeserve.models.text_worker import TextJobs
 from moeserve.models.tokenizer import Tokenizer
 from moeserve.models.tokenizer_cost import cost_of
 
@@ -62,6 +64,22 @@ def test_a_template_that_takes_too_much_is_refused(folder: Path, template: str, 
 def test_a_template_that_asks_for_other_messages_is_not(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ raise_exception('system first') }}")
     assert load_checked(folder).has_chat_template
+
+
+def test_what_a_template_makes_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_worker, "MOST_TEXT_BYTES", 100)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content * 10 }}")
+    jobs = TextJobs(Tokenizer.load(folder))
+
+    def render(content: str) -> bytes:
+        wanted = {"messages": [{"content": content}], "add_generation_prompt": True, "args": {}}
+        return jobs.render({}, json.dumps(wanted).encode())[1]
+
+    assert render("é" * 5) == ("é" * 50).encode()
+    with pytest.raises(InvalidRequestError, match="chat template made has 110 bytes, at most 100"):
+        render("a" * 11)
+    with pytest.raises(InvalidRequestError, match="is not Unicode"):
+        render("\ud800")
 
 
 def edited(folder: Path, edit: Edit) -> tokenizers.Tokenizer:

@@ -81,6 +81,13 @@ def test_a_file_is_read_up_to_its_bound(tmp_path: Path, monkeypatch: pytest.Monk
         read_bounded(file)
 
 
+def test_values_of_a_file_are_counted_before_they_are_made(tmp_path: Path) -> None:
+    file = tmp_path / "some.json"
+    file.write_bytes(b'{"a":[' + b"[]," * (files.MOST_VALUES // 2) + b"[]]}")
+    with pytest.raises(CheckpointError, match=r"some\.json: more than 1048576 values"):
+        read_json(file, required=True)
+
+
 def test_bounds_leave_room_for_the_largest_models() -> None:
     """DeepSeek-V3's index has 8.9 MB, Kimi-K2's 13 MB; the largest tokenizers have 33 MB."""
     sizes = {"config.json": 1 << 20, "tokenizer.json": 33 << 20, INDEX: 13 << 20}
