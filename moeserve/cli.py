@@ -69,9 +69,11 @@ def _add_serve(commands: Commands) -> None:
         "serve",
         help=COMMANDS["serve"][0],
         description="Serve a model over gRPC and OpenAI HTTP until SIGTERM, which drains.",
-        epilog="example: moeserve serve --model demo --http-port 8000 --max-num-seqs 16",
+        epilog="example: moeserve serve demo --port 8000 --max-num-seqs 16",
         allow_abbrev=False,
     )
+    command.add_argument("model_named", metavar="MODEL", nargs="?", help="the same as --model")
+    command.add_argument("--port", metavar="PORT", help="the same as --http-port")
     add_options(command)
     command.set_defaults(run=_serve)
 
@@ -81,6 +83,8 @@ def _serve(args: argparse.Namespace) -> int:
     from moeserve.config.options import ServeConfig
     from moeserve.config.sources import options_of, settings_from_args, to_yaml
 
+    _same(args, "model", "model_named", "MODEL")
+    _same(args, "http_port", "port", "--port")
     settings = settings_from_args(args, os.environ)
     config = options_of(settings, ServeConfig)
     require_effect(config, settings, config.ep or 1)
@@ -89,6 +93,11 @@ def _serve(args: argparse.Namespace) -> int:
         return 0
     # The import takes seconds, and only after it does the server have handlers of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    from moeserve.models.library import with_model_here
+    from moeserve.observe.logs import configure_log
+
+    configure_log(config.log_level, config.log_format)
+    config = with_model_here(config)
     if config.ep is not None and config.ep > 1:
         from moeserve.worker.local import serve_local
 
@@ -96,6 +105,17 @@ def _serve(args: argparse.Namespace) -> int:
     from moeserve.gateway.server import serve
 
     return serve(config)
+
+
+def _same(args: argparse.Namespace, name: str, other: str, spelling: str) -> None:
+    """What was given in the other place is the setting; in both it is an error."""
+    given = getattr(args, other)
+    if given is None:
+        return
+    if getattr(args, name) is not None:
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(f"{flag}={getattr(args, name)!r} and {spelling} {given!r}: give one")
+    setattr(args, name, given)
 
 
 def _add_generate(commands: Commands) -> None:
@@ -162,6 +182,9 @@ def _generate(args: argparse.Namespace) -> int:
         params["stop"] = args.stop
     if args.ignore_eos:
         params["ignore_eos"] = True
+    from moeserve.models.library import with_model_here
+
+    options = with_model_here(options)
     from moeserve.gateway.offline import generate
 
     show = None if args.json else _show

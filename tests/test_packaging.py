@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 import moeserve
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"deepspeed", "ascend", "mpi", "highs", "dev"}
+EXTRAS = {"deepspeed", "ascend", "mpi", "highs", "hub", "dev"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 

@@ -2,7 +2,8 @@
 
 A comment before each block says how it is tested: ``make`` (targets exist), ``serve`` (started,
 and asked by the ``client`` blocks), ``ranks`` (each line started, and asked), ``run`` (each line
-ends with status 0). Only paths of the environment and port numbers are replaced.
+ends with status 0), ``install`` (read, since it would change the environment). Only paths of the
+environment and port numbers are replaced.
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ def is_ready(process: subprocess.Popen[bytes], ports: Ports, seconds: float = 90
 
 def test_every_snippet_says_how_it_is_tested() -> None:
     assert len(SNIPPETS) == README.count("\n```") / 2
-    assert {snippet.how for snippet in SNIPPETS} == {"make", "serve", "client", "ranks", "run"}
+    assert {snippet.how for snippet in SNIPPETS} == {
+        "make", "serve", "client", "ranks", "run", "install",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("line", lines("make"))
@@ -171,6 +174,17 @@ def test_the_clients_get_the_same_tokens_through_either_door(server: Ports) -> N
 def test_a_command_ends_well(line: str) -> None:
     away = Ports(0, 0)  # the server of this module may hold the others
     assert run(Snippet("run", "bash", line), away).strip()
+
+
+@pytest.mark.parametrize("line", lines("install"))
+def test_what_is_installed_is_torch_of_its_own_index_or_this_project(line: str) -> None:
+    words = line.split()
+    assert words[:2] == ["pip", "install"]
+    assert set(words[2:]) in (
+        {"."},
+        {"torch", "--index-url", "https://download.pytorch.org/whl/cpu"},
+    )
+    assert (ROOT / "pyproject.toml").exists()
 
 
 def test_every_family_is_listed() -> None:

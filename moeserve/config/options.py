@@ -78,7 +78,11 @@ class Options(BaseModel):
 class ModelOptions(Options):
     """Which model is served."""
 
-    model: str = Field(default="demo", min_length=1, description="checkpoint folder, or 'demo'")
+    model: str = Field(
+        default="demo",
+        min_length=1,
+        description="checkpoint folder, 'demo', or org/name on the hub",
+    )
     served_model_name: str | None = Field(
         default=None, min_length=1, description="name that clients use; default: the folder's name"
     )

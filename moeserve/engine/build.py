@@ -27,6 +27,13 @@ from moeserve.models.spec import ModelSpec
 from moeserve.models.tokenizer import Tokenizer
 from moeserve.observe.routing import RoutingRecorder
 
+# What to do about folders like Kimi-K2's, whose tokenizer is a program beside a list of tokens.
+TIKTOKEN = (
+    "; tiktoken.model is there instead: write a tokenizer.json beside it once, with transformers' "
+    "TikTokenConverter, the pattern of the folder's tokenization_*.py, and its special tokens in "
+    "the order of their ids"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -132,5 +139,8 @@ def load_tokenizer(path: Path, chat_template: Path | None = None) -> tuple[Token
     except TokenizerError as error:
         if chat_template is not None:
             raise ConfigError(f"chat_template={str(chat_template)!r}: {error.message}") from error
-        logging.getLogger("moeserve.engine").warning("%s", error.message)
-        return None, error.message
+        message = error.message
+        if (path / "tiktoken.model").is_file() and not (path / "tokenizer.json").exists():
+            message += TIKTOKEN
+        logging.getLogger("moeserve.engine").warning("%s", message)
+        return None, message

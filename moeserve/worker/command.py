@@ -16,6 +16,7 @@ from moeserve.config.options import ServeConfig
 from moeserve.config.sources import add_options, options_of, settings_from_args, to_yaml
 from moeserve.errors import ConfigError, MoeserveError
 from moeserve.gateway.server import serve
+from moeserve.models.library import with_model_here
 from moeserve.worker.rank import run_rank
 from moeserve.worker.start import RankStart
 
@@ -63,6 +64,7 @@ def run(config: ServeConfig, launch: Launch, environ: Mapping[str, str]) -> int:
             f"ep={config.ep}, and the launcher ({launch.launcher}) started {launch.world} ranks: "
             "leave --ep away, it takes as many as were launched"
         )
+    config = with_model_here(config)
     if launch.world == 1:
         return serve(config)
     return run_rank(config, RankStart(launch, environ))

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from moeserve.config.options import RankModelOptions
 from moeserve.config.sources import load_config
 from moeserve.core import Event, FinishReason, Request, RequestId, SamplingParams
-from moeserve.engine.build import LoadedModel, build_engine
+from moeserve.engine.build import LoadedModel, build_engine, load_tokenizer
 from moeserve.engine.kv_size import size_kv
 from moeserve.engine.request_state import EachEvent
 from moeserve.errors import CheckpointError, ConfigError
@@ -152,3 +152,11 @@ def test_what_is_sized_holds_the_longest_sequence_or_is_refused(
         return
     num_blocks, max_len = sized(**options)
     assert max_len == longest <= num_blocks * 16 <= affordable
+
+
+def test_a_tokenizer_that_is_a_program_is_told_how_to_convert(tmp_path: Path) -> None:
+    (tmp_path / "tiktoken.model").write_text("IQ== 0\n")
+    tokenizer, said = load_tokenizer(tmp_path)
+    assert tokenizer is None
+    assert "tokenizer.json" in said
+    assert "TikTokenConverter" in said
