@@ -7,7 +7,7 @@ the batch (law 1). In this order: tokens that are not allowed, penalties, bias, 
 Where all that are allowed are banned, they are not. Equal logits: the lower token id is greater.
 Log-probabilities are those of the model, before any of this.
 
-Letters: R rows, V vocabulary, B its bytes (one bit for each token), M rows that do not allow all.
+Letters: R rows, V vocabulary, B its bytes (one bit for each token).
 """
 
 from __future__ import annotations
@@ -74,20 +74,24 @@ def _best_allowed(
     sound_R: NDArray[np.bool_],
 ) -> tuple[Ids, NDArray[np.bool_]]:
     """The best token of each row that is allowed, and whether it can be taken: ``best_R`` and
-    ``sound_R`` are as if all were allowed. All rows at once: one after the other takes longer."""
-    index_M = np.array([r for r, row in enumerate(rows) if row.allowed_B is not None])
-    masks_MB = np.stack([row.allowed_B for row in rows if row.allowed_B is not None])
-    logits_MV = logits_RV[index_M]
-    logits_MV[~allowed_tokens(masks_MB, logits_MV.shape[1])] = -np.inf
-    best_R, sound_R, best_M = best_R.copy(), sound_R.copy(), logits_MV.argmax(axis=1)
-    best_R[index_M] = best_M
-    sound_R[index_M] &= np.isfinite(logits_MV[np.arange(len(index_M)), best_M])
+    ``sound_R`` are as if all were. Where the best of all is allowed, as mostly, it is the best of
+    those that are."""
+    best_R, sound_R = best_R.copy(), sound_R.copy()
+    for r, (row, best) in enumerate(zip(rows, best_R.tolist(), strict=True)):
+        allowed_B = row.allowed_B
+        if allowed_B is None or (allowed_B[best >> 3] >> (best & 7)) & 1:
+            continue
+        ids = np.flatnonzero(allowed_tokens(allowed_B, logits_RV.shape[1]))
+        values = logits_RV[r, ids]
+        at = int(values.argmax()) if len(ids) else -1
+        sound_R[r] &= at >= 0 and math.isfinite(values[at])
+        best_R[r] = ids[at] if at >= 0 else best
     return best_R, sound_R
 
 
-def allowed_tokens(masks_MB: NDArray[np.uint8], vocab: int) -> NDArray[np.bool_]:
-    """Which tokens the bits of each row allow: [M, V]."""
-    return np.unpackbits(masks_MB, axis=1, count=vocab, bitorder="little").view(np.bool_)
+def allowed_tokens(allowed_B: NDArray[np.uint8], vocab: int) -> NDArray[np.bool_]:
+    """Which tokens the bits allow: [V]."""
+    return np.unpackbits(allowed_B, count=vocab, bitorder="little").view(np.bool_)
 
 
 def takes_best(row: SamplingRow, eos_ids: frozenset[int]) -> bool:
@@ -129,7 +133,7 @@ def sample_row(
     if params.temperature > 0 or banned or allowed is not None or adjusts_logits(params):
         adjusted_V = adjust_logits(logits_V, params, row.prompt_ids, row.output_ids, banned)
         if allowed is not None:
-            forbidden_V = ~allowed_tokens(allowed[None], len(logits_V))[0]
+            forbidden_V = ~allowed_tokens(allowed, len(logits_V))
             adjusted_V[forbidden_V] = -np.inf
             if banned and not math.isfinite(adjusted_V.max()):  # the grammar's end has come
                 adjusted_V = adjust_logits(logits_V, params, row.prompt_ids, row.output_ids, ())
