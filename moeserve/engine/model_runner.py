@@ -21,7 +21,7 @@ from moeserve.engine.executor import count_accepted
 from moeserve.engine.input_batch import InputBatch
 from moeserve.grammar.masks import GrammarMasks, MaskWanted, StepMasks
 from moeserve.kernels.ops import Ops
-from moeserve.kernels.sampling import SampledRow, SamplingRow
+from moeserve.kernels.sampling import SampledRow, SamplingRow, allowing
 from moeserve.models.batch import StepBatch, split_step
 
 Cache = TypeVar("Cache")
@@ -151,7 +151,7 @@ def with_masks(rows: list[SamplingRow], masks: StepMasks) -> list[SamplingRow]:
     if not masks.allowed:
         return rows
     allowed = masks.allowed.get
-    return [row._replace(allowed_B=allowed(row.request_id)) for row in rows]
+    return [allowing(row, allowed(row.request_id)) for row in rows]
 
 
 def accept(chunk: Chunk, sampled: Sequence[SampledRow]) -> Sampled | str:

@@ -317,8 +317,11 @@ class Scheduler:
             builder.add(seq, self._drafts(seq, builder.budget - 1 - others))
 
     def _drafts(self, seq: SequenceState, most: int) -> tuple[int, ...]:
-        """Guesses that fit: into the step, the answer, and blocks that nobody else needs now."""
+        """Guesses that fit: into the step, the answer, and blocks that nobody else needs now. There
+        are none where a grammar says, one token after the other, what may come."""
         assert self._drafter is not None
+        if seq.request.params.grammar is not None:
+            return ()
         size, params = self.pool.block_size, seq.request.params
         room = (len(seq.blocks) + self.pool.num_free) * size - len(seq)
         answer = min(params.max_tokens - len(seq.output_ids), self.config.max_model_len - len(seq))

@@ -111,13 +111,14 @@ def receive_all(
 
 def _receive(process: AnsweringProcess, timeout_s: float, end: float) -> dict[str, Any]:
     """Of one. What has come already is read without asking whether it has."""
-    pipe = process.reply_pipe.fileno()
-    poll = select.poll()
-    poll.register(pipe, select.POLLIN)
+    pipe, poll = process.reply_pipe.fileno(), None
     while b"\n" not in process.unread:
         try:
             data = os.read(pipe, READ_BYTES)
         except BlockingIOError:
+            if poll is None:
+                poll = select.poll()
+                poll.register(pipe, select.POLLIN)
             if not poll.poll(1e3 * max(0.0, end - time.monotonic())):
                 raise late([process], timeout_s) from None
             continue
