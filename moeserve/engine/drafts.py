@@ -28,7 +28,10 @@ def add_with_drafts(
 def _drafts(
     seq: SequenceState, most: int, drafter: Drafter, pool: BlockPool, config: SchedulerConfig
 ) -> tuple[int, ...]:
-    """Guesses that fit: into the step, the answer, and blocks that nobody else needs now."""
+    """Guesses that fit: into the step, the answer, and blocks that nobody else needs now. There
+    are none where a grammar says, one token after the other, what may come."""
+    if seq.request.params.grammar is not None:
+        return ()
     size, params = pool.block_size, seq.request.params
     room = (len(seq.blocks) + pool.num_free) * size - len(seq)
     answer = min(params.max_tokens - len(seq.output_ids), config.max_model_len - len(seq))

@@ -22,7 +22,7 @@ from moeserve.engine.executor import count_accepted
 from moeserve.engine.input_batch import InputBatch
 from moeserve.grammar.masks import GrammarMasks, MaskWanted, StepMasks
 from moeserve.kernels.ops import Ops
-from moeserve.kernels.sampling import SampledRow, SamplingRow
+from moeserve.kernels.sampling import SampledRow, SamplingRow, allowing
 from moeserve.models.batch import StepBatch, split_step
 
 Cache = TypeVar("Cache")
@@ -137,7 +137,7 @@ def with_masks(rows: list[SamplingRow], masks: StepMasks) -> list[SamplingRow]:
     if not masks.allowed:
         return rows
     allowed = masks.allowed.get
-    return [row if row.known else row._replace(allowed_B=allowed(row.request_id)) for row in rows]
+    return [row if row.known else allowing(row, allowed(row.request_id)) for row in rows]
 
 
 def accept_all(

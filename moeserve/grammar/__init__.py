@@ -6,6 +6,7 @@ nothing else, so a new process that is given the tokens again goes on where anot
 
 ::
 
+    json_options  how JSON is written in answers
     compiling   a ``core.Grammar`` to llguidance's matcher, within its limits
     layout      what lies where in the memory that both sides share
     child       the process: matchers of the requests under way, masks into shared memory

@@ -107,7 +107,7 @@ class Matchers:
                 if problem := self._fill(row, self._held[key], seen, tokens):
                     failed[key] = problem
         self._turn(NOBODY, 0)
-        return {"failed": list(failed.items())}
+        return {"failed": list(failed.items())} if failed else {}
 
     def _fill(self, row: int, held: _Held, seen: int, tokens: Sequence[int]) -> str:
         """Write the mask of one row; what is wrong, if anything."""

@@ -12,10 +12,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag
 from llguidance.gbnf_to_lark import any_to_lark
 
 from moeserve.core import Grammar, GrammarKind
+from moeserve.grammar.json_options import json_options
 
-# Between the tokens of a JSON document: one blank, or a new line and its indentation. A model that
-# is free to write blanks may never write anything else.
-WHITESPACE = r"( |\r?\n[ \t]{0,32})"
 # What one mask, and what compiling, may do; a state of a lexer takes 1 to 2 kB.
 LIMITS = LLParserLimits(
     max_items_in_row=2000,
@@ -50,7 +48,7 @@ def source_of(grammar: Grammar, tokenizer: LLTokenizer) -> str:
     """As llguidance writes grammars."""
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
-            options = json_options(grammar.whitespace)
+            options: Any = json_options(grammar.whitespace)
             return LLMatcher.grammar_from_json_schema(grammar.text, overrides=options)
         case GrammarKind.REGEX:
             return LLMatcher.grammar_from_regex(grammar.text)
@@ -61,13 +59,6 @@ def source_of(grammar: Grammar, tokenizer: LLTokenizer) -> str:
             return LLMatcher.grammar_from_lark(_tags(json.loads(grammar.text), tokenizer))
         case _:
             return LLMatcher.grammar_from_lark(_lark(grammar.text))
-
-
-def json_options(whitespace: str | None) -> Any:
-    """Whatever the schema itself asks for: nothing of it is ignored, and blanks are bounded."""
-    blanks = WHITESPACE if whitespace is None else whitespace
-    flexible = {"whitespace_pattern": blanks} if blanks else {"whitespace_flexible": False}
-    return {"lenient": False, "coerce_one_of": False, **flexible}
 
 
 def _lark(text: str) -> str:

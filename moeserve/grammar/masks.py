@@ -109,12 +109,13 @@ class GrammarMasks:
                 if self._asked:
                     self._ask()
             else:
-                for row, (request, _) in enumerate(self._asked):
-                    if reason := refused.get(self._known[request.id].key):
+                assert self._worker is not None
+                masks = self._worker.masks(len(self._asked))
+                for (request, _), mask in zip(self._asked, masks, strict=True):
+                    if refused and (reason := refused.get(self._known[request.id].key)):
                         failed[request.id] = f"the grammar cannot be followed: {reason}"
                     else:
-                        assert self._worker is not None
-                        allowed[request.id] = self._worker.mask(row)
+                        allowed[request.id] = mask
                 self._asked = []
         self.counts.masks += len(allowed)
         self.counts.failed += len(failed)
@@ -171,7 +172,7 @@ class GrammarMasks:
         """The keys that have no mask, and why."""
         if self._problem or self._worker is None:
             raise UnavailableError(self._problem)
-        return dict(self._worker.answer(ANSWER_S)["failed"])
+        return dict(self._worker.answer(ANSWER_S).get("failed", ()))
 
     def _lose_worker(self, error: MoeserveError, lost: int) -> dict[RequestId, str]:
         """The worker is of no use any more: those whose fault it was fail, and are not asked again.

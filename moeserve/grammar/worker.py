@@ -82,13 +82,13 @@ class GrammarWorker:
             self.ready, self._row_bytes = True, opened["row_bytes"]
         return receive_all([self._process], timeout_s)[0]
 
-    def mask(self, row: int) -> NDArray[np.uint8]:
-        """As the child wrote it in the last answer; it stays as it is until masks are asked for
-        again. Bit i of byte b is token 8 b + i."""
-        end = FIRST_ROW + (row + 1) * self._row_bytes
-        if end > len(self._memory):
+    def masks(self, rows: int) -> NDArray[np.uint8]:
+        """The first so many rows, as the child wrote them for the last answer; they stay as they
+        are until masks are asked for again. Bit i of byte b is token 8 b + i."""
+        if FIRST_ROW + rows * self._row_bytes > len(self._memory):
             self._memory = mmap.mmap(self._descriptor, os.fstat(self._descriptor).st_size)
-        return np.frombuffer(self._memory, np.uint8, self._row_bytes, end - self._row_bytes)
+        flat = np.frombuffer(self._memory, np.uint8, rows * self._row_bytes, FIRST_ROW)
+        return flat.reshape(rows, self._row_bytes)
 
     def close(self) -> None:
         """Ends the child; masks that were given out stay readable. May be called again."""

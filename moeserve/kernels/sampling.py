@@ -67,6 +67,12 @@ def sampling_row(
     return SamplingRow(request_id, params, prompt_ids, output_ids, best)
 
 
+def allowing(row: SamplingRow, allowed_B: NDArray[np.uint8] | None) -> SamplingRow:
+    """The row, of which only these tokens can be chosen; made in each step, hence without
+    ``_replace``."""
+    return tuple.__new__(SamplingRow, (*row[:-1], allowed_B))
+
+
 def adjusts_logits(params: SamplingParams) -> bool:
     """Whether penalties, bias, or tokens that are forbidden change the logits."""
     return (

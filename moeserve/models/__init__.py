@@ -2,10 +2,8 @@
 
 ::
 
-    library                    where a model's name leads: the demo, or a folder
-    checkpoint  fields  files  ``config.json`` and memory-mapped safetensors, every read checked
     library  hub               where a model's name leads: the demo, a folder, or the hub's cache
-    checkpoint  fields         ``config.json`` and memory-mapped safetensors, every read checked
+    checkpoint  fields  files  ``config.json`` and memory-mapped safetensors, every read checked
     fingerprint  survey        is it the same checkpoint; what serving it would take
     spec  names                what a model is, and what its tensors are called: plain data
     families/                  ``config.json`` to a spec: a short file per architecture

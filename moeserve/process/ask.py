@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import selectors
 import subprocess
 import tempfile
@@ -20,6 +21,9 @@ from typing import Any
 from moeserve.errors import DeadlineError
 from moeserve.process.child import Process, StartOptions, start
 
+# At once: for more, memory would be mapped and given back each time.
+READ_BYTES = 1 << 16
+
 
 class AnsweringProcess(Process):
     """A ``Process`` with pipes in and out that answers as ``answer.Channel`` does."""
@@ -28,7 +32,8 @@ class AnsweringProcess(Process):
         super().__init__(name, popen, log)
         assert popen.stdin is not None and popen.stdout is not None, f"{name} has no pipes"
         self._stdin, self.reply_pipe = popen.stdin, popen.stdout
-        os.set_blocking(self._stdin.fileno(), False)
+        for pipe in (self._stdin, self.reply_pipe):
+            os.set_blocking(pipe.fileno(), False)
         self.unread = bytearray()
 
     def ask(self, message: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -38,15 +43,24 @@ class AnsweringProcess(Process):
     def send(self, message: Mapping[str, Any], timeout_s: float) -> None:
         left = memoryview(json.dumps(message).encode() + b"\n")
         end = time.monotonic() + timeout_s
+        left = self._write(left)
+        if not left:
+            return  # as nearly always: no selector is made
         with selectors.DefaultSelector() as writable:
             writable.register(self._stdin, selectors.EVENT_WRITE)
             while left:
                 if not writable.select(max(0.0, end - time.monotonic())):
                     raise late([self], timeout_s)
-                try:
-                    left = left[os.write(self._stdin.fileno(), left) :]
-                except BrokenPipeError as error:
-                    raise self.gone() from error
+                left = self._write(left)
+
+    def _write(self, left: memoryview) -> memoryview:
+        """As much as there is room for now; the rest."""
+        try:
+            return left[os.write(self._stdin.fileno(), left) :]
+        except BlockingIOError:
+            return left
+        except BrokenPipeError as error:
+            raise self.gone() from error
 
     def end_requests(self) -> None:
         """Nothing more is asked: ``Channel.serve`` returns."""
@@ -56,7 +70,7 @@ class AnsweringProcess(Process):
         """The first whole line of ``unread``."""
         line, _, rest = self.unread.partition(b"\n")
         self.unread = rest
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line) if line != b"{}" else {}
         return answer
 
 
@@ -75,6 +89,8 @@ def receive_all(
 ) -> list[dict[str, Any]]:
     """A reply of each; until ``end`` of the monotonic clock, where the wait began earlier."""
     end = time.monotonic() + timeout_s if end is None else end
+    if len(processes) == 1:
+        return [_receive(processes[0], timeout_s, end)]
     with selectors.DefaultSelector() as readable:
         for process in processes:
             if b"\n" not in process.unread:
@@ -84,13 +100,32 @@ def receive_all(
             if not ready:
                 raise late(waiting, timeout_s)
             for key, _ in ready:
-                data = os.read(key.fd, 1 << 20)
+                data = os.read(key.fd, READ_BYTES)
                 if not data:
                     raise key.data.gone()
                 key.data.unread += data
                 if b"\n" in data:
                     readable.unregister(key.fileobj)
     return [process.take_reply() for process in processes]
+
+
+def _receive(process: AnsweringProcess, timeout_s: float, end: float) -> dict[str, Any]:
+    """Of one. What has come already is read without asking whether it has."""
+    pipe, poll = process.reply_pipe.fileno(), None
+    while b"\n" not in process.unread:
+        try:
+            data = os.read(pipe, READ_BYTES)
+        except BlockingIOError:
+            if poll is None:
+                poll = select.poll()
+                poll.register(pipe, select.POLLIN)
+            if not poll.poll(1e3 * max(0.0, end - time.monotonic())):
+                raise late([process], timeout_s) from None
+            continue
+        if not data:
+            raise process.gone()
+        process.unread += data
+    return process.take_reply()
 
 
 def late(processes: Sequence[Process], timeout_s: float) -> DeadlineError:

@@ -53,11 +53,11 @@ def others(said: Path) -> list[str]:
     raise AssertionError(f"not all doors opened: {said.read_text()}")
 
 
-def ask(port: int, prompt: str) -> str:
+def ask(port: int, prompt: str, **more: object) -> str:
     body = {"model": "demo", "prompt": prompt, "max_tokens": 12, "temperature": 0}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
-        json.dumps(body | {"ignore_eos": True}).encode(),
+        json.dumps(body | (more or {"ignore_eos": True})).encode(),
         {"content-type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
@@ -74,9 +74,12 @@ def test_every_door_gives_the_same_answers_and_all_stop_together(tmp_path: Path)
         page = urllib.request.urlopen(f"http://127.0.0.1:{ports[0]}/metrics", timeout=PATIENCE_S)
         with page:
             counted = page.read().decode()
+        formed = {ask(port, prompts[0], guided_regex="[a-z]{3}-[0-9]{2}") for port in ports}
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0
     assert len({(p, a) for p, a in zip(prompts, answers, strict=True)}) == 5
+    assert len(formed) == 1
+    assert re.fullmatch("[a-z]{3}-[0-9]{2}", formed.pop())
     tokens = re.search(r"^moeserve_generated_tokens_total\S* (\S+)$", counted, re.MULTILINE)
     assert tokens is not None
     assert float(tokens[1]) == 12 * REQUESTS

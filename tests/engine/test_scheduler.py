@@ -14,6 +14,8 @@ from moeserve.core import (
     CacheScope,
     Counters,
     FinishReason,
+    Grammar,
+    GrammarKind,
     Request,
     RequestId,
     SamplingParams,
@@ -485,6 +487,14 @@ def test_wrong_drafts_cost_no_token_and_leave_no_trace(guessers: Guessers) -> No
     assert (house.counters.steps, house.counters.accepted_tokens) == (8, 0)
     assert house.counters.computed_tokens == 5 + 7
     assert house.counters.recomputed_tokens == 0
+
+
+def test_an_answer_with_a_grammar_has_no_drafts(guessers: Guessers) -> None:
+    house = House(drafter=guessers(VOCAB, 3))
+    grammar = Grammar(GrammarKind.REGEX, "a*")
+    house.add(request("a", range(5), 8, ignore_eos=True, grammar=grammar))
+    house.run()
+    assert (house.counters.steps, house.counters.drafted_tokens) == (8, 0)
 
 
 def test_drafts_leave_every_generating_request_its_token(guessers: Guessers) -> None:

@@ -27,7 +27,7 @@ from moeserve.kernels.reference.sampling import (
     top_p,
     uniform,
 )
-from moeserve.kernels.sampling import SamplingRow, sampling_row
+from moeserve.kernels.sampling import SamplingRow, allowing, sampling_row
 
 V = 24
 Row = NDArray[np.float32]
@@ -434,6 +434,12 @@ def test_what_is_not_allowed_is_as_if_its_logit_were_infinitely_small(
         assert got.token_id in allowed
         if params.logprobs is not None:  # they are the model's own
             assert got.logprobs == logprobs_of(logits, got.token_id, params.logprobs)
+
+
+def test_a_row_that_allows_less_is_otherwise_the_same() -> None:
+    one, mask = row(replace(GREEDY, seed=3), outputs=(4,)), bits({1})
+    assert allowing(one, mask)[:-1] == one[:-1]
+    assert allowing(one, mask).allowed_B is mask
 
 
 @pytest.mark.parametrize("params", [GREEDY, replace(GREEDY, temperature=1.0)])

@@ -100,21 +100,21 @@ def _structured_outputs(body: Body) -> Grammar | None:
     dense = given.get("disable_any_whitespace", False)
     if not isinstance(dense, bool):
         refuse(f"{name}.disable_any_whitespace", "expected true or false")
-    return _one_of(given, name, "" if dense else whitespace)
+    return _one_of(given, f"{name}.", "" if dense else whitespace)
 
 
 def _guided(body: Body) -> Grammar | None:
     given = {kind: body[name] for name, kind in _GUIDED.items() if body.get(name) is not None}
     pattern = body.get("guided_whitespace_pattern")
     whitespace = _whitespace(pattern, "guided_whitespace_pattern")
-    return _one_of(given, "guided_*", whitespace) if given else None
+    return _one_of(given, "guided_", whitespace) if given else None
 
 
-def _one_of(given: Mapping[str, object], name: str, whitespace: str | None) -> Grammar | None:
+def _one_of(given: Mapping[str, object], prefix: str, whitespace: str | None) -> Grammar | None:
     kinds = [kind for kind in _KINDS if given.get(kind) not in (None, False)]
     if len(kinds) != 1:
-        refuse(name, f"expected exactly one of {', '.join(_KINDS)}; {len(kinds)} are given")
-    return _KINDS[kinds[0]](given[kinds[0]], f"{name}.{kinds[0]}", whitespace)
+        refuse(f"{prefix}*", f"expected exactly one of {', '.join(_KINDS)}; {len(kinds)} are given")
+    return _KINDS[kinds[0]](given[kinds[0]], prefix + kinds[0], whitespace)
 
 
 def _json(value: object, name: str, whitespace: str | None) -> Grammar:

@@ -8,7 +8,7 @@ are not in ``allowed_token_ids``, those banned by ``min_tokens`` and as the end 
 renormalised). Where all that a grammar allows are banned, they are not. Equal logits: the lower
 token id is greater. Log-probabilities are those of the model, before any of this.
 
-Letters: R rows, V vocabulary, B its bytes (one bit for each token), M rows that do not allow all.
+Letters: R rows, V vocabulary, B its bytes (one bit for each token).
 """
 
 from __future__ import annotations
@@ -74,23 +74,23 @@ def _best_allowed(
     logits_RV: NDArray[np.float32], rows: Sequence[SamplingRow], best_R: Sequence[int]
 ) -> list[int]:
     """The best token of each row that is allowed, -1 where none can be taken; ``best_R`` is as if
-    all were allowed. All rows at once: one after the other takes longer."""
-    masked = [(r, row.allowed_B) for r, row in enumerate(rows) if row.allowed_B is not None]
-    index_M = [r for r, _ in masked]
-    logits_MV = logits_RV[index_M]
-    logits_MV[~allowed_tokens(np.stack([m for _, m in masked]), logits_MV.shape[1])] = -np.inf
-    best_M = logits_MV.argmax(axis=1)
-    sound_M = np.isfinite(logits_MV[np.arange(len(index_M)), best_M])
-    best = [*best_R]
-    for r, token, sound in zip(index_M, best_M.tolist(), sound_M.tolist(), strict=True):
-        if best[r] >= 0:
-            best[r] = token if sound else -1
-    return best
+    all were allowed. Where the best of all is allowed, as mostly, it is the best of those that
+    are."""
+    found = [*best_R]
+    for r, (row, best) in enumerate(zip(rows, best_R, strict=True)):
+        allowed_B = row.allowed_B
+        if allowed_B is None or best < 0 or (allowed_B[best >> 3] >> (best & 7)) & 1:
+            continue
+        ids = np.flatnonzero(allowed_tokens(allowed_B, logits_RV.shape[1]))
+        values = logits_RV[r, ids]
+        at = int(values.argmax()) if len(ids) else -1
+        found[r] = int(ids[at]) if at >= 0 and math.isfinite(values[at]) else -1
+    return found
 
 
-def allowed_tokens(masks_MB: NDArray[np.uint8], vocab: int) -> NDArray[np.bool_]:
-    """Which tokens the bits of each row allow: [M, V]."""
-    return np.unpackbits(masks_MB, axis=1, count=vocab, bitorder="little").view(np.bool_)
+def allowed_tokens(allowed_B: NDArray[np.uint8], vocab: int) -> NDArray[np.bool_]:
+    """Which tokens the bits allow: [V]."""
+    return np.unpackbits(allowed_B, count=vocab, bitorder="little").view(np.bool_)
 
 
 def takes_best(row: SamplingRow, eos_ids: frozenset[int]) -> bool:
@@ -136,7 +136,7 @@ def sample_row(
     if params.temperature > 0 or banned or allowed is not None or adjusts_logits(params):
         adjusted_V = adjust_logits(logits_V, params, row.prompt_ids, row.output_ids, banned)
         if allowed is not None:
-            forbidden_V = ~allowed_tokens(allowed[None], len(logits_V))[0]
+            forbidden_V = ~allowed_tokens(allowed, len(logits_V))
             adjusted_V[forbidden_V] = -np.inf
             if banned and not math.isfinite(adjusted_V.max()):  # the grammar's end has come
                 adjusted_V = adjust_logits(logits_V, params, row.prompt_ids, row.output_ids, ())
