@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import replace
 
+from moeserve.errors import InvalidRequestError
 from moeserve.gateway.limits import prompt_text
 from moeserve.gateway.openai.chat import Conversation
 from moeserve.gateway.openai.fields import refuse
@@ -40,7 +41,13 @@ async def prepare(
         budget=conversation.max_thinking,
         inside=served.style.reasoning == "think" and ends_inside(prompt),
     )
-    if answer_grammar(served.style, shape, tokenizer.token_to_id) is not None:
+    try:
+        constrained = answer_grammar(served.style, shape, tokenizer.token_to_id)
+    except RecursionError as error:
+        raise InvalidRequestError(
+            "a tool's parameters are nested too deep", param="tools"
+        ) from error
+    if constrained is not None:
         refuse(
             "tool_choice" if shape.tools else "max_thinking_tokens",
             "not supported by this server: it takes constrained decoding",

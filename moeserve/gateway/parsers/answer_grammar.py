@@ -186,12 +186,13 @@ class _Rules:
         between: str,
     ) -> str:
         parameters = function.get("parameters") or {}
-        required = parameters.get("required") or []
+        required, properties = parameters.get("required"), parameters.get("properties")
         fields = []
-        for i, (key, schema) in enumerate((parameters.get("properties") or {}).items()):
+        for i, (key, schema) in enumerate(_mapping(properties).items()):
             value = self._value(f"value_{index}_{i}", schema, parameters, form)
             one = f"{self._key(form, key, between)} {value} {_literal(between)}"
-            fields.append(one if key in required else f"({one})?")
+            must = isinstance(required, list) and key in required
+            fields.append(one if must else f"({one})?")
         closing = self._marker(form.closing)
         if form is QWEN_CODER:
             closing = f'"</function>\\n" {closing}'
@@ -220,6 +221,11 @@ class _Rules:
         shared = {k: parameters[k] for k in ("$defs", "definitions") if k in parameters}
         own = dict(schema) if isinstance(schema, Mapping) else {}
         return f"{self._json(name, own | shared, strict=False)} {closing}"
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    """A schema is a stranger's: what should be an object may be anything."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _markers_of(style: AnswerStyle) -> tuple[str, ...]:

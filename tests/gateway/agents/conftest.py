@@ -154,7 +154,7 @@ async def _no_metrics() -> tuple[bytes, str]:
     return b"", "text/plain"
 
 
-def _save_tokenizer(folder: Path, tools: ToolStyle) -> None:
+def save_scripted_tokenizer(folder: Path, tools: ToolStyle) -> None:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Inner
 
@@ -177,7 +177,7 @@ def open_stage(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ToolStyle]
 
     def build(tools: ToolStyle) -> Stage:
         folder = tmp_path_factory.mktemp(tools)
-        _save_tokenizer(folder, tools)
+        save_scripted_tokenizer(folder, tools)
         return Stage(folder, tools)
 
     return build

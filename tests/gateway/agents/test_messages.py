@@ -164,7 +164,6 @@ BAD: list[tuple[str, Any]] = [
     ("thinking", {"type": "often"}),
     ("stop_sequences", [3]),
     ("temperature", 5),
-    ("unheard_of", 1),
 ]
 
 

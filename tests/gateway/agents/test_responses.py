@@ -130,7 +130,6 @@ BAD: list[tuple[str, Any]] = [
     ("text", {"format": {"type": "other"}}),
     ("max_output_tokens", 0),
     ("n", 2),
-    ("unheard_of", 1),
 ]
 
 
