@@ -31,7 +31,7 @@ Tool = Mapping[str, Any]
 TokenOf = Callable[[str], int | None]
 
 # Between the tokens of a JSON document: a model that may write blanks without end does.
-_BLANKS = r"( |\r?\n[ \t]{0,32})"
+BLANKS = r"( |\r?\n[ \t]{0,32})"
 _ANY = r"/(.|\n)*/"
 _SOME = r"/(.|\n)+/"
 
@@ -173,7 +173,7 @@ class _Rules:
 
     def _json(self, name: str, schema: Mapping[str, Any], *, strict: bool) -> str:
         """What a schema has that no grammar can say is left out, unless it is ``strict``."""
-        options = {"whitespace_pattern": _BLANKS, "lenient": not strict}
+        options = {"whitespace_pattern": BLANKS, "lenient": not strict}
         text = json.dumps(dict(schema) | {"x-guidance": options}, ensure_ascii=False)
         return self._add(name, f"%json {text}")
 

@@ -23,5 +23,10 @@ def test_a_streamed_call_is_gathered(ask: Callable[..., Any]) -> None:
     assert ask(SCRIPT, "stream", "I look.\n" + CALL) == TOLD
 
 
+def test_structured_output_by_a_call_and_by_a_form(ask: Callable[..., Any]) -> None:
+    found = ask(SCRIPT, "structured", CALL, '{"city": "Bern"}')
+    assert found == {"by_call": {"city": "Bern"}, "by_form": {"city": "Bern"}}
+
+
 def test_responses_have_calls_too(ask: Callable[..., Any]) -> None:
     assert ask(SCRIPT, "responses", "I look.\n" + CALL) == TOLD

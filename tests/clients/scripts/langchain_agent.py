@@ -42,5 +42,13 @@ def responses() -> dict:
     return {"args": answer.tool_calls[0]["args"], "text": answer.text}
 
 
-cases = {"loop": loop, "stream": stream, "responses": responses}
+def structured() -> dict:
+    """By a forced call, and by the form of the answer."""
+    by_call = model().with_structured_output(weather, method="function_calling")
+    by_form = model().with_structured_output(weather, method="json_schema")
+    found = {"by_call": by_call.invoke("Hello").model_dump()}
+    return found | {"by_form": by_form.invoke("Hello").model_dump()}
+
+
+cases = {"loop": loop, "stream": stream, "responses": responses, "structured": structured}
 print(json.dumps(cases[case]()))

@@ -20,12 +20,15 @@ import pytest
 from moeserve.core import Counters, Event, FinishReason, Request, RequestId
 from moeserve.engine.loop import Engine
 from moeserve.engine.request_state import EventSink
+from moeserve.gateway.grammars import GrammarGate
 from moeserve.gateway.http.app import http_app
 from moeserve.gateway.http.server import HttpServer
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.parsers.styles import ToolStyle, style_of
 from moeserve.gateway.service import InferenceService, ServedModel
+from moeserve.grammar.checking import GrammarChecker
+from moeserve.grammar.worker import Vocabulary
 from moeserve.models.tokenizer import Tokenizer
 
 PATIENCE_S = 30.0
@@ -106,6 +109,7 @@ class Stage:
     """A running server and the script its model follows."""
 
     def __init__(self, folder: Path, tools: ToolStyle) -> None:
+        self._folder = folder
         self._tokenizer = Tokenizer.load(folder)
         self._tools = tools
         self._ready = threading.Event()
@@ -141,13 +145,22 @@ class Stage:
         assert style.tools == self._tools
         limits = ModelLimits(self._tokenizer.vocab_size, 4096)
         engine = cast(Engine, self.engine)
-        service.serve(ServedModel("scripted", engine, self._tokenizer, limits, style=style))
+        end = self._tokenizer.token_to_id(END)
+        assert end is not None
+        file = self._folder / "tokenizer.json"
+        checker = GrammarChecker(Vocabulary(file, self._tokenizer.vocab_size, (end,)))
+        gate = GrammarGate(checker)
+        service.serve(
+            ServedModel("scripted", engine, self._tokenizer, limits, style=style, grammars=gate)
+        )
         server = HttpServer(http_app(service, None, _no_metrics), "127.0.0.1", 0, 1.0)
         self.port = server.port
         server.open()
         self._ready.set()
         await self._end.wait()
         await server.close()
+        await service.texts.close()
+        checker.close()
 
 
 async def _no_metrics() -> tuple[bytes, str]:
