@@ -219,8 +219,8 @@ def test_metrics_count_what_the_engine_counts_under_both_names(house: House) -> 
     assert page.headers["content-type"].startswith("text/plain")
     made = house.engine.counters.generated_tokens
     lines = page.text.splitlines()
-    assert f'moeserve_generated_tokens_total{{model_name="tiny"}} {float(made)}' in lines
-    assert f'vllm:generation_tokens_total{{model_name="tiny"}} {float(made)}' in lines
+    assert f'moeserve_generated_tokens_total{{engine="0",model_name="tiny"}} {float(made)}' in lines
+    assert f'vllm:generation_tokens_total{{engine="0",model_name="tiny"}} {float(made)}' in lines
 
 
 @pytest.mark.parametrize("streamed", [False, True])
