@@ -31,7 +31,7 @@ async def prepare(
     closing_id = tokenizer.token_to_id(served.style.reasoning_end)
     reading = Reading(served.style, conversation.tool_use, prompt, closing_id)
     params = dict(wanted.params)
-    if reading.parses and _is_special(tokenizer, served.style.marker):
+    if reading.parses and any(_is_special(tokenizer, m) for m in served.style.markers):
         params["skip_special_tokens"] = False
     if reading.parses and served.style.stops:
         found = map(tokenizer.token_to_id, served.style.stops)
@@ -117,7 +117,7 @@ async def render(texts: TextWork, served: ServedModel, conversation: Conversatio
 
 def _is_special(tokenizer: Tokenizer, marker: str) -> bool:
     """Whether a text that leaves special tokens out has lost the marker."""
-    token = tokenizer.token_to_id(marker) if marker else None
+    token = tokenizer.token_to_id(marker)
     return token is not None and not tokenizer.decode([token], skip_special_tokens=True)
 
 

@@ -48,7 +48,7 @@ MARKERS: dict[str, list[str]] = {
     ],
     "deepseek": [
         *"<｜tool▁calls▁begin｜> <｜tool▁calls▁end｜> <｜tool▁call▁begin｜>".split(),
-        *"<｜tool▁call▁end｜> <｜tool▁sep｜>".split(),
+        *"<｜tool▁call▁end｜> <｜tool▁sep｜> <think> </think>".split(),
     ],
 }
 SPECIAL = {"harmony", "deepseek"}
