@@ -1,13 +1,16 @@
 """What control costs: CPU time of a decode step on a rank, without a model.
 
     python bench/control.py [--ranks 1 8 32 64 320] [--requests 16 64 96 256] [--steps 60]
-                            [--checkout FOLDER] [--json FILE]
+                            [--sweep-mb MB] [--checkout FOLDER] [--json FILE]
 
 Every rank is a process with the production engine, scheduler, lock-step and mesh, over real
 sockets; its executor gives a token to whoever asks for one, at once. The parent imports everything
 and forks them, so that hundreds fit. Counted is the CPU time of a rank's whole process over its
 decode steps, the thread that runs steps and the mesh's thread apart; what wall time a step takes on
 a machine with fewer cores than ranks says nothing. Doors are not in it (``bench/doors.py``).
+
+Ranks that share a core begin every step with cold caches. ``--sweep-mb`` shows how much of the
+figures that is: every rank reads so much memory in each step, which is not counted.
 
 With ``--checkout`` a tree of an earlier version stands beside it, in which rank 0 decided for all:
 the CPU time of its fleet, step messages and executor on rank 0 (``control_central.py``).
@@ -31,6 +34,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -81,20 +85,25 @@ class Row:
 class TokenAtOnce:
     """An executor that gives everybody the same token; it measures the steps that only decode."""
 
-    def __init__(self, requests: int, steps: int) -> None:
+    def __init__(self, requests: int, steps: int, sweep_mb: int) -> None:
         self.done = threading.Event()
         self.process_s = self.engine_s = 0.0
+        self._swept = np.ones(sweep_mb << 17)
+        self._sweeping_s = 0.0
         self._left = steps
         self._requests = requests
         self._from: tuple[float, float] | None = None
 
     def run(self, plan: StepPlan, microbatches: int) -> StepResult:
+        began = time.thread_time()
+        self._swept.sum()
+        self._sweeping_s += time.thread_time() - began
         if plan.num_tokens == self._requests and len(plan.chunks) == self._requests:
             self._count()
         return StepResult(tuple(Sampled(c.request.id, TOKEN) for c in plan.chunks if c.samples))
 
     def _count(self) -> None:
-        now = time.process_time(), time.thread_time()
+        now = time.process_time() - self._sweeping_s, time.thread_time() - self._sweeping_s
         self._from = self._from or now
         if self._left == 0 and not self.done.is_set():
             self.process_s, self.engine_s = now[0] - self._from[0], now[1] - self._from[1]
@@ -108,7 +117,9 @@ class Uncounted:
     def deliver(self, events: Sequence[Event]) -> None: ...
 
 
-def run_rank(rank: int, world: int, requests: int, steps: int, out: Connection) -> None:
+def run_rank(
+    rank: int, world: int, requests: int, steps: int, sweep_mb: int, out: Connection
+) -> None:
     """In a child: one rank, until the parent closes its end."""
     group = Group(rank, world, join_store("127.0.0.1", out.recv()), notify=lambda text: None)
     mesh = open_mesh(group, RECORD_BYTES, PATIENCE_S, address="127.0.0.1", timeout_s=PATIENCE_S)
@@ -116,7 +127,7 @@ def run_rank(rank: int, world: int, requests: int, steps: int, out: Connection) 
     pool = BlockPool(requests * (1 + (PROMPT + 8 * steps) // BLOCK), BLOCK, counters)
     config = SchedulerConfig(1 << 16, requests, max(512, 2 * requests))
     scheduler = Scheduler(config, pool, counters, rank=rank)
-    executor = TokenAtOnce(requests, steps)
+    executor = TokenAtOnce(requests, steps, sweep_mb)
     load = SchedulerLoad(scheduler, lock)
     step = LockStep(
         executor, mesh, load, FixedMicrobatches(1), DispatchStats(), deadline_s=PATIENCE_S
@@ -137,13 +148,13 @@ def run_rank(rank: int, world: int, requests: int, steps: int, out: Connection) 
     os._exit(0)
 
 
-def measure(world: int, requests: int, steps: int) -> Row:
+def measure(world: int, requests: int, steps: int, sweep_mb: int) -> Row:
     pipes: list[Connection] = []
     for rank in range(world):
         mine, theirs = Pipe()
         if os.fork() == 0:
             mine.close()
-            run_rank(rank, world, requests, steps, theirs)
+            run_rank(rank, world, requests, steps, sweep_mb, theirs)
         theirs.close()
         pipes.append(mine)
     # After the forks, for the store has a thread.
@@ -192,6 +203,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 32, 64, 320])
     parser.add_argument("--requests", type=int, nargs="+", default=[16, 64, 96, 256])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--sweep-mb", type=int, default=0, help="memory read in each step")
     parser.add_argument("--checkout", type=Path, help="an earlier tree, in which rank 0 decided")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -203,7 +215,7 @@ def main() -> None:
         for requests in args.requests:
             console.print(f"{world} ranks of {requests} requests")
             with console.status("running"):
-                rows.append(measure(world, requests, args.steps))
+                rows.append(measure(world, requests, args.steps, args.sweep_mb))
                 if args.checkout is not None and world * requests <= MOST_CENTRAL:
                     steps = max(3, args.steps // world)
                     us = central(args.checkout, world, requests, steps)

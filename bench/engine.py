@@ -51,6 +51,7 @@ CASES = (
     Case("decode", 1, 16, 96),
     Case("decode", 16, 16, 96),
     Case("decode", 64, 16, 96),
+    Case("decode", 256, 16, 96),
 )
 
 
@@ -82,7 +83,7 @@ def seconds(decoder: Decoder, case: Case, record: Path | None) -> float:
     recorder = None if record is None else open_recorder(record, decoder)
     counters = Counters()
     blocks = case.streams * ((case.prompt + case.answer) // BLOCK + 1)
-    config = SchedulerConfig(CONTEXT, 64, 512, prefix_cache=False)
+    config = SchedulerConfig(CONTEXT, case.streams, 512, prefix_cache=False)
     scheduler = Scheduler(config, BlockPool(blocks, BLOCK, counters), counters)
     executor = ModelRunner(decoder, blocks, BLOCK, observer=recorder)
     params = SamplingParams(max_tokens=case.answer, temperature=0, ignore_eos=True)

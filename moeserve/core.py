@@ -3,9 +3,10 @@
 A request goes ``Request`` -> (scheduler) ``StepPlan`` of ``Chunk`` -> (executor) ``StepResult``
 of ``Sampled`` -> (engine loop) ``Event`` to whoever asked.
 
-What every request has one of in every step (``Chunk``, ``Sampled``, ``TokenOut``) are named tuples,
-which are made in a tenth of the time of a frozen dataclass, and whose fields ``zip`` turns into
-columns. Code that makes one for each token calls ``tuple.__new__``, which again halves it.
+What every request has one of in every step (``Chunk``, ``Sampled``, ``TokenOut``, ``Event``) are
+named tuples, which are made in a tenth of the time of a frozen dataclass, and whose fields ``zip``
+turns into columns. Code that makes one for each token calls ``tuple.__new__``, which again halves
+it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, NewType
+
+# Stands for a token that the step before will make (``StepPlan.ahead``).
+UNKNOWN = -1
 
 RequestId = NewType("RequestId", str)
 BlockId = NewType("BlockId", int)
@@ -177,12 +181,17 @@ class StepPlan:
 
     ``ended`` are all requests that ended, for whatever reason, since the last plan that had
     chunks: an executor forgets them before it looks at the chunks, for their ids may return.
+
+    One that is made ``ahead``, while the step before runs, has the newest token of each of that
+    step's requests, which is ``UNKNOWN`` until that step is over. Some of these may have ended by
+    then: what comes of their rows is nobody's.
     """
 
     chunks: tuple[Chunk, ...]
     expired: tuple[RequestId, ...] = ()
     preempted: tuple[RequestId, ...] = ()
     ended: tuple[RequestId, ...] = ()
+    ahead: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -240,8 +249,7 @@ class TokenOut(NamedTuple):
     finish: FinishReason | None
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """News of a request, for whoever holds its stream; text is made there.
 
     ``token_ids``, ``logprobs`` and ``prompt_logprobs`` are those since the last event; the

@@ -3,13 +3,15 @@
 ::
 
     scheduler.py      which tokens run in the next step (bounds: what it takes and refuses;
-                      policies: whom it asks; sequence: a request under way; step_builder: the step
-                      under construction; foresight: the step after it; blocks: who holds which KV
-                      block)
+                      policies: whom it asks; drafts: guesses behind the newest tokens; sequence: a
+                      request under way; step_builder: the step under construction; foresight: the
+                      step after it; blocks: who holds which KV block)
     executor.py       what runs a step: the seam between decisions and tensors
     model_runner.py   runs it on this process's decoder (input_batch: what it keeps from step to
                       step); null: without a model, to check schedulers
     drive.py          plan, run, apply: one step after the other
+    ahead.py          the next step planned and started while one runs (threaded: an executor that
+                      can be started, as a device can)
     loop.py           the engine: a thread that makes steps and feeds streams (request_state: what
                       it keeps of a request, and how its events leave; pace: when a step is due)
     rank_model.py     one rank's share of a model, loaded (kv_size: how many KV blocks it gets);

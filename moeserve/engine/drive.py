@@ -27,6 +27,8 @@ from moeserve.engine.executor import Executor
 from moeserve.engine.sequence import NEW, History, SequenceState
 from moeserve.errors import InternalError, UnavailableError
 
+OnPlan = Callable[[StepPlan, float], None]
+
 
 class Schedules(Protocol):
     """A ``Scheduler``, or a ``Fleet`` of them."""
@@ -87,7 +89,7 @@ def run_step(
     clock: Callable[[], float],
     *,
     lock: AbstractContextManager[Any] | None = None,
-    on_plan: Callable[[StepPlan, float], None] = lambda plan, began: None,
+    on_plan: OnPlan = lambda plan, began: None,
     due: bool = False,
 ) -> StepOutcome | None:
     """One step; None where no request is left, unless it is ``due`` all the same: then others have

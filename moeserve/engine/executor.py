@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moeserve.core import StepPlan, StepResult
 
@@ -19,6 +19,21 @@ class Executor(Protocol):
         UnavailableError where no further step can be run; any other error ends only the requests
         of this one.
         """
+        ...
+
+
+@runtime_checkable
+class StartingExecutor(Executor, Protocol):
+    """One that runs steps while its caller does other things, as a device does."""
+
+    def start(self, plan: StepPlan) -> None:
+        """Queue a step behind those that were started; returns at once. At most one may be under
+        way, and then the plan is one made ``ahead``: its tokens are filled in here."""
+        ...
+
+    def finish(self) -> StepResult:
+        """The result of the oldest step that was started, when it is there; raises as ``run``
+        does, and then the next one is still to be finished."""
         ...
 
 

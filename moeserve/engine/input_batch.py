@@ -6,7 +6,10 @@ tables, to which new blocks are added. A request is known again by the identity 
 hold (see ``Chunk``), so new blocks and an id that returns are noticed without anybody telling.
 ``models.batch.pack_spans`` packs the same from nothing: it is the twin in tests.
 
-Steps that were packed stay as they are: what they share is only ever added to.
+Steps that were packed stay as they are: what they share is only ever added to. Whoever is done with
+a step before the next is packed says so (``again``): where the same requests have one token each
+time after time, it gets the same tensors with other numbers in them, of which a decoder keeps what
+it has made (``StepBatch.kept``).
 
 Letters: T tokens, S chunks, N rows, M blocks of the longest, R rows whose logits are wanted.
 """
@@ -17,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -28,7 +32,7 @@ from moeserve.core import BlockId, Chunk, Request, RequestId
 from moeserve.errors import InternalError
 from moeserve.kernels.ops import AttentionBatch
 from moeserve.kernels.sampling import SamplingRow, sampling_row
-from moeserve.models.batch import StepBatch
+from moeserve.models.batch import KeptPass, StepBatch
 
 Ints = NDArray[np.int64]
 
@@ -50,12 +54,27 @@ class _Held:
     sampling: SamplingRow
 
 
+@dataclass(frozen=True, slots=True)
+class _KeptStep:
+    """``step``, and where its numbers lie: ids, positions, slots and contexts one after the other
+    in ``memory``, as ``packed`` says."""
+
+    step: StepBatch
+    memory: bytearray
+    packed: Struct
+    ids_S: Ints
+    positions_S: Ints
+    slots_S: Ints
+    contexts_S: NDArray[np.int32]
+
+
 @dataclass(slots=True)
 class _Composition:
     """The requests of a step, in order, and what steps of the same ones share.
 
     ``rooms_S`` are the tokens that the blocks of each can hold. ``tables`` and ``rows_S`` are the
-    tensors of ``tables_SM`` and ``index_S``; ``starts_S1`` is for one token each.
+    tensors of ``tables_SM`` and ``index_S``; ``starts_S1`` is for one token each. ``kept`` is made
+    when they come ``again`` with one token each.
     """
 
     requests: tuple[Request, ...]
@@ -68,6 +87,8 @@ class _Composition:
     tables: Tensor
     rows_S: Tensor
     starts_S1: Tensor
+    again: bool = False
+    kept: _KeptStep | None = None
 
     def matches(self, requests: Sequence[Request], output_ids: Sequence[Sequence[int]]) -> bool:
         """Whether these are the same requests in the same order."""
@@ -88,6 +109,7 @@ class InputBatch:
         self._tables_NM: NDArray[np.int32] = np.zeros((0, FIRST_BLOCKS), np.int32)
         self._composition = self._compose(())
         self.scores = False  # whether chunks that were packed last score something
+        self._one_each = True  # of what was packed last
 
     @property
     def num_rows(self) -> int:
@@ -102,17 +124,23 @@ class InputBatch:
                 self._free_rows.append(held.row)
                 self._composition = self._compose(())
 
-    def pack(self, chunks: Sequence[Chunk]) -> StepBatch:
+    def pack(self, chunks: Sequence[Chunk], *, again: bool = False) -> StepBatch:
         """The chunks one after the other, each with its tokens in order; there may be none.
 
+        With ``again`` what the last call gave is not needed any more.
         InternalError where a chunk's blocks have no room for its tokens.
         """
         columns = tuple(zip(*chunks, strict=True)) or ((),) * len(Chunk._fields)
         _, token_ids, starts, blocks, samples, *_ = columns
         composition = self._bring_up(chunks, columns)
         total = sum(map(len, token_ids))
-        decodes = total == len(chunks) and samples.count(1) == total
+        self._one_each = samples.count(1) == len(chunks)
+        decodes = total == len(chunks) and self._one_each
         self.scores = not decodes and any(chunk.scored for chunk in chunks)
+        if again and decodes and total:
+            if composition.again:
+                return self._refill(composition, token_ids, starts, blocks)
+            composition.again = True  # requests that come once are not worth it
         if decodes and total <= FEW:
             return self._pack_few(composition, token_ids, starts, blocks)
         ids_T = np.fromiter(chain.from_iterable(token_ids), np.int64, total)
@@ -153,24 +181,59 @@ class InputBatch:
         blocks: Sequence[tuple[BlockId, ...]],
     ) -> StepBatch:
         """One token each of so few that array operations take longer than the interpreter."""
-        size = self._block_size
-        contexts = [start + 1 for start in starts]
-        if any(len(b) * size <= start for b, start in zip(blocks, starts, strict=True)):
+        slots = self._slots_of_few(composition, starts, blocks)
+        numbers = torch.from_numpy(np.array([*chain(*token_ids), *starts, *slots], np.int64))
+        contexts_S = torch.from_numpy(np.array([start + 1 for start in starts], np.int32))
+        return _step_of(composition, numbers, contexts_S, None)
+
+    def _slots_of_few(
+        self,
+        composition: _Composition,
+        starts: Sequence[int],
+        blocks: Sequence[tuple[BlockId, ...]],
+    ) -> list[int]:
+        size, slots = self._block_size, []
+        for table, start in zip(blocks, starts, strict=True):
+            if len(table) * size <= start:
+                contexts = [start + 1 for start in starts]
+                raise InternalError(no_room(blocks, contexts, composition.requests, size))
+            slots.append(table[start // size] * size + start % size)
+        return slots
+
+    def _refill(
+        self,
+        composition: _Composition,
+        token_ids: Iterable[tuple[int, ...]],
+        starts: Sequence[int],
+        blocks: Sequence[tuple[BlockId, ...]],
+    ) -> StepBatch:
+        """One token each, into tensors that were there before."""
+        size, kept = self._block_size, composition.kept
+        if kept is None:
+            kept = composition.kept = _new_kept(composition, len(starts))
+        if len(starts) <= FEW:
+            slots = self._slots_of_few(composition, starts, blocks)
+            contexts = [start + 1 for start in starts]
+            kept.packed.pack_into(kept.memory, 0, *chain(*token_ids, starts, slots, contexts))
+            return kept.step
+        positions_S, slots_S = kept.positions_S, kept.slots_S
+        kept.ids_S[:] = [*chain.from_iterable(token_ids)]
+        positions_S[:] = starts
+        if (positions_S >= composition.rooms_S).any():
+            contexts = [start + 1 for start in starts]
             raise InternalError(no_room(blocks, contexts, composition.requests, size))
-        slots = [
-            b[start // size] * size + start % size for b, start in zip(blocks, starts, strict=True)
-        ]
-        wide = torch.from_numpy(np.array([*chain(*token_ids), *starts, *slots], np.int64))
-        ids_T, positions_T, slot_T = wide.split_with_sizes([len(starts)] * 3)
-        context_S = torch.from_numpy(np.array(contexts, np.int32))
-        attention = AttentionBatch(composition.starts_S1, context_S, composition.tables)
-        return StepBatch(ids_T, positions_T, slot_T, attention, composition.rows_S)
+        blocks_S, inner_S = np.divmod(positions_S, size)
+        slots_S[:] = composition.tables_SM[composition.index_S, blocks_S]
+        slots_S *= size
+        slots_S += inner_S
+        np.add(positions_S, 1, out=kept.contexts_S, casting="unsafe")
+        return kept.step
 
     def sampling_rows(self, chunks: Sequence[Chunk]) -> list[SamplingRow]:
         """One for each of the rows of the chunks that were packed last: of each chunk those that
         it scores, then its samples."""
         rows = self._composition.sampling
-        if not self.scores and all(chunk.samples == 1 for chunk in chunks):
+        if self._one_each and not self.scores:
             return rows
         return [
             row
@@ -263,6 +326,26 @@ class InputBatch:
         old = self._tables_NM
         self._tables_NM = np.zeros((rows, width), np.int32)
         self._tables_NM[: len(old), : old.shape[1]] = old
+
+
+def _step_of(
+    composition: _Composition, numbers: Tensor, contexts_S: Tensor, kept: KeptPass | None
+) -> StepBatch:
+    """One token each: ids, positions and slots are ``numbers``, one after the other."""
+    ids_T, positions_T, slot_T = numbers.split_with_sizes([len(contexts_S)] * 3)
+    attention = AttentionBatch(composition.starts_S1, contexts_S, composition.tables)
+    return StepBatch(ids_T, positions_T, slot_T, attention, composition.rows_S, kept)
+
+
+def _new_kept(composition: _Composition, count: int) -> _KeptStep:
+    packed = Struct(f"={3 * count}q{count}i")
+    memory = bytearray(packed.size)
+    numbers = np.frombuffer(memory, np.int64, 3 * count)
+    contexts_S = np.frombuffer(memory, np.int32, offset=numbers.nbytes)
+    tensors = torch.from_numpy(numbers), torch.from_numpy(contexts_S)
+    step = _step_of(composition, *tensors, KeptPass())
+    ids_S, positions_S, slots_S = numbers.reshape(3, count)
+    return _KeptStep(step, memory, packed, ids_S, positions_S, slots_S, contexts_S)
 
 
 def no_room(

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -29,9 +29,10 @@ from moeserve.core import (
     StepPlan,
     Timing,
 )
+from moeserve.engine.ahead import SchedulesAhead, StepsAhead
 from moeserve.engine.bounds import refuse_duplicate
-from moeserve.engine.drive import Schedules, StepOutcome, run_step
-from moeserve.engine.executor import Executor
+from moeserve.engine.drive import OnPlan, Schedules, StepOutcome, run_step
+from moeserve.engine.executor import Executor, StartingExecutor
 from moeserve.engine.pace import Alone, Pace
 from moeserve.engine.request_state import EventSink, Outbox, RankSink, RequestState
 from moeserve.engine.sequence import NEW, History
@@ -124,7 +125,8 @@ class EngineLock:
 
 
 class Engine:
-    """``start`` or ``with`` it. Among several ranks ``pace`` says when a step is due that this
+    """``start`` or ``with`` it. Where the executor can be started, a step is planned while the one
+    before runs (``ahead``). Among several ranks ``pace`` says when a step is due that this
     engine has no request for, and ``lock`` is shared with whoever else looks at the scheduler.
     ``on_end`` is called once, on the engine's thread when it ends, with the reason.
     """
@@ -147,12 +149,13 @@ class Engine:
         self._stop_reason = "the server stopped: retry elsewhere"
         self._log = logging.getLogger("moeserve.engine")
         self._lock = lock or EngineLock()  # of scheduler, streams and accepting
+        self._ahead: StepsAhead | None = None
+        if isinstance(executor, StartingExecutor) and isinstance(scheduler, SchedulesAhead):
+            self._ahead = StepsAhead(scheduler, executor, clock, self._lock)
         self._streams: dict[RequestId, RequestState] = {}
         self._accepting = True
         self._cancelled: deque[tuple[RequestState, FinishReason]] = deque()
         self._stopping = threading.Event()
-        self._idle = threading.Event()
-        self._idle.set()
         self._thread = threading.Thread(target=self._serve, name="moeserve-engine", daemon=True)
 
     def __enter__(self) -> Self:
@@ -184,12 +187,11 @@ class Engine:
         stream = RequestState(request, sink, submitted=self._clock())
         with self._lock:
             if not self._accepting:
-                raise UnavailableError("the server is draining or stopped: retry elsewhere")
+                raise UnavailableError("the server is stopping or stopped: retry elsewhere")
             # The scheduler lets go of a request before its stream has had its last event.
             refuse_duplicate(request, request.id in self._streams)
             self._scheduler.add(request, history)
             self._streams[request.id] = stream
-            self._idle.clear()
         self._pace.wake()
 
     def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
@@ -236,12 +238,6 @@ class Engine:
                 accepting=self._accepting,
             )
 
-    def drain(self, timeout: float) -> bool:
-        """Accept nothing new and wait for what runs; False if that took longer."""
-        with self._lock:
-            self._accepting = False
-        return self._idle.wait(timeout)
-
     def stop(self, timeout: float = 30.0) -> bool:
         """End every stream and the thread; False if a step still ran after ``timeout``."""
         self._stopping.set()
@@ -281,14 +277,7 @@ class Engine:
                 if self._streams.get(stream.request.id) is stream:
                     why = "" if reason is FinishReason.STOP else "the request was cancelled"
                     self._end(outbox, stream.request.id, reason, why)
-            outcome = run_step(
-                self._scheduler,
-                self._executor,
-                self._clock,
-                lock=self._lock,
-                on_plan=lambda plan, began: self._start_step(outbox, plan, began),
-                due=self._pace.due,
-            )
+            outcome = self._run_step(lambda plan, began: self._start_step(outbox, plan, began))
             if outcome is None:
                 return False
             try:
@@ -300,6 +289,18 @@ class Engine:
             return True
         finally:
             self._send(outbox)
+
+    def _run_step(self, on_plan: OnPlan) -> StepOutcome | None:
+        if self._ahead is not None:
+            return self._ahead.run(on_plan)
+        return run_step(
+            self._scheduler,
+            self._executor,
+            self._clock,
+            lock=self._lock,
+            on_plan=on_plan,
+            due=self._pace.due,
+        )
 
     def _start_step(self, outbox: Outbox, plan: StepPlan, began: float) -> None:
         """Before the executor has its turn."""
@@ -329,6 +330,7 @@ class Engine:
 
     def _take_tokens(self, outbox: Outbox, outcome: StepOutcome, now: float) -> None:
         """What the step made, to observer and sinks."""
+        new = tuple.__new__
         first: list[RequestState] = []
         last: list[tuple[RequestState, Event]] = []
         before: dict[float, int] = {}  # when the token before it came, and how often
@@ -341,15 +343,18 @@ class Engine:
             if stream is None:
                 continue
             stream.made += 1
-            logprobs = () if out.logprobs is None else (out.logprobs,)
-            event = Event(out.request_id, (out.token_id,), logprobs, out.finish, "", stream.cached)
+            queue_s = 0.0
             if stream.first_token is None:
-                stream.first_token = now
+                stream.first_token, queue_s = now, stream.queue_s
                 first.append(stream)
-                event = replace(event, queue_s=stream.queue_s)
             else:
                 before[stream.last_token] = before.get(stream.last_token, 0) + 1
             stream.last_token = now
+            ids, logprobs = (out.token_id,), () if out.logprobs is None else (out.logprobs,)
+            event = new(
+                Event,
+                (out.request_id, ids, logprobs, out.finish, "", stream.cached, queue_s, ()),
+            )
             if out.finish is None:
                 outbox.add(stream.sink, event)
             else:
@@ -399,10 +404,6 @@ class Engine:
             self._log.error("a sink of %d events failed", len(events), exc_info=error)
             for event in events:
                 self.abort(event.request_id)
-        if not self._streams:  # a look without the lock spares it where somebody is left
-            with self._lock:
-                if not self._streams:
-                    self._idle.set()
 
     def _end_all(self) -> None:
         outbox = Outbox()

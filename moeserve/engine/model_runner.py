@@ -88,7 +88,8 @@ class ModelRunner(Generic[Cache]):
             self._batch.forget(plan.preempted)
             self._batch.forget(plan.ended)
             self.masks.forget((*plan.preempted, *plan.ended))
-            steps = split_step(self._batch.pack(plan.chunks), microbatches)
+            step = self._batch.pack(plan.chunks, again=True)
+            steps = split_step(step, microbatches)
             self.masks.begin(masks_wanted(plan.chunks))
         except Exception:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
             self._log.exception("a step of %d tokens cannot be packed", plan.num_tokens)

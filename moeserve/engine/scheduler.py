@@ -39,6 +39,7 @@ from moeserve.engine.bounds import (
     refuse_unservable,
     refuse_when_full,
 )
+from moeserve.engine.drafts import add_with_drafts
 from moeserve.engine.foresight import NextStep, foresee_step
 from moeserve.engine.policies import Admission, Drafter, FirstComeFirstServed
 from moeserve.engine.sequence import NEW, History, SequenceState
@@ -72,17 +73,15 @@ class Scheduler:
         self._admission = admission or FirstComeFirstServed()
         self._drafter = drafter
         self._waiting: OrderedDict[RequestId, SequenceState] = OrderedDict()
-        # In order of admission.
-        self._running: OrderedDict[RequestId, SequenceState] = OrderedDict()
+        self._running: OrderedDict[RequestId, SequenceState] = OrderedDict()  # as admitted
         # Of the running ones, those whose next token is their last.
         self._leaving: dict[RequestId, SequenceState] = {}
         self._num_tokens = 0
         self._in_flight = StepBuilder(0, rank)
-        # Nobody's deadline is before this.
-        self._earliest_deadline = math.inf
+        self._ahead: StepBuilder | None = None
+        self._earliest_deadline = math.inf  # nobody's is before this
         self._ended: list[RequestId] = []
-        # Whether the last plan left requests waiting.
-        self._stuck = False
+        self._stuck = self._still_stuck = False  # the last plan left requests waiting, and so it is
 
     @property
     def num_waiting(self) -> int:
@@ -140,6 +139,7 @@ class Scheduler:
         refuse_when_full(self.num_waiting, self.config)
         seq = SequenceState(request, [*output_ids], reached=reached, admissions=int(reached > 0))
         self._waiting[request.id] = seq
+        self._still_stuck = False
         if output_ids:
             self._waiting.move_to_end(request.id, last=False)
         self._note_deadline(seq)
@@ -166,8 +166,34 @@ class Scheduler:
         builder = self.begin(now)
         while (seq := self._admission.pick(self._waiting, now)) and self.has_room(builder, seq):
             self.admit(builder, seq)
-        self._stuck = bool(self._waiting)
+        self._stuck = self._still_stuck = bool(self._waiting)
         return self.commit(builder, self.take_ended() if builder.chunks else ())
+
+    def plan_ahead(self, now: float) -> StepPlan | None:
+        """The step after the planned one, whose ``apply`` comes before this one's.
+
+        None unless all it needs is known: one more token for each request of a step of newest
+        tokens. Whoever ends with it unforeseen is in the plan for nothing; a place that falls free
+        is given away a step later.
+        """
+        last, size = self._in_flight, self.pool.block_size
+        seqs = [seq for seq in last.seqs if seq.finish is None]
+        if (
+            self._drafter is not None
+            or not last.newest == len(last.seqs) == len(seqs) == len(self._running)
+            or (self._waiting and not self._still_stuck)
+            or now >= self._earliest_deadline
+        ):
+            return None
+        seqs = [seq for seq in seqs if not seq.leaving]
+        growing = [seq for seq in seqs if len(seq.blocks) * size <= seq.length]
+        if not seqs or len(growing) > self.pool.num_free:
+            return None
+        for seq in growing:
+            seq.blocks += tuple(self.pool.allocate(1))
+        builder = self._ahead = StepBuilder(self.config.max_num_batched_tokens, self.rank)
+        builder.add_following(seqs)
+        return builder.plan(self.take_ended(), ahead=True)
 
     def begin(self, now: float) -> StepBuilder:
         """What running requests need of the next step."""
@@ -177,7 +203,7 @@ class Scheduler:
             leaving = sum(seq.generating for seq in self._leaving.values())
             builder.add_newest(generating, leaving)
         else:
-            self._add_with_drafts(builder, generating)
+            add_with_drafts(builder, generating, self._drafter, self.pool, self.config)
         if len(builder.chunks) < len(self._running):
             for seq in self._running.values():
                 if not seq.generating:
@@ -250,7 +276,7 @@ class Scheduler:
     def settle(self, sampled: Mapping[RequestId, Sampled]) -> list[TokenOut]:
         """``apply`` of a step that is counted elsewhere."""
         outs: list[TokenOut] = []
-        seqs, chunks, newest = self._in_flight.take()
+        seqs, chunks, newest = self.drop()
         self._settle_newest(seqs[:newest], sampled, outs)
         for seq, chunk in zip(seqs[newest:], chunks[newest:], strict=True):
             if seq.finish is not None:
@@ -262,6 +288,13 @@ class Scheduler:
         self._num_tokens += len(outs)
         self.counters.generated_tokens += len(outs)
         return outs
+
+    def drop(self) -> tuple[list[SequenceState], list[Chunk], int]:
+        """The planned step is over (see ``StepBuilder.take``): one made ahead takes its place."""
+        taken = self._in_flight.take()
+        if self._ahead is not None:
+            self._in_flight, self._ahead = self._ahead, None
+        return taken
 
     def _settle_newest(
         self,
@@ -308,26 +341,6 @@ class Scheduler:
         if preempted:
             generating = [seq for seq in generating if seq.request.id in self._running]
         return generating
-
-    def _add_with_drafts(self, builder: StepBuilder, generating: Sequence[SequenceState]) -> None:
-        """One token each, and drafts as far as the others' one token leaves room."""
-        others = len(generating)
-        for seq in generating:
-            others -= 1
-            builder.add(seq, self._drafts(seq, builder.budget - 1 - others))
-
-    def _drafts(self, seq: SequenceState, most: int) -> tuple[int, ...]:
-        """Guesses that fit: into the step, the answer, and blocks that nobody else needs now."""
-        assert self._drafter is not None
-        size, params = self.pool.block_size, seq.request.params
-        room = (len(seq.blocks) + self.pool.num_free) * size - len(seq)
-        answer = min(params.max_tokens - len(seq.output_ids), self.config.max_model_len - len(seq))
-        most = max(0, min(most, room, answer - 1))  # the last token of an answer is not computed
-        draft_ids = tuple(self._drafter.propose(seq.request, seq.output_ids)[:most])
-        more = self.pool.blocks_for(len(seq) + len(draft_ids)) - len(seq.blocks)
-        if more > 0:
-            seq.blocks += tuple(self.pool.allocate(more))
-        return draft_ids
 
     def _accept(
         self, seq: SequenceState, chunk: Chunk, sampled: Sampled, outs: list[TokenOut]
@@ -393,6 +406,7 @@ class Scheduler:
 
     def _stop_running(self, seq: SequenceState) -> None:
         del self._running[seq.request.id]
+        self._still_stuck = False
         self._leaving.pop(seq.request.id, None)
         self._num_tokens -= seq.length
 

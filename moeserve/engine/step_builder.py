@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moeserve.core import Chunk, RequestId, StepPlan
+from moeserve.core import UNKNOWN, Chunk, RequestId, StepPlan
 from moeserve.engine.sequence import SequenceState
 
 # Of a step's tokens, those that can be scored (``Chunk.scored``): each needs a row of logits, as
@@ -69,6 +69,30 @@ class StepBuilder:
         self.budget -= len(seqs)
         assert self.budget >= 0, self.budget
 
+    def add_following(self, seqs: Sequence[SequenceState]) -> None:
+        """As ``add_newest`` of those that get their newest token from the step before, which runs:
+        instead of it there is ``UNKNOWN``."""
+        assert not self.seqs, "something else was added first"
+        self.chunks += [
+            Chunk(
+                seq.request,
+                (UNKNOWN,),
+                seq.computed + 1,
+                seq.blocks,
+                1,
+                seq.output_ids,
+                self._rank,
+                max(seq.reached, seq.computed + 1),
+            )
+            for seq in seqs
+        ]
+        self.seqs += seqs
+        self.newest = len(seqs)
+        self.leaving = sum(seq.length + 2 >= seq.end_length for seq in seqs)
+        self.staying = len(seqs) - self.leaving
+        self.budget -= len(seqs)
+        assert self.budget >= 0, self.budget
+
     def add(self, seq: SequenceState, draft_ids: tuple[int, ...] = ()) -> None:
         """The sequence's next tokens, as many as the budgets have room for, if any.
 
@@ -118,6 +142,6 @@ class StepBuilder:
         self.seqs, self.chunks, self.newest = [], [], 0
         return taken
 
-    def plan(self, ended: tuple[RequestId, ...]) -> StepPlan:
+    def plan(self, ended: tuple[RequestId, ...], *, ahead: bool = False) -> StepPlan:
         """The step as it will run."""
-        return StepPlan(tuple(self.chunks), self.expired, tuple(self.preempted), ended)
+        return StepPlan(tuple(self.chunks), self.expired, tuple(self.preempted), ended, ahead)

@@ -120,7 +120,7 @@ class _Sequence:
         if event.logprobs:
             self.logprobs += event.logprobs[: len(token_ids)]
         if stopped:
-            self.last = replace(event, finish=FinishReason.STOP)
+            self.last = event._replace(finish=FinishReason.STOP)
         elif finish is not None:
             self.last = event
 
@@ -223,8 +223,7 @@ class ResponseStream:
             sequence.take(event, self._clock())
         except Exception:  # a tokenizer that cannot decode ends one request
             log.exception("request %s: tokens %s", event.request_id, event.token_ids)
-            sequence.last = replace(
-                event,
+            sequence.last = event._replace(
                 finish=FinishReason.ERROR,
                 error="internal error: the server's log has the cause",
             )

@@ -5,7 +5,7 @@ Between primitives there are only copies, clamps and exact elementwise adds. Let
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from moeserve.kernels.ops import (
     RouterWeights,
     Stack,
     Step,
+    Trunk,
     W,
 )
 from moeserve.kernels.wire import Combine
@@ -87,6 +88,24 @@ class Composed:
 
     def head(self: Ops, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
         return head(self, x_TH, rows_R, part.weights)
+
+    def new_pass(
+        self: Ops,
+        trunk: Trunk,
+        caches: Sequence[KvCache],
+        token_ids_T: Tensor,
+        position_T: Tensor,
+        slot_T: Tensor,
+        attention: AttentionBatch,
+        rows_R: Tensor,
+    ) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            x_TH = self.embed(trunk.embedding_WH, token_ids_T)
+            step = self.new_step(trunk.rope, position_T, slot_T, attention)
+            self.forward_layers(x_TH, trunk.stack, step, caches)
+            return self.head(x_TH, rows_R, trunk.head)
+
+        return run
 
 
 GATE = RouterSpec(1, 1, "sigmoid", normalise=False)

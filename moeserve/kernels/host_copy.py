@@ -11,5 +11,7 @@ from torch import Tensor
 def to_host(tensor: Tensor) -> NDArray[Any]:
     """The values as a numpy array. From a device it waits and copies; in host memory it is a view,
     so whoever keeps it beyond the step must copy."""
-    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    # Where nothing has to be copied or detached, as in every step here, that is not asked for.
+    plain = tensor.is_cpu and not tensor.requires_grad
+    array: NDArray[Any] = (tensor if plain else tensor.detach().cpu()).numpy()
     return array

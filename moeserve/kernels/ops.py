@@ -37,7 +37,7 @@ S sequences, B cache blocks, P tokens per block, M blocks in the longest table, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
@@ -300,6 +300,16 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Trunk:
+    """All of a model that a forward pass needs, in this order."""
+
+    embedding_WH: Tensor
+    rope: Rope
+    stack: Stack
+    head: Part[HeadWeights]
+
+
+@dataclass(frozen=True, slots=True)
 class Routed:
     """Where rows go. Valid until the next ``route`` of the same step."""
 
@@ -557,6 +567,23 @@ class Ops(Protocol):
 
     def head(self, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
         """[R, N] of the rows (int64) that are wanted."""
+        ...
+
+    def new_pass(
+        self,
+        trunk: Trunk,
+        caches: Sequence[KvCache],
+        token_ids_T: Tensor,
+        position_T: Tensor,
+        slot_T: Tensor,
+        attention: AttentionBatch,
+        rows_R: Tensor,
+    ) -> Callable[[], Tensor]:
+        """A forward pass to be run again and again: embed, new_step, forward_layers, head.
+
+        Each run takes the numbers that the tensors hold then, and gives logits [R, N], which may be
+        the same tensor each time: valid until the next run. There is at least one token.
+        """
         ...
 
     def sample(

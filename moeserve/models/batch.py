@@ -8,8 +8,9 @@ the longest, R rows whose logits are wanted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,15 +34,29 @@ class Span:
     logits: int = 1
 
 
+@dataclass(slots=True)
+class KeptPass:
+    """What a decoder makes once of a step that comes again: ``run`` gives the logits with
+    ``cache``."""
+
+    decoder: Any = None
+    cache: Any = None
+    run: Callable[[], Tensor] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """All int64, but for those in ``attention``. ``slot`` is block * block_size + offset."""
+    """All int64, but for those in ``attention``. ``slot`` is block * block_size + offset.
+
+    With ``kept`` it comes again, with other numbers in the same tensors.
+    """
 
     token_ids_T: Tensor
     positions_T: Tensor
     slot_T: Tensor
     attention: AttentionBatch
     logit_rows_R: Tensor
+    kept: KeptPass | None = None
 
 
 def split_spans(spans: Sequence[Span], parts: int) -> list[list[Span]]:

@@ -19,10 +19,21 @@ from torch import Tensor
 from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.errors import CheckpointError
 from moeserve.kernels.host_copy import to_host
-from moeserve.kernels.ops import HeadWeights, KvCache, Layer, Linear, Ops, Part, Rope, Stack, Step
+from moeserve.kernels.ops import (
+    HeadWeights,
+    KvCache,
+    Layer,
+    Linear,
+    Ops,
+    Part,
+    Rope,
+    Stack,
+    Step,
+    Trunk,
+)
 from moeserve.kernels.wire import Combine
 from moeserve.models.attention import kv_shape, load_attention
-from moeserve.models.batch import StepBatch
+from moeserve.models.batch import KeptPass, StepBatch
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.families import read_spec
 from moeserve.models.fields import Fields
@@ -34,6 +45,9 @@ from moeserve.models.names import TensorNames
 from moeserve.models.rope import rope_tables
 from moeserve.models.spec import LayerSpec, ModelSpec, MoeSpec
 from moeserve.models.weights import Rounding, Weights, torch_dtype
+
+# Logits that stay in memory from step to step, 16 MiB: of more, Python's share is small anyway.
+MOST_KEPT = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +122,36 @@ class Decoder:
         """``forward`` of microbatches.
 
         Where there are several ranks, all come with the same number of microbatches, some of which
-        may be empty. Where a sequence is in several, the earlier one has the earlier tokens.
+        may be empty. Where a sequence is in several, the earlier one has the earlier tokens. The
+        logits of a step that comes again (``StepBatch.kept``) are valid until it does.
         """
+        if (kept := steps[0].kept) is not None and observer is None and self._keeps(steps[0]):
+            return [self._run_again(steps[0], kept, cache)]
         hidden = self._layers(steps, cache, observer)
         return [
             self.ops.head(x_TH, step.logit_rows_R, self.head)
             for step, x_TH in zip(steps, hidden, strict=True)
         ]
+
+    def _keeps(self, step: StepBatch) -> bool:
+        """Whether the logits of a step may stay in memory, and its layers are all here."""
+        small = len(step.logit_rows_R) * self.spec.vocab <= MOST_KEPT
+        return small and isinstance(self.runner, LocalLayerRunner)
+
+    def _run_again(self, step: StepBatch, kept: KeptPass, cache: ModelKvCache) -> Tensor:
+        """The one step, with what was made of it when it came first."""
+        if kept.run is None or kept.decoder is not self or kept.cache is not cache:
+            kept.decoder, kept.cache = self, cache
+            kept.run = self.ops.new_pass(
+                Trunk(self.embedding_WH, self.rope, self.stack, self.head),
+                cache.layers[: len(self.spec.layers)],
+                step.token_ids_T,
+                step.positions_T,
+                step.slot_T,
+                step.attention,
+                step.logit_rows_R,
+            )
+        return kept.run()
 
     def trunk(
         self, step: StepBatch, cache: ModelKvCache, observer: RoutingObserver | None = None

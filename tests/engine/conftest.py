@@ -24,7 +24,7 @@ from moeserve.engine.ranks.front import Front
 from moeserve.engine.ranks.homes import HomePolicy
 from moeserve.engine.ranks.instance import Instance
 from moeserve.engine.ranks.load_report import SchedulerLoad
-from moeserve.engine.ranks.loads import RankLoads, surplus
+from moeserve.engine.ranks.loads import LoadsOfRound, RankLoads, surplus
 from moeserve.engine.ranks.lock_step import LockStep
 from moeserve.engine.ranks.microbatches import FixedMicrobatches, MicrobatchPolicy
 from moeserve.engine.ranks.rank_links import LocalLink
@@ -194,7 +194,7 @@ def null_ranks(
             ranks.doors[rank] = on_loop(loop, lambda r=rank: open_door(ranks, r, doors, homes))
             loads[rank].queued = lambda r=rank: ranks.doors[r].queued
         for rank in range(world):
-            ranks.steps[rank].on_loads = lambda table, r=rank: spread(ranks, r, table)
+            ranks.steps[rank].on_loads = lambda n, loads, r=rank: spread(ranks, r, n, loads)
             ranks.engines[rank].start()
         try:
             yield ranks
@@ -238,9 +238,10 @@ def open_door(
     return instance
 
 
-def spread(ranks: NullRanks, rank: int, loads: RankLoads) -> None:
+def spread(ranks: NullRanks, rank: int, waiting: int, loads: LoadsOfRound) -> None:
     """What a rank does with the loads of all."""
-    count = int(surplus(loads, ranks.schedulers[rank].config)[rank])
+    count = int(surplus(loads(), ranks.schedulers[rank].config)[rank])
+    assert waiting or not count
     if count:
         ranks.engines[rank].give_back(count)
     if rank in ranks.doors:

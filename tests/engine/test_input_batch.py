@@ -63,21 +63,28 @@ def rows_from_nothing(chunks: tuple[Chunk, ...]) -> list[SamplingRow]:
 
 @dataclass
 class Packed:
-    """An input batch beside its twin; what it packed is looked at again later."""
+    """An input batch beside its twin; what it packed is looked at again later. ``again`` is of one
+    whose steps are used up when the next one comes."""
 
     batch: InputBatch = field(default_factory=lambda: InputBatch(BLOCK))
+    again: InputBatch = field(default_factory=lambda: InputBatch(BLOCK))
     earlier: list[tuple[StepBatch, dict[str, list[int]], tuple[Chunk, ...]]] = field(
         default_factory=list
     )
 
     def check(self, plan: StepPlan) -> StepBatch:
-        self.batch.forget(plan.preempted + plan.ended)
+        for batch in (self.batch, self.again):
+            batch.forget(plan.preempted + plan.ended)
         step = self.batch.pack(plan.chunks)
+        used_up = self.again.pack(plan.chunks, again=True)
         spans = [Span(c.token_ids, c.start, c.blocks, c.samples) for c in plan.chunks]
         twin = columns(pack_spans(spans, BLOCK))
-        for name, got in columns(step).items():
+        for name, got in [*columns(step).items(), *columns(used_up).items()]:
             assert got.dtype is twin[name].dtype, name
             assert got.tolist() == twin[name].tolist(), name
+        assert tables(used_up, plan.chunks) == [list(c.blocks) for c in plan.chunks]
+        assert used_up.attention.blocks_SM.is_contiguous()
+        assert self.again.sampling_rows(plan.chunks) == self.batch.sampling_rows(plan.chunks)
         assert step.attention.blocks_SM.is_contiguous()
         rows = self.batch.sampling_rows(plan.chunks)
         flat = [row._replace(output_ids=[*row.output_ids]) for row in rows]
@@ -162,6 +169,32 @@ def test_more_blocks_than_there_was_room_for_widen_the_tables() -> None:
     for count in (1, 2, 3, 20, 21, 63, 64, 65, 140):
         long = one(asked, 4 * count - 1, list(range(500, 500 + count)), outputs)
         packed.check(StepPlan((long, one(other, 0, [7], outputs))))
+
+
+@pytest.mark.parametrize("count", [2, FEW, FEW + 1])
+def test_a_step_comes_again_as_long_as_the_same_requests_have_one_token_each(count: int) -> None:
+    batch = InputBatch(BLOCK)
+    asked = [Request(RequestId(str(i)), (9, i), GREEDY) for i in range(count)]
+    outputs: list[list[int]] = [[] for _ in asked]
+
+    def pack(step: int, blocks: int) -> StepBatch:
+        chunks = [
+            one(r, step, [i + 100 * b for b in range(blocks)], outputs[i])
+            for i, r in enumerate(asked)
+        ]
+        for made in outputs:
+            made.append(step)
+        return batch.pack(chunks, again=True)
+
+    first, second = pack(1, 1), pack(2, 1)
+    assert first.kept is None
+    assert second.kept is not None
+    assert pack(3, 1) is second
+    assert pack(4, 2) is second  # one more block each
+    asked.reverse()
+    outputs.reverse()
+    assert pack(5, 2).kept is None
+    assert pack(6, 2) is not second
 
 
 def test_rows_are_used_again_when_requests_are_forgotten() -> None:

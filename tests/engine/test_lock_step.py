@@ -310,6 +310,7 @@ def test_records_carry_what_ranks_report(reports: list[RankReport]) -> None:
         ran=sum(report.ran for report in reports),
         came=sum(report.came for report in reports),
         came_most=max(report.came for report in reports),
+        waiting=sum(report.waiting for report in reports),
     )
     loads = loads_of(records, 7)
     assert loads.step == 7

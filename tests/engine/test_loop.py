@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -326,23 +327,26 @@ def test_a_sink_that_breaks_loses_its_request_only(caplog: pytest.LogCaptureFixt
         engine.submit(request("bad", 60), EachEvent(broken))
         engine.submit(request("good", 12), good)
         assert good.wait().finish is FinishReason.LENGTH
-        assert engine.drain(WAIT_S)
         assert engine.counters.finished[FinishReason.ABORT] == 1
     assert "nobody listens" in caplog.text
 
 
-def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
+def test_an_engine_that_stops_refuses_what_comes() -> None:
     with gated() as (engine, gate):
         client = Client()
         engine.submit(request(), client)
         assert gate.entered.wait(WAIT_S)
-        assert not engine.drain(0.0)
-        with pytest.raises(UnavailableError, match="draining"):
+        stopping = threading.Thread(target=engine.stop, args=(WAIT_S,))
+        assert engine.load().accepting
+        stopping.start()
+        until = time.monotonic() + WAIT_S
+        while engine.load().accepting and time.monotonic() < until:
+            time.sleep(0.001)
+        with pytest.raises(UnavailableError, match="stopping or stopped"):
             engine.submit(request("late"), Client())
         gate.let_go.set()
-        assert engine.drain(WAIT_S)
-        assert client.wait().finish is FinishReason.LENGTH
-        assert not engine.load().accepting
+        stopping.join(WAIT_S)
+        assert client.wait().finish is FinishReason.UNAVAILABLE
 
 
 def test_stopping_ends_every_stream() -> None:

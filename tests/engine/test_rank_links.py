@@ -33,6 +33,7 @@ from moeserve.engine.scheduler import Scheduler, SchedulerConfig
 from moeserve.engine.sequence import NEW, History
 from moeserve.errors import (
     ExhaustedError,
+    InvalidRequestError,
     LateRankError,
     MoeserveError,
     PlacementError,
@@ -275,7 +276,9 @@ async def test_whom_the_engine_refuses_is_told_why() -> None:
         door = Listener()
         for link in (served.link(door), local(served.engine, door)):
             for error, why in (
-                (ExhaustedError("64 requests are waiting"), FinishReason.ERROR),
+                (ExhaustedError("64 requests are waiting"), FinishReason.UNAVAILABLE),
+                (ExhaustedError("too long", param="max_tokens"), FinishReason.ERROR),
+                (InvalidRequestError("no prompt", param="prompt"), FinishReason.ERROR),
                 (UnavailableError("the server is draining"), FinishReason.UNAVAILABLE),
             ):
                 door.heard.clear()

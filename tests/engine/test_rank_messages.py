@@ -96,6 +96,7 @@ events = st.builds(
     logprobs=logprobs,
     prompt_logprobs=logprobs,
     finish=st.none() | st.sampled_from(FinishReason),
+    error=st.just(""),
     cached_tokens=st.integers(0, 2**32 - 1),
 )
 
@@ -155,7 +156,7 @@ def _other(value: Any) -> Any:
 @given(events, texts)
 def test_every_field_of_an_event_survives(event: Event, error: str) -> None:
     if event.finish is not None:
-        event = replace(event, error=error)
+        event = event._replace(error=error)
     out = pb.News()
     write_news(out, event)
     assert read_news(pb.News.FromString(out.SerializeToString())) == event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels import fused
+from moeserve.kernels.cpu import _cpu
 from moeserve.kernels.cpu.ops import CpuOps
 from moeserve.kernels.ops import (
     AttentionBatch,
@@ -30,6 +32,7 @@ from moeserve.kernels.ops import (
     RouterSpec,
     RouterWeights,
     Step,
+    Trunk,
 )
 from moeserve.kernels.reference.ops import ReferenceOps
 
@@ -359,6 +362,89 @@ def test_a_stack_is_its_layers_in_turn(
     assert same_bits(x, y)
     assert len(routed) == sum(kinds)
     assert all(torch.equal(a, b) for a, b in zip(routed, expected, strict=True))
+
+
+@dataclass
+class OneTokenEach:
+    """A pass over sequences of one token each, and all that it reads."""
+
+    ops: CpuOps
+    rows: int
+    kinds: list[bool]
+
+    def __post_init__(self) -> None:
+        ops, rows = self.ops, self.rows
+        stack = ops.stack_layers([layer(ops, 2 if routes else 0) for routes in self.kinds])
+        norm, head = torch.randn(24), linear(ops, 17, 24, torch.bfloat16)
+        self.trunk = Trunk(
+            torch.randn(17, 24),
+            Rope(torch.randn(9, 3), torch.randn(9, 3), False),
+            stack,
+            ops.prepare(HeadWeights(norm, 1e-6, head)),
+        )
+        self.ids, self.positions = torch.zeros(2, rows, dtype=torch.int64)
+        self.slots, self.wanted = torch.arange(rows) * BLOCK, torch.arange(rows)
+        self.contexts = torch.ones(rows, dtype=torch.int32)
+        self.tables = torch.arange(2 * rows, dtype=torch.int32).view(rows, 2)
+        starts = torch.arange(rows + 1, dtype=torch.int32)
+        self.attention = AttentionBatch(starts, self.contexts, self.tables)
+
+    def cache(self) -> list[KvCache]:
+        shape = KvShape(2 * self.rows, BLOCK, 1, 8, 8, torch.bfloat16)
+        return [self.ops.new_kv(shape) for _ in self.kinds]
+
+    def go(self, step: int) -> None:
+        """The numbers of another step."""
+        self.ids.copy_(torch.randint(17, (self.rows,)))
+        self.positions.fill_(step)
+        self.contexts.fill_(step + 1)
+        self.slots.copy_(self.tables[:, step // BLOCK] * BLOCK + step % BLOCK)
+
+    def new_pass(self, table: Any, caches: list[KvCache]) -> Callable[[], Tensor]:
+        inputs = self.ids, self.positions, self.slots, self.attention, self.wanted
+        run: Callable[[], Tensor] = table.new_pass(self.trunk, caches, *inputs)
+        return run
+
+
+@FEW
+@given(seed=seeds, rows=st.integers(1, 5), kinds=st.lists(st.booleans(), min_size=1, max_size=3))
+@pytest.mark.usefixtures("two_threads")
+def test_a_pass_that_is_run_again_is_its_operations_in_turn(
+    native: CpuOps, seed: int, rows: int, kinds: list[bool]
+) -> None:
+    torch.manual_seed(seed)
+    tokens = OneTokenEach(native, rows, kinds)
+    run = tokens.new_pass(native, tokens.cache())
+    slow = fused.Composed.new_pass.__get__(native)
+    twin = slow(tokens.trunk, tokens.cache(), tokens.ids, tokens.positions, tokens.slots,
+                tokens.attention, tokens.wanted)  # fmt: skip
+    for step in range(2 * BLOCK):
+        tokens.go(step)
+        calls = _cpu.calls()
+        logits = run()
+        assert _cpu.calls() == calls + 1
+        assert same_bits(logits, twin())
+
+
+def test_a_pass_says_which_of_its_numbers_do_not_fit(native: CpuOps) -> None:
+    tokens = OneTokenEach(native, 2, [False])
+    run = tokens.new_pass(native, tokens.cache())
+    tokens.go(1)
+    whole = run().clone()
+    for numbers, wrong, error, match in (
+        (tokens.positions, 9, IndexError, "outside the rotary tables"),
+        (tokens.positions, -1, IndexError, "outside the rotary tables"),
+        (tokens.ids, 17, InternalError, r"embed: a token id is not in 0\.\.16"),
+        (tokens.slots, 99, InternalError, "do not fit the caches of 1 layers"),
+        (tokens.contexts, 99, InternalError, "do not fit the caches of 1 layers"),
+        (tokens.wanted, 2, InternalError, r"head: a row of \[0, 2\] is not one of the step"),
+    ):
+        right = int(numbers[1])
+        numbers[1] = wrong
+        with pytest.raises(error, match=match):
+            run()
+        numbers[1] = right
+        assert same_bits(run(), whole)
 
 
 def layer(ops: CpuOps, top_k: int) -> Layer:

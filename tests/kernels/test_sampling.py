@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from moeserve.core import RequestId, SamplingParams
 from moeserve.errors import InternalError
 from moeserve.kernels.cpu.ops import CpuOps
+from moeserve.kernels.cpu.ops import best_of_rows as native_best
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.reference.sampling import (
     adjust_logits,
+    best_of_rows,
     draw_token,
     logprobs_of,
     sample_row,
@@ -336,6 +338,28 @@ def test_an_op_table_samples_each_row_and_one_that_fails_alone_says_why(
     assert "request r cannot be sampled" in caplog.text
     assert drawn == sample_row(np.zeros(V, np.float32), rows[3], frozenset())
     assert ops.sample(logits_RV[:0], [], frozenset()) == []
+
+
+@given(
+    st.integers(1, 5),
+    st.sampled_from([1, 31, 32, 33, 1023, 1024, 1025, 2500]),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2499), st.integers(0, 9)), max_size=4),
+    st.integers(0, 2**31),
+)
+def test_the_best_of_rows_is_found_natively_as_by_numpy(
+    count: int, size: int, odd: list[tuple[int, int, int]], seed: int
+) -> None:
+    """Among ties, zeros of both signs, and values that are no numbers or not finite."""
+    generator = np.random.default_rng(seed)
+    logits_RV = generator.integers(-3, 3, (count, size)).astype(np.float32)
+    strange = (np.nan, np.inf, -np.inf, 0.0, -0.0, 2.0, 2.0, 2.5, 3e38, -3e38)
+    for r, i, which in odd:
+        logits_RV[r % count, i % size] = strange[which]
+    found = best_of_rows(torch.from_numpy(logits_RV))
+    assert native_best(torch.from_numpy(logits_RV)) == found
+    for row_V, best in zip(logits_RV, found, strict=True):
+        top = row_V.max()
+        assert best == (int(np.flatnonzero(row_V == top)[0]) if np.isfinite(top) else -1)
 
 
 # What a row may ask for beside the token of its greatest logit.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moeserve.kernels.ops import KvCache, Layer, Ops, Step
-from moeserve.models.batch import Span, pack_spans
+from moeserve.models.batch import KeptPass, Span, pack_spans
 from moeserve.models.decoder import Decoder
 
 LoadDecoder = Callable[..., Decoder]
@@ -51,3 +52,33 @@ def test_layers_that_are_brought_in_one_by_one_give_the_same_bits(
             rows.append(decoder.forward_micro(steps, decoder.new_cache(4, BLOCK)))
         assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
         assert [len(logits_RV) for logits_RV in rows[0]] == [1, 1, 0]
+
+
+def test_a_step_that_comes_again_gives_the_bits_of_one_that_is_new(
+    tiny_decoder: LoadDecoder,
+) -> None:
+    """Also in another cache, and where somebody looks at the routing in between."""
+    decoder = tiny_decoder("deepseek_v3")
+    first = pack_spans([Span([5], 0, [2, 1]), Span([6], 0, [0, 3])], BLOCK)
+    again = replace(first, kept=KeptPass())
+    for _ in range(2):
+        caches = decoder.new_cache(4, BLOCK), decoder.new_cache(4, BLOCK)
+        for position in range(6):
+            spans = [Span([7 + position], position, [2, 1]), Span([3], position, [0, 3])]
+            new = pack_spans(spans, BLOCK)
+            for mine, theirs in (
+                (again.token_ids_T, new.token_ids_T),
+                (again.positions_T, new.positions_T),
+                (again.slot_T, new.slot_T),
+                (again.attention.context_S, new.attention.context_S),
+            ):
+                mine.copy_(theirs)
+            observer = Unlooked() if position == 3 else None
+            expected = decoder.forward(new, caches[0])
+            assert torch.equal(decoder.forward(again, caches[1], observer), expected)
+
+
+class Unlooked:
+    """An observer that keeps nothing."""
+
+    def record(self, layer: int, ids_TC: object) -> None: ...

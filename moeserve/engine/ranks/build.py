@@ -26,7 +26,7 @@ from moeserve.engine.ranks.front import Front
 from moeserve.engine.ranks.homes import HomePolicy, LeastWork, NearExperts
 from moeserve.engine.ranks.instance import Instance
 from moeserve.engine.ranks.load_report import SchedulerLoad
-from moeserve.engine.ranks.loads import RankLoads, surplus
+from moeserve.engine.ranks.loads import LoadsOfRound, RankLoads, surplus
 from moeserve.engine.ranks.lock_step import LockStep
 from moeserve.engine.ranks.meeting import RankMeeting
 from moeserve.engine.ranks.microbatches import FixedMicrobatches, MeasuredMicrobatches
@@ -159,8 +159,8 @@ def rank_parts(
     )
     engine = Engine(scheduler, lock_step, observer, pace=lock_step, lock=lock)
 
-    def give_back(loads: RankLoads) -> None:
-        if (count := int(surplus(loads, config)[context.rank])) > 0:
+    def give_back(waiting: int, loads: LoadsOfRound) -> None:
+        if waiting and (count := int(surplus(loads(), config)[context.rank])) > 0:
             engine.give_back(count)
 
     lock_step.on_loads = give_back
@@ -212,8 +212,8 @@ async def _open_door(
     parts.load.queued = lambda: instance.queued
     give_back = parts.lock_step.on_loads
 
-    def on_loads(loads: RankLoads) -> None:
-        give_back(loads)
+    def on_loads(waiting: int, loads: LoadsOfRound) -> None:
+        give_back(waiting, loads)
         instance.publish(loads)
 
     parts.lock_step.on_loads = on_loads

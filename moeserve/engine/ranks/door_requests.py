@@ -17,7 +17,7 @@ from typing import Protocol
 from moeserve.core import Event, FinishReason, Request, RequestId
 from moeserve.engine.request_state import RankSink
 from moeserve.engine.sequence import NEW, History
-from moeserve.errors import MoeserveError, UnavailableError
+from moeserve.errors import ExhaustedError, MoeserveError, UnavailableError
 
 
 class RankEngine(Protocol):
@@ -70,12 +70,10 @@ class DoorRequests:
         try:
             self._engine.submit(request, self, history)
         except MoeserveError as error:
-            gone = isinstance(error, UnavailableError)
-            self.refuse(
-                request.id,
-                error.message,
-                FinishReason.UNAVAILABLE if gone else FinishReason.ERROR,
-            )
+            # A full queue here is nothing that the client has asked for wrongly.
+            again = isinstance(error, UnavailableError | ExhaustedError) and error.param is None
+            reason = FinishReason.UNAVAILABLE if again else FinishReason.ERROR
+            self.refuse(request.id, error.message, reason)
             return False
         self._running.add(request.id)
         return True

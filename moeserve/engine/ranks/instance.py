@@ -20,7 +20,7 @@ from moeserve.engine.loop import Engine, EngineLoad, EngineObserver
 from moeserve.engine.ranks.door_requests import Return
 from moeserve.engine.ranks.front import Front
 from moeserve.engine.ranks.homes import ExpertUse
-from moeserve.engine.ranks.loads import RankLoads
+from moeserve.engine.ranks.loads import LoadsOfRound, RankLoads
 from moeserve.engine.ranks.rank_links import LinkTable
 from moeserve.engine.request_state import EventSink, Outbox, RequestState
 from moeserve.engine.sequence import History
@@ -72,7 +72,8 @@ class Instance:
         engine.on_end = self._lose_engine
         self._held: dict[RequestId, _Held] = {}
         self.queued = 0
-        self._loads = self._seen = loads
+        self._loads: LoadsOfRound = lambda: loads
+        self._seen = self._loads
         self._suffix = suffix
         self._awake = False
 
@@ -88,11 +89,12 @@ class Instance:
     def submit(self, request: Request, sink: EventSink) -> None:
         """Queue a request, or raise why it cannot be served."""
         if not self._engine.alive:
-            raise UnavailableError("the server is draining or stopped: retry elsewhere")
+            raise UnavailableError("the server is stopping or stopped: retry elsewhere")
         inner = replace(request, id=self._inner(request.id)) if self._suffix else request
+        self._look()
         self._front.add(inner)
         self._held[inner.id] = _Held(RequestState(request, sink, self._clock()))
-        self._take_up()
+        self._place()
 
     def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request; ended ones are left alone."""
@@ -109,7 +111,7 @@ class Instance:
 
     def load(self) -> EngineLoad:
         """Of all ranks together; blocks that are cached are counted on this rank alone."""
-        own, loads = self._engine.load(), self._loads
+        own, loads = self._engine.load(), self._loads()
         ranks = len(loads.running_R)
         return EngineLoad(
             running=int(loads.running_R.sum()),
@@ -125,11 +127,13 @@ class Instance:
         """This process's rank leaves, when all ranks do; False if that took longer."""
         return self._engine.stop(timeout)
 
-    def publish(self, loads: RankLoads) -> None:
-        """On the engine's thread: the newest loads."""
+    def publish(self, loads: LoadsOfRound) -> None:
+        """On the engine's thread: the newest loads. They are looked at on the loop's, when a
+        request comes or is returned, and at once where some wait."""
         self._loads = loads
-        # Read after the store: whoever saw True takes it up at the wake-up that is still due.
-        if not self._awake and self._held:
+        # Read after the store: whoever saw True takes it up at the wake-up that is still due. Who
+        # begins to wait now asks for another round.
+        if not self._awake and self.queued:
             self._awake = True
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits
                 self._loop.call_soon_threadsafe(self._take_up)
@@ -151,8 +155,7 @@ class Instance:
                 self._observer.on_finish(event.finish, state.timing(now))
             first = state.made == len(event.token_ids)
             if self._suffix or first or event.cached_tokens != state.cached:
-                event = replace(
-                    event,
+                event = event._replace(
                     request_id=state.request.id,
                     cached_tokens=state.cached,
                     queue_s=state.queue_s,
@@ -214,12 +217,15 @@ class Instance:
 
     def _take_up(self) -> None:
         self._awake = False
-        if self._loads is not self._seen:
-            self._seen = self._loads
-            self._front.publish(self._seen)
         self._place()
 
+    def _look(self) -> None:
+        if self._loads is not self._seen:
+            self._seen = self._loads
+            self._front.publish(self._seen())
+
     def _place(self) -> None:
+        self._look()
         for request_id in self._front.expire(self._clock()):
             self._end(request_id, FinishReason.DEADLINE, "the deadline passed")
         for placement in self._front.place():

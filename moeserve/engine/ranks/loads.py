@@ -10,6 +10,7 @@ Letters at the end of names are shapes: R ranks. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,10 @@ class RankLoads:
         nothing = (np.zeros(len(free_blocks_R), np.int64) for _ in range(5))
         running, waiting, held, foreseen, queued = nothing
         return cls(0, running, waiting, held, foreseen, free_blocks_R, queued)
+
+
+# A round's table, made when it is asked for: most rounds nobody does.
+LoadsOfRound = Callable[[], RankLoads]
 
 
 @dataclass(frozen=True, slots=True)

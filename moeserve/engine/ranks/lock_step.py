@@ -23,13 +23,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from moeserve.comm.control.step_mesh import StepMesh
 from moeserve.comm.dispatcher import DispatchStats
 from moeserve.core import StepPlan, StepResult
 from moeserve.engine.executor import RankExecutor
-from moeserve.engine.ranks.loads import RankLoads
+from moeserve.engine.ranks.loads import LoadsOfRound
 from moeserve.engine.ranks.microbatches import MicrobatchPolicy, StepShape
 from moeserve.engine.ranks.records import Decision, RankReport, decide, loads_of
 from moeserve.errors import UnavailableError
@@ -70,9 +71,9 @@ class PlanTurns(Protocol):
 class LockStep:
     """Executor and pace (``executor.Executor``, ``pace.Pace``) of one rank's engine.
 
-    ``chosen`` counts steps by number of microbatches. ``on_loads`` gets the loads of all ranks with
-    every round, ``on_measured`` what was measured of a step, once: set them before the first step;
-    both are called on the engine's thread.
+    ``chosen`` counts steps by number of microbatches. ``on_loads`` gets, with every round, how many
+    requests wait at ranks and what makes the table of loads; ``on_measured`` what was measured of a
+    step, once. Set them before the first step; both are called on the engine's thread.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class LockStep:
         turns: PlanTurns | None = None,
     ) -> None:
         self.chosen: Counter[int] = Counter()
-        self.on_loads: Callable[[RankLoads], None] = lambda loads: None
+        self.on_loads: Callable[[int, LoadsOfRound], None] = lambda waiting, loads: None
         self.on_measured: Callable[[Decision], None] = lambda decision: None
         self.steps = 0
         self._executor = executor
@@ -218,7 +219,7 @@ class LockStep:
             self.on_measured(decision)
         if self._turns is not None:
             self._turns.settle(decision.turn)
-        self.on_loads(loads_of(records, self._posted))
+        self.on_loads(decision.waiting, partial(loads_of, records, self._posted))
         return decision
 
 

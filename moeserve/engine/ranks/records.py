@@ -74,8 +74,9 @@ class Decision:
     """What all ranks conclude: whether a step runs (``run``), of which ``shape``; the ``turn`` of
     a plan change that all are ready for, 0 for none; whether the run is ``over``.
 
-    Of the last step that was measured: ``seconds`` of the slowest rank, ``waited`` of the one that
-    waited least, tokens of all (``ran``), copies that came to all and to the busiest rank.
+    ``waiting`` requests wait at ranks. Of the last step that was measured: ``seconds`` of the
+    slowest rank, ``waited`` of the one that waited least, tokens of all (``ran``), copies that came
+    to all and to the busiest rank.
     """
 
     run: bool
@@ -87,6 +88,7 @@ class Decision:
     ran: int
     came: int
     came_most: int
+    waiting: int
 
 
 def decide(records: bytes) -> Decision:
@@ -106,6 +108,7 @@ def decide(records: bytes) -> Decision:
         ran=ran,
         came=came,
         came_most=most[_CAME],
+        waiting=int(table[:, _WAITING].sum(dtype=np.int64)),
     )
 
 

@@ -4,6 +4,7 @@
 
     ops                        the op table: pointers go to ``_cpu``
     handles                    handles of a decoder's parts, made once and passed with every step
+    forward                    a forward pass whose arguments are made once
     packing                    weights in the layout of the kernels, made once
     kv                         the paged cache
     wire                       dispatch and combine, one native call each

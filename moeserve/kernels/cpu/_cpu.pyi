@@ -290,6 +290,39 @@ class Stack:
 def forward_layers(x: int, stack: Stack, step: Step, caches: list[Cache], ids: int, /) -> bool:
     """All layers; [T, C] ids of the routed ones follow one another."""
 
+class Pass:
+    """Embedding, all layers and head over tensors that stay where they are, as must ``step``,
+    ``stack``, ``caches`` and ``head``."""
+
+    def __init__(
+        self,
+        step: Step,
+        positions: int,
+        cos: int,
+        sin: int,
+        table: int,
+        embedding: int,
+        is_bf16: bool,
+        vocabulary: int,
+        hidden: int,
+        token_ids: int,
+        x: int,
+        stack: Stack,
+        caches: list[Cache],
+        chosen: int,
+        wanted_at: int,
+        wanted: int,
+        head: Head,
+        logits: int,
+        /,
+    ) -> None: ...
+
+def run_pass(once: Pass, /) -> int:
+    """0, or what does not fit: 1 a position, 2 a token id, 3 caches, 4 a wanted row."""
+
+def best_of_rows(values: int, rows: int, size: int, /) -> list[int]:
+    """The first of the greatest of each row; -1 where that is not finite, or one is no number."""
+
 def attend_gqa(x: int, weights: Gqa, step: Step, cache: Cache, /) -> bool: ...
 def attend_mla(x: int, weights: Mla, step: Step, cache: Cache, /) -> bool: ...
 def dense(x: int, rows: int, weights: Dense, /) -> None: ...

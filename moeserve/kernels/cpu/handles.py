@@ -99,21 +99,29 @@ def new_step(rope: Rope, position_T: Tensor, slot_T: Tensor, attention: Attentio
     assert attention.context_S.shape == (sequences,), attention
     assert int(starts[-1]) == rows, (starts, rows)
     handle = _cpu.Step(
-        _address(position_T, torch.int64),
+        address(position_T, torch.int64),
         rows,
-        _address(rope.cos_WR, torch.float32),
-        _address(rope.sin_WR, torch.float32),
+        address(rope.cos_WR, torch.float32),
+        address(rope.sin_WR, torch.float32),
         table,
         pairs,
         rope.interleaved,
-        _address(slot_T, torch.int64),
-        _address(starts, torch.int32),
-        _address(attention.context_S, torch.int32),
-        _address(attention.blocks_SM, torch.int32),
+        address(slot_T, torch.int64),
+        address(starts, torch.int32),
+        address(attention.context_S, torch.int32),
+        address(attention.blocks_SM, torch.int32),
         sequences,
         width,
     )
     return Step(rows, rope, position_T, slot_T, attention, NativeStep(handle))
+
+
+def embed_args(table_WH: Tensor) -> tuple[int, bool, int, int]:
+    """A table as native calls take it: where it lies, whether it is bf16, its size, its width."""
+    size, hidden = table_WH.shape
+    assert table_WH.dtype in (torch.float32, torch.bfloat16), table_WH.dtype
+    assert table_WH.is_contiguous(), table_WH.stride()
+    return table_WH.data_ptr(), table_WH.dtype is torch.bfloat16, size, hidden
 
 
 def stack_layers(layers: Sequence[Layer]) -> Stack:
@@ -288,7 +296,8 @@ def _vector(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def _address(x: Tensor, dtype: torch.dtype) -> int:
+def address(x: Tensor, dtype: torch.dtype) -> int:
+    """Where a contiguous tensor of this dtype lies."""
     assert x.dtype is dtype, (x.dtype, dtype)
     assert x.is_contiguous(), x.stride()
     return x.data_ptr()

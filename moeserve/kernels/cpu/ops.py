@@ -8,7 +8,7 @@ Letters: see ``ops``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from moeserve.errors import InternalError
-from moeserve.kernels.cpu import _cpu, kv
+from moeserve.kernels.cpu import _cpu, forward, kv
 from moeserve.kernels.cpu.handles import (
     SCORING,
     NativePart,
     check_spec,
+    embed_args,
     native_part,
     new_step,
     route_buffers,
@@ -51,6 +52,7 @@ from moeserve.kernels.ops import (
     RouterWeights,
     Stack,
     Step,
+    Trunk,
     W,
 )
 from moeserve.kernels.reference.sampling import sample_rows
@@ -312,16 +314,10 @@ class CpuOps(NativeWire):
             routed += [part.view(step.rows, -1) for part in parts]
 
     def embed(self, table_WH: Tensor, ids_T: Tensor) -> Tensor:
-        size, hidden = table_WH.shape
-        assert table_WH.dtype in (torch.float32, torch.bfloat16), table_WH.dtype
-        assert table_WH.is_contiguous(), table_WH.stride()
         assert ids_T.dtype is torch.int64, ids_T.dtype
-        ids, out = ids_T.contiguous(), torch.empty(len(ids_T), hidden)
-        is_bf16 = table_WH.dtype is torch.bfloat16
-        if not _cpu.embed(
-            table_WH.data_ptr(), is_bf16, size, hidden, ids.data_ptr(), len(ids), out.data_ptr()
-        ):
-            raise InternalError(f"embed: a token id is not in 0..{size - 1}")
+        ids, out = ids_T.contiguous(), torch.empty(len(ids_T), table_WH.shape[1])
+        if not _cpu.embed(*embed_args(table_WH), ids.data_ptr(), len(ids), out.data_ptr()):
+            raise InternalError(f"embed: a token id is not in 0..{len(table_WH) - 1}")
         return out
 
     def head(self, x_TH: Tensor, rows_R: Tensor, part: Part[HeadWeights]) -> Tensor:
@@ -340,10 +336,29 @@ class CpuOps(NativeWire):
             raise InternalError(f"head: a row of {rows_R.tolist()} is not in 0..{rows - 1}")
         return out
 
+    def new_pass(
+        self,
+        trunk: Trunk,
+        caches: Sequence[KvCache],
+        token_ids_T: Tensor,
+        position_T: Tensor,
+        slot_T: Tensor,
+        attention: AttentionBatch,
+        rows_R: Tensor,
+    ) -> Callable[[], Tensor]:
+        return forward.new_pass(trunk, caches, token_ids_T, position_T, slot_T, attention, rows_R)
+
     def sample(
         self, logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
     ) -> list[SampledRow]:
-        return sample_rows(logits_RV, rows, eos_ids)
+        return sample_rows(logits_RV, rows, eos_ids, best_of_rows)
+
+
+def best_of_rows(logits_RV: Tensor) -> list[int]:
+    """As ``reference.sampling.best_of_rows``, by all threads."""
+    assert logits_RV.dtype is torch.float32, logits_RV.dtype
+    assert logits_RV.is_contiguous(), logits_RV.stride()
+    return _cpu.best_of_rows(logits_RV.data_ptr(), *logits_RV.shape)
 
 
 def multiply(x: Tensor, weight: Linear, heads: int) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,53 +37,55 @@ LOW_BITS = 44
 STRETCH = 64
 
 
-def sample_rows(
-    logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
-) -> list[SampledRow]:
-    """One token for every row; a row that has none says why, and the others are not touched."""
+def best_of_rows(logits_RV: Tensor) -> list[int]:
+    """The token of the greatest logit of each row, the first of equals; -1 where that is not
+    finite, or a logit is not a number."""
     host_RV = to_host(logits_RV)
-    if len(rows) < 2:  # looking at all at once costs more than at the one
-        return [_sample_alone(host_RV[r], row, eos_ids) for r, row in enumerate(rows)]
     best_R = host_RV.argmax(axis=1)  # the first maximum of each row, or its first NaN
-    sound_R = np.isfinite(host_RV[np.arange(len(rows)), best_R])
+    sound_R = np.isfinite(host_RV[np.arange(len(best_R)), best_R])
+    best: list[int] = np.where(sound_R, best_R, -1).tolist()
+    return best
+
+
+def sample_rows(
+    logits_RV: Tensor,
+    rows: Sequence[SamplingRow],
+    eos_ids: frozenset[int],
+    find_best: Callable[[Tensor], list[int]] = best_of_rows,
+) -> list[SampledRow]:
+    """One token for every row; a row that has none says why, and the others are not touched.
+
+    ``find_best`` is ``best_of_rows`` or as good.
+    """
+    best_R = find_best(logits_RV)
     if any(row.allowed_B is not None for row in rows):
-        best_R, sound_R = _best_allowed(host_RV, rows, best_R, sound_R)
+        best_R = _best_allowed(to_host(logits_RV), rows, best_R)
     new = tuple.__new__
-    sampled = [new(SampledRow, (best, None, "")) for best in best_R.tolist()]
-    known = [row.takes_best for row in rows]
-    if not (all(known) and sound_R.all()):
+    sampled = [new(SampledRow, (best, None, "")) for best in best_R]
+    if -1 in best_R or not all(row.takes_best for row in rows):
+        host_RV = to_host(logits_RV)
         for r, row in enumerate(rows):
-            if not (sound_R[r] and (known[r] or takes_best(row, eos_ids))):
+            if best_R[r] < 0 or not (row.takes_best or takes_best(row, eos_ids)):
                 sampled[r] = _try(host_RV[r], row, eos_ids)
     return sampled
 
 
-def _sample_alone(
-    logits_V: NDArray[np.float32], row: SamplingRow, eos_ids: frozenset[int]
-) -> SampledRow:
-    if row.takes_best and row.allowed_B is None:
-        best = int(logits_V.argmax())
-        if math.isfinite(logits_V[best]):
-            return SampledRow(best)
-    return _try(logits_V, row, eos_ids)
-
-
 def _best_allowed(
-    logits_RV: NDArray[np.float32],
-    rows: Sequence[SamplingRow],
-    best_R: Ids,
-    sound_R: NDArray[np.bool_],
-) -> tuple[Ids, NDArray[np.bool_]]:
-    """The best token of each row that is allowed, and whether it can be taken: ``best_R`` and
-    ``sound_R`` are as if all were allowed. All rows at once: one after the other takes longer."""
-    index_M = np.array([r for r, row in enumerate(rows) if row.allowed_B is not None])
-    masks_MB = np.stack([row.allowed_B for row in rows if row.allowed_B is not None])
+    logits_RV: NDArray[np.float32], rows: Sequence[SamplingRow], best_R: Sequence[int]
+) -> list[int]:
+    """The best token of each row that is allowed, -1 where none can be taken; ``best_R`` is as if
+    all were allowed. All rows at once: one after the other takes longer."""
+    masked = [(r, row.allowed_B) for r, row in enumerate(rows) if row.allowed_B is not None]
+    index_M = [r for r, _ in masked]
     logits_MV = logits_RV[index_M]
-    logits_MV[~allowed_tokens(masks_MB, logits_MV.shape[1])] = -np.inf
-    best_R, sound_R, best_M = best_R.copy(), sound_R.copy(), logits_MV.argmax(axis=1)
-    best_R[index_M] = best_M
-    sound_R[index_M] &= np.isfinite(logits_MV[np.arange(len(index_M)), best_M])
-    return best_R, sound_R
+    logits_MV[~allowed_tokens(np.stack([m for _, m in masked]), logits_MV.shape[1])] = -np.inf
+    best_M = logits_MV.argmax(axis=1)
+    sound_M = np.isfinite(logits_MV[np.arange(len(index_M)), best_M])
+    best = [*best_R]
+    for r, token, sound in zip(index_M, best_M.tolist(), sound_M.tolist(), strict=True):
+        if best[r] >= 0:
+            best[r] = token if sound else -1
+    return best
 
 
 def allowed_tokens(masks_MB: NDArray[np.uint8], vocab: int) -> NDArray[np.bool_]:
