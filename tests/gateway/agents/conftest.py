@@ -71,6 +71,8 @@ class ScriptedEngine:
         self.script: list[str] = []
         self.requests: list[Request] = []
         self.aborted: list[RequestId] = []
+        self.pause_s = 0.0  # before the next answer
+        self.breaks_at = 0  # the token instead of which the next answer breaks off
         self._tokenizer = tokenizer
         self.counters = Counters()
         self.alive = True
@@ -85,8 +87,14 @@ class ScriptedEngine:
     async def _say(self, request: Request, sink: EventSink, ids: list[int]) -> None:
         end = self._tokenizer.token_to_id(END)
         assert end is not None
+        pause_s, self.pause_s = self.pause_s, 0.0
+        await asyncio.sleep(pause_s)
         for made, token in enumerate([*ids, end], 1):
             if request.id in self.aborted:
+                return
+            if made == self.breaks_at:
+                self.breaks_at = 0
+                sink.deliver([Event(request.id, finish=FinishReason.ERROR, error="it broke")])
                 return
             stops = token == end or token in request.params.stop_token_ids
             finish = FinishReason.STOP if stops else None
