@@ -71,7 +71,7 @@ def plain(body: Any) -> Any:
 
 
 @pytest.mark.parametrize("translate", [plain, chat_of_response, chat_of_message])
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(body=BODIES)
 def test_a_body_is_read_or_refused(translate: Callable[..., Any], body: dict[str, Any]) -> None:
     with contextlib.suppress(InvalidRequestError):
@@ -100,6 +100,7 @@ SCHEMAS = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(schema=SCHEMAS)
 def test_any_schema_of_a_tool_becomes_a_grammar_or_none(schema: dict[str, Any]) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
