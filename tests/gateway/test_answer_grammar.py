@@ -133,7 +133,7 @@ def chr_of(inner: Tokenizer, token: int) -> str:
 
 
 @each_style
-@settings(max_examples=8)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_whatever_is_written_is_calls_of_the_tools(name: str, seed: int) -> None:
     writer = Writer(name, AnswerShape(tools=(WEATHER, CLOCK)))
@@ -152,7 +152,7 @@ def test_whatever_is_written_is_calls_of_the_tools(name: str, seed: int) -> None
 
 
 @each_style
-@settings(max_examples=4)
+@settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_one_call_of_the_named_tool_without_parallel_calls(name: str, seed: int) -> None:
     writer = Writer(name, AnswerShape(tools=(CLOCK,), parallel=False))

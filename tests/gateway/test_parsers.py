@@ -7,7 +7,7 @@ import json
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.gateway.parsers.answer import ParsedAnswer
@@ -94,6 +94,7 @@ def whole(tools: ToolStyle, text: str) -> tuple[str, str, list[tuple[str, str]]]
     return read(open_parser(styled(tools), SCHEMAS), text)
 
 
+@settings(deadline=None)
 @given(texts())
 def test_cuts_change_nothing_and_no_text_raises(case: tuple[AnswerStyle, str, list[int]]) -> None:
     style, text, cuts = case
@@ -103,11 +104,13 @@ def test_cuts_change_nothing_and_no_text_raises(case: tuple[AnswerStyle, str, li
     assert read(open_parser(style, SCHEMAS), *text) == once
 
 
+@settings(deadline=None)
 @given(st.sampled_from(STYLES), st.text(alphabet="ab \n{}\"'[]", max_size=400))
 def test_a_text_without_markers_is_content_as_it_is(style: ToolStyle, text: str) -> None:
     assert whole(style, text) == (text, "", [])
 
 
+@settings(deadline=None)
 @given(st.sampled_from([s for s in STYLES if s != "harmony"]), st.text(max_size=200))
 def test_without_tools_and_reasoning_nothing_is_read(style: ToolStyle, text: str) -> None:
     assert read(open_parser(AnswerStyle(style), None), text) == (text, "", [])
@@ -142,6 +145,7 @@ def written(style: ToolStyle, name: str, arguments: dict[str, Any]) -> str:
             )
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["hermes", "deepseek", "kimi", "harmony"]),
     st.lists(st.tuples(st.from_regex(r"[a-z_]\w{0,8}", fullmatch=True), OBJECTS), min_size=1),
@@ -160,6 +164,7 @@ def test_calls_come_back_as_they_were_written(
 TAG_VALUES = st.text(alphabet='ab {}"\\\n<é', max_size=20)
 
 
+@settings(deadline=None)
 @given(TAG_VALUES, JSON)
 def test_tagged_values_are_strings_where_the_schema_says_so(text: str, value: Any) -> None:
     spelled = json.dumps(value, ensure_ascii=False)

@@ -51,13 +51,20 @@ def chat_of_message(body: Body, *, counting: bool = False) -> tuple[Body, Messag
 
 
 def _configure(chat: dict[str, Any], wanted: Mapping[str, object]) -> None:
-    """``effort`` of ``output_config``; the highest that templates know for ``max``."""
+    """``effort`` and ``format`` of ``output_config``; the highest effort that templates know for
+    ``max``."""
     given = {name: value for name, value in wanted.items() if value is not None}
-    if unknown := given.keys() - {"effort"}:
+    if unknown := given.keys() - {"effort", "format"}:
         refuse("output_config", f"{min(unknown)!a:.60}: not supported by this server")
     if "effort" in given:
         effort = given["effort"]
         chat["reasoning_effort"] = "xhigh" if effort == "max" else effort
+    if "format" in given:
+        form = mapping(given, "format")
+        if form.get("type") != "json_schema":
+            refuse("output_config", "format: expected type json_schema, and a schema")
+        schema = {"schema": form.get("schema")}
+        chat["response_format"] = {"type": "json_schema", "json_schema": schema}
 
 
 def _think(chat: dict[str, Any], wanted: Mapping[str, object]) -> bool:

@@ -31,11 +31,14 @@ class ChatWriter(AnswerWriter):
         super().__init__(form, head, kind, tokenizer)
         self._answer_id = head.answer_id
         self._reading = reading or Reading()
+        # Most answers are content alone: they need no parser.
+        self._reads = self._reading.parses
         self._answers: dict[int, ParsedAnswer] = {}
 
     def add(self, delta: Delta) -> None:
         super().add(delta)
-        self._take(delta)
+        if self._reads:
+            self._take(delta)
 
     def _take(self, delta: Delta) -> list[Part]:
         answer = self._answers.get(delta.index)
@@ -45,36 +48,41 @@ class ChatWriter(AnswerWriter):
         return answer.take(delta.text, last=delta.finish is not None, token_ids=delta.token_ids)
 
     def _whole_choice(self, choice: Choice) -> Json:
+        logprobs = chat_logprobs(choice.logprobs) if self._form.logprobs else None
+        message: Json = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
+        if not self._reads:
+            return {"logprobs": logprobs, "message": message}
         answer = self._answers[choice.index]
-        content = answer.content or (None if answer.calls else "")
-        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        message["content"] = answer.content or (None if answer.calls else "")
         if answer.reasoning:
             message |= _reasoning(answer.reasoning)
         if answer.calls:
             message["tool_calls"] = [
                 _call(call.call_id, call.name, "".join(call.arguments)) for call in answer.calls
             ]
-        logprobs = chat_logprobs(choice.logprobs) if self._form.logprobs else None
         return {"logprobs": logprobs, "message": message, "finish_reason": self._finish(choice)}
 
     def _parts(self, choice: Choice, delta: Delta, fresh: bool) -> Iterator[Json]:
         if fresh:
             yield {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        parts = [_delta(part) for part in self._take(delta)]
-        told = delta.token_ids and (self._form.logprobs or self._form.token_ids)
-        if not (parts or told or delta.finish):
-            return
-        tokens: Json = {"logprobs": None}
-        if self._form.logprobs:
-            tokens["logprobs"] = chat_logprobs(self._entries(choice, delta))
-        if self._form.token_ids:
-            tokens["token_ids"] = list(delta.token_ids)
-        parts = parts or [{} if delta.finish else {"content": ""}]
-        for part in parts[:-1]:
-            yield {"finish_reason": None, "delta": part} | tokens
-            # What came with them is told once.
-            tokens = {"logprobs": None} | ({"token_ids": []} if self._form.token_ids else {})
-        yield {"finish_reason": self._finish(choice), "delta": parts[-1]} | tokens
+        if self._reads:
+            parts = [_delta(part) for part in self._take(delta)]
+        else:
+            parts = [{"content": delta.text}] if delta.text else []
+        if not parts:
+            told = delta.token_ids and (self._form.logprobs or self._form.token_ids)
+            if not (told or delta.finish):
+                return
+            parts = [{} if delta.finish else {"content": ""}]
+        # What came with the tokens is told with the first part, and an end with the last.
+        for i, part in enumerate(parts, 1):
+            finish = self._finish(choice) if i == len(parts) else None
+            shown: Json = {"finish_reason": finish, "logprobs": None, "delta": part}
+            if self._form.logprobs and i == 1:
+                shown["logprobs"] = chat_logprobs(self._entries(choice, delta))
+            if self._form.token_ids:
+                shown["token_ids"] = list(delta.token_ids) if i == 1 else []
+            yield shown
 
     def _usage(self) -> Json:
         thought = sum(answer.reasoning_tokens for answer in self._answers.values())
@@ -82,8 +90,9 @@ class ChatWriter(AnswerWriter):
         return super()._usage() | details
 
     def _finish(self, choice: Choice) -> str | None:
-        called = choice.index in self._answers and self._answers[choice.index].calls
-        return "tool_calls" if called and choice.finish == "stop" else choice.finish
+        if not self._reads or choice.finish != "stop" or not self._answers[choice.index].calls:
+            return choice.finish
+        return "tool_calls"
 
 
 def _delta(part: Part) -> Json:

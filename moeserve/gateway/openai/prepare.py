@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from dataclasses import replace
 
+from moeserve.core import Grammar, GrammarKind
+from moeserve.errors import InvalidRequestError
 from moeserve.gateway.limits import prompt_text
 from moeserve.gateway.openai.chat import Conversation
 from moeserve.gateway.openai.fields import refuse
 from moeserve.gateway.openai.reading import Reading
-from moeserve.gateway.parsers.answer_grammar import AnswerShape, answer_grammar
+from moeserve.gateway.parsers.answer_grammar import BLANKS, AnswerShape, answer_grammar
 from moeserve.gateway.parsers.styles import AnswerStyle
 from moeserve.gateway.parsers.thinking import ends_inside
 from moeserve.gateway.service import ClientRequest, InferenceService, ServedModel
@@ -28,7 +31,7 @@ async def prepare(
     closing_id = tokenizer.token_to_id(served.style.reasoning_end)
     reading = Reading(served.style, conversation.tool_use, prompt, closing_id)
     params = dict(wanted.params)
-    if reading.parses and _is_special(tokenizer, served.style.marker):
+    if reading.parses and any(_is_special(tokenizer, m) for m in served.style.markers):
         params["skip_special_tokens"] = False
     if reading.parses and served.style.stops:
         found = map(tokenizer.token_to_id, served.style.stops)
@@ -40,12 +43,47 @@ async def prepare(
         budget=conversation.max_thinking,
         inside=served.style.reasoning == "think" and ends_inside(prompt),
     )
-    if answer_grammar(served.style, shape, tokenizer.token_to_id) is not None:
-        refuse(
-            "tool_choice" if shape.tools else "max_thinking_tokens",
-            "not supported by this server: it takes constrained decoding",
-        )
+    _constrain(params, served.style, shape, tokenizer)
     return replace(wanted, prompts=(prompt,), params=params), reading
+
+
+def _constrain(
+    params: dict[str, object], style: AnswerStyle, shape: AnswerShape, tokenizer: Tokenizer
+) -> None:
+    """One grammar for all that is asked of an answer. A form that is asked for beside calls holds
+    where there are none, so calls that must be leave it without effect."""
+    form = params.get("grammar")
+    if isinstance(form, Grammar) and style.reasoning != "none" and not shape.tools:
+        shape = replace(shape, body=lark_of(form))
+    try:
+        lark = answer_grammar(style, shape, tokenizer.token_to_id)
+    except RecursionError as error:
+        raise InvalidRequestError(
+            "a tool's parameters are nested too deep", param="tools"
+        ) from error
+    if lark is not None:
+        params["grammar"] = Grammar(GrammarKind.LARK, lark)
+
+
+def lark_of(form: Grammar) -> str:
+    """The form of an answer as a part of a larger one: an expression in Lark. Nothing that a
+    request asks for is left out: what cannot be a part is refused."""
+    match form.kind:
+        case GrammarKind.JSON_SCHEMA:
+            schema = json.loads(form.text)
+            blanks = BLANKS if form.whitespace is None else form.whitespace
+            flexible = {"whitespace_pattern": blanks} if blanks else {"whitespace_flexible": False}
+            options = {"lenient": False, "coerce_one_of": False, **flexible}
+            return f"%json {json.dumps(schema | {'x-guidance': options}, ensure_ascii=False)}"
+        case GrammarKind.REGEX:
+            return "/" + form.text.replace("/", r"\/") + "/"
+        case GrammarKind.CHOICE:
+            return "(" + " | ".join(json.dumps(one) for one in json.loads(form.text)) + ")"
+        case _:
+            raise InvalidRequestError(
+                f"a {form.kind} cannot follow reasoning: ask for a JSON schema, regex or choice",
+                param="grammar",
+            )
 
 
 def named(wanted: ClientRequest, prefix: str) -> ClientRequest:
@@ -79,7 +117,7 @@ async def render(texts: TextWork, served: ServedModel, conversation: Conversatio
 
 def _is_special(tokenizer: Tokenizer, marker: str) -> bool:
     """Whether a text that leaves special tokens out has lost the marker."""
-    token = tokenizer.token_to_id(marker) if marker else None
+    token = tokenizer.token_to_id(marker)
     return token is not None and not tokenizer.decode([token], skip_special_tokens=True)
 
 

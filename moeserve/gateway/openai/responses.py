@@ -85,7 +85,7 @@ def chat_of_response(body: Body) -> tuple[Body, ResponseAsked]:
     reasoning = mapping(body, "reasoning")
     if reasoning.get("effort") is not None:
         chat["reasoning_effort"] = reasoning["effort"]
-    _check_format(mapping(body, "text"))
+    chat |= _format(mapping(body, "text"))
     return chat, ResponseAsked(body)
 
 
@@ -96,10 +96,15 @@ def _check_includes(value: object) -> None:
         refuse("include", f"{min(unknown)!a:.60}: not supported by this server")
 
 
-def _check_format(wanted: Mapping[str, object]) -> None:
+def _format(wanted: Mapping[str, object]) -> Json:
+    """``text.format`` as chat's ``response_format``, which has a schema one level deeper."""
     form = wanted.get("format") or {"type": "text"}
-    if form != {"type": "text"}:
-        refuse("text", "format: only type 'text' is supported by this server")
+    if not isinstance(form, dict):
+        refuse("text", "format: expected an object with a type")
+    if form.get("type") != "json_schema":
+        return {"response_format": form}
+    schema = {name: value for name, value in form.items() if name != "type"}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
 def _tool(value: object, where: str) -> Json:

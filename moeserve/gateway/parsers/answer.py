@@ -61,34 +61,35 @@ class ParsedAnswer:
 
     def take(self, text: str, *, last: bool, token_ids: Sequence[int] = ()) -> list[Part]:
         """What more text gives, the rest of it where it is the last; kept, and to be shown."""
-        self._count(token_ids)
+        if self._closing_id is not None and not self._closed:
+            self._count(token_ids)
         parts = self._parser.push(text)
         if last:
             parts += self._parser.flush()
-        return [part for part in map(self._keep, joined(parts)) if part is not None]
+        if len(parts) > 1:
+            parts = joined(parts)
+        return [kept for part in parts if (kept := self._keep(part)) is not None]
 
     def _count(self, token_ids: Sequence[int]) -> None:
-        if self._closed or self._closing_id is None:
-            return
         self._closed = self._closing_id in token_ids
-        ended = token_ids.index(self._closing_id) + 1 if self._closed else len(token_ids)
-        self._before_closing += ended
+        for token in token_ids:
+            self._before_closing += 1
+            if token == self._closing_id:
+                break
 
     def _keep(self, part: Part) -> Part | None:
         if isinstance(part, ContentPart):
             self._content.append(part.text)
-            return part
-        if isinstance(part, ReasoningPart):
+        elif isinstance(part, ReasoningPart):
             self._reasoning.append(part.text)
-            return part
-        if self._most_calls is not None and part.index >= self._most_calls:
+        elif self._most_calls is not None and part.index >= self._most_calls:
             return None
-        if isinstance(part, CallPart):
+        elif isinstance(part, CallPart):
             call_id = part.call_id or call_id_of(self._id_seed, part.index)
             self.calls.append(CallSoFar(part.name, call_id))
             return CallPart(part.index, part.name, call_id)
-        assert isinstance(part, ArgumentsPart)
-        self.calls[part.index].arguments.append(part.text)
+        else:
+            self.calls[part.index].arguments.append(part.text)
         return part
 
 

@@ -31,7 +31,7 @@ Tool = Mapping[str, Any]
 TokenOf = Callable[[str], int | None]
 
 # Between the tokens of a JSON document: a model that may write blanks without end does.
-_BLANKS = r"( |\r?\n[ \t]{0,32})"
+BLANKS = r"( |\r?\n[ \t]{0,32})"
 _ANY = r"/(.|\n)*/"
 _SOME = r"/(.|\n)+/"
 
@@ -173,7 +173,7 @@ class _Rules:
 
     def _json(self, name: str, schema: Mapping[str, Any], *, strict: bool) -> str:
         """What a schema has that no grammar can say is left out, unless it is ``strict``."""
-        options = {"whitespace_pattern": _BLANKS, "lenient": not strict}
+        options = {"whitespace_pattern": BLANKS, "lenient": not strict}
         text = json.dumps(dict(schema) | {"x-guidance": options}, ensure_ascii=False)
         return self._add(name, f"%json {text}")
 
@@ -186,12 +186,13 @@ class _Rules:
         between: str,
     ) -> str:
         parameters = function.get("parameters") or {}
-        required = parameters.get("required") or []
+        required, properties = parameters.get("required"), parameters.get("properties")
         fields = []
-        for i, (key, schema) in enumerate((parameters.get("properties") or {}).items()):
+        for i, (key, schema) in enumerate(_mapping(properties).items()):
             value = self._value(f"value_{index}_{i}", schema, parameters, form)
             one = f"{self._key(form, key, between)} {value} {_literal(between)}"
-            fields.append(one if key in required else f"({one})?")
+            must = isinstance(required, list) and key in required
+            fields.append(one if must else f"({one})?")
         closing = self._marker(form.closing)
         if form is QWEN_CODER:
             closing = f'"</function>\\n" {closing}'
@@ -220,6 +221,11 @@ class _Rules:
         shared = {k: parameters[k] for k in ("$defs", "definitions") if k in parameters}
         own = dict(schema) if isinstance(schema, Mapping) else {}
         return f"{self._json(name, own | shared, strict=False)} {closing}"
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    """A schema is a stranger's: what should be an object may be anything."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _markers_of(style: AnswerStyle) -> tuple[str, ...]:

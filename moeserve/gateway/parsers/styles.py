@@ -56,11 +56,10 @@ class AnswerStyle:
     knows_developer: bool = True
 
     @property
-    def marker(self) -> str:
-        """The one that tells whether the style's markers are special tokens."""
-        if self.reasoning == "harmony":
-            return CHANNEL
-        return _OPENING.get(self.tools, "")
+    def markers(self) -> tuple[str, ...]:
+        """Those that tell whether the style's markers are special tokens."""
+        calls, reasoning = _OPENING.get(self.tools, ""), self.reasoning_end
+        return tuple(marker for marker in (calls, reasoning) if marker)
 
     @property
     def reasoning_end(self) -> str:

@@ -20,12 +20,15 @@ import pytest
 from moeserve.core import Counters, Event, FinishReason, Request, RequestId
 from moeserve.engine.loop import Engine
 from moeserve.engine.request_state import EventSink
+from moeserve.gateway.grammars import GrammarGate
 from moeserve.gateway.http.app import http_app
 from moeserve.gateway.http.server import HttpServer
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.parsers.styles import ToolStyle, style_of
 from moeserve.gateway.service import InferenceService, ServedModel
+from moeserve.grammar.checking import GrammarChecker
+from moeserve.grammar.worker import Vocabulary
 from moeserve.models.tokenizer import Tokenizer
 
 PATIENCE_S = 30.0
@@ -45,7 +48,7 @@ MARKERS: dict[str, list[str]] = {
     ],
     "deepseek": [
         *"<｜tool▁calls▁begin｜> <｜tool▁calls▁end｜> <｜tool▁call▁begin｜>".split(),
-        *"<｜tool▁call▁end｜> <｜tool▁sep｜>".split(),
+        *"<｜tool▁call▁end｜> <｜tool▁sep｜> <think> </think>".split(),
     ],
 }
 SPECIAL = {"harmony", "deepseek"}
@@ -68,6 +71,8 @@ class ScriptedEngine:
         self.script: list[str] = []
         self.requests: list[Request] = []
         self.aborted: list[RequestId] = []
+        self.pause_s = 0.0  # before the next answer
+        self.breaks_at = 0  # the token instead of which the next answer breaks off
         self._tokenizer = tokenizer
         self.counters = Counters()
         self.alive = True
@@ -82,8 +87,14 @@ class ScriptedEngine:
     async def _say(self, request: Request, sink: EventSink, ids: list[int]) -> None:
         end = self._tokenizer.token_to_id(END)
         assert end is not None
+        pause_s, self.pause_s = self.pause_s, 0.0
+        await asyncio.sleep(pause_s)
         for made, token in enumerate([*ids, end], 1):
             if request.id in self.aborted:
+                return
+            if made == self.breaks_at:
+                self.breaks_at = 0
+                sink.deliver([Event(request.id, finish=FinishReason.ERROR, error="it broke")])
                 return
             stops = token == end or token in request.params.stop_token_ids
             finish = FinishReason.STOP if stops else None
@@ -106,6 +117,7 @@ class Stage:
     """A running server and the script its model follows."""
 
     def __init__(self, folder: Path, tools: ToolStyle) -> None:
+        self._folder = folder
         self._tokenizer = Tokenizer.load(folder)
         self._tools = tools
         self._ready = threading.Event()
@@ -141,7 +153,14 @@ class Stage:
         assert style.tools == self._tools
         limits = ModelLimits(self._tokenizer.vocab_size, 4096)
         engine = cast(Engine, self.engine)
-        service.serve(ServedModel("scripted", engine, self._tokenizer, limits, style=style))
+        end = self._tokenizer.token_to_id(END)
+        assert end is not None
+        file = self._folder / "tokenizer.json"
+        checker = GrammarChecker(Vocabulary(file, self._tokenizer.vocab_size, (end,)))
+        gate = GrammarGate(checker)
+        service.serve(
+            ServedModel("scripted", engine, self._tokenizer, limits, style=style, grammars=gate)
+        )
         server = HttpServer(http_app(service, None, _no_metrics), "127.0.0.1", 0, 1.0)
         self.port = server.port
         server.open()
@@ -149,13 +168,14 @@ class Stage:
         await self._end.wait()
         await server.close()
         await service.texts.close()
+        checker.close()
 
 
 async def _no_metrics() -> tuple[bytes, str]:
     return b"", "text/plain"
 
 
-def _save_tokenizer(folder: Path, tools: ToolStyle) -> None:
+def save_scripted_tokenizer(folder: Path, tools: ToolStyle) -> None:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Inner
 
@@ -178,7 +198,7 @@ def open_stage(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ToolStyle]
 
     def build(tools: ToolStyle) -> Stage:
         folder = tmp_path_factory.mktemp(tools)
-        _save_tokenizer(folder, tools)
+        save_scripted_tokenizer(folder, tools)
         return Stage(folder, tools)
 
     return build

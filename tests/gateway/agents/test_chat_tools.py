@@ -195,6 +195,9 @@ def test_markers_that_are_special_tokens_are_seen(open_stage: Callable[..., Stag
         choice: Any = stage.openai.chat.completions.create(**ASK).choices[0]
         assert choice.message.tool_calls[0].function.arguments == '{"city": "Bern"}'
         assert choice.message.content is None
+        stage.says("<think>Hm.</think>Yes.")
+        message: Any = stage.openai.chat.completions.create(model="scripted", messages=HELLO)
+        assert message.choices[0].message.reasoning_content == "Hm."
 
 
 BAD: list[tuple[str, Any]] = [

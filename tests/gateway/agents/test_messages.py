@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from moeserve.gateway.http import typed_generation
+
 if TYPE_CHECKING:
     from conftest import Stage
 
@@ -164,7 +166,6 @@ BAD: list[tuple[str, Any]] = [
     ("thinking", {"type": "often"}),
     ("stop_sequences", [3]),
     ("temperature", 5),
-    ("unheard_of", 1),
 ]
 
 
@@ -183,3 +184,23 @@ def test_another_model_and_a_form_are_refused_in_anthropics_form(stage: Stage) -
     assert (lost.status_code, lost.json()["error"]["type"]) == (404, "not_found_error")
     form = stage.http.post("/v1/messages", data={"a": "b"})
     assert (form.status_code, form.json()["type"]) == (415, "error")
+
+
+def test_an_answer_that_breaks_off_ends_with_an_error(stage: Stage) -> None:
+    stage.says("Hello there.")
+    stage.engine.breaks_at = 6
+    last = events_of(stage)[-1]
+    assert last == {"type": "error", "error": {"type": "api_error", "message": "it broke"}}
+    stage.says("Hello there.")
+    stage.engine.breaks_at = 6
+    whole = stage.http.post("/v1/messages", json=ASK)
+    assert (whole.status_code, whole.json()["type"]) == (500, "error")
+
+
+def test_a_silent_stream_is_pinged(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(typed_generation, "PING_S", 0.01)
+    stage.says("Hello there.")
+    stage.engine.pause_s = 0.2
+    kinds = [event["type"] for event in events_of(stage)]
+    assert kinds.count("ping") > 2
+    assert kinds[-1] == "message_stop"

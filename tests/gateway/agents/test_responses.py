@@ -130,7 +130,6 @@ BAD: list[tuple[str, Any]] = [
     ("text", {"format": {"type": "other"}}),
     ("max_output_tokens", 0),
     ("n", 2),
-    ("unheard_of", 1),
 ]
 
 
@@ -147,3 +146,17 @@ def test_what_cannot_be_meant_is_refused_by_name(
 def test_another_model_is_not_found(stage: Stage) -> None:
     answer = stage.http.post("/v1/responses", json=ASK | {"model": "other"})
     assert answer.status_code == 404
+
+
+def test_an_answer_that_breaks_off_ends_as_failed(stage: Stage) -> None:
+    stage.says("Hello there.")
+    stage.engine.breaks_at = 6
+    *_, last = list(stage.openai.responses.create(**ASK, stream=True))
+    assert last.type == "response.failed"
+    assert last.response.status == "failed"
+    assert last.response.error is not None
+    assert "it broke" in last.response.error.message
+    stage.says("Hello there.")
+    stage.engine.breaks_at = 6
+    whole = stage.http.post("/v1/responses", json=ASK)
+    assert (whole.status_code, whole.json()["error"]["code"]) == (500, "internal")
