@@ -112,6 +112,10 @@ class Metrics:
         """What is asked at every scrape; ``ranks`` where there are several."""
         self._model, self._counters, self._load, self._ranks = model, counters, load, ranks
 
+    def also(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        """Metrics of another's, asked for at every scrape."""
+        self._registry.register(_Page(collect))
+
     def render(self) -> tuple[bytes, str]:
         """The page and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4

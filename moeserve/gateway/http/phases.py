@@ -9,7 +9,7 @@ that nobody reads) are added up.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Generic, TypeVar
 
@@ -28,7 +28,8 @@ class Phase(StrEnum):
     LEAVING = "leaving"  # answered, and what the client still sends is thrown away
 
 
-# Those that nobody has asked anything of go first, however briefly they have been there.
+# Those that nobody has asked anything of go first, once they had time to send what they came for.
+FRESH_S = 0.5
 _UNASKED = (Phase.OPENING, Phase.IDLE, Phase.HEAD, Phase.LEAVING)
 # Of the others those that wait for their client, once they have for so long.
 _HELD = (Phase.BODY, Phase.STALLED)
@@ -92,22 +93,21 @@ class Phases(Generic[Key]):
             yield from ((key, phase) for key in found)
 
     def least_missed(self, now: float) -> Key | None:
-        """Who goes where there is no room for another: the one that has been idle longest; where
-        none is, the one that has kept us waiting longest; None where all are being served."""
-        fronts = [next(iter(self._since[phase].items()), None) for phase in _UNASKED]
-        found = [(since, i) for i, front in enumerate(fronts) if front for since in front[1:]]
-        if found:
-            return next(iter(self._since[_UNASKED[min(found)[1]]]))
-        return self.most_waited_for(now)
+        """Who goes where there is no room for another: the one that has been idle longest, and
+        longer than ``FRESH_S``; where none is, the one that has kept us waiting longest; None where
+        all are being served."""
+        idle = self._longest(_UNASKED, now - FRESH_S)
+        return self.most_waited_for(now) if idle is None else idle
 
     def most_waited_for(self, now: float) -> Key | None:
         """Of those whose bytes we hold, the one that has kept us waiting longest, and longer than
         ``HELD_S``."""
+        return self._longest(_HELD, now - HELD_S)
+
+    def _longest(self, phases: Sequence[Phase], before: float) -> Key | None:
         longest: Key | None = None
-        since_when = now - HELD_S
-        for phase in _HELD:
-            for key, since in self._since[phase].items():
-                if since < since_when:
-                    longest, since_when = key, since
-                break
+        for phase in phases:
+            front = next(iter(self._since[phase].items()), None)
+            if front is not None and front[1] < before:
+                longest, before = front
         return longest

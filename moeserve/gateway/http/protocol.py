@@ -26,10 +26,14 @@ BODY_READ = "body_read"
 
 
 class GuardedProtocol(H11Protocol):
-    """``phases`` and ``clock`` are shared by all connections of a server."""
+    """``phases`` and ``clock`` are shared by all connections of a server; ``opening`` stands for
+    this one in ``phases`` until it is made."""
 
-    def __init__(self, phases: Phases[Any], clock: Callable[[], float], /, **uvicorns: Any) -> None:
+    def __init__(
+        self, opening: object, phases: Phases[Any], clock: Callable[[], float], /, **uvicorns: Any
+    ) -> None:
         super().__init__(**uvicorns)
+        self._opening = opening
         self._phases = phases
         self._clock = clock
         self._counted: object = None  # the request of which so many bytes came
@@ -38,6 +42,7 @@ class GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._phases.leave(self._opening)
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:

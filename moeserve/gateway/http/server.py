@@ -134,9 +134,10 @@ def _connection(
     state: ServerState,
     phases: Phases[Any],
     loop: asyncio.AbstractEventLoop,
+    opening: object,
 ) -> GuardedProtocol:
     return GuardedProtocol(
-        phases, loop.time, config=config, server_state=state, app_state={}, _loop=loop
+        opening, phases, loop.time, config=config, server_state=state, app_state={}, _loop=loop
     )
 
 
