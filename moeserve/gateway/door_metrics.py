@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from moeserve.gateway.entrance import Entrance
-from moeserve.gateway.http.phases import Phase
+from moeserve.gateway.http.phases import ConnectionPhase
 from moeserve.gateway.identity import TenantUsage
 from moeserve.observe.metrics import PREFIX
 
@@ -23,7 +23,7 @@ def door_metrics(entrance: Entrance, usage: Mapping[str, TenantUsage]) -> Iterat
         held = GaugeMetricFamily(
             f"{PREFIX}http_connections", "by what they wait for", labels=["phase"]
         )
-        for phase in Phase:
+        for phase in ConnectionPhase:
             held.add_metric([phase.value], phases.count(phase))
         yield held
         held_bytes = GaugeMetricFamily(

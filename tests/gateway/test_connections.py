@@ -17,7 +17,7 @@ import pytest
 
 from moeserve.gateway.http import acceptor, protocol, server
 from moeserve.gateway.http.log_rate import BURST, LogRate
-from moeserve.gateway.http.phases import FRESH_S, Phase
+from moeserve.gateway.http.phases import FRESH_S, ConnectionPhase
 from moeserve.pb import inference_pb2 as pb
 
 House = Any
@@ -97,7 +97,7 @@ def test_who_does_not_read_is_closed(
         def stalled() -> bool:
             with suppress(BlockingIOError):
                 stranger.send(asked)
-            return bool(phases.count(Phase.STALLED))
+            return bool(phases.count(ConnectionPhase.STALLED))
 
         house.eventually(stalled, "its answers are not read")
         assert phases.held_bytes > 0

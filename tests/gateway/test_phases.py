@@ -6,9 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from moeserve.gateway.http.phases import FRESH_S, HELD_S, Phase, Phases
+from moeserve.gateway.http.phases import FRESH_S, HELD_S, ConnectionPhase, Phases
 
-LIMITS = {Phase.IDLE: 10.0, Phase.HEAD: 2.0, Phase.BODY: 5.0}
+LIMITS = {ConnectionPhase.IDLE: 10.0, ConnectionPhase.HEAD: 2.0, ConnectionPhase.BODY: 5.0}
 KEYS = st.integers(0, 7)
 
 
@@ -19,15 +19,15 @@ class Model(RuleBasedStateMachine):
         super().__init__()
         self.phases: Phases[int] = Phases(LIMITS)
         self.now = 0.0
-        self.at: dict[int, tuple[Phase, float]] = {}
+        self.at: dict[int, tuple[ConnectionPhase, float]] = {}
         self.bytes: dict[int, int] = {}
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 3.0, 20.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(key=KEYS, phase=st.sampled_from(Phase))
-    def enter(self, key: int, phase: Phase) -> None:
+    @rule(key=KEYS, phase=st.sampled_from(ConnectionPhase))
+    def enter(self, key: int, phase: ConnectionPhase) -> None:
         self.phases.enter(key, phase, self.now)
         if self.at.get(key, (None,))[0] is not phase:
             self.at[key] = (phase, self.now)
@@ -54,7 +54,12 @@ class Model(RuleBasedStateMachine):
             if phase in LIMITS and since + LIMITS[phase] <= self.now
         }
         assert {key for key, _ in self.phases.late(self.now)} == late
-        unasked = (Phase.OPENING, Phase.IDLE, Phase.HEAD, Phase.LEAVING)
+        unasked = (
+            ConnectionPhase.OPENING,
+            ConnectionPhase.IDLE,
+            ConnectionPhase.HEAD,
+            ConnectionPhase.LEAVING,
+        )
         free = {
             k: since
             for k, (phase, since) in self.at.items()
@@ -63,7 +68,8 @@ class Model(RuleBasedStateMachine):
         held = {
             k: since
             for k, (phase, since) in self.at.items()
-            if phase in (Phase.BODY, Phase.STALLED) and since < self.now - HELD_S
+            if phase in (ConnectionPhase.BODY, ConnectionPhase.STALLED)
+            and since < self.now - HELD_S
         }
         gone = self.phases.least_missed(self.now)
         candidates = free or held

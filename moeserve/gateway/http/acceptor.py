@@ -16,7 +16,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from moeserve.gateway.http.phases import Phase, Phases
+from moeserve.gateway.http.phases import ConnectionPhase, Phases
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Acceptor:
     def _take(self, accepted: socket.socket) -> None:
         accepted.setblocking(False)
         opening = _Opening()
-        self._phases.enter(opening, Phase.OPENING, self._loop.time())
+        self._phases.enter(opening, ConnectionPhase.OPENING, self._loop.time())
         opening.task = self._loop.create_task(self._connect(opening, accepted))
         opening.task.add_done_callback(lambda _: self._opened(opening, accepted))
 

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Phase(StrEnum):
+class ConnectionPhase(StrEnum):
     """What a connection is at."""
 
     OPENING = "opening"  # accepted, its TLS not yet agreed on
@@ -30,9 +30,14 @@ class Phase(StrEnum):
 
 # Those that nobody has asked anything of go first, once they had time to send what they came for.
 FRESH_S = 0.5
-_UNASKED = (Phase.OPENING, Phase.IDLE, Phase.HEAD, Phase.LEAVING)
+_UNASKED = (
+    ConnectionPhase.OPENING,
+    ConnectionPhase.IDLE,
+    ConnectionPhase.HEAD,
+    ConnectionPhase.LEAVING,
+)
 # Of the others those that wait for their client, once they have for so long.
-_HELD = (Phase.BODY, Phase.STALLED)
+_HELD = (ConnectionPhase.BODY, ConnectionPhase.STALLED)
 HELD_S = 2.0
 
 
@@ -40,10 +45,12 @@ class Phases(Generic[Key]):
     """Owns the phase of every connection. ``limits_s`` says how long one may last; those that it
     leaves out may last for ever."""
 
-    def __init__(self, limits_s: Mapping[Phase, float]) -> None:
+    def __init__(self, limits_s: Mapping[ConnectionPhase, float]) -> None:
         self._limits_s = dict(limits_s)
-        self._phases: dict[Key, Phase] = {}
-        self._since: dict[Phase, OrderedDict[Key, float]] = {p: OrderedDict() for p in Phase}
+        self._phases: dict[Key, ConnectionPhase] = {}
+        self._since: dict[ConnectionPhase, OrderedDict[Key, float]] = {
+            p: OrderedDict() for p in ConnectionPhase
+        }
         self._bytes: dict[Key, int] = {}
         self.held_bytes = 0
 
@@ -53,7 +60,7 @@ class Phases(Generic[Key]):
     def __contains__(self, key: Key) -> bool:
         return key in self._phases
 
-    def enter(self, key: Key, phase: Phase, now: float) -> None:
+    def enter(self, key: Key, phase: ConnectionPhase, now: float) -> None:
         """From now on; one that is in that phase already stays there since when it was."""
         before = self._phases.get(key)
         if before is phase:
@@ -79,10 +86,10 @@ class Phases(Generic[Key]):
     def held(self, key: Key) -> int:
         return self._bytes.get(key, 0)
 
-    def count(self, phase: Phase) -> int:
+    def count(self, phase: ConnectionPhase) -> int:
         return len(self._since[phase])
 
-    def late(self, now: float) -> Iterator[tuple[Key, Phase]]:
+    def late(self, now: float) -> Iterator[tuple[Key, ConnectionPhase]]:
         """Those whose phase has lasted longer than it may; each is to be ended by the caller."""
         for phase, limit_s in self._limits_s.items():
             found = []
@@ -104,7 +111,7 @@ class Phases(Generic[Key]):
         ``HELD_S``."""
         return self._longest(_HELD, now - HELD_S)
 
-    def _longest(self, phases: Sequence[Phase], before: float) -> Key | None:
+    def _longest(self, phases: Sequence[ConnectionPhase], before: float) -> Key | None:
         longest: Key | None = None
         for phase in phases:
             front = next(iter(self._since[phase].items()), None)

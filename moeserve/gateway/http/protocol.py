@@ -16,7 +16,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moeserve.errors import MoeserveError, UnavailableError
-from moeserve.gateway.http.phases import Phase, Phases
+from moeserve.gateway.http.phases import ConnectionPhase, Phases
 from moeserve.gateway.openai.errors import error_body
 
 # Bytes of bodies on their way in, and of answers that nobody reads, on all connections together.
@@ -110,20 +110,20 @@ class GuardedProtocol(H11Protocol):
         while self._phases.held_bytes > MAX_HELD_BYTES and self._make_room() is not self:
             pass
 
-    def _phase(self) -> Phase:
+    def _phase(self) -> ConnectionPhase:
         cycle = self.cycle
         if self.transport.is_closing():
-            return Phase.LEAVING
+            return ConnectionPhase.LEAVING
         receiving = self.conn.their_state is h11.SEND_BODY
         if cycle is not None and not cycle.response_complete:
             if receiving:
-                return Phase.BODY
-            return Phase.STALLED if self.flow.write_paused else Phase.ANSWERING
+                return ConnectionPhase.BODY
+            return ConnectionPhase.STALLED if self.flow.write_paused else ConnectionPhase.ANSWERING
         if receiving or self.conn.our_state in (h11.MUST_CLOSE, h11.CLOSED, h11.ERROR):
-            return Phase.LEAVING
+            return ConnectionPhase.LEAVING
         if self.flow.write_paused:
-            return Phase.STALLED
-        return Phase.HEAD if self.conn.trailing_data[0] else Phase.IDLE
+            return ConnectionPhase.STALLED
+        return ConnectionPhase.HEAD if self.conn.trailing_data[0] else ConnectionPhase.IDLE
 
     def _held(self) -> int:
         unread = self.transport.get_write_buffer_size() if self.flow.write_paused else 0
