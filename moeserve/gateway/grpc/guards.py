@@ -63,23 +63,28 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
         self._tenants = tenants
         self._reads = reads
         self._busy = busy
+        # By method and tenant: of what nobody serves there are none, so both are few.
+        self._made: dict[tuple[str, str], _Handler] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        tenant = ""
-        if self._tenants is not None and not handler_call_details.method.startswith(_HEALTH):
+        method, tenant = handler_call_details.method, ""
+        if self._tenants is not None and not method.startswith(_HEALTH):
             given = dict(handler_call_details.invocation_metadata).get("authorization", "")
             found = self._tenants.of(str(given).encode())
             if found is None:
                 return grpc.stream_stream_rpc_method_handler(_deny)
             tenant = found
-        return self._guarded(handler, tenant)
+        made = self._made.get((method, tenant))
+        if made is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            made = self._made[method, tenant] = self._guarded(handler, tenant)
+        return made
 
     def _guarded(self, handler: _Handler, tenant: str) -> _Handler:
         """``handler`` as one that takes a stream of requests: of that of a unary one it reads the
