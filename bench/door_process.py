@@ -29,14 +29,20 @@ from moeserve.core import (
 )
 from moeserve.engine.blocks import BlockCounts
 from moeserve.engine.loop import Engine
-from moeserve.gateway.grpc.door import GrpcDoor
-from moeserve.gateway.http.app import http_app
-from moeserve.gateway.http.server import HttpServer
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.service import InferenceService, ServedModel
 from moeserve.models.library import resolve_model
 from moeserve.models.tokenizer import Tokenizer
+
+try:
+    from moeserve.gateway.grpc.door import GrpcDoor
+    from moeserve.gateway.http.app import http_app
+    from moeserve.gateway.http.server import HttpServer
+except ModuleNotFoundError:  # another tree, from before doors had rooms
+    from moeserve.gateway.grpc_door import GrpcDoor
+    from moeserve.gateway.http_door import http_app
+    from moeserve.gateway.http_server import HttpServer
 
 TEXT = (
     "The experts of a mixture are spread over many devices, and every token visits the few that "

@@ -319,6 +319,35 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_certs(commands: Commands) -> None:
+    command = commands.add_parser(
+        "certs",
+        help=COMMANDS["certs"][0],
+        description="Make a certificate authority for tests, a server's certificate and a "
+        "client's.",
+        epilog="example: moeserve certs --out certs --host localhost --host 127.0.0.1",
+        allow_abbrev=False,
+    )
+    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where to")
+    command.add_argument(
+        "--host",
+        action="append",
+        metavar="NAME",
+        help="name or address of the server; may be repeated [localhost, 127.0.0.1, ::1]",
+    )
+    command.add_argument("--days", type=int, default=30, help="they are valid for [30]")
+    command.set_defaults(run=_certs)
+
+
+def _certs(args: argparse.Namespace) -> int:
+    from moeserve.gateway.authority import write_authority
+
+    hosts = args.host or ["localhost", "127.0.0.1", "::1"]
+    for file in write_authority(args.out, hosts, args.days):
+        print(file)
+    return 0
+
+
 def _add_testbed(commands: Commands) -> None:
     from moeserve.testbed.cli import add_parser
 
@@ -332,6 +361,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Commands], None]]] = {
     "doctor": ("would this host serve, and what would bind it", _add_doctor),
     "evaluate": ("how far a run of a model lies from a reference run", _add_evaluate),
     "quantize": ("write a copy of a model in 8 or 4 bits", _add_quantize),
+    "certs": ("make certificates for tests of TLS", _add_certs),
     "testbed": ("run ranks on several hosts made of this one", _add_testbed),
     "place": ("decide which device holds which expert", add_place),
 }

@@ -46,6 +46,12 @@ RULES = (
         "a `--grpc-port`",
     ),
     Rule(
+        frozenset({"allowed_hosts", "allowed_origins", "idle_timeout_s"}),
+        lambda options, ranks: options.http_port is None,
+        "browsers speak HTTP, and http_port is none",
+        "an `--http-port`",
+    ),
+    Rule(
         frozenset({"chat_template"}),
         lambda options, ranks: options.http_port is None,
         "chats come over HTTP, and http_port is none",

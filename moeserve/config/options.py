@@ -302,10 +302,6 @@ class DoorOptions(Options):
             raise ValueError("grpc_port and http_port are both none: keep at least one door open")
         if self.grpc_port and self.grpc_port == self.http_port:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}: choose two")
-        if (self.tls_cert is None) is not (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key belong together: set both, or neither")
-        if self.tls_client_ca is not None and self.tls_cert is None:
-            raise ValueError("tls_client_ca needs TLS: set tls_cert and tls_key too")
         if not (self.loopback or self.api_key or self.api_key_file or self.tls_client_ca):
             raise ValueError(
                 f"host {self.host!r} can be reached by others: set api_key_file (or api_key, or "

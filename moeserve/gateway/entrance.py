@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from moeserve.config.options import DoorOptions
+from moeserve.errors import ConfigError
 from moeserve.gateway.certificates import ServerTls
 from moeserve.gateway.descriptors import connections_of_a_door
 from moeserve.gateway.file_watch import FileWatch
@@ -106,8 +107,10 @@ class Entrance:
 
     def _tls(self) -> ServerTls | None:
         config = self._config
-        if config.tls_cert is None or config.tls_key is None:
+        if config.tls_cert is None and config.tls_key is None and config.tls_client_ca is None:
             return None
+        if config.tls_cert is None or config.tls_key is None:
+            raise ConfigError("TLS takes both: set tls_cert and tls_key")
         tls = ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
         self._watches.append(FileWatch(tls.files, tls.read))
         return tls

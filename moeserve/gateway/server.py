@@ -23,6 +23,7 @@ from moeserve.config.options import DoorOptions, ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.errors import CancelledError
 from moeserve.gateway.descriptors import raise_descriptor_limit
+from moeserve.gateway.door_metrics import door_metrics
 from moeserve.gateway.entrance import Entrance
 from moeserve.gateway.grammars import GrammarGate
 from moeserve.gateway.http.server import address_of
@@ -202,6 +203,7 @@ class Server:
         except BaseException:  # whatever it is goes on up; the port must not stay taken
             entrance.release()
             raise
+        self.metrics.also(lambda: door_metrics(entrance, self.service.usage))
         return self
 
     async def __aexit__(

@@ -123,6 +123,10 @@ class Metrics:
         self._model, self._counters, self._load = model, counters, load
         self._ranks, self._cache = ranks, cache
 
+    def also(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        """Metrics of another's, asked for at every scrape."""
+        self._registry.register(_Page(collect))
+
     def render(self) -> tuple[bytes, str]:
         """The page and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4

@@ -119,7 +119,7 @@ def test_start_up_failures_are_one_line_and_a_status(tiny: Path, tmp_path: Path)
             (["--model", str(malformed)], 1, "config.json"),
             (["--model", str(tmp_path / "nowhere")], 1, "nowhere"),
             (["--model", str(tiny), "--http-port", port], 2, f"http_port={port}"),
-            (["--model", str(tiny), "--host", "0.0.0.0"], 2, "set api_key"),
+            (["--model", str(tiny), "--host", "0.0.0.0"], 2, "set api_key_file"),
         ]
         started = [
             subprocess.Popen(

@@ -18,7 +18,8 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -46,61 +47,68 @@ class IdleConnections:
             return
         while True:
             await asyncio.sleep(LOOK_S)
-            # All descriptors together are counted first, which is cheap.
-            if len(os.listdir(_DESCRIPTORS)) > self._room:
-                await asyncio.to_thread(self.evict)
+            try:
+                # All descriptors together are counted first, which is cheap.
+                if len(os.listdir(_DESCRIPTORS)) > self._room:
+                    await asyncio.to_thread(self.evict)
+            except OSError as error:  # none left to look with: there may be some the next time
+                log.debug("cannot look at connections: %s", error)
 
     def evict(self) -> None:
         """Shuts down as many as there are too many, those that have been silent longest first."""
-        with contextlib.ExitStack() as stack:
-            found = [stack.enter_context(s) for s in _connections(self._port)]
-            surplus = len(found) - self._room
-            if surplus <= 0:
-                return
-            idle = [s for s in found if not self._busy(_remote_port(s))]
-            idle.sort(key=_silent_ms, reverse=True)
-            for connection in idle[:surplus]:
-                with contextlib.suppress(OSError):  # it has just left by itself
-                    connection.shutdown(socket.SHUT_RDWR)
-                    self.evicted += 1
+        found = [seen for name in os.listdir(_DESCRIPTORS) if (seen := self._look(int(name)))]
+        surplus = len(found) - self._room
+        if surplus <= 0:
+            return
+        idle = sorted(seen for seen in found if not self._busy(seen.remote_port))
+        for seen in idle[-surplus:]:
+            self._shut(seen)
         log.info("idle connections gave way at the gRPC door: %d so far", self.evicted)
 
-
-def _connections(port: int) -> Iterator[socket.socket]:
-    """Copies of this process's connected sockets of that local port."""
-    for name in os.listdir(_DESCRIPTORS):
+    def _look(self, descriptor: int) -> _Seen | None:
+        """What one is, where it is a connection to the port. One copy is held at a time."""
         try:
-            if not os.readlink(f"{_DESCRIPTORS}/{name}").startswith("socket:"):
-                continue
-            copy = os.dup(int(name))
-        except OSError:
-            continue  # closed meanwhile
-        try:
-            found = socket.socket(fileno=copy)
-        except OSError:
-            os.close(copy)
-            continue
-        if found.family in (socket.AF_INET, socket.AF_INET6) and found.type & socket.SOCK_STREAM:
-            with contextlib.suppress(OSError):
-                if found.getsockname()[1] == port and found.getpeername():
-                    yield found
-                    continue
-        found.close()
+            if not os.readlink(f"{_DESCRIPTORS}/{descriptor}").startswith("socket:"):
+                return None
+            with _copy_of(descriptor) as copy:
+                if copy.family not in (socket.AF_INET, socket.AF_INET6):
+                    return None
+                if copy.type != socket.SOCK_STREAM or copy.getsockname()[1] != self._port:
+                    return None
+                return _Seen(_silent_ms(copy), descriptor, int(copy.getpeername()[1]))
+        except OSError:  # closed meanwhile, or one that listens
+            return None
+
+    def _shut(self, seen: _Seen) -> None:
+        with contextlib.suppress(OSError), _copy_of(seen.descriptor) as copy:
+            # The number may be another's by now, and the connection may have got a call.
+            if (
+                copy.getsockname()[1] == self._port
+                and copy.getpeername()[1] == seen.remote_port
+                and not self._busy(seen.remote_port)
+            ):
+                copy.shutdown(socket.SHUT_RDWR)
+                self.evicted += 1
 
 
-def _remote_port(connection: socket.socket) -> int:
+class _Seen(NamedTuple):
+    silent_ms: int
+    descriptor: int
+    remote_port: int
+
+
+def _copy_of(descriptor: int) -> socket.socket:
+    copy = os.dup(descriptor)
     try:
-        return int(connection.getpeername()[1])
+        return socket.socket(fileno=copy)
     except OSError:
-        return -1
+        os.close(copy)
+        raise
 
 
 def _silent_ms(connection: socket.socket) -> int:
     """Since the last byte of data in either direction; all the time where there was none."""
-    try:
-        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-    except OSError:
-        return 0
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
     if len(info) < _LAST_RECEIVED + 4:
         return 0
     (sent,) = struct.unpack_from("=I", info, _LAST_SENT)

@@ -22,7 +22,8 @@ from moeserve.gateway.identity import Tenants
 from moeserve.gateway.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from moeserve.gateway.service import InferenceService
 
-MAX_STREAMS = 1024
+# A backstop far above ``MAX_CALLS``, which is told with a status.
+MAX_STREAMS = 1 << 16
 HANDSHAKE_MS = 10_000
 IDLE_MS = 300_000
 # How often a client may ping: some do every five seconds, with or without a call.

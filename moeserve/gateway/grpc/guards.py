@@ -15,11 +15,19 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import DecodeError
 
-from moeserve.errors import InvalidRequestError, MoeserveError, UnauthenticatedError
+from moeserve.errors import (
+    ExhaustedError,
+    InvalidRequestError,
+    MoeserveError,
+    UnauthenticatedError,
+)
 from moeserve.gateway.grpc.reads import MessageReads
 from moeserve.gateway.grpc.statuses import Context, abort
 from moeserve.gateway.identity import Tenants, serve_tenant
 
+# At once on one connection. ``grpc.max_concurrent_streams`` cannot say it: what a client sends
+# before it has heard of that is refused without a status.
+MAX_CALLS = 4096
 _HEALTH = "/grpc.health.v1.Health/"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -34,13 +42,14 @@ class BusyPeers:
         return port in self._calls
 
     @contextmanager
-    def calling(self, peer: str) -> Iterator[None]:
-        """``peer`` as gRPC writes it: ``ipv4:127.0.0.1:50000``, ``ipv6:%5B::1%5D:50000``."""
+    def calling(self, peer: str) -> Iterator[bool]:
+        """Whether there may be one more; ``peer`` as gRPC writes it: ``ipv4:127.0.0.1:50000``,
+        ``ipv6:%5B::1%5D:50000``."""
         _, _, text = peer.rpartition(":")
         port = int(text) if text.isdecimal() else -1
         self._calls[port] += 1
         try:
-            yield
+            yield self._calls[port] <= MAX_CALLS
         finally:
             self._calls[port] -= 1
             if not self._calls[port]:
@@ -54,41 +63,46 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
         self._tenants = tenants
         self._reads = reads
         self._busy = busy
+        # By method and tenant: of what nobody serves there are none, so both are few.
+        self._made: dict[tuple[str, str], _Handler] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        tenant = ""
-        if self._tenants is not None and not handler_call_details.method.startswith(_HEALTH):
+        method, tenant = handler_call_details.method, ""
+        if self._tenants is not None and not method.startswith(_HEALTH):
             given = dict(handler_call_details.invocation_metadata).get("authorization", "")
             found = self._tenants.of(str(given).encode())
             if found is None:
                 return grpc.stream_stream_rpc_method_handler(_deny)
             tenant = found
-        return self._guarded(handler, tenant)
+        made = self._made.get((method, tenant))
+        if made is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            made = self._made[method, tenant] = self._guarded(handler, tenant)
+        return made
 
     def _guarded(self, handler: _Handler, tenant: str) -> _Handler:
         """``handler`` as one that takes a stream of requests: of that of a unary one it reads the
         first."""
         method = _method_of(handler)
-        read = None if handler.request_streaming else self._message
+        streaming = handler.request_streaming
         parse = handler.request_deserializer
 
         async def running(requests: object, context: Context) -> Any:
-            with self._busy.calling(context.peer()):
-                serve_tenant(tenant)
-                request = requests if read is None else await read(parse, context)
+            with self._busy.calling(context.peer()) as welcome:
+                await self._welcome(welcome, tenant, context)
+                request = requests if streaming else await self._message(parse, context)
                 return await method(request, context)
 
         async def yielding(requests: object, context: Context) -> AsyncIterator[Any]:
-            with self._busy.calling(context.peer()):
-                serve_tenant(tenant)
-                request = requests if read is None else await read(parse, context)
+            with self._busy.calling(context.peer()) as welcome:
+                await self._welcome(welcome, tenant, context)
+                request = requests if streaming else await self._message(parse, context)
                 async for answer in method(request, context):
                     yield answer
 
@@ -99,9 +113,17 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
         )
         return make(
             yielding if inspect.isasyncgenfunction(method) else running,
-            request_deserializer=parse if read is None else None,
+            request_deserializer=parse if streaming else None,
             response_serializer=handler.response_serializer,
         )
+
+    async def _welcome(self, welcome: bool, tenant: str, context: Context) -> None:
+        serve_tenant(tenant)
+        if not welcome:
+            await abort(
+                context,
+                ExhaustedError(f"{MAX_CALLS} calls run on this connection: try again later"),
+            )
 
     async def _message(self, parse: Callable[[bytes], Any] | None, context: Context) -> Any:
         try:

@@ -16,7 +16,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from moeserve.gateway.http.phases import Phases, Stage
+from moeserve.gateway.http.phases import ConnectionPhase, Phases
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +48,13 @@ class _Opening:
 
 class Acceptor:
     """Owns the reader of ``listening`` between ``open`` and ``close``. ``tls`` gives the context
-    of each new connection, or None; ``most`` is how many there may be."""
+    of each new connection, or None; ``most`` is how many there may be. ``protocol`` makes one for
+    the key that stands for the connection until then, and takes its place in ``phases``."""
 
     def __init__(
         self,
         listening: socket.socket,
-        protocol: Callable[[], asyncio.Protocol],
+        protocol: Callable[[object], asyncio.Protocol],
         phases: Phases[Any],
         most: int,
         tls: Callable[[], ssl.SSLContext | None],
@@ -80,8 +81,10 @@ class Acceptor:
             self._loop.remove_reader(self._listening.fileno())
 
     def _accept(self) -> None:
+        """For a connection that waits another has to go, and only then: one is taken first, and
+        where nobody goes there is one above ``most`` until somebody does."""
         for _ in range(BATCH):
-            if len(self._phases) >= self._most and not self._evict():
+            if len(self._phases) > self._most and not self._evict():
                 self._pause()
                 return
             try:
@@ -95,12 +98,14 @@ class Acceptor:
                     self._pause()
                     return
                 continue  # this one has gone by itself: others may wait
+            if len(self._phases) >= self._most:
+                self._evict()
             self._take(accepted)
 
     def _take(self, accepted: socket.socket) -> None:
         accepted.setblocking(False)
         opening = _Opening()
-        self._phases.enter(opening, Stage.OPENING, self._loop.time())
+        self._phases.enter(opening, ConnectionPhase.OPENING, self._loop.time())
         opening.task = self._loop.create_task(self._connect(opening, accepted))
         opening.task.add_done_callback(lambda _: self._opened(opening, accepted))
 
@@ -115,7 +120,10 @@ class Acceptor:
         limits = {"ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": GOODBYE_S}
         try:
             await self._loop.connect_accepted_socket(
-                self._protocol, accepted, ssl=tls, **({} if tls is None else limits)
+                lambda: self._protocol(opening),
+                accepted,
+                ssl=tls,
+                **({} if tls is None else limits),
             )
         except (OSError, ssl.SSLError) as error:  # strangers that speak no TLS, or have left
             log.debug("a connection was not opened: %s", error)

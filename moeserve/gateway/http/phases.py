@@ -9,14 +9,14 @@ that nobody reads) are added up.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Stage(StrEnum):
+class ConnectionPhase(StrEnum):
     """What a connection is at."""
 
     OPENING = "opening"  # accepted, its TLS not yet agreed on
@@ -28,15 +28,16 @@ class Stage(StrEnum):
     LEAVING = "leaving"  # answered, and what the client still sends is thrown away
 
 
-# Those that nobody has asked anything of go first, however briefly they have been there.
+# Those that nobody has asked anything of go first, once they had time to send what they came for.
+FRESH_S = 0.5
 _UNASKED = (
-    Stage.OPENING,
-    Stage.IDLE,
-    Stage.HEAD,
-    Stage.LEAVING,
+    ConnectionPhase.OPENING,
+    ConnectionPhase.IDLE,
+    ConnectionPhase.HEAD,
+    ConnectionPhase.LEAVING,
 )
 # Of the others those that wait for their client, once they have for so long.
-_HELD = (Stage.BODY, Stage.STALLED)
+_HELD = (ConnectionPhase.BODY, ConnectionPhase.STALLED)
 HELD_S = 2.0
 
 
@@ -44,10 +45,12 @@ class Phases(Generic[Key]):
     """Owns the phase of every connection. ``limits_s`` says how long one may last; those that it
     leaves out may last for ever."""
 
-    def __init__(self, limits_s: Mapping[Stage, float]) -> None:
+    def __init__(self, limits_s: Mapping[ConnectionPhase, float]) -> None:
         self._limits_s = dict(limits_s)
-        self._phases: dict[Key, Stage] = {}
-        self._since: dict[Stage, OrderedDict[Key, float]] = {p: OrderedDict() for p in Stage}
+        self._phases: dict[Key, ConnectionPhase] = {}
+        self._since: dict[ConnectionPhase, OrderedDict[Key, float]] = {
+            p: OrderedDict() for p in ConnectionPhase
+        }
         self._bytes: dict[Key, int] = {}
         self.held_bytes = 0
 
@@ -57,7 +60,7 @@ class Phases(Generic[Key]):
     def __contains__(self, key: Key) -> bool:
         return key in self._phases
 
-    def enter(self, key: Key, phase: Stage, now: float) -> None:
+    def enter(self, key: Key, phase: ConnectionPhase, now: float) -> None:
         """From now on; one that is in that phase already stays there since when it was."""
         before = self._phases.get(key)
         if before is phase:
@@ -83,10 +86,10 @@ class Phases(Generic[Key]):
     def held(self, key: Key) -> int:
         return self._bytes.get(key, 0)
 
-    def count(self, phase: Stage) -> int:
+    def count(self, phase: ConnectionPhase) -> int:
         return len(self._since[phase])
 
-    def late(self, now: float) -> Iterator[tuple[Key, Stage]]:
+    def late(self, now: float) -> Iterator[tuple[Key, ConnectionPhase]]:
         """Those whose phase has lasted longer than it may; each is to be ended by the caller."""
         for phase, limit_s in self._limits_s.items():
             found = []
@@ -97,22 +100,21 @@ class Phases(Generic[Key]):
             yield from ((key, phase) for key in found)
 
     def least_missed(self, now: float) -> Key | None:
-        """Who goes where there is no room for another: the one that has been idle longest; where
-        none is, the one that has kept us waiting longest; None where all are being served."""
-        fronts = [next(iter(self._since[phase].items()), None) for phase in _UNASKED]
-        found = [(since, i) for i, front in enumerate(fronts) if front for since in front[1:]]
-        if found:
-            return next(iter(self._since[_UNASKED[min(found)[1]]]))
-        return self.most_waited_for(now)
+        """Who goes where there is no room for another: the one that has been idle longest, and
+        longer than ``FRESH_S``; where none is, the one that has kept us waiting longest; None where
+        all are being served."""
+        idle = self._longest(_UNASKED, now - FRESH_S)
+        return self.most_waited_for(now) if idle is None else idle
 
     def most_waited_for(self, now: float) -> Key | None:
         """Of those whose bytes we hold, the one that has kept us waiting longest, and longer than
         ``HELD_S``."""
+        return self._longest(_HELD, now - HELD_S)
+
+    def _longest(self, phases: Sequence[ConnectionPhase], before: float) -> Key | None:
         longest: Key | None = None
-        since_when = now - HELD_S
-        for phase in _HELD:
-            for key, since in self._since[phase].items():
-                if since < since_when:
-                    longest, since_when = key, since
-                break
+        for phase in phases:
+            front = next(iter(self._since[phase].items()), None)
+            if front is not None and front[1] < before:
+                longest, before = front
         return longest

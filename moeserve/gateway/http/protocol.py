@@ -16,7 +16,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moeserve.errors import MoeserveError, UnavailableError
-from moeserve.gateway.http.phases import Phases, Stage
+from moeserve.gateway.http.phases import ConnectionPhase, Phases
 from moeserve.gateway.openai.errors import error_body
 
 # Bytes of bodies on their way in, and of answers that nobody reads, on all connections together.
@@ -26,10 +26,14 @@ BODY_READ = "body_read"
 
 
 class GuardedProtocol(H11Protocol):
-    """``phases`` and ``clock`` are shared by all connections of a server."""
+    """``phases`` and ``clock`` are shared by all connections of a server; ``opening`` stands for
+    this one in ``phases`` until it is made."""
 
-    def __init__(self, phases: Phases[Any], clock: Callable[[], float], /, **uvicorns: Any) -> None:
+    def __init__(
+        self, opening: object, phases: Phases[Any], clock: Callable[[], float], /, **uvicorns: Any
+    ) -> None:
         super().__init__(**uvicorns)
+        self._opening = opening
         self._phases = phases
         self._clock = clock
         self._counted: object = None  # the request of which so many bytes came
@@ -38,6 +42,7 @@ class GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._phases.leave(self._opening)
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -105,20 +110,20 @@ class GuardedProtocol(H11Protocol):
         while self._phases.held_bytes > MAX_HELD_BYTES and self._make_room() is not self:
             pass
 
-    def _phase(self) -> Stage:
+    def _phase(self) -> ConnectionPhase:
         cycle = self.cycle
         if self.transport.is_closing():
-            return Stage.LEAVING
+            return ConnectionPhase.LEAVING
         receiving = self.conn.their_state is h11.SEND_BODY
         if cycle is not None and not cycle.response_complete:
             if receiving:
-                return Stage.BODY
-            return Stage.STALLED if self.flow.write_paused else Stage.ANSWERING
+                return ConnectionPhase.BODY
+            return ConnectionPhase.STALLED if self.flow.write_paused else ConnectionPhase.ANSWERING
         if receiving or self.conn.our_state in (h11.MUST_CLOSE, h11.CLOSED, h11.ERROR):
-            return Stage.LEAVING
+            return ConnectionPhase.LEAVING
         if self.flow.write_paused:
-            return Stage.STALLED
-        return Stage.HEAD if self.conn.trailing_data[0] else Stage.IDLE
+            return ConnectionPhase.STALLED
+        return ConnectionPhase.HEAD if self.conn.trailing_data[0] else ConnectionPhase.IDLE
 
     def _held(self) -> int:
         unread = self.transport.get_write_buffer_size() if self.flow.write_paused else 0

@@ -24,7 +24,7 @@ from moeserve.errors import ConfigError, DeadlineError
 from moeserve.gateway.http.acceptor import HANDSHAKE_S, Acceptor
 from moeserve.gateway.http.body import BODY_S
 from moeserve.gateway.http.log_rate import LogRate
-from moeserve.gateway.http.phases import Phases, Stage
+from moeserve.gateway.http.phases import ConnectionPhase, Phases
 from moeserve.gateway.http.protocol import GuardedProtocol
 
 IDLE_S = 75.0
@@ -62,12 +62,12 @@ class HttpServer:
         self._loop = asyncio.get_running_loop()
         self.phases: Phases[Any] = Phases(
             {
-                Stage.OPENING: HANDSHAKE_S,
-                Stage.IDLE: idle_s,
-                Stage.HEAD: HEAD_S,
-                Stage.BODY: BODY_LIMIT_S,
-                Stage.STALLED: STALLED_S,
-                Stage.LEAVING: LEAVING_S,
+                ConnectionPhase.OPENING: HANDSHAKE_S,
+                ConnectionPhase.IDLE: idle_s,
+                ConnectionPhase.HEAD: HEAD_S,
+                ConnectionPhase.BODY: BODY_LIMIT_S,
+                ConnectionPhase.STALLED: STALLED_S,
+                ConnectionPhase.LEAVING: LEAVING_S,
             }
         )
         config = uvicorn.Config(
@@ -123,7 +123,7 @@ class HttpServer:
         while True:
             await asyncio.sleep(SWEEP_S)
             for connection, phase in list(self.phases.late(self._loop.time())):
-                if phase is Stage.BODY:
+                if phase is ConnectionPhase.BODY:
                     connection.end(DeadlineError(f"the body did not arrive in {BODY_LIMIT_S:g} s"))
                 else:
                     connection.drop()
@@ -134,9 +134,10 @@ def _connection(
     state: ServerState,
     phases: Phases[Any],
     loop: asyncio.AbstractEventLoop,
+    opening: object,
 ) -> GuardedProtocol:
     return GuardedProtocol(
-        phases, loop.time, config=config, server_state=state, app_state={}, _loop=loop
+        opening, phases, loop.time, config=config, server_state=state, app_state={}, _loop=loop
     )
 
 

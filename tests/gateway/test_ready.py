@@ -1,0 +1,86 @@
+"""A rank dies: both doors say so while the process still ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+PATIENCE_S = 90
+SERVE = [sys.executable, "-m", "moeserve.cli", "serve", "--grpc-port", "0", "--http-port", "0"]
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
+
+
+class Watcher:
+    """What gRPC's health says of a service, until the connection ends."""
+
+    def __init__(self, channel: grpc.Channel, service: str) -> None:
+        self.seen: list[int] = []
+        request = health_pb2.HealthCheckRequest(service=service)
+        self._stream = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=PATIENCE_S)
+        self.seen.append(next(self._stream).status)
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            for answer in self._stream:
+                self.seen.append(answer.status)
+        except grpc.RpcError:
+            pass
+
+    def join(self) -> list[int]:
+        self._thread.join(PATIENCE_S)
+        return self.seen
+
+
+def test_both_doors_say_that_a_rank_is_gone(tiny: Path) -> None:
+    process = subprocess.Popen(
+        [*SERVE, "--model", str(tiny), "--ep", "2", "--threads", "1", "--num-blocks", "64"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        found = re.fullmatch(r"ready: model=\S+ grpc=(\S+) http=(\S+)\n", process.stdout.readline())
+        assert found is not None
+        with (
+            grpc.insecure_channel(found[1]) as channel,
+            httpx.Client(base_url=found[2], timeout=10) as http,
+        ):
+            watchers = [Watcher(channel, name) for name in ("", "moeserve.v1.Inference")]
+            assert http.get("/ready").status_code == 200
+            listed = Path(f"/proc/{process.pid}/task").glob("*/children")
+            (child,) = [int(word) for file in listed for word in file.read_text().split()]
+            os.kill(child, signal.SIGKILL)
+            statuses = []
+            deadline = time.monotonic() + PATIENCE_S
+            while process.poll() is None:
+                assert time.monotonic() < deadline, "the server ends"
+                try:
+                    statuses.append(http.get("/ready").status_code)
+                except httpx.HTTPError:
+                    continue  # the door has closed
+            assert 503 in statuses
+            assert 200 not in statuses[statuses.index(503) :]
+            health = health_pb2.HealthCheckResponse
+            for watcher in watchers:
+                assert watcher.join() == [health.SERVING, health.NOT_SERVING]
+        assert process.wait(PATIENCE_S) == 1
+    finally:
+        process.kill()
+        process.wait(PATIENCE_S)
+        assert process.stdout is not None
+        process.stdout.close()
