@@ -183,8 +183,7 @@ class ResponseStream:
             sequence.take(event, self._clock())
         except Exception:  # a tokenizer that cannot decode ends one request
             log.exception("request %s: tokens %s", event.request_id, event.token_ids)
-            sequence.last = replace(
-                event,
+            sequence.last = event._replace(
                 finish=FinishReason.ERROR,
                 error="internal error: the server's log has the cause",
             )
