@@ -30,6 +30,7 @@ PURE = (
     "engine/scheduler.py",
     "engine/sequence.py",
     "engine/step_builder.py",
+    "engine/drafts.py",
     "engine/bounds.py",
     "engine/foresight.py",
     "engine/policies.py",
@@ -46,7 +47,8 @@ PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
     "heapq itertools math operator struct typing "
     "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.sequence "
-    "moeserve.engine.step_builder moeserve.engine.bounds moeserve.engine.foresight "
+    "moeserve.engine.step_builder moeserve.engine.bounds moeserve.engine.drafts "
+    "moeserve.engine.foresight "
     "moeserve.engine.policies moeserve.engine.scheduler".split()
 )
 ARRAY_IMPORTS = frozenset(
