@@ -23,7 +23,8 @@ ANY = "*"
 
 
 class KeyGuard:
-    """Lets only health checks through without ``authorization: Bearer KEY``."""
+    """Lets only health checks through without ``authorization: Bearer KEY``, or ``x-api-key: KEY``
+    as Anthropic's clients send it."""
 
     def __init__(self, app: ASGIApp, tenants: Tenants) -> None:
         self._app = app
@@ -33,7 +34,8 @@ class KeyGuard:
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"authorization", b"")
+        headers = dict(scope["headers"])
+        given = headers.get(b"authorization") or b"Bearer " + headers.get(b"x-api-key", b"")
         name = self._tenants.of(given)
         if name is None:
             error = UnauthenticatedError("send the api key as header 'Authorization: Bearer KEY'")
