@@ -73,6 +73,7 @@ OTHER: dict[str, Any] = {
     "record_routing": "trace.safetensors",
     "drain_timeout_s": 1.5,
     "reflection": True,
+    "strict": True,
     "log_level": "debug",
 }
 each_field = pytest.mark.parametrize("name", ServeConfig.model_fields)

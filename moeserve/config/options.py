@@ -240,6 +240,10 @@ class DoorOptions(Options):
     reflection: bool | None = Field(
         default=None, description="gRPC reflection; default: only when listening on loopback"
     )
+    strict: bool = Field(
+        default=False,
+        description="refuse fields of HTTP bodies that are ignored, instead of a warning header",
+    )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="seconds that running streams get after SIGTERM"
     )

@@ -148,7 +148,7 @@ class Server:
     def __init__(self, config: ServeConfig, process: ServedProcess | None = None) -> None:
         self.config = config
         self.metrics = Metrics()
-        self.service = InferenceService(Mailbox(asyncio.get_running_loop()))
+        self.service = InferenceService(Mailbox(asyncio.get_running_loop()), strict=config.strict)
         self.loaded: LoadedModel | None = None
         self.grpc_port: int | None = None
         self.http_port: int | None = None

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -50,7 +50,9 @@ class ClientRequest:
     """What a client wants. ``params`` holds only the fields it gave.
 
     ``fill`` makes the rest of the context the default of ``max_tokens``. ``special_tokens`` adds
-    the model's own to a text (chat templates write them themselves).
+    the model's own to a text (chat templates write them themselves). Of a prompt the last
+    ``truncate`` tokens are kept, see ``limits.truncation``. ``ignored`` says, each with the name of
+    a field first, what of the request changes nothing.
     """
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -63,6 +65,8 @@ class ClientRequest:
     timeout_s: float | None = None
     fill: bool = False
     special_tokens: bool = True
+    truncate: int | None = None
+    ignored: tuple[str, ...] = ()
 
 
 class ServiceState(StrEnum):
@@ -72,10 +76,20 @@ class ServiceState(StrEnum):
 
 
 class InferenceService:
-    """Owns the running streams of one model, from loading to draining."""
+    """Owns the running streams of one model, from loading to draining.
 
-    def __init__(self, mailbox: Mailbox, clock: Callable[[], float] = time.monotonic) -> None:
+    ``strict`` refuses requests of which something would be ignored.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        strict: bool = False,
+    ) -> None:
         self.state = ServiceState.LOADING
+        self._strict = strict
         self._served: ServedModel | None = None
         self._mailbox = mailbox
         self._clock = clock
@@ -111,14 +125,9 @@ class InferenceService:
     async def open(self, wanted: ClientRequest) -> ResponseStream:
         """Checks and submits; the caller must enter the stream at once."""
         served = self._admit(wanted.model)
+        self.allow(wanted.ignored)
         n = limits.BOUNDS["n"].check("n", wanted.n)
-        params = limits.sampling_params(wanted.params, served.limits)
-        if params.stop and served.tokenizer is None:
-            raise TokenizerError(
-                f"model {served.name!r} has no tokenizer, which stop strings need: use "
-                "stop_token_ids instead of stop",
-                param="stop",
-            )
+        params = _sampling(wanted.params, served)
         salt = limits.label("cache_salt", wanted.salt, limits.MAX_SALT_BYTES)
         domain = limits.label("domain", wanted.domain, limits.MAX_DOMAIN_BYTES)
         request_id = limits.request_id(wanted.request_id) or f"req-{secrets.token_hex(12)}"
@@ -129,10 +138,10 @@ class InferenceService:
             raise InvalidRequestError(
                 f"{len(wanted.prompts)} prompts: expected 1 to {limits.MAX_PROMPTS}", param="prompt"
             )
-        requests = []
+        requests: list[Request] = []
         seed = params.seed if "seed" in wanted.params else secrets.randbits(63)
         for p, prompt in enumerate(wanted.prompts):
-            ids = await self._ids(served, prompt, wanted.special_tokens)
+            ids = await self._ids(served, prompt, wanted, params)
             fitted = _fit(params, len(ids), wanted, served.limits)
             for i in range(n):
                 child = p * n + i
@@ -147,9 +156,18 @@ class InferenceService:
                         domain=domain,
                     )
                 )
+        limits.require_scorable(params, sum(len(request.prompt_ids) for request in requests))
         # Tokenising may have let others in: look again.
         self._admit(wanted.model)
         return self._start(request_id, served, requests)
+
+    def allow(self, ignored: Sequence[str]) -> None:
+        """What is ignored of a request is an error where that is ``strict``."""
+        if self._strict and ignored:
+            raise InvalidRequestError(
+                f"{ignored[0]}; this server is strict: leave it out",
+                param=ignored[0].partition(":")[0],
+            )
 
     def _admit(self, model: str) -> ServedModel:
         if self.state is ServiceState.DRAINING:
@@ -183,10 +201,21 @@ class InferenceService:
             self._idle.set()
 
     async def _ids(
-        self, served: ServedModel, prompt: str | tuple[int, ...], special_tokens: bool
+        self,
+        served: ServedModel,
+        prompt: str | tuple[int, ...],
+        wanted: ClientRequest,
+        params: SamplingParams,
     ) -> tuple[int, ...]:
+        kept = wanted.truncate
+        if kept == -1:
+            kept = max(1, served.limits.max_len - params.max_tokens)
         if isinstance(prompt, str):
-            return tuple(await self.encode(served, limits.prompt_text(prompt), special_tokens))
+            text = limits.prompt_text(prompt)
+            ids = tuple(await self.encode(served, text, wanted.special_tokens))
+            return ids if kept is None else ids[-kept:]
+        if kept is not None:
+            prompt = prompt[-kept:]
         limits.room_for_answer(len(prompt), served.limits)
         return limits.token_ids(prompt, served.limits)
 
@@ -230,6 +259,43 @@ def tokenizer_of(served: ServedModel) -> Tokenizer:
             param="prompt",
         )
     return served.tokenizer
+
+
+def _sampling(given: Mapping[str, object], served: ServedModel) -> SamplingParams:
+    """The client's fields, less what depends on the prompt. Texts need a tokenizer."""
+    fields = dict(given)
+    words = limits.bad_words(fields.pop("bad_words", ()))
+    params = limits.sampling_params(fields, served.limits)
+    if params.stop and served.tokenizer is None:
+        raise TokenizerError(
+            f"model {served.name!r} has no tokenizer, which stop strings need: use stop_token_ids "
+            "instead of stop",
+            param="stop",
+        )
+    if words and served.tokenizer is None:
+        raise TokenizerError(
+            f"model {served.name!r} has no tokenizer, which bad_words need: leave them out",
+            param="bad_words",
+        )
+    if words:
+        params = replace(params, bad_token_ids=_word_ids(tokenizer_of(served), words))
+    limits.require_choice(params, served.eos_ids, served.limits)
+    return params
+
+
+def _word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Each word as it begins a text, and as it follows a space where that is another first token,
+    as vLLM has it."""
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        plain, spaced = (
+            tuple(tokenizer.encode(before + word.lstrip(), add_special_tokens=False))
+            for before in ("", " ")
+        )
+        found.append(plain)
+        if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
+            found.append(spaced)
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def child_seed(seed: int, index: int) -> int:

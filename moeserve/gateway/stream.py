@@ -54,7 +54,10 @@ class Durations:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """News of sequence ``index`` (prompt * n + i); the last one has finish, usage and timing."""
+    """News of sequence ``index`` (prompt * n + i); the last one has finish, usage and timing.
+
+    ``prompt_logprobs`` are those of the prompt's tokens from the second on, as far as they are new.
+    """
 
     index: int
     text: str
@@ -63,6 +66,7 @@ class Delta:
     finish: FinishReason | None = None
     usage: Usage | None = None
     timing: Durations | None = None
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(slots=True)
@@ -81,10 +85,18 @@ class _Sequence:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
 
     def take(self, event: Event, now: float) -> None:
         """What the engine made. A tokenizer may raise anything; then nothing is taken."""
         token_ids, finish, stopped = event.token_ids, event.finish, False
+        if event.prompt_logprobs:
+            self.prompt_logprobs += event.prompt_logprobs
+        if self.request.params.only_prompt:
+            if finish is not None:
+                self.first_token = self.last_token = now
+                self.last = event if _failed(event) else replace(event, finish=FinishReason.LENGTH)
+            return
         if self.text is not None:
             ending = finish if finish is None or not _failed(event) else None
             text, made, stopped = self.text.extend(token_ids, ending)
@@ -113,6 +125,9 @@ class _Sequence:
     def read(self, index: int) -> Delta:
         """What came, once; with the end, if it ended well."""
         delta = Delta(index, "".join(self.texts), tuple(self.token_ids), tuple(self.logprobs))
+        if self.prompt_logprobs:
+            delta = replace(delta, prompt_logprobs=tuple(self.prompt_logprobs))
+            self.prompt_logprobs = []
         self.texts, self.token_ids, self.logprobs = [], [], []
         if self.last is None or _failed(self.last):
             return delta
@@ -155,6 +170,11 @@ class ResponseStream:
         self._heard = False  # anything since the timer was set
         self._aborted = False
         self._closed = False
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The prompt of every sequence, as token ids."""
+        return [sequence.request.prompt_ids for sequence in self._sequences]
 
     def start(self) -> None:
         """Submits every sequence, or none."""

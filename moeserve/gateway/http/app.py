@@ -23,10 +23,12 @@ from moeserve.gateway.http.body import read_body
 from moeserve.gateway.http.failures import Endpoint, framed, plain_response
 from moeserve.gateway.http.generation import Generation
 from moeserve.gateway.http.guards import KeyGuard
+from moeserve.gateway.http.request_ids import RequestIds
 from moeserve.gateway.limits import prompt_text
 from moeserve.gateway.openai.chat import Conversation, parse_chat
 from moeserve.gateway.openai.completions import parse_completion
 from moeserve.gateway.openai.errors import Json
+from moeserve.gateway.openai.fields import warning_header
 from moeserve.gateway.openai.tokens import parse_detokenize, parse_tokenize, tokenizer_info
 from moeserve.gateway.service import (
     ClientRequest,
@@ -61,7 +63,7 @@ def http_app(service: InferenceService, api_key: str | None, metrics: MetricsPag
         exception_handlers={HTTPException: plain_response},
     )
     app.router.redirect_slashes = False
-    return app if api_key is None else KeyGuard(app, api_key)
+    return RequestIds(app if api_key is None else KeyGuard(app, api_key))
 
 
 class _Routes:
@@ -86,17 +88,21 @@ class _Routes:
         return Generation(self._service, wanted, form)
 
     async def tokenize(self, request: Request) -> Response:
-        model, what, special = parse_tokenize(await read_body(request))
-        served = self._service.model(model)
+        wanted = parse_tokenize(await read_body(request))
+        self._service.allow(wanted.ignored)
+        served, what = self._service.model(wanted.model), wanted.prompt
         text = what if isinstance(what, str) else _render(served, what)
-        ids = await self._service.tokenize(model, text, special)
+        ids = await self._service.tokenize(wanted.model, text, wanted.special_tokens)
         return JSONResponse(
-            {"count": len(ids), "max_model_len": served.limits.max_len, "tokens": ids}
+            {"count": len(ids), "max_model_len": served.limits.max_len, "tokens": ids},
+            headers=warning_header(wanted.ignored),
         )
 
     async def detokenize(self, request: Request) -> Response:
-        model, ids, skip = parse_detokenize(await read_body(request))
-        return JSONResponse({"prompt": self._service.detokenize(model, ids, skip)})
+        wanted = parse_detokenize(await read_body(request))
+        self._service.allow(wanted.ignored)
+        text = self._service.detokenize(wanted.model, wanted.tokens, wanted.skip_special_tokens)
+        return JSONResponse({"prompt": text}, headers=warning_header(wanted.ignored))
 
     async def tokenizer_info(self, _: Request) -> Response:
         return JSONResponse(tokenizer_info(self._service.served))

@@ -6,17 +6,18 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Mapping
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from moeserve.errors import InternalError, MoeserveError
 from moeserve.gateway.http.failures import failed_response
-from moeserve.gateway.openai.answers import AnswerHead, AnswerWriter
+from moeserve.gateway.openai.answers import AnsweredPrompt, AnswerHead, AnswerWriter
 from moeserve.gateway.openai.chat_answers import ChatWriter
 from moeserve.gateway.openai.completion_answers import CompletionWriter
 from moeserve.gateway.openai.errors import Json, error_body
-from moeserve.gateway.openai.fields import AnswerFormat
+from moeserve.gateway.openai.fields import AnswerFormat, warning_header
 from moeserve.gateway.service import ClientRequest, InferenceService
 from moeserve.gateway.stream import ResponseStream
 
@@ -33,6 +34,7 @@ class Generation(Response):
         self._service = service
         self._wanted = wanted
         self._form = form
+        self._warning = warning_header(wanted.ignored)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._answer(scope, receive, send))
@@ -47,7 +49,7 @@ class Generation(Response):
             work.result()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events = _Events(send)
+        events = _Events(send, self._warning)
         try:
             async with await self._service.open(self._wanted) as stream:
                 writer = self._writer(stream)
@@ -56,7 +58,7 @@ class Generation(Response):
                     return
                 async for delta in stream:
                     writer.add(delta)
-            answer = JSONResponse(writer.whole())
+            answer = JSONResponse(writer.whole(), headers=self._warning)
         except MoeserveError as error:
             failed = error
         except Exception:  # a bug of ours: the log has it, the client gets 500, serving goes on
@@ -81,18 +83,31 @@ class Generation(Response):
         await events.end()
 
     def _writer(self, stream: ResponseStream) -> AnswerWriter:
-        served = self._service.served
-        head = AnswerHead(stream.request_id, served.name, int(time.time()), self._wanted.n)
+        served, n = self._service.served, self._wanted.n
+        prompts = tuple(
+            AnsweredPrompt(ids, self._echoed(p, ids)) for p, ids in enumerate(stream.prompts[::n])
+        )
+        head = AnswerHead(stream.request_id, served.name, int(time.time()), n, prompts)
         write = ChatWriter if self._form.chat else CompletionWriter
         return write(self._form, head, served.tokenizer)
+
+    def _echoed(self, p: int, ids: tuple[int, ...]) -> str:
+        """The prompt's text where it is shown: the client's own, unless that was cut."""
+        given, tokenizer = self._wanted.prompts[p], self._service.served.tokenizer
+        if self._form.echo is None or tokenizer is None:
+            return ""
+        if isinstance(given, str) and self._wanted.truncate is None:
+            return given
+        return tokenizer.decode(ids, bool(self._wanted.params.get("skip_special_tokens", True)))
 
 
 class _Events:
     """Server-sent events. The status is sent with the first, so that a request which fails before
     its first token fails with the right one."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self._send = send
+        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
         self.started = False
 
     async def send(self, event: Json) -> None:
@@ -103,6 +118,7 @@ class _Events:
             self.started = True
             kind = (b"content-type", b"text/event-stream; charset=utf-8")
             headers = [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+            headers += self._headers
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         body = f"data: {data}\n\n".encode(errors="replace")
         await self._send({"type": "http.response.body", "body": body, "more_body": True})

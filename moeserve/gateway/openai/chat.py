@@ -19,7 +19,7 @@ from moeserve.gateway.openai.fields import (
 )
 from moeserve.gateway.service import ClientRequest
 
-_FIELDS = COMMON | frozenset(
+FIELDS = COMMON | frozenset(
     "messages max_completion_tokens top_logprobs chat_template_kwargs add_generation_prompt".split()
 )
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -36,8 +36,7 @@ class Conversation:
 
 def parse_chat(body: Body) -> tuple[ClientRequest, AnswerFormat, Conversation]:
     """The request lacks its prompt, which is the rendered conversation."""
-    refuse_others(body, _FIELDS)
-    wanted, form = common(body, chat=True)
+    wanted, form = common(body, chat=True, ignored=refuse_others(body, FIELDS))
     params = dict(wanted.params)
     if "max_completion_tokens" in body:
         most = body["max_completion_tokens"]
