@@ -32,7 +32,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_ALLOWED_IDS = 2**14
 MAX_BAD_WORDS = 64
 # Log-probabilities of all prompts of a request together, each token's and its best ones'.
-MAX_PROMPT_SCORES = 2**19
+MAX_PROMPT_SCORES = 2**17
 MAX_ID_CHARS = 128
 MAX_SALT_BYTES = 128
 MAX_DOMAIN_BYTES = 64

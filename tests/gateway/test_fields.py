@@ -128,7 +128,7 @@ def test_prompt_logprobs_are_written_as_vllm_writes_them(house: House) -> None:
     assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
     refused(house, "is not streamed", "prompt_logprobs", prompt="x", stream=True, prompt_logprobs=1)
     large = {"prompt": [PROMPT * 100] * 64, "prompt_logprobs": 20}
-    refused(house, "at most 524288", "prompt_logprobs", max_tokens=1, **large)
+    refused(house, "at most 131072", "prompt_logprobs", max_tokens=1, **large)
 
 
 def test_the_best_of_several_are_those_of_the_greatest_log_probability(house: House) -> None:

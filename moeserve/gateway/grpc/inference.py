@@ -5,6 +5,7 @@ What they mean is the service's business.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
@@ -88,7 +89,10 @@ class InferenceMethods:
                 if delta.finish is not None:
                     output.text = "".join(texts[delta.index])
                     prompt = stream.prompts[delta.index][1:]
-                    output.prompt_logprobs.extend(_scores(prompt, scores[delta.index]))
+                    if prompt_scores := scores[delta.index]:
+                        # So many numbers that others would wait for them.
+                        written = await asyncio.to_thread(_scores, prompt, prompt_scores)
+                        output.prompt_logprobs.extend(written)
                     _close_with(output, delta)
         return pb.GenerateResponse(
             request_id=stream.request_id,

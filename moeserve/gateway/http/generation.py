@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Mapping
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from moeserve.errors import InternalError, MoeserveError
@@ -18,6 +18,7 @@ from moeserve.gateway.openai.chat_answers import ChatWriter
 from moeserve.gateway.openai.completion_answers import CompletionWriter
 from moeserve.gateway.openai.errors import Json, error_body
 from moeserve.gateway.openai.fields import AnswerFormat, warning_header
+from moeserve.gateway.openai.rendering import render
 from moeserve.gateway.service import ClientRequest, InferenceService
 from moeserve.gateway.stream import ResponseStream
 
@@ -58,7 +59,11 @@ class Generation(Response):
                     return
                 async for delta in stream:
                     writer.add(delta)
-            answer = JSONResponse(writer.whole(), headers=self._warning)
+            if self._form.prompt_logprobs or self._form.echo:
+                # So many numbers that others would wait for them.
+                answer = await asyncio.to_thread(self._whole, writer)
+            else:
+                answer = self._whole(writer)
         except MoeserveError as error:
             failed = error
         except Exception:  # a bug of ours: the log has it, the client gets 500, serving goes on
@@ -72,6 +77,10 @@ class Generation(Response):
             await events.end()
         else:
             await failed_response(failed)(scope, receive, send)
+
+    def _whole(self, writer: AnswerWriter) -> Response:
+        body = render(writer.whole())
+        return Response(body, headers=self._warning, media_type="application/json")
 
     async def _stream(self, stream: ResponseStream, writer: AnswerWriter, events: _Events) -> None:
         async for delta in stream:

@@ -6,7 +6,7 @@ Pure: deltas in, JSON objects out. Completions and chat each write their own cho
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moeserve.core import Logprobs
@@ -39,13 +39,14 @@ class AnswerHead:
 
 @dataclass(slots=True)
 class Choice:
-    """What came of one sequence so far. ``score`` is the sum of its log-probabilities, ``echoed``
-    whether its prompt was shown."""
+    """What came of one sequence so far. ``scores`` are what its ``logprobs`` are written from,
+    ``score`` is their sum, and ``echoed`` whether its prompt was shown."""
 
     index: int
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Json] = field(default_factory=list)
+    scores: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     offset: int = 0
     score: float = 0.0
@@ -88,15 +89,18 @@ class AnswerWriter(ABC):
     def add(self, delta: Delta) -> None:
         """One more delta of what ``whole`` will be."""
         choice, _ = self._choice(delta)
-        if delta.token_ids or delta.finish:
-            self._echo(choice)
         choice.texts.append(delta.text)
         choice.token_ids.extend(delta.token_ids)
-        choice.logprobs.extend(self._entries(choice, delta))
+        choice.scores.extend(delta.logprobs)
 
     def whole(self) -> Json:
+        """The answer, once. With long prompts' log-probabilities this takes a while: it touches
+        nothing but what this writer owns, so another thread can do it."""
         choices = []
         for index, choice in enumerate(self._shown_choices()):
+            text, choice.logprobs = self._echo(choice)
+            choice.texts.insert(0, text)
+            choice.logprobs += self._entries(choice, choice.token_ids, choice.scores)
             body: Json = {"index": index, "finish_reason": choice.finish}
             body |= self._whole_choice(choice)
             if self._form.token_ids:
@@ -149,12 +153,12 @@ class AnswerWriter(ABC):
         choice.usage = delta.usage or choice.usage
         return choice, fresh
 
-    def _entries(self, choice: Choice, delta: Delta) -> list[Json]:
+    def _entries(
+        self, choice: Choice, token_ids: Sequence[int], logprobs: Sequence[Logprobs]
+    ) -> list[Json]:
         if not self._form.logprobs:
             return []
-        entries, choice.offset = self._entries_of.entries(
-            delta.token_ids, delta.logprobs, choice.offset
-        )
+        entries, choice.offset = self._entries_of.entries(token_ids, logprobs, choice.offset)
         return entries
 
     def _prompt(self, choice: Choice) -> AnsweredPrompt:
@@ -171,8 +175,6 @@ class AnswerWriter(ABC):
             entries, choice.offset = self._entries_of.prompt_entries(
                 prompt.token_ids, choice.prompt_logprobs, echo.logprobs
             )
-        choice.texts.append(prompt.text)
-        choice.logprobs += entries
         return prompt.text, entries
 
     def _prompt_logprobs(self, choice: Choice) -> list[Json | None]:

@@ -29,7 +29,7 @@ class ChatWriter(AnswerWriter):
             return
         part: Json = {"finish_reason": choice.finish, "logprobs": None}
         if self._form.logprobs:
-            part["logprobs"] = chat_logprobs(self._entries(choice, delta))
+            part["logprobs"] = chat_logprobs(self._entries(choice, delta.token_ids, delta.logprobs))
         part["delta"] = {"content": delta.text} if delta.text or not delta.finish else {}
         if self._form.token_ids:
             part["token_ids"] = list(delta.token_ids)

@@ -26,7 +26,7 @@ class CompletionWriter(AnswerWriter):
         text, entries = self._echo(choice)
         part: Json = {"finish_reason": choice.finish, "logprobs": None, "text": text + delta.text}
         if self._form.logprobs:
-            entries = entries + self._entries(choice, delta)
+            entries += self._entries(choice, delta.token_ids, delta.logprobs)
             part["logprobs"] = completion_logprobs(entries)
         if self._form.token_ids:
             part["token_ids"] = list(delta.token_ids)

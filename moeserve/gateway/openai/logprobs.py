@@ -19,6 +19,7 @@ class TokenEntries:
         """``as_ids`` spells tokens "token_id:N", as they are without a tokenizer."""
         self._tokenizer = tokenizer
         self._as_ids = as_ids
+        self._spelled: dict[int, tuple[str, list[int] | None]] = {}
 
     def entries(
         self, token_ids: Sequence[int], logprobs: Sequence[Logprobs], offset: int
@@ -62,24 +63,31 @@ class TokenEntries:
         }
 
     def _shown(self, token: int, logprob: float) -> Json:
-        raw = self._bytes(token)
+        text, raw = self._spelling(token)
         return {
-            "token": f"token_id:{token}" if self._as_ids else self._text(token),
+            "token": f"token_id:{token}" if self._as_ids else text,
             "logprob": max(logprob, LEAST_LOGPROB),
-            "bytes": None if raw is None else list(raw),
+            "bytes": raw,
         }
 
-    def _bytes(self, token: int) -> bytes | None:
-        return None if self._tokenizer is None else self._tokenizer.token_bytes(token)
-
     def _text(self, token: int) -> str:
-        raw = self._bytes(token)
-        if raw is None:
-            return f"token_id:{token}"
+        return self._spelling(token)[0]
+
+    def _spelling(self, token: int) -> tuple[str, list[int] | None]:
+        """Text and bytes of a token, which are looked up once."""
+        known = self._spelled.get(token)
+        if known is None:
+            known = self._spelled[token] = self._spell(token)
+        return known
+
+    def _spell(self, token: int) -> tuple[str, list[int] | None]:
+        if self._tokenizer is None:
+            return f"token_id:{token}", None
+        raw = self._tokenizer.token_bytes(token)
         try:
-            return raw.decode()
+            return raw.decode(), list(raw)
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw)
 
 
 def chat_logprobs(entries: list[Json]) -> Json:
