@@ -4,6 +4,7 @@
 
     MoeserveError                 code (gRPC)          HTTP
     |-- InvalidRequestError       INVALID_ARGUMENT     400
+    |   `-- ContextLengthError    INVALID_ARGUMENT     400
     |-- NotFoundError             NOT_FOUND            404
     |-- UnauthenticatedError      UNAUTHENTICATED      401
     |-- ForbiddenError            PERMISSION_DENIED    403
@@ -47,6 +48,10 @@ class MoeserveError(Exception):
 class InvalidRequestError(MoeserveError):
     code = "INVALID_ARGUMENT"
     http_status = 400
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and answer are longer than the model allows."""
 
 
 class NotFoundError(MoeserveError):

@@ -83,6 +83,7 @@ OTHER: dict[str, Any] = {
     "reasoning_parser": "think",
     "drain_timeout_s": 1.5,
     "reflection": True,
+    "strict": True,
     "log_level": "debug",
     "log_format": "json",
     "request_log": False,

@@ -57,6 +57,12 @@ RULES = (
         "chats come over HTTP, and http_port is none",
         "an `--http-port`",
     ),
+    Rule(
+        frozenset({"strict"}),
+        lambda options, ranks: options.http_port is None,
+        "gRPC is always strict, and http_port is none",
+        "an `--http-port`",
+    ),
 )
 
 

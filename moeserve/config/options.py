@@ -288,6 +288,10 @@ class DoorOptions(Options):
     reasoning_parser: Literal["auto", "none", "think", "harmony"] = Field(
         default="auto", description="how the model marks reasoning; auto goes by its template"
     )
+    strict: bool = Field(
+        default=False,
+        description="refuse fields of HTTP bodies that are ignored, instead of a warning header",
+    )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="seconds that running streams get after SIGTERM"
     )

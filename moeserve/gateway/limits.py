@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeserve.core import Grammar, SamplingParams
-from moeserve.errors import ExhaustedError, InvalidRequestError, MoeserveError
+from moeserve.errors import (
+    ContextLengthError,
+    ExhaustedError,
+    InvalidRequestError,
+    MoeserveError,
+)
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_REQUEST_BYTES = 8 * 2**20
@@ -27,6 +32,10 @@ MAX_STOP = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_IDS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED_IDS = 2**14
+MAX_BAD_WORDS = 64
+# Log-probabilities of all prompts of a request together, each token's and its best ones'.
+MAX_PROMPT_SCORES = 2**17
 MAX_ID_CHARS = 128
 MAX_SALT_BYTES = 128
 MAX_DOMAIN_BYTES = 64
@@ -76,8 +85,11 @@ BOUNDS: Mapping[str, Bound] = {
     "frequency_penalty": Bound(-2, 2),
     "seed": Bound(0, 2**63 - 1, integer=True),
     "logprobs": Bound(0, 20, integer=True),
+    "prompt_logprobs": Bound(0, 20, integer=True),
 }
-SWITCHES = frozenset({"ignore_eos", "include_stop", "skip_special_tokens"})
+PRIORITY = Bound(-(2**31), 2**31 - 1, integer=True)
+TRUNCATION = Bound(1, 2**31 - 1, integer=True)
+SWITCHES = frozenset({"ignore_eos", "include_stop", "skip_special_tokens", "only_prompt"})
 LOGIT_BIAS = Bound(-100, 100)
 
 
@@ -96,6 +108,8 @@ class ModelLimits:
 def sampling_params(given: Mapping[str, object], model: ModelLimits) -> SamplingParams:
     """Checks everything but what depends on the prompt; absent fields get their defaults."""
     values: dict[str, Any] = {}
+    if asks_prompt_alone(given):
+        given = prompt_alone(given)
     for name, value in given.items():
         if name in BOUNDS:
             values[name] = BOUNDS[name].check(name, value)
@@ -109,6 +123,10 @@ def sampling_params(given: Mapping[str, object], model: ModelLimits) -> Sampling
             values[name] = _logit_bias(value, model)
         elif name == "grammar":
             values[name] = _grammar(value)
+        elif name == "allowed_token_ids":
+            values[name] = token_ids(value, model, name, MAX_ALLOWED_IDS)
+            if not values[name]:
+                raise InvalidRequestError(f"{name}: expected at least one token id", param=name)
         else:
             raise InvalidRequestError(f"{name}: unknown sampling parameter", param=name)
     if "max_tokens" in values and values["max_tokens"] > model.max_len:
@@ -137,6 +155,75 @@ def sampling_params(given: Mapping[str, object], model: ModelLimits) -> Sampling
                 param=name,
             )
     return params
+
+
+def prompt_alone(params: Mapping[str, object]) -> dict[str, object]:
+    """What asks for no answer: ``max_tokens`` is 1 for the engine, and nothing of it is shown."""
+    return {**params, "max_tokens": 1, "only_prompt": True}
+
+
+def asks_prompt_alone(params: Mapping[str, object], *, echo: bool = False) -> bool:
+    """Whether no answer is wanted, where something of the prompt is."""
+    most = params.get("max_tokens")
+    return type(most) is int and most == 0 and (echo or "prompt_logprobs" in params)
+
+
+def require_scorable(params: SamplingParams, tokens: int) -> None:
+    """``tokens`` are those of all prompts of a request, each as often as it is run."""
+    if params.prompt_logprobs is None:
+        return
+    scores = tokens * (1 + params.prompt_logprobs)
+    if scores > MAX_PROMPT_SCORES:
+        raise InvalidRequestError(
+            f"prompt_logprobs: {tokens} tokens with {1 + params.prompt_logprobs} each are {scores} "
+            f"log-probabilities, at most {MAX_PROMPT_SCORES}: send fewer prompts at once",
+            param="prompt_logprobs",
+        )
+
+
+def require_choice(params: SamplingParams, eos_ids: Iterable[int], model: ModelLimits) -> None:
+    """Some token must be left whatever was chosen before: of those allowed, one that neither ends
+    a bad word nor is held back by ``min_tokens``."""
+    if not (params.allowed_token_ids or params.bad_token_ids):
+        return
+    allowed = set(params.allowed_token_ids or range(model.vocab_size))
+    allowed -= {bad[-1] for bad in params.bad_token_ids}
+    if params.min_tokens:
+        allowed -= {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
+    if not allowed:
+        name = "allowed_token_ids" if params.allowed_token_ids else "bad_words"
+        raise InvalidRequestError(
+            f"{name}: no token is left that could be chosen, less bad_words and what min_tokens "
+            "holds back",
+            param=name,
+        )
+
+
+def bad_words(value: object) -> tuple[str, ...]:
+    """Texts that are kept out of the answer."""
+    if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
+        raise InvalidRequestError("bad_words: expected a list of strings", param="bad_words")
+    if len(value) > MAX_BAD_WORDS:
+        raise InvalidRequestError(
+            f"bad_words: {len(value)} strings, at most {MAX_BAD_WORDS}", param="bad_words"
+        )
+    for word in value:
+        size = _utf8_len(word, "bad_words")
+        if not word.strip() or size > MAX_STOP_BYTES:
+            raise InvalidRequestError(
+                f"bad_words: {_shown(word)} has {size} bytes, expected 1 to {MAX_STOP_BYTES} that "
+                "are not all spaces",
+                param="bad_words",
+            )
+    return tuple(dict.fromkeys(value))
+
+
+def truncation(value: object) -> int:
+    """Tokens of the prompt to keep; -1 is as many as leave room for the answer."""
+    if type(value) is int and value == -1:
+        return -1
+    kept: int = TRUNCATION.check("truncate_prompt_tokens", value)
+    return kept
 
 
 def room_for_answer(prompt_len: int, model: ModelLimits) -> int:
@@ -187,7 +274,7 @@ def _too_long(tokens: int, model: ModelLimits, message: str, param: str) -> Moes
             f"(the model itself allows {model.context} tokens)",
             param=param,
         )
-    return InvalidRequestError(message, param=param)
+    return ContextLengthError(message, param=param)
 
 
 def token_ids(

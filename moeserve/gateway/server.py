@@ -170,7 +170,7 @@ class Server:
         self.metrics = Metrics()
         self._log = RequestLog() if config.request_log else None
         mailbox = Mailbox(asyncio.get_running_loop())
-        self.service = InferenceService(mailbox, observe=self._ended)
+        self.service = InferenceService(mailbox, observe=self._ended, strict=config.strict)
         self.loaded: LoadedModel | None = None
         self.grpc_port: int | None = None
         self.http_port: int | None = None

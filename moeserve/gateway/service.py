@@ -11,7 +11,7 @@ import functools
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -58,7 +58,9 @@ class ClientRequest:
     """What a client wants. ``params`` holds only the fields it gave.
 
     ``fill`` makes the rest of the context the default of ``max_tokens``. ``special_tokens`` adds
-    the model's own to a text (chat templates write them themselves).
+    the model's own to a text (chat templates write them themselves). Of a prompt the last
+    ``truncate`` tokens are kept, see ``limits.truncation``. ``ignored`` says, each with the name of
+    a field first, what of the request changes nothing.
     """
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -71,6 +73,8 @@ class ClientRequest:
     timeout_s: float | None = None
     fill: bool = False
     special_tokens: bool = True
+    truncate: int | None = None
+    ignored: tuple[str, ...] = ()
 
 
 class ServiceState(StrEnum):
@@ -80,17 +84,23 @@ class ServiceState(StrEnum):
 
 
 class InferenceService:
-    """Owns the running streams of one model, from loading to draining."""
+    """Owns the running streams of one model, from loading to draining.
+
+    ``strict`` refuses requests of which something would be ignored. ``observe`` gets a record of
+    each request when it has ended, or was refused.
+    """
 
     def __init__(
         self,
         mailbox: Mailbox,
         clock: Callable[[], float] = time.monotonic,
         observe: Callable[[RequestRecord], None] = lambda record: None,
+        *,
+        strict: bool = False,
     ) -> None:
-        """``observe`` gets a record of each request when it has ended, or was refused."""
         self.state = ServiceState.LOADING
         self.texts = TextWork()
+        self._strict = strict
         self._served: ServedModel | None = None
         self._mailbox = mailbox
         self._clock = clock
@@ -144,7 +154,7 @@ class InferenceService:
         except (MoeserveError, asyncio.CancelledError) as error:
             waited = self._clock() - arrival
             name = None if self._served is None else self._served.name
-            self._observe(refusal(wanted, name, error, waited))
+            self._observe(replace(refusal(wanted, name, error, waited), tenant=tenant()))
             raise
         stream.start()
         return stream
@@ -152,14 +162,9 @@ class InferenceService:
     async def _prepare(self, wanted: ClientRequest, arrival: float) -> ResponseStream:
         """Checked and tokenised, not yet submitted."""
         served = self._admit(wanted.model)
+        self.allow(wanted.ignored)
         n = limits.BOUNDS["n"].check("n", wanted.n)
-        params = limits.sampling_params(wanted.params, served.limits)
-        if params.stop and served.tokenizer is None:
-            raise TokenizerError(
-                f"model {served.name!r} has no tokenizer, which stop strings need: use "
-                "stop_token_ids instead of stop",
-                param="stop",
-            )
+        params = _sampling(wanted.params, served)
         salt = limits.label("cache_salt", wanted.salt, limits.MAX_SALT_BYTES)
         domain = limits.label("domain", wanted.domain, limits.MAX_DOMAIN_BYTES)
         request_id = limits.request_id(wanted.request_id) or f"req-{secrets.token_hex(12)}"
@@ -171,10 +176,10 @@ class InferenceService:
             )
         if params.grammar is not None:
             await served.grammars.admit(params.grammar)
-        requests = []
+        requests: list[Request] = []
         seed = params.seed if "seed" in wanted.params else secrets.randbits(63)
         for p, prompt in enumerate(wanted.prompts):
-            ids = await self._ids(served, prompt, wanted.special_tokens)
+            ids = await self._ids(served, prompt, wanted, params)
             fitted = _fit(params, len(ids), wanted, served.limits)
             for i in range(n):
                 child = p * n + i
@@ -189,9 +194,18 @@ class InferenceService:
                         domain=domain,
                     )
                 )
+        limits.require_scorable(params, sum(len(request.prompt_ids) for request in requests))
         # Tokenising may have let others in: look again.
         self._admit(wanted.model)
         return self._opened(request_id, served, requests, wanted)
+
+    def allow(self, ignored: Sequence[str]) -> None:
+        """What is ignored of a request is an error where that is ``strict``."""
+        if self._strict and ignored:
+            raise InvalidRequestError(
+                f"{ignored[0]}; this server is strict: leave it out",
+                param=ignored[0].partition(":")[0],
+            )
 
     def _admit(self, model: str) -> ServedModel:
         if self.state is ServiceState.DRAINING:
@@ -230,18 +244,32 @@ class InferenceService:
         error: BaseException | None,
     ) -> None:
         self._streams.pop(stream.request_id, None)
-        usage = self.usage.setdefault(self._tenants.pop(stream.request_id, ""), TenantUsage())
-        usage.generated_tokens += stream.made
+        who = self._tenants.pop(stream.request_id, "")
+        self.usage.setdefault(who, TenantUsage()).generated_tokens += stream.made
         if not self._streams:
             self._idle.set()
         took = self._clock() - requests[0].arrival
-        self._observe(record_of(wanted, requests, stream, self.served.name, error, took))
+        record = record_of(wanted, requests, stream, self.served.name, error, took)
+        self._observe(replace(record, tenant=who))
 
     async def _ids(
-        self, served: ServedModel, prompt: str | tuple[int, ...], special_tokens: bool
+        self,
+        served: ServedModel,
+        prompt: str | tuple[int, ...],
+        wanted: ClientRequest,
+        params: SamplingParams,
     ) -> tuple[int, ...]:
+        kept = wanted.truncate
+        if kept == -1:
+            kept = max(1, served.limits.max_len - params.max_tokens)
         if isinstance(prompt, str):
-            return await self.encode(limits.prompt_text(prompt), special_tokens, served.limits)
+            text = limits.prompt_text(prompt)
+            if kept is None:
+                return await self.encode(text, wanted.special_tokens, served.limits)
+            ids = await self.texts.encode(text, wanted.special_tokens, most=limits.MAX_IDS)
+            return tuple(ids[-kept:])
+        if kept is not None:
+            prompt = prompt[-kept:]
         limits.room_for_answer(len(prompt), served.limits)
         return limits.token_ids(prompt, served.limits)
 
@@ -277,6 +305,43 @@ class InferenceService:
     async def idle(self) -> None:
         """Waits until no stream is open; callers bound the wait."""
         await self._idle.wait()
+
+
+def _sampling(given: Mapping[str, object], served: ServedModel) -> SamplingParams:
+    """The client's fields, less what depends on the prompt. Texts need a tokenizer."""
+    fields = dict(given)
+    words = limits.bad_words(fields.pop("bad_words", ()))
+    params = limits.sampling_params(fields, served.limits)
+    if params.stop and served.tokenizer is None:
+        raise TokenizerError(
+            f"model {served.name!r} has no tokenizer, which stop strings need: use stop_token_ids "
+            "instead of stop",
+            param="stop",
+        )
+    if words and served.tokenizer is None:
+        raise TokenizerError(
+            f"model {served.name!r} has no tokenizer, which bad_words need: leave them out",
+            param="bad_words",
+        )
+    if words and served.tokenizer is not None:
+        params = replace(params, bad_token_ids=_word_ids(served.tokenizer, words))
+    limits.require_choice(params, served.eos_ids, served.limits)
+    return params
+
+
+def _word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Each word as it begins a text, and as it follows a space where that is another first token,
+    as vLLM has it."""
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        plain, spaced = (
+            tuple(tokenizer.encode(before + word.lstrip(), add_special_tokens=False))
+            for before in ("", " ")
+        )
+        found.append(plain)
+        if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
+            found.append(spaced)
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def child_seed(seed: int, index: int) -> int:

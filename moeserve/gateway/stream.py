@@ -55,7 +55,10 @@ class Durations:
 @dataclass(frozen=True, slots=True)
 class Delta:
     """News of sequence ``index`` (prompt * n + i); the last one has finish, usage and timing, and
-    the stop string that ended it, if one did."""
+    the stop string that ended it, if one did.
+
+    ``prompt_logprobs`` are those of the prompt's tokens from the second on, as far as they are new.
+    """
 
     index: int
     text: str
@@ -65,6 +68,7 @@ class Delta:
     usage: Usage | None = None
     timing: Durations | None = None
     stop: str = ""
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +105,18 @@ class _Sequence:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
 
     def take(self, event: Event, now: float) -> None:
         """What the engine made. A tokenizer may raise anything; then nothing is taken."""
         token_ids, finish, stopped = event.token_ids, event.finish, False
+        if event.prompt_logprobs:
+            self.prompt_logprobs += event.prompt_logprobs
+        if self.request.params.only_prompt:
+            if finish is not None:
+                self.first_token = self.last_token = now
+                self.last = event if _failed(event) else event._replace(finish=FinishReason.LENGTH)
+            return
         if self.text is not None:
             ending = finish if finish is None or not _failed(event) else None
             text, made, stopped = self.text.extend(token_ids, ending)
@@ -135,6 +147,9 @@ class _Sequence:
     def read(self, index: int) -> Delta:
         """What came, once; with the end, if it ended well."""
         delta = Delta(index, "".join(self.texts), tuple(self.token_ids), tuple(self.logprobs))
+        if self.prompt_logprobs:
+            delta = replace(delta, prompt_logprobs=tuple(self.prompt_logprobs))
+            self.prompt_logprobs = []
         self.texts, self.token_ids, self.logprobs = [], [], []
         if self.last is None or _failed(self.last):
             return delta
@@ -194,6 +209,11 @@ class ResponseStream:
     def prompt_tokens(self) -> int:
         """Of the first prompt."""
         return len(self._sequences[0].request.prompt_ids)
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The prompt of every sequence, as token ids."""
+        return [sequence.request.prompt_ids for sequence in self._sequences]
 
     def start(self) -> None:
         """Submits every sequence, or none."""

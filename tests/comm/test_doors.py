@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -53,16 +54,17 @@ def others(said: Path) -> list[str]:
     raise AssertionError(f"not all doors opened: {said.read_text()}")
 
 
-def ask(port: int, prompt: str, **more: object) -> str:
-    body = {"model": "demo", "prompt": prompt, "max_tokens": 12, "temperature": 0}
+def ask(port: int, prompt: str, **more: object) -> tuple[str, list[float]]:
+    """Text and log-probabilities, if any."""
+    body = {"model": "demo", "prompt": prompt, "max_tokens": 12, "temperature": 0} | more
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         json.dumps(body | (more or {"ignore_eos": True})).encode(),
         {"content-type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
-        text: str = json.loads(answer.read())["choices"][0]["text"]
-    return text
+        choice = json.loads(answer.read())["choices"][0]
+    return choice["text"], (choice["logprobs"] or {}).get("token_logprobs", [])
 
 
 def test_every_door_gives_the_same_answers_and_all_stop_together(tmp_path: Path) -> None:
@@ -71,18 +73,23 @@ def test_every_door_gives_the_same_answers_and_all_stop_together(tmp_path: Path)
         assert len(set(ports)) == RANKS
         with ThreadPoolExecutor(32) as clients:
             answers = list(clients.map(ask, ports * (REQUESTS // RANKS), prompts))
+            score = functools.partial(ask, echo=True, logprobs=1, max_tokens=0)
+            scores = list(clients.map(score, ports * 4, [prompts[0]] * RANKS * 4))
         page = urllib.request.urlopen(f"http://127.0.0.1:{ports[0]}/metrics", timeout=PATIENCE_S)
         with page:
             counted = page.read().decode()
         formed = {ask(port, prompts[0], guided_regex="[a-z]{3}-[0-9]{2}") for port in ports}
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0
-    assert len({(p, a) for p, a in zip(prompts, answers, strict=True)}) == 5
+    assert len({(p, text) for p, (text, _) in zip(prompts, answers, strict=True)}) == 5
+    assert scores[0][0] == prompts[0]
+    assert len(scores[0][1]) > 5
+    assert scores.count(scores[0]) == len(scores)
     assert len(formed) == 1
     assert re.fullmatch("[a-z]{3}-[0-9]{2}", formed.pop())
     tokens = re.search(r"^moeserve_generated_tokens_total\S* (\S+)$", counted, re.MULTILINE)
     assert tokens is not None
-    assert float(tokens[1]) == 12 * REQUESTS
+    assert float(tokens[1]) == 12 * REQUESTS + len(scores)
     by_rank = re.findall(r"^moeserve_rank_layer_tokens_total\S* (\S+)$", counted, re.MULTILINE)
     assert len(by_rank) == RANKS
     assert all(float(tokens) > 0 for tokens in by_rank)

@@ -37,7 +37,7 @@ from moeserve.placement.plan import Plan, contiguous, dump
 
 MakeCheckpoint = Callable[[str], Path]
 WAIT_S = 60.0
-GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=2)
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=2, prompt_logprobs=1)
 DRAWN = SamplingParams(temperature=0.9, max_tokens=9, seed=5, top_k=20, repetition_penalty=1.2)
 PROMPTS = [[7 * i % 250 + j for j in range(3 + 5 * i)] for i in range(6)]
 SMALL = {"num_blocks": 64, "block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 4}
@@ -129,7 +129,9 @@ class Client:
 
     @property
     def logprobs(self) -> list[Logprobs]:
-        return [p for e in self.events for p in e.logprobs]
+        """Of the prompt, then of the answer."""
+        of_prompt = [p for e in self.events for p in e.prompt_logprobs]
+        return of_prompt + [p for e in self.events for p in e.logprobs]
 
 
 def ask_all(
@@ -189,7 +191,9 @@ def test_ranks_answer_as_one_process_does(
 ) -> None:
     path = tiny_checkpoint(family)
     with serving(path, nodes, ep_backend=backend, microbatches=microbatches) as group:
-        assert ask_all(group, PROMPTS, MIXED) == alone(family)
+        answers = ask_all(group, PROMPTS, MIXED)
+        assert answers == alone(family)
+        assert [len(found) for _, found in answers[::2]] == [len(p) - 1 + 8 for p in PROMPTS[::2]]
         work = group.refresh().work
         group.refresh()
         assert group.loaded.engine.load().free_blocks == len(nodes) * 64

@@ -5,6 +5,7 @@ The bounds stand here a second time, as numbers, so that a change of one is a ch
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,7 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeserve.core import SamplingParams
-from moeserve.errors import ExhaustedError, InvalidRequestError, MoeserveError
+from moeserve.errors import (
+    ContextLengthError,
+    ExhaustedError,
+    InvalidRequestError,
+    MoeserveError,
+)
 from moeserve.gateway import limits
 from moeserve.gateway.limits import BOUNDS, Bound, ModelLimits, sampling_params
 
@@ -29,6 +35,7 @@ INTEGERS = {
     "top_k": (0, 2147483647),
     "seed": (0, 9223372036854775807),
     "logprobs": (0, 20),
+    "prompt_logprobs": (0, 20),
 }
 NUMBERS = {
     "temperature": (0.0, 2.0),
@@ -64,6 +71,9 @@ def refused(
     assert param is None or error.param == param, error.param
     assert len(error.message) < 300, error.message
     return error
+
+
+too_long = functools.partial(refused, kind=ContextLengthError)
 
 
 def test_the_edges_of_every_number() -> None:
@@ -124,7 +134,7 @@ def test_nothing_given_is_the_default_and_nothing_unknown_is_taken() -> None:
 
 
 def test_switches_are_true_or_false() -> None:
-    for name in ("ignore_eos", "include_stop", "skip_special_tokens"):
+    for name in ("ignore_eos", "include_stop", "skip_special_tokens", "only_prompt"):
         for value in (True, False):
             assert getattr(sampling_params({name: value}, MODEL), name) is value
         for other in (0, 1, "true", None, [], 1.0):
@@ -139,7 +149,7 @@ def test_answers_longer_than_the_model_are_refused() -> None:
     for inside in (1, 63, 64):
         assert sampling_params({"max_tokens": inside}, MODEL).max_tokens == inside
     says = "max_tokens=65: the model holds 64 tokens of prompt and answer together"
-    refused(lambda: sampling_params({"max_tokens": 65}, MODEL), says, param="max_tokens")
+    too_long(lambda: sampling_params({"max_tokens": 65}, MODEL), says, param="max_tokens")
 
 
 def test_min_tokens_may_equal_but_not_exceed_max_tokens() -> None:
@@ -238,7 +248,7 @@ def test_prompts_leave_room_for_an_answer() -> None:
             f"the prompt has {length} tokens, but the model holds 64 of prompt and answer "
             "together: send at most 63"
         )
-        refused(lambda n=length: limits.room_for_answer(n, MODEL), says, param="prompt")
+        too_long(lambda n=length: limits.room_for_answer(n, MODEL), says, param="prompt")
     for length in (0, -1):
         refused(lambda n=length: limits.room_for_answer(n, MODEL), "the prompt is empty")
 
@@ -251,10 +261,10 @@ def test_prompt_and_answer_fit_together_to_the_last_token() -> None:
             f"the prompt has {prompt} tokens and max_tokens={answer}, together more than the 64 "
             f"that the model holds: ask for at most {64 - prompt}"
         )
-        refused(
+        too_long(
             lambda p=prompt, a=answer: limits.require_fits(p, a, MODEL), says, param="max_tokens"
         )
-    refused(lambda: limits.require_fits(64, 1, MODEL), "send at most 63", param="prompt")
+    too_long(lambda: limits.require_fits(64, 1, MODEL), "send at most 63", param="prompt")
 
 
 def test_what_more_kv_memory_would_hold_is_exhausted_not_invalid() -> None:
@@ -263,7 +273,7 @@ def test_what_more_kv_memory_would_hold_is_exhausted_not_invalid() -> None:
     says = "out of KV memory"
     for inside in (64, 79):
         refused(lambda n=inside: limits.room_for_answer(n, model), says, kind=ExhaustedError)
-    refused(lambda: limits.room_for_answer(80, model), "the prompt has 80 tokens")
+    too_long(lambda: limits.room_for_answer(80, model), "the prompt has 80 tokens")
     for answer in (25, 39, 40):
         error = refused(
             lambda a=answer: limits.require_fits(40, a, model),
@@ -272,7 +282,7 @@ def test_what_more_kv_memory_would_hold_is_exhausted_not_invalid() -> None:
             param="max_tokens",
         )
         assert "or serve with more --kv-memory (the model itself allows 80 tokens)" in error.message
-    refused(lambda: limits.require_fits(40, 41, model), "max_tokens=41")
+    too_long(lambda: limits.require_fits(40, 41, model), "max_tokens=41")
     for most in (65, 80):
         refused(
             lambda n=most: sampling_params({"max_tokens": n}, model),
@@ -280,7 +290,7 @@ def test_what_more_kv_memory_would_hold_is_exhausted_not_invalid() -> None:
             kind=ExhaustedError,
             param="max_tokens",
         )
-    refused(lambda: sampling_params({"max_tokens": 81}, model), "max_tokens=81")
+    too_long(lambda: sampling_params({"max_tokens": 81}, model), "max_tokens=81")
 
 
 def test_the_bytes_of_a_prompt() -> None:
@@ -351,3 +361,70 @@ def test_how_much_a_request_may_hold() -> None:
     assert limits.MAX_MESSAGES == 1024
     assert limits.MAX_SALT_BYTES == 128
     assert limits.MAX_DOMAIN_BYTES == 64
+
+
+def allowed(value: object) -> tuple[int, ...]:
+    return sampling_params({"allowed_token_ids": value}, MODEL).allowed_token_ids
+
+
+def test_allowed_tokens_are_some_of_the_vocabulary() -> None:
+    assert allowed([0, 99, 0]) == (0, 99, 0)
+    assert len(allowed([1] * 16384)) == 16384
+    name = "allowed_token_ids"
+    refused(lambda: allowed([1] * 16385), "16385 ids, at most 16384", param=name)
+    refused(lambda: allowed([]), "expected at least one token id", param=name)
+    for outside in ([100], [-1], [1.0], ["1"], [True], "1", None):
+        refused(lambda v=outside: allowed(v), name, param=name)
+
+
+def test_bad_words_are_few_short_texts_that_show() -> None:
+    for inside in ([], ["x" * 256], ["é" * 128, " a"], [f"{i}" for i in range(64)]):
+        assert limits.bad_words(inside) == tuple(inside)
+    assert limits.bad_words(["a", "b", "a"]) == ("a", "b")
+    for outside in (["x" * 257], [""], ["  "], ["\ud800"], [f"{i}" for i in range(65)]):
+        refused(lambda v=outside: limits.bad_words(v), "bad_words: ", param="bad_words")
+    for other in ("word", [1], None, {"a": 1}):
+        refused(lambda v=other: limits.bad_words(v), "expected a list of strings")
+
+
+def test_some_token_can_always_be_chosen() -> None:
+    def require(eos: tuple[int, ...] = (0,), **fields: Any) -> None:
+        limits.require_choice(SamplingParams(**fields), eos, ModelLimits(4, 64))
+
+    require()
+    require(allowed_token_ids=(1,), bad_token_ids=((2,), (1, 2)))
+    require(allowed_token_ids=(0, 1), bad_token_ids=((2, 0),))
+    require(bad_token_ids=((1,), (2,), (3,)))
+    require(allowed_token_ids=(0,), min_tokens=2, ignore_eos=True)
+    for fields in (
+        {"allowed_token_ids": (1, 2), "bad_token_ids": ((1,), (3, 2))},
+        {"allowed_token_ids": (0,), "min_tokens": 1},
+        {"allowed_token_ids": (0, 3), "min_tokens": 1, "stop_token_ids": (3,)},
+    ):
+        refused(lambda f=fields: require(**f), "no token is left", param="allowed_token_ids")
+    all_bad = {"bad_token_ids": ((0,), (1,), (2,), (3,))}
+    refused(lambda: require(**all_bad), "no token is left", param="bad_words")
+    refused(lambda: require(min_tokens=1, bad_token_ids=((1,), (2,), (3,))), param="bad_words")
+
+
+def test_no_answer_can_be_asked_for_where_the_prompt_is() -> None:
+    taken = sampling_params({"max_tokens": 0, "prompt_logprobs": 0}, MODEL)
+    assert (taken.max_tokens, taken.only_prompt) == (1, True)
+    for given_fields in ({"max_tokens": 0}, {"max_tokens": False, "prompt_logprobs": 0}):
+        refused(lambda f=given_fields: sampling_params(f, MODEL), param="max_tokens")
+    assert not sampling_params({"max_tokens": 1, "prompt_logprobs": 0}, MODEL).only_prompt
+
+
+def test_log_probabilities_of_prompts_are_bounded_together() -> None:
+    for count, tokens in ((0, 131072), (1, 65536), (20, 6241)):
+        params = SamplingParams(prompt_logprobs=count)
+        limits.require_scorable(params, tokens)
+        refused(lambda p=params, n=tokens: limits.require_scorable(p, n + 1), "at most 131072")
+    limits.require_scorable(SamplingParams(), 10**9)
+
+
+def test_how_much_of_a_prompt_can_be_kept() -> None:
+    for inside in (-1, 1, 2, 2147483647):
+        assert limits.truncation(inside) == inside
+    for outside in (0, -2, 2147483648, 1.0, "1", True, None):
+        refused(lambda v=outside: limits.truncation(v), param="truncate_prompt_tokens")

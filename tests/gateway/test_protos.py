@@ -50,12 +50,14 @@ def test_field_numbers_never_change() -> None:
         "n": 6,
         "cache_salt": 7,
         "domain": 8,
+        "truncate_prompt_tokens": 9,
     }
     sampling = [f.name for f in sorted(pb.SamplingParams.DESCRIPTOR.fields, key=lambda f: f.number)]
     assert sampling == (
         "max_tokens min_tokens temperature top_k top_p min_p repetition_penalty "
         "presence_penalty frequency_penalty logit_bias seed stop stop_token_ids ignore_eos "
-        "include_stop skip_special_tokens logprobs grammar".split()
+        "include_stop skip_special_tokens logprobs prompt_logprobs allowed_token_ids "
+        "bad_words grammar".split()
     )
     assert pb.SamplingParams.DESCRIPTOR.fields_by_name["grammar"].number == 25
-    assert [f.number for f in pb.GenerateChunk.DESCRIPTOR.fields] == list(range(1, 9))
+    assert [f.number for f in pb.GenerateChunk.DESCRIPTOR.fields] == list(range(1, 10))

@@ -5,6 +5,7 @@ What they mean is the service's business.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from google.protobuf.message import Message
 import moeserve
 from moeserve.core import FinishReason, Grammar, GrammarKind, Logprobs
 from moeserve.errors import InvalidRequestError
+from moeserve.gateway import limits
 from moeserve.gateway.grpc.statuses import Context, Method, bytes_of, call
 from moeserve.gateway.limits import MAX_IDS, MAX_LOGIT_BIAS, MAX_STOP, MAX_STOP_IDS
 from moeserve.gateway.service import ClientRequest, InferenceService, ServiceState
@@ -28,6 +30,8 @@ _FEW = (
     ("stop", MAX_STOP, "strings"),
     ("stop_token_ids", MAX_STOP_IDS, "ids"),
     ("logit_bias", MAX_LOGIT_BIAS, "entries"),
+    ("allowed_token_ids", limits.MAX_ALLOWED_IDS, "ids"),
+    ("bad_words", limits.MAX_BAD_WORDS, "words"),
 )
 _FINISH = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -68,23 +72,37 @@ class InferenceMethods:
         # Writing here, and not yielding, lets a cancelled call raise inside the ``async with``.
         wanted = _client_request(request, context.time_remaining())
         async with await self._service.open(wanted) as stream:
+            scored = [0] * len(stream.prompts)
             async for delta in stream:
-                await context.write(_chunk(stream.request_id, delta))
+                chunk = _chunk(stream.request_id, delta)
+                if delta.prompt_logprobs:
+                    i, first = delta.index, 1 + scored[delta.index]
+                    scored[i] += len(delta.prompt_logprobs)
+                    ids = stream.prompts[i][first:]
+                    chunk.prompt_logprobs.extend(_scores(ids, delta.prompt_logprobs))
+                await context.write(chunk)
 
     async def _generate_unary(
         self, request: pb.GenerateRequest, context: Context
     ) -> pb.GenerateResponse:
         wanted = _client_request(request, context.time_remaining())
         texts: dict[int, list[str]] = {}
+        scores: dict[int, list[Logprobs]] = {}
         outputs: dict[int, pb.Output] = {}
         async with await self._service.open(wanted) as stream:
             async for delta in stream:
                 output = outputs.setdefault(delta.index, pb.Output(index=delta.index))
                 texts.setdefault(delta.index, []).append(delta.text)
                 output.token_ids.extend(delta.token_ids)
-                output.logprobs.extend(_logprobs(delta))
+                output.logprobs.extend(_scores(delta.token_ids, delta.logprobs))
+                scores.setdefault(delta.index, []).extend(delta.prompt_logprobs)
                 if delta.finish is not None:
                     output.text = "".join(texts[delta.index])
+                    prompt = stream.prompts[delta.index][1:]
+                    if prompt_scores := scores[delta.index]:
+                        # So many numbers that others would wait for them.
+                        written = await asyncio.to_thread(_scores, prompt, prompt_scores)
+                        output.prompt_logprobs.extend(written)
                     _close_with(output, delta)
         return pb.GenerateResponse(
             request_id=stream.request_id,
@@ -141,16 +159,16 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
     params: dict[str, object] = {
         field.name: value
         for field, value in sampling.ListFields()
-        if field.name not in ("logit_bias", "stop", "stop_token_ids", "grammar")
+        if not field.is_repeated and field.name != "grammar"
     }
     if sampling.logit_bias:
         params["logit_bias"] = dict(sampling.logit_bias)
-    if sampling.stop:
-        params["stop"] = list(sampling.stop)
-    if sampling.stop_token_ids:
-        params["stop_token_ids"] = list(sampling.stop_token_ids)
+    for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
+        if values := list(getattr(sampling, name)):
+            params[name] = values
     if sampling.HasField("grammar"):
         params["grammar"] = _grammar(sampling.grammar)
+    cut = request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None
     match request.WhichOneof("prompt"):
         case "text":
             prompt: str | tuple[int, ...] = request.text
@@ -169,6 +187,7 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
         salt=request.cache_salt,
         domain=request.domain,
         timeout_s=time_remaining,
+        truncate=None if cut is None else limits.truncation(cut),
     )
 
 
@@ -200,7 +219,7 @@ def _chunk(request_id: str, delta: Delta) -> pb.GenerateChunk:
         index=delta.index,
         text_delta=delta.text,
         token_ids=delta.token_ids,
-        logprobs=_logprobs(delta),
+        logprobs=_scores(delta.token_ids, delta.logprobs),
     )
     if delta.finish is not None:
         _close_with(chunk, delta)
@@ -222,10 +241,11 @@ def _close_with(message: pb.GenerateChunk | pb.Output, delta: Delta) -> None:
     )
 
 
-def _logprobs(delta: Delta) -> list[pb.Logprobs]:
+def _scores(token_ids: Sequence[int], logprobs: Sequence[Logprobs]) -> list[pb.Logprobs]:
+    """As many as there are log-probabilities."""
     return [
         pb.Logprobs(chosen=pb.TokenLogprob(token_id=token, logprob=entry.chosen), top=_top(entry))
-        for token, entry in zip(delta.token_ids, delta.logprobs, strict=False)
+        for token, entry in zip(token_ids, logprobs, strict=False)
     ]
 
 

@@ -22,7 +22,7 @@ from moeserve.errors import InternalError, InvalidRequestError, MoeserveError, N
 from moeserve.gateway.grpc.infer_request import VERSION, InferRequest, read_request, require_version
 from moeserve.gateway.grpc.statuses import Context, Method, bytes_of, call, parse
 from moeserve.gateway.grpc.tensors import INPUTS, OUTPUTS, Output, TensorSpec, write_outputs
-from moeserve.gateway.service import InferenceService, ServiceState
+from moeserve.gateway.service import InferenceService
 from moeserve.gateway.stream import Delta
 from moeserve.pb import grpc_predict_v2_pb2 as pb
 
@@ -68,7 +68,7 @@ class KserveMethods:
 
     @property
     def _ready(self) -> bool:
-        return self._service.state is ServiceState.READY
+        return self._service.ready
 
     async def _server_live(self, _: pb.ServerLiveRequest, __: Context) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)

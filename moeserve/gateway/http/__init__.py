@@ -15,4 +15,5 @@
     phases      what each connection waits for, since when, and who has to go
     protocol    one connection: uvicorn's, which tells its phase
     log_rate    a bound on what strangers can make us log
+    request_ids x-request-id, which comes back
 """

@@ -22,10 +22,12 @@ from moeserve.gateway.http.body import read_body
 from moeserve.gateway.http.failures import Endpoint, framed, plain_response
 from moeserve.gateway.http.generation import Generation
 from moeserve.gateway.http.guards import HostRules, guarded
+from moeserve.gateway.http.request_ids import RequestIds
 from moeserve.gateway.identity import Tenants
 from moeserve.gateway.openai.chat import parse_chat
 from moeserve.gateway.openai.completions import parse_completion
 from moeserve.gateway.openai.errors import Json
+from moeserve.gateway.openai.fields import warning_header
 from moeserve.gateway.openai.prepare import named, prepare, render
 from moeserve.gateway.openai.tokens import parse_detokenize, parse_tokenize, tokenizer_info
 from moeserve.gateway.service import (
@@ -66,7 +68,7 @@ def http_app(
         exception_handlers={HTTPException: plain_response},
     )
     app.router.redirect_slashes = False
-    return guarded(app, tenants, rules or HostRules())
+    return RequestIds(guarded(app, tenants, rules or HostRules()))
 
 
 class _Routes:
@@ -91,17 +93,23 @@ class _Routes:
         return Generation(self._service, wanted, form, reading)
 
     async def tokenize(self, request: Request) -> Response:
-        model, what, special = parse_tokenize(await read_body(request, self._service.texts))
-        served = self._service.model(model)
+        wanted = parse_tokenize(await read_body(request, self._service.texts))
+        self._service.allow(wanted.ignored)
+        served, what = self._service.model(wanted.model), wanted.prompt
         text = what if isinstance(what, str) else await render(self._service.texts, served, what)
-        ids = await self._service.tokenize(model, text, special)
+        ids = await self._service.tokenize(wanted.model, text, wanted.special_tokens)
         return JSONResponse(
-            {"count": len(ids), "max_model_len": served.limits.max_len, "tokens": ids}
+            {"count": len(ids), "max_model_len": served.limits.max_len, "tokens": ids},
+            headers=warning_header(wanted.ignored),
         )
 
     async def detokenize(self, request: Request) -> Response:
-        model, ids, skip = parse_detokenize(await read_body(request, self._service.texts))
-        return JSONResponse({"prompt": await self._service.detokenize(model, ids, skip)})
+        wanted = parse_detokenize(await read_body(request, self._service.texts))
+        self._service.allow(wanted.ignored)
+        text = await self._service.detokenize(
+            wanted.model, wanted.tokens, wanted.skip_special_tokens
+        )
+        return JSONResponse({"prompt": text}, headers=warning_header(wanted.ignored))
 
     async def tokenizer_info(self, _: Request) -> Response:
         served = self._service.served

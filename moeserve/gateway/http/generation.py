@@ -6,19 +6,21 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Mapping
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from moeserve.errors import InternalError, MoeserveError
 from moeserve.gateway.http.access import RECORDED
 from moeserve.gateway.http.failures import failed_response
-from moeserve.gateway.openai.answers import AnswerHead, AnswerWriter
+from moeserve.gateway.openai.answers import AnsweredPrompt, AnswerHead, AnswerWriter
 from moeserve.gateway.openai.chat_answers import ChatWriter
 from moeserve.gateway.openai.completion_answers import CompletionWriter
 from moeserve.gateway.openai.errors import Json, error_body
-from moeserve.gateway.openai.fields import AnswerFormat
+from moeserve.gateway.openai.fields import AnswerFormat, warning_header
 from moeserve.gateway.openai.reading import Reading
+from moeserve.gateway.openai.rendering import render
 from moeserve.gateway.service import ClientRequest, InferenceService
 from moeserve.gateway.stream import ResponseStream
 
@@ -40,6 +42,7 @@ class Generation(Response):
         self._wanted = wanted
         self._form = form
         self._reading = reading
+        self._warning = warning_header(wanted.ignored)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[RECORDED] = True  # the service tells of it
@@ -55,7 +58,7 @@ class Generation(Response):
             work.result()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events = Events(send)
+        events = Events(send, self._warning)
         try:
             async with await self._service.open(self._wanted) as stream:
                 if self._form.stream:
@@ -80,7 +83,12 @@ class Generation(Response):
         writer = self._writer(stream)
         async for delta in stream:
             writer.add(delta)
-        return JSONResponse(writer.whole())
+        if self._form.prompt_logprobs or self._form.echo:
+            # So many numbers that others would wait for them.
+            body = await asyncio.to_thread(lambda: render(writer.whole()))
+        else:
+            body = render(writer.whole())
+        return Response(body, headers=self._warning, media_type="application/json")
 
     async def _stream(self, stream: ResponseStream, events: Events) -> None:
         writer = self._writer(stream)
@@ -100,19 +108,32 @@ class Generation(Response):
         await events.send(error_body(failed))
 
     def _writer(self, stream: ResponseStream) -> AnswerWriter:
-        served = self._service.served
-        head = AnswerHead(stream.request_id, served.name, int(time.time()), self._wanted.n)
+        served, n = self._service.served, self._wanted.n
+        prompts = tuple(
+            AnsweredPrompt(ids, self._echoed(p, ids)) for p, ids in enumerate(stream.prompts[::n])
+        )
+        head = AnswerHead(stream.request_id, served.name, int(time.time()), n, prompts)
         if self._form.chat:
             return ChatWriter(self._form, head, served.tokenizer, self._reading)
         return CompletionWriter(self._form, head, served.tokenizer)
+
+    def _echoed(self, p: int, ids: tuple[int, ...]) -> str:
+        """The prompt's text where it is shown: the client's own, unless that was cut."""
+        given, tokenizer = self._wanted.prompts[p], self._service.served.tokenizer
+        if self._form.echo is None or tokenizer is None:
+            return ""
+        if isinstance(given, str) and self._wanted.truncate is None:
+            return given
+        return tokenizer.decode(ids, bool(self._wanted.params.get("skip_special_tokens", True)))
 
 
 class Events:
     """Server-sent events. The status is sent with the first, so that a request which fails before
     its first token fails with the right one."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self._send = send
+        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
         self.started = False
         self.sent = 0
 
@@ -126,6 +147,7 @@ class Events:
             self.started = True
             kind = (b"content-type", b"text/event-stream; charset=utf-8")
             headers = [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+            headers += self._headers
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         head = f"event: {name}\n" if name else ""
         body = f"{head}data: {data}\n\n".encode(errors="replace")

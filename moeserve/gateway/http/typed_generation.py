@@ -70,7 +70,7 @@ class TypedGeneration(Generation):
         async for delta in stream:
             for _ in writer.events(delta):
                 pass
-        return JSONResponse(writer.whole())
+        return JSONResponse(writer.whole(), headers=self._warning)
 
     async def _stream(self, stream: ResponseStream, events: Events) -> None:
         self._streaming = writer = self._write(stream)

@@ -17,5 +17,6 @@
     completion_answers  answers of ``/v1/completions``
     chat_answers        answers of ``/v1/chat/completions``
     logprobs            log-probabilities in both of OpenAI's forms
+    rendering           answers as JSON text, in pieces
     errors              failures in OpenAI's form
 """

@@ -25,7 +25,7 @@ from moeserve.gateway.openai.tools import NO_TOOLS, ToolUse, parse_tools
 from moeserve.gateway.parsers.styles import AnswerStyle
 from moeserve.gateway.service import ClientRequest
 
-_FIELDS = frozenset(
+FIELDS = frozenset(
     "messages max_completion_tokens top_logprobs chat_template_kwargs add_generation_prompt tools "
     "tool_choice parallel_tool_calls documents reasoning_effort max_thinking_tokens".split()
 ).union(COMMON, STRUCTURED_FIELDS)
@@ -60,8 +60,7 @@ class Conversation:
 
 def parse_chat(body: Body) -> tuple[ClientRequest, AnswerFormat, Conversation]:
     """The request lacks its prompt, which is the rendered conversation."""
-    refuse_others(body, _FIELDS)
-    wanted, form = common(body, chat=True)
+    wanted, form = common(body, chat=True, ignored=refuse_others(body, FIELDS))
     params = dict(wanted.params)
     if "max_completion_tokens" in body:
         most = body["max_completion_tokens"]

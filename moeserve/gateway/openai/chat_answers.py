@@ -79,7 +79,9 @@ class ChatWriter(AnswerWriter):
             finish = self._finish(choice) if i == len(parts) else None
             shown: Json = {"finish_reason": finish, "logprobs": None, "delta": part}
             if self._form.logprobs and i == 1:
-                shown["logprobs"] = chat_logprobs(self._entries(choice, delta))
+                shown["logprobs"] = chat_logprobs(
+                    self._entries(choice, delta.token_ids, delta.logprobs)
+                )
             if self._form.token_ids:
                 shown["token_ids"] = list(delta.token_ids) if i == 1 else []
             yield shown

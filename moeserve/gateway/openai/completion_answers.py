@@ -23,9 +23,11 @@ class CompletionWriter(AnswerWriter):
     def _parts(self, choice: Choice, delta: Delta, fresh: bool) -> Iterator[Json]:
         if not self._shows(delta):
             return
-        part: Json = {"finish_reason": choice.finish, "logprobs": None, "text": delta.text}
+        text, entries = self._echo(choice)
+        part: Json = {"finish_reason": choice.finish, "logprobs": None, "text": text + delta.text}
         if self._form.logprobs:
-            part["logprobs"] = completion_logprobs(self._entries(choice, delta))
+            entries += self._entries(choice, delta.token_ids, delta.logprobs)
+            part["logprobs"] = completion_logprobs(entries)
         if self._form.token_ids:
             part["token_ids"] = list(delta.token_ids)
         yield part

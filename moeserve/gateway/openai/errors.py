@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeserve.errors import MoeserveError
+from moeserve.errors import ContextLengthError, MoeserveError
 
 Json = dict[str, Any]
 
@@ -20,7 +20,9 @@ def error_body(error: MoeserveError) -> Json:
     kind = _TYPES.get(error.http_status)
     if kind is None:
         kind = "invalid_request_error" if error.http_status < 500 else "server_error"
-    return error_object(error.message, kind, error.code.lower(), error.param)
+    too_long = isinstance(error, ContextLengthError)  # clients shorten the prompt by this code
+    code = "context_length_exceeded" if too_long else error.code.lower()
+    return error_object(error.message, kind, code, error.param)
 
 
 def error_object(message: str, kind: str, code: str, param: str | None = None) -> Json:

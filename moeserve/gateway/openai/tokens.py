@@ -3,6 +3,8 @@ them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from moeserve.gateway.json_body import Body
 from moeserve.gateway.openai.chat import Conversation, parse_conversation
 from moeserve.gateway.openai.errors import Json
@@ -14,31 +16,51 @@ from moeserve.gateway.openai.fields import (
 )
 from moeserve.models.tokenizer import Tokenizer
 
+TOKENIZE_FIELDS = frozenset(
+    "model prompt messages add_special_tokens add_generation_prompt chat_template_kwargs tools "
+    "tool_choice documents reasoning_effort".split()
+)
+DETOKENIZE_FIELDS = frozenset({"model", "tokens", "skip_special_tokens"})
 
-def parse_tokenize(body: Body) -> tuple[str, str | Conversation, bool]:
-    """Model, text or conversation, and whether special tokens are added."""
-    refuse_others(
-        body,
-        frozenset(
-            "model prompt messages add_special_tokens add_generation_prompt "
-            "chat_template_kwargs tools tool_choice documents reasoning_effort".split()
-        ),
-    )
+
+@dataclass(frozen=True, slots=True)
+class TokenizeBody:
+    """Text or conversation, whether special tokens are added, and what of the body is ignored."""
+
+    model: str
+    prompt: str | Conversation
+    special_tokens: bool
+    ignored: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DetokenizeBody:
+    """Token ids, still to be checked, and what of the body is ignored."""
+
+    model: str
+    tokens: object
+    skip_special_tokens: bool
+    ignored: tuple[str, ...]
+
+
+def parse_tokenize(body: Body) -> TokenizeBody:
+    ignored = refuse_others(body, TOKENIZE_FIELDS)
     if ("prompt" in body) == ("messages" in body):
         refuse("prompt", "send either prompt or messages")
     if "messages" in body:
         conversation = parse_conversation(body)
-        return text(body, "model"), conversation, flag(body, "add_special_tokens")
+        special = flag(body, "add_special_tokens")
+        return TokenizeBody(text(body, "model"), conversation, special, ignored)
     special = flag(body, "add_special_tokens", default=True)
-    return text(body, "model"), text(body, "prompt"), special
+    return TokenizeBody(text(body, "model"), text(body, "prompt"), special, ignored)
 
 
-def parse_detokenize(body: Body) -> tuple[str, object, bool]:
-    """Model, token ids and whether special tokens are left out."""
-    refuse_others(body, frozenset({"model", "tokens", "skip_special_tokens"}))
+def parse_detokenize(body: Body) -> DetokenizeBody:
+    ignored = refuse_others(body, DETOKENIZE_FIELDS)
     if "tokens" not in body:
         refuse("tokens", "missing: send a list of token ids")
-    return text(body, "model"), body["tokens"], flag(body, "skip_special_tokens", default=True)
+    skip = flag(body, "skip_special_tokens", default=True)
+    return DetokenizeBody(text(body, "model"), body["tokens"], skip, ignored)
 
 
 def tokenizer_info(tokenizer: Tokenizer, max_len: int) -> Json:

@@ -1,4 +1,7 @@
-"""Evaluates tasks of a folder on ``local-completions``: URL, model, folder, and the tasks."""
+"""Evaluates tasks of a folder on ``local-completions``: URL, model, folder, and the tasks.
+
+Prints the metrics of each task, and what was answered to each of its documents.
+"""
 
 import json
 import sys
@@ -20,6 +23,11 @@ results = lm_eval.simple_evaluate(
     tasks=tasks,
     task_manager=TaskManager(include_path=folder, include_defaults=False),
     bootstrap_iters=0,
+    log_samples=True,
 )
 assert results is not None
-print(json.dumps(results["results"], default=str))
+answers = {
+    task: [sample["filtered_resps"] for sample in samples]
+    for task, samples in results["samples"].items()
+}
+print(json.dumps({"metrics": results["results"], "answers": answers}, default=float))
