@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from moeserve.errors import InternalError, MoeserveError, UnavailableError
+from moeserve.gateway.http.access import REASON
 from moeserve.gateway.openai.errors import error_body, error_object
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ def framed(endpoint: Endpoint) -> Endpoint:
         try:
             return await endpoint(request)
         except MoeserveError as error:
+            request.scope[REASON] = error.message
             return failed_response(error)
         except HTTPException as error:
             return await plain_response(request, error)
