@@ -131,6 +131,7 @@ def test_calls_that_are_no_requests_are_told_where_they_fail(house: House, calls
     house.eventually(lambda: len(calls.all()) == 2, "the lines")
     told = [(found["method"], found["path"], found["status"]) for found in calls.all()]
     assert told == [("GET", "/nowhere", 404), ("POST", "/v1/completions", 400)]
+    assert "JSON" in calls.all()[1]["error"]
 
 
 def test_the_dashboard_finds_its_metrics_on_the_page_of_a_server(house: House) -> None:

@@ -16,6 +16,8 @@ log = logging.getLogger("moeserve.access")
 
 # Set in the scope by a response whose request the service makes a record of.
 RECORDED = "moeserve.recorded"
+# Set in the scope to the message of the error that a call failed with.
+REASON = "moeserve.reason"
 REFUSED = 400
 MAX_PATH_CHARS = 200
 
@@ -58,6 +60,8 @@ class AccessLog:
             "status": status,
             "total_s": round(took_s, 6),
         }
+        if reason := scope.get(REASON):
+            fields["error"] = reason
         if refused:
             if not self._bound.admits():
                 return

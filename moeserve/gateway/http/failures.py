@@ -17,6 +17,7 @@ from moeserve.errors import (
     MoeserveError,
     UnavailableError,
 )
+from moeserve.gateway.http.access import REASON
 from moeserve.gateway.openai.errors import error_body, error_object
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def framed(endpoint: Endpoint) -> Endpoint:
         try:
             return await endpoint(request)
         except MoeserveError as error:
+            request.scope[REASON] = error.message
             return failed_response(error)
         except HTTPException as error:
             return await plain_response(request, error)
