@@ -148,18 +148,16 @@ class Scheduler:
 
     @property
     def num_foreseen(self) -> int:
-        """Tokens that the requests running now will have in the step after the one just planned,
-        as far as can be told."""
+        """Tokens of the running requests in the step after the one just planned, as foreseen."""
         last = self._in_flight
         return min(last.staying + last.left, self.config.max_num_batched_tokens)
 
     def abort(self, request_id: RequestId, reason: FinishReason) -> bool:
         """End a request and free its blocks; False if there is no such request."""
         seq = self._running.get(request_id) or self._waiting.get(request_id)
-        if seq is None:
-            return False
-        self._finish(seq, reason)
-        return True
+        if seq is not None:
+            self._finish(seq, reason)
+        return seq is not None
 
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's chunks. Its result goes to ``apply``, or its requests abort."""
@@ -259,14 +257,12 @@ class Scheduler:
 
     def take_ended(self) -> tuple[RequestId, ...]:
         """Those that ended since the last call."""
-        ended = tuple(self._ended)
-        self._ended.clear()
+        ended, self._ended = tuple(self._ended), []
         return ended
 
     def withdraw(self, count: int | None = None) -> list[SequenceState]:
         """Let go of so many that wait, the first ones first; None is all."""
-        ids = list(islice(self._waiting, count))
-        return [self._waiting.pop(request_id) for request_id in ids]
+        return [self._waiting.pop(id_) for id_ in tuple(islice(self._waiting, count))]
 
     def apply(self, result: StepResult) -> list[TokenOut]:
         """Take note of what the planned step computed and sampled."""
