@@ -73,6 +73,7 @@ ANSWERED: list[tuple[str, Asked]] = [
     ("prompt logprobs alone", {"max_tokens": 0, "prompt_logprobs": 0}),
     ("allowed", ON | {"max_tokens": 6, "allowed_token_ids": [65, 66, 67]}),
     ("bad words", ON | {"max_tokens": 6, "bad_words": ["e", "th"]}),
+    ("formed", {"max_tokens": 9, "temperature": 0, "grammar": {"regex": "[ab]{4}"}}),
     ("cut", ON | {"max_tokens": 4, "truncate_prompt_tokens": 2}),
     ("cut to fit", ON | {"max_tokens": 510, "truncate_prompt_tokens": -1}),
     ("named", ON | {"max_tokens": 1, "request_id": "mine", "cache_salt": "s", "domain": "d"}),
@@ -164,6 +165,8 @@ def by_http(house: House, asked: Asked, streamed: bool) -> Outcome:
     body = {"prompt": IDS, "return_token_ids": True} | asked
     if "include_stop" in body:
         body["include_stop_str_in_output"] = body.pop("include_stop")
+    if "grammar" in body:
+        body["structured_outputs"] = body.pop("grammar")
     if streamed:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     answer = house.http.post("/v1/completions", json=body)

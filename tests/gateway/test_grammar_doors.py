@@ -33,7 +33,7 @@ SCHEMA = {
 FORM = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
 ASK: dict[str, Any] = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 120}
 HOSTILE: list[tuple[str, dict[str, Any]]] = [
-    ("at most 262144", {"json": {"enum": [f"value number {i}" for i in range(200_000)]}}),
+    ("more than 65536 values", {"json": {"enum": [f"value number {i}" for i in range(200_000)]}}),
     ("recursion limit", {"json": '{"type":"array","items":' * 900 + "{}" + "}" * 900}),
     ("regex", {"regex": "(" * 3000 + "a" + ")" * 3000}),
     ("more time or memory", {"grammar": "start: " + '"a"? ' * 20_000}),

@@ -12,11 +12,12 @@ from moeserve.gateway.limits import prompt_text
 from moeserve.gateway.openai.chat import Conversation
 from moeserve.gateway.openai.fields import refuse
 from moeserve.gateway.openai.reading import Reading
-from moeserve.gateway.parsers.answer_grammar import BLANKS, AnswerShape, answer_grammar
+from moeserve.gateway.parsers.answer_grammar import AnswerShape, answer_grammar
 from moeserve.gateway.parsers.styles import AnswerStyle
 from moeserve.gateway.parsers.thinking import ends_inside
 from moeserve.gateway.service import ClientRequest, InferenceService, ServedModel
 from moeserve.gateway.text_work import TextWork
+from moeserve.grammar.json_options import json_options
 from moeserve.models.tokenizer import Tokenizer
 
 
@@ -70,11 +71,8 @@ def lark_of(form: Grammar) -> str:
     request asks for is left out: what cannot be a part is refused."""
     match form.kind:
         case GrammarKind.JSON_SCHEMA:
-            schema = json.loads(form.text)
-            blanks = BLANKS if form.whitespace is None else form.whitespace
-            flexible = {"whitespace_pattern": blanks} if blanks else {"whitespace_flexible": False}
-            options = {"lenient": False, "coerce_one_of": False, **flexible}
-            return f"%json {json.dumps(schema | {'x-guidance': options}, ensure_ascii=False)}"
+            schema = json.loads(form.text) | {"x-guidance": json_options(form.whitespace)}
+            return f"%json {json.dumps(schema, ensure_ascii=False)}"
         case GrammarKind.REGEX:
             return "/" + form.text.replace("/", r"\/") + "/"
         case GrammarKind.CHOICE:

@@ -25,13 +25,12 @@ from moeserve.gateway.parsers.json_calls import (
 )
 from moeserve.gateway.parsers.styles import AnswerStyle
 from moeserve.gateway.parsers.tagged_calls import GLM, QWEN_CODER, TaggedCallFormat
+from moeserve.grammar.json_options import json_options
 
 Tool = Mapping[str, Any]
 # None where a marker is text to the model's tokenizer.
 TokenOf = Callable[[str], int | None]
 
-# Between the tokens of a JSON document: a model that may write blanks without end does.
-BLANKS = r"( |\r?\n[ \t]{0,32})"
 _ANY = r"/(.|\n)*/"
 _SOME = r"/(.|\n)+/"
 
@@ -173,7 +172,7 @@ class _Rules:
 
     def _json(self, name: str, schema: Mapping[str, Any], *, strict: bool) -> str:
         """What a schema has that no grammar can say is left out, unless it is ``strict``."""
-        options = {"whitespace_pattern": BLANKS, "lenient": not strict}
+        options = json_options() | {"lenient": not strict, "coerce_one_of": not strict}
         text = json.dumps(dict(schema) | {"x-guidance": options}, ensure_ascii=False)
         return self._add(name, f"%json {text}")
 
