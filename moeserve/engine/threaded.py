@@ -1,8 +1,8 @@
 """An executor on a thread of its own, so that a step runs while the next one is planned.
 
 What a device does by itself: steps wait in a queue, and the newest tokens of one that was planned
-ahead are those that the step before has sampled. On a CPU whose kernels take all cores there is
-nobody left to plan meanwhile: engines there use their executor as it is.
+ahead are those that the step before has sampled. On a CPU whose kernels take all cores the plan
+takes from them what it saves (``bench/ahead.py``): engines there use their executor as it is.
 """
 
 from __future__ import annotations
