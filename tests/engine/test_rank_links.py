@@ -114,7 +114,7 @@ class Listener:
 
     @property
     def taken(self) -> set[str]:
-        return {one[0] for one in self.heard if isinstance(one, tuple)}
+        return {one[0] for one in self.heard if isinstance(one, tuple) and len(one) == 2}
 
     def events(self, name: str) -> list[Event]:
         return [e for e in self.heard if isinstance(e, Event) and e.request_id == name]

@@ -98,6 +98,7 @@ events = st.builds(
     finish=st.none() | st.sampled_from(FinishReason),
     error=st.just(""),
     cached_tokens=st.integers(0, 2**32 - 1),
+    queue_s=st.just(0.0),  # a door knows its own
 )
 
 
