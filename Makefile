@@ -14,8 +14,8 @@ TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all fuzz clients check sanitize bench docs proto lock hooks clean \
-  distclean
+.PHONY: help setup demo test test-all fuzz clients check sanitize bench docs proto lock hooks clean
+.PHONY: distclean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -78,7 +78,7 @@ def test_every_door_gives_the_same_answers_and_all_stop_together(tmp_path: Path)
         page = urllib.request.urlopen(f"http://127.0.0.1:{ports[0]}/metrics", timeout=PATIENCE_S)
         with page:
             counted = page.read().decode()
-        formed = {ask(port, prompts[0], guided_regex="[a-z]{3}-[0-9]{2}") for port in ports}
+        formed = {ask(port, prompts[0], guided_regex="[a-z]{3}-[0-9]{2}")[0] for port in ports}
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0
     assert len({(p, text) for p, (text, _) in zip(prompts, answers, strict=True)}) == 5
