@@ -208,7 +208,7 @@ async def test_closing_ends_jobs(open_pool: OpenPool) -> None:
 @pytest.mark.parametrize("turns", [1, 2, 5, 50])
 async def test_closing_while_a_worker_starts_leaves_none(open_pool: OpenPool, turns: int) -> None:
     pool = open_pool()
-    job = asyncio.create_task(pool.ask({"do": "pid"}))
+    job = asyncio.create_task(pool.ask({"do": "sleep", "s": 100}))  # not done before it closes
     warming = asyncio.create_task(pool.warm())
     for _ in range(turns):
         await asyncio.sleep(0.0005)
