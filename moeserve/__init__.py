@@ -2,7 +2,7 @@
 
 Imports run one way, and ``tests/test_layout.py`` holds it::
 
-    core  errors  config  pb  host  native  process  safetensors_header   plain data
+    core  errors  config  pb  host  native  process  regular_file  safetensors_header   plain data
       ^
     kernels  placement                        op table; who holds which expert
       ^

@@ -148,12 +148,12 @@ def sampling_params(given: Mapping[str, object], model: ModelLimits) -> Sampling
             "ignore_eos: an answer in a given form ends with end-of-text; leave it out",
             param="ignore_eos",
         )
-    for name in ("allowed_token_ids", "bad_token_ids"):
-        if params.grammar is not None and getattr(params, name):
-            raise InvalidRequestError(
-                f"{name}: an answer in a given form says itself what is allowed; leave it out",
-                param=name,
-            )
+    if params.grammar is not None and params.allowed_token_ids:
+        raise InvalidRequestError(
+            "allowed_token_ids: an answer in a given form says itself what is allowed; leave it "
+            "out",
+            param="allowed_token_ids",
+        )
     return params
 
 

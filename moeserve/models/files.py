@@ -9,11 +9,10 @@ file and what to do. Standard library only.
 from __future__ import annotations
 
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moeserve import regular_file
 from moeserve.errors import CheckpointError
 
 _MIB = 1 << 20
@@ -32,11 +31,10 @@ _MARKS = (b",", b"[", b"{")
 
 def open_regular(file: Path) -> BinaryIO:
     """The file, to be read. OSError, or CheckpointError where it is no regular file."""
-    opened = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
-        os.close(opened)
+    opened = regular_file.open_regular(file)
+    if opened is None:
         raise CheckpointError(f"{file}: not a regular file; put the model's own file there")
-    return os.fdopen(opened, "rb")
+    return opened
 
 
 def most_bytes(file: Path) -> int:

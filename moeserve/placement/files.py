@@ -8,12 +8,12 @@ opened: a pipe or a device may never end. Whatever is wrong is a PlacementError 
 from __future__ import annotations
 
 import json
-import os
 import stat
 from pathlib import Path
 from typing import Any
 
 from moeserve.errors import PlacementError
+from moeserve.regular_file import open_regular
 
 # Of a model: more than any has. Solvers keep tables of experts by experts.
 MOST_EXPERTS = 4096
@@ -72,9 +72,10 @@ def read_text(path: Path, most: int = MOST_TEXT_BYTES) -> str:
     require_regular(path)
     try:
         # Looked at again: it may be a pipe since, which must not be waited for.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise PlacementError(f"cannot read {path}: it is no regular file")
+        file = open_regular(path)
+        if file is None:
+            raise PlacementError(f"cannot read {path}: it is no regular file")
+        with file:
             content = file.read(most + 1)
     except OSError as cause:
         raise PlacementError(f"cannot read {path}: {reason(cause)}") from cause

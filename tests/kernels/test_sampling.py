@@ -373,7 +373,7 @@ KINDS = (
     {"logit_bias": ((4, 9.0),)},
     {"temperature": 1.0, "seed": 3},
 )
-# What no answer in a given form may ask for (``limits``).
+# What may leave nothing of the tokens that are allowed.
 OWN_KINDS = ({"allowed_token_ids": (5, 2, 9)}, {"bad_token_ids": ((1,), (2, 2, 3))})
 
 

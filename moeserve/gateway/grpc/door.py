@@ -18,6 +18,7 @@ from moeserve.gateway.grpc.guards import BusyPeers, GrpcGuard
 from moeserve.gateway.grpc.inference import SERVICE, InferenceMethods
 from moeserve.gateway.grpc.kserve import KSERVE_SERVICE, KserveMethods
 from moeserve.gateway.grpc.reads import MessageReads
+from moeserve.gateway.http.server import address_of
 from moeserve.gateway.identity import Tenants
 from moeserve.gateway.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from moeserve.gateway.service import InferenceService
@@ -89,7 +90,7 @@ class GrpcDoor:
         self._watching: asyncio.Task[None] | None = None
 
     def _bind(self, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = address_of(host, port)
         try:
             if credentials is None:
                 return int(self._server.add_insecure_port(address))

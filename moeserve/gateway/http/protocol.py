@@ -15,7 +15,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from moeserve.errors import MoeserveError, UnavailableError
+from moeserve.errors import RETRY_AFTER_S, MoeserveError, UnavailableError
 from moeserve.gateway.http.phases import ConnectionPhase, Phases
 from moeserve.gateway.openai.errors import error_body
 
@@ -82,7 +82,7 @@ class GuardedProtocol(H11Protocol):
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            (b"retry-after", b"1"),
+            (b"retry-after", str(RETRY_AFTER_S).encode()),
             (b"connection", b"close"),
         ]
         response = h11.Response(status_code=error.http_status, headers=headers)

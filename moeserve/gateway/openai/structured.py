@@ -50,14 +50,8 @@ def grammar_of(body: Body) -> Grammar | None:
 
 def schema_grammar(schema: object, name: str, whitespace: str | None = None) -> Grammar:
     """The JSON documents of a schema, given as JSON or as its text; ``name`` is the field's."""
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
-            refuse(name, f"not JSON ({error})"[:200])
-    if not isinstance(schema, dict):
-        refuse(name, "expected a JSON Schema, which is an object")
-    return Grammar(GrammarKind.JSON_SCHEMA, _compact(schema, name), whitespace)
+    found = _object(schema, name, "a JSON Schema, which is an object")
+    return Grammar(GrammarKind.JSON_SCHEMA, _compact(found, name), whitespace)
 
 
 def _response_format(body: Body) -> Grammar | None:
@@ -144,14 +138,8 @@ def _choice(value: object, name: str, whitespace: str | None) -> Grammar:
 
 
 def _tags(value: object, name: str, whitespace: str | None) -> Grammar:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            refuse(name, f"not JSON ({error})"[:200])
-    if not isinstance(value, dict):
-        refuse(name, "expected an object with structures and triggers")
-    return _structural_tag({k: v for k, v in value.items() if k != "type"}, name)
+    found = _object(value, name, "an object with structures and triggers")
+    return _structural_tag({k: v for k, v in found.items() if k != "type"}, name)
 
 
 def _structural_tag(given: Mapping[str, object], name: str) -> Grammar:
@@ -203,6 +191,18 @@ def _compact(value: object, name: str) -> str:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     except RecursionError:
         refuse(name, "nested too deep")
+
+
+def _object(value: object, name: str, expected: str) -> dict[str, object]:
+    """Given as JSON or as its text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            refuse(name, f"not JSON ({error})"[:200])
+    if not isinstance(value, dict):
+        refuse(name, f"expected {expected}")
+    return value
 
 
 def _refuse_others(given: Mapping[str, object], name: str, known: set[str]) -> None:
