@@ -12,6 +12,8 @@ Imports run one way, and ``tests/test_layout.py`` holds it::
       ^
     engine  offload                           requests to tokens
       ^
+    pools                                     peers: who is there, KV between them, which has what
+      ^
     gateway  doctor  evaluate  bench  testbed   doors; this host; accuracy; speed; many hosts
       ^
     worker                                    one rank of several

@@ -37,6 +37,7 @@ PURE = (
     "engine/blocks.py",
     "engine/ranks/microbatches.py",
     "engine/replan/switch.py",
+    "pools/members.py",
 )
 # Modules that decide over many ranks at once, and so may import numpy beside that.
 PURE_WITH_ARRAYS = tuple(
@@ -45,7 +46,7 @@ PURE_WITH_ARRAYS = tuple(
 )
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
-    "heapq itertools math operator struct typing "
+    "heapq itertools json math operator struct typing "
     "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.sequence "
     "moeserve.engine.step_builder moeserve.engine.bounds moeserve.engine.drafts "
     "moeserve.engine.foresight "
@@ -85,7 +86,7 @@ MOST_PARAMETERS = 10
 LARGER_WITH_REASON: dict[str, str] = {}
 
 FOLDERS_WITH_A_MAP = tuple(
-    "config comm engine grammar kernels models placement gateway worker observe".split()
+    "config comm engine grammar kernels models placement pools gateway worker observe".split()
 )
 MAPS_STILL_MISSING: dict[str, str] = {}
 

@@ -13,13 +13,42 @@ from moeserve.engine.blocks import BlockKey, child_key, root_key
 
 
 @dataclass(frozen=True, slots=True)
+class KvSource:
+    """A rank of another instance from which the KV of a request's tokens can be had.
+
+    ``running`` names the request there that has it; empty: the rank is to prefill the tokens.
+    ``server_name`` is one that the certificate of ``address`` is for, if it has one.
+    """
+
+    address: str
+    server_name: str = ""
+    running: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldKv:
+    """Blocks of a sequence from its first token on, which their holder has a reference to each of.
+    The KV of the first ``computed`` tokens lies there."""
+
+    blocks: tuple[BlockId, ...]
+    computed: int
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """What a request made before it came to a rank: tokens, and of its sequence the most that was
-    computed; ``moved`` where another rank had it."""
+    computed; ``moved`` where another rank had it. ``sources`` have its KV, best first.
+
+    ``kv`` came before it, and becomes the request's own. ``keep`` is for whoever wants the KV when
+    the request has ended well.
+    """
 
     output_ids: tuple[int, ...] = ()
     reached: int = 0
     moved: bool = False
+    sources: tuple[KvSource, ...] = ()
+    kv: HeldKv | None = None
+    keep: bool = False
 
 
 NEW = History()

@@ -15,7 +15,7 @@ class ToRank(_message.Message):
     def __init__(self, submit: _Optional[_Iterable[_Union[Submission, _Mapping]]] = ..., end: _Optional[_Iterable[_Union[Ending, _Mapping]]] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("id", "prompt", "outputs", "sampling", "salt", "domain", "adapter", "timeout_s", "moved", "reached")
+    __slots__ = ("id", "prompt", "outputs", "sampling", "salt", "domain", "adapter", "timeout_s", "moved", "reached", "sources")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class Submission(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
     REACHED_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     outputs: _containers.RepeatedScalarFieldContainer[int]
@@ -36,7 +37,18 @@ class Submission(_message.Message):
     timeout_s: float
     moved: bool
     reached: int
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[str] = ..., domain: _Optional[str] = ..., adapter: _Optional[str] = ..., timeout_s: _Optional[float] = ..., moved: _Optional[bool] = ..., reached: _Optional[int] = ...) -> None: ...
+    sources: _containers.RepeatedCompositeFieldContainer[KvSource]
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[str] = ..., domain: _Optional[str] = ..., adapter: _Optional[str] = ..., timeout_s: _Optional[float] = ..., moved: _Optional[bool] = ..., reached: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[KvSource, _Mapping]]] = ...) -> None: ...
+
+class KvSource(_message.Message):
+    __slots__ = ("address", "server_name", "running")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SERVER_NAME_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    server_name: str
+    running: str
+    def __init__(self, address: _Optional[str] = ..., server_name: _Optional[str] = ..., running: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "bias_ids", "biases", "seed", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "allowed_token_ids", "bad_token_ids", "grammar")

@@ -33,7 +33,7 @@ from moeserve.engine.ranks.messages import (
     write_submission,
     write_uses,
 )
-from moeserve.engine.sequence import History
+from moeserve.engine.sequence import History, KvSource
 from moeserve.errors import InvalidRequestError
 from moeserve.pb import rank_pb2 as pb
 
@@ -83,7 +83,8 @@ requests = st.builds(
     scope=st.builds(CacheScope, texts, texts),
     domain=texts,
 )
-histories = st.builds(History, token_lists, counts, st.booleans())
+sources = st.lists(st.builds(KvSource, st.text(max_size=9), st.text(max_size=9)), max_size=3)
+histories = st.builds(History, token_lists, counts, st.booleans(), sources.map(tuple))
 scores = reals(-math.inf, 0, allow_nan=False)
 logprobs = st.lists(
     st.builds(Logprobs, scores, st.lists(st.tuples(tokens, scores), max_size=4).map(tuple)),

@@ -28,13 +28,15 @@ from moeserve.core import (
     SamplingParams,
 )
 from moeserve.engine.ranks.homes import ExpertUse
-from moeserve.engine.sequence import History
+from moeserve.engine.sequence import History, KvSource
 from moeserve.errors import InvalidRequestError
 from moeserve.pb import rank_pb2 as pb
 
 M = TypeVar("M", bound=Message)
 # A logit of fp32 divided by less may be infinite, which is no logit.
 _LEAST_DIVISOR = 1e-200
+# Where the KV of a request can be had; more are never asked.
+MOST_SOURCES = 8
 
 
 def parse(kind: type[M], content: bytes) -> M:
@@ -51,6 +53,10 @@ def write_submission(out: pb.Submission, request: Request, history: History, now
     out.id = request.id
     out.outputs.extend(history.output_ids)
     out.reached, out.moved = history.reached, history.moved
+    for source in history.sources:
+        out.sources.add(
+            address=source.address, server_name=source.server_name, running=source.running
+        )
     out.prompt.extend(request.prompt_ids)
     out.salt, out.adapter = request.scope.salt, request.scope.adapter
     out.domain = request.domain
@@ -77,7 +83,12 @@ def read_submission(
         domain=submission.domain,
     )
     made = tuple(submission.outputs)
-    return request, History(made, submission.reached, submission.moved)
+    if len(submission.sources) > MOST_SOURCES:
+        raise InvalidRequestError(
+            f"{len(submission.sources)} sources of KV: expected {MOST_SOURCES} at most"
+        )
+    sources = tuple(KvSource(s.address, s.server_name, s.running) for s in submission.sources)
+    return request, History(made, submission.reached, submission.moved, sources)
 
 
 def read_ending(ending: pb.Ending) -> tuple[RequestId, FinishReason]:

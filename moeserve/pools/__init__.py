@@ -1,0 +1,5 @@
+"""Pools of peers: instances that prefill, decode or keep KV, and serve one another over gRPC.
+
+* ``kv/``: KV between caches: its bytes on the way, digests, who fetches it from where
+* ``members``: who takes part, what it serves, and the load that it reports
+"""

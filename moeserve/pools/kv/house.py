@@ -1,0 +1,80 @@
+"""The KV of one rank, as those see it who bring some or take some away. ``engine.kv_exchange`` is
+it; tests have another.
+
+Blocks are held or free, and whoever holds a block has a reference to it, which it gives back or
+hands on. Of a held block the positions that are computed do not change any more, so they can be
+exported while the rank runs steps; a block that was borrowed to be written is nobody else's, so it
+can be imported into as well. Every call is for any thread, and none waits for a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from moeserve.core import BlockId, CacheScope, Request, RequestId
+from moeserve.engine.request_state import EventSink
+from moeserve.engine.sequence import HeldKv, History
+from moeserve.kernels.kv_layout import KvBlockLayout
+
+
+class KvHouse(Protocol):
+    """``layouts`` has one entry per KV tensor, which is one per layer; they differ in nothing but
+    shape. The first ``computed`` positions of a ``HeldKv`` are there, in all layers."""
+
+    @property
+    def layouts(self) -> tuple[KvBlockLayout, ...]: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    def borrow(self, token_ids: Sequence[int], scope: CacheScope) -> HeldKv | None:
+        """Blocks for so many tokens, of which those that are cached here, from the first on, are
+        computed and shared; at least the last token is not. None where there is no room now: what
+        runs must be able to grow."""
+        ...
+
+    def publish(self, held: HeldKv, token_ids: Sequence[int], scope: CacheScope) -> None:
+        """The full blocks of what is computed can be found by others from now on."""
+        ...
+
+    def give_back(self, held: HeldKv, *, forget: bool = False) -> None:
+        """Lets go of the references. ``forget`` where the contents cannot be trusted."""
+        ...
+
+    def export_kv(self, layer: int, blocks: Sequence[BlockId], out_NX: Tensor) -> None:
+        """Writes uint8 [N, ``layouts[layer].nbytes``]; the blocks are held."""
+        ...
+
+    def import_kv(self, layer: int, blocks: Sequence[BlockId], data_NX: Tensor) -> None:
+        """The blocks were borrowed, and are not shared."""
+        ...
+
+    def submit(self, request: Request, sink: EventSink, history: History) -> None:
+        """As an engine's. With ``history.kv`` the references become the request's, whatever comes
+        of it, unless this raises. With ``history.keep`` the caller gets them when the request has
+        ended well: ``take_kept``."""
+        ...
+
+    def abort(self, request_id: RequestId) -> None: ...
+
+    def look(self, request_id: RequestId) -> HeldKv | None:
+        """References to what a running request has computed so far; None if it does not run."""
+        ...
+
+    def take_kept(self, request_id: RequestId) -> HeldKv | None:
+        """What an ended request left, once. None if nothing is kept under this id."""
+        ...
+
+    def detach(self, request_id: RequestId) -> tuple[HeldKv, tuple[int, ...]] | None:
+        """Takes a running request out of the rank between two steps, with the tokens it has made:
+        its sink is told that it is given back (``RankSink.give_back``), after all their events.
+        None if it does not run any more."""
+        ...
+
+    def on_step(self, tell: Callable[[], None]) -> Callable[[], None]:
+        """``tell`` is called on the engine's thread after each step, and must not block; what is
+        returned ends that."""
+        ...
