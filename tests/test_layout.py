@@ -38,6 +38,7 @@ PURE = (
     "engine/ranks/microbatches.py",
     "engine/replan/switch.py",
     "pools/members.py",
+    "pools/registry/leases.py",
 )
 # Modules that decide over many ranks at once, and so may import numpy beside that.
 PURE_WITH_ARRAYS = tuple(
@@ -46,11 +47,11 @@ PURE_WITH_ARRAYS = tuple(
 )
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
-    "heapq itertools json math operator struct typing "
+    "heapq itertools json math operator re struct typing "
     "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.sequence "
     "moeserve.engine.step_builder moeserve.engine.bounds moeserve.engine.drafts "
     "moeserve.engine.foresight "
-    "moeserve.engine.policies moeserve.engine.scheduler".split()
+    "moeserve.engine.policies moeserve.engine.scheduler moeserve.pools.members".split()
 )
 ARRAY_IMPORTS = frozenset(
     "numpy numpy.typing moeserve.engine.ranks.homes moeserve.engine.ranks.loads "
