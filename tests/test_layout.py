@@ -41,6 +41,7 @@ PURE = (
     "engine/ranks/microbatches.py",
     "engine/replan/switch.py",
     "pools/members.py",
+    "pools/registry/leases.py",
 )
 # Modules that decide over many ranks at once, and so may import numpy beside that.
 PURE_WITH_ARRAYS = tuple(
@@ -49,13 +50,8 @@ PURE_WITH_ARRAYS = tuple(
 )
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
-    "heapq itertools json math operator struct typing "
-    "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.sequence "
-    "moeserve.engine.step_builder moeserve.engine.bounds moeserve.engine.drafts "
-    "moeserve.engine.foresight moeserve.engine.kv_manager moeserve.engine.waiting "
-    "moeserve.engine.deadlines "
-    "moeserve.engine.policies moeserve.engine.scheduler".split()
-)
+    "heapq itertools json math operator re struct typing moeserve.core moeserve.errors".split()
+).union("moeserve." + name.removesuffix(".py").replace("/", ".") for name in PURE)
 ARRAY_IMPORTS = frozenset(
     "numpy numpy.typing moeserve.engine.ranks.homes moeserve.engine.ranks.loads "
     "moeserve.engine.ranks.prefixes moeserve.engine.ranks.rank_view "

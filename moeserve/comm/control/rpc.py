@@ -53,6 +53,9 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
     ("grpc.max_concurrent_streams", MOST_CALLS),
+    # A peer that comes back is found soon, however long it was away.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
 )
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -116,15 +119,19 @@ def _is_loopback(host: str) -> bool:
 
 
 def open_server(
-    host: str, trust: Trust, run: bytes, handlers: Sequence[grpc.GenericRpcHandler]
+    host: str,
+    trust: Trust,
+    run: bytes,
+    handlers: Sequence[grpc.GenericRpcHandler],
+    port: int = 0,
 ) -> tuple[grpc.aio.Server, int]:
-    """A server of the running event loop, not started yet, and its port. ConfigError where it may
-    not be reached by ``host``, or cannot."""
+    """A server of the running event loop, not started yet, and its port, which is any free one
+    where ``port`` is 0. ConfigError where it may not be reached by ``host``, or cannot."""
     require_trust(host, trust)
     guards = [ProofGuard(trust.proof(run))]
     server = grpc.aio.server(interceptors=guards, options=_OPTIONS)
     server.add_generic_rpc_handlers((_greetings(), *handlers))
-    place = f"[{host}]:0" if ":" in host else f"{host}:0"
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     tls = trust.tls
     try:
         if tls is None:
@@ -133,9 +140,10 @@ def open_server(
         both = grpc.ssl_server_credentials(pair, tls.authority, require_client_auth=True)
         return server, int(server.add_secure_port(place, both))
     except RuntimeError as error:
+        what = f"port {port} of {host} cannot" if port else f"no port of {host} can"
         raise ConfigError(
-            f"no port of {host} can be opened for the other ranks: name an interface of this host "
-            f"({error})"
+            f"{what} be opened for the other ranks: name an interface of this host, and a port "
+            f"that is free if any ({error})"
         ) from error
 
 
