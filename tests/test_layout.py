@@ -38,6 +38,7 @@ PURE = (
     "engine/ranks/microbatches.py",
     "engine/replan/switch.py",
     "pools/members.py",
+    *(f"pools/cache/{name}.py" for name in "keys ledger recompute ring".split()),
 )
 # Modules that decide over many ranks at once, and so may import numpy beside that.
 PURE_WITH_ARRAYS = tuple(
@@ -50,7 +51,7 @@ PURE_IMPORTS = frozenset(
     "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.sequence "
     "moeserve.engine.step_builder moeserve.engine.bounds moeserve.engine.drafts "
     "moeserve.engine.foresight "
-    "moeserve.engine.policies moeserve.engine.scheduler".split()
+    "moeserve.engine.policies moeserve.engine.scheduler moeserve.pools.cache.keys".split()
 )
 ARRAY_IMPORTS = frozenset(
     "numpy numpy.typing moeserve.engine.ranks.homes moeserve.engine.ranks.loads "
