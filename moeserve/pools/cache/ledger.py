@@ -108,9 +108,7 @@ class Ledger:
             self.pinned_bytes += self._held[key].nbytes
 
     def unpin(self, key: PageKey) -> None:
-        """Of a page that was removed meanwhile nothing is left to unpin."""
-        if key not in self._held:
-            return
+        """Of a page that is here, and pinned."""
         assert self._pins.get(key), "the page is not pinned"
         self._pins[key] -= 1
         if not self._pins[key]:
