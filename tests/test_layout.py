@@ -42,6 +42,7 @@ PURE = (
     "engine/replan/switch.py",
     "pools/members.py",
     "pools/registry/leases.py",
+    *(f"pools/cache/{name}.py" for name in "keys ledger recompute ring".split()),
 )
 # Modules that decide over many ranks at once, and so may import numpy beside that.
 PURE_WITH_ARRAYS = tuple(

@@ -1,5 +1,6 @@
 """Pools of peers: instances that prefill, decode or keep KV, and serve one another over gRPC.
 
+* ``cache/``: the pool of KV pages: who keeps what, in memory and on disk, and how it is asked
 * ``kv/``: KV between caches: its bytes on the way, digests, who fetches it from where
 * ``registry/``: leases of members, kept by gateways or elsewhere, and the view one has of them
 * ``members``: who takes part, what it serves, and the load that it reports

@@ -1,0 +1,12 @@
+"""The cache pool: KV of prefixes that any peer has computed, kept by members of the role ``CACHE``.
+
+* ``keys``: what a page is called, whose it is, and which pages lie together
+* ``ring``: which members keep what, by consistent hashing
+* ``ledger``: what a tier holds: bytes, quotas, pins, and what goes first
+* ``pages``: a page as bytes, and the runs of KV in it
+* ``memory``: pages in memory
+* ``page_files``: a folder of pages on a disk, each whole or absent
+* ``disk``: pages on the disk, off the event loop
+* ``store``: memory and disk as one
+* ``recompute``: whether fetching is cheaper than computing, from measured rates
+"""
