@@ -1,5 +1,7 @@
 """Pools of peers: instances that prefill, decode or keep KV, and serve one another over gRPC.
 
 * ``kv/``: KV between caches: its bytes on the way, digests, who fetches it from where
+* ``cluster``: the members as one engine, which the doors of a gateway submit to
+* ``cluster_requests``: a request on its way through members, and members that failed lately
 * ``members``: who takes part, what it serves, and the load that it reports
 """

@@ -1,0 +1,107 @@
+"""A client's request on its way through the members of a cluster, and the members that just failed.
+
+A request is with one member at a time (``Attempt``), or waits at the gateway. Members know it by an
+id that no other attempt has, so what a former one sends late is nobody's. Its tokens are counted
+here: whoever has it next is given those that came, and goes on behind them.
+
+Pure: time is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moeserve.core import Event, FinishReason, Request, RequestId
+from moeserve.engine.request_state import RequestState
+from moeserve.engine.sequence import History, KvSource
+from moeserve.pools.members import Member
+
+# How often a request is lost without a token in between before its client is told.
+MOST_LOSSES = 3
+# How long a member that failed gets nothing: doubled with every failure after it, up to the most.
+ASIDE_S, MOST_ASIDE_S = 0.5, 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A member has the request, which it knows as ``inner``."""
+
+    inner: RequestId
+    member: Member
+
+
+@dataclass(slots=True)
+class RoutedRequest:
+    """``arrival`` orders requests; ``scored`` log-probabilities of the prompt have come. ``losses``
+    counts members that were lost with it since its last token, ``lost`` says how the last one was.
+    """
+
+    state: RequestState
+    arrival: int
+    output_ids: list[int] = field(default_factory=list)
+    scored: int = 0
+    attempt: Attempt | None = None
+    moved: bool = False
+    losses: int = 0
+    lost: str = ""
+    ending: FinishReason | None = None
+
+    @property
+    def request(self) -> Request:
+        return self.state.request
+
+    def late(self, now: float) -> bool:
+        """Whether its deadline has come."""
+        return self.request.deadline is not None and self.request.deadline <= now
+
+    def take(self, event: Event) -> None:
+        """What its member made of it."""
+        if event.token_ids:
+            self.output_ids += event.token_ids
+            self.losses = 0
+        self.scored += len(event.prompt_logprobs)
+
+    def lose(self, why: str) -> bool:
+        """Its member is lost; whether another one is to have it."""
+        self.attempt, self.moved, self.lost = None, True, why
+        self.losses += 1
+        return self.losses <= MOST_LOSSES
+
+    def history(self, sources: Sequence[KvSource] = ()) -> History:
+        """What the next member is told: of the prompt's tokens those below ``reached`` are scored
+        already, and everything computed is computed again, if the KV is not found."""
+        made = len(self.output_ids)
+        reached = len(self.request.prompt_ids) + made - 1 if made else self.scored
+        return History(tuple(self.output_ids), reached, self.moved, tuple(sources))
+
+
+class SetAside:
+    """Members that failed lately, by id."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+        self._waits: dict[str, float] = {}
+
+    def failed(self, member: str, now: float) -> None:
+        """It gets nothing for a while."""
+        if self._until.get(member, 0.0) > now:
+            return  # the same failure, as another request sees it
+        wait = self._waits.get(member, ASIDE_S)
+        self._until[member] = now + wait
+        self._waits[member] = min(2 * wait, MOST_ASIDE_S)
+
+    def worked(self, member: str) -> None:
+        """It has made something."""
+        if member in self._waits:
+            del self._waits[member]
+            self._until.pop(member, None)
+
+    def forget(self, member: str) -> None:
+        """It has left the cluster."""
+        self._until.pop(member, None)
+        self._waits.pop(member, None)
+
+    def members(self, now: float) -> frozenset[str]:
+        """Those that get nothing now."""
+        return frozenset(member for member, until in self._until.items() if until > now)
