@@ -2,6 +2,7 @@
 
 * ``kv/``: KV between caches: its bytes on the way, digests, who fetches it from where
 * ``cluster``: the members as one engine, which the doors of a gateway submit to
+* ``cluster_links``: who is there, a route for each request, and links, as a gateway needs them
 * ``cluster_requests``: a request on its way through members, and members that failed lately
 * ``members``: who takes part, what it serves, and the load that it reports
 """

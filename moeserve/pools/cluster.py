@@ -6,9 +6,10 @@ tokens. Where no member can have it now it waits, in order of arrival, no longer
 
 A member that breaks its stream, says that it is stopping or full, or has left the cluster is lost
 with what it ran: these requests go to other members, with the tokens that came, so that clients get
-every position once and the same tokens (law 1). A request that is lost ``MOST_LOSSES`` times
-without a token in between and once more ends with UNAVAILABLE, and with what the last member said.
-One that a member gives back is routed anew.
+every position once and the same tokens (law 1). A request that is lost more than ``MOST_LOSSES``
+times without a token in between ends with UNAVAILABLE, and with what the last member said. One that
+a member gives back is routed anew. What runs at a member that drains moves to another one while it
+runs, if that one gets hold of its KV.
 
 All of it happens on the event loop's thread; ``stop`` is for any other.
 """
@@ -21,19 +22,24 @@ import heapq
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 
 from moeserve.core import Counters, Event, FinishReason, Request, RequestId
 from moeserve.engine.loop import EngineLoad, EngineObserver
 from moeserve.engine.ranks.door_requests import Return
 from moeserve.engine.ranks.homes import ExpertUse
-from moeserve.engine.ranks.rank_links import RankListener
 from moeserve.engine.request_state import EventSink, Gaps, Outbox, RequestState
-from moeserve.engine.sequence import History, KvSource
+from moeserve.engine.sequence import KvSource
 from moeserve.errors import ExhaustedError, InvalidRequestError, UnavailableError
-from moeserve.pools.cluster_requests import Attempt, RoutedRequest, SetAside
-from moeserve.pools.members import Member, Report
+from moeserve.pools.cluster_links import MemberLinks, MembersNews, MembersSeen, PickedRoute, Router
+from moeserve.pools.cluster_requests import (
+    MOST_LOSSES,
+    Attempt,
+    ClusterCounts,
+    RoutedRequest,
+    SetAside,
+)
+from moeserve.pools.members import Member
 
 log = logging.getLogger(__name__)
 
@@ -41,77 +47,20 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.05
 # Beyond the deadline that it is given, what a member gets to end a request.
 LATE_S = 2.0
-CANCELLED = "the request was cancelled"
-
-
-class MemberLink(Protocol):
-    """One member, such as ``RemoteLink``. The listener is never called from within."""
-
-    def submit(self, request: Request, history: History) -> None: ...
-
-    def end(self, request_id: RequestId, reason: FinishReason) -> None: ...
-
-    async def close(self) -> None:
-        """Ends what is there: the listener hears of every request."""
-        ...
-
-
-class MembersSeen(Protocol):
-    """Who is in the cluster, as far as this gateway knows (``registry.view``)."""
-
-    def members(self) -> tuple[Report, ...]: ...
-
-    def get(self, member_id: str, /) -> Report | None: ...
-
-
-class PickedRoute(Protocol):
-    """Who decodes a request, who prefills it if that is another, and who could instead."""
-
-    @property
-    def decode(self) -> Member: ...
-
-    @property
-    def prefill(self) -> Member | None: ...
-
-    @property
-    def alternates(self) -> tuple[Member, ...]: ...
-
-
-class Router(Protocol):
-    """Picks a route for ``request``, which has made ``made`` tokens, over members that are not in
-    ``exclude``. None where there is none now."""
-
-    def __call__(
-        self, request: Request, made: int, exclude: frozenset[str], now: float, /
-    ) -> PickedRoute | None: ...
-
-
-@dataclass(slots=True)
-class ClusterCounts:
-    """Counted where it happens: requests sent to members, of these with KV from another; losses of
-    requests with a member, those that ended for it, and returns; members that were set aside; and
-    events of former attempts, which were dropped."""
-
-    sent: int = 0
-    sent_with_sources: int = 0
-    lost: int = 0
-    given_up: int = 0
-    returned: int = 0
-    late_events: int = 0
 
 
 class ClusterEngine:
-    """A ``ServingEngine``, and the listener of its links.
+    """A ``ServingEngine``, and the listener of its links; ``on_change`` is told of members.
 
-    ``connect`` makes the link to a member when it is first used; ``name`` tells the requests of
-    this gateway from those of others. ``max_queue`` bounds the requests that wait here.
+    ``name`` tells the requests of this gateway from those of others. ``max_queue`` bounds the
+    requests that wait here.
     """
 
     def __init__(
         self,
         view: MembersSeen,
         route: Router,
-        connect: Callable[[Member, RankListener], MemberLink],
+        links: MemberLinks,
         observer: EngineObserver,
         *,
         name: str,
@@ -121,7 +70,7 @@ class ClusterEngine:
         self.counts = ClusterCounts()
         self._view = view
         self._route = route
-        self._connect = connect
+        self._links = links
         self._observer = observer
         self._name = name
         self._max_queue = max_queue
@@ -129,12 +78,11 @@ class ClusterEngine:
         self._loop = asyncio.get_running_loop()
         self._counters = Counters()
         self._requests: dict[RequestId, RoutedRequest] = {}
-        self._sent: dict[RequestId, RoutedRequest] = {}  # by what their member calls them
+        self._sent: dict[RequestId, tuple[RoutedRequest, Attempt]] = {}  # by ``Attempt.inner``
         self._waiting: list[RoutedRequest] = []  # by arrival
         self._deadlines: list[tuple[float, int, RequestId]] = []
-        self._links: dict[str, MemberLink] = {}
         self._aside = SetAside()
-        self._closing: set[asyncio.Task[None]] = set()
+        self._draining: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._arrivals = 0
         self._attempts = 0
@@ -176,16 +124,16 @@ class ClusterEngine:
         if routed is None:
             return
         routed.ending = reason
-        if routed.attempt is None:
-            self._end(routed, reason, "" if reason is FinishReason.STOP else CANCELLED)
-        else:
-            self._links[routed.attempt.member.id].end(routed.attempt.inner, reason)
+        if not routed.attempts:
+            self._end(routed, reason, _said(reason))
+        for attempt in routed.attempts:
+            self._links.to(attempt.member, self).end(attempt.inner, reason)
 
     def load(self) -> EngineLoad:
         """What runs and waits is of this gateway; blocks are of all members that decode."""
         reports = [r for r in self._view.members() if r.member.role.decodes]
         return EngineLoad(
-            running=len(self._sent),
+            running=len(self._requests) - len(self._waiting),
             waiting=len(self._waiting),
             total_blocks=sum(r.load.total_blocks for r in reports),
             free_blocks=sum(r.load.free_blocks for r in reports),
@@ -210,100 +158,120 @@ class ClusterEngine:
             self._timer.cancel()
         for routed in list(self._requests.values()):
             self._end(routed, FinishReason.UNAVAILABLE, "the gateway stopped: retry elsewhere")
-        for member_id in list(self._links):
-            self._close_link(member_id)
-        if self._closing:
-            await asyncio.wait(self._closing)
+        await self._links.close()
 
-    def look(self) -> None:
-        """The members may have changed: what was with those that left is lost."""
-        gone = [member_id for member_id in self._links if self._view.get(member_id) is None]
-        for member_id in gone:
-            self._close_link(member_id)
-            self._aside.forget(member_id)
+    def on_change(self, change: MembersNews) -> None:
+        """Of members: what was with those that have left is lost, what is with those that now
+        drain moves."""
+        gone = set(change.gone)
         if gone:
-            lost = [
-                routed
-                for routed in self._sent.values()
-                if routed.attempt is not None and routed.attempt.member.id in gone
-            ]
-            for routed in lost:
-                assert routed.attempt is not None
-                self._lose(routed, f"{called(routed.attempt.member)} has left the cluster")
+            self._draining -= gone
+            lost = [(r, a) for r, a in self._sent.values() if a.member.id in gone]
+            for routed, attempt in lost:
+                del self._sent[attempt.inner]
+                self._lose(routed, attempt, f"{called(attempt.member)} has left the cluster")
+            self._links.drop(gone)
+            for member_id in gone:
+                self._aside.forget(member_id)
+        draining = {r.member.id for r in change.put if r.load.draining}
+        if fresh := draining - self._draining:
+            self._draining |= fresh
+            for routed, attempt in list(self._sent.values()):
+                if attempt.member.id in fresh:
+                    self.move(routed.request.id)
         self._place()
+
+    def move(self, request_id: RequestId) -> bool:
+        """Let another member take over a request that runs; whether one tries to. Until it has, the
+        first one goes on. Not before its first token: it would be as well to begin anew."""
+        routed = self._requests.get(request_id)
+        if routed is None or len(routed.attempts) != 1 or not routed.output_ids:
+            return False
+        (attempt,), now = routed.attempts, self._clock()
+        exclude = self._aside.members(now) | {attempt.member.id}
+        picked = self._route(routed.request, len(routed.output_ids), exclude, now)
+        if picked is None or routed.ending is not None:
+            return False
+        self.counts.moves += 1
+        member = attempt.member
+        source = KvSource(member.address, member.server_name, running=attempt.inner)
+        self._send(routed, picked.decode, (source,))
+        return True
 
     def on_events(self, rank: int, events: Sequence[Event]) -> None:
         outbox, now = Outbox(), self._clock()
         gaps = Gaps(now)
-        lost: list[tuple[RoutedRequest, Member, str]] = []
+        lost: list[tuple[RoutedRequest, Attempt, str]] = []
         for event in events:
-            routed = self._sent.get(event.request_id)
-            if routed is None or routed.attempt is None:
+            routed, attempt = self._sent.get(event.request_id, (None, None))
+            if routed is None or attempt is None:
                 self.counts.late_events += 1
                 continue
-            self._take(outbox, gaps, routed, event, now)
+            self._take(outbox, gaps, routed, attempt, event)
             if event.finish is FinishReason.UNAVAILABLE:
-                lost.append((routed, routed.attempt.member, event.error))
+                lost.append((routed, attempt, event.error))
         if seconds := gaps.seconds():
             self._observer.on_gaps(seconds)
         for error, found in outbox.send():
             log.error("a sink of %d events failed", len(found), exc_info=error)
             for event in found:
                 self.abort(event.request_id)
-        for routed, member, why in lost:
-            self._aside.failed(member.id, now)
-            self._lose(routed, f"{called(member)}: {why}")
+        for routed, attempt, why in lost:
+            self._aside.failed(attempt.member.id, now)
+            self._lose(routed, attempt, f"{called(attempt.member)}: {why}")
         if self._waiting:
             self._place()
 
     def on_taken(self, rank: int, request_ids: Sequence[RequestId], round_: int) -> None: ...
 
     def on_returned(self, rank: int, returned: Return) -> None:
-        """A member has no room for a request that another could run."""
-        routed = self._sent.pop(returned.request_id, None)
-        if routed is None:
+        """A member has no room for a request that another could run, or another has taken it
+        over."""
+        routed, attempt = self._sent.pop(returned.request_id, (None, None))
+        if routed is None or attempt is None:
+            return
+        routed.attempts.remove(attempt)
+        routed.moved = True
+        if routed.attempts:
+            self.counts.moved += 1
             return
         self.counts.returned += 1
-        routed.attempt, routed.moved = None, True
         self._wait_again(routed)
         self._place()
 
     def on_uses(self, uses: Sequence[ExpertUse]) -> None: ...
 
     def _take(
-        self, outbox: Outbox, gaps: Gaps, routed: RoutedRequest, event: Event, now: float
+        self, outbox: Outbox, gaps: Gaps, routed: RoutedRequest, attempt: Attempt, event: Event
     ) -> None:
         """What a member made, to the client; but not that the member is lost."""
-        state, attempt = routed.state, routed.attempt
-        assert attempt is not None
-        routed.take(event)
+        state = routed.state
+        event = routed.take(attempt, event)
         if event.token_ids:
             self._aside.worked(attempt.member.id)
             self._counters.generated_tokens += len(event.token_ids)
             if gaps.count(state, event):
-                self._observer.on_first_token(state.timing(now))
+                self._observer.on_first_token(state.timing(state.last_token))
         if event.finish is FinishReason.UNAVAILABLE:
             del self._sent[attempt.inner]
             event = event._replace(finish=None, error="")
         elif event.finish is not None:
-            del self._sent[attempt.inner]
-            self._forget(routed, event.finish, now)
+            self._forget(routed, event.finish, ended=attempt)
         if event.token_ids or event.prompt_logprobs or event.finish is not None:
-            outbox.add(state.sink, self._outer(routed, event))
+            event = event._replace(
+                request_id=state.request.id, cached_tokens=state.cached, queue_s=state.queue_s
+            )
+            outbox.add(state.sink, event)
 
-    def _outer(self, routed: RoutedRequest, event: Event) -> Event:
-        """As the client's request has it."""
-        state = routed.state
-        return event._replace(
-            request_id=state.request.id, cached_tokens=state.cached, queue_s=state.queue_s
-        )
-
-    def _lose(self, routed: RoutedRequest, why: str) -> None:
-        """The member that has it is lost."""
-        if routed.attempt is not None:
-            self._sent.pop(routed.attempt.inner, None)
+    def _lose(self, routed: RoutedRequest, attempt: Attempt, why: str) -> None:
+        """A member that has it is lost, and says nothing of it any more."""
+        routed.attempts.remove(attempt)
         self.counts.lost += 1
-        if routed.lose(why):
+        if routed.attempts:  # the other one goes on
+            return
+        routed.moved = True
+        routed.losses += 1
+        if routed.losses <= MOST_LOSSES:
             log.warning("request %s goes to another member: %s", routed.request.id, why)
             self._wait_again(routed)
             return
@@ -315,8 +283,7 @@ class ClusterEngine:
         if routed.ending is None:
             self._wait(routed)
         else:
-            text = "" if routed.ending is FinishReason.STOP else CANCELLED
-            self._end(routed, routed.ending, text)
+            self._end(routed, routed.ending, _said(routed.ending))
 
     def _wait(self, routed: RoutedRequest) -> None:
         bisect.insort(self._waiting, routed, key=_arrival)
@@ -328,34 +295,28 @@ class ClusterEngine:
         while self._waiting:
             routed = self._waiting[0]
             if routed.late(now):
-                self._end(routed, FinishReason.DEADLINE, "the deadline passed")
+                self._end(routed, FinishReason.DEADLINE, _said(FinishReason.DEADLINE))
                 continue
             made, exclude = len(routed.output_ids), self._aside.members(now)
             picked = self._route(routed.request, made, exclude, now)
             if picked is None:
                 break
             del self._waiting[0]
-            self._send(routed, picked, now)
+            if routed.state.scheduled is None:
+                routed.state.scheduled = now
+            self._send(routed, picked.decode, _sources(picked))
         self._arm()
 
-    def _send(self, routed: RoutedRequest, picked: PickedRoute, now: float) -> None:
-        member = picked.decode
+    def _send(self, routed: RoutedRequest, member: Member, sources: tuple[KvSource, ...]) -> None:
         self._attempts += 1
         inner = RequestId(f"{routed.request.id} at {self._name} {self._attempts}")
-        routed.attempt = Attempt(inner, member)
-        if routed.state.scheduled is None:
-            routed.state.scheduled = now
-        sources: tuple[KvSource, ...] = ()
-        if picked.prefill is not None:
-            others = (picked.prefill, *picked.alternates)
-            sources = tuple(KvSource(m.address, m.server_name) for m in others)
+        attempt = Attempt(inner, member, len(routed.output_ids))
+        routed.attempts.append(attempt)
+        self._sent[inner] = routed, attempt
         self.counts.sent += 1
         self.counts.sent_with_sources += bool(sources)
-        self._sent[inner] = routed
-        if member.id not in self._links:
-            self._links[member.id] = self._connect(member, self)
         request = replace(routed.request, id=inner)
-        self._links[member.id].submit(request, routed.history(sources))
+        self._links.to(member, self).submit(request, routed.history(sources))
 
     def _expire(self, now: float) -> None:
         """End what waits here beyond its deadline; and what is with a member, if that does not do
@@ -365,12 +326,10 @@ class ClusterEngine:
             routed = self._requests.get(request_id)
             if routed is None or routed.arrival != arrival:
                 continue
-            if routed.attempt is not None and due == routed.request.deadline:
+            if routed.attempts and due == routed.request.deadline:
                 heapq.heappush(self._deadlines, (due + LATE_S, arrival, request_id))
                 continue
-            if routed.attempt is not None:
-                self.abort(request_id, FinishReason.DEADLINE)
-            self._end(routed, FinishReason.DEADLINE, "the deadline passed")
+            self._end(routed, FinishReason.DEADLINE, _said(FinishReason.DEADLINE))
 
     def _arm(self) -> None:
         """Look again while something waits, and when a deadline comes."""
@@ -389,29 +348,44 @@ class ClusterEngine:
         self._place()
 
     def _end(self, routed: RoutedRequest, reason: FinishReason, error: str) -> None:
-        """The last event of one whose member will send none, or none that is waited for."""
-        if routed.attempt is not None:
-            self._sent.pop(routed.attempt.inner, None)
-        elif routed in self._waiting:
+        """The last event of one whose members are not waited for."""
+        if not routed.attempts and routed in self._waiting:
             self._waiting.remove(routed)
-        self._forget(routed, reason, self._clock())
+        self._forget(routed, reason)
         routed.state.sink.deliver([routed.state.end(reason, error)])
 
-    def _forget(self, routed: RoutedRequest, reason: FinishReason, now: float) -> None:
+    def _forget(
+        self, routed: RoutedRequest, reason: FinishReason, ended: Attempt | None = None
+    ) -> None:
+        """It is over; members that have it still, other than the one where it ``ended``, are to
+        end it."""
+        for attempt in routed.attempts:
+            if self._sent.pop(attempt.inner, None) is not None and attempt is not ended:
+                self._links.to(attempt.member, self).end(attempt.inner, FinishReason.ABORT)
         del self._requests[routed.request.id]
         finished = self._counters.finished
         finished[reason] = finished.get(reason, 0) + 1
-        self._observer.on_finish(reason, routed.state.timing(now))
-
-    def _close_link(self, member_id: str) -> None:
-        task = self._loop.create_task(self._links.pop(member_id).close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        self._observer.on_finish(reason, routed.state.timing(self._clock()))
 
 
 def called(member: Member) -> str:
     """As operators know it."""
     return member.instance if member.ranks == 1 else f"{member.instance} (rank {member.rank})"
+
+
+def _sources(picked: PickedRoute) -> tuple[KvSource, ...]:
+    if picked.prefill is None:
+        return ()
+    return tuple(KvSource(m.address, m.server_name) for m in (picked.prefill, *picked.alternates))
+
+
+def _said(reason: FinishReason) -> str:
+    """What the last event says of a request that ends here."""
+    if reason is FinishReason.STOP:
+        return ""
+    if reason is FinishReason.DEADLINE:
+        return "the deadline passed"
+    return "the request was cancelled"
 
 
 def _arrival(routed: RoutedRequest) -> int:

@@ -1,8 +1,9 @@
 """A client's request on its way through the members of a cluster, and the members that just failed.
 
-A request is with one member at a time (``Attempt``), or waits at the gateway. Members know it by an
-id that no other attempt has, so what a former one sends late is nobody's. Its tokens are counted
-here: whoever has it next is given those that came, and goes on behind them.
+A request waits at the gateway, or is with a member (``Attempt``); while it moves, another one has
+it too. Members know it by an id that no other attempt has, so what a former one sends late is
+nobody's. Tokens count by their position: a client gets each once, whoever is first to send it, and
+who has the request next goes on behind those that came.
 
 Pure: time is an argument.
 """
@@ -23,28 +24,30 @@ MOST_LOSSES = 3
 ASIDE_S, MOST_ASIDE_S = 0.5, 8.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Attempt:
-    """A member has the request, which it knows as ``inner``."""
+    """A member has the request, which it knows as ``inner``; its next token is that of position
+    ``at`` of the answer."""
 
     inner: RequestId
     member: Member
+    at: int
 
 
 @dataclass(slots=True)
 class RoutedRequest:
     """``arrival`` orders requests; ``scored`` log-probabilities of the prompt have come. ``losses``
-    counts members that were lost with it since its last token, ``lost`` says how the last one was.
+    counts members that were lost with it since its last token, ``ending`` says why its members were
+    asked to end it. The first of ``attempts`` has it, a second one takes it over.
     """
 
     state: RequestState
     arrival: int
     output_ids: list[int] = field(default_factory=list)
     scored: int = 0
-    attempt: Attempt | None = None
+    attempts: list[Attempt] = field(default_factory=list)
     moved: bool = False
     losses: int = 0
-    lost: str = ""
     ending: FinishReason | None = None
 
     @property
@@ -55,18 +58,18 @@ class RoutedRequest:
         """Whether its deadline has come."""
         return self.request.deadline is not None and self.request.deadline <= now
 
-    def take(self, event: Event) -> None:
-        """What its member made of it."""
+    def take(self, attempt: Attempt, event: Event) -> Event:
+        """What is new of what a member made."""
+        skip = len(self.output_ids) - attempt.at
+        assert skip >= 0, f"{attempt.inner}: position {attempt.at} after {len(self.output_ids)}"
+        attempt.at += len(event.token_ids)
+        if skip:
+            event = event._replace(token_ids=event.token_ids[skip:], logprobs=event.logprobs[skip:])
         if event.token_ids:
             self.output_ids += event.token_ids
             self.losses = 0
         self.scored += len(event.prompt_logprobs)
-
-    def lose(self, why: str) -> bool:
-        """Its member is lost; whether another one is to have it."""
-        self.attempt, self.moved, self.lost = None, True, why
-        self.losses += 1
-        return self.losses <= MOST_LOSSES
+        return event
 
     def history(self, sources: Sequence[KvSource] = ()) -> History:
         """What the next member is told: of the prompt's tokens those below ``reached`` are scored
@@ -94,8 +97,7 @@ class SetAside:
     def worked(self, member: str) -> None:
         """It has made something."""
         if member in self._waits:
-            del self._waits[member]
-            self._until.pop(member, None)
+            self.forget(member)
 
     def forget(self, member: str) -> None:
         """It has left the cluster."""
@@ -105,3 +107,19 @@ class SetAside:
     def members(self, now: float) -> frozenset[str]:
         """Those that get nothing now."""
         return frozenset(member for member, until in self._until.items() if until > now)
+
+
+@dataclass(slots=True)
+class ClusterCounts:
+    """Counted where it happens: requests sent to members, of these with KV from another; requests
+    whose member was lost, of these that ended for it; that a member gave back; that moved while
+    they ran, of these that did arrive; and events of former attempts, which were dropped."""
+
+    sent: int = 0
+    sent_with_sources: int = 0
+    lost: int = 0
+    given_up: int = 0
+    returned: int = 0
+    moves: int = 0
+    moved: int = 0
+    late_events: int = 0

@@ -19,8 +19,9 @@ from moeserve.engine.request_state import EachEvent
 from moeserve.engine.sequence import History, KvSource
 from moeserve.errors import ExhaustedError, InvalidRequestError, UnavailableError
 from moeserve.pools.cluster import ClusterEngine
+from moeserve.pools.cluster_links import MemberLinks
 from moeserve.pools.cluster_requests import ASIDE_S, MOST_ASIDE_S, MOST_LOSSES, SetAside
-from moeserve.pools.members import Member, Report, Role
+from moeserve.pools.members import Member, MemberLoad, Report, Role
 
 LONGEST = 6
 
@@ -114,6 +115,12 @@ class Picked:
     alternates: tuple[Member, ...] = ()
 
 
+@dataclass(frozen=True)
+class Change:
+    put: tuple[Report, ...] = ()
+    gone: tuple[str, ...] = ()
+
+
 @dataclass
 class House:
     """Members, what the gateway sees of them, and what clients got."""
@@ -133,7 +140,7 @@ class House:
         self.cluster = ClusterEngine(
             self.View(self),
             self.route,
-            lambda member, listener: self.members[member.id],
+            MemberLinks(lambda member, listener: self.members[member.id]),
             self.observed,
             name="g",
             max_queue=4,
@@ -146,10 +153,6 @@ class House:
 
         def members(self) -> tuple[Report, ...]:
             return tuple(Report(m.member) for m in self.house.present.values())
-
-        def get(self, member_id: str) -> Report | None:
-            found = self.house.present.get(member_id)
-            return None if found is None else Report(found.member)
 
     def route(
         self, request: Request, made: int, exclude: frozenset[str], now: float
@@ -166,12 +169,19 @@ class House:
     def join(self, name: str) -> FakeMember:
         member = FakeMember(name, lambda: self.cluster)
         self.members[name] = self.present[name] = member
-        self.cluster.look()
+        self.look(put=(Report(member.member),))
         return member
 
     def leave(self, name: str) -> None:
         del self.present[name]
-        self.cluster.look()
+        self.look(gone=(name,))
+
+    def drain(self, name: str) -> None:
+        member = self.present.pop(name)
+        self.look(put=(Report(member.member, MemberLoad(draining=True)),))
+
+    def look(self, put: tuple[Report, ...] = (), gone: tuple[str, ...] = ()) -> None:
+        self.cluster.on_change(Change(put, gone))
 
     def submit(self, request: Request) -> None:
         self.got[request.id], self.scored[request.id] = [], []
@@ -276,7 +286,7 @@ def test_a_request_that_is_lost_too_often_ends_with_what_was_said() -> None:
             assert "r" not in house.ends
             house.members["a"].lose(f"loss {turn}")
             house.now += MOST_ASIDE_S
-            house.cluster.look()
+            house.look()
         end = house.ends[RequestId("r")]
         assert end.finish is FinishReason.UNAVAILABLE
         assert f"{MOST_LOSSES + 1} members were lost" in end.error
@@ -296,7 +306,7 @@ def test_losses_with_tokens_in_between_are_no_end() -> None:
             member.step(next(iter(member.running)))
             member.lose("again")
             house.now += MOST_ASIDE_S
-            house.cluster.look()
+            house.look()
         house.finish_all()
         assert house.got["r"] == answer(asked("r"))
         await house.cluster.close()
@@ -351,7 +361,7 @@ def test_a_member_that_does_not_end_a_late_request_is_not_waited_for() -> None:
         member.broken = True
         for house.now in (1.0, 4.0):
             assert "r" not in house.ends
-            house.cluster.look()
+            house.look()
         assert house.ends["r"].finish is FinishReason.DEADLINE
         await house.cluster.close()
 
@@ -413,10 +423,86 @@ def test_members_that_fail_again_are_left_alone_for_longer() -> None:
     assert aside.members(1900.0 + MOST_ASIDE_S) == frozenset()
 
 
+def test_what_runs_at_a_member_that_drains_moves_to_another_while_it_runs() -> None:
+    async def run() -> None:
+        house = House()
+        first = house.join("a")
+        house.submit(asked("r"))
+        (inner,) = first.running
+        first.step(inner)
+        second = house.join("b")
+        house.drain("a")
+        first.step(inner)  # it goes on until the other has its KV
+        (taking,) = second.running.values()
+        assert taking.history.sources == (KvSource("a:1", "", running=inner),)
+        second.step(taking.request.id)  # tells again what the first one told
+        assert house.got["r"] == answer(asked("r"))[:2]
+        del first.running[inner]
+        house.cluster.on_returned(0, Return(inner, 0))
+        house.finish_all()
+        assert house.got["r"] == answer(asked("r"))
+        assert (house.cluster.counts.moves, house.cluster.counts.moved) == (1, 1)
+        await house.cluster.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("lost", ["a", "b"])
+def test_while_a_request_moves_either_member_may_be_lost(lost: str) -> None:
+    async def run() -> None:
+        house = House()
+        first = house.join("a")
+        house.submit(asked("r"))
+        first.step(next(iter(first.running)))
+        second = house.join("b")
+        assert house.cluster.move(RequestId("r"))
+        assert not house.cluster.move(RequestId("r")), "it is on its way"
+        house.leave(lost)
+        assert len(first.seen) + len(second.seen) == 2, "the other one goes on"
+        await asyncio.sleep(0)
+        house.finish_all()
+        assert house.got["r"] == answer(asked("r"))
+        await house.cluster.close()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_ends_where_it_was_is_ended_where_it_went() -> None:
+    async def run() -> None:
+        house = House()
+        first = house.join("a")
+        house.submit(asked("r"))
+        first.step(next(iter(first.running)))
+        second = house.join("b")
+        assert house.cluster.move(RequestId("r"))
+        while first.running:
+            first.step(next(iter(first.running)))
+        assert house.got["r"] == answer(asked("r"))
+        assert not second.running
+        await asyncio.sleep(0)
+        assert list(house.ends) == ["r"]
+        await house.cluster.close()
+
+    asyncio.run(run())
+
+
+def test_one_that_has_no_token_yet_does_not_move() -> None:
+    async def run() -> None:
+        house = House()
+        house.join("a")
+        house.submit(asked("r"))
+        house.join("b")
+        assert not house.cluster.move(RequestId("r"))
+        assert not house.cluster.move(RequestId("none"))
+        await house.cluster.close()
+
+    asyncio.run(run())
+
+
 ACTIONS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["submit", "step", "step", "step", "lose", "late", "return", "leave", "join", "abort"]
+            "submit step step step lose late return leave drain join abort move".split()
         ),
         st.integers(0, 1 << 16),
     ),
@@ -445,7 +531,7 @@ async def drive(actions: list[tuple[str, int]]) -> None:
         house.finish_all()
         await asyncio.sleep(0)
         house.now += MOST_ASIDE_S
-        house.cluster.look()
+        house.look()
     assert house.ends.keys() == requests.keys()
     for request_id, request in requests.items():
         end, got = house.ends[request_id], house.got[request_id]
@@ -489,6 +575,10 @@ async def act(
     elif action == "leave" and member:
         lost += list(member.running.values())
         house.leave(member.member.id)
+    elif action == "drain" and member:
+        house.drain(member.member.id)
+    elif action == "move" and requests:
+        house.cluster.move(sorted(requests)[drawn % len(requests)])
     elif action == "join":
         house.join(f"m{count + 1}")
     elif action == "abort" and requests:
