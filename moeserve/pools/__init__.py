@@ -4,5 +4,6 @@
 * ``cluster``: the members as one engine, which the doors of a gateway submit to
 * ``cluster_links``: who is there, a route for each request, and links, as a gateway needs them
 * ``cluster_requests``: a request on its way through members, and members that failed lately
+* ``compute_id``: which members compute the same bits
 * ``members``: who takes part, what it serves, and the load that it reports
 """
