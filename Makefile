@@ -28,8 +28,9 @@ demo: $(STAMP) ## serve the shipped model, ask it over gRPC, print a story and a
 test: $(STAMP) ## run the tests but the long ones (ARGS="tests/comm -k name" to choose from all)
 	$(BIN)/pytest $(if $(ARGS),$(ARGS),-m "not long")
 
+# Two at a time, each file of tests in one of them: most of what is long waits for processes.
 test-all: $(STAMP) ## run every test, as continuous integration does
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 TIMES := 50
 fuzz: $(STAMP) ## look for inputs that break something, TIMES=50 as many as continuous integration

@@ -35,6 +35,9 @@ PURE = (
     "engine/foresight.py",
     "engine/policies.py",
     "engine/blocks.py",
+    "engine/kv_manager.py",
+    "engine/waiting.py",
+    "engine/deadlines.py",
     "engine/ranks/microbatches.py",
     "engine/replan/switch.py",
     "pools/members.py",
@@ -49,7 +52,8 @@ PURE_IMPORTS = frozenset(
     "heapq itertools json math operator struct typing "
     "moeserve.core moeserve.errors moeserve.engine.blocks moeserve.engine.sequence "
     "moeserve.engine.step_builder moeserve.engine.bounds moeserve.engine.drafts "
-    "moeserve.engine.foresight "
+    "moeserve.engine.foresight moeserve.engine.kv_manager moeserve.engine.waiting "
+    "moeserve.engine.deadlines "
     "moeserve.engine.policies moeserve.engine.scheduler".split()
 )
 ARRAY_IMPORTS = frozenset(

@@ -5,7 +5,8 @@
     scheduler.py      which tokens run in the next step (bounds: what it takes and refuses;
                       policies: whom it asks; drafts: guesses behind the newest tokens; sequence: a
                       request under way; step_builder: the step under construction; foresight: the
-                      step after it; blocks: who holds which KV block)
+                      step after it; blocks: who holds which KV block; kv_manager: which of them a
+                      request has; waiting, deadlines: who is next, who is late)
     executor.py       what runs a step: the seam between decisions and tensors
     model_runner.py   runs it on this process's decoder (input_batch: what it keeps from step to
                       step); null: without a model, to check schedulers
@@ -14,6 +15,8 @@
                       can be started, as a device can)
     loop.py           the engine: a thread that makes steps and feeds streams (request_state: what
                       it keeps of a request, and how its events leave; pace: when a step is due)
+    kv_exchange.py    the KV of a rank for those who bring some or take some away (kv_tensors: as
+                      bytes; rates: how fast the rank computes)
     rank_model.py     one rank's share of a model, loaded (kv_size: how many KV blocks it gets);
                       build: from a folder to an engine
     ranks/            several ranks: where requests run, and steps in common

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from moeserve.core import FinishReason, RequestId, StepPlan
-from moeserve.engine.drive import OnPlan, Schedules, StepOutcome
+from moeserve.engine.drive import OnPlan, Schedules, StepOutcome, still_here
 from moeserve.engine.executor import StartingExecutor
 from moeserve.errors import UnavailableError
 
@@ -29,10 +29,6 @@ class SchedulesAhead(Schedules, Protocol):
     """A ``Scheduler``."""
 
     def plan_ahead(self, now: float) -> StepPlan | None: ...
-
-    def drop(self) -> object:
-        """There is no result of the step, whose requests have been aborted."""
-        ...
 
 
 class StepsAhead:
@@ -85,7 +81,9 @@ class StepsAhead:
         try:
             result = self._executor.finish()
             with self._lock:
-                failed = tuple(f for f in result.failed if self._abort(f[0]))
+                failed, scored = still_here(self._scheduler, result)
+                for request_id, _ in failed:
+                    self._abort(request_id)
                 outs = tuple(self._scheduler.apply(result))
         except UnavailableError:
             raise
@@ -96,7 +94,7 @@ class StepsAhead:
             self._drop_next()
             failed = tuple((request_id, "its step failed") for request_id in ids)
             return StepOutcome(plan, began, failed=failed, error=error)
-        return StepOutcome(plan, began, outs, failed, result.told, scored=result.scored)
+        return StepOutcome(plan, began, outs, failed, result.told, scored=scored)
 
     def _drop_next(self) -> None:
         """All whose step failed are in the one that was started ahead for nothing."""

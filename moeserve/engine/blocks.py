@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
+from itertools import islice
 from typing import NewType
 
 from moeserve.core import BlockId, CacheScope, Counters
@@ -103,10 +104,23 @@ class BlockPool:
                 del self._free[block]
             self._refs[block] += 1
 
-    def allocate(self, count: int) -> list[BlockId]:
-        """Take ``count`` blocks to write to, evicting what was used least recently."""
-        assert 0 <= count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
-        taken = [self._free.popitem(last=False)[0] for _ in range(count)]
+    def hold(self, blocks: Iterable[BlockId]) -> None:
+        """Take one more reference to each; somebody holds them already, cached or private."""
+        for block in blocks:
+            assert self._refs[block] > 0, f"block {block} is not held"
+            self._refs[block] += 1
+
+    def allocate(self, count: int, avoid: Collection[BlockId] = ()) -> list[BlockId]:
+        """Take ``count`` blocks to write to, evicting what was used least recently; none of those
+        to ``avoid``."""
+        if avoid:
+            taken = list(islice((b for b in self._free if b not in avoid), count))
+            assert len(taken) == count, f"{count} blocks wanted, {len(taken)} free beside {avoid}"
+            for block in taken:
+                del self._free[block]
+        else:
+            assert 0 <= count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
+            taken = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in taken:
             self._refs[block] = 1
             if block in self._key_of:
@@ -124,6 +138,10 @@ class BlockPool:
         if key not in self._block_of:
             self._block_of[key] = block
             self._key_of[block] = key
+
+    def num_references(self) -> int:
+        """Of all blocks together; slowly."""
+        return sum(self._refs)
 
     def release(self, blocks: Sequence[BlockId], *, forget: bool = False) -> None:
         """Give one reference back to each block of a sequence, listed from position 0 on.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from moeserve.core import Request
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.sequence import HeldKv, History
 from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
 
 
@@ -61,6 +62,33 @@ def refuse_complete(request: Request, output_ids: Sequence[int], max_model_len: 
             f"{min(request.params.max_tokens, max_model_len - len(request.prompt_ids))}: "
             "it is complete",
             param="max_tokens",
+        )
+
+
+def refuse_to_queue(
+    request: Request,
+    history: History,
+    config: SchedulerConfig,
+    pool: BlockPool,
+    waiting: int,
+    in_use: bool,
+) -> None:
+    """What cannot be queued now, for one of the reasons below."""
+    refuse_complete(request, history.output_ids, config.max_model_len)
+    refuse_duplicate(request, in_use)
+    refuse_when_full(waiting, config)
+    if history.kv is not None:
+        refuse_misfit(history.kv, len(request.prompt_ids) + len(history.output_ids), pool)
+
+
+def refuse_misfit(kv: HeldKv, length: int, pool: BlockPool) -> None:
+    """KV that a request of ``length`` tokens comes with lies in its blocks, and leaves at least the
+    newest token to be computed."""
+    room = len(kv.blocks) * pool.block_size
+    if not 0 <= kv.computed <= min(room, length - 1):
+        raise InvalidRequestError(
+            f"{kv.computed} tokens are said to be computed of a request of {length}, in "
+            f"{len(kv.blocks)} blocks of {pool.block_size}: at most {min(room, length - 1)} can be"
         )
 
 

@@ -15,9 +15,11 @@ from moeserve.config.options import EngineOptions
 from moeserve.core import Counters
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
-from moeserve.engine.loop import Engine, EngineObserver, ServingEngine
+from moeserve.engine.kv_exchange import KvExchange
+from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
 from moeserve.engine.rank_model import RankModel, load_rank_model
 from moeserve.engine.ranks.counted import GatheredCounts
+from moeserve.engine.rates import RatedSteps, StepRates
 from moeserve.engine.replan.live import LivePlan
 from moeserve.engine.scheduler import Scheduler
 from moeserve.errors import ConfigError, TokenizerError
@@ -40,8 +42,9 @@ class LoadedModel:
     """A model being served. Where ``tokenizer`` is None, ``no_tokenizer`` says why.
 
     ``context`` is the longest sequence asked for, ``max_model_len`` what KV memory leaves of it.
-    Of several ranks ``own_engine`` is this process's, rank 0 has the counts of all (``ranks``) and
-    what changes their plan, and ``on_close`` gives back what reaches the other processes.
+    ``house`` is the KV of this process's rank. Of several ranks ``own_engine`` is this process's,
+    rank 0 has the counts of all (``ranks``) and what changes their plan, and ``on_close`` gives
+    back what reaches the other processes.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LoadedModel:
     block_size: int
     context: int
     own: RankModel
+    house: KvExchange
     own_engine: Engine | None = None
     ranks: GatheredCounts | None = None
     live_plan: LivePlan | None = None
@@ -87,6 +91,7 @@ class LoadedModel:
             self.live_plan.close()
         stopped = self.engine.stop(timeout)
         self.on_close()
+        self.house.close()
         if stopped:
             self.own.close()
         return stopped
@@ -105,7 +110,10 @@ def build_engine(
     own = load_rank_model(options, tokenizer_eos=eos_ids, progress=progress)
     config, counters = scheduler_config(options, own), Counters()
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
-    engine = Engine(Scheduler(config, pool, counters), own.executor, observer)
+    scheduler, lock, rates = Scheduler(config, pool, counters), EngineLock(), StepRates()
+    watched = RatedSteps(observer or Unobserved(), rates)
+    engine = Engine(scheduler, own.executor, watched, lock=lock)
+    house = KvExchange(engine, scheduler, lock, own.kv_tensors, rates)
     engine.start()
     return LoadedModel(
         name=options.served_model_name or path.name,
@@ -117,6 +125,7 @@ def build_engine(
         block_size=options.block_size,
         context=options.max_model_len or own.decoder.spec.max_positions,
         own=own,
+        house=house,
     )
 
 

@@ -44,6 +44,8 @@ class Schedules(Protocol):
     @property
     def blocks(self) -> BlockCounts: ...
 
+    def owns(self, request_id: RequestId) -> bool: ...
+
     def add(self, request: Request, history: History = NEW) -> None: ...
 
     def withdraw(self, count: int) -> list[SequenceState]:
@@ -52,9 +54,17 @@ class Schedules(Protocol):
 
     def abort(self, request_id: RequestId, reason: FinishReason) -> bool: ...
 
+    def detach(self, request_id: RequestId) -> SequenceState | None:
+        """Let go of a request with its blocks."""
+        ...
+
     def plan(self, now: float) -> StepPlan: ...
 
     def apply(self, result: StepResult) -> list[TokenOut]: ...
+
+    def drop(self) -> object:
+        """There is no result of the step, whose requests have been aborted."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +124,28 @@ def run_step(
         if result is None:
             return StepOutcome(plan, began)
         with lock:
-            for request_id, _ in result.failed:
+            failed, scored = still_here(scheduler, result)
+            for request_id, _ in failed:
                 scheduler.abort(request_id, FinishReason.ERROR)
             outs = tuple(scheduler.apply(result))
     except UnavailableError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a backend raises ends this step's requests
-        failed = tuple((c.request.id, "its step failed") for c in plan.chunks)
         with lock:
-            for request_id, _ in failed:
-                scheduler.abort(request_id, FinishReason.ERROR)
+            ids = [c.request.id for c in plan.chunks]
+            ids = [i for i in ids if scheduler.abort(i, FinishReason.ERROR)]
+            scheduler.drop()
+        failed = tuple((request_id, "its step failed") for request_id in ids)
         return StepOutcome(plan, began, failed=failed, error=error)
-    return StepOutcome(plan, began, outs, result.failed, result.told, scored=result.scored)
+    return StepOutcome(plan, began, outs, failed, result.told, scored=scored)
+
+
+def still_here(
+    scheduler: Schedules, result: StepResult
+) -> tuple[tuple[tuple[RequestId, str], ...], tuple[Scored, ...]]:
+    """What failed, and what became known of prompts, without those that left during the step."""
+    failed = tuple(f for f in result.failed if scheduler.owns(f[0]))
+    return failed, tuple(s for s in result.scored if scheduler.owns(s.request_id))
 
 
 def drive(

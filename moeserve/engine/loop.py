@@ -35,10 +35,13 @@ from moeserve.engine.drive import OnPlan, Schedules, StepOutcome, run_step
 from moeserve.engine.executor import Executor, StartingExecutor
 from moeserve.engine.pace import Alone, Pace
 from moeserve.engine.request_state import EventSink, Outbox, RankSink, RequestState
-from moeserve.engine.sequence import NEW, History
+from moeserve.engine.sequence import NEW, History, SequenceState
 from moeserve.errors import UnavailableError
 
 IDLE_S = 1.0
+# Who waits for blocks that are lent finds out at the latest after this if they come back, or if a
+# deadline has come.
+NO_ROOM_S = 0.02
 LOCK_S = 30.0
 
 
@@ -128,7 +131,8 @@ class Engine:
     """``start`` or ``with`` it. Where the executor can be started, a step is planned while the one
     before runs (``ahead``). Among several ranks ``pace`` says when a step is due that this
     engine has no request for, and ``lock`` is shared with whoever else looks at the scheduler.
-    ``on_end`` is called once, on the engine's thread when it ends, with the reason.
+    ``on_end`` is called once, on the engine's thread when it ends, with the reason; ``after_step``
+    between two steps, when the events of the one before have been sent.
     """
 
     def __init__(
@@ -141,6 +145,7 @@ class Engine:
         lock: EngineLock | None = None,
     ) -> None:
         self.on_end: Callable[[str], None] = lambda reason: None
+        self.after_step: Callable[[], None] = lambda: None
         self._scheduler = scheduler
         self._executor = executor
         self._observer = observer or Unobserved()
@@ -155,6 +160,7 @@ class Engine:
         self._streams: dict[RequestId, RequestState] = {}
         self._accepting = True
         self._cancelled: deque[tuple[RequestState, FinishReason]] = deque()
+        self._detached: deque[tuple[RequestState, int]] = deque()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="moeserve-engine", daemon=True)
 
@@ -225,6 +231,21 @@ class Engine:
             assert isinstance(stream.sink, RankSink), "only ranks give requests back"
             stream.sink.give_back(seq.request.id, seq.reached)
 
+    def detach(self, request_id: RequestId) -> SequenceState | None:
+        """Take a request out, from any thread; its blocks are the caller's then. Its sink is told
+        that it is given back, on the engine's thread, after the events of all tokens that it has;
+        what a step under way makes for it is lost. None if it is not here, or its sink is no
+        ``RankSink``."""
+        with self._lock:
+            stream = self._streams.get(request_id)
+            if stream is None or not isinstance(stream.sink, RankSink):
+                return None
+            seq = self._scheduler.detach(request_id)
+            if seq is not None:
+                self._detached.append((stream, seq.reached))
+        self._pace.wake()
+        return seq
+
     def load(self) -> EngineLoad:
         with self._lock:
             blocks = self._scheduler.blocks
@@ -256,7 +277,7 @@ class Engine:
         try:
             while not (self._stopping.is_set() and self._pace.leave()):
                 if not self._step():
-                    self._pace.rest(IDLE_S)
+                    self._pace.rest(NO_ROOM_S if self._scheduler.has_work else IDLE_S)
         except UnavailableError as error:
             self._stop_reason = error.message
             self._log.critical("the engine stopped: %s", error.message)
@@ -271,6 +292,7 @@ class Engine:
     def _step(self) -> bool:
         """One turn; False if there was nothing to do."""
         outbox = Outbox()
+        self._return_detached()
         try:
             while self._cancelled:
                 stream, reason = self._cancelled.popleft()
@@ -286,9 +308,22 @@ class Engine:
                 self._log.exception("a step of %d tokens failed", outcome.plan.num_tokens)
                 for chunk in outcome.plan.chunks:
                     self._fail(outbox, chunk.request.id)
-            return True
         finally:
             self._send(outbox)
+        self.after_step()
+        return bool(outcome.plan.chunks or outcome.plan.expired) or self._pace.due
+
+    def _return_detached(self) -> None:
+        while self._detached:
+            stream, reached = self._detached.popleft()
+            with self._lock:
+                found = self._streams.pop(stream.request.id, None)
+            if found is not None:
+                assert isinstance(stream.sink, RankSink), "looked at before"
+                try:
+                    stream.sink.give_back(stream.request.id, reached)
+                except Exception:  # noqa: BLE001 - a sink that breaks has lost its client
+                    self._log.exception("a sink failed that was given %s back", stream.request.id)
 
     def _run_step(self, on_plan: OnPlan) -> StepOutcome | None:
         if self._ahead is not None:
@@ -406,6 +441,7 @@ class Engine:
                 self.abort(event.request_id)
 
     def _end_all(self) -> None:
+        self._return_detached()
         outbox = Outbox()
         with self._lock:
             request_ids = list(self._streams)

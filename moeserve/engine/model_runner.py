@@ -82,6 +82,12 @@ class ModelRunner(Generic[Cache]):
         self._cache = decoder.new_cache(num_blocks, block_size)
         self._log = logging.getLogger("moeserve.engine")
 
+    @property
+    def cache(self) -> Cache:
+        """The KV tensors. Steps write to the blocks of their requests; others may touch only blocks
+        that no request writes to."""
+        return self._cache
+
     def run(self, plan: StepPlan, microbatches: int = 1) -> StepResult:
         """A plan without chunks is a step too, for others may have some."""
         try:

@@ -21,6 +21,7 @@ from moeserve.comm.layout import LayerLayout, layouts, own_experts, plan_of
 from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.config.options import EpOptions, RankModelOptions
 from moeserve.engine.kv_size import KvSize, least_of_all, size_kv
+from moeserve.engine.kv_tensors import KvTensors
 from moeserve.engine.model_runner import ModelRunner, StepObserver
 from moeserve.engine.ranks.expert_use import ExpertUseCounter
 from moeserve.engine.ranks.microbatches import LARGEST
@@ -110,6 +111,11 @@ class RankModel:
         runner = self.decoder.runner
         assert isinstance(runner, ParallelLayerRunner), runner
         return runner
+
+    @property
+    def kv_tensors(self) -> KvTensors:
+        """Of the decoder layers."""
+        return KvTensors(self.decoder.ops, self.executor.cache.layers)
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""

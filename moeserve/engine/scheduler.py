@@ -14,10 +14,9 @@ Pure: time is an argument, tokens are numbers. Knows nothing of text, tensors or
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 
 from moeserve.core import (
     BlockId,
@@ -34,16 +33,17 @@ from moeserve.core import (
 from moeserve.engine.blocks import BlockCounts, BlockPool
 from moeserve.engine.bounds import (
     SchedulerConfig,
-    refuse_complete,
-    refuse_duplicate,
+    refuse_to_queue,
     refuse_unservable,
-    refuse_when_full,
 )
+from moeserve.engine.deadlines import Deadlines
 from moeserve.engine.drafts import add_with_drafts
 from moeserve.engine.foresight import NextStep, foresee_step
+from moeserve.engine.kv_manager import KvManager
 from moeserve.engine.policies import Admission, Drafter, FirstComeFirstServed
 from moeserve.engine.sequence import NEW, History, SequenceState
 from moeserve.engine.step_builder import StepBuilder
+from moeserve.engine.waiting import WaitingQueue
 
 
 class Scheduler:
@@ -69,17 +69,18 @@ class Scheduler:
         self.rank = rank
         self.config = config
         self.pool = pool
+        self.kv = KvManager(pool, prefix_cache=config.prefix_cache)
         self.counters = counters
         self._admission = admission or FirstComeFirstServed()
         self._drafter = drafter
-        self._waiting: OrderedDict[RequestId, SequenceState] = OrderedDict()
+        self._waiting = WaitingQueue()
         self._running: OrderedDict[RequestId, SequenceState] = OrderedDict()  # as admitted
         # Of the running ones, those whose next token is their last.
         self._leaving: dict[RequestId, SequenceState] = {}
         self._num_tokens = 0
         self._in_flight = StepBuilder(0, rank)
         self._ahead: StepBuilder | None = None
-        self._earliest_deadline = math.inf  # nobody's is before this
+        self._deadlines = Deadlines()
         self._ended: list[RequestId] = []
         self._stuck = self._still_stuck = False  # the last plan left requests waiting, and so it is
 
@@ -114,12 +115,30 @@ class Scheduler:
         return foresee_step(
             generating=min(last.staying, self.num_running),
             left=last.left,
-            waiting=map(len, waiting),
+            waiting=(seq.length - seq.computed for seq in waiting),
             budget=self.config.max_num_batched_tokens,
         )
 
     def owns(self, request_id: RequestId) -> bool:
         return request_id in self._running or request_id in self._waiting
+
+    def sequence(self, request_id: RequestId) -> SequenceState | None:
+        """One that runs or waits."""
+        return self._running.get(request_id) or self._waiting.get(request_id)
+
+    @property
+    def sequences(self) -> Iterator[SequenceState]:
+        """Those that run, as admitted; then those that wait, whoever is next first."""
+        return chain(self._running.values(), self._waiting.values())
+
+    def written_blocks(self) -> set[BlockId]:
+        """Those that steps under way write to, also for requests that have ended meanwhile."""
+        steps = (step for step in (self._in_flight, self._ahead) if step is not None)
+        return set().union(*(step.written_blocks(self.pool.block_size) for step in steps))
+
+    def look_again(self) -> None:
+        """Blocks have been given back by others: whoever found no room may have some."""
+        self._stuck = self._still_stuck = False
 
     def check(self, request: Request) -> None:
         """Refuse what can never run, whoever asks for it. Doors refuse the same earlier, with the
@@ -130,19 +149,18 @@ class Scheduler:
         """Queue a request, or refuse it.
 
         Where another scheduler had it before (``withdraw``), its prompt was counted there.
-        With outputs it goes before those that never ran, as a preempted one does.
+        With outputs it goes before those that never ran, as a preempted one does; with KV, behind
+        those that have some. Its references are the scheduler's then, unless this raises.
         """
         self.check(request)
-        output_ids, reached = history.output_ids, history.reached
-        refuse_complete(request, output_ids, self.config.max_model_len)
-        refuse_duplicate(request, self.owns(request.id))
-        refuse_when_full(self.num_waiting, self.config)
-        seq = SequenceState(request, [*output_ids], reached=reached, admissions=int(reached > 0))
-        self._waiting[request.id] = seq
+        in_use = self.owns(request.id) or self.kv.keeps(request.id)
+        refuse_to_queue(request, history, self.config, self.pool, self.num_waiting, in_use)
+        seq = SequenceState.of(request, history)
+        if history.kv is not None:
+            self.kv.take(seq, history.kv)
+        self._waiting.put(seq)
         self._still_stuck = False
-        if output_ids:
-            self._waiting.move_to_end(request.id, last=False)
-        self._note_deadline(seq)
+        self._deadlines.note(seq)
         if not history.moved:
             self.counters.prompt_tokens += len(request.prompt_ids)
 
@@ -154,7 +172,7 @@ class Scheduler:
 
     def abort(self, request_id: RequestId, reason: FinishReason) -> bool:
         """End a request and free its blocks; False if there is no such request."""
-        seq = self._running.get(request_id) or self._waiting.get(request_id)
+        seq = self.sequence(request_id)
         if seq is not None:
             self._finish(seq, reason)
         return seq is not None
@@ -162,7 +180,9 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's chunks. Its result goes to ``apply``, or its requests abort."""
         builder = self.begin(now)
-        while (seq := self._admission.pick(self._waiting, now)) and self.has_room(builder, seq):
+        while (seq := self._admission.pick(self._waiting, now)) and (
+            self.has_room(builder, seq) or self._make_room(builder, seq)
+        ):
             self.admit(builder, seq)
         self._stuck = self._still_stuck = bool(self._waiting)
         return self.commit(builder, self.take_ended() if builder.chunks else ())
@@ -174,24 +194,15 @@ class Scheduler:
         tokens. Whoever ends with it unforeseen is in the plan for nothing; a place that falls free
         is given away a step later.
         """
-        last, size = self._in_flight, self.pool.block_size
-        seqs = [seq for seq in last.seqs if seq.finish is None]
         if (
             self._drafter is not None
-            or not last.newest == len(last.seqs) == len(seqs) == len(self._running)
+            or self._in_flight.newest != len(self._running)
             or (self._waiting and not self._still_stuck)
-            or now >= self._earliest_deadline
+            or now >= self._deadlines.earliest
         ):
             return None
-        seqs = [seq for seq in seqs if not seq.leaving]
-        growing = [seq for seq in seqs if len(seq.blocks) * size <= seq.length]
-        if not seqs or len(growing) > self.pool.num_free:
-            return None
-        for seq in growing:
-            seq.blocks += tuple(self.pool.allocate(1))
-        builder = self._ahead = StepBuilder(self.config.max_num_batched_tokens, self.rank)
-        builder.add_following(seqs)
-        return builder.plan(self.take_ended(), ahead=True)
+        self._ahead = self._in_flight.following(self.pool, self.config.max_num_batched_tokens)
+        return None if self._ahead is None else self._ahead.plan(self.take_ended(), ahead=True)
 
     def begin(self, now: float) -> StepBuilder:
         """What running requests need of the next step."""
@@ -213,31 +224,26 @@ class Scheduler:
 
         Not in a step that had to preempt.
         """
+        running, free = len(self._running), self.pool.num_free
         if (
             not builder.budget
             or builder.preempted
-            or len(self._running) >= self.config.max_num_seqs
-            or len(self._running) >= self.pool.num_free  # one block at least is never shared
+            or running >= self.config.max_num_seqs
+            or (running >= free and not seq.blocks)  # one block at least is never shared
         ):
             return False
-        shared = self._cached_prefix(seq)
-        fresh = self.pool.blocks_for(len(seq)) - len(shared)
-        revived = sum(self.pool.is_free(b) for b in shared)
-        return fresh + revived + len(self._running) <= self.pool.num_free
+        return self.kv.blocks_to_start(seq) + running <= free
 
     def cached_tokens(self, seq: SequenceState) -> int:
         """Of a request's beginning, those whose KV is here."""
-        return len(self._cached_prefix(seq)) * self.pool.block_size
+        return len(self.kv.cached_prefix(seq)) * self.pool.block_size
 
     def admit(self, builder: StepBuilder, seq: SequenceState) -> None:
         """Start a request for which there is room."""
-        shared = self._cached_prefix(seq)
-        self.pool.share(shared)
-        fresh = self.pool.allocate(self.pool.blocks_for(len(seq)) - len(shared))
-        seq.blocks = (*shared, *fresh)
-        seq.computed = len(shared) * self.pool.block_size
+        new = not (seq.admissions or seq.blocks)
+        self.kv.start(seq)
         seq.admissions += 1
-        if seq.admissions == 1:
+        if new:
             self.counters.prefix_queried_tokens += len(seq)
             self.counters.prefix_hit_tokens += seq.computed
         seq.reached = max(seq.reached, seq.computed)
@@ -247,7 +253,7 @@ class Scheduler:
         self._num_tokens += seq.length
         if seq.leaving:
             self._leaving[seq.request.id] = seq
-        self._note_deadline(seq)
+        self._deadlines.note(seq)
         builder.add(seq)
 
     def commit(self, builder: StepBuilder, ended: tuple[RequestId, ...]) -> StepPlan:
@@ -261,8 +267,16 @@ class Scheduler:
         return ended
 
     def withdraw(self, count: int | None = None) -> list[SequenceState]:
-        """Let go of so many that wait, the first ones first; None is all."""
-        return [self._waiting.pop(id_) for id_ in tuple(islice(self._waiting, count))]
+        """Let go of so many that wait (``WaitingQueue.withdraw``); None is all."""
+        return self._waiting.withdraw(count)
+
+    def detach(self, request_id: RequestId) -> SequenceState | None:
+        """Let go of any request, whose blocks are the caller's; None if there is no such one.
+        What a planned step makes for it is lost."""
+        seq = self.sequence(request_id)
+        if seq is not None:
+            self._remove(seq, FinishReason.ABORT)
+        return seq
 
     def apply(self, result: StepResult) -> list[TokenOut]:
         """Take note of what the planned step computed and sampled."""
@@ -342,9 +356,7 @@ class Scheduler:
         self, seq: SequenceState, chunk: Chunk, sampled: Sampled, outs: list[TokenOut]
     ) -> None:
         """Take the tokens that followed a chunk, in order, up to the first that ends the request.
-
-        Only drafts that were right stay computed.
-        """
+        Only drafts that were right stay computed."""
         assert 1 <= len(sampled.token_ids) <= chunk.samples, (sampled, chunk.samples)
         before = seq.length
         finish: FinishReason | None = None
@@ -370,22 +382,13 @@ class Scheduler:
             self._leaving[seq.request.id] = seq
         return finish
 
-    def _note_deadline(self, seq: SequenceState) -> None:
-        if seq.request.deadline is not None:
-            self._earliest_deadline = min(self._earliest_deadline, seq.request.deadline)
-
     def _expire(self, now: float) -> list[RequestId]:
-        """End those whose deadline has come. Nobody is looked at before the earliest has."""
-        if now < self._earliest_deadline:
+        """End those whose deadline has come."""
+        if now < self._deadlines.earliest:
             return []
-        seqs = [*self._running.values(), *self._waiting.values()]
-        late = [seq for seq in seqs if seq.late(now)]
+        late = self._deadlines.take_late(tuple(self.sequences), now)
         for seq in late:
             self._finish(seq, FinishReason.DEADLINE)
-        self._earliest_deadline = math.inf
-        for seq in seqs:
-            if seq.finish is None:
-                self._note_deadline(seq)
         return [seq.request.id for seq in late]
 
     def _grow(self, seq: SequenceState, preempted: list[RequestId]) -> None:
@@ -394,11 +397,31 @@ class Scheduler:
             if self.pool.num_free:
                 seq.blocks += tuple(self.pool.allocate(1))
                 continue
+            if self._take_back():
+                continue
             victim = next(reversed(self._running.values()))
-            self._preempt(victim)
+            self._stop_running(victim)
+            self.kv.free(victim)
+            self._waiting.put_first(victim)
+            self.counters.preemptions += 1
             preempted.append(victim.request.id)
             if victim is seq:
                 return
+
+    def _make_room(self, builder: StepBuilder, seq: SequenceState) -> bool:
+        """Where nobody runs, those that wait with blocks must give them up to the first one."""
+        while not (self._running or builder.preempted) and self._take_back(seq):
+            if self.has_room(builder, seq):
+                return True
+        return False
+
+    def _take_back(self, first: SequenceState | None = None) -> bool:
+        """The last that waits with blocks, but for ``first``, gives them up; False: none does."""
+        seq = self._waiting.last_with_blocks(but=first)
+        if seq is not None:
+            self.kv.free(seq)
+            self.counters.preemptions += 1
+        return seq is not None
 
     def _stop_running(self, seq: SequenceState) -> None:
         del self._running[seq.request.id]
@@ -406,45 +429,22 @@ class Scheduler:
         self._leaving.pop(seq.request.id, None)
         self._num_tokens -= seq.length
 
-    def _preempt(self, seq: SequenceState) -> None:
-        self._stop_running(seq)
-        self._free_blocks(seq)
-        self._waiting[seq.request.id] = seq
-        self._waiting.move_to_end(seq.request.id, last=False)
-        self.counters.preemptions += 1
-
-    def _cached_prefix(self, seq: SequenceState) -> list[BlockId]:
-        if not self.config.prefix_cache:
-            return []
-        usable = (len(seq) - 1) // self.pool.block_size  # one token must be left to compute
-        if seq.request.params.prompt_logprobs is not None:
-            # A token's log-probability is known only where the one before it was computed.
-            usable = min(usable, seq.reached // self.pool.block_size)
-        return self.pool.find(seq.full_keys(self.pool.block_size)[:usable])
-
     def _advance(self, seq: SequenceState, count: int) -> None:
         """So many more tokens are computed; blocks that this fills can be shared."""
         self.counters.computed_tokens += count
         self.counters.recomputed_tokens += min(seq.reached - seq.computed, count)
-        size, first = self.pool.block_size, seq.computed // self.pool.block_size
+        before = seq.computed
         seq.computed += count
         seq.reached = max(seq.reached, seq.computed)
-        last = seq.computed // size
-        if first == last or not self.config.prefix_cache:
-            return
-        keys = seq.full_keys(size)
-        for block, key in zip(seq.blocks[first:last], keys[first:last], strict=True):
-            self.pool.publish(block, key)
+        self.kv.publish(seq, before)
 
     def _finish(self, seq: SequenceState, reason: FinishReason) -> None:
+        self._remove(seq, reason)
+        self.kv.end(seq, reason)
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+
+    def _remove(self, seq: SequenceState, reason: FinishReason) -> None:
         seq.finish = reason
         self._ended.append(seq.request.id)
         if self._waiting.pop(seq.request.id, None) is None:
             self._stop_running(seq)
-        self._free_blocks(seq, forget=reason is FinishReason.ERROR)
-        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
-
-    def _free_blocks(self, seq: SequenceState, *, forget: bool = False) -> None:
-        self.pool.release(seq.blocks, forget=forget)
-        seq.blocks = ()
-        seq.computed = 0

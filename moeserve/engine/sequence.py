@@ -56,7 +56,8 @@ NEW = History()
 
 @dataclass(slots=True)
 class SequenceState:
-    """The KV of the first ``computed`` tokens lies in ``blocks``.
+    """The KV of the first ``computed`` tokens lies in ``blocks``, which one that waits has only if
+    it came with them (``History.kv``). With ``keep`` they outlast it (``kv_manager``).
 
     ``reached`` is the most it ever had computed: below it, work is done again. ``length`` is that
     of prompt and outputs together, which ``append`` keeps; ``end_ids`` and ``end_length`` are what
@@ -76,6 +77,16 @@ class SequenceState:
     length: int = 0
     end_ids: frozenset[int] = frozenset()
     end_length: int = 0
+    keep: bool = False
+
+    @staticmethod
+    def of(request: Request, history: History) -> SequenceState:
+        """One that comes, without its blocks."""
+        made, reached = [*history.output_ids], history.reached
+        admissions = int(reached > 0)
+        return SequenceState(
+            request, made, reached=reached, admissions=admissions, keep=history.keep
+        )
 
     def __post_init__(self) -> None:
         self.length = len(self.request.prompt_ids) + len(self.output_ids)
@@ -112,6 +123,11 @@ class SequenceState:
         """One more output."""
         self.output_ids.append(token_id)
         self.length += 1
+
+    @property
+    def stays(self) -> bool:
+        """While it waits, it waits here: its KV is here, or will be asked for here."""
+        return bool(self.blocks) or self.keep
 
     def late(self, now: float) -> bool:
         """Whether its deadline has come."""

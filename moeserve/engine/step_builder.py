@@ -6,8 +6,10 @@ The scheduler decides who gets a chunk, in which order; what a chunk holds is de
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
-from moeserve.core import UNKNOWN, Chunk, RequestId, StepPlan
+from moeserve.core import UNKNOWN, BlockId, Chunk, RequestId, StepPlan
+from moeserve.engine.blocks import BlockPool
 from moeserve.engine.sequence import SequenceState
 
 # Of a step's tokens, those that can be scored (``Chunk.scored``): each needs a row of logits, as
@@ -93,6 +95,21 @@ class StepBuilder:
         self.budget -= len(seqs)
         assert self.budget >= 0, self.budget
 
+    def following(self, pool: BlockPool, budget: int) -> StepBuilder | None:
+        """One more token for each request of this step, if that is all that it has; None too where
+        blocks are missing, or all have left."""
+        if self.newest != len(self.seqs) or any(seq.finish is not None for seq in self.seqs):
+            return None
+        seqs = [seq for seq in self.seqs if not seq.leaving]
+        growing = [seq for seq in seqs if len(seq.blocks) * pool.block_size <= seq.length]
+        if not seqs or len(growing) > pool.num_free:
+            return None
+        for seq in growing:
+            seq.blocks += tuple(pool.allocate(1))
+        builder = StepBuilder(budget, self._rank)
+        builder.add_following(seqs)
+        return builder
+
     def add(self, seq: SequenceState, draft_ids: tuple[int, ...] = ()) -> None:
         """The sequence's next tokens, as many as the budgets have room for, if any.
 
@@ -141,6 +158,12 @@ class StepBuilder:
         taken = self.seqs, self.chunks, self.newest
         self.seqs, self.chunks, self.newest = [], [], 0
         return taken
+
+    def written_blocks(self, block_size: int) -> set[BlockId]:
+        """Those that its chunks write to."""
+        ends = ((c, c.start + len(c.token_ids) - 1) for c in self.chunks)
+        spans = (c.blocks[c.start // block_size : last // block_size + 1] for c, last in ends)
+        return set(chain.from_iterable(spans))
 
     def plan(self, ended: tuple[RequestId, ...], *, ahead: bool = False) -> StepPlan:
         """The step as it will run."""

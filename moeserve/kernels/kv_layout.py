@@ -112,6 +112,19 @@ class KvBlockLayout:
                 f"{self.nbytes} bytes ({self}): the sender's cache must have the same layout"
             )
 
+    def room_for(self, count: int, out_NX: Tensor | None) -> Tensor:
+        """uint8 [N, ``nbytes``] to write ``count`` blocks to: ``out_NX``, InternalError where it is
+        something else, or a new one."""
+        if out_NX is None:
+            return torch.empty(count, self.nbytes, dtype=torch.uint8)
+        self.check_blocks(out_NX, count)
+        if not out_NX.is_contiguous():
+            raise InternalError(
+                f"a tensor with strides {out_NX.stride()} cannot take {count} KV blocks: rows must "
+                "follow one another"
+            )
+        return out_NX
+
     def split(self, data_NX: Tensor) -> dict[str, Tensor]:
         """The sections [N, P, G, ...] of checked blocks, by name; copies."""
         found = {}

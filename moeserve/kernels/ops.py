@@ -406,10 +406,11 @@ class Ops(Protocol):
         """
         ...
 
-    def export_kv(self, cache: KvCache, blocks_N: Tensor) -> Tensor:
-        """uint8 [N, X]: whole blocks (int64 numbers) as ``kv_layout`` describes them; a copy.
+    def export_kv(self, cache: KvCache, blocks_N: Tensor, out_NX: Tensor | None = None) -> Tensor:
+        """uint8 [N, X]: whole blocks (int64 numbers) as ``kv_layout`` describes them; a copy, in
+        ``out_NX`` where that is given, which is contiguous then.
 
-        InternalError if a block is not one of the cache.
+        InternalError if a block is not one of the cache, or ``out_NX`` has not their size.
         """
         ...
 

@@ -19,6 +19,7 @@ from moeserve.config.options import EngineOptions
 from moeserve.core import Counters, StepPlan
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.build import LoadedModel, load_tokenizer, scheduler_config
+from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, Unobserved
 from moeserve.engine.rank_model import EpContext, RankModel, load_rank_model, widest
 from moeserve.engine.ranks.counted import GatheredCounts, RankCounts, write_counts
@@ -35,6 +36,7 @@ from moeserve.engine.ranks.rank_links import LinkTable
 from moeserve.engine.ranks.rank_server import RankServer
 from moeserve.engine.ranks.rank_view import Doors
 from moeserve.engine.ranks.records import Decision
+from moeserve.engine.rates import RatedSteps, StepRates
 from moeserve.engine.replan.benefit import StepSample
 from moeserve.engine.replan.coordinator import PlanCoordinator
 from moeserve.engine.replan.live import LivePlan, build_replanner
@@ -68,6 +70,7 @@ class RankParts:
     load: SchedulerLoad
     lock_step: LockStep
     engine: Engine
+    house: KvExchange
 
     def counts(self) -> RankCounts:
         """Requests that wait at this process's door wait here."""
@@ -128,6 +131,7 @@ def build_rank(
         block_size=options.block_size,
         context=options.max_model_len or own.decoder.spec.max_positions,
         own=own,
+        house=parts.house,
         own_engine=parts.engine,
         ranks=counts if context.rank == 0 else None,
         live_plan=live_plan,
@@ -157,14 +161,17 @@ def rank_parts(
         deadline_s=context.options.ep_deadline,
         turns=own.swapper,
     )
-    engine = Engine(scheduler, lock_step, observer, pace=lock_step, lock=lock)
+    rates = StepRates()
+    watched = RatedSteps(observer, rates)
+    engine = Engine(scheduler, lock_step, watched, pace=lock_step, lock=lock)
+    house = KvExchange(engine, scheduler, lock, own.kv_tensors, rates)
 
     def give_back(waiting: int, loads: LoadsOfRound) -> None:
         if waiting and (count := int(surplus(loads(), config)[context.rank])) > 0:
             engine.give_back(count)
 
     lock_step.on_loads = give_back
-    return RankParts(own, scheduler, load, lock_step, engine)
+    return RankParts(own, scheduler, load, lock_step, engine, house)
 
 
 def rank_server(parts: RankParts) -> RankServer:

@@ -86,11 +86,14 @@ class Fleet:
         """Refuse what some rank could never run."""
         min(self.ranks, key=lambda rank: rank.pool.num_blocks).check(request)
 
+    def owns(self, request_id: RequestId) -> bool:
+        here = self._waiting(request_id) is not None
+        return here or any(rank.owns(request_id) for rank in self.ranks)
+
     def add(self, request: Request) -> None:
         """Queue a request, or refuse it."""
         self.check(request)
-        waits = self._waiting(request.id) is not None
-        refuse_duplicate(request, waits or any(rank.owns(request.id) for rank in self.ranks))
+        refuse_duplicate(request, self.owns(request.id))
         refuse_when_full(self.num_waiting, self.config)
         self._arrivals += 1
         self._fresh[request.id] = SequenceState(request, arrival=self._arrivals)
@@ -103,6 +106,11 @@ class Fleet:
             self._drop(seq, reason)
             return True
         return any(rank.abort(request_id, reason) for rank in self.ranks)
+
+    def detach(self, request_id: RequestId) -> SequenceState | None:
+        """Let go of one that has a home, with its blocks."""
+        found = (rank.detach(request_id) for rank in self.ranks)
+        return next((seq for seq in found if seq is not None), None)
 
     def plan(self, now: float) -> StepPlan:
         """The next step of all ranks, their chunks in order of ranks."""
@@ -134,6 +142,11 @@ class Fleet:
         self.counters.steps += 1
         sampled = {s.request_id: s for s in result.sampled}
         return [out for rank in self.ranks for out in rank.settle(sampled)]
+
+    def drop(self) -> None:
+        """There is no result of the planned step, whose requests have been aborted."""
+        for rank in self.ranks:
+            rank.drop()
 
     def _place(self, builders: Sequence[StepBuilder]) -> None:
         """Give homes, in order, until the next request fits nowhere."""

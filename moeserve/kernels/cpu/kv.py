@@ -74,9 +74,9 @@ def write(cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -
         raise InternalError(f"write_kv: a slot is not in 0..{most}")
 
 
-def export_blocks(cache: KvCache, blocks_N: Tensor) -> Tensor:
+def export_blocks(cache: KvCache, blocks_N: Tensor, out_NX: Tensor | None = None) -> Tensor:
     layout, blocks = KvBlockLayout.of(cache.shape), blocks_N.to(torch.int64).contiguous()
-    data = torch.empty(len(blocks), layout.nbytes, dtype=torch.uint8)
+    data = layout.room_for(len(blocks), out_NX)
     if not _cpu.export_kv(handle_of(cache), blocks.data_ptr(), len(blocks), data.data_ptr()):
         raise outside("export_kv", cache, blocks)
     return data

@@ -219,8 +219,8 @@ class CpuOps(NativeWire):
     def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
         kv.write(cache, k_TGD, v_TGV, slot_T)
 
-    def export_kv(self, cache: KvCache, blocks_N: Tensor) -> Tensor:
-        return kv.export_blocks(cache, blocks_N)
+    def export_kv(self, cache: KvCache, blocks_N: Tensor, out_NX: Tensor | None = None) -> Tensor:
+        return kv.export_blocks(cache, blocks_N, out_NX)
 
     def import_kv(self, cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
         kv.import_blocks(cache, blocks_N, data_NX)

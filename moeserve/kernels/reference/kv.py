@@ -89,16 +89,17 @@ def write(cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -
         part.write(x_TGD, *place)
 
 
-def export_blocks(cache: KvCache, blocks_N: Tensor) -> Tensor:
+def export_blocks(cache: KvCache, blocks_N: Tensor, out_NX: Tensor | None = None) -> Tensor:
     layout, pages = KvBlockLayout.of(cache.shape), cast("ReferenceCache", cache.data)
     check_inside("export_kv", cache, blocks_N)
+    data_NX = layout.room_for(len(blocks_N), out_NX)
     scales = [part.scale_BPG[blocks_N] for part in pages.parts if part.scale_BPG is not None]
     sections = {"keys": torch.cat([key.x_BPGD[blocks_N] for key in pages.keys], -1)}
     if not cache.shape.latent:
         sections["values"] = pages.values.x_BPGD[blocks_N]
     if scales:
         sections["scales"] = torch.stack(scales, -1)
-    return layout.join(sections)
+    return data_NX.copy_(layout.join(sections))
 
 
 def import_blocks(cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:

@@ -1,0 +1,197 @@
+"""A cluster of peers on this host, each a process that can be killed, stopped and started anew.
+
+Benches and the chaos run start it themselves, instead of with ``moeserve up``, since they do to
+single members what an operator never would. ``cores`` binds a member's process, so that pools do
+not take one another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+READY_S = 120.0
+LEAVE_S = 30.0
+
+
+def free_port() -> int:
+    """One that nobody has now, and that is not given to outgoing connections either."""
+    with contextlib.suppress(OSError):
+        low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        for _ in range(200):
+            port = 10_000 + int.from_bytes(os.urandom(2), "little") % max(1, low - 10_000)
+            with socket.socket() as tried, contextlib.suppress(OSError):
+                tried.bind(("127.0.0.1", port))
+                return port
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        return int(tried.getsockname()[1])
+
+
+@dataclass(slots=True)
+class Process:
+    """One member or gateway: how it is started, and its life at the moment."""
+
+    name: str
+    words: tuple[str, ...]
+    log: Path
+    cores: str = ""
+    running: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        prefix = ("taskset", "-c", self.cores) if self.cores else ()
+        with self.log.open("ab") as out:
+            self.running = subprocess.Popen(
+                (*prefix, sys.executable, "-m", "moeserve", *self.words),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        assert self.running is not None, self.name
+        return self.running.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.running is not None and self.running.poll() is None
+
+    def signal(self, number: int) -> None:
+        """To it and whatever it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        assert self.running is not None
+        self.running.wait(LEAVE_S)
+
+    def leave(self) -> int:
+        """Asked to stop; its exit status."""
+        assert self.running is not None
+        self.signal(signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+        try:
+            return self.running.wait(LEAVE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return -signal.SIGKILL
+
+    def measures(self) -> dict[str, int]:
+        """Resident kilobytes and descriptors, with all that it started."""
+        rss = descriptors = 0
+        for pid in _family(self.pid):
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                rss += int(status.partition("VmRSS:")[2].split()[0])
+                descriptors += len(os.listdir(f"/proc/{pid}/fd"))
+        return {"rss_kb": rss, "descriptors": descriptors}
+
+
+@dataclass(slots=True)
+class Cluster:
+    """``gateways`` and ``peers`` by name; their logs lie in ``folder``."""
+
+    folder: Path
+    gateways: dict[str, Process] = field(default_factory=dict)
+    peers: dict[str, Process] = field(default_factory=dict)
+    http: dict[str, int] = field(default_factory=dict)
+    grpc: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def all(self) -> dict[str, Process]:
+        return {**self.gateways, **self.peers}
+
+    def ready(self, gateway: str, timeout_s: float = READY_S) -> None:
+        """Until it would serve a request; AssertionError with the end of its log if it does not."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                at = f"http://127.0.0.1:{self.http[gateway]}/ready"
+                with urllib.request.urlopen(at, timeout=2) as answer:
+                    if answer.status == 200:
+                        return
+            dead = [name for name, p in self.all.items() if not p.alive]
+            assert not dead, f"{dead}: {self._tail(dead[0])}"
+            time.sleep(0.1)
+        raise AssertionError(f"{gateway} is not ready: {self._tail(gateway)}")
+
+    def metrics(self, gateway: str) -> str:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{self.http[gateway]}/metrics", timeout=10
+        ) as answer:
+            return str(answer.read().decode())
+
+    def _tail(self, name: str) -> str:
+        return self.all[name].log.read_text(errors="replace")[-3000:]
+
+
+@contextlib.contextmanager
+def started(
+    roles: Sequence[str],
+    *,
+    gateways: int = 1,
+    model: str = "demo",
+    cores: Sequence[str] = (),
+    gateway_cores: str = "",
+    options: Sequence[str] = (),
+) -> Iterator[Cluster]:
+    """A cluster with a peer for each of ``roles``, e.g. ``("prefill", "decode")``; ready.
+
+    ``options`` go to every peer that computes. At the end all leave, whatever happened.
+    """
+    with tempfile.TemporaryDirectory(prefix="moeserve-cluster-") as name:
+        cluster = Cluster(Path(name))
+        joined = []
+        for i in range(gateways):
+            at, http, grpc = (free_port() for _ in range(3))
+            joined.append(f"127.0.0.1:{at}")
+            words = (
+                *("gateway", "--model", model, "--listen", f"127.0.0.1:{at}"),
+                *("--http-port", str(http), "--grpc-port", str(grpc)),
+            )
+            gateway = f"gateway-{i}"
+            cluster.http[gateway], cluster.grpc[gateway] = http, grpc
+            cluster.gateways[gateway] = _process(cluster, gateway, words, gateway_cores)
+        for i, role in enumerate(roles):
+            own = () if role == "cache" else ("--model", model, *options)
+            words = ("peer", "--role", role, "--join", ",".join(joined), "--name", f"{role}-{i}")
+            bound = cores[i] if i < len(cores) else ""
+            cluster.peers[f"{role}-{i}"] = _process(cluster, f"{role}-{i}", (*words, *own), bound)
+        try:
+            for process in cluster.all.values():
+                process.start()
+            for gateway in cluster.gateways:
+                cluster.ready(gateway)
+            yield cluster
+        finally:
+            statuses = {name: p.leave() for name, p in reversed(cluster.all.items()) if p.alive}
+            wrong = {name: status for name, status in statuses.items() if status}
+            if wrong:
+                print(f"did not leave as asked: {wrong}", file=sys.stderr)
+
+
+def _process(cluster: Cluster, name: str, words: Sequence[str], cores: str) -> Process:
+    return Process(name, tuple(words), cluster.folder / f"{name}.log", cores)
+
+
+def _family(pid: int) -> list[int]:
+    found = [pid]
+    for member in found:
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{member}/task"):
+                children = Path(f"/proc/{member}/task/{task}/children").read_text()
+                found += [int(child) for child in children.split() if int(child) not in found]
+    return found

@@ -1,0 +1,37 @@
+"""The KV of a runner as bytes: blocks of one layer go out and come in (``kernels.kv_layout``).
+
+Any thread may call, while steps run: the copies release the interpreter's lock, and a call that
+finds the kernels' threads at work does all by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeserve.core import BlockId
+from moeserve.kernels.kv_layout import KvBlockLayout
+from moeserve.kernels.ops import KvCache, Ops
+
+
+@dataclass(frozen=True, slots=True)
+class KvTensors:
+    """A runner's KV, one cache per layer, and the table that reads and writes it."""
+
+    ops: Ops
+    caches: tuple[KvCache, ...]
+
+    @property
+    def layouts(self) -> tuple[KvBlockLayout, ...]:
+        return tuple(KvBlockLayout.of(cache.shape) for cache in self.caches)
+
+    def export_kv(self, layer: int, blocks: Sequence[BlockId], out_NX: Tensor) -> None:
+        cache = self.caches[layer]
+        self.ops.export_kv(cache, torch.tensor(blocks, dtype=torch.int64), out_NX)
+
+    def import_kv(self, layer: int, blocks: Sequence[BlockId], data_NX: Tensor) -> None:
+        cache = self.caches[layer]
+        self.ops.import_kv(cache, torch.tensor(blocks, dtype=torch.int64), data_NX)
