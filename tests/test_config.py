@@ -13,8 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
+from moeserve.config.cluster import (
+    ClusterOptions,
+    EverySetting,
+    GatewayConfig,
+    MemberOptions,
+    PeerConfig,
+)
+from moeserve.config.commands import GROUPS
 from moeserve.config.options import (
-    GROUPS,
     Dtype,
     KvDtype,
     ModelOptions,
@@ -282,8 +289,10 @@ def test_a_verb_may_take_only_some_settings() -> None:
 
 def test_every_setting_is_in_one_group() -> None:
     names = [name for group in GROUPS for name in group.model_fields]
-    assert sorted(names) == sorted(ServeConfig.model_fields)
-    assert all(issubclass(ServeConfig, group) for group in GROUPS)
+    assert sorted(names) == sorted(EverySetting.model_fields)
+    assert all(issubclass(EverySetting, group) for group in GROUPS)
+    of_clusters = {*ClusterOptions.model_fields, *MemberOptions.model_fields}
+    assert set(names) - of_clusters == set(ServeConfig.model_fields)
 
 
 def test_another_process_may_be_given_only_what_it_uses() -> None:
@@ -310,5 +319,55 @@ def test_the_reference_is_as_generated() -> None:
 
 
 def test_the_reference_has_every_setting_by_its_three_names() -> None:
-    for name in ServeConfig.model_fields:
+    for name in EverySetting.model_fields:
         assert f"| `{flag_of(name)}` | `MOESERVE_{name.upper()}` | `{name}` |" in reference()
+
+
+OF_CLUSTERS: dict[str, Any] = {
+    "listen": "[::1]:7100",
+    "advertise": "10.0.0.3",
+    "join": "10.0.0.1:7000, 10.0.0.2:7000",
+    "registry": "etcd://127.0.0.1:2379",
+    "cluster_secret": "sixteen-or-longer",
+    "cluster_tls": "tls",
+    "role": "decode",
+    "name": "d0",
+}
+
+
+@pytest.mark.parametrize("name", OF_CLUSTERS)
+def test_settings_of_members_are_said_in_the_same_ways(name: str, write: Writer) -> None:
+    value = OF_CLUSTERS[name]
+    kind = PeerConfig if name in MemberOptions.model_fields else GatewayConfig
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser, kind)
+    words = parser.parse_args(flag_words(name, value))
+    by_flag = options_of(settings_from_args(words, {}), kind)
+    words = parser.parse_args(["--config", str(write(**{name: value}))])
+    assert options_of(settings_from_args(words, {}), kind) == by_flag
+    environ = to_environ(by_flag, {})
+    assert options_of(settings_from_args(parser.parse_args([]), environ), kind) == by_flag
+
+
+def test_every_setting_of_clusters_is_tried_here() -> None:
+    assert OF_CLUSTERS.keys() == {*ClusterOptions.model_fields, *MemberOptions.model_fields}
+
+
+def test_a_member_has_no_doors_unless_it_is_given_some() -> None:
+    assert (PeerConfig().http_port, PeerConfig().grpc_port) == (None, None)
+    with pytest.raises(ValueError, match="api_key_file"):
+        PeerConfig(http_port=0, host="0.0.0.0")
+    assert PeerConfig(http_port=0).http_port == 0
+
+
+def test_a_gateway_has_the_doors_of_a_server() -> None:
+    config = GatewayConfig(http_port=1, max_queue=3)
+    doors = config.doors_config
+    assert (doors.http_port, doors.grpc_port, doors.max_queue) == (1, 50051, 3)
+    assert GatewayConfig(join=" a:1, b:2,").gateways == ("a:1", "b:2")
+
+
+@pytest.mark.parametrize("wrong", ["7100", "host:", ":7", "host:70000", "host:port"])
+def test_an_address_to_listen_at_has_a_host_and_a_port(wrong: str) -> None:
+    with pytest.raises(ValueError, match="expected host:port"):
+        GatewayConfig(listen=wrong)

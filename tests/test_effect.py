@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from moeserve import cli
+from moeserve.config.cluster import GatewayConfig, PeerConfig
+from moeserve.config.commands import COMMANDS
 from moeserve.config.effect import require_effect
-from moeserve.config.options import COMMANDS, EpOptions, RankModelOptions, ServeConfig
+from moeserve.config.options import EpOptions, RankModelOptions, ServeConfig
 from moeserve.config.sources import options_of, read_settings, to_yaml
 from moeserve.doctor import run_doctor
 from moeserve.errors import ConfigError
@@ -162,4 +164,4 @@ def test_the_doctor_says_that_serve_would_refuse(monkeypatch: pytest.MonkeyPatch
 
 def test_commands_take_whole_groups() -> None:
     assert COMMANDS["moeserve generate"] is RankModelOptions
-    assert set(COMMANDS.values()) == {ServeConfig, RankModelOptions}
+    assert set(COMMANDS.values()) == {ServeConfig, PeerConfig, GatewayConfig, RankModelOptions}

@@ -64,6 +64,8 @@ BARE = (
     "errors.py",
     "host.py",
     "config/options.py",
+    "config/cluster.py",
+    "config/commands.py",
     "config/sources.py",
     "config/reference.py",
     "config/effect.py",

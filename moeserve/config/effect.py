@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeserve.config.cluster import EMBEDDED
 from moeserve.config.options import EpOptions, Options
 from moeserve.config.sources import Setting, shown
 from moeserve.errors import ConfigError
@@ -62,6 +63,12 @@ RULES = (
         lambda options, ranks: options.http_port is None,
         "gRPC is always strict, and http_port is none",
         "an `--http-port`",
+    ),
+    Rule(
+        frozenset({"join"}),
+        lambda options, ranks: options.registry != EMBEDDED,
+        "members are found in --registry",
+        "no `--registry`",
     ),
 )
 

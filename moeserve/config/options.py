@@ -11,6 +11,8 @@
     LogOptions      every rank                                    serve, worker
     DoorOptions     ranks with doors: what clients connect to     serve, worker
 
+What clusters have beside these is in ``cluster``, and who takes what in ``commands``.
+
 A class that is several groups has their settings flat, and can be passed wherever one of the groups
 is expected: a ``ServeConfig`` is a ``LoadOptions``. Options are frozen; a value out of bounds is a
 ``pydantic.ValidationError``, which ``sources`` turns into a ConfigError that names the source.
@@ -20,7 +22,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -73,6 +74,11 @@ class Options(BaseModel):
     """Settings that belong together."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def described(cls, name: str) -> str:
+        """What a field is, for a group that has another default for it."""
+        return cls.model_fields[name].description or ""
 
 
 class ModelOptions(Options):
@@ -304,6 +310,10 @@ class DoorOptions(Options):
     def _open_to_whom_it_should_be(self) -> Self:
         if self.grpc_port is None and self.http_port is None:
             raise ValueError("grpc_port and http_port are both none: keep at least one door open")
+        return self._guarded()
+
+    def _guarded(self) -> Self:
+        """ValueError where doors cannot be both, or are open to strangers."""
         if self.grpc_port and self.grpc_port == self.http_port:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}: choose two")
         if not (self.loopback or self.api_key or self.api_key_file or self.tls_client_ca):
@@ -333,23 +343,6 @@ class ServeConfig(DoorOptions, RankOptions):
 
 # The defaults of ``LoadOptions``: weights and KV as the checkpoint holds them.
 AS_STORED = LoadOptions()
-GROUPS: tuple[type[Options], ...] = (
-    ModelOptions,
-    LoadOptions,
-    CacheOptions,
-    StepOptions,
-    ProcessOptions,
-    RequestOptions,
-    EpOptions,
-    LogOptions,
-    DoorOptions,
-)
-# The commands that read settings, and those they take.
-COMMANDS: Mapping[str, type[Options]] = {
-    "moeserve serve": ServeConfig,
-    "python -m moeserve.worker": ServeConfig,
-    "moeserve generate": RankModelOptions,
-}
 
 
 def _is_loopback(host: str) -> bool:

@@ -14,8 +14,10 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from moeserve.config.cluster import ClusterOptions
+from moeserve.config.commands import COMMANDS, GROUPS
 from moeserve.config.effect import RULES
-from moeserve.config.options import COMMANDS, GROUPS, Options, RankOptions
+from moeserve.config.options import DoorOptions, Options
 from moeserve.config.sources import ENV_PREFIX, SECRETS, choices, flag_of
 from moeserve.config.variables import MEANING
 
@@ -71,7 +73,8 @@ def _section(group: type[Options]) -> Iterator[str]:
     title = (group.__doc__ or "").splitlines()[0].removesuffix(".")
     takers = [f"`{name}`" for name, kind in COMMANDS.items() if issubclass(kind, group)]
     yield from ("", f"## {title}", "")
-    users = "every rank" if issubclass(RankOptions, group) else "rank 0 alone"
+    alone = "rank 0 alone" if group is DoorOptions else "every rank"
+    users = "every rank, and by gateways" if group is ClusterOptions else alone
     yield from _wrapped(f"Taken by {', '.join(takers)}; used by {users}.")
     yield ""
     yield "| flag | variable | YAML key | default | values | what it is |"

@@ -25,14 +25,16 @@ import yaml
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from moeserve.config.options import COMMANDS, GROUPS, Options, ServeConfig
+from moeserve.config.cluster import EverySetting
+from moeserve.config.commands import COMMANDS, GROUPS
+from moeserve.config.options import Options, ServeConfig
 from moeserve.config.variables import is_no_setting
 from moeserve.errors import ConfigError
 
 ENV_PREFIX = "MOESERVE_"
 SECRETS = frozenset(
     name
-    for name, field in ServeConfig.model_fields.items()
+    for name, field in EverySetting.model_fields.items()
     if SecretStr in get_args(field.annotation)
 )
 Chosen = TypeVar("Chosen", bound=Options)
@@ -58,8 +60,8 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Options] = ServeConf
         if issubclass(kind, options):
             title = (options.__doc__ or "").splitlines()[0].removesuffix(".")
             group = parser.add_argument_group(f"settings: {title[0].lower()}{title[1:]}")
-            for name, field in options.model_fields.items():
-                _add_option(group, name, field)
+            for name in options.model_fields:
+                _add_option(group, name, kind.model_fields[name])
     sources = parser.add_argument_group("settings may also come as MOESERVE_<NAME>, or from a file")
     sources.add_argument("--config", metavar="FILE", type=Path, help="YAML file of settings")
     sources.add_argument(
@@ -89,7 +91,7 @@ def read_settings(
     return settings | {
         name: Setting(value, flag_of(name))
         for name, value in flags.items()
-        if value is not None and name in ServeConfig.model_fields
+        if value is not None and name in EverySetting.model_fields
     }
 
 
@@ -204,16 +206,16 @@ def _from_file(file: Path) -> dict[str, Setting]:
 
 
 def _require_known(name: str, shown: str, prefix: str, spell: Any) -> None:
-    if name in ServeConfig.model_fields:
+    if name in EverySetting.model_fields:
         return
-    close = difflib.get_close_matches(name, ServeConfig.model_fields, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, EverySetting.model_fields, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{spell(close[0])}?" if close else "see --help for the settings"
     raise ConfigError(f"{shown}: unknown setting; {hint}")
 
 
 def _value(name: str, setting: Setting) -> object:
     """Text may say ``none``; a YAML boolean is no number."""
-    field = ServeConfig.model_fields[name]
+    field = EverySetting.model_fields[name]
     value = setting.value
     if isinstance(value, str) and value.lower() in ("none", "null") and _allows(field, NoneType):
         return None

@@ -1,4 +1,5 @@
-"""What the step loop keeps of one request, and how its events leave: one call per sink and turn."""
+"""What is kept of one request by whoever passes its events on, and how these leave: one call per
+sink and turn."""
 
 from __future__ import annotations
 
@@ -71,6 +72,33 @@ class RequestState:
     def end(self, reason: FinishReason, error: str) -> Event:
         """The last event, where it brings no token."""
         return Event(self.request.id, (), (), reason, error, self.cached, self.queue_s)
+
+
+class Gaps:
+    """Times between tokens that one turn brought, for whoever passes on events that others made."""
+
+    def __init__(self, now: float) -> None:
+        self._now = now
+        self._before: dict[float, int] = {}  # when the token before it came, and how often
+
+    def count(self, state: RequestState, event: Event) -> bool:
+        """Tokens of ``event`` have come, one or more; several at once count as one after the other,
+        without a gap. Whether the first of the request is among them."""
+        now, before = self._now, self._before
+        first = state.first_token is None
+        state.made += len(event.token_ids)
+        if first:
+            state.first_token, state.cached = now, event.cached_tokens
+        else:
+            before[state.last_token] = before.get(state.last_token, 0) + 1
+        if gaps := len(event.token_ids) - 1:
+            before[now] = before.get(now, 0) + gaps
+        state.last_token = now
+        return first
+
+    def seconds(self) -> dict[float, int]:
+        """How many tokens came how long after the one before them."""
+        return {self._now - then: count for then, count in self._before.items()}
 
 
 class Outbox:

@@ -24,5 +24,6 @@
     entrance      both doors as the settings want them, and what they watch
     door_metrics  what the doors count: connections, and what each tenant has used
     server        one process that serves: bind, load, serve, drain
+    routed        a model that other processes run
     offline       one answer without a server
 """

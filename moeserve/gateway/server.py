@@ -30,6 +30,7 @@ from moeserve.gateway.http.server import address_of
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.parsers.styles import style_of
+from moeserve.gateway.routed import RoutedModel
 from moeserve.gateway.service import InferenceService, ServedModel
 from moeserve.observe.families import CacheInfo
 from moeserve.observe.loading import ProgressCallback, shown_progress
@@ -61,12 +62,16 @@ class ServedProcess(Protocol):
         observer: Metrics,
         progress: ProgressCallback,
         loop: asyncio.AbstractEventLoop,
-    ) -> LoadedModel:
+    ) -> LoadedModel | RoutedModel:
         """On a thread beside the loop."""
         ...
 
     def stopping(self) -> None:
         """This process stops, for a signal or because it was asked."""
+        ...
+
+    async def idle(self) -> None:
+        """Until no other process has requests here; who waits bounds it."""
         ...
 
 
@@ -85,6 +90,8 @@ class OneProcess:
         return build_engine(config, observer=observer, progress=progress)
 
     def stopping(self) -> None: ...
+
+    async def idle(self) -> None: ...
 
 
 def serve(config: ServeConfig, process: ServedProcess | None = None) -> int:
@@ -171,11 +178,16 @@ class Server:
         self._log = RequestLog() if config.request_log else None
         mailbox = Mailbox(asyncio.get_running_loop())
         self.service = InferenceService(mailbox, observe=self._ended, strict=config.strict)
-        self.loaded: LoadedModel | None = None
+        self.loaded: LoadedModel | RoutedModel | None = None
         self.grpc_port: int | None = None
         self.http_port: int | None = None
         self._process = process or OneProcess()
         self._entrance: Entrance | None = None
+
+    @property
+    def _own(self) -> LoadedModel | None:
+        """The model, if this process runs it."""
+        return None if isinstance(self.loaded, RoutedModel) else self.loaded
 
     @property
     def has_doors(self) -> bool:
@@ -216,7 +228,8 @@ class Server:
         self.service.drain()
         if self.loaded is not None:
             # Ranks leave together, so this one may have to wait while others drain.
-            wait_s = STOP_S + (self.config.drain_timeout_s if self.loaded.own_engine else 0.0)
+            together = self._own is not None and self._own.own_engine is not None
+            wait_s = STOP_S + (self.config.drain_timeout_s if together else 0.0)
             if not await asyncio.to_thread(self.loaded.close, wait_s):
                 log.error("the engine did not stop within %g s", wait_s)
         with contextlib.suppress(TimeoutError):
@@ -252,16 +265,24 @@ class Server:
             self.loaded = loaded = await loading
         if stopping.is_set():
             raise CancelledError("stopped while loading")
-        engine = loaded.engine
+        if isinstance(loaded, RoutedModel):
+            engine = loaded.engine
+            self.metrics.bind(loaded.name, lambda: engine.counters, engine.load)
+            self.service.serve(loaded.served)
+        else:
+            self._show(loaded)
+            self.service.serve(served_of(loaded, self.config))
+        await self._announce(True)
+
+    def _show(self, loaded: LoadedModel) -> None:
+        """Its counts are this process's metrics."""
         cache = cache_info(loaded)
         if loaded.ranks is None:
-            own = loaded.own_engine or engine
+            own = loaded.own_engine or loaded.engine
             self.metrics.bind(loaded.name, lambda: own.counters, own.load, cache=cache)
         else:
             ranks = loaded.ranks
             self.metrics.bind(loaded.name, lambda: ranks.counters, ranks.load, ranks, cache)
-        self.service.serve(served_of(loaded, self.config))
-        await self._announce(True)
 
     async def _announce(self, serving: bool) -> None:
         if self._entrance is not None:
@@ -274,13 +295,13 @@ class Server:
             self._log.write(record)
 
     async def _metrics_page(self) -> tuple[bytes, str]:
-        if self.loaded is not None and self.loaded.ranks is not None:
-            await self.loaded.ranks.refresh()
+        if self._own is not None and self._own.ranks is not None:
+            await self._own.ranks.refresh()
         return self.metrics.render()
 
     def reread_plan_on_hangup(self) -> None:
         """SIGHUP: the file of --plan may hold another one."""
-        live_plan = None if self.loaded is None else self.loaded.live_plan
+        live_plan = None if self._own is None else self._own.live_plan
         if live_plan is not None and self.config.plan is not None:
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGHUP, live_plan.reread, self.config.plan)
@@ -299,7 +320,7 @@ class Server:
         """Refuses new requests and waits for running ones, no longer than until ``hurry``."""
         self.service.drain()
         await self._announce(False)
-        idle = asyncio.create_task(self.service.idle())
+        idle = asyncio.create_task(self._idle())
         hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
         done, late = await asyncio.wait(
             {idle, hurried}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -308,6 +329,10 @@ class Server:
             task.cancel()
         if idle not in done:
             log.warning("ending %d requests that still run", self.service.running)
+
+    async def _idle(self) -> None:
+        await self.service.idle()
+        await self._process.idle()
 
 
 class _Signals:

@@ -116,6 +116,8 @@ class RankProcess:
         if self._mesh is not None:
             self._mesh.ask_to_stop()
 
+    async def idle(self) -> None: ...
+
     def load(
         self,
         config: ServeConfig,

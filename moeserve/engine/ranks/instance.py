@@ -22,7 +22,7 @@ from moeserve.engine.ranks.front import Front
 from moeserve.engine.ranks.homes import ExpertUse
 from moeserve.engine.ranks.loads import LoadsOfRound, RankLoads
 from moeserve.engine.ranks.rank_links import LinkTable
-from moeserve.engine.request_state import EventSink, Outbox, RequestState
+from moeserve.engine.request_state import EventSink, Gaps, Outbox, RequestState
 from moeserve.engine.sequence import History
 from moeserve.errors import UnavailableError
 
@@ -140,7 +140,7 @@ class Instance:
 
     def on_events(self, rank: int, events: Sequence[Event]) -> None:
         outbox, now = Outbox(), self._clock()
-        before: dict[float, int] = {}  # when the token before it came, and how often
+        gaps = Gaps(now)
         for event in events:
             held = self._held.get(event.request_id)
             if held is None:
@@ -148,7 +148,8 @@ class Instance:
             state = held.state
             if event.token_ids:
                 held.output_ids += event.token_ids
-                self._count(state, event, now, before)
+                if gaps.count(state, event):
+                    self._observer.on_first_token(state.timing(now))
             if event.finish is not None:
                 del self._held[event.request_id]
                 self._front.finished(event.request_id)
@@ -161,8 +162,8 @@ class Instance:
                     queue_s=state.queue_s,
                 )
             outbox.add(state.sink, event)
-        if before:
-            self._observer.on_gaps({now - then: count for then, count in before.items()})
+        if seconds := gaps.seconds():
+            self._observer.on_gaps(seconds)
         for error, found in outbox.send():
             log.error("a sink of %d events failed", len(found), exc_info=error)
             for event in found:
@@ -185,21 +186,6 @@ class Instance:
         if self._learn is not None:
             for use in uses:
                 self._learn(use)
-
-    def _count(
-        self, state: RequestState, event: Event, now: float, before: dict[float, int]
-    ) -> None:
-        """Tokens have come; several at once count as one after the other, without a gap."""
-        state.made += len(event.token_ids)
-        gaps = len(event.token_ids) - 1
-        if state.first_token is None:
-            state.first_token, state.cached = now, event.cached_tokens
-            self._observer.on_first_token(state.timing(now))
-        else:
-            before[state.last_token] = before.get(state.last_token, 0) + 1
-        if gaps:
-            before[now] = before.get(now, 0) + gaps
-        state.last_token = now
 
     def _lose_engine(self, reason: str) -> None:
         """On the engine's thread, which ends: what waits here will get no home."""

@@ -1,0 +1,44 @@
+"""All groups of settings, in the order in which they are shown, and which command takes which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moeserve.config.cluster import ClusterOptions, GatewayConfig, MemberOptions, PeerConfig
+from moeserve.config.options import (
+    CacheOptions,
+    DoorOptions,
+    EpOptions,
+    LoadOptions,
+    LogOptions,
+    ModelOptions,
+    Options,
+    ProcessOptions,
+    RankModelOptions,
+    RequestOptions,
+    ServeConfig,
+    StepOptions,
+)
+
+GROUPS: tuple[type[Options], ...] = (
+    ModelOptions,
+    LoadOptions,
+    CacheOptions,
+    StepOptions,
+    ProcessOptions,
+    RequestOptions,
+    EpOptions,
+    LogOptions,
+    DoorOptions,
+    ClusterOptions,
+    MemberOptions,
+)
+# The commands that read settings, and those they take. A rank that any launcher started takes a
+# peer's if it has a role, else those of ``moeserve serve``.
+COMMANDS: Mapping[str, type[Options]] = {
+    "moeserve serve": ServeConfig,
+    "moeserve peer": PeerConfig,
+    "moeserve gateway": GatewayConfig,
+    "python -m moeserve.worker": PeerConfig,
+    "moeserve generate": RankModelOptions,
+}

@@ -1,0 +1,29 @@
+"""A model that other processes run: what the doors of a gateway serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moeserve.engine.loop import ServingEngine
+from moeserve.gateway.service import ServedModel
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedModel:
+    """``served`` is what the doors show; its engine passes requests on. ``stop`` ends what reaches
+    the other processes, within so many seconds, and is for any thread."""
+
+    served: ServedModel
+    stop: Callable[[float], bool]
+
+    @property
+    def name(self) -> str:
+        return self.served.name
+
+    @property
+    def engine(self) -> ServingEngine:
+        return self.served.engine
+
+    def close(self, timeout: float = 30.0) -> bool:
+        return self.stop(timeout)
