@@ -75,7 +75,7 @@ function showSummary(shot) {
   const newest = shot.points.at(-1);
   const made = newest ? newest.generated_per_s : 0;
   const [running, waiting] = [sum(shot.members, "running"), sum(shot.members, "waiting")];
-  const serves = shot.model ? `${shot.member_count === 1 ? "serves" : "serve"} ${shot.model}` : "there";
+  const serves = shot.model ? `${shot.member_count === 1 ? "serves" : "serve"} ${shot.model}` : "are there";
   say("model", shot.model);
   say("summary", shot.member_count
     ? `${plural(shot.member_count, "member")} ${serves}, up ${duration(shot.uptime_s)}. ` +
