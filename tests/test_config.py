@@ -89,6 +89,8 @@ OTHER: dict[str, Any] = {
     "tool_parser": "glm",
     "reasoning_parser": "think",
     "drain_timeout_s": 1.5,
+    "slo_ttft": 0.7,
+    "slo_tpot": 0.03,
     "reflection": True,
     "strict": True,
     "log_level": "debug",

@@ -53,6 +53,12 @@ RULES = (
         "an `--http-port`",
     ),
     Rule(
+        frozenset({"slo_ttft", "slo_tpot"}),
+        lambda options, ranks: options.http_port is None,
+        "the dashboard comes over HTTP, and http_port is none",
+        "an `--http-port`",
+    ),
+    Rule(
         frozenset({"chat_template"}),
         lambda options, ranks: options.http_port is None,
         "chats come over HTTP, and http_port is none",

@@ -298,6 +298,18 @@ class DoorOptions(Options):
         default=False,
         description="refuse fields of HTTP bodies that are ignored, instead of a warning header",
     )
+    slo_ttft: float = Field(
+        default=1.0,
+        gt=0,
+        le=3600,
+        description="seconds to a first token that the dashboard calls in time",
+    )
+    slo_tpot: float = Field(
+        default=0.1,
+        gt=0,
+        le=3600,
+        description="seconds between tokens, on average, that the dashboard calls in time",
+    )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="seconds that running streams get after SIGTERM"
     )

@@ -21,6 +21,7 @@
     json_body     a request body as JSON
     text          from token ids to text that is ready to show, and stop strings
     mailbox       events from engines' threads to the event loop, each to its stream
+    dashboard     the page that shows who serves, what moves, and how well
     entrance      both doors as the settings want them, and what they watch
     door_metrics  what the doors count: connections, and what each tenant has used
     server        one process that serves: bind, load, serve, drain

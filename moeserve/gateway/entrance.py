@@ -10,6 +10,7 @@ import asyncio
 from moeserve.config.options import DoorOptions
 from moeserve.errors import ConfigError
 from moeserve.gateway.certificates import ServerTls
+from moeserve.gateway.dashboard.live import Dashboard
 from moeserve.gateway.descriptors import connections_of_a_door
 from moeserve.gateway.file_watch import FileWatch
 from moeserve.gateway.grpc.door import GrpcDoor
@@ -30,9 +31,11 @@ class Entrance:
         config: DoorOptions,
         metrics: MetricsPage,
         farewell_s: float,
+        dashboard: Dashboard | None = None,
     ) -> None:
         self._config = config
         self._farewell_s = farewell_s
+        self._dashboard = dashboard
         self._watches: list[FileWatch] = []
         self._watching: list[asyncio.Task[None]] = []
         self.grpc: GrpcDoor | None = None
@@ -43,8 +46,9 @@ class Entrance:
         doors = sum(port is not None for port in ports)
         most = connections_of_a_door(config.max_connections, doors) if doors else 0
         if config.http_port is not None:
+            feed = None if dashboard is None else dashboard.feed
             self.http = HttpServer(
-                AccessLog(http_app(service, tenants, metrics, _rules(config))),
+                AccessLog(http_app(service, tenants, metrics, _rules(config), feed)),
                 config.host,
                 config.http_port,
                 farewell_s,
@@ -73,6 +77,8 @@ class Entrance:
             await self.grpc.open()
         if self.http is not None:
             self.http.open()
+            if self._dashboard is not None:
+                self._dashboard.open()
         self._watching = [asyncio.create_task(watch.watch()) for watch in self._watches]
 
     async def announce(self, serving: bool) -> None:
@@ -89,6 +95,8 @@ class Entrance:
         for task in self._watching:
             task.cancel()
         await self.announce(False)
+        if self._dashboard is not None:
+            await self._dashboard.close()
         if self.grpc is not None:
             await self.grpc.close(self._farewell_s)
         if self.http is not None:

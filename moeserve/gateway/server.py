@@ -22,6 +22,9 @@ from typing import Protocol, Self
 from moeserve.config.options import DoorOptions, ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.errors import CancelledError
+from moeserve.gateway.dashboard.history import SloTargets
+from moeserve.gateway.dashboard.live import Dashboard
+from moeserve.gateway.dashboard.own import OwnProcess
 from moeserve.gateway.descriptors import raise_descriptor_limit
 from moeserve.gateway.door_metrics import door_metrics
 from moeserve.gateway.entrance import Entrance
@@ -178,6 +181,8 @@ class Server:
         self._log = RequestLog() if config.request_log else None
         mailbox = Mailbox(asyncio.get_running_loop())
         self.service = InferenceService(mailbox, observe=self._ended, strict=config.strict)
+        targets = SloTargets(config.slo_ttft, config.slo_tpot)
+        self.dashboard = Dashboard(self.service, targets)
         self.loaded: LoadedModel | RoutedModel | None = None
         self.grpc_port: int | None = None
         self.http_port: int | None = None
@@ -194,6 +199,12 @@ class Server:
         """Whether clients can connect; a rank may serve others' doors alone."""
         return self.grpc_port is not None or self.http_port is not None
 
+    @property
+    def _address(self) -> str:
+        """One that clients connect to; empty where there is none."""
+        port = self.grpc_port if self.http_port is None else self.http_port
+        return "" if port is None else address_of(self.config.host, port)
+
     def __str__(self) -> str:
         parts = [f"model={self.service.served.name}"]
         if self.grpc_port is not None:
@@ -206,7 +217,7 @@ class Server:
     async def __aenter__(self) -> Self:
         """Both doors are open, and answer UNAVAILABLE until ``load``."""
         self._entrance = entrance = Entrance(
-            self.service, self.config, self._metrics_page, FAREWELL_S
+            self.service, self.config, self._metrics_page, FAREWELL_S, self.dashboard
         )
         self.grpc_port = None if entrance.grpc is None else entrance.grpc.port
         self.http_port = None if entrance.http is None else entrance.http.port
@@ -272,6 +283,7 @@ class Server:
         else:
             self._show(loaded)
             self.service.serve(served_of(loaded, self.config))
+            self.dashboard.show(OwnProcess(loaded, self._address))
         await self._announce(True)
 
     def _show(self, loaded: LoadedModel) -> None:
@@ -291,6 +303,7 @@ class Server:
     def _ended(self, record: RequestRecord) -> None:
         """A client's request has ended, or was refused."""
         self.metrics.on_request(record)
+        self.dashboard.on_request(record)
         if self._log is not None:
             self._log.write(record)
 

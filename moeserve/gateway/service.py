@@ -134,8 +134,24 @@ class InferenceService:
         )
 
     @property
+    def model_name(self) -> str:
+        """Empty while it loads."""
+        return "" if self._served is None else self._served.name
+
+    @property
     def running(self) -> int:
         return len(self._streams)
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Taken in and made since the start, by all tenants; answers under way count as far as
+        they are."""
+        used = self.usage.values()
+        made = sum(usage.generated_tokens for usage in used)
+        return (
+            sum(usage.prompt_tokens for usage in used),
+            made + sum(stream.made for stream in self._streams.values()),
+        )
 
     def model(self, name: str) -> ServedModel:
         """The served model, if that is its name or no name is given."""

@@ -1,8 +1,8 @@
 """The HTTP door: OpenAI's and Anthropic's routes, and small ones around them.
 
 Every failure, also of unknown routes and unreadable bodies, has OpenAI's error form. A client
-that hangs up cancels its request, streaming or not. Only ``/health`` and ``/ready`` are open when
-there are api keys.
+that hangs up cancels its request, streaming or not. Only ``/health``, ``/ready`` and the
+dashboard's empty page are open when there are api keys.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import moeserve
+from moeserve.gateway.dashboard.feed import SnapshotFeed
+from moeserve.gateway.dashboard.routes import dashboard_routes
 from moeserve.gateway.http.agents import AgentRoutes
 from moeserve.gateway.http.body import read_body
 from moeserve.gateway.http.failures import Endpoint, framed, plain_response
@@ -45,9 +47,10 @@ def http_app(
     tenants: Tenants | None,
     metrics: MetricsPage,
     rules: HostRules | None = None,
+    dashboard: SnapshotFeed | None = None,
 ) -> ASGIApp:
     """The ASGI application; ``metrics`` gives a page and its content type. Without ``tenants``
-    everybody may call; without ``rules`` by whatever name."""
+    everybody may call; without ``rules`` by whatever name; without ``dashboard`` there is none."""
     routes = _Routes(service, metrics)
     table: list[tuple[str, str, Endpoint]] = [
         ("GET", "/v1/models", routes.models),
@@ -62,6 +65,7 @@ def http_app(
         ("GET", "/ready", routes.ready),
         ("GET", "/version", routes.version),
         ("GET", "/metrics", routes.metrics),
+        *([] if dashboard is None else dashboard_routes(dashboard)),
     ]
     app = Starlette(
         routes=[Route(path, framed(call), methods=[method]) for method, path, call in table],

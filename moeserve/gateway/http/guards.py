@@ -15,16 +15,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moeserve.errors import ForbiddenError, UnauthenticatedError
+from moeserve.gateway.dashboard.routes import FILES
 from moeserve.gateway.http.failures import failed_response
 from moeserve.gateway.identity import Tenants, serve_tenant
 
-_OPEN_PATHS = frozenset({"/health", "/ready"})
+# Health checks, and a page that says nothing without a key.
+_OPEN_PATHS = frozenset({"/health", "/ready", *FILES})
 ANY = "*"
 
 
 class KeyGuard:
-    """Lets only health checks through without ``authorization: Bearer KEY``, or ``x-api-key: KEY``
-    as Anthropic's clients send it."""
+    """Lets only ``_OPEN_PATHS`` through without ``authorization: Bearer KEY``, or ``x-api-key:
+    KEY`` as Anthropic's clients send it."""
 
     def __init__(self, app: ASGIApp, tenants: Tenants) -> None:
         self._app = app
