@@ -408,7 +408,7 @@ class LendingMachine(RuleBasedStateMachine):
 
 
 TestLending = LendingMachine.TestCase
-TestLending.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestLending.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_a_request_with_its_kv_computes_what_is_missing() -> None:
