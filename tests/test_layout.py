@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moeserve"
 NATIVE_HALVES = ("placement", "comm", "kernels", "proto")
 
+ROUTING = (
+    "base loads predict choosing least_finish locality_free kv_local freeness role_shift".split()
+)
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (
     "core.py",
@@ -39,6 +42,7 @@ PURE = (
     "engine/replan/switch.py",
     "pools/members.py",
     "pools/registry/leases.py",
+    *(f"pools/routing/{name}.py" for name in ROUTING),
 )
 # Modules that decide over many ranks at once, and so may import numpy beside that.
 PURE_WITH_ARRAYS = tuple(
@@ -52,7 +56,7 @@ PURE_IMPORTS = frozenset(
     "moeserve.engine.step_builder moeserve.engine.bounds moeserve.engine.drafts "
     "moeserve.engine.foresight "
     "moeserve.engine.policies moeserve.engine.scheduler moeserve.pools.members".split()
-)
+) | {f"moeserve.pools.routing.{name}" for name in ROUTING}
 ARRAY_IMPORTS = frozenset(
     "numpy numpy.typing moeserve.engine.ranks.homes moeserve.engine.ranks.loads "
     "moeserve.engine.ranks.prefixes moeserve.engine.ranks.rank_view "
