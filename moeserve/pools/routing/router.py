@@ -18,6 +18,8 @@ from moeserve.pools.routing.base import Route, RouteWanted, RoutingPolicy
 from moeserve.pools.routing.loads import LoadTable, Sent
 
 PAGE_TOKENS = 64
+# How long answers are thought to be before any has ended.
+_ANSWER_TOKENS = 256.0
 
 
 class MembersChanged(Protocol):
@@ -42,7 +44,8 @@ class RouterCounts:
 
 class RequestRouter:
     """``compute_id`` is of the model that requests are for. ``use_keys`` where the policy wants the
-    keys of prompts, which cost a hash of each."""
+    keys of prompts, which cost a hash of each. Answers are expected to be as long as they lately
+    were (``on_answer``), for few requests use what they may."""
 
     def __init__(
         self,
@@ -58,10 +61,15 @@ class RequestRouter:
         self._compute_id = compute_id
         self._use_keys = use_keys
         self._clock = clock
+        self._answer_tokens = _ANSWER_TOKENS
 
     def on_change(self, change: MembersChanged) -> None:
         self.table.remove(change.gone)
         self.table.update(change.put, self._clock())
+
+    def on_answer(self, tokens: int) -> None:
+        """A request has ended well with so many."""
+        self._answer_tokens += (tokens - self._answer_tokens) / 64
 
     def __call__(
         self, request: Request, made: int, exclude: frozenset[str], now: float
@@ -69,7 +77,7 @@ class RequestRouter:
         """``made`` tokens have come already. ``now`` is by ``clock``."""
         wanted = RouteWanted(
             prompt_tokens=len(request.prompt_ids) + made,
-            output_tokens=max(1, request.params.max_tokens - made),
+            output_tokens=max(1, min(request.params.max_tokens, round(self._answer_tokens)) - made),
             max_tokens=request.params.max_tokens,
             keys=page_keys(request.prompt_ids, request.scope) if self._use_keys else (),
             page_tokens=PAGE_TOKENS,

@@ -15,6 +15,7 @@ from moeserve.errors import InvalidRequestError
 from moeserve.pools.members import Member, MemberLoad, Report, Role, ServedTerms
 from moeserve.pools.registry.view import ViewChange
 from moeserve.pools.routing.base import Route, RouteWanted, RoutingPolicy
+from moeserve.pools.routing.choosing import FEW
 from moeserve.pools.routing.freeness import MostFree, Move, freeness, rebalance
 from moeserve.pools.routing.kv_local import KvLocal
 from moeserve.pools.routing.loads import (
@@ -22,6 +23,7 @@ from moeserve.pools.routing.loads import (
     MOST_NOTES,
     NOTED_S,
     SHOWN_S,
+    LoadRow,
     LoadTable,
     PoolKind,
     Sent,
@@ -365,6 +367,21 @@ def test_a_router_makes_of_requests_what_policies_want_to_know() -> None:
     assert (router.counts.chosen, router.counts.split, router.counts.none) == (2, 1, 3)
 
 
+def test_a_router_expects_answers_as_they_lately_were() -> None:
+    router = RequestRouter(LocalityFree(), MODEL, clock=lambda: 0.0)
+    router.on_change(ViewChange((Report(member("d", Role.DECODE), IDLE),)))
+    request = Request(RequestId("r"), (1, 2, 3), SamplingParams(max_tokens=100_000))
+    row = router.table.rows["d"]
+    router(request, 0, frozenset(), 0.0)
+    assert row.kv_tokens == 3 + 256
+    for _ in range(1000):
+        router.on_answer(10)
+    router(request, 0, frozenset(), 0.0)
+    assert row.kv_tokens == 3 + 256 + 3 + 10
+    router(request, 20, frozenset(), 0.0)
+    assert row.kv_tokens == 3 + 256 + 3 + 10 + 23 + 1
+
+
 def test_keys_are_of_all_tokens_before_and_of_the_scope() -> None:
     keys = page_keys(tuple(range(200)), CacheScope())
     assert len(keys) == 3
@@ -376,3 +393,25 @@ def test_keys_are_of_all_tokens_before_and_of_the_scope() -> None:
 def test_a_route_for_less_than_nothing_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="negative"):
         RouteWanted(-1, 1, 1)
+
+
+@every_policy
+def test_a_decision_looks_at_a_few_members_however_many_there_are(
+    policy: Callable[[], RoutingPolicy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = [
+        Report(member(f"m{i}", Role.PREFILL if i % 2 else Role.DECODE), IDLE) for i in range(1000)
+    ]
+    table, router = table_of(*reports), policy()
+    looked: Counter[str] = Counter()
+    is_late = table.is_late
+
+    def counted(row: LoadRow) -> bool:
+        looked[row.member.id] += 1
+        return is_late(row)
+
+    monkeypatch.setattr(table, "is_late", counted)
+    for _ in range(500):
+        chosen(router, table, replace(WANTED, keys=(b"a", b"b")))
+    assert sum(looked.values()) == 500 * 2 * FEW
+    assert max(looked.values()) == min(looked.values())
