@@ -24,13 +24,15 @@ BlockId = NewType("BlockId", int)
 
 
 class FinishReason(StrEnum):
-    """Why a stream ended. ``STOP`` and ``LENGTH`` are successes; the rest end with an error."""
+    """Why a stream ended. ``STOP`` and ``LENGTH`` are successes; the rest end with an error:
+    ``INVALID`` where what the request asks for cannot be followed any further."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     DEADLINE = "deadline"
     UNAVAILABLE = "unavailable"
+    INVALID = "invalid"
     ERROR = "error"
 
 

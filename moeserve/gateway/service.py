@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from moeserve.core import CacheScope, Request, RequestId, SamplingParams
 from moeserve.engine.loop import ServingEngine
@@ -83,6 +84,13 @@ class ServiceState(StrEnum):
     DRAINING = "draining"
 
 
+class _TenantStream(NamedTuple):
+    """A stream that runs, and whose it is."""
+
+    tenant: str
+    stream: ResponseStream
+
+
 class InferenceService:
     """Owns the running streams of one model, from loading to draining.
 
@@ -105,8 +113,7 @@ class InferenceService:
         self._mailbox = mailbox
         self._clock = clock
         self._observe = observe
-        self._streams: dict[str, ResponseStream] = {}
-        self._tenants: dict[str, str] = {}  # whose the stream is
+        self._streams: dict[str, _TenantStream] = {}
         self.usage: dict[str, TenantUsage] = {}  # by tenant
         self._idle = asyncio.Event()
         self._idle.set()
@@ -244,8 +251,7 @@ class InferenceService:
             self._clock,
             functools.partial(self._closed, wanted, requests),
         )
-        self._streams[request_id] = stream
-        self._tenants[request_id] = tenant()
+        self._streams[request_id] = _TenantStream(tenant(), stream)
         self._idle.clear()
         usage = self.usage.setdefault(tenant(), TenantUsage())
         usage.requests += 1
@@ -259,8 +265,7 @@ class InferenceService:
         stream: ResponseStream,
         error: BaseException | None,
     ) -> None:
-        self._streams.pop(stream.request_id, None)
-        who = self._tenants.pop(stream.request_id, "")
+        who = self._streams.pop(stream.request_id).tenant
         self.usage.setdefault(who, TenantUsage()).generated_tokens += stream.made
         if not self._streams:
             self._idle.set()
@@ -307,12 +312,12 @@ class InferenceService:
         return await self.texts.decode(checked, skip_special_tokens)
 
     def abort(self, request_id: str) -> None:
-        stream = self._streams.get(request_id)
-        if stream is None or self._tenants[request_id] != tenant():
+        found = self._streams.get(request_id)
+        if found is None or found.tenant != tenant():
             raise NotFoundError(
                 f"request {request_id!a:.150} is not running here", param="request_id"
             )
-        stream.abort()
+        found.stream.abort()
 
     def drain(self) -> None:
         """From now on new requests are refused; running ones go on."""

@@ -6,6 +6,7 @@
     families                   how they are written: our names, and vLLM's beside them
     requests                   one record for each client's request, and its line in the log
     logs                       the log of a process, as text or as JSON
+    log_bound                  how many lines the same thing may write
     loading                    how far a model is loaded: a bar, or lines in the log
     routing                    which experts each token chose, recorded into a file
     progress                   what a rank is doing: for ranks that wait for it, and for timelines

@@ -12,14 +12,14 @@ from dataclasses import replace
 
 from pydantic import SecretStr
 
-from moeserve.comm.group import host_store
 from moeserve.comm.launch.environment import ALONE, LOOPBACK
+from moeserve.comm.launch.note_store import host_store
 from moeserve.comm.launch.spawn import Children, child_environ
 from moeserve.config.options import RankOptions, ServeConfig
 from moeserve.config.sources import to_environ
 from moeserve.gateway.server import serve
 from moeserve.worker.rank import run_rank
-from moeserve.worker.start import RankStart
+from moeserve.worker.start import RankStart, trust_of
 
 # What children get to end by themselves once the run is over, and once it has broken.
 GRACE_S = 5.0
@@ -33,7 +33,7 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
         return serve(config)
     if config.ep_secret is None:
         config = config.model_copy(update={"ep_secret": SecretStr(secrets.token_hex(32))})
-    store, port = host_store(LOOPBACK)
+    store, port = host_store(LOOPBACK, trust=trust_of(config))
     wanted = ServeConfig if config.doors == "all" else RankOptions
     settings = to_environ(config, environ, wanted)
     children = Children(
