@@ -8,5 +8,11 @@
 * ``page_files``: a folder of pages on a disk, each whole or absent
 * ``disk``: pages on the disk, off the event loop
 * ``store``: memory and disk as one
+* ``messages``: what is said over the wire, read with suspicion
+* ``service``: a store as others reach it
+* ``cache_members``: the members that one knows, who owns a key, and who rests after a failure
+* ``calls``: calls to one member
+* ``puts``: what was computed, on its way into the pool
+* ``pool``: the pool as a peer uses it
 * ``recompute``: whether fetching is cheaper than computing, from measured rates
 """
