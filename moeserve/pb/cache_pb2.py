@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17moeserve/pb/cache.proto\x12\x0emoeserve.cache\"\x18\n\x08PageKeys\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\")\n\tHaveReply\x12\x0c\n\x04held\x18\x01 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\":\n\x08PageHead\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\tnamespace\x18\x02 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"P\n\x08PagePart\x12&\n\x04head\x18\x01 \x01(\x0b\x32\x18.moeserve.cache.PageHead\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"P\n\x07PutPart\x12\'\n\x05offer\x18\x01 \x03(\x0b\x32\x18.moeserve.cache.PageHead\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1c\n\x08PutReply\x12\x10\n\x08outcomes\x18\x01 \x03(\t\"*\n\x0c\x44oubtRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x0c\n\x04\x64rop\x18\x02 \x01(\x08\"\x1d\n\nDoubtReply\x12\x0f\n\x07\x64ropped\x18\x01 \x01(\r\"\x0e\n\x0cStatsRequest\"\xa1\x01\n\nStatsReply\x12\x14\n\x0cstored_bytes\x18\x01 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x02 \x01(\x04\x12\x36\n\x06\x63ounts\x18\x03 \x03(\x0b\x32&.moeserve.cache.StatsReply.CountsEntry\x1a-\n\x0b\x43ountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xcc\x02\n\x0c\x43\x61\x63heService\x12;\n\x04Have\x12\x18.moeserve.cache.PageKeys\x1a\x19.moeserve.cache.HaveReply\x12;\n\x03Get\x12\x18.moeserve.cache.PageKeys\x1a\x18.moeserve.cache.PagePart0\x01\x12<\n\x03Put\x12\x17.moeserve.cache.PutPart\x1a\x18.moeserve.cache.PutReply(\x01\x30\x01\x12\x41\n\x05\x44oubt\x12\x1c.moeserve.cache.DoubtRequest\x1a\x1a.moeserve.cache.DoubtReply\x12\x41\n\x05Stats\x12\x1c.moeserve.cache.StatsRequest\x1a\x1a.moeserve.cache.StatsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17moeserve/pb/cache.proto\x12\x0emoeserve.cache\"\x18\n\x08PageKeys\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\")\n\tHaveReply\x12\x0c\n\x04held\x18\x01 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\":\n\x08PageHead\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\tnamespace\x18\x02 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"B\n\x08PagePart\x12&\n\x04head\x18\x01 \x01(\x0b\x32\x18.moeserve.cache.PageHead\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"B\n\x07PutPart\x12\'\n\x05offer\x18\x01 \x03(\x0b\x32\x18.moeserve.cache.PageHead\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\x1c\n\x08PutReply\x12\x10\n\x08outcomes\x18\x01 \x03(\t\"*\n\x0c\x44oubtRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x0c\n\x04\x64rop\x18\x02 \x01(\x08\"\x1d\n\nDoubtReply\x12\x0f\n\x07\x64ropped\x18\x01 \x01(\r\"\x0e\n\x0cStatsRequest\"\xa1\x01\n\nStatsReply\x12\x14\n\x0cstored_bytes\x18\x01 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x02 \x01(\x04\x12\x36\n\x06\x63ounts\x18\x03 \x03(\x0b\x32&.moeserve.cache.StatsReply.CountsEntry\x1a-\n\x0b\x43ountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xcc\x02\n\x0c\x43\x61\x63heService\x12;\n\x04Have\x12\x18.moeserve.cache.PageKeys\x1a\x19.moeserve.cache.HaveReply\x12;\n\x03Get\x12\x18.moeserve.cache.PageKeys\x1a\x18.moeserve.cache.PagePart0\x01\x12<\n\x03Put\x12\x17.moeserve.cache.PutPart\x1a\x18.moeserve.cache.PutReply(\x01\x30\x01\x12\x41\n\x05\x44oubt\x12\x1c.moeserve.cache.DoubtRequest\x1a\x1a.moeserve.cache.DoubtReply\x12\x41\n\x05Stats\x12\x1c.moeserve.cache.StatsRequest\x1a\x1a.moeserve.cache.StatsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,21 +40,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PAGEHEAD']._serialized_start=112
   _globals['_PAGEHEAD']._serialized_end=170
   _globals['_PAGEPART']._serialized_start=172
-  _globals['_PAGEPART']._serialized_end=252
-  _globals['_PUTPART']._serialized_start=254
-  _globals['_PUTPART']._serialized_end=334
-  _globals['_PUTREPLY']._serialized_start=336
-  _globals['_PUTREPLY']._serialized_end=364
-  _globals['_DOUBTREQUEST']._serialized_start=366
-  _globals['_DOUBTREQUEST']._serialized_end=408
-  _globals['_DOUBTREPLY']._serialized_start=410
-  _globals['_DOUBTREPLY']._serialized_end=439
-  _globals['_STATSREQUEST']._serialized_start=441
-  _globals['_STATSREQUEST']._serialized_end=455
-  _globals['_STATSREPLY']._serialized_start=458
-  _globals['_STATSREPLY']._serialized_end=619
-  _globals['_STATSREPLY_COUNTSENTRY']._serialized_start=574
-  _globals['_STATSREPLY_COUNTSENTRY']._serialized_end=619
-  _globals['_CACHESERVICE']._serialized_start=622
-  _globals['_CACHESERVICE']._serialized_end=954
+  _globals['_PAGEPART']._serialized_end=238
+  _globals['_PUTPART']._serialized_start=240
+  _globals['_PUTPART']._serialized_end=306
+  _globals['_PUTREPLY']._serialized_start=308
+  _globals['_PUTREPLY']._serialized_end=336
+  _globals['_DOUBTREQUEST']._serialized_start=338
+  _globals['_DOUBTREQUEST']._serialized_end=380
+  _globals['_DOUBTREPLY']._serialized_start=382
+  _globals['_DOUBTREPLY']._serialized_end=411
+  _globals['_STATSREQUEST']._serialized_start=413
+  _globals['_STATSREQUEST']._serialized_end=427
+  _globals['_STATSREPLY']._serialized_start=430
+  _globals['_STATSREPLY']._serialized_end=591
+  _globals['_STATSREPLY_COUNTSENTRY']._serialized_start=546
+  _globals['_STATSREPLY_COUNTSENTRY']._serialized_end=591
+  _globals['_CACHESERVICE']._serialized_start=594
+  _globals['_CACHESERVICE']._serialized_end=926
 # @@protoc_insertion_point(module_scope)

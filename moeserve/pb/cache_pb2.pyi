@@ -31,24 +31,20 @@ class PageHead(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., namespace: _Optional[bytes] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class PagePart(_message.Message):
-    __slots__ = ("head", "digest", "data")
+    __slots__ = ("head", "digest")
     HEAD_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
     head: PageHead
     digest: bytes
-    data: bytes
-    def __init__(self, head: _Optional[_Union[PageHead, _Mapping]] = ..., digest: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, head: _Optional[_Union[PageHead, _Mapping]] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class PutPart(_message.Message):
-    __slots__ = ("offer", "digest", "data")
+    __slots__ = ("offer", "digest")
     OFFER_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
     offer: _containers.RepeatedCompositeFieldContainer[PageHead]
     digest: bytes
-    data: bytes
-    def __init__(self, offer: _Optional[_Iterable[_Union[PageHead, _Mapping]]] = ..., digest: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, offer: _Optional[_Iterable[_Union[PageHead, _Mapping]]] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class PutReply(_message.Message):
     __slots__ = ("outcomes",)

@@ -28,7 +28,9 @@ from moeserve.pools.cache.messages import (
     parts_of,
     read_head,
     read_message,
+    read_part,
     write_keys,
+    write_part,
 )
 from moeserve.pools.cache.pages import StoredPage
 from moeserve.pools.cache.store import PutOutcome
@@ -146,27 +148,27 @@ class CacheCalls:
                 if gathering is not None:
                     raise InvalidRequestError("a page was cut off")
                 return None
-            part = read_message(pb.PagePart, content)
+            part, data = read_part(pb.PagePart, content)
             if gathering is None:
                 found, namespace, nbytes = read_head(part.head)
                 if found != key:
                     raise InvalidRequestError("another page was sent than was asked for")
                 gathering = PageGathering(found, namespace, nbytes)
-            page = gathering.add(part.digest, part.data)
+            page = gathering.add(part.digest, data)
             if page is not None:
                 return page
 
 
 async def _offer(call: Any, pages: Sequence[Offered]) -> list[str]:
     heads = [head_of(page.key, page.namespace, page.nbytes) for page in pages]
-    await call.write(pb.PutPart(offer=heads).SerializeToString())
+    await call.write(write_part(pb.PutPart(offer=heads)))
     wanted = await _outcomes(call, len(pages))
     if WANTED not in wanted:
         return wanted
     for page, outcome in zip(pages, wanted, strict=True):
         if outcome == WANTED:
             for digest, data in parts_of(await asyncio.to_thread(page.make)):
-                await call.write(pb.PutPart(digest=digest, data=data).SerializeToString())
+                await call.write(write_part(pb.PutPart(digest=digest), data))
     await call.done_writing()
     return await _outcomes(call, len(pages))
 

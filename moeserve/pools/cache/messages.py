@@ -5,6 +5,7 @@ Readers of messages raise InvalidRequestError where one is none, or names more t
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from moeserve.errors import InvalidRequestError
 from moeserve.pb import cache_pb2 as pb
 from moeserve.pools.cache.keys import KEY_BYTES, NAMESPACE_BYTES, Namespace, PageKey
-from moeserve.pools.cache.pages import DIGEST_BYTES, MOST_PAGE_BYTES, StoredPage
+from moeserve.pools.cache.pages import DIGEST_BYTES, MOST_PAGE_BYTES, PageBytes, StoredPage
 
 SERVICE = "moeserve.cache.CacheService"
 # Keys of one call, and pages of one offer.
@@ -23,6 +24,8 @@ MOST_OFFERED = 64
 PART_BYTES = 1 << 20
 WANTED = "wanted"
 
+_HEAD = struct.Struct("<I")
+
 M = TypeVar("M", bound=Message)
 
 
@@ -31,6 +34,22 @@ def read_message(kind: type[M], content: bytes) -> M:
         return kind.FromString(content)
     except DecodeError as error:
         raise InvalidRequestError(f"these bytes are no {kind.__name__}: {error}") from error
+
+
+def write_part(message: Message, data: PageBytes = b"") -> bytes:
+    """A message with bytes of a page behind it, which are copied once."""
+    head = message.SerializeToString()
+    return b"".join((_HEAD.pack(len(head)), head, data))
+
+
+def read_part(kind: type[M], content: bytes) -> tuple[M, memoryview]:
+    """The message, and what is behind it, which is not copied."""
+    if len(content) < _HEAD.size:
+        raise InvalidRequestError(f"{len(content)} bytes are no {kind.__name__}")
+    end = _HEAD.size + _HEAD.unpack_from(content)[0]
+    if end > len(content):
+        raise InvalidRequestError(f"{len(content)} bytes of a {kind.__name__} of {end}")
+    return read_message(kind, content[_HEAD.size : end]), memoryview(content)[end:]
 
 
 def read_keys(content: bytes) -> tuple[PageKey, ...]:
@@ -71,29 +90,31 @@ class PageGathering:
         self._namespace = namespace
         self._nbytes = nbytes
         self._digest = b""
-        self._body = bytearray()
+        self._parts: list[memoryview] = []
+        self._came = 0
 
-    def add(self, digest: bytes, data: bytes) -> StoredPage | None:
+    def add(self, digest: bytes, data: memoryview) -> StoredPage | None:
         """The page, when this was its last part; nobody has checked it."""
         if digest:
             if len(digest) != DIGEST_BYTES or self._digest:
                 raise InvalidRequestError(f"a second digest, or one of {len(digest)} bytes")
             self._digest = digest
-        if not self._digest or not data:
+        if not self._digest or not data.nbytes:
             raise InvalidRequestError("a part of a page without digest or bytes")
-        if len(self._body) + len(data) > self._nbytes:
+        self._came += data.nbytes
+        if self._came > self._nbytes:
             raise InvalidRequestError(f"a page has more than its {self._nbytes} bytes")
-        self._body += data
-        if len(self._body) < self._nbytes:
+        self._parts.append(data)
+        if self._came < self._nbytes:
             return None
-        return StoredPage(self._key, self._namespace, self._digest, bytes(self._body))
+        return StoredPage(self._key, self._namespace, self._digest, b"".join(self._parts))
 
 
-def parts_of(page: StoredPage) -> Iterator[tuple[bytes, bytes]]:
+def parts_of(page: StoredPage) -> Iterator[tuple[bytes, memoryview]]:
     """(digest, data) of each message that a page is sent in."""
     digest, body = page.digest, memoryview(page.body)
     for start in range(0, body.nbytes, PART_BYTES):
-        yield digest, bytes(body[start : start + PART_BYTES])
+        yield digest, body[start : start + PART_BYTES]
         digest = b""
 
 

@@ -30,6 +30,8 @@ from moeserve.pools.cache.messages import (
     read_head,
     read_keys,
     read_message,
+    read_part,
+    write_part,
 )
 from moeserve.pools.cache.store import PageStore, PutOutcome
 
@@ -121,8 +123,8 @@ class CacheServer:
             with self._store.memory.in_use(page):
                 head: pb.PageHead | None = head_of(key, page.namespace, page.nbytes)
                 for digest, data in parts_of(page):
-                    part = pb.PagePart(head=head, digest=digest, data=data)
-                    await self._soon(context.write(part.SerializeToString()))
+                    part = write_part(pb.PagePart(head=head, digest=digest), data)
+                    await self._soon(context.write(part))
                     self.counts.sent_bytes += len(data)
                     head = None
 
@@ -140,8 +142,8 @@ class CacheServer:
 
     async def _take(self, requests: AsyncIterator[bytes], context: Context) -> None:
         self.counts.puts += 1
-        first = await self._next(requests)
-        if not 0 < len(first.offer) <= MOST_OFFERED or first.data:
+        first, data = await self._next(requests)
+        if not 0 < len(first.offer) <= MOST_OFFERED or data.nbytes:
             raise InvalidRequestError(
                 f"{len(first.offer)} pages are offered: expected 1 to {MOST_OFFERED}, and no bytes"
             )
@@ -180,11 +182,11 @@ class CacheServer:
     async def _take_page(self, requests: AsyncIterator[bytes], offer: Offer) -> PutOutcome:
         gathering = PageGathering(*offer)
         while True:
-            part = await self._next(requests)
+            part, data = await self._next(requests)
             if part.offer:
                 raise InvalidRequestError("a second offer in one call")
-            page = gathering.add(part.digest, part.data)
-            self.counts.came_bytes += len(part.data)
+            page = gathering.add(part.digest, data)
+            self.counts.came_bytes += data.nbytes
             if page is not None:
                 return self._store.put(page)
 
@@ -206,12 +208,12 @@ class CacheServer:
             stored_bytes=store.stored_bytes, capacity_bytes=store.capacity_bytes, counts=counts
         ).SerializeToString()
 
-    async def _next(self, requests: AsyncIterator[bytes]) -> pb.PutPart:
+    async def _next(self, requests: AsyncIterator[bytes]) -> tuple[pb.PutPart, memoryview]:
         try:
             content = await self._soon(anext(requests))
         except StopAsyncIteration:
             raise InvalidRequestError("the call ended before what it offered had come") from None
-        return read_message(pb.PutPart, content)
+        return read_part(pb.PutPart, content)
 
     async def _soon(self, waited: Awaitable[T]) -> T:
         try:

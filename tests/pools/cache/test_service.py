@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,9 @@ from moeserve.pools.cache.messages import (
     read_head,
     read_keys,
     read_message,
+    read_part,
     write_keys,
+    write_part,
 )
 from moeserve.pools.cache.pages import MOST_PAGE_BYTES, StoredPage
 from moeserve.pools.cache.store import PutOutcome, StoreLimits
@@ -135,26 +138,30 @@ async def test_doubt_drops_what_is_wrong_and_keeps_what_is_right(
 HEAD = head_of(PageKey(bytes(32)), Namespace(bytes(16)), 100)
 BROKEN_PUTS = {
     "no message": [b"\xff\xff\xff"],
-    "no offer": [pb.PutPart().SerializeToString()],
-    "too many": [pb.PutPart(offer=[HEAD] * (MOST_OFFERED + 1)).SerializeToString()],
-    "bytes with an offer": [pb.PutPart(offer=[HEAD], data=b"x").SerializeToString()],
+    "half a message": [write_part(pb.PutPart(offer=[HEAD]))[:20]],
+    "a broken message": [b"\x03\0\0\0\xff\xff\xff"],
+    "no offer": [write_part(pb.PutPart())],
+    "too many": [write_part(pb.PutPart(offer=[HEAD] * (MOST_OFFERED + 1)))],
+    "bytes with an offer": [write_part(pb.PutPart(offer=[HEAD]), b"x")],
     "no digest": [
-        pb.PutPart(offer=[HEAD]).SerializeToString(),
-        pb.PutPart(data=b"x").SerializeToString(),
+        write_part(pb.PutPart(offer=[HEAD])),
+        write_part(pb.PutPart(), b"x"),
     ],
     "too many bytes": [
-        pb.PutPart(offer=[HEAD]).SerializeToString(),
-        pb.PutPart(digest=bytes(16), data=bytes(101)).SerializeToString(),
+        write_part(pb.PutPart(offer=[HEAD])),
+        write_part(pb.PutPart(digest=bytes(16)), bytes(101)),
     ],
     "a second offer": [
-        pb.PutPart(offer=[HEAD]).SerializeToString(),
-        pb.PutPart(offer=[HEAD]).SerializeToString(),
+        write_part(pb.PutPart(offer=[HEAD])),
+        write_part(pb.PutPart(offer=[HEAD])),
     ],
-    "an early end": [pb.PutPart(offer=[HEAD]).SerializeToString()],
+    "an early end": [write_part(pb.PutPart(offer=[HEAD]))],
     "a huge page": [
-        pb.PutPart(
-            offer=[pb.PageHead(key=bytes(32), namespace=bytes(16), nbytes=MOST_PAGE_BYTES + 1)]
-        ).SerializeToString()
+        write_part(
+            pb.PutPart(
+                offer=[pb.PageHead(key=bytes(32), namespace=bytes(16), nbytes=MOST_PAGE_BYTES + 1)]
+            )
+        )
     ],
 }
 
@@ -200,7 +207,7 @@ async def test_a_caller_that_stalls_loses_its_call_and_what_it_reserved(
     keeper.store.put(make_page(1, nbytes=1 << 23))
     async with channels.use(keeper.member.address, "") as channel:
         put = channel.stream_stream(f"/{SERVICE}/Put")(metadata=channels.metadata, timeout=20)
-        await put.write(pb.PutPart(offer=[HEAD]).SerializeToString())
+        await put.write(write_part(pb.PutPart(offer=[HEAD])))
         await put.read()
         assert keeper.server.incoming_bytes == 100
         with pytest.raises(grpc.aio.AioRpcError) as late:
@@ -223,9 +230,9 @@ async def test_a_caller_that_leaves_midway_leaves_nothing(
     keeper = await make_keeper("a")
     async with channels.use(keeper.member.address, "") as channel:
         put = channel.stream_stream(f"/{SERVICE}/Put")(metadata=channels.metadata)
-        await put.write(pb.PutPart(offer=[HEAD]).SerializeToString())
+        await put.write(write_part(pb.PutPart(offer=[HEAD])))
         await put.read()
-        await put.write(pb.PutPart(digest=bytes(16), data=b"abc").SerializeToString())
+        await put.write(write_part(pb.PutPart(digest=bytes(16)), b"abc"))
         put.cancel()
     await until(lambda: not keeper.server.incoming_bytes)
     assert len(keeper.store.memory.ledger) == 0
@@ -258,12 +265,14 @@ async def test_a_member_that_answers_nonsense_is_unavailable(
 def test_any_bytes_are_understood_or_refused(content: bytes) -> None:
     for kind in (pb.PageKeys, pb.PutPart, pb.PagePart, pb.HaveReply, pb.PutReply, pb.DoubtRequest):
         try:
-            message = read_message(kind, content)
+            message, data = read_part(kind, content)
             if isinstance(message, pb.PageKeys):
                 assert write_keys(read_keys(message.keys)) == message.keys
             if isinstance(message, pb.PagePart):
                 key, namespace, nbytes = read_head(message.head)
                 gathering = PageGathering(key, namespace, nbytes)
-                gathering.add(message.digest, message.data)
+                gathering.add(message.digest, data)
         except InvalidRequestError:
             pass
+        with contextlib.suppress(InvalidRequestError):
+            read_message(kind, content)
