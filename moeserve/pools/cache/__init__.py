@@ -14,5 +14,8 @@
 * ``calls``: calls to one member
 * ``puts``: what was computed, on its way into the pool
 * ``pool``: the pool as a peer uses it
+* ``page_kv``: pages out of a rank's blocks, and into them
+* ``pooled_house``: a rank's KV with the pool behind it: looks there before it computes, puts after
+* ``prefix_arrival``: a request that waits for the pool; sinks that tell of first tokens
 * ``recompute``: whether fetching is cheaper than computing, from measured rates
 """
