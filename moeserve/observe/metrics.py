@@ -31,6 +31,7 @@ from moeserve.observe.families import (
     renamed,
 )
 from moeserve.observe.requests import RequestRecord
+from moeserve.observe.spans import RequestSpans
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -73,9 +74,11 @@ class LoadView(Protocol):
 
 
 class Metrics:
-    """Observes one engine and renders its page; ``bind`` says whose numbers to show."""
+    """Observes one engine and renders its page; ``bind`` says whose numbers to show. ``spans`` are
+    for those who build engines: they observe each one that runs requests itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, spans: RequestSpans | None = None) -> None:
+        self.spans = spans
         self._model = ""
         self._counters: Callable[[], Counters] = Counters
         self._load: Callable[[], LoadView] | None = None

@@ -24,6 +24,7 @@ from moeserve.errors import (
 from moeserve.gateway.grpc.reads import MessageReads
 from moeserve.gateway.grpc.statuses import Context, abort
 from moeserve.gateway.identity import Tenants, serve_tenant
+from moeserve.observe.spans import serve_trace
 
 # At once on one connection. ``grpc.max_concurrent_streams`` cannot say it: what a client sends
 # before it has heard of that is refused without a status.
@@ -119,6 +120,9 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
 
     async def _welcome(self, welcome: bool, tenant: str, context: Context) -> None:
         serve_tenant(tenant)
+        for name, value in context.invocation_metadata() or ():
+            if name == "traceparent":
+                serve_trace(str(value))
         if not welcome:
             await abort(
                 context,
