@@ -181,7 +181,7 @@ class Server:
             mailbox, observe=self._ended, strict=config.strict, spans=self.spans
         )
         targets = SloTargets(config.slo_ttft, config.slo_tpot)
-        self.dashboard = Dashboard(self.service, targets)
+        self.dashboard = Dashboard(self.service, targets, self.metrics.parts.totals)
         self.loaded: LoadedModel | None = None
         self.grpc_port: int | None = None
         self.http_port: int | None = None
