@@ -117,15 +117,5 @@ class Dashboard:
 
     async def _sample(self) -> None:
         while True:
-            self._history.add(self._clock(), self._totals())
+            self._history.add(self._clock(), TrafficTotals(*self._service.tokens))
             await asyncio.sleep(SAMPLE_S)
-
-    def _totals(self) -> TrafficTotals:
-        prompt, generated = self._service.tokens
-        loads = [report.load for report in self._source.reports()]
-        return TrafficTotals(
-            prompt,
-            generated,
-            sum(load.running for load in loads),
-            sum(load.waiting for load in loads),
-        )
