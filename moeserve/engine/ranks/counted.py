@@ -97,6 +97,12 @@ def read_counts(reply: pb.CountedReply) -> RankCounts:
     )
 
 
+async def ask_counts(link: RemoteLink, timeout_s: float) -> RankCounts:
+    """What the rank at the other end has counted. UnavailableError if it does not answer in time,
+    InvalidRequestError if it answers with no counts."""
+    return read_counts(parse(pb.CountedReply, await link.call("Counted", b"", timeout_s)))
+
+
 class GatheredCounts:
     """The counts of all ranks as of the last ``refresh``; of a rank that did not answer, those of
     the time before."""
@@ -165,8 +171,7 @@ class GatheredCounts:
 
     async def _ask(self, rank: int) -> RankCounts | None:
         try:
-            reply = await self._link(rank).call("Counted", b"", GATHER_S)
-            return read_counts(parse(pb.CountedReply, reply))
+            return await ask_counts(self._link(rank), GATHER_S)
         except (UnavailableError, InvalidRequestError) as error:
             log.info("rank %d is shown as it was: %s", rank, error.message)
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -17,17 +17,36 @@ import numpy as np
 from moeserve.core import Counters
 from moeserve.engine.ranks.counted import RankCounts
 from moeserve.errors import MoeserveError
+from moeserve.gateway.dashboard.live import Dashboard
 from moeserve.gateway.dashboard.snapshot import ExpertLoads, Flow
+from moeserve.observe.metrics import Metrics
 from moeserve.pools.members import Member, Report, Role
+from moeserve.pools.metrics import add_counts, member_families
 
 ASK_S = 1.0
 # Members that are asked; the others of a larger cluster are shown by their heartbeats alone.
 MOST_ASKED = 256
 
 
+def show_cluster(
+    dashboard: Dashboard,
+    metrics: Metrics,
+    reports: Callable[[], Sequence[Report]],
+    ask: Callable[[Member], Awaitable[RankCounts]] | None = None,
+    counts: Iterable[object] = (),
+) -> None:
+    """What a gateway does once, when it knows its cluster: the dashboard shows the members, the
+    page of metrics sums them up, and has all that ``counts`` count (``pools.metrics.PARTS``)."""
+    dashboard.show(ClusterMembers(reports, ask))
+    metrics.also(lambda: member_families(reports()))
+    for one in counts:
+        add_counts(metrics.parts, one)
+
+
 class ClusterMembers:
     """A ``SnapshotSource``. ``reports`` are those of the members one knows; ``ask`` gives what a
-    member has counted (``Counted`` of ``rank.proto``), or raises an error of ours."""
+    member has counted (``engine.ranks.counted.ask_counts`` over its link), or raises an error of
+    ours."""
 
     def __init__(
         self,

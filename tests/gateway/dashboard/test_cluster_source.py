@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,8 +11,13 @@ from moeserve.core import Counters
 from moeserve.engine.ranks.counted import RankCounts, ReceivedKv
 from moeserve.errors import UnavailableError
 from moeserve.gateway.dashboard import cluster
-from moeserve.gateway.dashboard.cluster import ClusterMembers
+from moeserve.gateway.dashboard.cluster import ClusterMembers, show_cluster
+from moeserve.gateway.dashboard.history import SloTargets
+from moeserve.gateway.dashboard.live import Dashboard
 from moeserve.gateway.dashboard.snapshot import Flow
+from moeserve.gateway.mailbox import Mailbox
+from moeserve.gateway.service import InferenceService
+from moeserve.observe.metrics import Metrics
 from moeserve.pools.members import Member, Report, Role
 
 
@@ -88,3 +94,24 @@ async def test_experts_and_counters_of_members_add_up() -> None:
     assert np.array_equal(heat.load_LE, [[11, 2], [3, 14]])
     assert source.counts()["steps"] == 15
     assert source.counts()["generated_tokens"] == 6
+
+
+@dataclass(slots=True)
+class RouterCounts:
+    """As the routing of a gateway has them."""
+
+    chosen: int = 3
+
+
+async def test_a_gateway_shows_its_cluster_on_the_page_and_in_its_metrics() -> None:
+    made, metrics = MadeUp(), Metrics()
+    service = InferenceService(Mailbox(asyncio.get_running_loop()))
+    dashboard = Dashboard(service, SloTargets(1.0, 0.1), metrics.parts.totals)
+    show_cluster(dashboard, metrics, made.reports, made.ask, [RouterCounts()])
+    shown = await dashboard.snapshot()
+    assert [report.member.id for report in shown.members] == ["p0", "p1", "d0", "c0"]
+    assert shown.counts["router_chosen"] == 3
+    page = metrics.render()[0].decode()
+    assert 'moeserve_members{role="prefill"} 2.0' in page
+    assert "moeserve_router_chosen_total 3.0" in page
+    await service.texts.close()
