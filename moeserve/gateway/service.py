@@ -31,11 +31,12 @@ from moeserve.gateway.grammars import GrammarGate
 from moeserve.gateway.identity import TenantUsage, tenant, tenant_salt
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.parsers.styles import PLAIN, AnswerStyle
-from moeserve.gateway.records import record_of, refusal
+from moeserve.gateway.records import record_of, refusal, traced
 from moeserve.gateway.stream import ResponseStream
 from moeserve.gateway.text_work import TextWork
 from moeserve.models.tokenizer import Tokenizer
 from moeserve.observe.requests import RequestRecord
+from moeserve.observe.spans import UNTRACED, DoorSpan, RequestSpans, served_trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class ClientRequest:
     ``fill`` makes the rest of the context the default of ``max_tokens``. ``special_tokens`` adds
     the model's own to a text (chat templates write them themselves). Of a prompt the last
     ``truncate`` tokens are kept, see ``limits.truncation``. ``ignored`` says, each with the name of
-    a field first, what of the request changes nothing.
+    a field first, what of the request changes nothing. ``operation`` is how OpenTelemetry calls
+    it.
     """
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -76,6 +78,7 @@ class ClientRequest:
     special_tokens: bool = True
     truncate: int | None = None
     ignored: tuple[str, ...] = ()
+    operation: str = "text_completion"
 
 
 class ServiceState(StrEnum):
@@ -105,7 +108,9 @@ class InferenceService:
         observe: Callable[[RequestRecord], None] = lambda record: None,
         *,
         strict: bool = False,
+        spans: RequestSpans | None = None,
     ) -> None:
+        self._spans = spans
         self.state = ServiceState.LOADING
         self.texts = TextWork()
         self._strict = strict
@@ -157,7 +162,7 @@ class InferenceService:
         made = sum(usage.generated_tokens for usage in used)
         return (
             sum(usage.prompt_tokens for usage in used),
-            made + sum(stream.made for stream in self._streams.values()),
+            made + sum(held.stream.made for held in self._streams.values()),
         )
 
     def model(self, name: str) -> ServedModel:
@@ -172,17 +177,22 @@ class InferenceService:
     async def open(self, wanted: ClientRequest) -> ResponseStream:
         """Checks and submits; the caller must enter the stream at once."""
         arrival = self._clock()
+        span = UNTRACED if self._spans is None else self._spans.open(served_trace())
         try:
-            stream = await self._prepare(wanted, arrival)
+            stream = await self._prepare(wanted, arrival, span)
         except (MoeserveError, asyncio.CancelledError) as error:
             waited = self._clock() - arrival
             name = None if self._served is None else self._served.name
-            self._observe(replace(refusal(wanted, name, error, waited), tenant=tenant()))
+            record = replace(refusal(wanted, name, error, waited), tenant=tenant())
+            span.end(record, traced(wanted))
+            self._observe(record)
             raise
         stream.start()
         return stream
 
-    async def _prepare(self, wanted: ClientRequest, arrival: float) -> ResponseStream:
+    async def _prepare(
+        self, wanted: ClientRequest, arrival: float, span: DoorSpan
+    ) -> ResponseStream:
         """Checked and tokenised, not yet submitted."""
         served = self._admit(wanted.model)
         self.allow(wanted.ignored)
@@ -215,12 +225,13 @@ class InferenceService:
                         deadline=None if wanted.timeout_s is None else arrival + wanted.timeout_s,
                         scope=CacheScope(tenant_salt(tenant(), salt)),
                         domain=domain,
+                        trace=span.trace,
                     )
                 )
         limits.require_scorable(params, sum(len(request.prompt_ids) for request in requests))
         # Tokenising may have let others in: look again.
         self._admit(wanted.model)
-        return self._opened(request_id, served, requests, wanted)
+        return self._opened(request_id, served, requests, wanted, span)
 
     def allow(self, ignored: Sequence[str]) -> None:
         """What is ignored of a request is an error where that is ``strict``."""
@@ -236,7 +247,12 @@ class InferenceService:
         return self.model(model)
 
     def _opened(
-        self, request_id: str, served: ServedModel, requests: list[Request], wanted: ClientRequest
+        self,
+        request_id: str,
+        served: ServedModel,
+        requests: list[Request],
+        wanted: ClientRequest,
+        span: DoorSpan,
     ) -> ResponseStream:
         if request_id in self._streams:
             raise InvalidRequestError(
@@ -249,7 +265,7 @@ class InferenceService:
             served.tokenizer,
             self._mailbox,
             self._clock,
-            functools.partial(self._closed, wanted, requests),
+            functools.partial(self._closed, wanted, requests, span),
         )
         self._streams[request_id] = _TenantStream(tenant(), stream)
         self._idle.clear()
@@ -262,6 +278,7 @@ class InferenceService:
         self,
         wanted: ClientRequest,
         requests: list[Request],
+        span: DoorSpan,
         stream: ResponseStream,
         error: BaseException | None,
     ) -> None:
@@ -271,7 +288,9 @@ class InferenceService:
             self._idle.set()
         took = self._clock() - requests[0].arrival
         record = record_of(wanted, requests, stream, self.served.name, error, took)
-        self._observe(replace(record, tenant=who))
+        record = replace(record, tenant=who)
+        span.end(record, traced(wanted))
+        self._observe(record)
 
     async def _ids(
         self,

@@ -8,5 +8,6 @@
 * ``cluster_links``: who is there, a route for each request, and links, as a gateway needs them
 * ``cluster_requests``: a request on its way through members, and members that failed lately
 * ``compute_id``: which members compute the same bits
+* ``metrics``: what members report, as a page of metrics has it
 * ``members``: who takes part, what it serves, and the load that it reports
 """

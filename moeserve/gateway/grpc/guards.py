@@ -29,6 +29,7 @@ from moeserve.gateway.grpc.statuses import Context, abort
 from moeserve.gateway.identity import Tenants, serve_tenant
 from moeserve.observe.logs import FIELDS
 from moeserve.observe.requests import left_out_field, refusal_bound
+from moeserve.observe.spans import serve_trace
 
 log = logging.getLogger("moeserve.access")
 
@@ -137,6 +138,9 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
 
     async def _welcome(self, welcome: bool, tenant: str, name: str, context: Context) -> None:
         serve_tenant(tenant)
+        for key, value in context.invocation_metadata() or ():
+            if key == "traceparent":
+                serve_trace(str(value))
         if not welcome:
             error = f"{MAX_CALLS} calls run on this connection: try again later"
             await self._refuse(name, context, ExhaustedError(error))
