@@ -61,7 +61,9 @@ class KvHouse(Protocol):
     def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None: ...
 
     def look(self, request_id: RequestId) -> HeldKv | None:
-        """References to what a running request has computed so far; None if it does not run."""
+        """References to what a request has computed so far; None if it is not here (any more). One
+        that waits, preempted perhaps, has nothing: what it had is computed anew, the same bits.
+        They are to be read: a request goes on to write to the last block."""
         ...
 
     def take_kept(self, request_id: RequestId) -> HeldKv | None:
@@ -71,7 +73,8 @@ class KvHouse(Protocol):
     def detach(self, request_id: RequestId) -> tuple[HeldKv, tuple[int, ...]] | None:
         """Takes a running request out of the rank between two steps, with the tokens it has made:
         its sink is told that it is given back (``RankSink.give_back``), after all their events.
-        None if it does not run any more."""
+        What a step under way makes for it is lost: nothing is, where this is called by what
+        ``on_step`` tells. None if it does not run any more, or its sink is no ``RankSink``."""
         ...
 
     def on_step(self, tell: Callable[[], None]) -> Callable[[], None]:
