@@ -16,7 +16,7 @@
     loop.py           the engine: a thread that makes steps and feeds streams (request_state: what
                       it keeps of a request, and how its events leave; pace: when a step is due)
     kv_exchange.py    the KV of a rank for those who bring some or take some away (kv_tensors: as
-                      bytes; rates: how fast the rank computes)
+                      bytes; step_progress: layer by layer; rates: how fast the rank computes)
     rank_model.py     one rank's share of a model, loaded (kv_size: how many KV blocks it gets);
                       build: from a folder to an engine
     ranks/            several ranks: where requests run, and steps in common
