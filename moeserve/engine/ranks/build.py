@@ -172,7 +172,7 @@ def rank_parts(
     rates = StepRates()
     watched = RatedSteps(observer, rates)
     engine = Engine(scheduler, lock_step, watched, pace=lock_step, lock=lock)
-    house = KvExchange(engine, scheduler, lock, own.kv_tensors, rates)
+    house = KvExchange(engine, scheduler, lock, own.kv, rates)
 
     def give_back(waiting: int, loads: LoadsOfRound) -> None:
         if waiting and (count := int(surplus(loads(), config)[context.rank])) > 0:
