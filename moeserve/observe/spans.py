@@ -239,7 +239,7 @@ def provider_of(exporter: SpanExporter) -> TracerProvider:
     }
     resource = Resource.create(own).merge(OTELResourceDetector().detect())
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1000))
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=2000))
     return provider
 
 
