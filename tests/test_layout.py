@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moeserve"
 NATIVE_HALVES = ("placement", "comm", "kernels", "proto")
 
+ROUTING = (
+    "base loads predict choosing least_finish locality_free kv_local freeness role_shift".split()
+)
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (
     "core.py",
@@ -43,6 +46,7 @@ PURE = (
     "pools/members.py",
     "pools/registry/leases.py",
     *(f"pools/cache/{name}.py" for name in "keys ledger recompute ring".split()),
+    *(f"pools/routing/{name}.py" for name in ROUTING),
 )
 # Modules that decide over many ranks at once, and so may import numpy beside that.
 PURE_WITH_ARRAYS = tuple(

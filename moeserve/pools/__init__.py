@@ -7,5 +7,6 @@
 * ``cluster_links``: who is there, a route for each request, and links, as a gateway needs them
 * ``cluster_requests``: a request on its way through members, and members that failed lately
 * ``compute_id``: which members compute the same bits
+* ``routing/``: which members a request goes to, from the load that they report
 * ``members``: who takes part, what it serves, and the load that it reports
 """

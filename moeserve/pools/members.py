@@ -89,11 +89,14 @@ class Member:
 class MemberLoad:
     """What a member reports about itself, with every heartbeat.
 
-    ``waiting_tokens`` are those of prompts that are still to be computed, running or not.
+    ``waiting`` are requests that it has taken and does not run yet, those whose KV is on its way
+    among them: else everybody sends it more until that has come. ``waiting_tokens`` are those of
+    prompts that are still to be computed here, running or not.
     ``prefill_rate`` is tokens per second in steps that prefill, ``step_s`` seconds a step of decode
     takes, both as lately measured, 0 before. ``leans`` is what a unified member would rather do
     now. ``draining`` members take nothing new. ``stored_bytes`` of ``capacity_bytes`` is for
-    members that keep KV. ``sequence`` grows with each report.
+    members that keep KV. ``urgent`` of the running requests have a high priority. ``sequence``
+    grows with each report.
     """
 
     sequence: int = 0
@@ -108,6 +111,7 @@ class MemberLoad:
     draining: bool = False
     stored_bytes: int = 0
     capacity_bytes: int = 0
+    urgent: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ loads = st.builds(
     draining=st.booleans(),
     stored_bytes=counts,
     capacity_bytes=counts,
+    urgent=counts,
 )
 members = st.builds(
     Member,

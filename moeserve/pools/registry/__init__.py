@@ -5,6 +5,8 @@
 * ``memory``: a registry in this process, which a gateway has
 * ``embedded``: that registry as others reach it, over gRPC
 * ``remote``: a registry in another process, over gRPC
+* ``etcd``: a registry in etcd
+* ``etcd_server``: the command that starts an etcd
 * ``several``: several of them taken as one, so that none of them is needed
 * ``connect``: the registry that a list of addresses names
 * ``heartbeat``: keeps a member in a registry, with its newest load

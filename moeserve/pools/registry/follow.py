@@ -12,6 +12,7 @@ import logging
 
 from moeserve.errors import MoeserveError
 from moeserve.pools.registry.base import EVERYTHING, Interest, Registry
+from moeserve.pools.registry.heartbeat import log_failure
 from moeserve.pools.registry.view import ClusterView
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class Follower:
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._follow(i)) for i in range(len(self._parts))]
         self._tasks.append(loop.create_task(self._tick()))
+        for task in self._tasks:
+            task.add_done_callback(log_failure)
 
     @property
     def connected(self) -> int:

@@ -53,6 +53,8 @@ class Heartbeat:
         assert not self._tasks, "it beats already"
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._run(beat)) for beat in self._beats]
+        for task in self._tasks:
+            task.add_done_callback(log_failure)
 
     @property
     def error(self) -> MoeserveError | None:
@@ -123,6 +125,12 @@ class Heartbeat:
     def _report(self) -> Report:
         self._sequence += 1
         return Report(self._member, replace(self._load(), sequence=self._sequence))
+
+
+def log_failure(task: asyncio.Task[None]) -> None:
+    """A task that should have gone on was ended by a bug: nobody waits for it, so say so."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("members are not told of any more", exc_info=error)
 
 
 class _Beat:

@@ -387,3 +387,14 @@ async def test_a_member_that_another_one_signs_off_comes_back() -> None:
         await until(lambda: beats.counts.joined == 2)
         async with following(registry) as (view, _):
             assert await view.wait_for(lambda v: ids(v) == ["a"], WAIT_S)
+
+
+async def test_a_load_that_cannot_be_told_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> MemberLoad:
+        raise ZeroDivisionError("a bug")
+
+    heartbeat = Heartbeat(MemoryRegistry(), report("a").member, broken, PERIOD_S)
+    heartbeat.start()
+    assert not await heartbeat.wait_joined(2 * PERIOD_S)
+    assert "a bug" in caplog.text
+    await heartbeat.close()
