@@ -21,6 +21,7 @@ from moeserve.config.options import (
     ModelOptions,
     Options,
     Port,
+    RankOptions,
     RequestOptions,
     Secret,
     ServeConfig,
@@ -104,6 +105,10 @@ class PeerConfig(MemberOptions, ClusterOptions, ServeConfig):
         if self.grpc_port is None and self.http_port is None:
             return self
         return self._guarded()
+
+
+class MemberRankOptions(MemberOptions, ClusterOptions, RankOptions):
+    """What a rank of a member uses, where it has no doors."""
 
 
 class GatewayConfig(ClusterOptions, DoorOptions, LogOptions, RequestOptions, ModelOptions):

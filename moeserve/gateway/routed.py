@@ -6,16 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moeserve.engine.loop import ServingEngine
+from moeserve.gateway.dashboard.snapshot import SnapshotSource
 from moeserve.gateway.service import ServedModel
 
 
 @dataclass(frozen=True, slots=True)
 class RoutedModel:
     """``served`` is what the doors show; its engine passes requests on. ``stop`` ends what reaches
-    the other processes, within so many seconds, and is for any thread."""
+    the other processes, within so many seconds, and is for any thread. ``source`` is what the
+    dashboard shows of them."""
 
     served: ServedModel
     stop: Callable[[float], bool]
+    source: SnapshotSource
 
     @property
     def name(self) -> str:

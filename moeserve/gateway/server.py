@@ -280,6 +280,7 @@ class Server:
             engine = loaded.engine
             self.metrics.bind(loaded.name, lambda: engine.counters, engine.load)
             self.service.serve(loaded.served)
+            self.dashboard.show(loaded.source)
         else:
             self._show(loaded)
             self.service.serve(served_of(loaded, self.config))
