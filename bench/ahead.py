@@ -20,9 +20,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import torch
 from rich.console import Console
 from rich.table import Table
+from steps import BLOCK, NullDecoder
 from torch import Tensor
 
 from moeserve.core import Counters, Event, Request, RequestId, SamplingParams
@@ -39,7 +39,7 @@ from moeserve.models.batch import StepBatch
 from moeserve.models.decoder import load_decoder
 from moeserve.models.library import resolve_model
 
-BLOCK, PROMPT, VOCAB, WAIT_S = 16, 16, 1024, 300.0
+PROMPT, WAIT_S = 16, 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +53,18 @@ class Row:
     ratio: float
 
 
-class WaitingDecoder:
-    """A device whose steps take so long, and whose logits lie ready."""
+class WaitingDecoder(NullDecoder):
+    """A device whose steps take so long."""
 
     def __init__(self, ops: Ops, rows: int, seconds: float) -> None:
-        self.ops = ops
+        super().__init__(ops, rows)
         self._seconds = seconds
-        self._logits_RV = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(1))
-
-    def new_cache(self, num_blocks: int, block_size: int) -> None:
-        return None
 
     def forward_micro(
         self, steps: Sequence[StepBatch], cache: None, observer: object = None
     ) -> list[Tensor]:
         time.sleep(self._seconds)
-        return [self._logits_RV[: len(step.logit_rows_R)] for step in steps]
+        return super().forward_micro(steps, cache, observer)
 
 
 class Clock:

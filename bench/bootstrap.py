@@ -38,15 +38,15 @@ from unittest import mock
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.distributed import PrefixStore
 
 from moeserve.comm import _comm
 from moeserve.comm.control.handshake import Identity, agree
 from moeserve.comm.control.mesh import open_mesh
 from moeserve.comm.control.neighbours import num_steps
-from moeserve.comm.group import Group, host_store
+from moeserve.comm.group import Group, PrefixedStore
 from moeserve.comm.launch import rendezvous
 from moeserve.comm.launch.environment import LOOPBACK, Launch
+from moeserve.comm.launch.note_store import host_store, join_store
 from moeserve.engine.ranks.records import RECORD_BYTES
 from moeserve.kernels.wire import Wire, header_bytes
 
@@ -122,15 +122,18 @@ class Rank:
         )
         found: list[Any] = [host]
         if host is None:
-            join = partial(rendezvous._join, LOOPBACK, port, self.rank, self.timeout_s, print)
+            reach = partial(join_store, timeout_s=self.timeout_s)
+            join = partial(
+                rendezvous._join, reach, LOOPBACK, port, self.rank, self.timeout_s, print
+            )
             self._measure("store", lambda: found.append(join()))
 
         def count(name: str, store: Any) -> CountingStore:
-            self._counted = CountingStore(PrefixStore(name, store))
+            self._counted = CountingStore(PrefixedStore(name, store))
             return self._counted
 
         def meet() -> None:
-            with mock.patch.object(rendezvous, "PrefixStore", count):
+            with mock.patch.object(rendezvous, "PrefixedStore", count):
                 met = rendezvous.open_group(
                     launch,
                     environ=os.environ,

@@ -40,7 +40,8 @@ from rich.table import Table
 
 from moeserve.comm.control.mesh import open_mesh
 from moeserve.comm.dispatcher import DispatchStats
-from moeserve.comm.group import Group, host_store, join_store
+from moeserve.comm.group import Group
+from moeserve.comm.launch.note_store import host_store, join_store
 from moeserve.core import (
     Counters,
     Event,

@@ -30,7 +30,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moeserve.comm.group import host_store
+from moeserve.comm.launch.note_store import host_store
 
 HERE = Path(__file__).parent
 BACKENDS = ("torch", "tcp", "mpi", "shm")

@@ -17,7 +17,8 @@ from torch import Tensor
 from moeserve.comm.dispatcher import FlatDispatcher, ShardedExperts
 from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.open import open_exchange
-from moeserve.comm.group import Group, Topology, join_store
+from moeserve.comm.group import Group, Topology
+from moeserve.comm.launch.note_store import join_store
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.table import table_of
 from moeserve.kernels.cpu.ops import CpuOps, _cpu

@@ -253,7 +253,8 @@ def _add_bench(commands: Commands) -> None:
     command = commands.add_parser(
         "bench",
         help=COMMANDS["bench"][0],
-        description="Measure prefill, decode or the experts' kernel, beside the roofline.",
+        description="Measure prefill, decode or the experts' kernel beside the roofline, or a "
+        "running server under load.",
         epilog="example: moeserve bench decode --model demo --batch 1,16 --rounds 5",
         allow_abbrev=False,
     )

@@ -24,13 +24,15 @@ BlockId = NewType("BlockId", int)
 
 
 class FinishReason(StrEnum):
-    """Why a stream ended. ``STOP`` and ``LENGTH`` are successes; the rest end with an error."""
+    """Why a stream ended. ``STOP`` and ``LENGTH`` are successes; the rest end with an error:
+    ``INVALID`` where what the request asks for cannot be followed any further."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     DEADLINE = "deadline"
     UNAVAILABLE = "unavailable"
+    INVALID = "invalid"
     ERROR = "error"
 
 
@@ -119,7 +121,8 @@ class Request:
     """One sequence to generate; ``n`` > 1 at a door is n of these with different seeds.
 
     Times are seconds of the caller's monotonic clock. ``scope`` bounds the prefix cache.
-    ``domain`` labels recorded routing, and may choose a home.
+    ``domain`` labels recorded routing, and may choose a home. ``trace`` is the span that it belongs
+    to, as W3C's ``traceparent``; empty where nobody traces it.
     """
 
     id: RequestId
@@ -129,6 +132,7 @@ class Request:
     deadline: float | None = None
     scope: CacheScope = CacheScope()
     domain: str = ""
+    trace: str = ""
 
 
 class Chunk(NamedTuple):
@@ -270,7 +274,8 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Of one request, in seconds since it was submitted; None for what it did not reach."""
+    """Of one request, in seconds since it was submitted; None for what it did not reach. Its id and
+    its ``trace`` say whose it is."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -278,6 +283,8 @@ class Timing:
     scheduled_s: float | None
     first_token_s: float | None
     elapsed_s: float
+    request_id: str = ""
+    trace: str = ""
 
 
 @dataclass(slots=True)

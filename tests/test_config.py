@@ -89,6 +89,8 @@ OTHER: dict[str, Any] = {
     "tool_parser": "glm",
     "reasoning_parser": "think",
     "drain_timeout_s": 1.5,
+    "otlp_endpoint": "http://127.0.0.1:4317",
+    "count_experts": True,
     "slo_ttft": 0.7,
     "slo_tpot": 0.03,
     "reflection": True,

@@ -25,7 +25,7 @@ from typing import Any
 import grpc
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cluster import Process, free_port, started
+from cluster import started, started_alone
 from prompts import prompt
 from streams import Answer, ask, request
 
@@ -44,13 +44,7 @@ def served(setup: str, model: str) -> Iterator[int]:
         with started(roles, model=model, cores=cores, options=("--threads", "1")) as cluster:
             yield cluster.grpc["gateway-0"]
         return
-    http, port = free_port(), free_port()
-    with started((), gateways=0) as alone:
-        words = ("serve", model, "--http-port", str(http), "--grpc-port", str(port))
-        process = Process("serve", words, alone.folder / "serve.log")
-        alone.gateways["serve"], alone.http["serve"] = process, http
-        process.start()
-        alone.ready("serve")
+    with started_alone(model) as port:
         yield port
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import grpc
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cluster import Cluster, Process, free_port, started
+from cluster import Cluster, Process, started, started_alone
 from prompts import prompt
 from streams import Answer, ask, request
 
@@ -109,13 +109,7 @@ TOKENS = 48
 
 async def references(prompts: int, model: str) -> dict[int, list[int]]:
     """The tokens of each prompt, by one process."""
-    http, port = free_port(), free_port()
-    words = ("serve", model, "--http-port", str(http), "--grpc-port", str(port))
-    with started((), gateways=0) as alone:
-        process = Process("serve", words, alone.folder / "serve.log")
-        alone.gateways["serve"], alone.http["serve"] = process, http
-        process.start()
-        await asyncio.to_thread(alone.ready, "serve")
+    with started_alone(model) as port:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             found = {}
             for which in range(prompts):

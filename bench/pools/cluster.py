@@ -52,7 +52,7 @@ class Process:
         prefix = ("taskset", "-c", self.cores) if self.cores else ()
         with self.log.open("ab") as out:
             self.running = subprocess.Popen(
-                (*prefix, sys.executable, "-m", "moeserve", *self.words),
+                (*prefix, sys.executable, "-m", "moeserve.cli", *self.words),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -181,6 +181,19 @@ def started(
             wrong = {name: status for name, status in statuses.items() if status}
             if wrong:
                 print(f"did not leave as asked: {wrong}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def started_alone(model: str = "demo", options: Sequence[str] = ()) -> Iterator[int]:
+    """``moeserve serve`` beside clusters: its port of gRPC."""
+    http, grpc = free_port(), free_port()
+    words = ("serve", model, "--http-port", str(http), "--grpc-port", str(grpc), *options)
+    with started((), gateways=0) as alone:
+        process = alone.gateways["serve"] = _process(alone, "serve", words, "")
+        alone.http["serve"] = http
+        process.start()
+        alone.ready("serve")
+        yield grpc
 
 
 def _process(cluster: Cluster, name: str, words: Sequence[str], cores: str) -> Process:

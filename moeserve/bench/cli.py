@@ -1,4 +1,5 @@
-"""``moeserve bench prefill | decode | kernel``: measure, and show it beside the roofline.
+"""``moeserve bench prefill | decode | kernel``: measure, and show it beside the roofline;
+``moeserve bench serve`` is in ``moeserve.bench.serving.command``.
 
 ``--json`` prints ``{"machine": ..., "rows": [{"what", "peer", "batch" or "tokens", "threads",
 "median", "min", "max", "roofline", ...}]}``. Rounds are interleaved, so that what disturbs the
@@ -29,9 +30,27 @@ KERNEL_KINDS = ("int8", "int4", "bf16")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "what", choices=sorted(TOKENS), help="whole model, whole model, or moe_ffn alone"
+    from moeserve.bench.serving.command import add_arguments as add_serving
+
+    kinds = command.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for what, text in (
+        ("decode", "of a model, by batch, beside the roofline"),
+        ("kernel", "the experts' kernel alone, beside the roofline"),
+        ("prefill", "of a model, beside the roofline"),
+    ):
+        _add_measured(kinds.add_parser(what, help=text, description=text, allow_abbrev=False))
+    serving = kinds.add_parser(
+        "serve",
+        help="a running server under load: latencies, throughput, goodput",
+        description="Send requests to a server when they are due, and tell how it keeps up.",
+        epilog="example: moeserve bench serve --target http://127.0.0.1:8000 --request-rate 4 "
+        "--num-prompts 200 --ignore-eos --slo ttft:500ms tpot:50ms",
+        allow_abbrev=False,
     )
+    add_serving(serving)
+
+
+def _add_measured(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="demo", help="a checkpoint folder [demo]")
     command.add_argument(
         "--quantization", choices=QUANTIZATIONS, default="none", help="of the weights [none]"

@@ -4,6 +4,7 @@
 
     group.py        the ranks of a run, their nodes (Topology), and the notes they leave at start
     launch/         environment: what a launcher's variables say; rendezvous: how ranks meet;
+                    note_store, notes: what they leave for one another, and who may read it;
                     spawn: ranks as children of this process
     control/        handshake: all serve the same; mesh: records of steps, who is lost, who wants to
                     stop; rpc: gRPC between processes, and whom they trust

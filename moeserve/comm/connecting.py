@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from moeserve.comm.group import GIVE_UP_S, NOTICE_S, Group, named, spoiled
 from moeserve.comm.proofs import Credentials, Handshake, Place, accepting, dialling
 from moeserve.errors import ConfigError, LateRankError, UnauthenticatedError
+from moeserve.observe.log_bound import LogBound
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ _MOST_UNPROVEN = 128
 _MOST_ACCEPTED = 64
 _SLICE_S = 0.1
 _DIAL_AGAIN_S = 0.1
-_MOST_LOGGED = 10
+_MOST_LOGGED, _LOGGED_PER_S = 10, 60.0
 BACKLOG = 512
 
 
@@ -130,6 +131,7 @@ class Connector:
         self._lost_at = 0.0
         self._listen_at = 0.0
         self._refused = 0
+        self._logged = LogBound(_MOST_LOGGED, _LOGGED_PER_S, time.monotonic)
         self._most = _MOST_UNPROVEN + 2 * group.world
 
     def dial(self, place: Place, address: Address) -> None:
@@ -172,7 +174,7 @@ class Connector:
             one.stream.close()
         for stream in self._found.values():
             stream.close()
-        if self._refused > _MOST_LOGGED:
+        if self._logged.take_left_out():
             rank = self._group.of_run(self._group.rank)
             log.warning("rank %d refused %d connections in all", rank, self._refused)
 
@@ -312,7 +314,7 @@ class Connector:
             self._lose(one.place, why)
             return
         self._refused += 1
-        if self._refused <= _MOST_LOGGED:
+        if self._logged.admits():
             rank = self._group.of_run(self._group.rank)
             log.warning("a connection to rank %d was refused: %s", rank, why)
 

@@ -1,27 +1,25 @@
 """The ranks of a run, and a place where they leave notes for one another while they start.
 
 A note is a few bytes under a key; ``all_gather`` is how addresses, versions and digests get around.
-Over torch's TCPStore, which every launcher can reach: rank 0 (or torchrun's agent) keeps it.
+The notes lie in a ``torch.distributed.Store`` that rank 0 keeps (``launch.note_store``), or that
+torchrun's agent does.
 Nothing here is used once a step runs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 from torch.distributed import (  # type: ignore[attr-defined]
     DistError,
     PrefixStore,
     Store,
-    TCPStore,
 )
 
 from moeserve.comm.exchange.base import Alarm
@@ -74,6 +72,15 @@ def print_notice(text: str) -> None:
     print(f"moeserve: {text}", file=sys.stderr, flush=True)
 
 
+class PrefixedStore(PrefixStore):
+    """Notes under keys that begin with ``prefix``. It keeps ``store``, which a PrefixStore does not
+    do for a store that is written in Python."""
+
+    def __init__(self, prefix: str, store: Store) -> None:
+        super().__init__(prefix, store)
+        self._kept = store
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """This rank among ``world``; ``store`` holds the notes.
@@ -98,7 +105,7 @@ class Group:
             self,
             rank=list(members).index(self.rank),
             world=len(members),
-            store=PrefixStore(f"among {name}", self.store),
+            store=PrefixedStore(f"among {name}", self.store),
             members=tuple(self.of_run(r) for r in members),
         )
 
@@ -261,20 +268,3 @@ def backing_off(first_s: float, slowest_s: float) -> Iterator[float]:
 
 def named(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def host_store(host: str, port: int = 0, timeout_s: float = START_S) -> tuple[TCPStore, int]:
-    """Keep the notes here, listening on ``host`` alone; the store and its port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.create_server((host, port), family=family, backlog=1024)
-    port = int(listening.getsockname()[1])
-    store = TCPStore(
-        host, port, None, True, timedelta(seconds=timeout_s), False,
-        master_listen_fd=listening.detach(),
-    )  # fmt: skip
-    return store, port
-
-
-def join_store(host: str, port: int, timeout_s: float = START_S) -> TCPStore:
-    """Reach the notes that another rank keeps."""
-    return TCPStore(host, port, None, False, timedelta(seconds=timeout_s), False)

@@ -165,6 +165,10 @@ class ProcessOptions(Options):
     record_routing: Path | None = Field(
         default=None, description="safetensors file for the trace of routing decisions"
     )
+    count_experts: bool = Field(
+        default=False,
+        description="count how often each expert is chosen, for the dashboard; steps cost more",
+    )
 
 
 class RequestOptions(Options):
@@ -225,13 +229,19 @@ class EpOptions(Options):
 
 
 class LogOptions(Options):
-    """What is logged."""
+    """What is logged, and traced."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe messages to log"
     )
     log_format: Literal["text", "json"] = Field(
         default="text", description="lines for people, or one JSON object a line"
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/]+/?$",
+        description="OpenTelemetry collector that gets spans of requests over gRPC, such as "
+        "http://127.0.0.1:4317",
     )
 
 

@@ -14,7 +14,8 @@
     ahead.py          the next step planned and started while one runs (threaded: an executor that
                       can be started, as a device can)
     loop.py           the engine: a thread that makes steps and feeds streams (request_state: what
-                      it keeps of a request, and how its events leave; pace: when a step is due)
+                      it keeps of a request, and how its events leave; pace: when a step is due;
+                      observers: several who watch it)
     kv_exchange.py    the KV of a rank for those who bring some or take some away (kv_tensors: as
                       bytes; rates: how fast the rank computes)
     rank_model.py     one rank's share of a model, loaded (kv_size: how many KV blocks it gets);

@@ -4,8 +4,8 @@ Any thread may call. What concerns blocks and requests happens under the engine'
 free within moments: nothing waits for a step. Bytes are copied without it, while steps run, for
 steps and callers write to different blocks:
 
-* a step writes only behind what its requests have computed, and blocks that it still writes to are
-  not lent, also where its request has left meanwhile (``Scheduler.written_blocks``);
+* a step writes only behind what its requests have computed, and what it still works on is not lent,
+  also where its request has left meanwhile (``Scheduler.blocks_in_use``);
 * callers write only to blocks that they borrowed, and read only what is computed.
 
 References that are out (borrowed, looked at, kept, detached) are counted by the block pool alone:
@@ -78,7 +78,7 @@ class KvExchange:
                 token_ids,
                 scope,
                 spare=spare_blocks(scheduler),
-                written=scheduler.written_blocks(),
+                avoid=scheduler.blocks_in_use(),
             )
 
     def publish(self, held: HeldKv, token_ids: Sequence[int], scope: CacheScope) -> None:

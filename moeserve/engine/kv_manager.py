@@ -110,16 +110,16 @@ class KvManager:
         scope: CacheScope,
         *,
         spare: int,
-        written: Collection[BlockId],
+        avoid: Collection[BlockId],
     ) -> HeldKv | None:
         """Blocks for so many tokens, the cached ones of their beginning shared; None unless
-        ``spare`` blocks are free beside them. ``written`` blocks may still be written to."""
+        ``spare`` blocks are free beside them. None of those to ``avoid`` is written to."""
         assert token_ids, "no tokens to borrow blocks for"
         size = self.pool.block_size
         keys = self._keys(token_ids, scope, (len(token_ids) - 1) // size)
         shared = self.pool.find(keys)
         wanted = self.pool.blocks_for(len(token_ids))
-        avoided = {b for b in written if self.pool.is_free(b) and b not in shared}
+        avoided = {b for b in avoid if self.pool.is_free(b) and b not in shared}
         if wanted - self._held_by_others(shared) + spare + len(avoided) > self.pool.num_free:
             return None
         self.pool.share(shared)

@@ -355,7 +355,7 @@ class Engine:
             self._log.error("a step of %d tokens failed", plan.num_tokens, exc_info=outcome.error)
         for request_id, problem in outcome.failed:
             if request_id in outcome.told:
-                self._end(outbox, request_id, FinishReason.ERROR, problem)
+                self._end(outbox, request_id, FinishReason.INVALID, problem)
                 continue
             if outcome.error is None:
                 self._log.error("%s", problem)

@@ -9,7 +9,7 @@ the op table choose these, all at once. What grammars allow is found out meanwhi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -114,9 +114,9 @@ class ModelRunner(Generic[Cache]):
                     self._on_logits(chunk, logits_V)
         sampled_R = self._decoder.ops.sample(logits_RV, rows, self._eos_ids)
         if not self._batch.scores:
-            return accept_all(chunks, sampled_R, masks.failed)
+            return accept_all(chunks, sampled_R, masks)
         scored, sampled_R, failed = take_scored(chunks, sampled_R)
-        result = accept_all(chunks, sampled_R, masks.failed)
+        result = accept_all(chunks, sampled_R, masks)
         return replace(result, failed=(*failed, *result.failed), scored=scored)
 
     def _forward(self, plan: StepPlan, steps: Sequence[StepBatch]) -> list[Tensor]:
@@ -147,30 +147,35 @@ def with_masks(rows: list[SamplingRow], masks: StepMasks) -> list[SamplingRow]:
 
 
 def accept_all(
-    chunks: Sequence[Chunk], sampled_R: Sequence[SampledRow], refused: Mapping[RequestId, str]
+    chunks: Sequence[Chunk], sampled_R: Sequence[SampledRow], masks: StepMasks
 ) -> StepResult:
-    """From the rows of the chunks' samples; ``refused`` requests have failed, and may know why."""
+    """From the rows of the chunks' samples; those that have no mask have failed."""
     made: list[Sampled] = []
     failed: list[tuple[RequestId, str]] = []
+    refused, told = masks.failed, set(masks.failed) - masks.unserved
     new, at = tuple.__new__, 0
     for chunk in chunks:
         count = chunk.samples
         if count == 1:  # no drafts, as nearly always
-            token_id, logprobs, problem = sampled_R[at]
+            token_id, logprobs, problem, asked = sampled_R[at]
             if not problem and chunk.request.id not in refused:
                 scores = () if logprobs is None else (logprobs,)
                 made.append(new(Sampled, (chunk.request.id, (token_id,), scores)))
         elif count:
-            found = accept(chunk, sampled_R[at : at + count])
+            rows = sampled_R[at : at + count]
+            found = accept(chunk, rows)
             problem = found if isinstance(found, str) else ""
+            asked = any(row.asked and row.failure == problem for row in rows)
             if isinstance(found, Sampled):
                 made.append(found)
         else:
             continue
         if problem and chunk.request.id not in refused:
             failed.append((chunk.request.id, problem))
+            if asked:
+                told.add(chunk.request.id)
         at += count
-    return StepResult(tuple(made), (*failed, *refused.items()), told=frozenset(refused))
+    return StepResult(tuple(made), (*failed, *refused.items()), told=frozenset(told))
 
 
 def accept(chunk: Chunk, sampled: Sequence[SampledRow]) -> Sampled | str:

@@ -41,6 +41,7 @@ from moeserve.models.expert_source import expert_bytes, open_experts
 from moeserve.models.families import read_spec
 from moeserve.models.library import resolve_model
 from moeserve.models.spec import ModelSpec, MoeSpec
+from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.progress import Progress
 from moeserve.observe.routing import RoutingRecorder
 from moeserve.placement.plan import Plan
@@ -102,6 +103,7 @@ class RankModel:
     plan: Plan | None = None
     uses: ExpertUseCounter | None = None
     swapper: ExpertSwapper | None = None
+    expert_counts: ExpertCounts | None = None
     expert_bytes: int = 0
     read_bytes_per_s: float = 0.0
 
@@ -164,6 +166,8 @@ def load_rank_model(
     recorder = _recorder(options, decoder, 0 if context is None else context.rank)
     uses: ExpertUseCounter | None = None
     observer: StepObserver | None = chain_observers(recorder, counts)
+    expert_counts = _expert_counts(options, decoder)
+    observer = chain_observers(observer, expert_counts)
     runner = decoder.runner
     if context is not None and context.near_experts and isinstance(runner, ParallelLayerRunner):
         observer = uses = ExpertUseCounter(runner, context.group.world, observer)
@@ -183,6 +187,7 @@ def load_rank_model(
         plan=plan,
         uses=uses,
         swapper=swapper,
+        expert_counts=expert_counts,
         expert_bytes=_bytes_of_an_expert(checkpoint, plan),
         read_bytes_per_s=read_bytes_per_s,
     )
@@ -283,6 +288,14 @@ def of_rank(file: Path, rank: int) -> Path:
 
 def _layouts(plan: Plan) -> dict[int, LayerLayout]:
     return layouts(plan, plan.moe_layers, plan.num_experts, plan.num_devices)
+
+
+def _expert_counts(options: RankModelOptions, decoder: Decoder) -> ExpertCounts | None:
+    """What counts this rank's choices, if that was asked for and there are any."""
+    layers = decoder.spec.moe_layers
+    if not options.count_experts or not layers:
+        return None
+    return ExpertCounts(layers, num_experts(decoder.spec))
 
 
 def _recorder(options: RankModelOptions, decoder: Decoder, rank: int) -> RoutingRecorder | None:

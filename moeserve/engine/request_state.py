@@ -67,6 +67,8 @@ class RequestState:
             scheduled_s=None if self.scheduled is None else self.scheduled - self.submitted,
             first_token_s=None if self.first_token is None else self.first_token - self.submitted,
             elapsed_s=now - self.submitted,
+            request_id=self.request.id,
+            trace=self.request.trace,
         )
 
     def end(self, reason: FinishReason, error: str) -> Event:

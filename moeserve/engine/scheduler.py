@@ -131,10 +131,10 @@ class Scheduler:
         """Those that run, as admitted; then those that wait, whoever is next first."""
         return chain(self._running.values(), self._waiting.values())
 
-    def written_blocks(self) -> set[BlockId]:
-        """Those that steps under way write to, also for requests that have ended meanwhile."""
+    def blocks_in_use(self) -> set[BlockId]:
+        """Those that steps under way still read and write, for requests that have left since."""
         steps = (step for step in (self._in_flight, self._ahead) if step is not None)
-        return set().union(*(step.written_blocks(self.pool.block_size) for step in steps))
+        return set().union(*(step.blocks_of_left() for step in steps))
 
     def look_again(self) -> None:
         """Blocks have been given back by others: whoever found no room may have some."""

@@ -159,11 +159,11 @@ class StepBuilder:
         self.seqs, self.chunks, self.newest = [], [], 0
         return taken
 
-    def written_blocks(self, block_size: int) -> set[BlockId]:
-        """Those that its chunks write to."""
-        ends = ((c, c.start + len(c.token_ids) - 1) for c in self.chunks)
-        spans = (c.blocks[c.start // block_size : last // block_size + 1] for c, last in ends)
-        return set(chain.from_iterable(spans))
+    def blocks_of_left(self) -> set[BlockId]:
+        """All blocks of those whose chunk is for nothing, because they have left."""
+        pairs = zip(self.seqs, self.chunks, strict=True)
+        left = (chunk.blocks for seq, chunk in pairs if seq.finish is not None)
+        return set(chain.from_iterable(left))
 
     def plan(self, ended: tuple[RequestId, ...], *, ahead: bool = False) -> StepPlan:
         """The step as it will run."""

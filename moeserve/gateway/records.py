@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moeserve.core import FinishReason, Request
 from moeserve.errors import CancelledError, InternalError, MoeserveError
 from moeserve.observe.requests import OK, RequestRecord
+from moeserve.observe.spans import Attribute
 
 if TYPE_CHECKING:
     from moeserve.gateway.service import ClientRequest
@@ -60,6 +61,16 @@ def refusal(
         refused=True,
         error=_message(error),
     )
+
+
+def traced(wanted: ClientRequest) -> dict[str, Attribute]:
+    """What a client asked for, as attributes of the span of its request."""
+    found: dict[str, Attribute] = {"gen_ai.operation.name": wanted.operation}
+    for name in ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "seed"):
+        given = wanted.params.get(name)
+        if isinstance(given, int | float):
+            found[f"gen_ai.request.{name}"] = given
+    return found
 
 
 def _status(totals: Totals, error: BaseException | None) -> str:

@@ -21,6 +21,7 @@ from typing import Protocol, Self
 
 from moeserve.config.options import DoorOptions, ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
+from moeserve.engine.observers import beside
 from moeserve.errors import CancelledError
 from moeserve.gateway.dashboard.history import SloTargets
 from moeserve.gateway.dashboard.live import Dashboard
@@ -40,6 +41,7 @@ from moeserve.observe.loading import ProgressCallback, shown_progress
 from moeserve.observe.logs import configure_log
 from moeserve.observe.metrics import Metrics
 from moeserve.observe.requests import RequestLog, RequestRecord
+from moeserve.observe.spans import open_spans
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +92,8 @@ class OneProcess:
         progress: ProgressCallback,
         loop: asyncio.AbstractEventLoop,
     ) -> LoadedModel:
-        return build_engine(config, observer=observer, progress=progress)
+        watched = beside(observer, observer.spans)
+        return build_engine(config, observer=watched, progress=progress)
 
     def stopping(self) -> None: ...
 
@@ -177,12 +180,15 @@ class Server:
 
     def __init__(self, config: ServeConfig, process: ServedProcess | None = None) -> None:
         self.config = config
-        self.metrics = Metrics()
+        self.spans = open_spans(config.otlp_endpoint)
+        self.metrics = Metrics(self.spans)
         self._log = RequestLog() if config.request_log else None
         mailbox = Mailbox(asyncio.get_running_loop())
-        self.service = InferenceService(mailbox, observe=self._ended, strict=config.strict)
+        self.service = InferenceService(
+            mailbox, observe=self._ended, strict=config.strict, spans=self.spans
+        )
         targets = SloTargets(config.slo_ttft, config.slo_tpot)
-        self.dashboard = Dashboard(self.service, targets)
+        self.dashboard = Dashboard(self.service, targets, self.metrics.parts.totals)
         self.loaded: LoadedModel | RoutedModel | None = None
         self.grpc_port: int | None = None
         self.http_port: int | None = None
@@ -248,6 +254,9 @@ class Server:
         if self._entrance is not None:
             await self._entrance.close()
         await self.service.texts.close()
+        if self.spans is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(self.spans.close), FAREWELL_S)
 
     async def load(self, interrupt: asyncio.Event | None = None) -> None:
         """Opens for requests when the model is there; CancelledError where ``interrupt`` came."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from moeserve.core import CacheScope, Request, RequestId, SamplingParams
 from moeserve.engine.loop import ServingEngine
@@ -30,11 +31,12 @@ from moeserve.gateway.grammars import GrammarGate
 from moeserve.gateway.identity import TenantUsage, tenant, tenant_salt
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.parsers.styles import PLAIN, AnswerStyle
-from moeserve.gateway.records import record_of, refusal
+from moeserve.gateway.records import record_of, refusal, traced
 from moeserve.gateway.stream import ResponseStream
 from moeserve.gateway.text_work import TextWork
 from moeserve.models.tokenizer import Tokenizer
 from moeserve.observe.requests import RequestRecord
+from moeserve.observe.spans import UNTRACED, DoorSpan, RequestSpans, served_trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ class ClientRequest:
     ``fill`` makes the rest of the context the default of ``max_tokens``. ``special_tokens`` adds
     the model's own to a text (chat templates write them themselves). Of a prompt the last
     ``truncate`` tokens are kept, see ``limits.truncation``. ``ignored`` says, each with the name of
-    a field first, what of the request changes nothing.
+    a field first, what of the request changes nothing. ``operation`` is how OpenTelemetry calls
+    it.
     """
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -75,12 +78,20 @@ class ClientRequest:
     special_tokens: bool = True
     truncate: int | None = None
     ignored: tuple[str, ...] = ()
+    operation: str = "text_completion"
 
 
 class ServiceState(StrEnum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
+
+
+class _TenantStream(NamedTuple):
+    """A stream that runs, and whose it is."""
+
+    tenant: str
+    stream: ResponseStream
 
 
 class InferenceService:
@@ -97,7 +108,9 @@ class InferenceService:
         observe: Callable[[RequestRecord], None] = lambda record: None,
         *,
         strict: bool = False,
+        spans: RequestSpans | None = None,
     ) -> None:
+        self._spans = spans
         self.state = ServiceState.LOADING
         self.texts = TextWork()
         self._strict = strict
@@ -105,8 +118,7 @@ class InferenceService:
         self._mailbox = mailbox
         self._clock = clock
         self._observe = observe
-        self._streams: dict[str, ResponseStream] = {}
-        self._tenants: dict[str, str] = {}  # whose the stream is
+        self._streams: dict[str, _TenantStream] = {}
         self.usage: dict[str, TenantUsage] = {}  # by tenant
         self._idle = asyncio.Event()
         self._idle.set()
@@ -150,7 +162,7 @@ class InferenceService:
         made = sum(usage.generated_tokens for usage in used)
         return (
             sum(usage.prompt_tokens for usage in used),
-            made + sum(stream.made for stream in self._streams.values()),
+            made + sum(held.stream.made for held in self._streams.values()),
         )
 
     def model(self, name: str) -> ServedModel:
@@ -165,17 +177,22 @@ class InferenceService:
     async def open(self, wanted: ClientRequest) -> ResponseStream:
         """Checks and submits; the caller must enter the stream at once."""
         arrival = self._clock()
+        span = UNTRACED if self._spans is None else self._spans.open(served_trace())
         try:
-            stream = await self._prepare(wanted, arrival)
+            stream = await self._prepare(wanted, arrival, span)
         except (MoeserveError, asyncio.CancelledError) as error:
             waited = self._clock() - arrival
             name = None if self._served is None else self._served.name
-            self._observe(replace(refusal(wanted, name, error, waited), tenant=tenant()))
+            record = replace(refusal(wanted, name, error, waited), tenant=tenant())
+            span.end(record, traced(wanted))
+            self._observe(record)
             raise
         stream.start()
         return stream
 
-    async def _prepare(self, wanted: ClientRequest, arrival: float) -> ResponseStream:
+    async def _prepare(
+        self, wanted: ClientRequest, arrival: float, span: DoorSpan
+    ) -> ResponseStream:
         """Checked and tokenised, not yet submitted."""
         served = self._admit(wanted.model)
         self.allow(wanted.ignored)
@@ -208,12 +225,13 @@ class InferenceService:
                         deadline=None if wanted.timeout_s is None else arrival + wanted.timeout_s,
                         scope=CacheScope(tenant_salt(tenant(), salt)),
                         domain=domain,
+                        trace=span.trace,
                     )
                 )
         limits.require_scorable(params, sum(len(request.prompt_ids) for request in requests))
         # Tokenising may have let others in: look again.
         self._admit(wanted.model)
-        return self._opened(request_id, served, requests, wanted)
+        return self._opened(request_id, served, requests, wanted, span)
 
     def allow(self, ignored: Sequence[str]) -> None:
         """What is ignored of a request is an error where that is ``strict``."""
@@ -229,7 +247,12 @@ class InferenceService:
         return self.model(model)
 
     def _opened(
-        self, request_id: str, served: ServedModel, requests: list[Request], wanted: ClientRequest
+        self,
+        request_id: str,
+        served: ServedModel,
+        requests: list[Request],
+        wanted: ClientRequest,
+        span: DoorSpan,
     ) -> ResponseStream:
         if request_id in self._streams:
             raise InvalidRequestError(
@@ -242,10 +265,9 @@ class InferenceService:
             served.tokenizer,
             self._mailbox,
             self._clock,
-            functools.partial(self._closed, wanted, requests),
+            functools.partial(self._closed, wanted, requests, span),
         )
-        self._streams[request_id] = stream
-        self._tenants[request_id] = tenant()
+        self._streams[request_id] = _TenantStream(tenant(), stream)
         self._idle.clear()
         usage = self.usage.setdefault(tenant(), TenantUsage())
         usage.requests += 1
@@ -256,17 +278,19 @@ class InferenceService:
         self,
         wanted: ClientRequest,
         requests: list[Request],
+        span: DoorSpan,
         stream: ResponseStream,
         error: BaseException | None,
     ) -> None:
-        self._streams.pop(stream.request_id, None)
-        who = self._tenants.pop(stream.request_id, "")
+        who = self._streams.pop(stream.request_id).tenant
         self.usage.setdefault(who, TenantUsage()).generated_tokens += stream.made
         if not self._streams:
             self._idle.set()
         took = self._clock() - requests[0].arrival
         record = record_of(wanted, requests, stream, self.served.name, error, took)
-        self._observe(replace(record, tenant=who))
+        record = replace(record, tenant=who)
+        span.end(record, traced(wanted))
+        self._observe(record)
 
     async def _ids(
         self,
@@ -307,12 +331,12 @@ class InferenceService:
         return await self.texts.decode(checked, skip_special_tokens)
 
     def abort(self, request_id: str) -> None:
-        stream = self._streams.get(request_id)
-        if stream is None or self._tenants[request_id] != tenant():
+        found = self._streams.get(request_id)
+        if found is None or found.tenant != tenant():
             raise NotFoundError(
                 f"request {request_id!a:.150} is not running here", param="request_id"
             )
-        stream.abort()
+        found.stream.abort()
 
     def drain(self) -> None:
         """From now on new requests are refused; running ones go on."""

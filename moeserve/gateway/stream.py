@@ -22,6 +22,7 @@ from moeserve.errors import (
     CancelledError,
     DeadlineError,
     InternalError,
+    InvalidRequestError,
     MoeserveError,
     UnavailableError,
 )
@@ -372,5 +373,7 @@ def _failure(event: Event, request_id: str) -> MoeserveError:
             return DeadlineError(reason)
         case FinishReason.UNAVAILABLE:
             return UnavailableError(reason)
+        case FinishReason.INVALID:
+            return InvalidRequestError(reason)
         case _:
             return InternalError(reason)

@@ -13,7 +13,7 @@ made anew and the others are asked again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,10 +61,12 @@ class MaskCounts:
 
 @dataclass(frozen=True, slots=True)
 class StepMasks:
-    """Which tokens may come (bit i of byte b is token 8 b + i), or why a request cannot go on."""
+    """Which tokens may come (bit i of byte b is token 8 b + i), or why a request cannot go on: for
+    its own grammar's sake, but for those of ``unserved``."""
 
     allowed: Mapping[RequestId, NDArray[np.uint8]] = field(default_factory=dict)
     failed: Mapping[RequestId, str] = field(default_factory=dict)
+    unserved: Set[RequestId] = frozenset()
 
 
 NONE = StepMasks()
@@ -99,13 +101,16 @@ class GrammarMasks:
             return NONE
         failed: dict[RequestId, str] = {}
         allowed: dict[RequestId, NDArray[np.uint8]] = {}
+        unserved: set[RequestId] = set()
         lost = 0
         while self._asked:
             try:
                 refused = self._answer()
             except (DeadlineError, UnavailableError) as error:
                 lost += 1
-                failed |= self._lose_worker(error, lost)
+                found = self._lose_worker(error, lost)
+                failed |= found.failed
+                unserved |= found.unserved
                 if self._asked:
                     self._ask()
             else:
@@ -119,7 +124,7 @@ class GrammarMasks:
                 self._asked = []
         self.counts.masks += len(allowed)
         self.counts.failed += len(failed)
-        return StepMasks(allowed, failed)
+        return StepMasks(allowed, failed, unserved)
 
     def forget(self, request_ids: Iterable[RequestId]) -> None:
         """Those that are not known are left out."""
@@ -174,7 +179,7 @@ class GrammarMasks:
             raise UnavailableError(self._problem)
         return dict(self._worker.answer(ANSWER_S).get("failed", ()))
 
-    def _lose_worker(self, error: MoeserveError, lost: int) -> dict[RequestId, str]:
+    def _lose_worker(self, error: MoeserveError, lost: int) -> StepMasks:
         """The worker is of no use any more: those whose fault it was fail, and are not asked again.
         Once in a step it may have been nobody's fault."""
         turn = NOBODY if self._worker is None else self._worker.turn
@@ -189,9 +194,12 @@ class GrammarMasks:
         self.close()
         self.counts.lost += 1
         reason = "the grammar takes more time or memory than a grammar may: simplify it"
+        failed = dict.fromkeys(guilty, reason)
+        unserved: frozenset[RequestId] = frozenset()
         if lost >= MOST_LOST or not (guilty or innocent):
-            guilty = [w.request.id for w in self._asked]
             reason = f"no grammar can be followed now: {error.message}"
-        self._asked = [w for w in self._asked if w.request.id not in guilty]
+            unserved = frozenset(w.request.id for w in self._asked).difference(guilty)
+            failed |= dict.fromkeys(unserved, reason)
+        self._asked = [w for w in self._asked if w.request.id not in failed]
         self.counts.replayed += sum(len(w.output_ids) for w in self._asked)
-        return dict.fromkeys(guilty, reason)
+        return StepMasks({}, failed, unserved)

@@ -43,12 +43,14 @@ class SamplingRow(NamedTuple):
 class SampledRow(NamedTuple):
     """The token chosen from a row, and its log-probabilities if the request wants them.
 
-    Where ``failure`` is not empty it says why no token could be chosen, and names the request.
+    Where ``failure`` is not empty it says why no token could be chosen, and names the request;
+    ``asked`` where that follows from what the request asks for, which leaves no token.
     """
 
     token_id: int = -1
     logprobs: Logprobs | None = None
     failure: str = ""
+    asked: bool = False
 
 
 def sampling_row(

@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from moeserve.core import Counters, FinishReason, StepPlan, Timing
+from moeserve.observe.counted import CountedParts
 from moeserve.observe.families import (
     ALIASES,
     PREFIX,
@@ -31,6 +32,7 @@ from moeserve.observe.families import (
     renamed,
 )
 from moeserve.observe.requests import RequestRecord
+from moeserve.observe.spans import RequestSpans
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -73,9 +75,14 @@ class LoadView(Protocol):
 
 
 class Metrics:
-    """Observes one engine and renders its page; ``bind`` says whose numbers to show."""
+    """Observes one engine and renders its page; ``bind`` says whose numbers to show. ``spans`` are
+    for those who build engines: they observe each one that runs requests itself. ``parts`` are
+    what others count: each adds its own once.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, spans: RequestSpans | None = None) -> None:
+        self.spans = spans
+        self.parts = CountedParts()
         self._model = ""
         self._counters: Callable[[], Counters] = Counters
         self._load: Callable[[], LoadView] | None = None
@@ -104,6 +111,7 @@ class Metrics:
         self._asked = self._kept("request_max_tokens", "tokens asked for at most", _TOKENS)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Page(self.collect))
+        self._registry.register(_Page(self.parts.collect))
         ProcessCollector(registry=self._registry)
 
     def _kept(self, name: str, text: str, bounds: tuple[float, ...]) -> Distribution:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moeserve.observe.log_bound import LogBound
 from moeserve.observe.logs import FIELDS
 
 log = logging.getLogger("moeserve.request")
@@ -68,41 +69,25 @@ class RequestRecord:
         return found
 
 
-class RefusalBound:
+def refusal_bound(clock: Callable[[], float]) -> LogBound:
     """Refusals cost a client nothing: so many of them are logged in a second, and how many were
     left out since is said with the next one."""
+    return LogBound(REFUSALS_PER_S, 1.0, clock)
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._second = -1
-        self._admitted = 0
-        self._left_out = 0
 
-    def admits(self) -> bool:
-        """Whether one more is logged; it counts as left out otherwise."""
-        second = int(self._clock())
-        if second != self._second:
-            self._second, self._admitted = second, 0
-        if self._admitted >= REFUSALS_PER_S:
-            self._left_out += 1
-            return False
-        self._admitted += 1
-        return True
-
-    def left_out(self) -> dict[str, object]:
-        """What the line of one that was admitted says of those before it."""
-        count, self._left_out = self._left_out, 0
-        return {"refusals_left_out": count} if count else {}
+def left_out_field(bound: LogBound) -> dict[str, object]:
+    """What the line of a refusal says of those before it."""
+    return {"refusals_left_out": count} if (count := bound.take_left_out()) else {}
 
 
 class RequestLog:
     """Writes a line for each record, at level info."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._bound = RefusalBound(clock)
+        self._bound = refusal_bound(clock)
 
     def write(self, record: RequestRecord) -> None:
         if not record.refused:
             log.info("request", extra={FIELDS: record.fields()})
         elif self._bound.admits():
-            log.info("request", extra={FIELDS: record.fields() | self._bound.left_out()})
+            log.info("request", extra={FIELDS: record.fields() | left_out_field(self._bound)})

@@ -15,7 +15,7 @@ class ToRank(_message.Message):
     def __init__(self, submit: _Optional[_Iterable[_Union[Submission, _Mapping]]] = ..., end: _Optional[_Iterable[_Union[Ending, _Mapping]]] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("id", "prompt", "outputs", "sampling", "salt", "domain", "adapter", "timeout_s", "moved", "reached", "sources")
+    __slots__ = ("id", "prompt", "outputs", "sampling", "salt", "domain", "adapter", "timeout_s", "moved", "reached", "sources", "trace")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class Submission(_message.Message):
     MOVED_FIELD_NUMBER: _ClassVar[int]
     REACHED_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     outputs: _containers.RepeatedScalarFieldContainer[int]
@@ -38,7 +39,8 @@ class Submission(_message.Message):
     moved: bool
     reached: int
     sources: _containers.RepeatedCompositeFieldContainer[KvSource]
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[str] = ..., domain: _Optional[str] = ..., adapter: _Optional[str] = ..., timeout_s: _Optional[float] = ..., moved: _Optional[bool] = ..., reached: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[KvSource, _Mapping]]] = ...) -> None: ...
+    trace: str
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[str] = ..., domain: _Optional[str] = ..., adapter: _Optional[str] = ..., timeout_s: _Optional[float] = ..., moved: _Optional[bool] = ..., reached: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[KvSource, _Mapping]]] = ..., trace: _Optional[str] = ...) -> None: ...
 
 class KvSource(_message.Message):
     __slots__ = ("address", "server_name", "running")
@@ -181,7 +183,7 @@ class CountedRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class CountedReply(_message.Message):
-    __slots__ = ("work", "counters", "finished", "microbatches", "load")
+    __slots__ = ("work", "counters", "finished", "microbatches", "load", "expert_choices", "moe_layers", "received")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -208,12 +210,28 @@ class CountedReply(_message.Message):
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_CHOICES_FIELD_NUMBER: _ClassVar[int]
+    MOE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
     work: Work
     counters: _containers.ScalarMap[str, float]
     finished: _containers.ScalarMap[str, int]
     microbatches: _containers.ScalarMap[int, int]
     load: Load
-    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., counters: _Optional[_Mapping[str, float]] = ..., finished: _Optional[_Mapping[str, int]] = ..., microbatches: _Optional[_Mapping[int, int]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    expert_choices: _containers.RepeatedScalarFieldContainer[int]
+    moe_layers: _containers.RepeatedScalarFieldContainer[int]
+    received: _containers.RepeatedCompositeFieldContainer[ReceivedKv]
+    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., counters: _Optional[_Mapping[str, float]] = ..., finished: _Optional[_Mapping[str, int]] = ..., microbatches: _Optional[_Mapping[int, int]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., expert_choices: _Optional[_Iterable[int]] = ..., moe_layers: _Optional[_Iterable[int]] = ..., received: _Optional[_Iterable[_Union[ReceivedKv, _Mapping]]] = ...) -> None: ...
+
+class ReceivedKv(_message.Message):
+    __slots__ = ("source", "bytes", "runs")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    bytes: int
+    runs: int
+    def __init__(self, source: _Optional[str] = ..., bytes: _Optional[int] = ..., runs: _Optional[int] = ...) -> None: ...
 
 class Work(_message.Message):
     __slots__ = ("rounds", "tokens", "copies", "inter_node", "came", "dispatch_bytes", "combine_bytes", "waited_s")

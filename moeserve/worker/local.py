@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from pydantic import SecretStr
 
-from moeserve.comm.group import host_store
 from moeserve.comm.launch.environment import ALONE, LOOPBACK
+from moeserve.comm.launch.note_store import host_store
 from moeserve.comm.launch.spawn import Children, child_environ
 from moeserve.config.cluster import MemberRankOptions, PeerConfig
 from moeserve.config.options import Options, RankOptions, ServeConfig
@@ -22,7 +22,7 @@ from moeserve.config.sources import to_environ
 from moeserve.gateway.server import serve
 from moeserve.worker.peer import run_peer
 from moeserve.worker.rank import run_rank
-from moeserve.worker.start import RankStart
+from moeserve.worker.start import RankStart, trust_of
 
 # What children get to end by themselves once the run is over, and once it has broken.
 GRACE_S = 5.0
@@ -36,7 +36,7 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
         return run_peer(config) if isinstance(config, PeerConfig) else serve(config)
     if config.ep_secret is None:
         config = config.model_copy(update={"ep_secret": SecretStr(secrets.token_hex(32))})
-    store, port = host_store(LOOPBACK)
+    store, port = host_store(LOOPBACK, trust=trust_of(config))
     settings = to_environ(config, environ, wanted_by_rank(config))
     children = Children(
         [sys.executable, "-m", "moeserve.worker"],

@@ -155,6 +155,7 @@ class RankProcess:
             mesh=mesh,
             meeting=RankMeeting(loop, context.group, met.address, trust, mesh.alarm),
             observer=observer,
+            spans=observer.spans,
             progress=loading,
             doors=tuple(range(met.group.world)) if config.doors == "all" else (0,),
         )

@@ -57,7 +57,13 @@ class RankStart:
 
 def meet(options: RankOptions, start: RankStart) -> Rendezvous:
     """All ranks are there, and will serve the same; ConfigError that names who differs."""
-    met = open_group(start.launch, environ=start.environ, store=start.store, alarm=start.alarm)
+    met = open_group(
+        start.launch,
+        environ=start.environ,
+        store=start.store,
+        trust=trust_of(options),
+        alarm=start.alarm,
+    )
     with giving_up(met.group):
         agree(met.group, identity_of(options))
     return met

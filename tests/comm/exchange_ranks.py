@@ -23,7 +23,8 @@ import torch
 
 from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.open import open_exchange
-from moeserve.comm.group import Group, Topology, join_store
+from moeserve.comm.group import Group, Topology
+from moeserve.comm.launch.note_store import join_store
 from moeserve.errors import LateRankError, MoeserveError, UnavailableError
 
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from moeserve.comm.build import Bounds, open_parallel
-from moeserve.comm.group import Group, Topology, join_store
+from moeserve.comm.group import Group, Topology
+from moeserve.comm.launch.note_store import join_store
 from moeserve.comm.layout import LayerLayout
 from moeserve.config.options import LoadOptions
 from moeserve.kernels.ops import Ops

@@ -16,7 +16,8 @@ import sys
 import time
 
 from moeserve.comm.control.mesh import open_mesh
-from moeserve.comm.group import Group, join_store
+from moeserve.comm.group import Group
+from moeserve.comm.launch.note_store import join_store
 from moeserve.errors import LateRankError
 
 

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moeserve.comm.group import host_store
+from moeserve.comm.launch.note_store import host_store
 
 CHILD = Path(__file__).parent / "exchange_ranks.py"
 WORLD = 4

@@ -38,7 +38,8 @@ from moeserve.comm.control.neighbours import (
 )
 from moeserve.comm.control.silence import SilenceDetector
 from moeserve.comm.control.step_mesh import StepMesh
-from moeserve.comm.group import Group, host_store
+from moeserve.comm.group import Group
+from moeserve.comm.launch.note_store import host_store
 from moeserve.comm.native import native_half
 from moeserve.comm.proofs import Credentials
 from moeserve.errors import ConfigError, LateRankError, MoeserveError, UnavailableError

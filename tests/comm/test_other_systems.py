@@ -40,7 +40,8 @@ if importlib.util.find_spec("moeserve.comm._comm"):
 RANKS = """
 import threading
 from moeserve.comm.exchange.open import open_exchange
-from moeserve.comm.group import Group, Topology, host_store, join_store
+from moeserve.comm.group import Group, Topology
+from moeserve.comm.launch.note_store import host_store, join_store
 from moeserve.comm.launch.rendezvous import host_identity, own_address
 from moeserve.errors import ConfigError, MoeserveError
 from moeserve.host import allowed_cores, read_cpu, read_memory

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moeserve.comm.group import host_store
+from moeserve.comm.launch.note_store import host_store
 from moeserve.config.options import LoadOptions
 from moeserve.kernels.ops import Ops
 from moeserve.models.decoder import Decoder, load_decoder

@@ -11,17 +11,19 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from moeserve.comm.control.handshake import Identity, agree
-from moeserve.comm.group import START_S, Group, backing_off, host_store, join_store
+from moeserve.comm.group import START_S, Group, backing_off
 from moeserve.comm.launch.environment import LOOPBACK, Launch
+from moeserve.comm.launch.note_store import host_store, join_store
 from moeserve.comm.launch.rendezvous import (
     HOST_ID,
     START_CPU_S,
@@ -78,7 +80,8 @@ def test_ranks_meet_and_know_who_shares_a_host() -> None:
 
 
 def test_attempts_of_one_launcher_do_not_read_each_others_notes() -> None:
-    store, port = host_store(LOOPBACK)
+    store = TCPStore(LOOPBACK, 0, None, True, timedelta(seconds=PATIENCE_S), False)
+    port = store.port
     starts = [
         Launch(r, 2, r, 2, LOOPBACK, port, "torch", agent_store=True, attempt=attempt)
         for attempt in ("0", "1")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -31,33 +30,6 @@ SECRET = Trust(secret=b"known to the group alone")
 RUN = b"0123456789abcdef"
 
 Certify = Callable[..., Tls]
-
-
-@pytest.fixture
-def certify(tmp_path: Path) -> Certify:
-    """A rank's certificates: by the name of its folder, and that of the authority, which is made
-    on the way."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed: no certificates can be made")
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-
-    def run(words: list[str], folder: Path) -> None:
-        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True, timeout=30)
-
-    def make(name: str, authority: str, subject: str = "/CN=rank") -> Tls:
-        folder = tmp_path / name
-        folder.mkdir()
-        ca, key = f"../{authority}.pem", f"../{authority}.key"
-        if not (folder / ca).exists():
-            asked = ["req", "-x509", *curve, "-subj", f"/CN={authority}", "-days", "2"]
-            run([*asked, "-keyout", key, "-out", ca], folder)
-        run(["req", *curve, "-subj", subject, "-keyout", "key.pem", "-out", "csr"], folder)
-        signed = ["x509", "-req", "-in", "csr", "-CA", ca, "-CAkey", key, "-CAcreateserial"]
-        run([*signed, "-days", "2", "-out", "cert.pem"], folder)
-        shutil.copy(folder / ca, folder / "ca.pem")
-        return Tls.load(folder)
-
-    return make
 
 
 class Echo:

@@ -142,6 +142,21 @@ def test_sharing_what_nobody_published_is_caught() -> None:
         pool.share(pool.allocate(1))
 
 
+def test_holding_what_nobody_holds_is_caught() -> None:
+    pool = BlockPool(2, SIZE, Counters())
+    blocks = pool.allocate(1)
+    pool.release(blocks)
+    with pytest.raises(AssertionError, match="not held"):
+        pool.hold(blocks)
+
+
+def test_blocks_to_avoid_are_not_taken() -> None:
+    pool = BlockPool(3, SIZE, Counters())
+    assert pool.allocate(2, {BlockId(1)}) == [0, 2]
+    with pytest.raises(AssertionError, match="1 blocks wanted, 0 free beside"):
+        pool.allocate(1, {BlockId(1)})
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Any order of taking, publishing, sharing and releasing, beside a plain model of it."""
 
@@ -186,6 +201,23 @@ class PoolMachine(RuleBasedStateMachine):
             self.refs[block] = self.refs.get(block, 0) + 1
         return found
 
+    @rule(target=held, blocks=held)
+    def hold(self, blocks: list[BlockId]) -> list[BlockId]:
+        self.pool.hold(blocks)
+        for block in blocks:
+            self.refs[block] += 1
+        return blocks
+
+    @rule(target=held, avoid=st.sets(st.integers(0, 5)), count=st.integers(0, 3))
+    def take_others(self, avoid: set[BlockId], count: int) -> list[BlockId]:
+        free = [b for b in range(6) if not self.refs.get(BlockId(b)) and b not in avoid]
+        blocks = self.pool.allocate(min(count, len(free)), avoid)
+        assert set(blocks) <= set(free)
+        for block in blocks:
+            self.refs[block] = 1
+            self.content.pop(block, None)
+        return blocks
+
     @rule(blocks=consumes(held), forget=st.booleans())
     def release(self, blocks: list[BlockId], forget: bool) -> None:
         self.pool.release(blocks, forget=forget)
@@ -197,6 +229,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def agrees_with_the_model(self) -> None:
         self.pool.check()
+        assert self.pool.num_references() == sum(self.refs.values())
         assert self.pool.num_free == 6 - sum(r > 0 for r in self.refs.values())
         assert self.pool.num_cached == len(self.content)
 

@@ -20,6 +20,7 @@ from moeserve.engine.ranks.counted import (
     GATHER_S,
     GatheredCounts,
     RankCounts,
+    ReceivedKv,
     read_counts,
     write_counts,
 )
@@ -53,6 +54,9 @@ rank_counts = st.builds(
     ),
     chosen=st.dictionaries(st.integers(1, 4), counts).map(Counter),
     load=loads,
+    expert_choices=st.just(()) | st.tuples(counts, counts, counts),
+    moe_layers=st.tuples(st.integers(0, 100)),
+    received=st.lists(st.builds(ReceivedKv, st.text(max_size=9), counts, counts)).map(tuple),
 )
 
 
@@ -99,6 +103,14 @@ def test_the_counts_of_all_ranks_add_up(ranks: list[RankCounts], data: st.DataOb
     assert list(gathered.of_ranks) == ranks
     assert gathered.work == [one.work for one in ranks]
     assert gathered.chosen == ranks[own].chosen
+    same = [r.expert_choices for r in ranks if len(r.expert_choices) == 3]
+    if ranks[own].expert_choices:
+        assert gathered.expert_choices is not None
+        assert gathered.expert_choices.tolist() == [
+            sum(column) for column in zip(*same, strict=True)
+        ]
+    else:
+        assert gathered.expert_choices is None
     total = gathered.counters
     for f in fields(Counters):
         if f.name not in ("finished", "steps"):

@@ -15,7 +15,8 @@ import grpc
 import pytest
 
 from moeserve.comm.control.rpc import Tls, Trust
-from moeserve.comm.group import Group, host_store, join_store
+from moeserve.comm.group import Group
+from moeserve.comm.launch.note_store import host_store, join_store
 from moeserve.engine.ranks import meeting as meeting_module
 from moeserve.engine.ranks.meeting import RankMeeting
 from moeserve.engine.ranks.rank_links import Unheard

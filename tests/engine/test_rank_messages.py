@@ -137,7 +137,8 @@ def test_a_field_that_is_new_is_not_forgotten() -> None:
     crossing = [f for f in fields(SamplingParams) if f.name not in DOORS_OWN]
     others: dict[str, Any] = {f.name: _other(f.default) for f in crossing}
     changed = SamplingParams(**(others | lists))
-    request = Request(RequestId("é"), (1,), changed, 0.0, 5.0, CacheScope("a", "b"), "c")
+    scope = CacheScope("a", "b")
+    request = Request(RequestId("é"), (1,), changed, 0.0, 5.0, scope, "c", "00-ab-cd-01")
     assert read_submission(sent(request, History(), 0.0), 0.0, VOCAB)[0] == request
     assert all(getattr(changed, f.name) != f.default for f in crossing)
     stays = replace(

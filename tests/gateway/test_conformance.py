@@ -78,6 +78,8 @@ ANSWERED: list[tuple[str, Asked]] = [
     ("cut to fit", ON | {"max_tokens": 510, "truncate_prompt_tokens": -1}),
     ("named", ON | {"max_tokens": 1, "request_id": "mine", "cache_salt": "s", "domain": "d"}),
 ]
+# All that a regular expression of "e" can begin with.
+BAD = ["e", "ee", "eee"]
 REFUSED: list[tuple[str, Asked]] = [
     ("unknown model", {"model": "other"}),
     ("temperature", {"temperature": 2.5}),
@@ -96,6 +98,10 @@ REFUSED: list[tuple[str, Asked]] = [
     ("allowed", {"allowed_token_ids": [320]}),
     ("nothing left", {"allowed_token_ids": [68], "bad_words": ["e"]}),
     ("bad words", {"bad_words": [" "]}),
+    (
+        "bad words that a grammar needs",
+        {"max_tokens": 6, "grammar": {"regex": "e{3}"}, "bad_words": BAD, "request_id": "mine"},
+    ),
     ("cut", {"truncate_prompt_tokens": 0}),
     ("salt", {"cache_salt": "s" * 129}),
     ("domain", {"domain": "d" * 65}),

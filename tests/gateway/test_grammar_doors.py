@@ -146,6 +146,36 @@ def test_the_end_of_a_grammar_comes_before_min_tokens(demo: House) -> None:
     assert (said["text"], said["finish_reason"]) == ("ab", "stop")
 
 
+def test_a_grammar_that_fails_on_its_way_is_the_clients_and_its_cause_is_told(demo: House) -> None:
+    """The second character is forbidden: a token is on its way when that is found out."""
+    said = (
+        "no token is allowed: its grammar, allowed_token_ids, bad_words and logit_bias leave none"
+    )
+    body = ASK | {"temperature": 0, "guided_regex": "xyx", "bad_words": ["y", "yx"]}
+    whole = demo.http.post("/v1/completions", json=body)
+    assert whole.status_code == 400
+    assert said in whole.json()["error"]["message"]
+    assert whole.json()["error"]["type"] == "invalid_request_error"
+    streamed = demo.http.post("/v1/completions", json=body | {"stream": True})
+    parts = [json.loads(line[6:]) for line in streamed.text.splitlines() if line[6:7] == "{"]
+    assert parts[0]["choices"][0]["text"] == "x"
+    assert parts[-1]["error"] | {"message": ""} == whole.json()["error"] | {"message": ""}
+    assert said in parts[-1]["error"]["message"]
+    words = pb.SamplingParams(
+        max_tokens=9, temperature=0, grammar=pb.Grammar(regex="xyx"), bad_words=["y", "yx"]
+    )
+    request = pb.GenerateRequest(text="Once", sampling=words)
+    chunks: list[Any] = []
+    with pytest.raises(grpc.RpcError) as on_its_way:
+        chunks.extend(demo.stub.Generate(request, timeout=60))
+    with pytest.raises(grpc.RpcError) as at_once:
+        demo.stub.GenerateUnary(request, timeout=60)
+    for refused in (on_its_way, at_once):
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert said in refused.value.details()
+    assert answer(demo, temperature=0, guided_regex="xyx")["text"] == "xyx"
+
+
 @pytest.mark.parametrize(("why", "form"), HOSTILE, ids=lambda x: str(x)[:20])
 def test_hostile_forms_are_refused_while_others_stream_on(
     demo: House, why: str, form: dict[str, Any]

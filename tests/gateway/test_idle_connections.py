@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from moeserve.gateway.grpc.connections import IdleConnections
+from moeserve.comm.control.idle_connections import IdleConnections
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the kernel's record of silence is Linux's"

@@ -134,6 +134,17 @@ def test_calls_that_are_no_requests_are_told_where_they_fail(house: House, calls
     assert "JSON" in calls.all()[1]["error"]
 
 
+def test_grpc_calls_that_the_service_never_sees_are_told_too(house: House, calls: Told) -> None:
+    method = "/moeserve.v1.Inference/GenerateUnary"
+    call: Any = house.channel.unary_unary(method)
+    with pytest.raises(grpc.RpcError, match="not a valid message"):
+        call(b"\xff\xff", timeout=60)
+    house.eventually(lambda: len(calls.all()) == 1, "the line")
+    (found,) = calls.all()
+    assert (found["method"], found["status"]) == (method, "INVALID_ARGUMENT")
+    assert found["error"].startswith("not a valid message")
+
+
 def test_the_dashboard_finds_its_metrics_on_the_page_of_a_server(house: House) -> None:
     body = {"prompt": PROMPT, "max_tokens": 2, "temperature": 0}
     assert house.http.post("/v1/completions", json=body).status_code == 200

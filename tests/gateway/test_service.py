@@ -223,6 +223,7 @@ async def test_the_end_of_a_sequence_counts_and_times_it() -> None:
         (FinishReason.ABORT, CancelledError),
         (FinishReason.DEADLINE, DeadlineError),
         (FinishReason.UNAVAILABLE, UnavailableError),
+        (FinishReason.INVALID, InvalidRequestError),
         (FinishReason.ERROR, InternalError),
     ],
 )

@@ -212,6 +212,14 @@ def test_without_a_tokenizer_no_grammar_can_be_followed() -> None:
     assert "no tokenizer" in str(failed)
 
 
+def test_who_fails_for_want_of_a_worker_is_told_apart() -> None:
+    """It is nobody's grammar that is wrong."""
+    masks, one = GrammarMasks(), request(GRAMMARS[0])
+    masks.begin([MaskWanted(one, [])])
+    result = masks.take()
+    assert result.unserved == result.failed.keys() == {one.id}
+
+
 @pytest.mark.long
 def test_a_file_that_is_no_tokenizer_fails_those_who_need_it(tmp_path) -> None:
     file = tmp_path / "tokenizer.json"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moeserve.core import RequestId, SamplingParams
-from moeserve.errors import InternalError
+from moeserve.errors import InternalError, InvalidRequestError
 from moeserve.kernels.cpu.ops import CpuOps
 from moeserve.kernels.cpu.ops import best_of_rows as native_best
 from moeserve.kernels.reference.ops import ReferenceOps
@@ -295,7 +295,7 @@ def test_logits_that_are_not_numbers_name_the_request(bad: float, params: Sampli
 
 
 def test_a_vocabulary_of_banned_tokens_is_an_error() -> None:
-    with pytest.raises(InternalError, match="request r: no token is allowed"):
+    with pytest.raises(InvalidRequestError, match="request r: no token is allowed"):
         token(np.zeros(1, np.float32), replace(GREEDY, min_tokens=1), prompt=(0,))
 
 
@@ -462,6 +462,7 @@ def test_a_row_that_allows_nothing_or_holds_no_numbers_fails_alone(
         )
     assert "no token is allowed" in found[0].failure
     assert "hold nan" in found[1].failure
+    assert [row.asked for row in found[:2]] == [True, False]
 
 
 @pytest.mark.parametrize("fields", KINDS)

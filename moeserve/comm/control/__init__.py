@@ -10,5 +10,6 @@
     silence                        who has been silent for too long
     local_mesh                     between threads of one process: the slow twin
     subscribers                    who hears of an alarm
+    idle_connections               connections of gRPC that nobody uses give way to others
     rpc                            gRPC between processes of one instance, and whom they trust
 """

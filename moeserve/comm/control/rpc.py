@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -37,11 +38,13 @@ KEEPALIVE_S = 10
 GREETING_S = 20.0
 SERVICE = "moeserve.peer"
 
-_PROOF = "moeserve-proof"
+PROOF = "moeserve-proof"
+NOT_OF_THIS_RUN = "the caller is not of this run: give all ranks the same ep_secret"
 # What gRPC says where the other end closed the connection before it was made: one that wants TLS
 # does so, but so does one that dies.
 _SHUT = "last error: UNAVAILABLE"
-_OPTIONS = (
+# What every server and channel between ranks is opened with.
+OPTIONS = (
     ("grpc.max_send_message_length", MOST_BYTES),
     ("grpc.max_receive_message_length", MOST_BYTES),
     ("grpc.so_reuseport", 0),
@@ -64,8 +67,9 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 @dataclass(frozen=True, slots=True)
 class Tls:
     """A rank's certificate, its key, and the authority that signed those of all ranks, as PEM.
-    ``name`` is one that the certificate is for."""
+    ``name`` is one that the certificate is for, ``folder`` where they were read."""
 
+    folder: Path
     certificate: bytes
     key: bytes
     authority: bytes
@@ -87,7 +91,7 @@ class Tls:
                 f"ep_tls={str(folder)!r}: cert.pem is for no name: make one with a common name or "
                 "a DNS name, of any text"
             )
-        return cls(certificate, key, authority, name)
+        return cls(folder, certificate, key, authority, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +133,10 @@ def open_server(
     where ``port`` is 0. ConfigError where it may not be reached by ``host``, or cannot."""
     require_trust(host, trust)
     guards = [ProofGuard(trust.proof(run))]
-    server = grpc.aio.server(interceptors=guards, options=_OPTIONS)
+    server = grpc.aio.server(interceptors=guards, options=OPTIONS)
     server.add_generic_rpc_handlers((_greetings(), *handlers))
-    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    tls = trust.tls
     try:
-        if tls is None:
-            return server, int(server.add_insecure_port(place))
-        pair = [(tls.key, tls.certificate)]
-        both = grpc.ssl_server_credentials(pair, tls.authority, require_client_auth=True)
-        return server, int(server.add_secure_port(place, both))
+        return server, add_port(server, host, port, trust)
     except RuntimeError as error:
         what = f"port {port} of {host} cannot" if port else f"no port of {host} can"
         raise ConfigError(
@@ -147,20 +145,36 @@ def open_server(
         ) from error
 
 
+def add_port(server: grpc.aio.Server | grpc.Server, host: str, port: int, trust: Trust) -> int:
+    """Let the server listen there; the port. RuntimeError where it cannot."""
+    place, tls = place_of(host, port), trust.tls
+    if tls is None:
+        return int(server.add_insecure_port(place))
+    pair = [(tls.key, tls.certificate)]
+    both = grpc.ssl_server_credentials(pair, tls.authority, require_client_auth=True)
+    return int(server.add_secure_port(place, both))
+
+
 def open_channel(host: str, port: int, trust: Trust, name: str) -> grpc.aio.Channel:
     """To a server of ``open_server``; ``name`` is of its certificate, if it has one."""
-    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if trust.tls is None:
-        return grpc.aio.insecure_channel(place, options=_OPTIONS)
-    tls = trust.tls
-    own = grpc.ssl_channel_credentials(tls.authority, tls.key, tls.certificate)
-    options = (*_OPTIONS, ("grpc.ssl_target_name_override", name))
-    return grpc.aio.secure_channel(place, own, options=options)
+        return grpc.aio.insecure_channel(place_of(host, port), options=OPTIONS)
+    options = (*OPTIONS, ("grpc.ssl_target_name_override", name))
+    own = channel_credentials(trust.tls)
+    return grpc.aio.secure_channel(place_of(host, port), own, options=options)
+
+
+def place_of(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def channel_credentials(tls: Tls) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(tls.authority, tls.key, tls.certificate)
 
 
 def proof_metadata(trust: Trust, run: bytes) -> tuple[tuple[str, str], ...]:
     """Goes with every call."""
-    return ((_PROOF, trust.proof(run)),)
+    return ((PROOF, trust.proof(run)),)
 
 
 async def greet(
@@ -172,16 +186,16 @@ async def greet(
     try:
         await asked(b"", timeout=GREETING_S, metadata=metadata)
     except grpc.aio.AioRpcError as error:
-        kind: type[MoeserveError] = ConfigError if _distrusts(error) else UnavailableError
+        kind: type[MoeserveError] = ConfigError if distrusts(error) else UnavailableError
         raise kind(f"rank {rank}: {reason(error)}") from error
 
 
-def reason(error: grpc.aio.AioRpcError) -> str:
+def reason(error: grpc.Call | grpc.aio.AioRpcError) -> str:
     """Why a call failed, and what to do where it is a matter of trust."""
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return details
-    if _distrusts(error):
+    if distrusts(error):
         return (
             "it and this rank do not trust one another: give all ranks certificates that one "
             f"authority has signed (ep_tls), or none ({details})"
@@ -195,7 +209,7 @@ def reason(error: grpc.aio.AioRpcError) -> str:
     return details or code.name
 
 
-def _distrusts(error: grpc.aio.AioRpcError) -> bool:
+def distrusts(error: grpc.Call | grpc.aio.AioRpcError) -> bool:
     """Whether one end surely refused the other."""
     refused = "handshake failed" in (error.details() or "")
     return error.code() is grpc.StatusCode.UNAUTHENTICATED or refused
@@ -220,19 +234,20 @@ class ProofGuard(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        shown = dict(handler_call_details.invocation_metadata or ()).get(_PROOF, "")
-        proof = shown.encode() if isinstance(shown, str) else shown
-        if hmac.compare_digest(proof, self._proof.encode()):
+        shown = dict(handler_call_details.invocation_metadata or ()).get(PROOF, "")
+        if is_proof(shown, self._proof):
             return await continuation(handler_call_details)
         # As a stream, whatever the method is: it is refused before anything of it is read.
         return grpc.stream_stream_rpc_method_handler(_refuse)
 
 
 async def _refuse(requests: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    await context.abort(
-        grpc.StatusCode.UNAUTHENTICATED,
-        "the caller is not of this run: give all ranks the same ep_secret",
-    )
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, NOT_OF_THIS_RUN)
+
+
+def is_proof(shown: str | bytes, expected: str) -> bool:
+    proof = shown.encode() if isinstance(shown, str) else shown
+    return hmac.compare_digest(proof, expected.encode())
 
 
 def name_of(folder: Path) -> str:
@@ -256,7 +271,27 @@ def name_of(folder: Path) -> str:
                 end.do_handshake()
             except ssl.SSLWantReadError:
                 continue
-    found: Any = ends[1].getpeercert() or {}
+    return _name_in(ends[1].getpeercert())
+
+
+def name_at(host: str, port: int, tls: Tls, timeout_s: float) -> str:
+    """A name of the certificate of a server that the group's authority has signed; for whoever
+    connects before it could be told. OSError, of which ssl.SSLError is one."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # gRPC checks the name that is found here
+    context.load_verify_locations(tls.folder / "ca.pem")
+    context.load_cert_chain(tls.folder / "cert.pem", tls.folder / "key.pem")
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection((host, port), timeout_s) as stream,
+        context.wrap_socket(stream) as secured,
+    ):
+        return _name_in(secured.getpeercert())
+
+
+def _name_in(certificate: Any) -> str:
+    """The first name that a certificate is for, as the standard library shows it."""
+    found = certificate or {}
     names = [value for kind, value in found.get("subjectAltName", ()) if kind == "DNS"]
     common = [v for rdn in found.get("subject", ()) for k, v in rdn if k == "commonName"]
     return str((*names, *common, "")[0])

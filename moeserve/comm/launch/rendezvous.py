@@ -1,11 +1,11 @@
 """How the ranks of a launch meet: they reach the notes, say who they are, and learn who shares a
 host with whom.
 
-Under torchrun the agent keeps the notes; else rank 0 does, on loopback where all ranks are on one
-host. Under MPI without MASTER_ADDR rank 0's address goes around by a broadcast. A rank of another
-version, of a group of another size, or that is there twice, is refused on every rank.
-
-Notes are neither secret nor proven: what rests on them must be checked again (``control``).
+Rank 0 keeps the notes (``note_store``), on loopback where all ranks are on one host, else for those
+whom it trusts. Under torchrun its agent does, in a TCPStore of torch, which anybody who reaches its
+port may write to: what rests on notes is checked again (``control``). Under MPI without MASTER_ADDR
+rank 0's address goes around by a broadcast. A rank of another version, of a group of another size,
+or that is there twice, is refused on every rank.
 """
 
 from __future__ import annotations
@@ -20,33 +20,36 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
-from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import DistError, HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
 import moeserve
+from moeserve.comm.control.rpc import Trust
 from moeserve.comm.exchange.base import Alarm
 from moeserve.comm.group import (
     NOTICE_S,
     POLL_S,
     START_S,
     Group,
+    PrefixedStore,
     Topology,
     backing_off,
-    host_store,
-    join_store,
     print_notice,
     spoiled,
 )
 from moeserve.comm.launch.environment import LOOPBACK, Launch
+from moeserve.comm.launch.note_store import host_store, join_store
 from moeserve.config.variables import HOST_ID
-from moeserve.errors import ConfigError, LateRankError
+from moeserve.errors import ConfigError, LateRankError, UnavailableError
 from moeserve.host import allowed_cores
 from moeserve.pb import ep_pb2 as pb
 
 # Of the messages between ranks: raised whenever an older rank would not understand them.
-PROTOCOL = 2
+PROTOCOL = 3
 # CPU time of an interpreter until it meets the others, with a margin for a slow host: 2 to 3 s.
 START_CPU_S = 10.0
 # The longest pause between two tries to reach rank 0, which many do while its interpreter starts.
@@ -71,19 +74,20 @@ def open_group(
     *,
     environ: Mapping[str, str],
     store: Store | None = None,
+    trust: Trust | None = None,
     alarm: Alarm | None = None,
     timeout_s: float | None = None,
     notify: Callable[[str], None] = print_notice,
 ) -> Rendezvous:
     """Meet all others, within ``patience_of(launch)`` unless told otherwise. ``store`` is given
-    where this process keeps the notes already.
+    where this process keeps the notes already, ``trust`` says who may share those of rank 0.
 
     LateRankError names those that do not come, ConfigError what does not fit.
     """
     timeout_s = patience_of(launch) if timeout_s is None else timeout_s
     if store is None:
-        store = _reach(launch, timeout_s, notify)
-    shared = PrefixStore(f"moeserve/{launch.attempt}", store)
+        store = _reach(launch, trust or Trust(), timeout_s, notify)
+    shared = PrefixedStore(f"moeserve/{launch.attempt}", store)
     group = Group(
         launch.rank, launch.world, shared, alarm=alarm, patience_s=timeout_s, notify=notify
     )
@@ -214,34 +218,48 @@ def interface_addresses() -> list[str]:
     return found
 
 
-def _reach(launch: Launch, timeout_s: float, notify: Callable[[str], None]) -> Store:
+def _reach(launch: Launch, trust: Trust, timeout_s: float, notify: Callable[[str], None]) -> Store:
     if launch.world == 1 and not launch.agent_store:
-        return host_store(LOOPBACK)[0]
+        return HashStore()
     if launch.host is None or launch.port is None:
-        return _reach_by_mpi(launch, timeout_s, notify)
-    host = LOOPBACK if launch.one_host and not launch.agent_store else launch.host
-    if launch.rank == 0 and not launch.agent_store:
+        return _reach_by_mpi(launch, trust, timeout_s, notify)
+    if launch.agent_store:
+
+        def join_agent(host: str, port: int) -> Store:
+            return TCPStore(host, port, None, False, timedelta(seconds=timeout_s), False)
+
+        return _join(join_agent, launch.host, launch.port, launch.rank, timeout_s, notify)
+    host = LOOPBACK if launch.one_host else launch.host
+    if launch.rank == 0:
         own = host if launch.one_host else listen_address(launch)
         try:
-            return host_store(own, launch.port)[0]
+            return host_store(own, launch.port, timeout_s, trust)[0]
         except OSError as error:
             raise ConfigError(
                 f"MASTER_PORT={launch.port}: rank 0 cannot listen on {own}:{launch.port} "
-                f"({error.strerror}): choose another port"
+                f"({error}): choose another port"
             ) from error
-    return _join(host, launch.port, launch.rank, timeout_s, notify)
+    join = partial(join_store, timeout_s=timeout_s, trust=trust)
+    return _join(join, host, launch.port, launch.rank, timeout_s, notify)
 
 
 def _join(
-    host: str, port: int, rank: int, timeout_s: float, notify: Callable[[str], None]
+    join: Callable[[str, int], Store],
+    host: str,
+    port: int,
+    rank: int,
+    timeout_s: float,
+    notify: Callable[[str], None],
 ) -> Store:
+    """As soon as somebody listens there: rank 0's interpreter may start long after this one."""
     begun = noticed = time.monotonic()
     pauses = backing_off(POLL_S, _SLOWEST_TRY_S)
     while True:
         try:
-            socket.create_connection((host, port), timeout=1.0).close()
-            return join_store(host, port, timeout_s)
-        except (OSError, DistError) as error:
+            with socket.create_connection((host, port), timeout=1.0) as found:
+                address = str(found.getpeername()[0])
+            return join(address, port)
+        except (OSError, DistError, UnavailableError) as error:
             now = time.monotonic()
             if now - begun > timeout_s:
                 raise LateRankError(
@@ -253,7 +271,9 @@ def _join(
         time.sleep(next(pauses))
 
 
-def _reach_by_mpi(launch: Launch, timeout_s: float, notify: Callable[[str], None]) -> Store:
+def _reach_by_mpi(
+    launch: Launch, trust: Trust, timeout_s: float, notify: Callable[[str], None]
+) -> Store:
     """Rank 0 takes any free port and broadcasts where."""
     try:
         from mpi4py import MPI
@@ -272,7 +292,7 @@ def _reach_by_mpi(launch: Launch, timeout_s: float, notify: Callable[[str], None
     store: Store | None = None
     if launch.rank == 0:
         own = LOOPBACK if launch.one_host else launch.host or own_address()
-        store, port = host_store(own, launch.port or 0)
+        store, port = host_store(own, launch.port or 0, timeout_s, trust)
         text = json.dumps([own, port]).encode()
         note[: len(text)] = text
     sent = world.Ibcast(note, root=0)
@@ -285,4 +305,5 @@ def _reach_by_mpi(launch: Launch, timeout_s: float, notify: Callable[[str], None
     if store is not None:
         return store
     host, port = json.loads(bytes(note).rstrip(b"\0"))
-    return _join(host, port, launch.rank, timeout_s, notify)
+    join = partial(join_store, timeout_s=timeout_s, trust=trust)
+    return _join(join, host, port, launch.rank, timeout_s, notify)

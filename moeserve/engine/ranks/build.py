@@ -21,6 +21,7 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.build import LoadedModel, load_tokenizer, scheduler_config
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, Unobserved
+from moeserve.engine.observers import beside
 from moeserve.engine.rank_model import EpContext, RankModel, load_rank_model, widest
 from moeserve.engine.ranks.counted import GatheredCounts, RankCounts, write_counts
 from moeserve.engine.ranks.front import Front
@@ -77,7 +78,11 @@ class RankParts:
         work = self.own.parallel.dispatcher.stats
         load = self.engine.load()
         load = replace(load, waiting=load.waiting + self.load.queued())
-        return RankCounts(work, self.engine.counters, self.lock_step.chosen, load)
+        experts = self.own.expert_counts
+        choices = () if experts is None else tuple(experts.loads().ravel().tolist())
+        layers = () if experts is None else experts.layers
+        chosen = self.lock_step.chosen
+        return RankCounts(work, self.engine.counters, chosen, load, choices, layers)
 
 
 def build_rank(
@@ -89,16 +94,19 @@ def build_rank(
     observer: EngineObserver | None = None,
     progress: Callable[[int, int], None] | None = None,
     doors: tuple[int, ...] = (0,),
+    spans: EngineObserver | None = None,
 ) -> LoadedModel:
     """All ranks call it, with the same options, and wait for one another in it. ``doors`` are the
-    ranks whose processes have some: there the engine of what is returned stands for all ranks."""
+    ranks whose processes have some: there the engine of what is returned stands for all ranks.
+    ``spans`` observes what is at home here, whichever door it came by."""
     # 1. The tokenizer, and this rank's share of the weights.
     path = resolve_model(options.model)
     tokenizer, no_tokenizer = load_tokenizer(path, options.chat_template)
     eos_ids = tokenizer.eos_ids if tokenizer else ()
     own = load_rank_model(options, tokenizer_eos=eos_ids, context=context, progress=progress)
     # 2. What decides for the requests that are at home here, and runs their part of every step.
-    parts = rank_parts(own, options, context, mesh, StepsAlone(observer or Unobserved()))
+    steps = StepsAlone(observer or Unobserved())
+    parts = rank_parts(own, options, context, mesh, beside(steps, spans))
     # 3. The way to the other ranks, and theirs to this one.
     links = LinkTable(context.rank, meeting.link)
     service = rank_server(parts)

@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moeserve.comm.dispatcher import DispatchStats
 from moeserve.core import Counters, FinishReason
 from moeserve.engine.loop import EngineLoad
@@ -31,14 +34,28 @@ def _no_load() -> EngineLoad:
     return EngineLoad(0, 0, 0, 0, 0, 1, True)
 
 
+@dataclass(frozen=True, slots=True)
+class ReceivedKv:
+    """From the rank at the address ``source``: bytes, and runs of positions of one layer."""
+
+    source: str
+    bytes: int
+    runs: int
+
+
 @dataclass(slots=True)
 class RankCounts:
-    """One rank's: what moved, what its requests were, how steps were cut, and its load."""
+    """One rank's: what moved, what its requests were, how steps were cut, its load; how often each
+    expert was chosen, of each of its ``moe_layers`` in turn, where it counts that; and what KV it
+    had from ranks of other instances."""
 
     work: DispatchStats = field(default_factory=DispatchStats)
     counters: Counters = field(default_factory=Counters)
     chosen: Counter[int] = field(default_factory=Counter)
     load: EngineLoad = field(default_factory=_no_load)
+    expert_choices: tuple[int, ...] = ()
+    moe_layers: tuple[int, ...] = ()
+    received: tuple[ReceivedKv, ...] = ()
 
 
 def write_counts(found: RankCounts) -> pb.CountedReply:
@@ -51,6 +68,10 @@ def write_counts(found: RankCounts) -> pb.CountedReply:
         reply.finished[reason.value] = count
     for name in _LOAD:
         setattr(reply.load, name, getattr(found.load, name))
+    reply.expert_choices.extend(found.expert_choices)
+    reply.moe_layers.extend(found.moe_layers)
+    for one in found.received:
+        reply.received.add(source=one.source, bytes=one.bytes, runs=one.runs)
     return reply
 
 
@@ -70,7 +91,16 @@ def read_counts(reply: pb.CountedReply) -> RankCounts:
         counters,
         Counter(dict(reply.microbatches)),
         EngineLoad(**load, accepting=True),
+        tuple(reply.expert_choices),
+        tuple(reply.moe_layers),
+        tuple(ReceivedKv(one.source, one.bytes, one.runs) for one in reply.received),
     )
+
+
+async def ask_counts(link: RemoteLink, timeout_s: float) -> RankCounts:
+    """What the rank at the other end has counted. UnavailableError if it does not answer in time,
+    InvalidRequestError if it answers with no counts."""
+    return read_counts(parse(pb.CountedReply, await link.call("Counted", b"", timeout_s)))
 
 
 class GatheredCounts:
@@ -130,10 +160,18 @@ class GatheredCounts:
         own = self._count().load
         return EngineLoad(**sums, block_size=own.block_size, accepting=own.accepting)
 
+    @property
+    def expert_choices(self) -> NDArray[np.int64] | None:
+        """Of all ranks together; None where nobody counts. A rank that counts other experts than
+        this one is left out."""
+        found = [counts.expert_choices for counts in self.of_ranks]
+        size = len(found[self._own])
+        same = [choices for choices in found if len(choices) == size]
+        return np.sum(np.array(same, np.int64), axis=0) if size else None
+
     async def _ask(self, rank: int) -> RankCounts | None:
         try:
-            reply = await self._link(rank).call("Counted", b"", GATHER_S)
-            return read_counts(parse(pb.CountedReply, reply))
+            return await ask_counts(self._link(rank), GATHER_S)
         except (UnavailableError, InvalidRequestError) as error:
             log.info("rank %d is shown as it was: %s", rank, error.message)
             return None

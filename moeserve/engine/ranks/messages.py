@@ -30,6 +30,7 @@ from moeserve.core import (
 from moeserve.engine.ranks.homes import ExpertUse
 from moeserve.engine.sequence import History, KvSource
 from moeserve.errors import InvalidRequestError
+from moeserve.observe.spans import TRACE_CHARS
 from moeserve.pb import rank_pb2 as pb
 
 M = TypeVar("M", bound=Message)
@@ -59,7 +60,7 @@ def write_submission(out: pb.Submission, request: Request, history: History, now
         )
     out.prompt.extend(request.prompt_ids)
     out.salt, out.adapter = request.scope.salt, request.scope.adapter
-    out.domain = request.domain
+    out.domain, out.trace = request.domain, request.trace
     if request.deadline is not None:
         out.timeout_s = max(0.0, request.deadline - now)
     _write_sampling(out.sampling, request.params)
@@ -81,6 +82,7 @@ def read_submission(
         deadline=now + submission.timeout_s if submission.HasField("timeout_s") else None,
         scope=CacheScope(submission.salt, submission.adapter),
         domain=submission.domain,
+        trace=submission.trace[:TRACE_CHARS],
     )
     made = tuple(submission.outputs)
     if len(submission.sources) > MOST_SOURCES:

@@ -76,13 +76,16 @@ class SnapshotFeed:
 
     async def _keep_making(self) -> None:
         loop = asyncio.get_running_loop()
-        due = loop.time()
+        due, failed = loop.time(), False
         while True:
             try:
                 newest = await self._make()
             except Exception:  # a bug of ours, or in what a member said: the next second may do
-                log.exception("no snapshot for the dashboard")
+                if not failed:
+                    log.exception("no snapshot for the dashboard")
+                failed = True
             else:
+                failed = False
                 self._newest = newest
                 self.made += 1
                 async with self._arrival:

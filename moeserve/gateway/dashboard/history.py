@@ -48,23 +48,19 @@ class Attainment:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """``age_s`` seconds ago: tokens per second since the point before, and requests then."""
+    """``age_s`` seconds ago: tokens per second since the point before."""
 
     age_s: float
     prompt_per_s: float
     generated_per_s: float
-    running: int
-    waiting: int
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficTotals:
-    """Since the start; ``running`` and ``waiting`` at the moment."""
+    """Since the start."""
 
     prompt_tokens: int
     generated_tokens: int
-    running: int
-    waiting: int
 
 
 class SloWindow:
@@ -121,8 +117,6 @@ class TrafficHistory:
                     generated_per_s=_rate(
                         before.generated_tokens, totals.generated_tokens, seconds
                     ),
-                    running=totals.running,
-                    waiting=totals.waiting,
                 )
             )
         return tuple(found)

@@ -50,16 +50,19 @@ class NobodyYet:
 
 
 class Dashboard:
-    """Of one service. ``open`` and ``close`` it on the event loop."""
+    """Of one service. ``open`` and ``close`` it on the event loop. ``counted`` are totals of this
+    process beside those of the source."""
 
     def __init__(
         self,
         service: InferenceService,
         targets: SloTargets,
+        counted: Callable[[], Mapping[str, float]] = dict,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._service = service
+        self._counted = counted
         self._clock = clock
         self._wall = wall
         self._began = clock()
@@ -106,7 +109,7 @@ class Dashboard:
             attainment=self._window.attainment(now),
             points=self._history.points(now),
             experts=source.experts(),
-            counts=source.counts(),
+            counts={**source.counts(), **self._counted()},
         )
 
     async def _make(self) -> str:
@@ -114,15 +117,5 @@ class Dashboard:
 
     async def _sample(self) -> None:
         while True:
-            self._history.add(self._clock(), self._totals())
+            self._history.add(self._clock(), TrafficTotals(*self._service.tokens))
             await asyncio.sleep(SAMPLE_S)
-
-    def _totals(self) -> TrafficTotals:
-        prompt, generated = self._service.tokens
-        loads = [report.load for report in self._source.reports()]
-        return TrafficTotals(
-            prompt,
-            generated,
-            sum(load.running for load in loads),
-            sum(load.waiting for load in loads),
-        )

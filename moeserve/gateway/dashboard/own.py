@@ -47,7 +47,13 @@ class OwnProcess:
         return ()
 
     def experts(self) -> ExpertLoads | None:
-        return None
+        own, ranks = self._loaded.own.expert_counts, self._loaded.ranks
+        if own is None:
+            return None
+        loads_LE = own.loads()
+        if ranks is not None and (choices := ranks.expert_choices) is not None:
+            loads_LE = choices.reshape(loads_LE.shape)
+        return ExpertLoads(own.layers, loads_LE)
 
     def counts(self) -> Mapping[str, float]:
         ranks, engine = self._loaded.ranks, self._loaded.own_engine or self._loaded.engine

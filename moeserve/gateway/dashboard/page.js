@@ -86,6 +86,7 @@ function showSummary(shot) {
     ["tokens made per second", rate(made), "made"],
     ["requests running", whole(running), "running"],
     ["requests waiting", whole(waiting), "waiting"],
+    ["answers under way here", whole(shot.streams), "streams"],
     ["answers in time", percent(shot.attainment.good, shot.attainment.requests), "good"],
     ["state", shot.state, "state"],
   ];

@@ -10,5 +10,4 @@
     statuses       the frame around every method: our errors as statuses with details
     guards         who may call
     reads          how long a message may take to arrive, and how many are on their way at once
-    connections    connections that nobody uses give way to others
 """

@@ -11,9 +11,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from moeserve.comm.control.idle_connections import IdleConnections
 from moeserve.errors import ConfigError
 from moeserve.gateway.descriptors import MOST
-from moeserve.gateway.grpc.connections import IdleConnections
 from moeserve.gateway.grpc.guards import BusyPeers, GrpcGuard
 from moeserve.gateway.grpc.inference import SERVICE, InferenceMethods
 from moeserve.gateway.grpc.kserve import KSERVE_SERVICE, KserveMethods

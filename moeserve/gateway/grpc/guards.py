@@ -1,12 +1,15 @@
 """Around every method of every service: who calls, how its message is read, that a call runs.
 
 Only health needs no key. The message of a unary request is read here and not by gRPC: after the
-key has been looked at, within a limit of time (``reads``).
+key has been looked at, within a limit of time (``reads``). Calls that are refused here, so that the
+service does not tell of them, have a line in the log each, within a bound.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -24,10 +27,16 @@ from moeserve.errors import (
 from moeserve.gateway.grpc.reads import MessageReads
 from moeserve.gateway.grpc.statuses import Context, abort
 from moeserve.gateway.identity import Tenants, serve_tenant
+from moeserve.observe.logs import FIELDS
+from moeserve.observe.requests import left_out_field, refusal_bound
+from moeserve.observe.spans import serve_trace
+
+log = logging.getLogger("moeserve.access")
 
 # At once on one connection. ``grpc.max_concurrent_streams`` cannot say it: what a client sends
 # before it has heard of that is refused without a status.
 MAX_CALLS = 4096
+MAX_METHOD_CHARS = 200
 _HEALTH = "/grpc.health.v1.Health/"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -63,6 +72,7 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
         self._tenants = tenants
         self._reads = reads
         self._busy = busy
+        self._bound = refusal_bound(time.monotonic)
         # By method and tenant: of what nobody serves there are none, so both are few.
         self._made: dict[tuple[str, str], _Handler] = {}
 
@@ -76,33 +86,42 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
             given = dict(handler_call_details.invocation_metadata).get("authorization", "")
             found = self._tenants.of(str(given).encode())
             if found is None:
-                return grpc.stream_stream_rpc_method_handler(_deny)
+                return self._denying(method)
             tenant = found
         made = self._made.get((method, tenant))
         if made is None:
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None
-            made = self._made[method, tenant] = self._guarded(handler, tenant)
+            made = self._made[method, tenant] = self._guarded(handler, tenant, method)
         return made
 
-    def _guarded(self, handler: _Handler, tenant: str) -> _Handler:
-        """``handler`` as one that takes a stream of requests: of that of a unary one it reads the
-        first."""
+    def _denying(self, name: str) -> _Handler:
+        """Refuses before the message has been read."""
+
+        async def deny(_: object, context: Context) -> None:
+            error = "send the api key as metadata 'authorization: Bearer KEY'"
+            await self._refuse(name, context, UnauthenticatedError(error))
+
+        return grpc.stream_stream_rpc_method_handler(deny)
+
+    def _guarded(self, handler: _Handler, tenant: str, name: str) -> _Handler:
+        """The ``handler`` of the method of this name as one that takes a stream of requests: of
+        that of a unary one it reads the first."""
         method = _method_of(handler)
         streaming = handler.request_streaming
         parse = handler.request_deserializer
 
         async def running(requests: object, context: Context) -> Any:
             with self._busy.calling(context.peer()) as welcome:
-                await self._welcome(welcome, tenant, context)
-                request = requests if streaming else await self._message(parse, context)
+                await self._welcome(welcome, tenant, name, context)
+                request = requests if streaming else await self._message(parse, name, context)
                 return await method(request, context)
 
         async def yielding(requests: object, context: Context) -> AsyncIterator[Any]:
             with self._busy.calling(context.peer()) as welcome:
-                await self._welcome(welcome, tenant, context)
-                request = requests if streaming else await self._message(parse, context)
+                await self._welcome(welcome, tenant, name, context)
+                request = requests if streaming else await self._message(parse, name, context)
                 async for answer in method(request, context):
                     yield answer
 
@@ -117,15 +136,18 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    async def _welcome(self, welcome: bool, tenant: str, context: Context) -> None:
+    async def _welcome(self, welcome: bool, tenant: str, name: str, context: Context) -> None:
         serve_tenant(tenant)
+        for key, value in context.invocation_metadata() or ():
+            if key == "traceparent":
+                serve_trace(str(value))
         if not welcome:
-            await abort(
-                context,
-                ExhaustedError(f"{MAX_CALLS} calls run on this connection: try again later"),
-            )
+            error = f"{MAX_CALLS} calls run on this connection: try again later"
+            await self._refuse(name, context, ExhaustedError(error))
 
-    async def _message(self, parse: Callable[[bytes], Any] | None, context: Context) -> Any:
+    async def _message(
+        self, parse: Callable[[bytes], Any] | None, name: str, context: Context
+    ) -> Any:
         try:
             message = await self._reads.first(context)
             return message if parse is None else parse(message)
@@ -133,8 +155,19 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
             failed: MoeserveError = InvalidRequestError(f"not a valid message: {error}")
         except MoeserveError as error:
             failed = error
-        await abort(context, failed)
+        await self._refuse(name, context, failed)
         raise AssertionError("abort raises")
+
+    async def _refuse(self, name: str, context: Context, error: MoeserveError) -> None:
+        if log.isEnabledFor(logging.INFO) and self._bound.admits():
+            fields = {
+                "method": name[:MAX_METHOD_CHARS],
+                "status": error.code,
+                "error": error.message,
+                **left_out_field(self._bound),
+            }
+            log.info("grpc", extra={FIELDS: fields})
+        await abort(context, error)
 
 
 def _method_of(handler: _Handler) -> Callable[..., Any]:
@@ -145,10 +178,3 @@ def _method_of(handler: _Handler) -> Callable[..., Any]:
         handler.stream_stream,
     )
     return next(method for method in kinds if method is not None)
-
-
-async def _deny(_: object, context: Context) -> None:
-    """Before the message has been read."""
-    await abort(
-        context, UnauthenticatedError("send the api key as metadata 'authorization: Bearer KEY'")
-    )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moeserve.observe.logs import FIELDS
-from moeserve.observe.requests import RefusalBound
+from moeserve.observe.requests import left_out_field, refusal_bound
 
 log = logging.getLogger("moeserve.access")
 
@@ -29,7 +29,7 @@ class AccessLog:
     def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
         self._clock = clock
-        self._bound = RefusalBound(clock)
+        self._bound = refusal_bound(clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,5 +65,5 @@ class AccessLog:
         if refused:
             if not self._bound.admits():
                 return
-            fields |= self._bound.left_out()
+            fields |= left_out_field(self._bound)
         log.log(level, "http", extra={FIELDS: fields})

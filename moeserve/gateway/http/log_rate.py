@@ -5,20 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from moeserve.observe.log_bound import LogBound
 
 BURST = 10
 PERIOD_S = 60.0
 MAX_KINDS = 256
-
-
-@dataclass(slots=True)
-class _Kind:
-    """What came of one kind since ``began``."""
-
-    began: float
-    count: int = 0
-    left_out: int = 0
 
 
 class LogRate(logging.Filter):
@@ -30,7 +22,7 @@ class LogRate(logging.Filter):
         super().__init__()
         self._loggers = [logging.getLogger(name) for name in loggers]
         self._clock = clock
-        self._kinds: dict[tuple[str, int, str], _Kind] = {}
+        self._kinds: dict[tuple[str, int, str], LogBound] = {}
 
     def open(self) -> None:
         for logger in self._loggers:
@@ -41,18 +33,14 @@ class LogRate(logging.Filter):
             logger.removeFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        now = self._clock()
         key = (record.name, record.levelno, str(record.msg)[:100])
-        kind = self._kinds.get(key)
-        if kind is None or now - kind.began >= PERIOD_S:
-            if kind is None and len(self._kinds) >= MAX_KINDS:
+        bound = self._kinds.get(key)
+        if bound is None:
+            if len(self._kinds) >= MAX_KINDS:
                 self._kinds.clear()
-            left_out = 0 if kind is None else kind.left_out
-            kind = self._kinds[key] = _Kind(now)
-            if left_out:
-                record.msg = f"{record.msg} (and {left_out} times before, not logged)"
-        kind.count += 1
-        if kind.count <= BURST:
-            return True
-        kind.left_out += 1
-        return False
+            bound = self._kinds[key] = LogBound(BURST, PERIOD_S, self._clock)
+        if not bound.admits():
+            return False
+        if left_out := bound.take_left_out():
+            record.msg = f"{record.msg} (and {left_out} times before, not logged)"
+        return True

@@ -1,7 +1,11 @@
-"""``x-request-id``: what a client or proxy calls its request comes back with the answer.
+"""What the headers of a request say of the exchange that it belongs to.
+
+``x-request-id``: what a client or proxy calls its request comes back with the answer.
 
 It names the exchange, not the sequences that are made for it: two requests may have the same. Where
 there is none, or one that is no short printable text, the answer has a new one.
+
+``traceparent``: the span that the client's own request is; see ``observe.spans``.
 """
 
 from __future__ import annotations
@@ -11,8 +15,10 @@ import secrets
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moeserve.gateway.limits import MAX_ID_CHARS
+from moeserve.observe.spans import serve_trace
 
 NAME = b"x-request-id"
+TRACE = b"traceparent"
 
 
 class RequestIds:
@@ -25,7 +31,12 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == NAME), b"")
+        given = b""
+        for name, value in scope["headers"]:
+            if name == NAME:
+                given = given or value
+            elif name == TRACE:
+                serve_trace(value.decode("latin-1"))
         own = given if _is_short_text(given) else f"req-{secrets.token_hex(12)}".encode()
 
         async def send_named(message: Message) -> None:

@@ -45,7 +45,7 @@ async def prepare(
         inside=served.style.reasoning == "think" and ends_inside(prompt),
     )
     _constrain(params, served.style, shape, tokenizer)
-    return replace(wanted, prompts=(prompt,), params=params), reading
+    return replace(wanted, prompts=(prompt,), params=params, operation="chat"), reading
 
 
 def _constrain(

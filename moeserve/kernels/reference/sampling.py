@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.core import Logprobs, SamplingParams
-from moeserve.errors import InternalError
+from moeserve.errors import InternalError, InvalidRequestError
 from moeserve.kernels.host_copy import to_host
 from moeserve.kernels.sampling import SampledRow, SamplingRow, adjusts_logits
 
@@ -61,7 +61,7 @@ def sample_rows(
     if any(row.allowed_B is not None for row in rows):
         best_R = _best_allowed(to_host(logits_RV), rows, best_R)
     new = tuple.__new__
-    sampled = [new(SampledRow, (best, None, "")) for best in best_R]
+    sampled = [new(SampledRow, (best, None, "", False)) for best in best_R]
     if -1 in best_R or not all(row.takes_best for row in rows):
         host_RV = to_host(logits_RV)
         for r, row in enumerate(rows):
@@ -108,6 +108,8 @@ def takes_best(row: SamplingRow, eos_ids: frozenset[int]) -> bool:
 def _try(logits_V: NDArray[np.float32], row: SamplingRow, eos_ids: frozenset[int]) -> SampledRow:
     try:
         return sample_row(logits_V, row, eos_ids)
+    except InvalidRequestError as error:
+        return SampledRow(failure=error.message, asked=True)
     except InternalError as error:
         return SampledRow(failure=error.message)
     except Exception:  # whatever it is, a row that cannot be sampled ends one request only
@@ -120,7 +122,8 @@ def _try(logits_V: NDArray[np.float32], row: SamplingRow, eos_ids: frozenset[int
 def sample_row(
     logits_V: NDArray[np.float32], row: SamplingRow, eos_ids: frozenset[int]
 ) -> SampledRow:
-    """The token that follows. Raises InternalError if the logits are not numbers."""
+    """The token that follows. InternalError if the logits are not numbers, InvalidRequestError if
+    what the request forbids leaves no token."""
     params = row.params
     best = int(logits_V.argmax())  # the first maximum, or the first NaN
     if not math.isfinite(logits_V[best]):
@@ -142,7 +145,10 @@ def sample_row(
                 adjusted_V = adjust_logits(logits_V, params, row.prompt_ids, row.output_ids, ())
                 adjusted_V[forbidden_V] = -np.inf
         if not math.isfinite(adjusted_V.max()):
-            raise InternalError(f"request {row.request_id}: no token is allowed")
+            raise InvalidRequestError(
+                f"request {row.request_id}: no token is allowed: its grammar, allowed_token_ids, "
+                "bad_words and logit_bias leave none"
+            )
         if params.temperature > 0:
             token = draw_token(adjusted_V, params, uniform(params.seed, row.position))
         else:

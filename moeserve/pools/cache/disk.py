@@ -52,8 +52,8 @@ class DiskTier:
         self.ledger = Ledger(capacity, quota)
         self.counts = DiskCounts()
         self._folder = folder
-        self._writer = ThreadPoolExecutor(1, "cache-write")
-        self._readers = ThreadPoolExecutor(READERS, "cache-read")
+        self._writer = ThreadPoolExecutor(1, "moeserve-cache-write")
+        self._readers = ThreadPoolExecutor(READERS, "moeserve-cache-read")
 
     def load(self) -> None:
         """Takes what the folder holds, newest first while there is room; the rest is deleted.

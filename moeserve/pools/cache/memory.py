@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from moeserve.pools.cache.keys import PageKey
+from moeserve.pools.cache.keys import Namespace, PageKey
 from moeserve.pools.cache.ledger import Held, Ledger
 from moeserve.pools.cache.pages import StoredPage
 
@@ -40,6 +40,10 @@ class MemoryTier:
         self.ledger.add(page.key, page.namespace, nbytes)
         self._pages[page.key] = page
         return True
+
+    def could_hold(self, namespace: Namespace, nbytes: int) -> bool:
+        """Whether ``put`` would take a page of this size now."""
+        return self.ledger.make_room(namespace, nbytes + OVERHEAD) is not None
 
     def drop(self, key: PageKey) -> bool:
         """Whether it was here."""

@@ -29,8 +29,8 @@ from moeserve.pools.cache.keys import Namespace, PageKey
 PageBytes: TypeAlias = bytes | bytearray | memoryview
 
 DIGEST_BYTES = 16
-# Of one page: 4096 tokens of the largest models have less.
-MOST_PAGE_BYTES = 512 << 20
+# Of one page: 64 tokens of the largest dense models have an eighth of it.
+MOST_PAGE_BYTES = 256 << 20
 MOST_RUNS = 1 << 16
 
 _COUNT = struct.Struct("<I")
@@ -79,6 +79,12 @@ def seal(key: PageKey, namespace: Namespace, runs: Sequence[StoredRun]) -> Store
     ]
     body = b"".join((_COUNT.pack(len(runs)), *table, *(run.data for run in runs)))
     return StoredPage(key, namespace, digest_of(key, namespace, body), body)
+
+
+def sealed_bytes(runs: Sequence[StoredRun]) -> int:
+    """Of the body that ``seal`` makes of them."""
+    data = sum(memoryview(run.data).nbytes for run in runs)
+    return _COUNT.size + len(runs) * _RUN.size + data
 
 
 def unseal(page: StoredPage) -> tuple[StoredRun, ...]:

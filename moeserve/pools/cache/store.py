@@ -15,13 +15,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from moeserve.errors import ConfigError
 from moeserve.pools.cache.disk import DiskTier
-from moeserve.pools.cache.keys import PageKey
+from moeserve.pools.cache.keys import Namespace, PageKey
 from moeserve.pools.cache.ledger import Held
 from moeserve.pools.cache.memory import MemoryTier
 from moeserve.pools.cache.page_files import PageFolder
@@ -121,6 +121,23 @@ class PageStore:
             return None
         held = self.disk.ledger.get(key)
         return held.nbytes if held else None
+
+    def could_hold(self, namespace: Namespace, nbytes: int) -> bool:
+        """Whether a page of this size would be taken now."""
+        return self.memory.could_hold(namespace, nbytes)
+
+    def counted(self) -> dict[str, int]:
+        """All that is counted, by name; of the disk with ``disk_`` before it."""
+        disk = asdict(self.disk.counts) if self.disk else {}
+        return {
+            **asdict(self.counts),
+            "memory_pages": len(self.memory.ledger),
+            "memory_bytes": self.memory.ledger.nbytes,
+            "memory_evicted": self.memory.evicted,
+            "disk_pages": len(self.disk.ledger) if self.disk else 0,
+            "disk_bytes": self.disk.ledger.nbytes if self.disk else 0,
+            **{f"disk_{name}": count for name, count in disk.items()},
+        }
 
     def touch(self, keys: Sequence[PageKey]) -> None:
         """Consecutive pages of one prefix are of use now."""

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moeserve.core import BlockId, CacheScope, Request, RequestId
+from moeserve.core import BlockId, CacheScope, FinishReason, Request, RequestId
 from moeserve.engine.request_state import EventSink
 from moeserve.engine.sequence import HeldKv, History
 from moeserve.kernels.kv_layout import KvBlockLayout
@@ -58,7 +58,7 @@ class KvHouse(Protocol):
         ended well: ``take_kept``."""
         ...
 
-    def abort(self, request_id: RequestId) -> None: ...
+    def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None: ...
 
     def look(self, request_id: RequestId) -> HeldKv | None:
         """References to what a request has computed so far; None if it is not here (any more). One

@@ -9,5 +9,7 @@
 * ``kv_local``: that, drawn to members that were sent the same prefix
 * ``freeness``: the most decode steps until memory is full, with virtual usage (Llumnix)
 * ``role_shift``: what a unified member leans to, as the load of the pools shifts
+* ``leaning``: that, for the reports of a member
+* ``named``: policies by name
 * ``router``: requests to routes, for a gateway
 """

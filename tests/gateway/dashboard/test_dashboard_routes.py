@@ -97,6 +97,21 @@ def test_pages_of_others_may_not_read_it(house: Any) -> None:
     assert house.http.get("/dashboard", headers={"host": "evil.example"}).status_code == 403
 
 
+def test_experts_are_counted_where_that_is_asked_for(
+    house: Any, tiny: Path, open_house: Callable[..., Any]
+) -> None:
+    prompt, made = [7, 8, 9, 10], 6
+    with open_house(tiny, num_blocks=64, count_experts=True) as counting:
+        found, same = (one.tokens(prompt, made, temperature=0) for one in (counting, house))
+        assert found == same
+        (shown,) = snapshots(counting.http, 1)
+    heat = shown["experts"]
+    # Two of the three layers have 16 experts, of which each token uses four; the last token is
+    # not computed.
+    assert (len(heat["layers"]), heat["experts"]) == (2, 16)
+    assert heat["choices"] == 2 * 4 * (len(prompt) + made - 1)
+
+
 @pytest.fixture(scope="module")
 def locked(tiny: Path, open_house: Callable[..., Any]) -> Iterator[Any]:
     with open_house(tiny, num_blocks=64, api_key="sesame-sesame") as house:

@@ -239,18 +239,6 @@ async def test_a_failing_disk_costs_the_page_alone(
     assert await disk.write(make_page(1, nbytes=100_000))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=1m", "cache-test", str(place)]
-    if os.getuid() or subprocess.run(mounting, capture_output=True, check=False).returncode:
-        pytest.skip("only root can mount a small file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 async def test_a_full_disk_costs_the_page_alone(small_disk: Path, make_page: MakePage) -> None:
     tier = DiskTier(PageFolder(small_disk), 100 * MB, 100 * MB)
     pages = [make_page(n, nbytes=200_000) for n in range(8)]

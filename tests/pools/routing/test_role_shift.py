@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeserve.errors import ConfigError
-from moeserve.pools.members import Member, MemberLoad, Report, Role
+from moeserve.pools.members import Member, MemberLoad, Report, Role, ServedTerms
+from moeserve.pools.registry.base import Changes
+from moeserve.pools.registry.view import ClusterView
+from moeserve.pools.routing.freeness import MostFree
+from moeserve.pools.routing.kv_local import KvLocal
+from moeserve.pools.routing.leaning import Leaning
+from moeserve.pools.routing.locality_free import LocalityFree
+from moeserve.pools.routing.named import DEFAULT_POLICY, POLICIES, WANT_KEYS, policy_named
 from moeserve.pools.routing.role_shift import RoleShift, ShiftMarks, pressure
 
 MARKS = ShiftMarks()
@@ -131,3 +138,29 @@ def test_a_queue_that_nobody_works_on_is_without_end() -> None:
     report = Report(Member("a", "a", Role.PREFILL, "a:1"), MemberLoad(waiting_tokens=5))
     assert pressure([report]).backlog_s == float("inf")
     assert pressure([]).backlog_s == 0.0
+
+
+def test_a_member_leans_by_what_it_sees() -> None:
+    own = Member("m0", "x", Role.UNIFIED, "a:1", terms=ServedTerms(compute_id="one"))
+    other = replace(own, id="m1")
+    foreign = replace(own, id="m2", terms=ServedTerms(compute_id="another"))
+    view = ClusterView()
+    leaning = Leaning(view, own, MARKS, clock=lambda: 10.0)
+    assert leaning.role() is Role.UNIFIED
+    # Members that compute something else have queues of their own.
+    view.apply(0, Changes((Report(foreign, LONG_QUEUE), Report(own, QUIET), Report(other, QUIET))))
+    assert leaning.role() is Role.UNIFIED
+    busy = replace(LONG_QUEUE, sequence=1)
+    view.apply(0, Changes((Report(own, busy), Report(other, busy))))
+    assert leaning.role() is Role.PREFILL
+    assert leaning.turns == 1
+    decode = replace(own, role=Role.DECODE)
+    assert Leaning(view, decode, MARKS).role() is Role.DECODE
+
+
+def test_policies_have_names() -> None:
+    assert {type(policy_named(name)) for name in POLICIES} == {LocalityFree, KvLocal, MostFree}
+    assert type(policy_named(DEFAULT_POLICY, start=3)) is LocalityFree
+    assert POLICIES.keys() > WANT_KEYS
+    with pytest.raises(ConfigError, match="expected one of"):
+        policy_named("random")

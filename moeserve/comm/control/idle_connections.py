@@ -18,6 +18,7 @@ import os
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,10 +33,13 @@ _LAST_SENT, _LAST_RECEIVED, _INFO_BYTES = 44, 52, 104
 
 
 class IdleConnections:
-    """Keeps the connections to ``port`` below ``most``. ``busy`` says of a remote port whether a
-    call runs from there."""
+    """Keeps the connections to ``port`` below ``most``. ``busy`` says of a remote port whether it
+    is to be left alone, for a call runs from there; ``name`` is of the server, for the log."""
 
-    def __init__(self, port: int, most: int, busy: Callable[[int], bool]) -> None:
+    def __init__(
+        self, port: int, most: int, busy: Callable[[int], bool], name: str = "the gRPC door"
+    ) -> None:
+        self._name = name
         self._port = port
         self._room = max(1, int(most * FULL))
         self._busy = busy
@@ -43,16 +47,30 @@ class IdleConnections:
 
     async def watch(self) -> None:
         """Looks until it is cancelled."""
-        if not sys.platform.startswith("linux"):
-            return
-        while True:
+        while sys.platform.startswith("linux"):
             await asyncio.sleep(LOOK_S)
-            try:
-                # All descriptors together are counted first, which is cheap.
-                if len(os.listdir(_DESCRIPTORS)) > self._room:
-                    await asyncio.to_thread(self.evict)
-            except OSError as error:  # none left to look with: there may be some the next time
-                log.debug("cannot look at connections: %s", error)
+            if self._crowded():
+                await asyncio.to_thread(self._evict_some)
+
+    def watch_until(self, over: threading.Event) -> None:
+        """The same on a thread of its own."""
+        while sys.platform.startswith("linux") and not over.wait(LOOK_S):
+            if self._crowded():
+                self._evict_some()
+
+    def _crowded(self) -> bool:
+        """Whether all descriptors together, which are cheap to count, are as many."""
+        try:
+            return len(os.listdir(_DESCRIPTORS)) > self._room
+        except OSError as error:  # none left to look with: there may be some the next time
+            log.debug("cannot look at connections: %s", error)
+            return False
+
+    def _evict_some(self) -> None:
+        try:
+            self.evict()
+        except OSError as error:
+            log.debug("cannot look at connections: %s", error)
 
     def evict(self) -> None:
         """Shuts down as many as there are too many, those that have been silent longest first."""
@@ -63,7 +81,7 @@ class IdleConnections:
         idle = sorted(seen for seen in found if not self._busy(seen.remote_port))
         for seen in idle[-surplus:]:
             self._shut(seen)
-        log.info("idle connections gave way at the gRPC door: %d so far", self.evicted)
+        log.info("idle connections gave way at %s: %d so far", self._name, self.evicted)
 
     def _look(self, descriptor: int) -> _Seen | None:
         """What one is, where it is a connection to the port. One copy is held at a time."""
