@@ -1,0 +1,49 @@
+"""What is counted of KV on its way, where it happens; read by metrics and tests, never reset."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class KvCounters:
+    """Of one member, both as who fetches and as who is fetched from.
+
+    Who fetches: ``runs`` and ``bytes`` that were checked and imported, bytes by transport
+    (``grpc``, ``memory``, ``pool``); ``bad_digests`` of runs, ``bad_frames`` whose head was not
+    whole, ``retries`` of runs; ``sources_lost``, by what was wrong; tokens whose KV was
+    ``fetched`` and those ``recomputed`` although a source was named; ``waited_s`` from submission
+    until the engine had the request. ``calls`` and ``borrowed`` are under way now.
+
+    Who is fetched from: ``sent_runs``, ``sent_bytes`` by transport, ``serving`` calls under way,
+    ``handed`` requests that another member took over.
+    """
+
+    runs: int = 0
+    bytes: dict[str, int] = field(default_factory=dict)
+    bad_digests: int = 0
+    bad_frames: int = 0
+    retries: int = 0
+    sources_lost: dict[str, int] = field(default_factory=dict)
+    fetched: int = 0
+    recomputed: int = 0
+    waited_s: float = 0.0
+    calls: int = 0
+    borrowed: int = 0
+    sent_runs: int = 0
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+    serving: int = 0
+    handed: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, name: str, count: float = 1) -> None:
+        """From any thread."""
+        with self.lock:
+            setattr(self, name, getattr(self, name) + count)
+
+    def add_to(self, name: str, key: str, count: int = 1) -> None:
+        """The same, of what is counted by kind."""
+        with self.lock:
+            table: dict[str, int] = getattr(self, name)
+            table[key] = table.get(key, 0) + count

@@ -1,0 +1,109 @@
+"""KV from other members: who has it is asked, one source at a time.
+
+On the event loop's thread. Whatever goes wrong with a source, and however late it is, ends in
+``SourceLostError``; what has come whole until then stays in the importer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from moeserve.comm.control.rpc import reason
+from moeserve.engine.ranks.messages import write_submission
+from moeserve.errors import DataLossError, InvalidRequestError
+from moeserve.pb import kv_pb2 as pb
+from moeserve.pools.kv.channels import ChannelPool
+from moeserve.pools.kv.counters import KvCounters
+from moeserve.pools.kv.digests import geometry_of
+from moeserve.pools.kv.house import KvHouse
+from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.mover import Mover
+from moeserve.pools.kv.receiver_call import FetchOrder, ReceiverCall, SourceLostError
+from moeserve.pools.kv.serve import SERVICE
+
+
+class Fetcher:
+    """``compute_id`` is of the model that ``house`` has the KV of."""
+
+    def __init__(
+        self,
+        house: KvHouse,
+        compute_id: str,
+        channels: ChannelPool,
+        mover: Mover,
+        counters: KvCounters,
+        limits: FetchLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._layouts = house.layouts
+        self._geometry = geometry_of(house.layouts)
+        self._compute_id = compute_id
+        self._channels = channels
+        self._mover = mover
+        self._counters = counters
+        self._limits = limits
+        self._clock = clock
+        self._calls = asyncio.Semaphore(limits.calls)
+
+    async def fetch(self, order: FetchOrder) -> None:
+        """Until all is there; SourceLostError."""
+        address = order.source.address
+        async with self._calls:
+            self._counters.add("calls")
+            try:
+                async with asyncio.timeout(self._limits.whole_s):
+                    await self._ask(order)
+            except TimeoutError as error:
+                text = f"{address} was not done in {self._limits.whole_s:.0f} s"
+                raise SourceLostError(text, "late") from error
+            except grpc.aio.AioRpcError as error:
+                raise SourceLostError(f"{address}: {reason(error)}", _kind(error)) from error
+            except DataLossError as error:
+                self._counters.add("bad_frames")
+                raise SourceLostError(f"{address}: {error.message}", "wrong") from error
+            except InvalidRequestError as error:
+                raise SourceLostError(f"{address} sent {error.message}", "wrong") from error
+            finally:
+                self._counters.add("calls", -1)
+
+    async def _ask(self, order: FetchOrder) -> None:
+        source = order.source
+        async with self._channels.use(source.address, source.server_name) as channel:
+            begin: Any = channel.stream_stream(f"/{SERVICE}/Fetch")
+            call = begin(metadata=self._channels.metadata, timeout=self._limits.whole_s)
+            try:
+                receiver = ReceiverCall(
+                    order, call, self._layouts, self._mover, self._counters, self._limits
+                )
+                await receiver.run(self._wanted(order))
+            finally:
+                call.cancel()
+
+    def _wanted(self, order: FetchOrder) -> pb.ToSource:
+        """The first message."""
+        wanted = pb.Wanted(
+            compute_id=self._compute_id,
+            geometry=self._geometry,
+            have=order.importer.restart(),
+            running=order.source.running,
+        )
+        history = replace(order.history, sources=())
+        write_submission(wanted.submission, order.request, history, self._clock())
+        return pb.ToSource(wanted=wanted)
+
+
+def _kind(error: grpc.aio.AioRpcError) -> str:
+    match error.code():
+        case grpc.StatusCode.DATA_LOSS:
+            return "wrong"
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return "late"
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.UNKNOWN | grpc.StatusCode.CANCELLED:
+            return "unreachable"
+    return "refused"

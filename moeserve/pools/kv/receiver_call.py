@@ -1,0 +1,187 @@
+"""One call to a source, from the side that fetches: what comes is checked and imported as it comes.
+
+On the event loop's thread; bytes are checked and imported on the mover's, while the next message is
+awaited: two at most are here at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from moeserve.core import Event, Request
+from moeserve.engine.ranks.messages import read_news
+from moeserve.engine.sequence import History, KvSource
+from moeserve.errors import InvalidRequestError, UnavailableError
+from moeserve.kernels.kv_layout import KvBlockLayout
+from moeserve.pb import kv_pb2 as pb
+from moeserve.pools.kv.counters import KvCounters
+from moeserve.pools.kv.digests import Data
+from moeserve.pools.kv.frames import Side, seal
+from moeserve.pools.kv.importer import KvImporter
+from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.messages import SourceReader
+from moeserve.pools.kv.mover import Mover
+from moeserve.pools.kv.runs import Stretch, run_bytes, stretch_bytes
+
+
+class SourceLostError(UnavailableError):
+    """A source from which nothing more is to be had; ``kind`` is what is counted: ``unreachable``,
+    ``late``, ``refused``, ``wrong``."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOrder:
+    """What is asked for: the KV of all tokens of a request, into ``importer``.
+
+    ``on_event`` gets what the source's engine makes of the request. ``on_handed`` gets the tokens
+    of a request that ran at the source, all that it made, and of how many of its tokens the KV is
+    to come; it makes room for them. Both end the fetch with False.
+    """
+
+    source: KvSource
+    request: Request
+    history: History
+    importer: KvImporter
+    on_event: Callable[[Event], bool]
+    on_handed: Callable[[tuple[int, ...], int], Awaitable[bool]]
+
+
+class ReceiverCall:
+    """Reads and writes ``call``, which whoever made it ends."""
+
+    def __init__(
+        self,
+        order: FetchOrder,
+        call: Any,
+        layouts: Sequence[KvBlockLayout],
+        mover: Mover,
+        counters: KvCounters,
+        limits: FetchLimits,
+    ) -> None:
+        self._order = order
+        self._importer = order.importer
+        self._call = call
+        self._layouts = layouts
+        self._mover = mover
+        self._counters = counters
+        self._limits = limits
+        self._reader = SourceReader()
+        self._written = 0
+        self._run_size = 0
+        self._stopped = self._ended = self._enough = False
+        self._heard = time.monotonic()
+
+    async def run(self, wanted: pb.ToSource) -> None:
+        """Until all is imported. SourceLostError where the source is late; errors of gRPC, and of
+        ``messages`` and ``importer``, as they are."""
+        await self._send(wanted)
+        begun = await self._read(self._limits.first_s)
+        if begun[0].WhichOneof("what") != "begun" or not 0 < begun[0].begun.run_size < 1 << 20:
+            raise InvalidRequestError(f"a first message that says {begun[0].WhichOneof('what')}")
+        self._run_size = begun[0].begun.run_size
+        await self._stop_when_near()
+        reading = asyncio.create_task(self._read(self._limits.progress_s))
+        try:
+            while not (self._ended and self._importer.complete) and not self._enough:
+                message, data = await reading
+                reading = asyncio.create_task(self._read(self._limits.progress_s))
+                await self._hear(message, data)
+        finally:
+            reading.cancel()
+        await self._send(pb.ToSource(done=pb.Done()))
+
+    async def _hear(self, message: pb.FromSource, data: Data) -> None:
+        what = message.WhichOneof("what")
+        if what == "beat":
+            idle = time.monotonic() - self._heard
+            if idle > self._limits.queued_s:
+                raise self._late(f"has made nothing for {idle:.0f} s")
+            return
+        self._heard = time.monotonic()
+        match what:
+            case "spans":
+                await self._take(message.spans, data)
+                await self._stop_when_near()
+            case "news":
+                self._enough = not self._order.on_event(read_news(message.news))
+            case "handed" if self._stopped:
+                handed = message.handed
+                outputs = tuple(handed.outputs)
+                self._enough = not await self._order.on_handed(outputs, handed.computed)
+            case "ended" if not self._ended:
+                self._ended = True
+            case _:
+                raise InvalidRequestError(f"a message that says {what}, which is not due")
+        if self._ended and not (self._importer.complete or self._importer.awaits_again):
+            raise InvalidRequestError(f"its end, with {self._importer.left} positions left out")
+
+    async def _take(self, spans: pb.Spans, data: Data) -> None:
+        wrong = await self._mover.run(self._import, spans, data)
+        for stretch in wrong:
+            self._counters.add("retries")
+            again = pb.Again(
+                layer=stretch.layer, start=stretch.start, count=stretch.stop - stretch.start
+            )
+            await self._send(pb.ToSource(again=again))
+
+    def _import(self, spans: pb.Spans, data: Data) -> list[Stretch]:
+        """On the mover's thread; the runs that are to come again."""
+        view, at, wrong = memoryview(data), 0, []
+        for span in spans.spans:
+            stretch = Stretch(span.layer, span.start, span.stop)
+            if not (stretch.layer < len(self._layouts) and stretch.start < stretch.stop):
+                raise InvalidRequestError(f"runs of layer {span.layer}, {span.start}..{span.stop}")
+            layout = self._layouts[stretch.layer]
+            size = run_bytes(layout, stretch.stop - stretch.start)
+            missed = self._importer.take_stretch(
+                stretch, span.digests, self._run_size, view[at : at + size], "grpc"
+            )
+            wrong += [Stretch(stretch.layer, start, start + n) for start, n in missed]
+            at += stretch_bytes(layout, stretch)
+        if at != len(view):
+            raise InvalidRequestError(f"{len(view)} bytes of runs that have {at}")
+        return wrong
+
+    async def _stop_when_near(self) -> None:
+        """What runs at the source is taken out there as soon as little is left to come."""
+        near = self._importer.left < self._run_size
+        if self._order.source.running and near and not self._stopped:
+            self._stopped = True
+            await self._send(pb.ToSource(stop=pb.Stop()))
+
+    async def _read(self, wait_s: float) -> tuple[pb.FromSource, Data]:
+        try:
+            frame = await asyncio.wait_for(self._call.read(), wait_s)
+        except TimeoutError as error:
+            raise self._late(f"has said nothing for {wait_s:.0f} s") from error
+        if frame is grpc.aio.EOF:
+            # A call that failed ends so too, and then says why.
+            code = await asyncio.wait_for(self._call.code(), wait_s)
+            if code is not grpc.StatusCode.OK:
+                await self._call  # raises
+            raise InvalidRequestError("its end before all was there")
+        return self._reader.read(frame)
+
+    async def _send(self, message: pb.ToSource) -> None:
+        frame = seal(Side.RECEIVER, self._written, message.SerializeToString())
+        self._written += 1
+        try:
+            await asyncio.wait_for(self._call.write(frame), self._limits.progress_s)
+        except TimeoutError as error:
+            raise self._late("takes nothing") from error
+        except asyncio.InvalidStateError:
+            # The call has ended, and reading says why.
+            return
+
+    def _late(self, what: str) -> SourceLostError:
+        return SourceLostError(f"{self._order.source.address} {what}", "late")

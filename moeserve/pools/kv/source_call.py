@@ -1,0 +1,256 @@
+"""One call of a source: what is computed leaves as it is computed, until all has left.
+
+On the event loop's thread; caches are read on the mover's. What this rank holds for the call is let
+go of when the call ends, for whatever reason: behind whatever still reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from moeserve.engine.ranks.messages import write_news
+from moeserve.engine.sequence import HeldKv
+from moeserve.errors import InvalidRequestError, MoeserveError, UnavailableError
+from moeserve.pb import kv_pb2 as pb
+from moeserve.pools.kv.counters import KvCounters
+from moeserve.pools.kv.exporter import KvExporter
+from moeserve.pools.kv.frames import Side, seal
+from moeserve.pools.kv.house import KvHouse
+from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.messages import Reader
+from moeserve.pools.kv.mover import Mover
+from moeserve.pools.kv.order import MOST_MISSING
+from moeserve.pools.kv.outlet import Outlet
+from moeserve.pools.kv.runs import Stretch, fill_frames, plan_stretches, run_ends, stretch_bytes
+from moeserve.pools.kv.supply import KvSupply, RunningSupply
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class FrameWriter:
+    """A source's side of a call."""
+
+    def __init__(self, context: Context, stalled_s: float) -> None:
+        self._context = context
+        self._stalled_s = stalled_s
+        self._number = 0
+
+    async def send(self, message: pb.FromSource, data: Any = b"") -> None:
+        """UnavailableError where it is not taken in time."""
+        frame = seal(Side.SOURCE, self._number, message.SerializeToString(), data)
+        self._number += 1
+        try:
+            await asyncio.wait_for(self._context.write(frame), self._stalled_s)
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"whoever fetches has taken nothing for {self._stalled_s:.0f} s"
+            ) from error
+
+
+class SourceCall:
+    """``have .. length - 1`` are the positions that are wanted of what ``supply`` has."""
+
+    def __init__(
+        self,
+        house: KvHouse,
+        supply: KvSupply,
+        exporter: KvExporter,
+        outlet: Outlet,
+        writer: FrameWriter,
+        mover: Mover,
+        counters: KvCounters,
+        limits: FetchLimits,
+        have: int,
+    ) -> None:
+        self._house = house
+        self._supply = supply
+        self._exporter = exporter
+        self._outlet = outlet
+        self._writer = writer
+        self._mover = mover
+        self._counters = counters
+        self._limits = limits
+        self._have = self._sent = self._until = have
+        self._looked: HeldKv | None = None
+        self._wake = asyncio.Event()
+        self._again: deque[Stretch] = deque()
+        self._left = False
+        self._broken: BaseException | None = None
+
+    def tell(self) -> None:
+        """There is something to look at. On the event loop's thread."""
+        self._wake.set()
+
+    async def run(self, requests: AsyncIterator[bytes], reader: Reader) -> None:
+        """Until whoever fetches has all, or leaves."""
+        reading = asyncio.create_task(self._read(requests, reader))
+        try:
+            await self._mover.run(self._supply.begin)
+            await self._writer.send(
+                pb.FromSource(
+                    begun=pb.Begun(
+                        run_size=self._house.block_size, memory=self._outlet.name == "memory"
+                    )
+                )
+            )
+            while not self._supply.over and not self._left:
+                await self._send_computed()
+                await self._rest()
+            if not self._left:
+                await self._send_rest()
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"whoever fetches has freed nothing for {self._limits.stalled_s:.0f} s"
+            ) from error
+        finally:
+            reading.cancel()
+            self._mover.later(self._supply.close)
+            self._mover.later(self._outlet.close)
+
+    async def _rest(self) -> None:
+        """Until there is something new; whoever fetches hears from this side in any case."""
+        await self._send_news()
+        if self._supply.over:
+            return
+        try:
+            await asyncio.wait_for(self._wake.wait(), self._limits.beat_s)
+        except TimeoutError:
+            beat = pb.Beat(waiting=self._sent == self._have)
+            await self._writer.send(pb.FromSource(beat=beat))
+        self._wake.clear()
+        if self._broken is not None:
+            raise self._broken
+
+    async def _send_news(self) -> None:
+        for event in self._supply.take_news():
+            message = pb.FromSource()
+            write_news(message.news, event)
+            await self._writer.send(message)
+
+    async def _send_computed(self) -> None:
+        """Whole blocks that are new, as long as more are to come."""
+        try:
+            held = await self._mover.run(self._look)
+            if held is not None:
+                known, size = len(self._exporter.digests), self._house.block_size
+                await self._send_until(held, min(held.computed, known) // size * size)
+                await self._send_again(held)
+        finally:
+            self._mover.later(self._let_go)
+
+    def _look(self) -> HeldKv | None:
+        """On the mover's thread, which lets go of it even if nobody waits for this any more."""
+        assert self._looked is None, "it is looked at once at a time"
+        self._looked = self._supply.look()
+        return self._looked
+
+    def _let_go(self) -> None:
+        held, self._looked = self._looked, None
+        if held is not None:
+            self._house.give_back(held)
+
+    async def _send_rest(self) -> None:
+        """All that is left, and what has to come again, until whoever fetches leaves."""
+        held, outputs = await self._mover.run(self._supply.rest)
+        await self._send_news()
+        if outputs is not None:
+            self._counters.add("handed")
+            supply = self._supply
+            assert isinstance(supply, RunningSupply)
+            handed = pb.Handed(outputs=outputs, computed=held.computed)
+            await self._writer.send(pb.FromSource(handed=handed))
+            self._exporter.digests.extend(outputs[len(supply.known) :])
+            length = held.computed
+        else:
+            length = len(self._exporter.digests)
+        assert self._sent <= length <= held.computed, (self._sent, length, held)
+        await self._send_until(held, length)
+        await self._send_again(held)
+        await self._writer.send(pb.FromSource(ended=pb.Ended()))
+        while not self._left:
+            await asyncio.wait_for(self._wake.wait(), self._limits.stalled_s)
+            self._wake.clear()
+            if self._broken is not None:
+                raise self._broken
+            await self._send_again(held)
+
+    async def _send_until(self, held: HeldKv, stop: int) -> None:
+        layouts, size = self._house.layouts, self._house.block_size
+        self._until = max(self._until, stop)
+        stretches = plan_stretches(layouts, self._sent, stop, size, self._limits.window)
+        for frame in fill_frames(layouts, stretches, size, self._outlet.frame_bytes):
+            await self._send_frame(held, frame)
+            if self._again:
+                await self._send_again(held)
+            if self._left:
+                return
+        self._sent = max(self._sent, stop)
+
+    async def _send_again(self, held: HeldKv) -> None:
+        """What was asked for, less what was preempted since and is not computed again."""
+        for _ in range(len(self._again)):
+            stretch = self._again.popleft()
+            if stretch.stop <= held.computed:
+                await self._send_frame(held, (stretch,))
+            else:
+                self._again.append(stretch)
+
+    async def _send_frame(self, held: HeldKv, frame: tuple[Stretch, ...]) -> None:
+        layouts = self._house.layouts
+        size = sum(stretch_bytes(layouts[stretch.layer], stretch) for stretch in frame)
+        async with self._outlet.room() as room:
+            digests = await self._mover.run(
+                self._exporter.fill, held.blocks, frame, room.out_X[:size]
+            )
+            spans = [
+                pb.Span(layer=s.layer, start=s.start, stop=s.stop, digests=digest)
+                for s, digest in zip(frame, digests, strict=True)
+            ]
+            message = pb.Spans(spans=spans, slot=room.slot)
+            await self._writer.send(pb.FromSource(spans=message), room.data(size))
+        self._counters.add("sent_runs", sum(len(d) // 16 for d in digests))
+        self._counters.add_to("sent_bytes", self._outlet.name, size)
+
+    async def _read(self, requests: AsyncIterator[bytes], reader: Reader) -> None:
+        """What whoever fetches says behind its first message."""
+        try:
+            async for frame in requests:
+                self._hear(reader.read(frame)[0])
+                self._wake.set()
+            self._left = True
+        except MoeserveError as error:
+            self._broken = error
+        finally:
+            self._wake.set()
+
+    def _hear(self, message: pb.ToSource) -> None:
+        match message.WhichOneof("what"):
+            case "again":
+                self._again.append(self._stretch(message.again))
+            case "stop":
+                if not isinstance(self._supply, RunningSupply):
+                    raise InvalidRequestError("only what runs can be stopped")
+                self._supply.stop()
+            case "freed":
+                self._outlet.freed(message.freed.slot)
+            case "done":
+                self._left = True
+            case other:
+                raise InvalidRequestError(f"{other} comes first, once")
+
+    def _stretch(self, again: pb.Again) -> Stretch:
+        """A run that was sent before."""
+        start, stop, layers = again.start, again.start + again.count, len(self._house.layouts)
+        sound = again.layer < layers and self._have <= start < stop <= self._until
+        if not sound or len(list(run_ends(start, stop, self._house.block_size))) != 1:
+            raise InvalidRequestError(
+                f"positions {start}..{stop - 1} of layer {again.layer} are no run that was sent"
+            )
+        if len(self._again) >= MOST_MISSING:
+            raise InvalidRequestError(f"more than {MOST_MISSING} runs are to be sent again")
+        return Stretch(again.layer, start, stop)
