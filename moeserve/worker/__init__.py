@@ -8,9 +8,8 @@ launched by ``moeserve serve --ep N``; a member of a cluster, a gateway, and a c
     load_progress  progress of loading, through which it is interrupted
     cluster_command  the commands peer, gateway and up, once their settings are read
     peer           moeserve peer: a member of a cluster
-    member         a rank as a member: its server, and its lease
+    member         a rank as a member: its server, KV that comes and goes, its lease
     gateway        moeserve gateway: the doors of a cluster, without weights
-    gateway_view   what a gateway shows of its cluster: on the dashboard, and as metrics
     cluster_trust  how processes of a cluster trust one another, and where each is reached
     up             moeserve up: a whole cluster on this host
     on_loop        something done on the event loop's thread, from another

@@ -23,8 +23,11 @@ from moeserve.config.cluster import GatewayConfig
 from moeserve.config.options import ServeConfig
 from moeserve.engine.build import load_tokenizer
 from moeserve.engine.loop import EngineObserver
+from moeserve.engine.ranks.counted import RankCounts, ask_counts
 from moeserve.engine.ranks.rank_links import RankListener, RemoteLink
 from moeserve.errors import ConfigError
+from moeserve.gateway.dashboard.cluster import ASK_S, show_cluster
+from moeserve.gateway.dashboard.live import Dashboard
 from moeserve.gateway.grammars import GrammarGate
 from moeserve.gateway.limits import ModelLimits
 from moeserve.gateway.parsers.styles import style_of
@@ -54,7 +57,6 @@ from moeserve.worker.cluster_trust import (
     place_to_reach,
     trust_of_cluster,
 )
-from moeserve.worker.gateway_view import ClusterSource, cluster_metrics
 from moeserve.worker.on_loop import on_loop
 
 log = logging.getLogger("moeserve.worker")
@@ -122,8 +124,7 @@ class GatewayProcess:
             return stopped
 
         served = served_by(self._config, terms, text, engine)
-        observer.also(lambda: cluster_metrics(served.name, members.view, engine))
-        return RoutedModel(served, stop, ClusterSource(members.view, engine))
+        return RoutedModel(served, stop, members.show)
 
 
 class GatewayMembers:
@@ -139,6 +140,8 @@ class GatewayMembers:
         registries: list[Registry] = [self._own] if joined is None else [self._own, joined]
         self._registry = SeveralRegistries(registries)
         self._follower = Follower(self._registry, self.view)
+        self._links = MemberLinks(connector(self._trust))
+        self._routing: tuple[ClusterEngine, RequestRouter] | None = None
         self._server: grpc.aio.Server | None = None
         self.address = ""
 
@@ -160,17 +163,27 @@ class GatewayMembers:
     def route(self, terms: ServedTerms, observer: EngineObserver, max_queue: int) -> ClusterEngine:
         """Requests to members of these terms."""
         router = RequestRouter(LocalityFree(), terms.compute_id)
+        name = secrets.token_hex(4)
         engine = ClusterEngine(
-            self.view,
-            router,
-            MemberLinks(connector(self._trust)),
-            observer,
-            name=secrets.token_hex(4),
-            max_queue=max_queue,
+            self.view, router, self._links, observer, name=name, max_queue=max_queue
         )
         self.view.subscribe(router.on_change)  # before the engine asks it
         self.view.subscribe(engine.on_change)
+        self._routing = engine, router
         return engine
+
+    def show(self, dashboard: Dashboard, metrics: Metrics) -> None:
+        """When requests are routed."""
+        assert self._routing is not None
+        engine, router = self._routing
+
+        async def ask(member: Member) -> RankCounts:
+            link = self._links.to(member, engine)
+            assert isinstance(link, RemoteLink)
+            return await ask_counts(link, ASK_S)
+
+        counts = (engine.counts, router.counts)
+        show_cluster(dashboard, metrics, self.view.members, ask, counts)
 
     async def close(self) -> None:
         await self._follower.close()

@@ -1,5 +1,9 @@
-"""A rank as a member of a cluster: its server, through which gateways submit requests
-(``RankService``), and its lease."""
+"""A rank as a member of a cluster: its server for gateways and other members, KV that comes and
+goes, and its lease.
+
+One server answers gateways, which submit requests (``RankService``), and members that fetch KV
+(``KvService``). Requests that come with sources of KV fetch it first (``pools.kv.arrivals``).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,10 @@ from moeserve.errors import ConfigError, InvalidRequestError
 from moeserve.kernels.ops import Ops
 from moeserve.pb import rank_pb2 as pb
 from moeserve.pools.compute_id import compute_id
+from moeserve.pools.kv.arrivals import Arrivals
+from moeserve.pools.kv.channels import ChannelPool
+from moeserve.pools.kv.counters import KvCounters
+from moeserve.pools.kv.serve import KvServer
 from moeserve.pools.members import Member, MemberLoad, Role, ServedTerms
 from moeserve.pools.registry.heartbeat import Heartbeat
 from moeserve.worker.cluster_trust import (
@@ -49,9 +57,13 @@ class MemberServer:
         self._loaded = loaded
         self._engine = engine_of(loaded)
         self._trust = trust_of_cluster(config)
-        self._terms = terms_of(loaded, config)
+        self._terms = terms = terms_of(loaded, config)
+        self.kv_counters = KvCounters()
+        self._channels = ChannelPool(self._trust, RUN)
+        self._arrivals = Arrivals(loaded.house, terms, self._channels, self.kv_counters)
+        self._kv = KvServer(loaded.house, terms, self.kv_counters)
         self._ranks = RankServer(
-            self._engine, lambda: 0, self._counted, _no_replan, vocab_size=self._terms.vocab
+            self._arrivals, lambda: 0, self._counted, _no_replan, vocab_size=terms.vocab
         )
         self._draining = False
         self._server: grpc.aio.Server | None = None
@@ -65,7 +77,7 @@ class MemberServer:
                 "no cluster to be a member of: give --join GATEWAY:PORT or --registry"
             )
         host, port = place_to_listen(self._config, self._launch.local_rank)
-        handlers = [self._ranks.handlers()]
+        handlers = [self._ranks.handlers(), self._kv.handlers()]
         self._server, port = open_server(host, self._trust, RUN, handlers, port)
         await self._server.start()
         launch, config = self._launch, self._config
@@ -89,7 +101,7 @@ class MemberServer:
         figures = self._loaded.house.load_figures()
         return MemberLoad(
             running=figures.running,
-            waiting=figures.waiting,
+            waiting=figures.waiting + self._arrivals.arriving,
             waiting_tokens=figures.waiting_tokens,
             free_blocks=figures.free_blocks,
             total_blocks=figures.total_blocks,
@@ -105,12 +117,17 @@ class MemberServer:
             self._heartbeat.beat_now()
 
     async def idle(self) -> None:
-        """Until nobody has a request here."""
+        """Until nobody has a request here, or fetches."""
         while True:
             load = self._engine.load()
-            if not (load.running or load.waiting):
+            arriving, serving = self._arrivals.arriving, self.kv_counters.serving
+            if not (load.running or load.waiting or arriving or serving):
                 return
             await asyncio.sleep(LOOK_S)
+
+    async def end_arrivals(self) -> None:
+        """Before the engine stops: what it does not have yet ends."""
+        await self._arrivals.close()
 
     async def close(self) -> None:
         """When the engine has stopped: leave, then close what is reached and what reaches others.
@@ -120,6 +137,8 @@ class MemberServer:
         if self._server is not None:
             await self._ranks.wait_vacant(LEAVING_S)
             await self._server.stop(CLOSING_S)
+        await asyncio.to_thread(self._kv.close)
+        await self._channels.close()
         if self._registry is not None:
             await self._registry.close()
 

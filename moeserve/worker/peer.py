@@ -20,6 +20,7 @@ from moeserve.gateway.routed import RoutedModel
 from moeserve.gateway.server import OneProcess, ServedProcess, StopCallback, serve
 from moeserve.observe.loading import ProgressCallback
 from moeserve.observe.metrics import Metrics
+from moeserve.pools.metrics import add_counts
 from moeserve.worker.member import MemberServer
 from moeserve.worker.on_loop import on_loop
 
@@ -68,6 +69,7 @@ class PeerProcess:
 
         async def open_member() -> MemberServer:
             member = self._member = MemberServer(self._config, loaded, self._launch)
+            add_counts(observer.parts, member.kv_counters)
             described = await member.open()
             print(
                 f"ready: {described.instance} {described.role} at {described.address}", flush=True
@@ -84,4 +86,7 @@ class PeerProcess:
             on_loop(loop, member.close, SOON_S)
             loaded.on_close()
 
-        return replace(loaded, on_close=close)
+        def before_stop() -> None:
+            on_loop(loop, member.end_arrivals, SOON_S)
+
+        return replace(loaded, before_stop=before_stop, on_close=close)
