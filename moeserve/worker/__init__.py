@@ -8,7 +8,9 @@ launched by ``moeserve serve --ep N``; a member of a cluster, a gateway, and a c
     load_progress  progress of loading, through which it is interrupted
     cluster_command  the commands peer, gateway and up, once their settings are read
     peer           moeserve peer: a member of a cluster
-    member         a rank as a member: its server, KV that comes and goes, its lease
+    member         a rank with a model as a member: requests of gateways, KV that comes and goes
+    cache_member   a member that keeps KV of others, and runs no model
+    place_in_cluster  the server by which others reach a process, and its lease
     gateway        moeserve gateway: the doors of a cluster, without weights
     cluster_trust  how processes of a cluster trust one another, and where each is reached
     up             moeserve up: a whole cluster on this host

@@ -42,6 +42,10 @@ def gateway_config(settings: Mapping[str, Setting]) -> GatewayConfig:
 def start_peer(config: PeerConfig) -> int:
     """Serves until a signal; the exit status."""
     configure_log(config.log_level, config.log_format)
+    if config.role == "cache":
+        from moeserve.worker.cache_member import run_cache_member
+
+        return run_cache_member(config)
     from moeserve.models.library import with_model_here
     from moeserve.worker.local import serve_local
 

@@ -69,11 +69,10 @@ class PeerProcess:
 
         async def open_member() -> MemberServer:
             member = self._member = MemberServer(self._config, loaded, self._launch)
-            add_counts(observer.parts, member.kv_counters)
-            described = await member.open()
-            print(
-                f"ready: {described.instance} {described.role} at {described.address}", flush=True
-            )
+            opened = await member.open()
+            for counts in member.counts:
+                add_counts(observer.parts, counts)
+            print(f"ready: {opened.instance} {opened.role} at {opened.address}", flush=True)
             return member
 
         try:

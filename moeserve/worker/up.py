@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import IO
 
 from moeserve.comm.launch.environment import LOOPBACK
-from moeserve.config.cluster import EMBEDDED, ETCD, GatewayConfig, MemberRankOptions, PeerConfig
+from moeserve.config.cluster import (
+    EMBEDDED,
+    ETCD,
+    CacheMemberOptions,
+    GatewayConfig,
+    MemberRankOptions,
+    PeerConfig,
+)
 from moeserve.config.options import Options
 from moeserve.config.sources import to_environ
 from moeserve.errors import ConfigError, UnavailableError
@@ -39,6 +46,10 @@ LOOK_S = 0.1
 STOP_S, HURRY_S = 15.0, 1.0
 REGISTRY_LINE, READY_LINE = "registry: ", "ready: "
 MOST_PARTS = 256
+# What members that keep no KV of others are told.
+NO_CACHE: Mapping[str, object] = {
+    name: field.default for name, field in CacheMemberOptions.model_fields.items()
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +204,8 @@ class LocalCluster:
 
     def _start_member(self, name: str, role: str, registry: str, join: str | None) -> None:
         threads = self.peer.threads or max(1, read_cpu().usable // max(1, self.plan.ranks))
-        update = {"role": role, "name": name, "registry": registry, "join": join}
+        update: dict[str, object] = {"role": role, "name": name, "registry": registry, "join": join}
+        update |= _of_cache(self.peer, name) if role == "cache" else NO_CACHE
         config = self.peer.model_copy(
             update=update | {"listen": f"{LOOPBACK}:0", "threads": threads}
         )
@@ -236,6 +248,12 @@ class LocalCluster:
                 break
             time.sleep(LOOK_S)
         end_all(processes, grace_s=HURRY_S)
+
+
+def _of_cache(config: PeerConfig, name: str) -> dict[str, object]:
+    """Each member that keeps KV has a folder of its own."""
+    folder = config.cache_folder
+    return {"cache_folder": None if folder is None else folder / name}
 
 
 @contextmanager
