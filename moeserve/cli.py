@@ -81,10 +81,10 @@ def _add_serve(commands: Commands) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from moeserve.config.effect import require_effect
     from moeserve.config.options import ServeConfig
-    from moeserve.config.sources import options_of, settings_from_args, to_yaml
+    from moeserve.config.sources import also_said, options_of, settings_from_args, to_yaml
 
-    _same(args, "model", "model_named", "MODEL")
-    _same(args, "http_port", "port", "--port")
+    also_said(args, "model", "model_named", "MODEL")
+    also_said(args, "http_port", "port", "--port")
     settings = settings_from_args(args, os.environ)
     config = options_of(settings, ServeConfig)
     require_effect(config, settings, config.ep or 1)
@@ -107,15 +107,22 @@ def _serve(args: argparse.Namespace) -> int:
     return serve(config)
 
 
-def _same(args: argparse.Namespace, name: str, other: str, spelling: str) -> None:
-    """What was given in the other place is the setting; in both it is an error."""
-    given = getattr(args, other)
-    if given is None:
-        return
-    if getattr(args, name) is not None:
-        flag = "--" + name.replace("_", "-")
-        raise ConfigError(f"{flag}={getattr(args, name)!r} and {spelling} {given!r}: give one")
-    setattr(args, name, given)
+def _add_peer(commands: Commands) -> None:
+    from moeserve.worker.cluster_cli import add_peer
+
+    add_peer(commands, COMMANDS["peer"][0])
+
+
+def _add_gateway(commands: Commands) -> None:
+    from moeserve.worker.cluster_cli import add_gateway
+
+    add_gateway(commands, COMMANDS["gateway"][0])
+
+
+def _add_up(commands: Commands) -> None:
+    from moeserve.worker.cluster_cli import add_up
+
+    add_up(commands, COMMANDS["up"][0])
 
 
 def _add_generate(commands: Commands) -> None:
@@ -357,6 +364,9 @@ def _add_testbed(commands: Commands) -> None:
 
 COMMANDS: Mapping[str, tuple[str, Callable[[Commands], None]]] = {
     "serve": ("serve a model over gRPC and OpenAI HTTP", _add_serve),
+    "peer": ("be a member of a cluster: prefill, decode, or keep KV", _add_peer),
+    "gateway": ("open the doors of a cluster", _add_gateway),
+    "up": ("start a whole cluster on this host", _add_up),
     "generate": ("answer one prompt without a server", _add_generate),
     "bench": ("how fast is it here, and how fast could it be", _add_bench),
     "doctor": ("would this host serve, and what would bind it", _add_doctor),

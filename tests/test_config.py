@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from moeserve.config.cluster import (
+    CacheMemberOptions,
     ClusterOptions,
     EverySetting,
     GatewayConfig,
@@ -295,7 +296,7 @@ def test_every_setting_is_in_one_group() -> None:
     names = [name for group in GROUPS for name in group.model_fields]
     assert sorted(names) == sorted(EverySetting.model_fields)
     assert all(issubclass(EverySetting, group) for group in GROUPS)
-    of_clusters = {*ClusterOptions.model_fields, *MemberOptions.model_fields}
+    of_clusters = set(OF_CLUSTERS)
     assert set(names) - of_clusters == set(ServeConfig.model_fields)
 
 
@@ -336,13 +337,17 @@ OF_CLUSTERS: dict[str, Any] = {
     "cluster_tls": "tls",
     "role": "decode",
     "name": "d0",
+    "cache_memory": 1 << 20,
+    "cache_disk": 1 << 21,
+    "cache_folder": "pages",
+    "cache_share": 0.5,
 }
 
 
 @pytest.mark.parametrize("name", OF_CLUSTERS)
 def test_settings_of_members_are_said_in_the_same_ways(name: str, write: Writer) -> None:
     value = OF_CLUSTERS[name]
-    kind = PeerConfig if name in MemberOptions.model_fields else GatewayConfig
+    kind = GatewayConfig if name in ClusterOptions.model_fields else PeerConfig
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_options(parser, kind)
     words = parser.parse_args(flag_words(name, value))
@@ -354,7 +359,8 @@ def test_settings_of_members_are_said_in_the_same_ways(name: str, write: Writer)
 
 
 def test_every_setting_of_clusters_is_tried_here() -> None:
-    assert OF_CLUSTERS.keys() == {*ClusterOptions.model_fields, *MemberOptions.model_fields}
+    groups = (ClusterOptions, MemberOptions, CacheMemberOptions)
+    assert OF_CLUSTERS.keys() == {name for group in groups for name in group.model_fields}
 
 
 def test_a_member_has_no_doors_unless_it_is_given_some() -> None:

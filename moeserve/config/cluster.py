@@ -3,6 +3,7 @@
     group           used by                                          taken by
     ClusterOptions  members and gateways: how they find each other   peer, gateway, worker
     MemberOptions   members: what each does for others               peer, worker
+    CacheMemberOptions   members that keep KV                        peer, worker
 
 ``PeerConfig`` and ``GatewayConfig`` are all that these commands take. ``EverySetting`` is all that
 any command does.
@@ -16,11 +17,13 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from moeserve.config.options import (
+    Bytes,
     DoorOptions,
     LogOptions,
     ModelOptions,
     Options,
     Port,
+    RankOptions,
     RequestOptions,
     Secret,
     ServeConfig,
@@ -93,7 +96,24 @@ class MemberOptions(Options):
     )
 
 
-class PeerConfig(MemberOptions, ClusterOptions, ServeConfig):
+class CacheMemberOptions(Options):
+    """A member that keeps KV of others."""
+
+    cache_memory: Bytes = Field(
+        default=1 << 30, ge=1, description="memory for KV of others, such as 8GiB"
+    )
+    cache_disk: Bytes | None = Field(
+        default=None, ge=1, description="disk for it, such as 100GiB; memory for hours becomes days"
+    )
+    cache_folder: Path | None = Field(
+        default=None, description="where on a disk: a folder of its own, which is found again"
+    )
+    cache_share: float = Field(
+        default=1.0, gt=0, le=1, description="of each of them, what one tenant may have"
+    )
+
+
+class PeerConfig(MemberOptions, CacheMemberOptions, ClusterOptions, ServeConfig):
     """What a member is started with. It may have doors of its own; the default is none."""
 
     grpc_port: Port | None = Field(default=None, description=DoorOptions.described("grpc_port"))
@@ -104,6 +124,10 @@ class PeerConfig(MemberOptions, ClusterOptions, ServeConfig):
         if self.grpc_port is None and self.http_port is None:
             return self
         return self._guarded()
+
+
+class MemberRankOptions(MemberOptions, CacheMemberOptions, ClusterOptions, RankOptions):
+    """What a rank of a member uses, where it has no doors."""
 
 
 class GatewayConfig(ClusterOptions, DoorOptions, LogOptions, RequestOptions, ModelOptions):

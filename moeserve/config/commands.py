@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moeserve.config.cluster import ClusterOptions, GatewayConfig, MemberOptions, PeerConfig
+from moeserve.config.cluster import (
+    CacheMemberOptions,
+    ClusterOptions,
+    GatewayConfig,
+    MemberOptions,
+    PeerConfig,
+)
 from moeserve.config.options import (
     CacheOptions,
     DoorOptions,
@@ -32,6 +38,7 @@ GROUPS: tuple[type[Options], ...] = (
     DoorOptions,
     ClusterOptions,
     MemberOptions,
+    CacheMemberOptions,
 )
 # The commands that read settings, and those they take. A rank that any launcher started takes a
 # peer's if it has a role, else those of ``moeserve serve``.

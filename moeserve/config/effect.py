@@ -71,6 +71,12 @@ RULES = (
         "an `--http-port`",
     ),
     Rule(
+        frozenset({"cache_memory", "cache_disk", "cache_folder", "cache_share"}),
+        lambda options, ranks: options.role != "cache",
+        "it keeps no KV of others",
+        "`--role cache`",
+    ),
+    Rule(
         frozenset({"join"}),
         lambda options, ranks: options.registry != EMBEDDED,
         "members are found in --registry",

@@ -126,6 +126,17 @@ def settings_from_args(args: argparse.Namespace, environ: Mapping[str, str]) -> 
     return read_settings(vars(args), environ, args.config)
 
 
+def also_said(args: argparse.Namespace, name: str, other: str, spelling: str) -> None:
+    """What a command line gives in another place is the setting; in both it is a ConfigError."""
+    given = getattr(args, other)
+    if given is None:
+        return
+    if getattr(args, name) is not None:
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(f"{flag}={getattr(args, name)!r} and {spelling} {given!r}: give one")
+    setattr(args, name, given)
+
+
 def to_yaml(options: Options) -> str:
     """Loads back to the same options; secrets that are set stand there in clear."""
     held = [name for name in sorted(SECRETS) if getattr(options, name, None) is not None]

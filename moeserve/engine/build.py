@@ -43,8 +43,8 @@ class LoadedModel:
 
     ``context`` is the longest sequence asked for, ``max_model_len`` what KV memory leaves of it.
     ``house`` is the KV of this process's rank. Of several ranks ``own_engine`` is this process's,
-    rank 0 has the counts of all (``ranks``) and what changes their plan, and ``on_close`` gives
-    back what reaches the other processes.
+    rank 0 has the counts of all (``ranks``) and what changes their plan. ``before_stop`` ends what
+    is on its way to the engine, ``on_close`` gives back what reaches the other processes.
     """
 
     name: str
@@ -60,6 +60,7 @@ class LoadedModel:
     own_engine: Engine | None = None
     ranks: GatheredCounts | None = None
     live_plan: LivePlan | None = None
+    before_stop: Callable[[], None] = lambda: None
     on_close: Callable[[], None] = lambda: None
 
     @property
@@ -89,6 +90,7 @@ class LoadedModel:
         """Stop the engine, end its streams, and complete the routing trace."""
         if self.live_plan is not None:
             self.live_plan.close()
+        self.before_stop()
         stopped = self.engine.stop(timeout)
         self.on_close()
         self.house.close()

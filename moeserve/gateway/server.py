@@ -289,6 +289,7 @@ class Server:
             engine = loaded.engine
             self.metrics.bind(loaded.name, lambda: engine.counters, engine.load)
             self.service.serve(loaded.served)
+            loaded.show(self.dashboard, self.metrics)
         else:
             self._show(loaded)
             self.service.serve(served_of(loaded, self.config))

@@ -1,10 +1,20 @@
-"""One rank of several: ``python -m moeserve.worker`` with the settings of ``moeserve serve``, under
-any launcher that ``comm.launch`` reads; and ``moeserve serve --ep N``, which launches its own.
+"""Processes of a run: one rank of several, under any launcher that ``comm.launch`` reads or
+launched by ``moeserve serve --ep N``; a member of a cluster, a gateway, and a cluster on one host.
 
     command        the command line of a rank: one of several, or alone
     local          serve --ep N: rank 0 here, the others as children
     start          ranks meet, find that they will serve the same, and reach one another
     rank           meet, load, serve, and leave together with the others
     load_progress  progress of loading, through which it is interrupted
-    failure        what the loss of a rank leads to
+    cluster_command  the commands peer, gateway and up, once their settings are read
+    peer           moeserve peer: a member of a cluster
+    member         a rank with a model as a member: requests of gateways, KV that comes and goes
+    cache_member   a member that keeps KV of others, and runs no model
+    place_in_cluster  the server by which others reach a process, and its lease
+    gateway        moeserve gateway: the doors of a cluster, without weights
+    cluster_trust  how processes of a cluster trust one another, and where each is reached
+    up             moeserve up: a whole cluster on this host
+    on_loop        something done on the event loop's thread, from another
+    cluster_cli    the words of these commands
+    failure        what the loss of a rank leads to, and how a process leaves after a failure
 """

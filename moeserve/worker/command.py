@@ -1,22 +1,23 @@
 """``python -m moeserve.worker``: this process as one of several ranks, under any launcher that
-``comm.launch`` reads, with the settings of ``moeserve serve``."""
+``comm.launch`` reads, with the settings of ``moeserve serve``, or where it has a role in a cluster
+with those of ``moeserve peer``."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
 
 from moeserve.comm.launch.environment import Launch, read_launch
+from moeserve.config.cluster import PeerConfig
 from moeserve.config.effect import require_effect
 from moeserve.config.options import ServeConfig
 from moeserve.config.sources import add_options, options_of, settings_from_args, to_yaml
 from moeserve.errors import ConfigError, MoeserveError
 from moeserve.gateway.server import serve
 from moeserve.models.library import with_model_here
+from moeserve.worker.peer import run_peer
 from moeserve.worker.rank import run_rank
 from moeserve.worker.start import RankStart
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         settings = settings_from_args(args, os.environ)
-        config = options_of(settings, ServeConfig)
+        config = options_of(settings, PeerConfig if "role" in settings else ServeConfig)
         if args.print_config:
             print(to_yaml(config), end="")
             return 0
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     # The deepspeed launcher adds it, unless told --no_local_rank; LOCAL_RANK says the same.
     worker.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    add_options(worker)
+    add_options(worker, PeerConfig)
     return worker
 
 
@@ -66,15 +67,5 @@ def run(config: ServeConfig, launch: Launch, environ: Mapping[str, str]) -> int:
         )
     config = with_model_here(config)
     if launch.world == 1:
-        return serve(config)
+        return run_peer(config) if isinstance(config, PeerConfig) else serve(config)
     return run_rank(config, RankStart(launch, environ))
-
-
-def leave(status: int) -> NoReturn:
-    """After a failure nothing is run at exit: MPI would wait there for ranks that are gone."""
-    if status:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)

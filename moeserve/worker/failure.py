@@ -1,10 +1,12 @@
-"""What the loss of a rank leads to, decided in one place."""
+"""What the loss of a rank leads to, decided in one place; and how a process leaves that failed."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
+from typing import NoReturn
 
 from moeserve.errors import LateRankError
 
@@ -32,3 +34,13 @@ class FailurePolicy:
         last = threading.Timer(self._limit_s, os._exit, (1,))
         last.daemon = True
         last.start()
+
+
+def leave(status: int) -> NoReturn:
+    """After a failure nothing is run at exit: MPI would wait there for ranks that are gone."""
+    if status:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1,4 +1,5 @@
-"""``moeserve serve --ep N``: rank 0 in this process, the others as its children.
+"""``moeserve serve --ep N`` and ``moeserve peer --ep N``: rank 0 in this process, the others as its
+children.
 
 A child gets what it uses of the settings and no more: the key of clients stays with the doors.
 """
@@ -15,9 +16,11 @@ from pydantic import SecretStr
 from moeserve.comm.launch.environment import ALONE, LOOPBACK
 from moeserve.comm.launch.note_store import host_store
 from moeserve.comm.launch.spawn import Children, child_environ
-from moeserve.config.options import RankOptions, ServeConfig
+from moeserve.config.cluster import MemberRankOptions, PeerConfig
+from moeserve.config.options import Options, RankOptions, ServeConfig
 from moeserve.config.sources import to_environ
 from moeserve.gateway.server import serve
+from moeserve.worker.peer import run_peer
 from moeserve.worker.rank import run_rank
 from moeserve.worker.start import RankStart, trust_of
 
@@ -30,12 +33,11 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
     """Serves until a signal; the exit status."""
     world = config.ep or 1
     if world == 1:
-        return serve(config)
+        return run_peer(config) if isinstance(config, PeerConfig) else serve(config)
     if config.ep_secret is None:
         config = config.model_copy(update={"ep_secret": SecretStr(secrets.token_hex(32))})
     store, port = host_store(LOOPBACK, trust=trust_of(config))
-    wanted = ServeConfig if config.doors == "all" else RankOptions
-    settings = to_environ(config, environ, wanted)
+    settings = to_environ(config, environ, wanted_by_rank(config))
     children = Children(
         [sys.executable, "-m", "moeserve.worker"],
         {rank: settings | child_environ(rank, world, port) for rank in range(1, world)},
@@ -49,3 +51,10 @@ def serve_local(config: ServeConfig, environ: Mapping[str, str]) -> int:
         return status
     finally:
         children.end(grace_s)
+
+
+def wanted_by_rank(config: ServeConfig) -> type[Options]:
+    """The settings that a child gets."""
+    if config.doors == "all":
+        return type(config)
+    return MemberRankOptions if isinstance(config, PeerConfig) else RankOptions

@@ -20,18 +20,20 @@ from moeserve.comm.control.mesh import open_mesh
 from moeserve.comm.control.rpc import require_trust
 from moeserve.comm.control.step_mesh import StepMesh
 from moeserve.comm.launch.environment import Launch
+from moeserve.config.cluster import PeerConfig
 from moeserve.config.options import LogOptions, ServeConfig
 from moeserve.engine.build import LoadedModel
 from moeserve.engine.ranks.build import build_rank
 from moeserve.engine.ranks.meeting import RankMeeting
 from moeserve.engine.ranks.records import RECORD_BYTES
 from moeserve.errors import MoeserveError
-from moeserve.gateway.server import StopCallback, serve
+from moeserve.gateway.server import ServedProcess, StopCallback, serve
 from moeserve.observe.loading import ProgressCallback
 from moeserve.observe.logs import configure_log
 from moeserve.observe.metrics import Metrics
 from moeserve.worker.failure import FailurePolicy
 from moeserve.worker.load_progress import LoadProgress
+from moeserve.worker.peer import PeerProcess
 from moeserve.worker.start import (
     RankStart,
     ep_context,
@@ -51,7 +53,10 @@ ACTIVITY_S = 0.2
 def run_rank(config: ServeConfig, start: RankStart) -> int:
     """Serves until a signal, or until a rank is lost; the exit status."""
     with RankProcess(config, start) as rank, rank.progress:
-        status = serve(doors_of(config, start.launch), rank)
+        process: ServedProcess = rank
+        if isinstance(config, PeerConfig):
+            process = PeerProcess(config, rank, start.launch)
+        status = serve(doors_of(config, start.launch), process)
     return 1 if rank.failure.error is not None else status
 
 

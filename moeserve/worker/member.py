@@ -1,0 +1,201 @@
+"""A rank that runs a model as a member of a cluster: requests of gateways, and KV that comes and
+goes.
+
+One server answers gateways, which submit requests (``RankService``), and members that fetch KV
+(``KvService``). Requests that come with sources of KV fetch it first (``pools.kv.arrivals``). One
+that prefills looks into the cache pool before it computes, and puts there what it has computed
+(``pools.cache.pooled_house``); where nobody keeps KV that costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from typing import Any
+
+from moeserve.comm.launch.environment import Launch
+from moeserve.config.cluster import PeerConfig
+from moeserve.engine.build import LoadedModel
+from moeserve.engine.loop import Engine
+from moeserve.engine.ranks.counted import RankCounts, write_counts
+from moeserve.engine.ranks.rank_server import RankServer
+from moeserve.errors import InvalidRequestError
+from moeserve.kernels.ops import Ops
+from moeserve.pb import rank_pb2 as pb
+from moeserve.pools.cache.cache_members import CacheMembers
+from moeserve.pools.cache.keys import PAGE_TOKENS
+from moeserve.pools.cache.pool import PagePool, PoolTerms
+from moeserve.pools.cache.pooled_house import PooledHouse
+from moeserve.pools.compute_id import compute_id
+from moeserve.pools.kv.arrivals import Arrivals
+from moeserve.pools.kv.channels import ChannelPool
+from moeserve.pools.kv.counters import KvCounters
+from moeserve.pools.kv.house import KvHouse
+from moeserve.pools.kv.serve import KvServer
+from moeserve.pools.members import Member, MemberLoad, Role, ServedTerms
+from moeserve.pools.registry.base import Interest, Registry
+from moeserve.pools.registry.follow import Follower
+from moeserve.pools.registry.view import ClusterView, ViewChange
+from moeserve.worker.cluster_trust import RUN
+from moeserve.worker.place_in_cluster import PlaceInCluster, ServedToCluster
+
+# How often a member that drains looks whether anything is left.
+LOOK_S = 0.05
+# What gateways get to let go of a member that has left.
+LEAVING_S = 3.0
+
+
+class MemberServer:
+    """From ``open`` to ``close``, on the event loop that runs when it is made."""
+
+    def __init__(self, config: PeerConfig, loaded: LoadedModel, launch: Launch) -> None:
+        self._loaded = loaded
+        self._engine = engine_of(loaded)
+        self._terms = terms = terms_of(loaded, config)
+        self._draining = False
+        self._place = PlaceInCluster(config, launch)
+        self.kv_counters = KvCounters()
+        self._channels = ChannelPool(self._place.trust, RUN)
+        house: KvHouse = loaded.house
+        self._pooled: PooledKv | None = None
+        if Role(config.role or Role.UNIFIED).prefills and PAGE_TOKENS % loaded.block_size == 0:
+            self._pooled = PooledKv(loaded, terms, self._channels, self._place.registry)
+            house = self._pooled.house
+        self._arrivals = Arrivals(house, terms, self._channels, self.kv_counters)
+        self._kv = KvServer(house, terms, self.kv_counters)
+        self._ranks = RankServer(
+            self._arrivals, lambda: 0, self._counted, _no_replan, vocab_size=terms.vocab
+        )
+
+    async def open(self) -> Member:
+        """Can be reached, and says so to the registry."""
+        handlers = [self._ranks.handlers(), self._kv.handlers()]
+        return await self._place.open(ServedToCluster(handlers, self._terms, self.load))
+
+    @property
+    def counts(self) -> tuple[object, ...]:
+        """What its parts count, for the page of metrics; once it is open."""
+        return self.kv_counters, self._place.counts
+
+    @property
+    def _arriving(self) -> int:
+        """Requests that the engine does not have yet."""
+        pooled = 0 if self._pooled is None else self._pooled.house.arriving
+        return self._arrivals.arriving + pooled
+
+    def load(self) -> MemberLoad:
+        """What the next heartbeat says."""
+        figures = self._loaded.house.load_figures()
+        return MemberLoad(
+            running=figures.running,
+            waiting=figures.waiting + self._arriving,
+            waiting_tokens=figures.waiting_tokens,
+            free_blocks=figures.free_blocks,
+            total_blocks=figures.total_blocks,
+            prefill_rate=figures.prefill_rate,
+            step_s=figures.step_s,
+            draining=self._draining,
+        )
+
+    def drain(self) -> None:
+        """Nothing new, please: gateways hear of it at once."""
+        self._draining = True
+        self._place.tell()
+
+    async def idle(self) -> None:
+        """Until nobody has a request here, or fetches."""
+        while True:
+            load = self._engine.load()
+            arriving, serving = self._arriving, self.kv_counters.serving
+            if not (load.running or load.waiting or arriving or serving):
+                return
+            await asyncio.sleep(LOOK_S)
+
+    async def end_arrivals(self) -> None:
+        """Before the engine stops: what it does not have yet ends."""
+        await self._arrivals.close()
+        if self._pooled is not None:
+            await self._pooled.close()
+
+    async def close(self) -> None:
+        """When the engine has stopped: leave, then close what is reached and what reaches others.
+        A server that stops breaks the streams that gateways have, so they may let go first."""
+        await self._place.leave()
+        await self._ranks.wait_vacant(LEAVING_S)
+        await self._place.close()
+        await asyncio.to_thread(self._kv.close)
+        await self._channels.close()
+
+    def _counted(self) -> pb.CountedReply:
+        counts = RankCounts(counters=self._engine.counters, load=self._engine.load())
+        return write_counts(counts)
+
+
+class PooledKv:
+    """A rank's KV with the cache pool behind it, and the members of the pool, which it follows."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        terms: ServedTerms,
+        channels: ChannelPool,
+        registry: Registry,
+    ) -> None:
+        self._members = CacheMembers()
+        pool_terms = PoolTerms(terms.compute_id, len(loaded.house.layouts))
+        self._pool = PagePool(self._members, channels, pool_terms)
+        self.house = PooledHouse(
+            loaded.house,
+            self._pool,
+            prefill_rate=lambda: loaded.house.load_figures().prefill_rate,
+        )
+        view = ClusterView()
+        view.subscribe(self._hear)
+        interest = Interest(frozenset({Role.CACHE}), loads=False)
+        self._follower = Follower(registry, view, interest)
+        self._follower.start()
+
+    async def close(self) -> None:
+        """Before the rank's own house."""
+        await self._follower.close()
+        await self.house.close()
+        await self._pool.close()
+
+    def _hear(self, change: ViewChange) -> None:
+        for report in change.put:
+            self._members.put(report.member)
+        for member_id in change.gone:
+            self._members.gone(member_id)
+
+
+def engine_of(loaded: LoadedModel) -> Engine:
+    """This rank's own."""
+    engine: Any = loaded.own_engine or loaded.engine
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def terms_of(loaded: LoadedModel, config: PeerConfig) -> ServedTerms:
+    return ServedTerms(
+        name=loaded.name,
+        compute_id=compute_id(loaded.path, config, kernels_of(loaded.own.decoder.ops)),
+        vocab=loaded.spec.vocab,
+        max_model_len=loaded.max_model_len,
+        eos_ids=tuple(sorted(loaded.config.eos_ids)),
+        block_size=loaded.block_size,
+        kv_bytes_per_token=loaded.own.decoder.kv_bytes_per_token,
+        folder=str(loaded.path.resolve()),
+    )
+
+
+def kernels_of(ops: Ops) -> str:
+    """The op table, and the instructions that it was made for."""
+    if ops.name != "cpu":
+        return ops.name
+    from moeserve.kernels.cpu import _cpu
+
+    return f"{ops.name} {_cpu.isa()}"
+
+
+def _no_replan(content: bytes) -> Future[bytes]:
+    raise InvalidRequestError("a member's plan is changed by its own rank 0")
