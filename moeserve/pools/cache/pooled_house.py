@@ -32,7 +32,7 @@ from torch import Tensor
 from moeserve.core import BlockId, CacheScope, Event, FinishReason, Request, RequestId
 from moeserve.engine.bounds import refuse_duplicate
 from moeserve.engine.request_state import EventSink, RankSink
-from moeserve.engine.sequence import HeldKv, History
+from moeserve.engine.sequence import HeldKv, History, StepKv
 from moeserve.errors import DataLossError, ExhaustedError, MoeserveError, UnavailableError
 from moeserve.kernels.kv_layout import KvBlockLayout
 from moeserve.pools.cache.keys import PageKey
@@ -130,6 +130,12 @@ class PooledHouse:
 
     def look(self, request_id: RequestId) -> HeldKv | None:
         return self._house.look(request_id)
+
+    def look_within(self, request_id: RequestId) -> StepKv | None:
+        return self._house.look_within(request_id)
+
+    def layers_done(self, step: int) -> int:
+        return self._house.layers_done(step)
 
     def take_kept(self, request_id: RequestId) -> HeldKv | None:
         return self._house.take_kept(request_id)
