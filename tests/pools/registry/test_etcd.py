@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -53,6 +54,14 @@ class Etcd:
             self._command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
         )
 
+    def wait(self) -> None:
+        """It listens when it can answer."""
+        for _ in range(int(WAIT_S / 0.1)):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"etcd does not listen: {self.process.poll()}")
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(WAIT_S)
@@ -69,6 +78,7 @@ class Etcd:
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
     started = Etcd(tmp_path_factory.mktemp("etcd"))
     started.start()
+    started.wait()
     yield started
     started.close()
 
