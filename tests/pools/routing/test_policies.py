@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.core import CacheScope, Request, RequestId, SamplingParams
@@ -143,6 +143,7 @@ def test_less_load_is_chosen(
     st.sampled_from(["running", "waiting", "waiting_tokens", "free_blocks", "draining"]),
     st.integers(1, 5000),
 )
+@settings(max_examples=50)
 def test_more_load_elsewhere_changes_no_choice(
     policy: Callable[[], RoutingPolicy],
     cluster: list[tuple[Role, str, MemberLoad, bool]],
