@@ -2,9 +2,9 @@
 
     python bench/kv_export.py [--json] [--blocks N] [--quick]
 
-One thread each, as beside steps that run. Blocks lie in random places of a cache that is larger
-than the processor's; so do those of the copy. Rounds take turns, and the best of each counts, since
-others may use the machine.
+One thread each, as beside steps that run, by the processor time of that thread: others may use the
+machine. Blocks lie in random places of a cache that is larger than the processor's; so do those of
+the copy. Rounds take turns, and the best of each counts.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def rate_of(
     call: Callable[[Tensor], object], places: list[Tensor], first: int, nbytes: int
 ) -> float:
     """GB/s of some calls, each with other places."""
-    begun, calls = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - begun) < 0.01:
+    begun, calls = time.thread_time(), 0
+    while (elapsed := time.thread_time() - begun) < 0.01:
         call(places[(first * 31 + calls) % len(places)])
         calls += 1
     return calls * nbytes / elapsed / 1e9
