@@ -32,6 +32,7 @@ from moeserve.pools.kv.digests import RunDigests, geometry_of
 from moeserve.pools.kv.exporter import KvExporter
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.memory import open_memory
 from moeserve.pools.kv.messages import Reader
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.outlet import MessageOutlet, Outlet
@@ -149,6 +150,10 @@ class KvServer:
     def _outlet(self, wanted: pb.Wanted) -> Outlet:
         limits = self._limits
         largest = max(layout.nbytes for layout in self._house.layouts) + ALIGNMENT
+        if wanted.HasField("memory"):
+            shared = open_memory(wanted.memory, largest, limits.stalled_s)
+            if shared is not None:
+                return shared
         return MessageOutlet(self._frames, max(limits.frame_bytes, largest), limits.stalled_s)
 
     def _require_same(self, wanted: pb.Wanted) -> None:

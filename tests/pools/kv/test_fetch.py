@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -30,6 +30,9 @@ RUN = b"run"
 QUICK = FetchLimits(
     first_s=2.0, progress_s=1.0, beat_s=0.1, queued_s=2.0, whole_s=10.0, room_s=5.0, stalled_s=2.0
 )
+
+# Frames are smaller than what is sent, so that slots are used again.
+SHARED = replace(QUICK, memory_from=0, slots=2, slot_bytes=2048, frame_bytes=2048)
 
 
 def request(name: str = "a", prompt: int = 30, **params: Any) -> Request:
@@ -105,14 +108,27 @@ async def ended(*sinks: Sink) -> None:
     await until(lambda: all(sink.ended.is_set() for sink in sinks))
 
 
-@pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4), (4, 6), (6, 4)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-async def test_tokens_are_those_of_one_rank(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ((4, 4), torch.bfloat16),
+        ((4, 8), torch.bfloat16),
+        ((8, 4), torch.bfloat16),
+        ((4, 6), torch.int8),
+        ((6, 4), torch.int8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("memory", [False, True], ids=["grpc", "memory"])
+async def test_tokens_are_those_of_one_rank(
+    sizes: tuple[int, int], dtype: torch.dtype, memory: bool
+) -> None:
     ask = [request(f"r{n}", n) for n in (1, 3, 4, 5, 16, 31, 61)]
     want = [alone(r, dtype=dtype) for r in ask]
+    name, limits = ("memory", SHARED) if memory else ("grpc", QUICK)
     async with (
         peer(block_size=sizes[0], dtype=dtype) as a,
-        peer(block_size=sizes[1], dtype=dtype, blocks=200) as b,
+        peer(block_size=sizes[1], dtype=dtype, blocks=200, limits=limits) as b,
     ):
         sinks = [b.ask(r, a.source) for r in ask]
         await ended(*sinks)
@@ -126,6 +142,7 @@ async def test_tokens_are_those_of_one_rank(sizes: tuple[int, int], dtype: torch
         assert b.counters.recomputed == 0
         assert b.counters.sources_lost == {}
         assert b.house.computed == 5 * len(ask), "all but the first token, one position each"
+        assert set(b.counters.bytes) == set(a.counters.sent_bytes) == {name}
 
 
 async def test_what_is_cached_on_either_side_is_not_sent() -> None:
