@@ -75,16 +75,18 @@ class KvServer:
         self._mover.close()
 
     async def _fetch(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        self._counters.add("serving")
+        # It is over before the caller is told so, who perhaps takes nothing any more.
         try:
-            await self._serve(requests, context)
+            self._counters.add("serving")
+            try:
+                await self._serve(requests, context)
+            finally:
+                self._counters.add("serving", -1)
         except DataLossError as error:
             self._counters.add("bad_frames")
             await context.abort(grpc.StatusCode.DATA_LOSS, error.message)
         except MoeserveError as error:
             await context.abort(grpc.StatusCode[error.code], error.message)
-        finally:
-            self._counters.add("serving", -1)
 
     async def _serve(self, requests: AsyncIterator[bytes], context: Context) -> None:
         limits = self._limits
