@@ -210,6 +210,16 @@ void route_topk(uintptr_t logits, int64_t rows, int64_t experts, int64_t top_k, 
                      at<float>(weights));
 }
 
+// `_cpu.Cache`. `passes` of attention have gone over it, each of which had written the keys and
+// values of all its rows before it was counted: whoever reads the count may read these.
+struct OwnedCache : Cache {
+  explicit OwnedCache(const Cache& of) : Cache(of) {}
+  void count_pass() const { passes.fetch_add(1, std::memory_order_release); }
+  mutable std::atomic<int64_t> passes{0};
+};
+
+int64_t passes(const OwnedCache& kv) { return kv.passes.load(std::memory_order_acquire); }
+
 Cache cache(uintptr_t data, int64_t blocks, int64_t block_size, int64_t kv_heads,
             int64_t head_size, int64_t value_size, int type, bool latent) {
   return {at<void>(data), blocks,     block_size,
@@ -223,20 +233,23 @@ int64_t kv_bytes_per_block(int64_t block_size, int64_t kv_heads, int64_t head_si
       cache(0, 0, block_size, kv_heads, head_size, value_size, type, latent));
 }
 
-bool write_kv(const Cache& kv, uintptr_t k, uintptr_t v, int64_t rows, uintptr_t slots) {
+bool write_kv(const OwnedCache& kv, uintptr_t k, uintptr_t v, int64_t rows, uintptr_t slots) {
   return table().write_kv(kv, at<const float>(k), at<const float>(v), rows,
                           at<const int64_t>(slots));
 }
 
-bool export_kv(const Cache& kv, uintptr_t blocks, int64_t count, uintptr_t bytes) {
+// Blocks leave and enter beside steps, whose loops must find the pool free.
+bool export_kv(const OwnedCache& kv, uintptr_t blocks, int64_t count, uintptr_t bytes) {
+  const Alone alone;
   return table().export_kv(kv, at<const int64_t>(blocks), count, at<uint8_t>(bytes));
 }
 
-bool import_kv(const Cache& kv, uintptr_t blocks, int64_t count, uintptr_t bytes) {
+bool import_kv(const OwnedCache& kv, uintptr_t blocks, int64_t count, uintptr_t bytes) {
+  const Alone alone;
   return table().import_kv(kv, at<const int64_t>(blocks), count, at<const uint8_t>(bytes));
 }
 
-bool paged_attention(const Cache& kv, uintptr_t q, int64_t heads, uintptr_t starts,
+bool paged_attention(const OwnedCache& kv, uintptr_t q, int64_t heads, uintptr_t starts,
                      uintptr_t context, uintptr_t tables, int64_t sequences, int64_t table_width,
                      float scale, int64_t window, uintptr_t sinks, uintptr_t out) {
   Attention batch{};
@@ -307,6 +320,7 @@ NB_MODULE(_cpu, m) {
   m.def("write_kv", write_kv, unlocked);
   m.def("export_kv", export_kv, unlocked);
   m.def("import_kv", import_kv, unlocked);
+  m.def("passes", passes);
   m.def("paged_attention", paged_attention, unlocked);
   bind_layer_calls(m);
   bind_wire_calls(m);

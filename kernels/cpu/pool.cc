@@ -261,6 +261,10 @@ void run_items(int64_t count, Item item, void* context) {
   }
 }
 
+Alone::Alone() : before_(std::exchange(inside, true)) {}
+
+Alone::~Alone() { inside = before_; }
+
 void wake_threads() { pool().wake(); }
 
 std::vector<std::vector<int>> cpus_of_nodes() {

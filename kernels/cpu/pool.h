@@ -24,6 +24,18 @@ void run_items(int64_t count, Item item, void* context);
 // Wake who sleeps, without waiting: a loop is to follow soon.
 void wake_threads();
 
+// While one lives, loops of its thread run on it alone: the pool is left to other callers.
+class Alone {
+ public:
+  Alone();
+  ~Alone();
+  Alone(const Alone&) = delete;
+  Alone& operator=(const Alone&) = delete;
+
+ private:
+  bool before_;
+};
+
 // Threads that share a loop, the caller included.
 int threads();
 void set_threads(int count);

@@ -115,7 +115,7 @@ def build_engine(
     scheduler, lock, rates = Scheduler(config, pool, counters), EngineLock(), StepRates()
     watched = RatedSteps(observer or Unobserved(), rates)
     engine = Engine(scheduler, own.executor, watched, lock=lock)
-    house = KvExchange(engine, scheduler, lock, own.kv_tensors, rates)
+    house = KvExchange(engine, scheduler, lock, own.kv, rates)
     engine.start()
     return LoadedModel(
         name=options.served_model_name or path.name,

@@ -28,7 +28,7 @@ from moeserve.engine.loop import Engine, EngineLock
 from moeserve.engine.rates import StepRates
 from moeserve.engine.request_state import EventSink
 from moeserve.engine.scheduler import Scheduler
-from moeserve.engine.sequence import NEW, HeldKv, History
+from moeserve.engine.sequence import NEW, HeldKv, History, StepKv
 
 log = logging.getLogger("moeserve.engine")
 
@@ -112,6 +112,23 @@ class KvExchange:
         with self._lock:
             seq = self._scheduler.sequence(request_id)
             return None if seq is None else self._scheduler.kv.look(seq)
+
+    def look_within(self, request_id: RequestId) -> StepKv | None:
+        with self._lock:
+            running = self._tensors.progress.running
+            seq = self._scheduler.sequence(request_id)
+            chunk = None if running is None else running.chunks.get(request_id)
+            if seq is None or running is None or chunk is None:
+                return None
+            if seq.request is not chunk.request or seq.computed != chunk.start:
+                return None  # the step is over, or was for one of this name that has left
+            pool, stop = self._scheduler.pool, chunk.start + len(chunk.token_ids)
+            blocks = chunk.blocks[: pool.blocks_for(stop)]
+            pool.hold(blocks)
+            return StepKv(HeldKv(blocks, chunk.start), stop, running.number)
+
+    def layers_done(self, step: int) -> int:
+        return self._tensors.progress.layers_done(step)
 
     def take_kept(self, request_id: RequestId) -> HeldKv | None:
         with self._lock:

@@ -13,16 +13,21 @@ import torch
 from torch import Tensor
 
 from moeserve.core import BlockId
+from moeserve.engine.model_runner import ModelRunner
+from moeserve.engine.step_progress import StepProgress
 from moeserve.kernels.kv_layout import KvBlockLayout
 from moeserve.kernels.ops import KvCache, Ops
+from moeserve.models.decoder import ModelKvCache
 
 
 @dataclass(frozen=True, slots=True)
 class KvTensors:
-    """A runner's KV, one cache per layer, and the table that reads and writes it."""
+    """A runner's KV, one cache per layer, the table that reads and writes it, and how far the
+    runner's step is."""
 
     ops: Ops
     caches: tuple[KvCache, ...]
+    progress: StepProgress
 
     @property
     def layouts(self) -> tuple[KvBlockLayout, ...]:
@@ -35,3 +40,10 @@ class KvTensors:
     def import_kv(self, layer: int, blocks: Sequence[BlockId], data_NX: Tensor) -> None:
         cache = self.caches[layer]
         self.ops.import_kv(cache, torch.tensor(blocks, dtype=torch.int64), data_NX)
+
+
+def watch_kv(runner: ModelRunner[ModelKvCache], ops: Ops) -> KvTensors:
+    """The KV of a runner of decoder layers that has run no step yet."""
+    caches = runner.cache.layers
+    runner.watcher = progress = StepProgress(ops, caches)
+    return KvTensors(ops, caches, progress)

@@ -42,6 +42,23 @@ class StepObserver(Protocol):
     def end(self) -> None: ...
 
 
+class StepWatcher(Protocol):
+    """Is told when the layers of a step begin and end to run: its chunks, unless each has one token
+    alone. ``parts`` microbatches have tokens; ``ok`` where all layers are done."""
+
+    def begin(self, chunks: Sequence[Chunk], parts: int) -> None: ...
+
+    def end(self, *, ok: bool) -> None: ...
+
+
+class Unwatched:
+    """Where nobody reads KV while a step runs."""
+
+    def begin(self, chunks: Sequence[Chunk], parts: int) -> None: ...
+
+    def end(self, *, ok: bool) -> None: ...
+
+
 class Forward(Protocol[Cache]):
     """The part of a decoder that is needed here."""
 
@@ -57,7 +74,7 @@ class Forward(Protocol[Cache]):
 
 class ModelRunner(Generic[Cache]):
     """``on_logits`` sees every row of logits [V] that a token is sampled from, with its chunk.
-    Without ``masks`` requests with a grammar fail.
+    Without ``masks`` requests with a grammar fail. ``watcher`` is to be set before the first step.
 
     As one rank of a group it must not fall out of step with the others: what goes wrong before or
     after the decoder's turn fails requests, and the decoder has its turn all the same.
@@ -74,6 +91,7 @@ class ModelRunner(Generic[Cache]):
         masks: GrammarMasks | None = None,
     ) -> None:
         self.masks = masks or GrammarMasks()
+        self.watcher: StepWatcher = Unwatched()
         self._decoder = decoder
         self._batch = InputBatch(block_size)
         self._eos_ids = eos_ids
@@ -120,6 +138,17 @@ class ModelRunner(Generic[Cache]):
         return replace(result, failed=(*failed, *result.failed), scored=scored)
 
     def _forward(self, plan: StepPlan, steps: Sequence[StepBatch]) -> list[Tensor]:
+        ok, sizes = False, [len(step.token_ids_T) for step in steps]
+        long = plan.chunks if sum(sizes) > len(plan.chunks) else ()
+        self.watcher.begin(long, sum(size > 0 for size in sizes))
+        try:
+            rows = self._run_layers(plan, steps)
+            ok = True
+        finally:
+            self.watcher.end(ok=ok)
+        return rows
+
+    def _run_layers(self, plan: StepPlan, steps: Sequence[StepBatch]) -> list[Tensor]:
         if self._observer is None:
             return self._decoder.forward_micro(steps, self._cache)
         self._observer.begin(plan)

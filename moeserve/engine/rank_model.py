@@ -21,7 +21,7 @@ from moeserve.comm.layout import LayerLayout, layouts, own_experts, plan_of
 from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.config.options import EpOptions, RankModelOptions
 from moeserve.engine.kv_size import KvSize, least_of_all, size_kv
-from moeserve.engine.kv_tensors import KvTensors
+from moeserve.engine.kv_tensors import KvTensors, watch_kv
 from moeserve.engine.model_runner import ModelRunner, StepObserver
 from moeserve.engine.ranks.expert_use import ExpertUseCounter
 from moeserve.engine.ranks.microbatches import LARGEST
@@ -95,6 +95,7 @@ class RankModel:
 
     decoder: Decoder
     executor: ModelRunner[ModelKvCache]
+    kv: KvTensors
     size: KvSize
     eos_ids: frozenset[int]
     world: int
@@ -113,11 +114,6 @@ class RankModel:
         runner = self.decoder.runner
         assert isinstance(runner, ParallelLayerRunner), runner
         return runner
-
-    @property
-    def kv_tensors(self) -> KvTensors:
-        """Of the decoder layers."""
-        return KvTensors(self.decoder.ops, self.executor.cache.layers)
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""
@@ -176,9 +172,11 @@ def load_rank_model(
     eos_ids = frozenset(i for i in ends if i < decoder.spec.vocab)
     vocabulary = _vocabulary(options, decoder, eos_ids)
     blocks, masks = (size.num_blocks, options.block_size), GrammarMasks(vocabulary)
+    executor = ModelRunner(decoder, *blocks, eos_ids, observer, masks=masks)
     return RankModel(
         decoder=decoder,
-        executor=ModelRunner(decoder, *blocks, eos_ids, observer, masks=masks),
+        executor=executor,
+        kv=watch_kv(executor, decoder.ops),
         grammars=GrammarChecker(vocabulary),
         size=size,
         eos_ids=eos_ids,

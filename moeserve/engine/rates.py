@@ -42,10 +42,14 @@ class StepRates:
 
     def note(self, plan: StepPlan, seconds: float) -> None:
         """A step that is over and took so long."""
-        prompts = sum(len(chunk.token_ids) for chunk in plan.chunks if not is_decode(chunk))
+        if not plan.chunks:
+            return
+        prompts = 0
+        if plan.num_tokens > len(plan.chunks):  # else nobody has more than one token
+            prompts = sum(len(chunk.token_ids) for chunk in plan.chunks if not is_decode(chunk))
         if prompts:
             self._prefill.note(prompts, seconds)
-        elif plan.chunks:
+        else:
             self._decode.note(1.0, seconds)
 
     @property

@@ -35,6 +35,16 @@ class HeldKv:
 
 
 @dataclass(frozen=True, slots=True)
+class StepKv:
+    """What is held of a sequence that a step computes: ``held``, and behind it the positions up to
+    ``stop`` - 1, which are there layer by layer as the step with the number ``step`` gets on."""
+
+    held: HeldKv
+    stop: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """What a request made before it came to a rank: tokens, and of its sequence the most that was
     computed; ``moved`` where another rank had it. ``sources`` have its KV, best first.

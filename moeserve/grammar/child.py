@@ -26,7 +26,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from moeserve.core import Grammar, GrammarKind
 from moeserve.grammar.compiling import matcher_of, reason_of
-from moeserve.grammar.layout import FIRST_ROW, NOBODY
+from moeserve.grammar.layout import FIRST_ROW, FIRST_TOKEN, NOBODY
 from moeserve.process.answer import Channel
 
 # Processor time of a turn, seconds: to compile for a door, and for a rank, where what a door let
@@ -54,6 +54,7 @@ class Matchers:
         self._descriptor = descriptor
         self._memory = mmap.mmap(descriptor, FIRST_ROW)
         self._held: dict[int, _Held] = {}
+        self._rows: list[tuple[int, _Held]] = []  # of the last question; none where one failed
         self._row_bytes = 0
 
     def open(self, tokenizer: str, vocab: int, eos: list[int]) -> dict[str, Any]:
@@ -88,8 +89,9 @@ class Matchers:
         end: Sequence[int],
     ) -> dict[str, Any]:
         """For each of ``rows`` (row, key, tokens seen before, tokens since) the mask of what may
-        come next. ``begin`` has keys with their grammars; of ``end`` nothing more is asked. Tokens
-        seen before are as many as at the end of the last turn, or none: then all come again."""
+        come next; rows are numbered as they come. ``begin`` has keys with their grammars; of
+        ``end`` nothing more is asked. Tokens seen before are as many as at the end of the last
+        turn, or none: then all come again."""
         for key in end:
             self._held.pop(key, None)
         failed: dict[int, str] = {}
@@ -107,6 +109,21 @@ class Matchers:
                 if problem := self._fill(row, self._held[key], seen, tokens):
                     failed[key] = problem
         self._turn(NOBODY, 0)
+        self._rows = [] if failed else [(key, self._held[key]) for _, key, *_ in rows]
+        return {"failed": list(failed.items())} if failed else {}
+
+    def next(self) -> dict[str, Any]:
+        """The same rows once more: of each one more token has come, which lies in the memory that
+        is shared. Only after a question of which nothing failed."""
+        tokens = struct.unpack_from(f"{len(self._rows)}i", self._memory, FIRST_TOKEN)
+        failed: dict[int, str] = {}
+        for row, ((key, held), token) in enumerate(zip(self._rows, tokens, strict=True)):
+            self._turn(key, MASK_S + TOKEN_S)
+            if problem := self._fill(row, held, held.seen, (token,)):
+                failed[key] = problem
+        self._turn(NOBODY, 0)
+        if failed:
+            self._rows = []
         return {"failed": list(failed.items())} if failed else {}
 
     def _fill(self, row: int, held: _Held, seen: int, tokens: Sequence[int]) -> str:
@@ -149,7 +166,14 @@ def main() -> None:
     channel = Channel()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     matchers = Matchers(int(sys.argv[1]))
-    channel.serve({"open": matchers.open, "check": matchers.check, "masks": matchers.masks})
+    channel.serve(
+        {
+            "open": matchers.open,
+            "check": matchers.check,
+            "masks": matchers.masks,
+            "next": matchers.next,
+        }
+    )
 
 
 if __name__ == "__main__":

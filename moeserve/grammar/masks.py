@@ -3,8 +3,9 @@
 ``begin`` says which requests will want one, and returns; ``take`` waits for them. What a worker
 knows of a request is how many of its tokens it has seen; where it is behind it gets the rest, and
 where what it has seen is no longer the request's (a token was taken back, the id has another
-request, the worker is new) it gets all again. So a request may come late, leave, return, or have
-had tokens elsewhere: its masks are the same.
+request, the worker is new) it gets all again. Where the same requests come with one token more
+each, as mostly, these alone go to it, through memory. So a request may come late, leave, return, or
+have had tokens elsewhere: its masks are the same.
 
 A request whose grammar ends the worker, or whose turn takes too long, fails alone: the worker is
 made anew and the others are asked again.
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from moeserve.core import Request, RequestId
 from moeserve.errors import DeadlineError, MoeserveError, TokenizerError, UnavailableError
-from moeserve.grammar.layout import NOBODY
+from moeserve.grammar.layout import MOST_TOKENS, NOBODY
 from moeserve.grammar.worker import GrammarWorker, Vocabulary, written
 
 # For all masks of a step. The child's limits are of processor time, and much shorter.
@@ -50,13 +51,14 @@ class _Known:
 @dataclass(slots=True)
 class MaskCounts:
     """Since the start. ``lost`` workers were ended by a grammar; ``replayed`` tokens were shown to
-    another worker."""
+    another worker. For ``short`` questions a token of each row was enough."""
 
     masks: int = 0
     workers: int = 0
     lost: int = 0
     failed: int = 0
     replayed: int = 0
+    short: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class GrammarMasks:
         self._known: dict[RequestId, _Known] = {}
         self._asked: list[MaskWanted] = []
         self._ended: list[int] = []
+        self._rows: list[_Known] = []  # of the last answer, none where one of them failed
         self._next_key = 0
         self._problem = ""  # with what was asked last, where it could not be asked
         self._log = logging.getLogger("moeserve.grammar")
@@ -121,6 +124,7 @@ class GrammarMasks:
                         failed[request.id] = f"the grammar cannot be followed: {reason}"
                     else:
                         allowed[request.id] = mask
+                self._rows = [] if refused else [self._known[r.id] for r, _ in self._asked]
                 self._asked = []
         self.counts.masks += len(allowed)
         self.counts.failed += len(failed)
@@ -137,7 +141,7 @@ class GrammarMasks:
         """Ends the worker; may be called again."""
         if self._worker is not None:
             self._worker.close()
-        self._worker, self._known, self._ended = None, {}, []
+        self._worker, self._known, self._ended, self._rows = None, {}, [], []
 
     def _ask(self) -> None:
         """Send what the worker needs for the rows that are asked."""
@@ -145,7 +149,11 @@ class GrammarMasks:
         try:
             if self._worker is None:
                 self._worker = self._new_worker()
-            self._worker.ask(self._message())
+            if (tokens := self._one_more_each()) is not None:
+                self.counts.short += 1
+                self._worker.ask_next(tokens)
+            else:
+                self._worker.ask(self._message())
         except MoeserveError as error:
             self._problem = error.message
 
@@ -154,6 +162,20 @@ class GrammarMasks:
             raise TokenizerError("the model has no tokenizer, or no token that ends an answer")
         self.counts.workers += 1
         return GrammarWorker(self._vocabulary)
+
+    def _one_more_each(self) -> list[int] | None:
+        """The new token of each row, where the rows are those of the last answer."""
+        rows, asked = self._rows, self._asked
+        if len(rows) != len(asked) or self._ended or len(asked) > MOST_TOKENS:
+            return None
+        tokens = []
+        for known, (request, output_ids) in zip(rows, asked, strict=True):
+            if known.request is not request or len(output_ids) != known.seen + 1:
+                return None
+            tokens.append(output_ids[-1])
+        for known in rows:
+            known.seen += 1
+        return tokens
 
     def _message(self) -> dict[str, Any]:
         rows, begin, ended = [], [], self._ended

@@ -11,7 +11,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.core import Grammar
-from moeserve.grammar.layout import FIRST_ROW, NOBODY
+from moeserve.grammar.layout import FIRST_ROW, FIRST_TOKEN, NOBODY
 from moeserve.process.ask import AnsweringProcess, receive_all
 from moeserve.process.child import start
 
 # Until a question has been taken in, and until a new process is ready.
 SEND_S = 5.0
 START_S = 15.0
+_NEXT: Mapping[str, Any] = {"do": "next"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,11 @@ class GrammarWorker:
         """DeadlineError, UnavailableError: it takes no more questions."""
         assert self._process is not None
         self._process.send(message, SEND_S)
+
+    def ask_next(self, tokens: Sequence[int]) -> None:
+        """The same rows again, each with one more token: at most ``MOST_TOKENS``."""
+        struct.pack_into(f"{len(tokens)}i", self._memory, FIRST_TOKEN, *tokens)
+        self.ask(_NEXT)
 
     def answer(self, timeout_s: float) -> dict[str, Any]:
         """To the oldest question that has none. DeadlineError, UnavailableError: there is none."""

@@ -51,11 +51,6 @@ class Composed:
     ) -> Step:
         return Step(len(position_T), rope, position_T, slot_T, attention, None)
 
-    def attend(
-        self: Ops, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache
-    ) -> None:
-        attend(self, x_TH, part.weights, step, cache)
-
     def dense(self: Ops, x_TH: Tensor, part: Part[DenseWeights]) -> None:
         dense(self, x_TH, part.weights)
 

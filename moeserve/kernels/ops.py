@@ -422,6 +422,11 @@ class Ops(Protocol):
         """
         ...
 
+    def kv_passes(self, cache: KvCache) -> int:
+        """How many times ``attend``, or the layer's part of ``forward_layers``, has been done over
+        it. Any thread may ask: the KV of the rows of so many is there, and can be exported."""
+        ...
+
     def paged_attention(
         self,
         q_TAD: Tensor,

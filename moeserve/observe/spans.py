@@ -21,18 +21,18 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import moeserve
 from moeserve.core import FinishReason, StepPlan, Timing
 from moeserve.errors import ConfigError
 from moeserve.observe.requests import OK, RequestRecord
 
-if TYPE_CHECKING:
-    from opentelemetry.context import Context
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import SpanExporter
-    from opentelemetry.trace import Span
+# OpenTelemetry's, which is not there at import.
+Provider = Any
+Exporter = Any
+Span = Any
+Context = Any
 
 # A ``traceparent`` that can be gone on with: version 00, ids that are not all zeros.
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -81,7 +81,7 @@ class RequestSpans:
     """Makes all spans of a process. As an engine's observer it makes those of that engine's
     requests. For any thread."""
 
-    def __init__(self, provider: TracerProvider, now_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, provider: Provider, now_ns: Callable[[], int] = time.time_ns) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._provider = provider
@@ -153,9 +153,10 @@ class RequestSpans:
         self._provider.shutdown()
 
     def _context(self, trace: str) -> Context:
-        from opentelemetry.context import Context
+        from opentelemetry import context
 
-        return self._text.extract({"traceparent": trace}, Context()) if trace else Context()
+        empty = context.Context()
+        return self._text.extract({"traceparent": trace}, empty) if trace else empty
 
 
 class _OpenDoorSpan:
@@ -225,7 +226,7 @@ def open_spans(endpoint: str | None) -> RequestSpans | None:
     return RequestSpans(provider_of(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_S)))
 
 
-def provider_of(exporter: SpanExporter) -> TracerProvider:
+def provider_of(exporter: Exporter) -> Provider:
     """One that exports in batches, on a thread of its own; its queue is bounded."""
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -239,12 +240,11 @@ def provider_of(exporter: SpanExporter) -> TracerProvider:
     }
     resource = Resource.create(own).merge(OTELResourceDetector().detect())
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1000))
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=2000))
     return provider
 
 
 def _holding(span: Span) -> Context:
-    from opentelemetry.context import Context
-    from opentelemetry.trace import set_span_in_context
+    from opentelemetry import context, trace
 
-    return set_span_in_context(span, Context())
+    return trace.set_span_in_context(span, context.Context())

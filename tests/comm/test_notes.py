@@ -156,6 +156,11 @@ def test_beyond_loopback_nobody_is_let_in_for_having_found_the_port() -> None:
         host_store("0.0.0.0")
     with pytest.raises(ConfigError, match="which others can reach: set ep_tls, or ep_secret"):
         join_store("192.0.2.1", 1)
+    for host in ("192.0.2.1", None):
+        for rank in range(2):  # at once, though nobody listens there
+            start = Launch(rank, 2, 0, 1, host, 1, "openmpi")
+            with pytest.raises(ConfigError, match="which others can reach: set ep_tls"):
+                open_group(start, environ={}, trust=Trust(), timeout_s=WAIT_S)
 
 
 def test_with_certificates_only_whom_the_authority_has_signed(certify: Certify) -> None:

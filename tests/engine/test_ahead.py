@@ -31,6 +31,7 @@ from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.null import NullExecutor
 from moeserve.engine.policies import Drafter
 from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.sequence import History
 from moeserve.engine.threaded import ThreadedExecutor
 from moeserve.errors import UnavailableError
 from moeserve.kernels.select import choose_ops
@@ -388,3 +389,25 @@ def test_a_model_makes_the_same_tokens_and_logprobs_ahead(ahead: bool) -> None:
             found = outs(drive(scheduler, executor))
         assert found == expected
         assert scheduler.pool.num_free == 24
+
+
+def test_who_is_detached_while_two_steps_are_under_way_has_no_more_tokens() -> None:
+    """Its blocks are lent to nobody before both are over."""
+    with threaded(NullExecutor(64, BLOCK, VOCAB)) as executor:
+        run = Run(scheduler_of(), executor)
+        one, other = ask("a", ignore_eos=True), ask("b", ignore_eos=True)
+        run.add(one, other)
+        while run.steps.planned_ahead < 2:
+            run.step()
+        seq = run.scheduler.detach(RequestId("a"))
+        assert seq is not None
+        assert seq.output_ids == run.tokens["a"]
+        run.scheduler.pool.release(seq.blocks)
+        assert run.scheduler.blocks_in_use() == {*seq.blocks}
+        run.step()
+        assert run.scheduler.blocks_in_use() == set()
+        run.step()
+        assert ("a",) in {plan.ended for plan in run.plans}
+        run.scheduler.add(one, History(tuple(run.tokens["a"]), seq.reached, moved=True))
+        run.to_the_end()
+    assert run.tokens == one_by_one([one, other], CONFIG)

@@ -13,6 +13,7 @@ import torch
 
 from moeserve.config.options import LoadOptions
 from moeserve.core import (
+    BlockId,
     CacheScope,
     Counters,
     Event,
@@ -27,7 +28,7 @@ from moeserve.core import (
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import KvExchange
-from moeserve.engine.kv_tensors import KvTensors
+from moeserve.engine.kv_tensors import watch_kv
 from moeserve.engine.loop import Engine, EngineLock, Unobserved
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.policies import Drafter
@@ -141,7 +142,7 @@ def rank(
     runner = ModelRunner(decoder, blocks, BLOCK, eos_ids, on_logits=on_logits, masks=masks)
     lock, rates = EngineLock(), StepRates()
     engine = Engine(scheduler, runner, RatedSteps(Unobserved(), rates), lock=lock)
-    tensors = KvTensors(decoder.ops, runner.cache.layers)
+    tensors = watch_kv(runner, decoder.ops)
     house = KvExchange(engine, scheduler, lock, tensors, rates)
     with engine:
         made = Rank(engine, scheduler, house)
@@ -599,3 +600,55 @@ def test_figures_are_those_of_the_rank(demo: Decoder) -> None:
         assert after.prefill_rate > 0
         assert after.step_s > 0
         assert after.free_blocks == 32
+
+
+def test_layers_of_a_step_can_be_copied_while_the_others_run(decoder: Decoder) -> None:
+    """Chunk by chunk, each layer as soon as it is done; nothing is left to copy at the end."""
+    request = ask("a", prompt(80, 90), max_tokens=8)
+    first = replace(request, params=replace(request.params, max_tokens=1))
+    with rank(decoder) as alone, rank(decoder, chunk=32) as a, rank(decoder) as b:
+        whole = alone.ask(request)
+        whole.wait()
+        borrowed = b.house.borrow((*request.prompt_ids, 0), request.scope)
+        assert borrowed is not None
+        early, chunks, layers = 0, 0, len(a.house.layouts)
+        client = a.ask(first, History(keep=True))
+        done = [0] * layers
+        while not client.over.is_set():
+            seen = a.house.look_within(request.id)
+            if seen is None:
+                continue
+            chunks += 1
+            while (ready := a.house.layers_done(seen.step)) < layers or min(done) < seen.stop:
+                for layer in range(ready):
+                    if done[layer] < seen.stop:
+                        early += ready < layers
+                        copy_layer(a, seen.held.blocks, b, borrowed.blocks, layer, seen.stop)
+                        done[layer] = seen.stop
+            a.house.give_back(seen.held)
+        held = a.house.take_kept(request.id)
+        assert held is not None
+        for layer in range(layers):
+            copy_layer(a, held.blocks, b, borrowed.blocks, layer, held.computed, done[layer])
+        a.house.give_back(held)
+        kv = HeldKv(borrowed.blocks, held.computed)
+        history = History(tuple(client.token_ids), held.computed, moved=True, kv=kv)
+        rest = b.ask(request, history)
+        rest.wait()
+        same(whole, client, rest)
+
+
+def copy_layer(
+    source: Rank,
+    blocks: Sequence[BlockId],
+    target: Rank,
+    to: Sequence[BlockId],
+    layer: int,
+    stop: int,
+    start: int = 0,
+) -> None:
+    first, last = start // BLOCK, -(-stop // BLOCK)
+    nbytes = source.house.layouts[layer].nbytes
+    data = torch.empty(last - first, nbytes, dtype=torch.uint8)
+    source.house.export_kv(layer, blocks[first:last], data)
+    target.house.import_kv(layer, to[first:last], data)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from moeserve.core import (
     Counters,
+    Event,
     FinishReason,
     Request,
     RequestId,
@@ -33,6 +34,7 @@ from moeserve.engine.ranks.homes import GivenHome, HomePolicy, LeastWork, Random
 from moeserve.engine.ranks.microbatches import FixedMicrobatches, StepShape
 from moeserve.engine.ranks.records import RECORD_BYTES, Decision, RankReport, decide, loads_of
 from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.sequence import History, SequenceState
 from moeserve.errors import InvalidRequestError, UnavailableError
 
 RanksOf = Callable[..., Any]
@@ -323,3 +325,60 @@ def test_records_carry_what_ranks_report(reports: list[RankReport]) -> None:
 def test_a_record_is_a_few_bytes() -> None:
     assert RECORD_BYTES <= 64
     assert replace(RankReport(), tokens=3).pack() != RankReport().pack()
+
+
+class Guest:
+    """A sink of one request that may be given back."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.finish: FinishReason | None = None
+        self.returned = 0
+        self.over = threading.Event()
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        for event in events:
+            assert not self.over.is_set(), "an event after the last"
+            self.token_ids += event.token_ids
+            if event.finish is not None:
+                self.finish = event.finish
+                self.over.set()
+
+    def give_back(self, request_id: RequestId, reached: int) -> None:
+        self.returned += 1
+        self.over.set()
+
+
+def test_a_request_is_taken_out_of_one_rank_and_goes_on_at_another(ranks_of: RanksOf) -> None:
+    """While the step runs that all ranks make: none of them notices."""
+    asked, beside = request("a", range(9), 12), request("b", range(20, 26), 12)
+    found: list[SequenceState] = []
+    house: list[Any] = []
+
+    def before(rank: int) -> Callable[[StepPlan], StepResult | None]:
+        def detach(plan: StepPlan) -> None:
+            made = [len(c.output_ids) for c in plan.chunks if c.request.id == "a"]
+            if rank == 0 and not found and made and made[0] >= 4:
+                found.append(house[0].engines[0].detach(asked.id))
+
+        return detach
+
+    with ranks_of(2, 16, before=before) as ranks:
+        house.append(ranks)
+        first, other, rest = Guest(), Guest(), Guest()
+        ranks.engines[1].submit(beside, other)
+        ranks.engines[0].submit(asked, first)
+        assert first.over.wait(WAIT_S)
+        assert (first.returned, first.finish) == (1, None)
+        (seq,) = found
+        assert seq.output_ids == first.token_ids
+        assert seq.computed == 9 + 4 - 1
+        held = [scheduler.pool.num_references() for scheduler in ranks.schedulers]
+        assert held[0] == len(seq.blocks)
+        ranks.schedulers[0].pool.release(seq.blocks)
+        ranks.engines[1].submit(asked, rest, History(tuple(seq.output_ids), seq.reached, True))
+        assert rest.over.wait(WAIT_S)
+        assert other.over.wait(WAIT_S)
+        assert first.token_ids + rest.token_ids == alone(asked)
+        assert other.token_ids == alone(beside)
+        assert [scheduler.pool.num_references() for scheduler in ranks.schedulers] == [0, 0]

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,15 +134,18 @@ def test_calls_that_are_no_requests_are_told_where_they_fail(house: House, calls
     assert "JSON" in calls.all()[1]["error"]
 
 
-def test_grpc_calls_that_the_service_never_sees_are_told_too(house: House, calls: Told) -> None:
+def test_grpc_calls_that_the_service_never_sees_are_told_too(
+    tiny_checkpoint: Callable[[str], Path], open_house: Callable[..., House], calls: Told
+) -> None:
     method = "/moeserve.v1.Inference/GenerateUnary"
-    call: Any = house.channel.unary_unary(method)
-    with pytest.raises(grpc.RpcError, match="not a valid message"):
-        call(b"\xff\xff", timeout=60)
-    house.eventually(lambda: len(calls.all()) == 1, "the line")
+    with open_house(tiny_checkpoint("mixtral"), num_blocks=64, api_key="a key of its own") as house:
+        call: Any = house.channel.unary_unary(method)
+        with pytest.raises(grpc.RpcError, match="send the api key"):
+            call(b"", timeout=60)
+        house.eventually(lambda: len(calls.all()) == 1, "the line")
     (found,) = calls.all()
-    assert (found["method"], found["status"]) == (method, "INVALID_ARGUMENT")
-    assert found["error"].startswith("not a valid message")
+    assert (found["method"], found["status"]) == (method, "UNAUTHENTICATED")
+    assert found["error"].startswith("send the api key")
 
 
 def test_the_dashboard_finds_its_metrics_on_the_page_of_a_server(house: House) -> None:

@@ -140,6 +140,45 @@ def test_masks_are_those_of_a_matcher_that_is_shown_every_token(
 
 
 @pytest.mark.long
+def test_where_the_same_requests_come_again_their_new_tokens_are_enough(
+    masks: GrammarMasks, tokenizer: LLTokenizer
+) -> None:
+    requests = [request(grammar) for grammar in GRAMMARS]
+    outputs: list[list[int]] = [[] for _ in requests]
+
+    def go(count: int, number: int) -> None:
+        for _ in range(count):
+            found = step(masks, *zip(requests[:number], outputs[:number], strict=True))
+            for one, output, allowed in zip(requests, outputs, found, strict=False):
+                assert allowed == expected(tokenizer, one.params.grammar, output)
+                output.append(allowed[-1])
+
+    go(4, len(requests))
+    assert masks.counts.short == 3
+    go(3, len(requests) - 1)  # one less: the first question is another
+    assert masks.counts.short == 3 + 2
+    masks.forget([requests[-1].id])
+    go(2, len(requests) - 1)  # the worker is told to forget it as well
+    assert masks.counts.short == 5 + 1
+    # What goes wrong on a short question goes wrong alone, and the next one is whole again.
+    *_, wrong = step(
+        masks,
+        *zip(requests[:1], outputs[:1], strict=True),
+        (second := request(GRAMMARS[2]), []),
+    )
+    assert not isinstance(wrong, str)
+    outputs[0].append(step_token := expected(tokenizer, GRAMMARS[0], outputs[0])[-1])
+    found, wrong = step(masks, (requests[0], outputs[0]), (second, [EOS]))
+    assert masks.counts.short == 6 + 1
+    assert step_token in outputs[0]
+    assert found == expected(tokenizer, GRAMMARS[0], outputs[0])
+    assert isinstance(wrong, str)
+    outputs[0].append(found[-1])
+    assert step(masks, (requests[0], outputs[0])) == [expected(tokenizer, GRAMMARS[0], outputs[0])]
+    assert masks.counts.short == 7
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("grammar", HOSTILE)
 def test_a_grammar_that_overruns_fails_alone_and_the_others_go_on(
     masks: GrammarMasks, tokenizer: LLTokenizer, grammar: Grammar

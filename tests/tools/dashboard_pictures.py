@@ -3,7 +3,8 @@
     python tests/tools/dashboard_pictures.py http://127.0.0.1:8000 docs/img
 
 Writes ``dashboard_light.png``, ``dashboard_dark.png`` and ``dashboard_phone.png``. The server
-should have been busy for some minutes, with ``--count-experts``. Needs playwright, and a chromium.
+should have been busy for some minutes, with ``--count-experts``. Needs playwright, pillow,
+and a chromium.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import shutil
 import sys
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 DESK, PHONE = {"width": 1000, "height": 900}, {"width": 360, "height": 740}
 PICTURES = {"light": (DESK, "light"), "dark": (DESK, "dark"), "phone": (PHONE, "dark")}
+COLOURS = 128
 # Two snapshots: the second has rates of what moved.
 SETTLED_MS = 2500
 
@@ -33,6 +36,7 @@ def photograph(url: str, folder: Path) -> list[Path]:
             page.wait_for_timeout(SETTLED_MS)
             file = folder / f"dashboard_{name}.png"
             page.screenshot(path=file, full_page=name != "phone")
+            Image.open(file).quantize(COLOURS).save(file, optimize=True)
             written.append(file)
         browser.close()
     return written

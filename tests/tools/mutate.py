@@ -63,6 +63,14 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/comm/test_assign.py",
     ),
     "gateway/limits.py": ("tests/gateway/test_limits.py",),
+    "gateway/http/phases.py": ("tests/gateway/test_phases.py",),
+    "engine/ranks/front.py": ("tests/engine/test_front.py",),
+    "comm/launch/notes.py": (
+        "tests/comm/test_notes.py",
+        "-k",
+        "bounded or store_of_torch or awaited or add_up or no_number",
+    ),
+    "observe/log_bound.py": ("tests/observe/test_log_bound.py",),
     "kernels/reference/kv.py": (
         "tests/kernels/test_attention.py",
         "tests/kernels/test_kv_blocks.py",

@@ -28,7 +28,7 @@ from google.protobuf.message import DecodeError
 from torch.distributed import DistError, HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
 import moeserve
-from moeserve.comm.control.rpc import Trust
+from moeserve.comm.control.rpc import Trust, require_trust
 from moeserve.comm.exchange.base import Alarm
 from moeserve.comm.group import (
     NOTICE_S,
@@ -221,6 +221,9 @@ def interface_addresses() -> list[str]:
 def _reach(launch: Launch, trust: Trust, timeout_s: float, notify: Callable[[str], None]) -> Store:
     if launch.world == 1 and not launch.agent_store:
         return HashStore()
+    if not launch.one_host and not launch.agent_store:
+        # On every rank, so that none waits for a rank 0 that may not listen.
+        require_trust(launch.host or "addresses of theirs", trust)
     if launch.host is None or launch.port is None:
         return _reach_by_mpi(launch, trust, timeout_s, notify)
     if launch.agent_store:

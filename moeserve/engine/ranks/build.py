@@ -23,7 +23,7 @@ from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, Unobserved
 from moeserve.engine.observers import beside
 from moeserve.engine.rank_model import EpContext, RankModel, load_rank_model, widest
-from moeserve.engine.ranks.counted import GatheredCounts, RankCounts, write_counts
+from moeserve.engine.ranks.counted import GatheredCounts, RankCounts, with_experts, write_counts
 from moeserve.engine.ranks.front import Front
 from moeserve.engine.ranks.homes import HomePolicy, LeastWork, NearExperts
 from moeserve.engine.ranks.instance import Instance
@@ -78,11 +78,8 @@ class RankParts:
         work = self.own.parallel.dispatcher.stats
         load = self.engine.load()
         load = replace(load, waiting=load.waiting + self.load.queued())
-        experts = self.own.expert_counts
-        choices = () if experts is None else tuple(experts.loads().ravel().tolist())
-        layers = () if experts is None else experts.layers
-        chosen = self.lock_step.chosen
-        return RankCounts(work, self.engine.counters, chosen, load, choices, layers)
+        found = RankCounts(work, self.engine.counters, self.lock_step.chosen, load)
+        return with_experts(found, self.own.expert_counts)
 
 
 def build_rank(
@@ -172,7 +169,7 @@ def rank_parts(
     rates = StepRates()
     watched = RatedSteps(observer, rates)
     engine = Engine(scheduler, lock_step, watched, pace=lock_step, lock=lock)
-    house = KvExchange(engine, scheduler, lock, own.kv_tensors, rates)
+    house = KvExchange(engine, scheduler, lock, own.kv, rates)
 
     def give_back(waiting: int, loads: LoadsOfRound) -> None:
         if waiting and (count := int(surplus(loads(), config)[context.rank])) > 0:

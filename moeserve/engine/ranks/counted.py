@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from moeserve.engine.loop import EngineLoad
 from moeserve.engine.ranks.messages import parse
 from moeserve.engine.ranks.rank_links import RemoteLink
 from moeserve.errors import InvalidRequestError, UnavailableError
+from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.pb import rank_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,14 @@ class RankCounts:
     expert_choices: tuple[int, ...] = ()
     moe_layers: tuple[int, ...] = ()
     received: tuple[ReceivedKv, ...] = ()
+
+
+def with_experts(found: RankCounts, experts: ExpertCounts | None) -> RankCounts:
+    """The counts of a rank with those of its experts, if it counts them."""
+    if experts is None:
+        return found
+    choices = tuple(experts.loads().ravel().tolist())
+    return replace(found, expert_choices=choices, moe_layers=experts.layers)
 
 
 def write_counts(found: RankCounts) -> pb.CountedReply:

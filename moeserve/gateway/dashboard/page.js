@@ -186,7 +186,7 @@ function showTopology(shot) {
     });
   });
   const picture = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-labelledby": "map-says" }, ...lines, ...nodes);
-  picture.style.maxWidth = `${width * 1.3}px`;
+  [picture.style.minWidth, picture.style.maxWidth] = [`${Math.min(width, 420)}px`, `${width * 1.3}px`];
   byId("map").replaceChildren(picture);
   const names = new Map(shot.members.map((member) => [member.id, label(member)]));
   byId("flows").replaceChildren(shot.flows.length

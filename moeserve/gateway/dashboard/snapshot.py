@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
@@ -80,7 +81,7 @@ class Snapshot:
             "attainment": asdict(self.attainment),
             "points": [asdict(point) for point in self.points],
             "experts": None if self.experts is None else heat_of(self.experts),
-            "counts": dict(self.counts),
+            "counts": {name: n for name, n in self.counts.items() if math.isfinite(n)},
         }
         return json.dumps(shown, separators=(",", ":"), allow_nan=False)
 

@@ -225,6 +225,9 @@ class CpuOps(NativeWire):
     def import_kv(self, cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
         kv.import_blocks(cache, blocks_N, data_NX)
 
+    def kv_passes(self, cache: KvCache) -> int:
+        return _cpu.passes(cache.data.handle)
+
     def paged_attention(
         self,
         q_TAD: Tensor,

@@ -6,7 +6,7 @@ that ``ops`` states, because what is rounded there depends on them. Letters: see
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -44,12 +44,20 @@ class KvPart:
         return x, self.scale_BPG[blocks_M][:, :, head].flatten()[:length]
 
 
+@dataclass(slots=True)
+class Passes:
+    """Of attention, over one cache."""
+
+    done: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class ReferenceCache:
     """``keys`` are one part, or two where the cache is latent; the first is then ``values`` too."""
 
     keys: tuple[KvPart, ...]
     values: KvPart
+    passes: Passes = field(default_factory=Passes)
 
     @property
     def parts(self) -> tuple[KvPart, ...]:
@@ -115,6 +123,10 @@ def import_blocks(cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
     for s, part in enumerate(pages.parts):
         if part.scale_BPG is not None:
             part.scale_BPG[blocks_N] = sections["scales"][..., s]
+
+
+def passes_of(cache: KvCache) -> Passes:
+    return cast("ReferenceCache", cache.data).passes
 
 
 def check_inside(what: str, cache: KvCache, blocks_N: Tensor) -> None:

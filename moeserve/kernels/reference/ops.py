@@ -13,16 +13,20 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from moeserve.kernels.fused import Composed
+from moeserve.kernels.fused import Composed, attend
 from moeserve.kernels.matrix import Matrix, Source, joined, part_of, quantize_rows
 from moeserve.kernels.ops import (
     Activation,
     AttentionBatch,
     Experts,
+    GqaWeights,
     KvCache,
     KvShape,
     Linear,
+    MlaWeights,
+    Part,
     RouterSpec,
+    Step,
 )
 from moeserve.kernels.reference import kv as reference_kv
 from moeserve.kernels.reference.combine import exact_sum, limbs_of, sum_to_float
@@ -161,6 +165,15 @@ class ReferenceOps(Composed, ReferenceWire):
 
     def import_kv(self, cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
         reference_kv.import_blocks(cache, blocks_N, data_NX)
+
+    def attend(
+        self, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache
+    ) -> None:
+        attend(self, x_TH, part.weights, step, cache)
+        reference_kv.passes_of(cache).done += 1
+
+    def kv_passes(self, cache: KvCache) -> int:
+        return reference_kv.passes_of(cache).done
 
     def paged_attention(
         self,

@@ -133,9 +133,11 @@ class CacheCalls:
         with _failures_of(member):
             async with self._channels.use(member.address, member.server_name) as channel:
                 asked: Any = channel.unary_unary(f"/{SERVICE}/{method}")
-                content: bytes = await asked(
+                content: object = await asked(
                     request.SerializeToString(), metadata=self._channels.metadata, timeout=left
                 )
+                if not isinstance(content, bytes):  # a call that ends well without an answer
+                    raise InvalidRequestError(f"no answer to {method}")
         return content
 
     async def _receive(self, call: Any, key: PageKey, deadline: float) -> StoredPage | None:
@@ -144,7 +146,7 @@ class CacheCalls:
             left = min(self._progress_s, deadline - time.monotonic())
             async with asyncio.timeout(left):
                 content = await call.read()
-            if content is grpc.aio.EOF:
+            if not isinstance(content, bytes):  # the end
                 if gathering is not None:
                     raise InvalidRequestError("a page was cut off")
                 return None
@@ -175,7 +177,7 @@ async def _offer(call: Any, pages: Sequence[Offered]) -> list[str]:
 
 async def _outcomes(call: Any, count: int) -> list[str]:
     content = await call.read()
-    if content is grpc.aio.EOF:
+    if not isinstance(content, bytes):
         raise InvalidRequestError("no answer to an offer")
     outcomes = list(read_message(pb.PutReply, content).outcomes)
     if len(outcomes) != count or not set(outcomes) <= {WANTED, *PutOutcome}:

@@ -127,13 +127,25 @@ class PagePool:
         timeout_s: float = FIND_S,
     ) -> PoolHit:
         """What follows the first ``have`` positions. The longest prefix, for all that is known
-        within the time."""
+        within the time. Counted."""
+        hit = await self._find(token_ids, scope, have, timeout_s)
+        size = self.terms.page_tokens
+        self.counts.asked += 1
+        self.counts.asked_tokens += max(len(token_ids) // size * size - have, 0)
+        self.counts.hit_tokens += hit.tokens
+        return hit
+
+    async def kept(self, token_ids: Sequence[int], scope: CacheScope) -> int:
+        """How many positions are in the pool, from the first on: for who may put more."""
+        return (await self._find(token_ids, scope, 0, FIND_S)).tokens
+
+    async def _find(
+        self, token_ids: Sequence[int], scope: CacheScope, have: int, timeout_s: float
+    ) -> PoolHit:
         deadline = time.monotonic() + timeout_s
         keys, size = self.keys(token_ids, scope), self.terms.page_tokens
         first = have // size
         groups = groups_of(len(keys), first)
-        self.counts.asked += 1
-        self.counts.asked_tokens += max(len(keys) * size - have, 0)
         pieces: list[PagePiece] = []
         count = nbytes = 0
         for at in range(0, len(groups), ASKED_AT_ONCE):
@@ -151,7 +163,6 @@ class PagePool:
             if not whole:
                 break
         tokens = max((first + count) * size - have, 0) if count else 0
-        self.counts.hit_tokens += tokens
         return PoolHit(have, tokens, nbytes, tuple(pieces))
 
     async def fetch(

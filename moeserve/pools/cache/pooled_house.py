@@ -32,13 +32,19 @@ from torch import Tensor
 from moeserve.core import BlockId, CacheScope, Event, FinishReason, Request, RequestId
 from moeserve.engine.bounds import refuse_duplicate
 from moeserve.engine.request_state import EventSink, RankSink
-from moeserve.engine.sequence import HeldKv, History
+from moeserve.engine.sequence import HeldKv, History, StepKv
 from moeserve.errors import DataLossError, ExhaustedError, MoeserveError, UnavailableError
 from moeserve.kernels.kv_layout import KvBlockLayout
+from moeserve.pools.cache.keys import PageKey
 from moeserve.pools.cache.page_kv import PageKv
 from moeserve.pools.cache.pages import StoredRun
 from moeserve.pools.cache.pool import FETCH_S, PagePool
-from moeserve.pools.cache.prefix_arrival import PrefixArrival, WatchedRankSink, WatchedSink
+from moeserve.pools.cache.prefix_arrival import (
+    LentBlocks,
+    PrefixArrival,
+    WatchedRankSink,
+    WatchedSink,
+)
 from moeserve.pools.kv.house import KvHouse
 
 log = logging.getLogger(__name__)
@@ -125,6 +131,12 @@ class PooledHouse:
     def look(self, request_id: RequestId) -> HeldKv | None:
         return self._house.look(request_id)
 
+    def look_within(self, request_id: RequestId) -> StepKv | None:
+        return self._house.look_within(request_id)
+
+    def layers_done(self, step: int) -> int:
+        return self._house.layers_done(step)
+
     def take_kept(self, request_id: RequestId) -> HeldKv | None:
         return self._house.take_kept(request_id)
 
@@ -203,9 +215,10 @@ class PooledHouse:
         try:
             if one.ended is not None:
                 raise asyncio.CancelledError
-            await self._run(self._borrow, one, tokens)
-            if one.held is not None:
-                await self._fetch(one, tokens)
+            await self._run(self._borrow, one.lent, tokens, one.request.scope)
+            if one.lent.held is not None:
+                with contextlib.suppress(TimeoutError):
+                    await self._fetch(one, tokens)
             self._hand_over(one, tokens)
         except asyncio.CancelledError:
             why = one.ended or FinishReason.UNAVAILABLE
@@ -218,22 +231,22 @@ class PooledHouse:
         finally:
             with self._lock:
                 del self._arriving[one.request.id]
-            self._mover.submit(self._release, one)  # behind what borrows, and writes to it
+            self._mover.submit(self._release, one.lent)  # behind what borrows, and writes to it
 
-    def _borrow(self, one: PrefixArrival, tokens: tuple[int, ...]) -> None:
-        held = self._house.borrow(tokens, one.request.scope)
+    def _borrow(self, lent: LentBlocks, tokens: tuple[int, ...], scope: CacheScope) -> None:
+        held = self._house.borrow(tokens, scope)
         if held is None:
             self.counts.crowded += 1
         else:
-            one.held, one.computed = held, held.computed
+            lent.held, lent.computed = held, held.computed
 
-    def _release(self, one: PrefixArrival) -> None:
-        held, one.held = one.held, None
+    def _release(self, lent: LentBlocks) -> None:
+        held, lent.held = lent.held, None
         if held is not None:
             self._house.give_back(held)
 
     async def _fetch(self, one: PrefixArrival, tokens: tuple[int, ...]) -> None:
-        """Pages from the first one on that is not here whole; ``one.computed`` grows by each."""
+        """Pages from the first one on that is not here whole; what is computed grows by each."""
         pool, scope = self._pool, one.request.scope
         left = self._fetch_s
         if (rate := self._prefill_rate()) > 0:
@@ -241,19 +254,22 @@ class PooledHouse:
         if one.request.deadline is not None:
             left = min(left, one.request.deadline - self._clock())
         size, keys = pool.terms.page_tokens, pool.keys(tokens, scope)
-        assert one.held is not None
-        gain = min(len(keys) * size, len(tokens) - 1) - one.computed
+        assert one.lent.held is not None
+        gain = min(len(keys) * size, len(tokens) - 1) - one.lent.computed
         if left <= 0 or gain < self.block_size:
             return
-        at, layers = one.computed // size, len(self.layouts)
+        at, layers = one.lent.computed // size, len(self.layouts)
         came = 0
-        async with aclosing(pool.fetch(tokens, scope, one.computed, left)) as runs:
+        async with (
+            asyncio.timeout(left),
+            aclosing(pool.fetch(tokens, scope, one.lent.computed, left)) as runs,
+        ):
             async for run in runs:
                 if (run.layer, run.start, run.count) != (came, at * size, size):
                     self._reject(tokens, scope, at * size)
                     return
-                first = max(at * size, one.computed) // self.block_size
-                blocks = one.held.blocks[first : (at + 1) * self._page_kv.blocks_per_page]
+                first = max(at * size, one.lent.computed) // self.block_size
+                blocks = one.lent.held.blocks[first : (at + 1) * self._page_kv.blocks_per_page]
                 try:
                     await self._run(self._page_kv.import_run, run, keys[at], blocks)
                 except DataLossError as error:
@@ -263,8 +279,8 @@ class PooledHouse:
                 came += 1
                 if came == layers:
                     came, at = 0, at + 1
-                    one.fetched += at * size - one.computed
-                    one.computed = at * size
+                    one.fetched += at * size - one.lent.computed
+                    one.lent.computed = at * size
 
     def _reject(self, tokens: tuple[int, ...], scope: CacheScope, position: int) -> None:
         self.counts.wrong += 1
@@ -272,11 +288,11 @@ class PooledHouse:
 
     def _hand_over(self, one: PrefixArrival, tokens: tuple[int, ...]) -> None:
         """The engine gets the request, with what has come."""
-        history, computed = one.history, min(one.computed, len(tokens) - 1)
+        history, computed = one.history, min(one.lent.computed, len(tokens) - 1)
         given: HeldKv | None = None
-        if one.held is not None and one.fetched:
+        if one.lent.held is not None and one.fetched:
             count = -(-computed // self.block_size)
-            given = HeldKv(one.held.blocks[:count], computed)
+            given = HeldKv(one.lent.held.blocks[:count], computed)
             reached = max(history.reached, computed)
             history = replace(history, kv=given, reached=reached)
         try:
@@ -288,9 +304,9 @@ class PooledHouse:
             one.end(FinishReason.UNAVAILABLE if again else FinishReason.ERROR, error.message)
             return
         one.handed_over = True
-        if given is not None and one.held is not None:  # these are the request's now
+        if given is not None and one.lent.held is not None:  # these are the request's now
             self.counts.fetched_tokens += one.fetched
-            one.held = HeldKv(one.held.blocks[len(given.blocks) :], 0)
+            one.lent.held = HeldKv(one.lent.held.blocks[len(given.blocks) :], 0)
 
     # --- leaving
 
@@ -331,38 +347,31 @@ class PooledHouse:
 
     async def _put(self, request: Request) -> None:
         """The full pages of the prompt that the pool lacks."""
-        size, tokens = self._pool.terms.page_tokens, request.prompt_ids
-        hit = await self._pool.find(tokens, request.scope)
-        first = hit.tokens // size
+        tokens, scope = request.prompt_ids, request.scope
+        size, layers = self._pool.terms.page_tokens, len(self.layouts)
+        first = await self._pool.kept(tokens, scope) // size
         if first >= len(tokens) // size:
             return
-        runs = await self._run(self._export, tokens, request.scope, first)
-        if runs:
-            self.counts.put_pages += len(runs) // len(self.layouts)
-            self._pool.put(tokens, request.scope, runs)
-
-    def _export(self, tokens: tuple[int, ...], scope: CacheScope, first: int) -> list[StoredRun]:
-        """Of what the prefix cache here has, from page ``first`` on; not more than may wait."""
-        size, per_page = self._pool.terms.page_tokens, self._page_kv.blocks_per_page
-        keys = self._pool.keys(tokens, scope)
-        held = self._house.borrow((*tokens[: len(keys) * size], 0), scope)
-        if held is None:
-            self.counts.crowded += 1
-            return []
+        lent, runs = LentBlocks(), list[StoredRun]()
         try:
-            last = min(
-                held.computed // size,
-                first + self._pool.terms.put_bytes // self._page_kv.page_bytes,
-            )
-            return [
-                run
-                for page in range(first, last)
-                for run in self._page_kv.export(
-                    page, keys[page], held.blocks[page * per_page : (page + 1) * per_page]
-                )
-            ]
+            # What the prefix cache here has, and one token, for which a block must be free.
+            whole = (*tokens[: len(tokens) // size * size], 0)
+            await self._run(self._borrow, lent, whole, scope)
+            if lent.held is not None:
+                keys, most = self._pool.keys(tokens, scope), self._pool.terms.put_bytes
+                last = min(lent.computed // size, first + most // self._page_kv.page_bytes)
+                for page in range(first, last):
+                    runs += await self._run(self._export, page, keys[page], lent.held)
         finally:
-            self._house.give_back(held)
+            self._mover.submit(self._release, lent)
+        if runs:
+            self.counts.put_pages += len(runs) // layers
+            self._pool.put(tokens, scope, runs)
+
+    def _export(self, page: int, key: PageKey, held: HeldKv) -> tuple[StoredRun, ...]:
+        per_page = self._page_kv.blocks_per_page
+        blocks = held.blocks[page * per_page : (page + 1) * per_page]
+        return self._page_kv.export(page, key, blocks)
 
     # --- threads
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moeserve.core import Event, FinishReason, Request, RequestId
 from moeserve.engine.request_state import EventSink, RankSink
@@ -13,15 +13,22 @@ from moeserve.engine.sequence import HeldKv, History
 
 
 @dataclass(slots=True)
+class LentBlocks:
+    """``held`` was borrowed; the first ``computed`` positions are there."""
+
+    held: HeldKv | None = None
+    computed: int = 0
+
+
+@dataclass(slots=True)
 class PrefixArrival:
-    """``held`` is what it borrowed, of which the first ``computed`` positions are there;
-    ``fetched`` of them came from the pool. ``ended`` says why it is not to go on."""
+    """``fetched`` positions of what is ``lent`` came from the pool. ``ended`` says why it is not to
+    go on."""
 
     request: Request
     sink: EventSink
     history: History
-    held: HeldKv | None = None
-    computed: int = 0
+    lent: LentBlocks = field(default_factory=LentBlocks)
     fetched: int = 0
     ended: FinishReason | None = None
     task: asyncio.Task[None] | None = None

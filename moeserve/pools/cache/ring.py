@@ -32,7 +32,8 @@ class HashRing:
 
     end: tuple[int, ...]
     owner: tuple[RingMember, ...]
-    places: int
+    members: int
+    instances: int
 
     @staticmethod
     def of(places: Iterable[RingMember], points: int = POINTS) -> HashRing:
@@ -41,29 +42,28 @@ class HashRing:
         ends = sorted(
             (end, place) for place in distinct.values() for end in _ends(place.id, points)
         )
-        return HashRing(tuple(e for e, _ in ends), tuple(p for _, p in ends), len(distinct))
+        instances = {place.instance for place in distinct.values()}
+        owner = tuple(place for _, place in ends)
+        return HashRing(tuple(end for end, _ in ends), owner, len(distinct), len(instances))
 
     def owners(self, key: bytes, count: int) -> tuple[RingMember, ...]:
         """Up to ``count`` distinct places for a key, best first."""
-        wanted = min(count, self.places)
+        wanted = min(count, self.members)
         first = bisect_right(self.end, _position(key))
-        chosen: dict[str, RingMember] = {}
+        chosen: list[RingMember] = []
+        passed: dict[str, RingMember] = {}  # of instances that have been chosen
         instances: set[str] = set()
-        passed: dict[str, RingMember] = {}
         for step in range(len(self.owner)):
-            if len(chosen) >= wanted:
+            spare = wanted if len(instances) < self.instances else wanted - len(passed)
+            if len(chosen) >= min(wanted, spare):
                 break
             place = self.owner[(first + step) % len(self.owner)]
             if place.instance not in instances:
                 instances.add(place.instance)
-                chosen[place.id] = place
-            elif place.id not in chosen:
+                chosen.append(place)
+            elif place not in chosen:
                 passed.setdefault(place.id, place)
-        for place in passed.values():  # fewer instances than replicas
-            if len(chosen) >= wanted:
-                break
-            chosen[place.id] = place
-        return tuple(chosen.values())
+        return (*chosen, *passed.values())[:wanted]
 
 
 def _ends(name: str, points: int) -> Iterable[int]:

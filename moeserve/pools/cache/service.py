@@ -34,6 +34,7 @@ from moeserve.pools.cache.messages import (
     write_part,
 )
 from moeserve.pools.cache.store import PageStore, PutOutcome
+from moeserve.pools.members import MemberLoad
 
 # A caller that reads or sends nothing for so long has lost its call.
 PROGRESS_S = 10.0
@@ -89,6 +90,16 @@ class CacheServer:
     def incoming_bytes(self) -> int:
         """Of pages that are on their way in."""
         return self._incoming
+
+    def load(self, *, draining: bool = False) -> MemberLoad:
+        """What its next heartbeat says."""
+        store = self._store
+        return MemberLoad(
+            running=self._gets + self._puts,
+            draining=draining,
+            stored_bytes=store.stored_bytes,
+            capacity_bytes=store.capacity_bytes,
+        )
 
     async def _have(self, request: bytes, context: Context) -> bytes:
         try:

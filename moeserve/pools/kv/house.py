@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeserve.core import BlockId, CacheScope, FinishReason, Request, RequestId
 from moeserve.engine.request_state import EventSink
-from moeserve.engine.sequence import HeldKv, History
+from moeserve.engine.sequence import HeldKv, History, StepKv
 from moeserve.kernels.kv_layout import KvBlockLayout
 
 
@@ -64,6 +64,17 @@ class KvHouse(Protocol):
         """References to what a request has computed so far; None if it is not here (any more). One
         that waits, preempted perhaps, has nothing: what it had is computed anew, the same bits.
         They are to be read: a request goes on to write to the last block."""
+        ...
+
+    def look_within(self, request_id: RequestId) -> StepKv | None:
+        """References to what a step that runs now computes of a prompt, beside what ``look`` gives.
+        None if there is no such step (any more)."""
+        ...
+
+    def layers_done(self, step: int) -> int:
+        """The positions of ``StepKv`` are there in so many of the first layers, and stay: in all,
+        once the step is over; in none, where it failed. Costs a few calls, and may be asked again
+        and again; a layer takes as long as its attention and its experts."""
         ...
 
     def take_kept(self, request_id: RequestId) -> HeldKv | None:

@@ -15,6 +15,8 @@ from moeserve.pools.routing.loads import NOTED_S, LoadRow, LoadTable, PoolKind
 
 FEW = 8
 
+Costs = Sequence[tuple[float, LoadRow]]
+
 
 class Windows:
     """Where the next look at each pool begins. Gateways beginning at different ``start`` do not go
@@ -47,9 +49,7 @@ class Windows:
         return found or late[: self._few]
 
 
-def by_cost(
-    rows: Iterable[LoadRow], cost: Callable[[LoadRow], float]
-) -> Sequence[tuple[float, LoadRow]]:
+def by_cost(rows: Iterable[LoadRow], cost: Callable[[LoadRow], float]) -> Costs:
     """Cheapest first; of those that are equal, whoever came first."""
     return sorted(((cost(row), row) for row in rows), key=_first)
 

@@ -1,6 +1,7 @@
 """The route with the least predicted finish, over members that are looked at.
 
-1. The best that prefills, the best that decodes, and the best unified one that would do both.
+1. The best two members of which one prefills and the other decodes, and the best unified one that
+   would do both.
 2. Two members if one prefills and another decodes sooner, the KV's way included, than one alone.
 3. Where nobody prefills for others, whoever decodes computes the prompt.
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from moeserve.pools.members import Role
 from moeserve.pools.routing.base import Route, RouteWanted
-from moeserve.pools.routing.choosing import Windows, by_cost
+from moeserve.pools.routing.choosing import Costs, Windows, by_cost
 from moeserve.pools.routing.loads import LoadRow, LoadTable, PoolKind
 from moeserve.pools.routing.predict import Assumed, decode_s, prefill_s, transfer_s
 
@@ -69,17 +70,24 @@ def least_finish(
     decodes = by_cost(rows.decode, decode_cost)
     if not decodes:
         return None
-    decode_at, decode = decodes[0]
-    prefills = [
-        (cost, row)
-        for cost, row in by_cost(rows.prefill, prefill_cost)
-        if row.member.id != decode.member.id
-    ]
+    prefills = by_cost(rows.prefill, prefill_cost)
     alone = by_cost(rows.both, lambda row: prefill_cost(row) + decode_cost(row))
-    if not prefills:
-        return Route(alone[0][1].member if alone else decode.member)
-    split_s = prefills[0][0] + transfer_s(decode, wanted.prompt_tokens, assumed) + decode_at
-    if alone and alone[0][0] <= split_s:
+    pair = _best_pair(prefills, decodes)
+    if pair is None:
+        return Route((alone or decodes)[0][1].member)
+    pair_s, prefill, decode = pair
+    if alone and alone[0][0] <= pair_s + transfer_s(decode, wanted.prompt_tokens, assumed):
         return Route(alone[0][1].member)
-    first, *others = (row.member for _, row in prefills[: 1 + MOST_ALTERNATES])
-    return Route(decode.member, first, tuple(others))
+    others = [row.member for _, row in prefills if row is not prefill and row is not decode]
+    return Route(decode.member, prefill.member, tuple(others[:MOST_ALTERNATES]))
+
+
+def _best_pair(prefills: Costs, decodes: Costs) -> tuple[float, LoadRow, LoadRow] | None:
+    """Two different members with the least sum: it is among the best two of each."""
+    pairs = [
+        (prefill_at + decode_at, prefill, decode)
+        for prefill_at, prefill in prefills[:2]
+        for decode_at, decode in decodes[:2]
+        if prefill is not decode
+    ]
+    return min(pairs, key=lambda pair: pair[0], default=None)

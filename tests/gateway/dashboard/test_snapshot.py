@@ -63,6 +63,11 @@ def test_what_is_sent_is_bounded() -> None:
     assert shown["flow_count"] == MOST_FLOWS + 5
 
 
+def test_a_number_that_json_has_not_is_left_out() -> None:
+    odd = snapshot(counts={"steps": 3, "paused_s": float("nan"), "read": float("inf")})
+    assert json.loads(odd.to_json())["counts"] == {"steps": 3}
+
+
 def test_rates_are_of_what_moved_since_the_snapshot_before() -> None:
     before = [Flow("a", "b", 1000, 10), Flow("a", "c", 500, 5)]
     now = [Flow("a", "b", 3000, 30), Flow("a", "c", 100, 1), Flow("d", "b", 700, 7)]

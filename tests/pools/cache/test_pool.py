@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -15,7 +17,7 @@ from moeserve.pools.cache.cache_members import FIRST_REST_S, LONGEST_REST_S, Cac
 from moeserve.pools.cache.keys import GROUP
 from moeserve.pools.cache.pages import StoredRun, seal
 from moeserve.pools.cache.pool import PagePool, PoolTerms
-from moeserve.pools.members import Member, Role
+from moeserve.pools.members import Member, MemberLoad, Report, Role
 
 LAYERS, BLOCK, PAGE = 2, 4, 8
 SCOPE = CacheScope("tenant")
@@ -269,3 +271,99 @@ def test_members_rest_after_failures_and_new_lives_keep_their_keys() -> None:
     assert members.owners(b"key", 2) == (again,)
     members.gone("life-2")
     assert members.owners(b"key", 2) == ()
+
+
+def test_a_view_is_followed_and_who_drains_gets_nothing_more() -> None:
+    @dataclass
+    class Change:
+        put: tuple[Report, ...] = ()
+        gone: tuple[str, ...] = ()
+
+    class View:
+        def subscribe(self, on_change: Callable[[Any], None]) -> Callable[[], None]:
+            self.tell = on_change
+            on_change(Change((Report(one), Report(other))))
+            return lambda: None
+
+    one = Member("1", "a", Role.CACHE, "127.0.0.1:1")
+    other = Member("2", "b", Role.CACHE, "127.0.0.1:2")
+    members, view = CacheMembers(), View()
+    members.follow(view)
+    assert set(members.owners(b"key", 2)) == {one, other}
+    ring = members._ring
+    view.tell(Change((Report(one, MemberLoad(stored_bytes=5)),)))
+    members.owners(b"key", 2)
+    assert members._ring is ring  # loads make no new ring
+    view.tell(Change((Report(one, MemberLoad(draining=True)),)))
+    assert members.owners(b"key", 2) == (other,)
+    view.tell(Change(gone=("2", "1", "3")))
+    assert len(members) == 0
+
+
+class Flipping:
+    """A way to a member on which one byte of every ``every`` that come back is changed."""
+
+    def __init__(self, member: Member, every: int, seed: int) -> None:
+        self._port = int(member.address.rpartition(":")[2])
+        self._every = every
+        self._random = random.Random(seed)
+        self._writers: list[asyncio.StreamWriter] = []
+        self.flips = 0
+
+    async def open(self) -> int:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    async def close(self) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _serve(self, near: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+        far, to_far = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers += [out, to_far]
+        await asyncio.gather(self._pass(near, to_far, False), self._pass(far, out, True))
+
+    async def _pass(
+        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, flips: bool
+    ) -> None:
+        left = self._random.randrange(2 * self._every)
+        with contextlib.suppress(OSError):
+            while data := bytearray(await source.read(65536)):
+                at = left
+                while flips and at < len(data):
+                    data[at] ^= 1 << self._random.randrange(8)
+                    self.flips += 1
+                    at += self._random.randrange(2 * self._every)
+                left = at - len(data)
+                target.write(data)
+                await target.drain()
+            target.close()
+
+
+async def test_bytes_flipped_on_the_wire_lead_to_no_wrong_run(
+    make_keeper: Any, make_pool: MakePool
+) -> None:
+    """Wherever they fall: in a page, in a message's head, in HTTP/2 itself."""
+    keeper = await make_keeper("a")
+    ids = tokens(GROUP * PAGE)
+    await put(make_pool([keeper.member]), ids)
+    whole = in_order(computed(ids))
+    flips = lost = bad = short = 0
+    for seed in range(60):
+        way = Flipping(keeper.member, 1500, seed)
+        pool = make_pool([replace(keeper.member, address=f"127.0.0.1:{await way.open()}")])
+        try:
+            runs = [run async for run in pool.fetch(ids, SCOPE, timeout_s=1.0)]
+        finally:
+            await way.close()
+        assert runs == whole[: len(runs)]
+        assert len(runs) % (LAYERS * PAGE // BLOCK) == 0
+        short += runs != whole
+        flips, lost, bad = flips + way.flips, lost + pool.counts.lost, bad + pool.counts.bad
+    assert flips > 60
+    assert lost + bad >= short > 0
+    assert bad > 0

@@ -78,3 +78,22 @@ def test_ranks_of_one_instance_come_last() -> None:
         owners = ring.owners(key, 6)
         assert len({place.instance for place in owners[:3]}) == 3
         assert len(set(owners)) == 6
+
+
+def test_ranks_of_a_single_instance_are_found_at_once() -> None:
+    """Not after a walk around the ring for an instance that is not there."""
+    ring = HashRing.of(places(8, instances=1))
+    walked = 0
+
+    class Counting(tuple[RingMember, ...]):
+        __slots__ = ()
+
+        def __getitem__(self, at: object) -> RingMember:  # type: ignore[override]
+            nonlocal walked
+            walked += 1
+            return ring.owner[at]  # type: ignore[index]
+
+    counted = HashRing(ring.end, Counting(ring.owner), ring.members, ring.instances)
+    for key in KEYS[:100]:
+        assert len(set(counted.owners(key, 2))) == 2
+    assert walked < 100 * 10

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.core import CacheScope, Request, RequestId, SamplingParams
@@ -29,6 +29,7 @@ from moeserve.pools.routing.loads import (
     Sent,
 )
 from moeserve.pools.routing.locality_free import LocalityFree
+from moeserve.pools.routing.predict import decode_s, prefill_s
 from moeserve.pools.routing.router import RequestRouter, note, page_keys
 
 POLICIES: list[Callable[[], RoutingPolicy]] = [LocalityFree, KvLocal, MostFree]
@@ -133,6 +134,45 @@ def test_less_load_is_chosen(
     router = policy()
     for _ in range(6):
         assert chosen(router, table_of(*reports)).decode.id == "best"
+
+
+@every_policy
+@given(
+    clusters.filter(lambda cluster: len(cluster) > 1),
+    st.integers(0, 23),
+    st.sampled_from(["running", "waiting", "waiting_tokens", "free_blocks", "draining"]),
+    st.integers(1, 5000),
+)
+@settings(max_examples=50)
+def test_more_load_elsewhere_changes_no_choice(
+    policy: Callable[[], RoutingPolicy],
+    cluster: list[tuple[Role, str, MemberLoad, bool]],
+    place: int,
+    field: str,
+    more: int,
+) -> None:
+    """Also: none of the predictions falls with any part of a load."""
+    reports = [
+        Report(member(f"m{i}", role, model), replace(load, draining=False))
+        for i, (role, model, load, _) in enumerate(cluster[:FEW])
+    ]
+    worse = reports[place % len(reports)]
+    before = policy().choose(WANTED, table_of(*reports), 0.0)
+    amount = getattr(worse.load, field)
+    raised = {"free_blocks": amount - more, "draining": True}.get(field, amount + more)
+    loaded = replace(worse, load=replace(worse.load, **{field: raised}))
+    after_table = table_of(*reports)
+    after_table.update([loaded], 0.0)
+    row, table = after_table.rows[worse.member.id], table_of(*reports)
+    old = table.rows[worse.member.id]
+    assert prefill_s(row, 100, table) >= prefill_s(old, 100, table)
+    assert decode_s(row, WANTED, table) >= decode_s(old, WANTED, table)
+    if before is None or worse.member in (before.decode, before.prefill):
+        return
+    after = policy().choose(WANTED, table_of(*(loaded if r is worse else r for r in reports)), 0.0)
+    assert after is not None
+    if field != "draining" or len(reports) == 1:
+        assert (after.decode, after.prefill) == (before.decode, before.prefill)
 
 
 @every_policy
