@@ -88,6 +88,7 @@ BOUNDS: Mapping[str, Bound] = {
     "prompt_logprobs": Bound(0, 20, integer=True),
 }
 PRIORITY = Bound(-(2**31), 2**31 - 1, integer=True)
+RESUME = Bound(0, 2**31 - 1, integer=True)
 TRUNCATION = Bound(1, 2**31 - 1, integer=True)
 SWITCHES = frozenset({"ignore_eos", "include_stop", "skip_special_tokens", "only_prompt"})
 LOGIT_BIAS = Bound(-100, 100)

@@ -62,8 +62,8 @@ class ClientRequest:
     ``fill`` makes the rest of the context the default of ``max_tokens``. ``special_tokens`` adds
     the model's own to a text (chat templates write them themselves). Of a prompt the last
     ``truncate`` tokens are kept, see ``limits.truncation``. ``ignored`` says, each with the name of
-    a field first, what of the request changes nothing. ``operation`` is how OpenTelemetry calls
-    it.
+    a field first, what of the request changes nothing. The first ``resume_from`` tokens of the
+    answer are not sent, for the client has them. ``operation`` is how OpenTelemetry calls it.
     """
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -78,6 +78,7 @@ class ClientRequest:
     special_tokens: bool = True
     truncate: int | None = None
     ignored: tuple[str, ...] = ()
+    resume_from: int = 0
     operation: str = "text_completion"
 
 
@@ -228,6 +229,7 @@ class InferenceService:
                         trace=span.trace,
                     )
                 )
+        _require_resumable(wanted, requests)
         limits.require_scorable(params, sum(len(request.prompt_ids) for request in requests))
         # Tokenising may have let others in: look again.
         self._admit(wanted.model)
@@ -266,12 +268,14 @@ class InferenceService:
             self._mailbox,
             self._clock,
             functools.partial(self._closed, wanted, requests, span),
+            wanted.resume_from,
         )
         self._streams[request_id] = _TenantStream(tenant(), stream)
         self._idle.clear()
         usage = self.usage.setdefault(tenant(), TenantUsage())
         usage.requests += 1
-        usage.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
+        if not wanted.resume_from:  # else it was counted the first time
+            usage.prompt_tokens += sum(len(request.prompt_ids) for request in requests)
         return stream
 
     def _closed(
@@ -345,6 +349,25 @@ class InferenceService:
     async def idle(self) -> None:
         """Waits until no stream is open; callers bound the wait."""
         await self._idle.wait()
+
+
+def _require_resumable(wanted: ClientRequest, requests: Sequence[Request]) -> None:
+    """What an answer that is resumed takes, so that its tokens are those of the first time."""
+    made = limits.RESUME.check("resume_from_token", wanted.resume_from)
+    if not made:
+        return
+    params = requests[0].params
+    problem = ""
+    if "seed" not in wanted.params and params.temperature > 0:
+        problem = "the tokens before it are made again: give the seed, or temperature 0"
+    elif len(requests) > 1:
+        problem = f"{len(requests)} sequences: resume them one by one"
+    elif params.prompt_logprobs is not None or params.only_prompt:
+        problem = "log-probabilities of the prompt come before the first token: leave them out"
+    elif made >= params.max_tokens:
+        problem = f"the answer has {params.max_tokens} tokens at most: nothing would follow"
+    if problem:
+        raise InvalidRequestError(f"resume_from_token={made}: {problem}", param="resume_from_token")
 
 
 def _sampling(given: Mapping[str, object], served: ServedModel) -> SamplingParams:

@@ -93,10 +93,12 @@ class _Sequence:
     """One sequence, and what came for it since it was last read.
 
     ``last`` is its end: the engine's, or its own where the text says so. Nothing is taken after.
+    Its client has the next ``skip`` tokens: they are made into text, and dropped.
     """
 
     request: Request
     text: TextStream | None
+    skip: int = 0
     tokens: int = 0
     queue_s: float = 0.0
     cached: int = 0
@@ -110,6 +112,20 @@ class _Sequence:
 
     def take(self, event: Event, now: float) -> None:
         """What the engine made. A tokenizer may raise anything; then nothing is taken."""
+        if known := min(self.skip, len(event.token_ids)):
+            ids, logprobs = event.token_ids, event.logprobs
+            old = event._replace(token_ids=ids[:known], logprobs=logprobs[:known], finish=None)
+            self._take(old, now)
+            self.skip -= known
+            self.tokens, self.texts, self.token_ids, self.logprobs = 0, [], [], []
+            event = event._replace(
+                token_ids=ids[known:], logprobs=logprobs[known:], prompt_logprobs=()
+            )
+            if self.last is not None or not (event.token_ids or event.finish):
+                return
+        self._take(event, now)
+
+    def _take(self, event: Event, now: float) -> None:
         token_ids, finish, stopped = event.token_ids, event.finish, False
         if event.prompt_logprobs:
             self.prompt_logprobs += event.prompt_logprobs
@@ -127,7 +143,8 @@ class _Sequence:
             self.last_token = now
             if not self.tokens:
                 self.first_token = now
-                self.queue_s, self.cached = event.queue_s, event.cached_tokens
+                self.queue_s = event.queue_s or self.queue_s
+                self.cached = event.cached_tokens
             self.tokens += len(token_ids)
             self.token_ids += token_ids
         if event.logprobs:
@@ -164,7 +181,8 @@ class _Sequence:
 
 
 class ResponseStream:
-    """The running sequences of one client request. Use as ``async with``; iterate once.
+    """The running sequences of one client request. Use as ``async with``; iterate once. Of each the
+    client has the first ``skip`` tokens, which are not given again.
 
     A reader slower than the engine gets fewer, longer deltas: what came for a sequence in the
     meantime is one.
@@ -179,11 +197,13 @@ class ResponseStream:
         mailbox: Mailbox,
         clock: Callable[[], float],
         on_close: Callable[[ResponseStream, BaseException | None], None],
+        skip: int = 0,
     ) -> None:
         self.request_id = request_id
         self._engine = engine
         self._sequences = [
-            _Sequence(r, None if tokenizer is None else TextStream(tokenizer, r)) for r in requests
+            _Sequence(r, None if tokenizer is None else TextStream(tokenizer, r), skip)
+            for r in requests
         ]
         self._mailbox = mailbox
         self._clock = clock

@@ -190,9 +190,10 @@ class LocalCluster:
 
     def _tell_topology(self) -> None:
         doors = "; ".join(part.ready for part in self.parts if part.role == "gateway")
-        count = ", ".join(f"{n} {role}" for role, n in self.plan.roles.items() if n)
-        each = f" of {self.plan.ep} ranks each" if self.plan.ep > 1 else ""
-        self._say(f"{READY_LINE}{count}{each}; {doors}")
+        ranks = f" of {self.plan.ep} ranks" if self.plan.ep > 1 else ""
+        roles = self.plan.roles.items()
+        count = ", ".join(f"{n} {r}{'' if r == 'cache' else ranks}" for r, n in roles if n)
+        self._say(f"{READY_LINE}{count}; {doors}")
 
     def _start_gateway(self, number: int, registry: str) -> None:
         ports = {"grpc_port": self.gateway.grpc_port, "http_port": self.gateway.http_port}

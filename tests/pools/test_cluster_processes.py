@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -338,18 +339,23 @@ def test_a_gateway_answers_loading_until_somebody_decodes() -> None:
         parts.close()
 
 
-def test_a_whole_cluster_is_raised_and_ended_by_one_command() -> None:
-    command = ["moeserve.cli", "up", "--prefill", "1", "--decode", "1", "--gateways", "2"]
-    part = Part("up", command)
+@pytest.mark.timeout(400)
+def test_a_whole_cluster_is_raised_and_ended_by_one_command(alone: Part) -> None:
+    """Of members with two ranks each, with a cache, found by an etcd where there is one."""
+    words = "--prefill 1 --decode 1 --cache 1 --gateways 2 --ep 2"
+    if shutil.which("etcd"):
+        words += " --registry etcd"
+    part = Part("up", ["moeserve.cli", "up", *words.split()])
     try:
         line = part.said("ready: ")
-        assert line.startswith("1 prefill, 1 decode; model=demo ")
-        url = next(w for w in line.split() if w.startswith("http="))[5:].rstrip(";")
-        assert ask(url, body(1))
+        assert line.startswith("1 prefill of 2 ranks, 1 decode of 2 ranks, 1 cache; model=demo ")
+        urls = [w[5:].rstrip(";") for w in line.split() if w.startswith("http=")]
+        long = [body(i, prompt=f"{STORY}. " * 4) for i in range(8)]
+        assert ask_all(urls, long) == ask_all([alone.url], long)
         children = subprocess.run(
             ["pgrep", "-P", str(part.process.pid)], capture_output=True, text=True, check=True
         ).stdout.split()
-        assert len(children) == 4
+        assert len(children) == 5 + bool(shutil.which("etcd"))
         os.kill(part.process.pid, signal.SIGTERM)
         assert part.process.wait(PATIENCE_S)
         assert part.process.status == 0

@@ -188,6 +188,7 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
         domain=request.domain,
         timeout_s=time_remaining,
         truncate=None if cut is None else limits.truncation(cut),
+        resume_from=request.resume_from_token,
     )
 
 

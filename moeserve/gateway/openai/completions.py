@@ -19,14 +19,15 @@ from moeserve.gateway.openai.fields import (
 from moeserve.gateway.openai.structured import STRUCTURED_FIELDS, grammar_of
 from moeserve.gateway.service import ClientRequest
 
-FIELDS = COMMON | STRUCTURED_FIELDS | {"prompt", "echo", "best_of"}
+FIELDS = COMMON | STRUCTURED_FIELDS | {"prompt", "echo", "best_of", "resume_from_token"}
 
 
 def parse_completion(body: Body) -> tuple[ClientRequest, AnswerFormat]:
     wanted, form = common(body, chat=False, ignored=refuse_others(body, FIELDS))
     if "prompt" not in body:
         refuse("prompt", "missing: send a string, token ids, or a list of either")
-    wanted = replace(wanted, prompts=_prompts(body["prompt"]))
+    resumed = limits.RESUME.check("resume_from_token", body.get("resume_from_token", 0))
+    wanted = replace(wanted, prompts=_prompts(body["prompt"]), resume_from=resumed)
     params = dict(wanted.params)
     if "logprobs" in body:
         params["logprobs"] = body["logprobs"]

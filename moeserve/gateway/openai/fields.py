@@ -60,6 +60,7 @@ _INERT: Mapping[str, tuple[object, ...]] = {
     "web_search_options": (),
     "suffix": ("",),
     "echo": (False,),
+    "resume_from_token": (0,),
     "best_of": (1,),
 }
 # Known fields without which the answer is still what was asked for, and why they are ignored.

@@ -1,0 +1,112 @@
+"""What `moeserve up`, `peer` and `gateway` make of their words, before anything is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moeserve import cli
+from moeserve.config.cluster import ClusterOptions, PeerConfig
+from moeserve.config.sources import read_settings
+from moeserve.errors import ConfigError
+from moeserve.worker.cluster_command import gateway_config, peer_config, registry_setting
+from moeserve.worker.cluster_trust import joined_registry, place_to_listen, place_to_reach
+from moeserve.worker.up import ClusterPlan
+
+
+def test_a_plan_names_its_members() -> None:
+    plan = ClusterPlan(prefill=2, decode=1, cache=1, ep=2)
+    assert list(plan.members()) == [
+        ("prefill-0", "prefill"),
+        ("prefill-1", "prefill"),
+        ("decode-0", "decode"),
+        ("cache-0", "cache"),
+    ]
+    assert plan.ranks == 6
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"decode": 0}, {"gateways": 0}, {"prefill": 300}, {"decode": 0, "cache": 2}]
+)
+def test_a_cluster_that_could_answer_nobody_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError):
+        ClusterPlan(**wrong)
+
+
+def test_an_etcd_of_its_own_or_of_others() -> None:
+    assert registry_setting(None) == ("embedded", False)
+    assert registry_setting("etcd") == ("embedded", True)
+    assert registry_setting("etcd://h:1") == ("etcd://h:1", False)
+
+
+def test_ports_follow_one_another_as_ranks_do() -> None:
+    assert place_to_listen(ClusterOptions(listen="127.0.0.1:7000"), 2) == ("127.0.0.1", 7002)
+    assert place_to_listen(ClusterOptions(listen="[::1]:0"), 2) == ("::1", 0)
+
+
+def test_others_are_told_a_host_that_is_one() -> None:
+    assert place_to_reach(ClusterOptions(listen="[::1]:0"), 5) == "[::1]:5"
+    everywhere = {"listen": "0.0.0.0:0"}
+    assert place_to_reach(ClusterOptions(**everywhere, advertise="n1"), 5) == "n1:5"
+    with pytest.raises(ConfigError, match="--advertise"):
+        place_to_reach(ClusterOptions(**everywhere), 5)
+
+
+def test_a_member_is_unified_and_its_ranks_have_one_name() -> None:
+    alone = peer_config(read_settings({"join": "h:1"}, {}))
+    assert (alone.role, alone.name) == ("unified", None)
+    ranks = peer_config(read_settings({"join": "h:1", "role": "decode", "ep": "2"}, {}))
+    assert ranks.name is not None and ranks.name.startswith("decode-")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"cache_memory": "2GiB"}, "it keeps no KV of others"),
+        ({"join": "h:1", "registry": "etcd://h:2"}, "members are found in --registry"),
+        ({"role": "reader"}, "role"),
+        ({"listen": "nowhere"}, "expected host:port"),
+    ],
+)
+def test_settings_of_a_member_that_change_nothing_are_errors(
+    given: dict[str, str], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        peer_config(read_settings(given, {}))
+
+
+def test_a_gateway_takes_no_settings_of_members() -> None:
+    with pytest.raises(ConfigError, match="has no effect in moeserve gateway"):
+        gateway_config(read_settings({"role": "decode"}, {}))
+
+
+def test_a_member_of_no_cluster_has_no_registry() -> None:
+    config = PeerConfig()
+    assert joined_registry(config, trust=None) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("command", ["peer", "gateway", "up"])
+def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert left.value.code == 0
+    assert "--registry" in capsys.readouterr().out
+
+
+def test_settings_of_a_member_are_printed_and_read_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["peer", "demo", "--role", "prefill", "--join", "h:1", "--print-config"]
+    assert cli.main(words) == 0
+    file = tmp_path / "peer.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert cli.main(["peer", "--config", str(file), "--print-config"]) == 0
+    assert capsys.readouterr().out == file.read_text()
+
+
+def test_a_peer_without_a_cluster_ends_with_what_to_give(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["peer", "--role", "cache", "--cache-memory", "1MiB"]) == 2
+    assert "give --join HOST:PORT or --registry" in capsys.readouterr().err
