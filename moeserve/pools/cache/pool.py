@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeserve.core import CacheScope
 from moeserve.errors import DataLossError, UnavailableError
@@ -85,6 +85,21 @@ class PoolHit:
     tokens: int = 0
     nbytes: int = 0
     pieces: tuple[PagePiece, ...] = ()
+
+    def beyond(self, have: int, page_tokens: int) -> PoolHit:
+        """What of it is needed where so many positions are there, at least as many as before."""
+        passed = skip = have // page_tokens - self.have // page_tokens
+        pieces = []
+        for piece in self.pieces:
+            keys = piece.keys[skip:]
+            skip = max(0, skip - len(piece.keys))
+            if keys:
+                pieces.append(replace(piece, keys=keys))
+        whole = sum(len(piece.keys) for piece in self.pieces)
+        left = max(0, whole - passed)
+        tokens = max(0, self.have + self.tokens - have)
+        nbytes = self.nbytes * left // whole if whole else 0
+        return PoolHit(have, tokens, nbytes, tuple(pieces))
 
 
 class PagePool:

@@ -19,7 +19,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ from moeserve.kernels.kv_layout import KvBlockLayout
 from moeserve.pools.cache.keys import PageKey
 from moeserve.pools.cache.page_kv import PageKv
 from moeserve.pools.cache.pages import StoredRun
-from moeserve.pools.cache.pool import FETCH_S, PagePool
+from moeserve.pools.cache.pool import FETCH_S, FIND_S, PagePool
 from moeserve.pools.cache.prefix_arrival import (
     LentBlocks,
     PrefixArrival,
@@ -182,6 +182,8 @@ class PooledHouse:
     def _begin(self, request: Request, sink: EventSink, history: History) -> bool:
         with self._lock:
             refuse_duplicate(request, request.id in self._arriving)
+            if not len(self._pool.members):
+                return False
             if self._closed or len(self._arriving) >= MOST_ARRIVING:
                 self.counts.crowded += 1
                 return False
@@ -209,10 +211,8 @@ class PooledHouse:
         try:
             if one.ended is not None:
                 raise asyncio.CancelledError
-            await self._run(self._borrow, one.lent, tokens, one.request.scope)
-            if one.lent.held is not None:
-                with contextlib.suppress(TimeoutError):
-                    await self._fetch(one, tokens)
+            with contextlib.suppress(TimeoutError):
+                await self._fetch(one, tokens)
             self._hand_over(one, tokens)
         except asyncio.CancelledError:
             why = one.ended or FinishReason.UNAVAILABLE
@@ -240,41 +240,55 @@ class PooledHouse:
             self._house.give_back(held)
 
     async def _fetch(self, one: PrefixArrival, tokens: tuple[int, ...]) -> None:
-        """Pages from the first one on that is not here whole; what is computed grows by each."""
+        """What the pool has and this rank lacks. Blocks are borrowed where there is something."""
         pool, scope = self._pool, one.request.scope
         left = self._fetch_s
-        if (rate := self._prefill_rate()) > 0:
-            pool.policy.computed(1 << 20, (1 << 20) / rate)
         if one.request.deadline is not None:
             left = min(left, one.request.deadline - self._clock())
-        size, keys = pool.terms.page_tokens, pool.keys(tokens, scope)
-        assert one.lent.held is not None
-        gain = min(len(keys) * size, len(tokens) - 1) - one.lent.computed
-        if left <= 0 or gain < self.block_size:
-            return
-        at, layers = one.lent.computed // size, len(self.layouts)
-        came = 0
-        async with (
-            asyncio.timeout(left),
-            aclosing(pool.fetch(tokens, scope, one.lent.computed, left)) as runs,
-        ):
-            async for run in runs:
-                if (run.layer, run.start, run.count) != (came, at * size, size):
-                    self._reject(tokens, scope, at * size)
-                    return
-                first = max(at * size, one.lent.computed) // self.block_size
-                blocks = one.lent.held.blocks[first : (at + 1) * self._page_kv.blocks_per_page]
-                try:
-                    await self._run(self._page_kv.import_run, run, keys[at], blocks)
-                except DataLossError as error:
-                    log.warning("cache pool: %s", error)
-                    self._reject(tokens, scope, at * size)
-                    return
-                came += 1
-                if came == layers:
-                    came, at = 0, at + 1
-                    one.fetched += at * size - one.lent.computed
-                    one.lent.computed = at * size
+        async with asyncio.timeout(left):
+            deadline = time.monotonic() + left
+            hit = await pool.find(tokens, scope, 0, min(left, FIND_S))
+            if not hit.tokens:
+                return
+            await self._run(self._borrow, one.lent, tokens, scope)
+            hit = hit.beyond(one.lent.computed, pool.terms.page_tokens)
+            gain = min(hit.tokens, len(tokens) - 1 - one.lent.computed)
+            if one.lent.held is None or gain < self.block_size:
+                return
+            if (rate := self._prefill_rate()) > 0:
+                pool.policy.computed(1 << 20, (1 << 20) / rate)
+            if pool.policy.choose_fetch(gain, hit.nbytes):
+                async with aclosing(pool.fetch_hit(hit, deadline)) as runs:
+                    await self._import(one, one.lent.held, tokens, runs)
+
+    async def _import(
+        self,
+        one: PrefixArrival,
+        held: HeldKv,
+        tokens: tuple[int, ...],
+        runs: AsyncIterator[StoredRun],
+    ) -> None:
+        """Pages from the first one on that is not here whole; what is computed grows by each."""
+        size, scope = self._pool.terms.page_tokens, one.request.scope
+        keys, layers = self._pool.keys(tokens, scope), len(self.layouts)
+        at, came = one.lent.computed // size, 0
+        async for run in runs:
+            if (run.layer, run.start, run.count) != (came, at * size, size):
+                self._reject(tokens, scope, at * size)
+                return
+            first = max(at * size, one.lent.computed) // self.block_size
+            blocks = held.blocks[first : (at + 1) * self._page_kv.blocks_per_page]
+            try:
+                await self._run(self._page_kv.import_run, run, keys[at], blocks)
+            except DataLossError as error:
+                log.warning("cache pool: %s", error)
+                self._reject(tokens, scope, at * size)
+                return
+            came += 1
+            if came == layers:
+                came, at = 0, at + 1
+                one.fetched += at * size - one.lent.computed
+                one.lent.computed = at * size
 
     def _reject(self, tokens: tuple[int, ...], scope: CacheScope, position: int) -> None:
         self.counts.wrong += 1

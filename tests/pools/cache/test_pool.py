@@ -367,3 +367,19 @@ async def test_bytes_flipped_on_the_wire_lead_to_no_wrong_run(
     assert flips > 60
     assert lost + bad >= short > 0
     assert bad > 0
+
+
+async def test_a_hit_is_cut_to_what_is_lacking(make_keeper: Any, make_pool: MakePool) -> None:
+    """As if only that had been asked for."""
+    keeper = await make_keeper("a")
+    pool = make_pool([keeper.member])
+    ids = tokens((GROUP + 3) * PAGE)
+    await put(pool, ids)
+    whole = await pool.find(ids, SCOPE)
+    for have in (0, BLOCK, PAGE, 3 * PAGE + BLOCK, GROUP * PAGE, (GROUP + 3) * PAGE):
+        cut, asked = whole.beyond(have, PAGE), await pool.find(ids, SCOPE, have)
+        assert (cut.have, cut.tokens, cut.pieces) == (have, asked.tokens, asked.pieces)
+        assert cut.nbytes == asked.nbytes
+        runs = [run async for run in pool.fetch_hit(cut, float("inf"))]
+        assert runs == [run for run in in_order(computed(ids)) if run.end > have]
+    assert whole.beyond(10**6, PAGE).pieces == ()

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,11 +29,12 @@ from moeserve.engine.blocks import BlockPool, child_key, root_key
 from moeserve.engine.sequence import NEW, HeldKv, History
 from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
 from moeserve.kernels.kv_layout import KvBlockLayout
+from moeserve.pools.cache.attach import attach_pool
 from moeserve.pools.cache.cache_members import CacheMembers
 from moeserve.pools.cache.pages import seal, unseal
 from moeserve.pools.cache.pool import PagePool, PoolTerms
 from moeserve.pools.cache.pooled_house import PooledHouse
-from moeserve.pools.members import Member
+from moeserve.pools.members import Member, Report
 
 PAGE, LAYERS = 16, 3
 
@@ -295,26 +297,53 @@ async def test_scored_prompts_and_short_ones_do_not_look(
     await until(lambda: rank.counts.put_pages == 3)
 
 
-async def test_no_room_or_no_pool_is_no_loss(make_rank: MakeRank, until: Any) -> None:
-    house = Computing(num_blocks=16)
+async def test_no_room_is_no_loss(make_keeper: Any, make_rank: MakeRank, until: Any) -> None:
+    members = [(await make_keeper("a")).member]
+    house = Computing()
+    one, rank = make_rank(members, Computing()), make_rank(members, house)
+    prompt = tokens(2 * PAGE)
+    await serve(one, request_of(prompt), until)
+    plain, refused = house.borrow, []
+
+    def borrow(token_ids: Sequence[int], scope: CacheScope) -> HeldKv | None:
+        if not refused:
+            refused.append(token_ids)
+            return None
+        return plain(token_ids, scope)
+
+    house.borrow = borrow  # type: ignore[method-assign]
+    await serve(rank, request_of(prompt), until)
+    assert (house.computed, rank.counts.crowded) == (2 * PAGE, 1)
+
+
+async def test_where_nobody_keeps_kv_requests_go_on_at_once(make_rank: MakeRank) -> None:
+    house = Computing()
     rank = make_rank([], house)
-    taken = house.borrow(tokens(40, seed=5), CacheScope())
-    assert taken is not None
     sink = Listening()
-    plain, house.borrow = house.borrow, lambda ids, scope: None  # type: ignore[method-assign]
-    rank.submit(request_of(tokens(20)), sink, History(kv=None))
-    await asyncio.sleep(0)
-    house.borrow = plain  # type: ignore[method-assign]
-    house.give_back(taken)
-    await until(lambda: sink.ends and not rank._leaving)
-    assert house.computed == 20
+    rank.submit(request_of(tokens(40)), sink, NEW)
+    assert sink.ends == [FinishReason.LENGTH]
+    assert (rank.counts.looked, rank.counts.crowded) == (0, 0)
+
+
+async def test_a_miss_borrows_nothing(make_keeper: Any, make_rank: MakeRank, until: Any) -> None:
+    house = Computing()
+    rank = make_rank([(await make_keeper("a")).member], house)
+    plain, borrowed = house.borrow, []
+
+    def borrow(token_ids: Sequence[int], scope: CacheScope) -> HeldKv | None:
+        borrowed.append(len(token_ids))
+        return plain(token_ids, scope)
+
+    house.borrow = borrow  # type: ignore[method-assign]
+    await serve(rank, request_of(tokens(2 * PAGE + 5)), until)
+    assert borrowed == [2 * PAGE + 5, 2 * PAGE + 1]  # by the engine; to export
 
 
 async def test_what_the_engine_refuses_ends_with_its_reason(
-    make_rank: MakeRank, until: Any
+    make_keeper: Any, make_rank: MakeRank, until: Any
 ) -> None:
     house = Computing()
-    rank = make_rank([], house)
+    rank = make_rank([(await make_keeper("a")).member], house)
     house.refuses = True
     sink = Listening()
     rank.submit(request_of(tokens(40)), sink, NEW)
@@ -324,6 +353,7 @@ async def test_what_the_engine_refuses_ends_with_its_reason(
     ]
     with pytest.raises(ExhaustedError):
         rank.submit(request_of(tokens(3)), sink, NEW)
+    await until(lambda: not rank.arriving)
 
 
 async def test_a_request_that_waits_can_be_ended(
@@ -380,3 +410,27 @@ async def test_returned_requests_are_watched_no_more(make_rank: MakeRank) -> Non
     kept[0].deliver([Event(RequestId("two"), finish=FinishReason.ABORT)])
     assert sink.returned == ["one"]
     assert sink.ends == [FinishReason.ABORT]
+
+
+async def test_a_pool_that_is_attached_follows_who_keeps_kv(
+    make_keeper: Any, channels: Any, until: Any
+) -> None:
+    keeper = await make_keeper("a")
+    told: list[Callable[[Any], None]] = []
+
+    class View:
+        def subscribe(self, on_change: Callable[[Any], None]) -> Callable[[], None]:
+            told.append(on_change)
+            return told.clear
+
+    house = Computing()
+    attached = attach_pool(house, View(), channels, "m", page_tokens=PAGE)
+    told[0](SimpleNamespace(put=(Report(keeper.member),), gone=()))
+    await serve(attached.house, request_of(tokens(2 * PAGE)), until)
+    assert len(keeper.store.memory.ledger) == 2
+    assert sorted(type(counts).__name__ for counts in attached.counts) == [
+        "PagePoolCounts", "PooledCounts", "PutCounts", "RecomputeCounts",
+    ]  # fmt: skip
+    await attached.close()
+    assert told == []
+    assert house.pool.num_free == house.pool.num_blocks
