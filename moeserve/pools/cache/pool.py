@@ -115,11 +115,13 @@ class PagePool:
         answer_s: float = ANSWER_S,
         progress_s: float = PROGRESS_S,
         put_s: float = PUT_S,
+        find_s: float = FIND_S,
     ) -> None:
         self.members = members
         self.terms = terms
         self.policy = policy or RecomputePolicy()
         self.counts = PagePoolCounts()
+        self.find_s = find_s
         self._calls = CacheCalls(channels, answer_s=answer_s, progress_s=progress_s, put_s=put_s)
         self.puts = PutQueue(
             members,
@@ -139,11 +141,12 @@ class PagePool:
         token_ids: Sequence[int],
         scope: CacheScope,
         have: int = 0,
-        timeout_s: float = FIND_S,
+        timeout_s: float | None = None,
     ) -> PoolHit:
         """What follows the first ``have`` positions. The longest prefix, for all that is known
-        within the time. Counted."""
-        hit = await self._find(token_ids, scope, have, timeout_s)
+        within the time, ``find_s`` at most. Counted."""
+        left = self.find_s if timeout_s is None else min(timeout_s, self.find_s)
+        hit = await self._find(token_ids, scope, have, left)
         size = self.terms.page_tokens
         self.counts.asked += 1
         self.counts.asked_tokens += max(len(token_ids) // size * size - have, 0)
@@ -152,7 +155,7 @@ class PagePool:
 
     async def kept(self, token_ids: Sequence[int], scope: CacheScope) -> int:
         """How many positions are in the pool, from the first on: for who may put more."""
-        return (await self._find(token_ids, scope, 0, FIND_S)).tokens
+        return (await self._find(token_ids, scope, 0, self.find_s)).tokens
 
     async def _find(
         self, token_ids: Sequence[int], scope: CacheScope, have: int, timeout_s: float
@@ -191,7 +194,7 @@ class PagePool:
         begin before it. None where computing is cheaper. What has been yielded is whole, a page is
         yielded in all layers or not at all, and the end may come at any page."""
         deadline = time.monotonic() + timeout_s
-        hit = await self.find(token_ids, scope, have, min(timeout_s, FIND_S))
+        hit = await self.find(token_ids, scope, have, timeout_s)
         if not hit.tokens or not self.policy.choose_fetch(hit.tokens, hit.nbytes):
             return
         async with aclosing(self.fetch_hit(hit, deadline)) as runs:

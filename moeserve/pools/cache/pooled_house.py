@@ -27,18 +27,15 @@ from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from torch import Tensor
-
-from moeserve.core import BlockId, CacheScope, Event, FinishReason, Request, RequestId
+from moeserve.core import CacheScope, Event, FinishReason, Request, RequestId
 from moeserve.engine.bounds import refuse_duplicate
 from moeserve.engine.request_state import EventSink, RankSink
 from moeserve.engine.sequence import HeldKv, History
 from moeserve.errors import DataLossError, ExhaustedError, MoeserveError, UnavailableError
-from moeserve.kernels.kv_layout import KvBlockLayout
 from moeserve.pools.cache.keys import PageKey
 from moeserve.pools.cache.page_kv import PageKv
 from moeserve.pools.cache.pages import StoredRun
-from moeserve.pools.cache.pool import FETCH_S, FIND_S, PagePool
+from moeserve.pools.cache.pool import FETCH_S, PagePool
 from moeserve.pools.cache.prefix_arrival import (
     LentBlocks,
     PrefixArrival,
@@ -81,8 +78,8 @@ class PooledHouse:
         prefill_rate: Callable[[], float] = float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.counts = PooledCounts()
         self._house = house
+        self.counts = PooledCounts()
         self._pool = pool
         self._page_kv = PageKv(house, pool.terms.page_tokens)
         self._fetch_s = fetch_s
@@ -105,40 +102,9 @@ class PooledHouse:
 
     # --- as the house
 
-    @property
-    def layouts(self) -> tuple[KvBlockLayout, ...]:
-        return self._house.layouts
-
-    @property
-    def block_size(self) -> int:
-        return self._house.block_size
-
-    def borrow(self, token_ids: Sequence[int], scope: CacheScope) -> HeldKv | None:
-        return self._house.borrow(token_ids, scope)
-
-    def publish(self, held: HeldKv, token_ids: Sequence[int], scope: CacheScope) -> None:
-        self._house.publish(held, token_ids, scope)
-
-    def give_back(self, held: HeldKv, *, forget: bool = False) -> None:
-        self._house.give_back(held, forget=forget)
-
-    def export_kv(self, layer: int, blocks: Sequence[BlockId], out_NX: Tensor) -> None:
-        self._house.export_kv(layer, blocks, out_NX)
-
-    def import_kv(self, layer: int, blocks: Sequence[BlockId], data_NX: Tensor) -> None:
-        self._house.import_kv(layer, blocks, data_NX)
-
-    def look(self, request_id: RequestId) -> HeldKv | None:
-        return self._house.look(request_id)
-
-    def take_kept(self, request_id: RequestId) -> HeldKv | None:
-        return self._house.take_kept(request_id)
-
-    def detach(self, request_id: RequestId) -> tuple[HeldKv, tuple[int, ...]] | None:
-        return self._house.detach(request_id)
-
-    def on_step(self, tell: Callable[[], None]) -> Callable[[], None]:
-        return self._house.on_step(tell)
+    def __getattr__(self, name: str) -> Any:
+        """Whatever a house does besides goes to the house."""
+        return getattr(self._house, name)
 
     def submit(self, request: Request, sink: EventSink, history: History) -> None:
         """As the house's; of one that looks into the pool first, what the engine says of it comes
@@ -247,13 +213,13 @@ class PooledHouse:
             left = min(left, one.request.deadline - self._clock())
         async with asyncio.timeout(left):
             deadline = time.monotonic() + left
-            hit = await pool.find(tokens, scope, 0, min(left, FIND_S))
+            hit = await pool.find(tokens, scope, 0, left)
             if not hit.tokens:
                 return
             await self._run(self._borrow, one.lent, tokens, scope)
             hit = hit.beyond(one.lent.computed, pool.terms.page_tokens)
             gain = min(hit.tokens, len(tokens) - 1 - one.lent.computed)
-            if one.lent.held is None or gain < self.block_size:
+            if one.lent.held is None or gain < self._house.block_size:
                 return
             if (rate := self._prefill_rate()) > 0:
                 pool.policy.computed(1 << 20, (1 << 20) / rate)
@@ -270,13 +236,13 @@ class PooledHouse:
     ) -> None:
         """Pages from the first one on that is not here whole; what is computed grows by each."""
         size, scope = self._pool.terms.page_tokens, one.request.scope
-        keys, layers = self._pool.keys(tokens, scope), len(self.layouts)
+        keys, layers = self._pool.keys(tokens, scope), len(self._house.layouts)
         at, came = one.lent.computed // size, 0
         async for run in runs:
             if (run.layer, run.start, run.count) != (came, at * size, size):
                 self._reject(tokens, scope, at * size)
                 return
-            first = max(at * size, one.lent.computed) // self.block_size
+            first = max(at * size, one.lent.computed) // self._house.block_size
             blocks = held.blocks[first : (at + 1) * self._page_kv.blocks_per_page]
             try:
                 await self._run(self._page_kv.import_run, run, keys[at], blocks)
@@ -299,7 +265,7 @@ class PooledHouse:
         history, computed = one.history, min(one.lent.computed, len(tokens) - 1)
         given: HeldKv | None = None
         if one.lent.held is not None and one.fetched:
-            count = -(-computed // self.block_size)
+            count = -(-computed // self._house.block_size)
             given = HeldKv(one.lent.held.blocks[:count], computed)
             reached = max(history.reached, computed)
             history = replace(history, kv=given, reached=reached)
@@ -356,7 +322,7 @@ class PooledHouse:
     async def _put(self, request: Request) -> None:
         """The full pages of the prompt that the pool lacks."""
         tokens, scope = request.prompt_ids, request.scope
-        size, layers = self._pool.terms.page_tokens, len(self.layouts)
+        size, layers = self._pool.terms.page_tokens, len(self._house.layouts)
         first = await self._pool.kept(tokens, scope) // size
         if first >= len(tokens) // size:
             return

@@ -37,6 +37,8 @@ from moeserve.pools.cache.pooled_house import PooledHouse
 from moeserve.pools.members import Member, Report
 
 PAGE, LAYERS = 16, 3
+# What is fast here may be slow where others work.
+PATIENT = {"answer_s": 20.0, "progress_s": 20.0, "put_s": 20.0, "find_s": 40.0}
 
 
 def kv_of(tokens: Sequence[int], layer: int, position: int, scope: CacheScope) -> bytes:
@@ -182,8 +184,8 @@ async def make_rank(channels: Any) -> AsyncIterator[MakeRank]:
     def make(members: Sequence[Member], house: Computing, **options: Any) -> PooledHouse:
         known = CacheMembers()
         known.set(members)
-        pool = PagePool(known, channels, PoolTerms("m", LAYERS, PAGE))
-        ranks.append(PooledHouse(house, pool, **options))
+        pool = PagePool(known, channels, PoolTerms("m", LAYERS, PAGE), **PATIENT)
+        ranks.append(PooledHouse(house, pool, fetch_s=40.0, **options))
         return ranks[-1]
 
     yield make
@@ -202,7 +204,7 @@ async def serve(rank: PooledHouse, request: Request, until: Any) -> Listening:
     rank.submit(request, sink, NEW)
     await until(lambda: sink.ends)
     await until(lambda: not rank._leaving and not rank.arriving)
-    assert await rank._pool.puts.flush(10)
+    assert await rank._pool.puts.flush(60)
     assert [event.token_ids for event in sink.events] == [(7,), (8,)]
     return sink
 
