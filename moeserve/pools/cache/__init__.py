@@ -17,6 +17,5 @@
 * ``page_kv``: pages out of a rank's blocks, and into them
 * ``pooled_house``: a rank's KV with the pool behind it: looks there before it computes, puts after
 * ``prefix_arrival``: a request that waits for the pool; sinks that tell of first tokens
-* ``attach``: all that a member which computes needs of this folder
 * ``recompute``: whether fetching is cheaper than computing, from measured rates
 """

@@ -48,6 +48,10 @@ class PageKv:
     def page_bytes(self) -> int:
         return sum(_of_page(layout, self._page_tokens).nbytes for layout in self._layouts)
 
+    def blocks_of(self, page: int, blocks: Sequence[BlockId]) -> Sequence[BlockId]:
+        """Those of a page, of all of a sequence."""
+        return blocks[page * self.blocks_per_page : (page + 1) * self.blocks_per_page]
+
     def export(self, page: int, key: PageKey, blocks_N: Sequence[BlockId]) -> tuple[StoredRun, ...]:
         """All layers of a page whose blocks are held and computed. For any thread."""
         assert len(blocks_N) == self.blocks_per_page, (len(blocks_N), self.blocks_per_page)

@@ -31,8 +31,13 @@ from moeserve.core import CacheScope, Event, FinishReason, Request, RequestId
 from moeserve.engine.bounds import refuse_duplicate
 from moeserve.engine.request_state import EventSink, RankSink
 from moeserve.engine.sequence import HeldKv, History
-from moeserve.errors import DataLossError, ExhaustedError, MoeserveError, UnavailableError
-from moeserve.pools.cache.keys import PageKey
+from moeserve.errors import (
+    ConfigError,
+    DataLossError,
+    ExhaustedError,
+    MoeserveError,
+    UnavailableError,
+)
 from moeserve.pools.cache.page_kv import PageKv
 from moeserve.pools.cache.pages import StoredRun
 from moeserve.pools.cache.pool import FETCH_S, PagePool
@@ -81,7 +86,7 @@ class PooledHouse:
         self._house = house
         self.counts = PooledCounts()
         self._pool = pool
-        self._page_kv = PageKv(house, pool.terms.page_tokens)
+        self._page_kv = _page_kv(house, pool.terms.page_tokens)
         self._fetch_s = fetch_s
         self._prefill_rate = prefill_rate
         self._clock = clock
@@ -111,7 +116,7 @@ class PooledHouse:
         as an event."""
         length = len(request.prompt_ids) + len(history.output_ids)
         scored = request.params.prompt_logprobs is not None and not history.output_ids
-        if length <= self._pool.terms.page_tokens:
+        if self._page_kv is None or length <= self._pool.terms.page_tokens:
             self._house.submit(request, sink, history)
             return
         watched = self._watch(request, sink)
@@ -237,15 +242,16 @@ class PooledHouse:
         """Pages from the first one on that is not here whole; what is computed grows by each."""
         size, scope = self._pool.terms.page_tokens, one.request.scope
         keys, layers = self._pool.keys(tokens, scope), len(self._house.layouts)
-        at, came = one.lent.computed // size, 0
+        at, came, page_kv = one.lent.computed // size, 0, self._page_kv
+        assert page_kv is not None, "nothing is fetched"
         async for run in runs:
             if (run.layer, run.start, run.count) != (came, at * size, size):
                 self._reject(tokens, scope, at * size)
                 return
             first = max(at * size, one.lent.computed) // self._house.block_size
-            blocks = held.blocks[first : (at + 1) * self._page_kv.blocks_per_page]
+            blocks = held.blocks[first : (at + 1) * page_kv.blocks_per_page]
             try:
-                await self._run(self._page_kv.import_run, run, keys[at], blocks)
+                await self._run(page_kv.import_run, run, keys[at], blocks)
             except DataLossError as error:
                 log.warning("cache pool: %s", error)
                 self._reject(tokens, scope, at * size)
@@ -326,6 +332,8 @@ class PooledHouse:
         first = await self._pool.kept(tokens, scope) // size
         if first >= len(tokens) // size:
             return
+        page_kv = self._page_kv
+        assert page_kv is not None, "nothing is watched"
         lent, runs = LentBlocks(), list[StoredRun]()
         try:
             # What the prefix cache here has, and one token, for which a block must be free.
@@ -333,19 +341,15 @@ class PooledHouse:
             await self._run(self._borrow, lent, whole, scope)
             if lent.held is not None:
                 keys, most = self._pool.keys(tokens, scope), self._pool.terms.put_bytes
-                last = min(lent.computed // size, first + most // self._page_kv.page_bytes)
+                last = min(lent.computed // size, first + most // page_kv.page_bytes)
                 for page in range(first, last):
-                    runs += await self._run(self._export, page, keys[page], lent.held)
+                    blocks = page_kv.blocks_of(page, lent.held.blocks)
+                    runs += await self._run(page_kv.export, page, keys[page], blocks)
         finally:
             self._mover.submit(self._release, lent)
         if runs:
             self.counts.put_pages += len(runs) // layers
             self._pool.put(tokens, scope, runs)
-
-    def _export(self, page: int, key: PageKey, held: HeldKv) -> tuple[StoredRun, ...]:
-        per_page = self._page_kv.blocks_per_page
-        blocks = held.blocks[page * per_page : (page + 1) * per_page]
-        return self._page_kv.export(page, key, blocks)
 
     # --- threads
 
@@ -362,3 +366,12 @@ class PooledHouse:
     def _on_loop(self, call: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has closed
             self._loop.call_soon_threadsafe(call)
+
+
+def _page_kv(house: KvHouse, page_tokens: int) -> PageKv | None:
+    """None where blocks do not fill pages: such a rank computes all by itself."""
+    try:
+        return PageKv(house, page_tokens)
+    except ConfigError as error:
+        log.warning("the cache pool is not used: %s", error.message)
+        return None

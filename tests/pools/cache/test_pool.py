@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -17,7 +17,7 @@ from moeserve.pools.cache.cache_members import FIRST_REST_S, LONGEST_REST_S, Cac
 from moeserve.pools.cache.keys import GROUP
 from moeserve.pools.cache.pages import StoredRun, seal
 from moeserve.pools.cache.pool import PagePool, PoolTerms
-from moeserve.pools.members import Member, MemberLoad, Report, Role
+from moeserve.pools.members import Member, Role
 
 LAYERS, BLOCK, PAGE = 2, 4, 8
 SCOPE = CacheScope("tenant")
@@ -280,31 +280,17 @@ def test_members_rest_after_failures_and_new_lives_keep_their_keys() -> None:
     assert members.owners(b"key", 2) == ()
 
 
-def test_a_view_is_followed_and_who_drains_gets_nothing_more() -> None:
-    @dataclass
-    class Change:
-        put: tuple[Report, ...] = ()
-        gone: tuple[str, ...] = ()
-
-    class View:
-        def subscribe(self, on_change: Callable[[Any], None]) -> Callable[[], None]:
-            self.tell = on_change
-            on_change(Change((Report(one), Report(other))))
-            return lambda: None
-
+def test_loads_make_no_new_ring() -> None:
     one = Member("1", "a", Role.CACHE, "127.0.0.1:1")
     other = Member("2", "b", Role.CACHE, "127.0.0.1:2")
-    members, view = CacheMembers(), View()
-    members.follow(view)
+    members = CacheMembers()
+    for member in (one, other):
+        members.put(member)
     assert set(members.owners(b"key", 2)) == {one, other}
     ring = members._ring
-    view.tell(Change((Report(one, MemberLoad(stored_bytes=5)),)))
+    members.put(one)
     members.owners(b"key", 2)
-    assert members._ring is ring  # loads make no new ring
-    view.tell(Change((Report(one, MemberLoad(draining=True)),)))
-    assert members.owners(b"key", 2) == (other,)
-    view.tell(Change(gone=("2", "1", "3")))
-    assert len(members) == 0
+    assert members._ring is ring
 
 
 class Flipping:

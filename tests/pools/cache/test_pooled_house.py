@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,12 +27,12 @@ from moeserve.engine.blocks import BlockPool, child_key, root_key
 from moeserve.engine.sequence import NEW, HeldKv, History
 from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
 from moeserve.kernels.kv_layout import KvBlockLayout
-from moeserve.pools.cache.attach import attach_pool
 from moeserve.pools.cache.cache_members import CacheMembers
+from moeserve.pools.cache.page_kv import PageKv
 from moeserve.pools.cache.pages import seal, unseal
 from moeserve.pools.cache.pool import PagePool, PoolTerms
 from moeserve.pools.cache.pooled_house import PooledHouse
-from moeserve.pools.members import Member, Report
+from moeserve.pools.members import Member
 
 PAGE, LAYERS = 16, 3
 # What is fast here may be slow where others work.
@@ -390,13 +388,18 @@ async def test_a_request_that_waits_can_be_ended(
     silent.close()
 
 
-def test_a_page_is_a_multiple_of_blocks() -> None:
-    async def make() -> None:
-        terms = PoolTerms("m", LAYERS, PAGE)
-        PooledHouse(Computing(5), PagePool(CacheMembers(), None, terms))  # type: ignore[arg-type]
-
+async def test_blocks_that_do_not_fill_pages_use_no_pool(
+    make_keeper: Any, make_rank: MakeRank, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = Computing(5)
     with pytest.raises(ConfigError, match="no multiple of blocks of 5"):
-        asyncio.run(make())
+        PageKv(house, PAGE)
+    rank = make_rank([(await make_keeper("a")).member], house)
+    assert "no multiple of blocks of 5" in caplog.text
+    sink = Listening()
+    rank.submit(request_of(tokens(40)), sink, NEW)
+    assert sink.ends == [FinishReason.LENGTH]
+    assert (rank.counts.looked, rank.counts.put_pages) == (0, 0)
 
 
 async def test_returned_requests_are_watched_no_more(make_rank: MakeRank) -> None:
@@ -412,27 +415,3 @@ async def test_returned_requests_are_watched_no_more(make_rank: MakeRank) -> Non
     kept[0].deliver([Event(RequestId("two"), finish=FinishReason.ABORT)])
     assert sink.returned == ["one"]
     assert sink.ends == [FinishReason.ABORT]
-
-
-async def test_a_pool_that_is_attached_follows_who_keeps_kv(
-    make_keeper: Any, channels: Any, until: Any
-) -> None:
-    keeper = await make_keeper("a")
-    told: list[Callable[[Any], None]] = []
-
-    class View:
-        def subscribe(self, on_change: Callable[[Any], None]) -> Callable[[], None]:
-            told.append(on_change)
-            return told.clear
-
-    house = Computing()
-    attached = attach_pool(house, View(), channels, "m", page_tokens=PAGE)
-    told[0](SimpleNamespace(put=(Report(keeper.member),), gone=()))
-    await serve(attached.house, request_of(tokens(2 * PAGE)), until)
-    assert len(keeper.store.memory.ledger) == 2
-    assert sorted(type(counts).__name__ for counts in attached.counts) == [
-        "PagePoolCounts", "PooledCounts", "PutCounts", "RecomputeCounts",
-    ]  # fmt: skip
-    await attached.close()
-    assert told == []
-    assert house.pool.num_free == house.pool.num_blocks
