@@ -27,18 +27,15 @@ from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from moeserve.core import CacheScope, Event, FinishReason, Request, RequestId
+from torch import Tensor
+
+from moeserve.core import BlockId, CacheScope, Event, FinishReason, Request, RequestId
 from moeserve.engine.bounds import refuse_duplicate
 from moeserve.engine.request_state import EventSink, RankSink
 from moeserve.engine.sequence import HeldKv, History
-from moeserve.errors import (
-    ConfigError,
-    DataLossError,
-    ExhaustedError,
-    MoeserveError,
-    UnavailableError,
-)
-from moeserve.pools.cache.page_kv import PageKv
+from moeserve.errors import DataLossError, ExhaustedError, MoeserveError, UnavailableError
+from moeserve.kernels.kv_layout import KvBlockLayout
+from moeserve.pools.cache.page_kv import page_kv_of
 from moeserve.pools.cache.pages import StoredRun
 from moeserve.pools.cache.pool import FETCH_S, PagePool
 from moeserve.pools.cache.prefix_arrival import (
@@ -86,7 +83,7 @@ class PooledHouse:
         self._house = house
         self.counts = PooledCounts()
         self._pool = pool
-        self._page_kv = _page_kv(house, pool.terms.page_tokens)
+        self._page_kv = page_kv_of(house, pool.terms.page_tokens)
         self._fetch_s = fetch_s
         self._prefill_rate = prefill_rate
         self._clock = clock
@@ -107,9 +104,40 @@ class PooledHouse:
 
     # --- as the house
 
-    def __getattr__(self, name: str) -> Any:
-        """Whatever a house does besides goes to the house."""
-        return getattr(self._house, name)
+    @property
+    def layouts(self) -> tuple[KvBlockLayout, ...]:
+        return self._house.layouts
+
+    @property
+    def block_size(self) -> int:
+        return self._house.block_size
+
+    def borrow(self, token_ids: Sequence[int], scope: CacheScope) -> HeldKv | None:
+        return self._house.borrow(token_ids, scope)
+
+    def publish(self, held: HeldKv, token_ids: Sequence[int], scope: CacheScope) -> None:
+        self._house.publish(held, token_ids, scope)
+
+    def give_back(self, held: HeldKv, *, forget: bool = False) -> None:
+        self._house.give_back(held, forget=forget)
+
+    def export_kv(self, layer: int, blocks: Sequence[BlockId], out_NX: Tensor) -> None:
+        self._house.export_kv(layer, blocks, out_NX)
+
+    def import_kv(self, layer: int, blocks: Sequence[BlockId], data_NX: Tensor) -> None:
+        self._house.import_kv(layer, blocks, data_NX)
+
+    def look(self, request_id: RequestId) -> HeldKv | None:
+        return self._house.look(request_id)
+
+    def take_kept(self, request_id: RequestId) -> HeldKv | None:
+        return self._house.take_kept(request_id)
+
+    def detach(self, request_id: RequestId) -> tuple[HeldKv, tuple[int, ...]] | None:
+        return self._house.detach(request_id)
+
+    def on_step(self, tell: Callable[[], None]) -> Callable[[], None]:
+        return self._house.on_step(tell)
 
     def submit(self, request: Request, sink: EventSink, history: History) -> None:
         """As the house's; of one that looks into the pool first, what the engine says of it comes
@@ -366,12 +394,3 @@ class PooledHouse:
     def _on_loop(self, call: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has closed
             self._loop.call_soon_threadsafe(call)
-
-
-def _page_kv(house: KvHouse, page_tokens: int) -> PageKv | None:
-    """None where blocks do not fill pages: such a rank computes all by itself."""
-    try:
-        return PageKv(house, page_tokens)
-    except ConfigError as error:
-        log.warning("the cache pool is not used: %s", error.message)
-        return None
