@@ -27,7 +27,9 @@ class Mover:
     async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What it returns or raises. Whoever is cancelled here stops waiting; the job runs on, or
         still will."""
-        return await asyncio.shield(asyncio.wrap_future(self._submit(job, *args, **kwargs)))
+        done = asyncio.wrap_future(self._submit(job, *args, **kwargs))
+        done.add_done_callback(look_at_error)
+        return await asyncio.shield(done)
 
     def later(self, job: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Nobody waits for it; what it raises is logged. Never refused: a thread that is closed
@@ -43,6 +45,12 @@ class Mover:
 
     def _submit(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         return self._thread.submit(job, *args, **kwargs)
+
+
+def look_at_error(done: asyncio.Future[T]) -> None:
+    """So that asyncio does not complain of an error that nobody waits for any more."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _log_error(done: Future[object]) -> None:

@@ -27,7 +27,7 @@ from moeserve.pools.kv.importer import KvImporter
 from moeserve.pools.kv.limits import FetchLimits
 from moeserve.pools.kv.memory import SlotMemory
 from moeserve.pools.kv.messages import SourceReader
-from moeserve.pools.kv.mover import Mover
+from moeserve.pools.kv.mover import Mover, look_at_error
 from moeserve.pools.kv.runs import Stretch, run_bytes, stretch_bytes
 
 
@@ -102,6 +102,7 @@ class ReceiverCall:
                 reading = asyncio.create_task(self._read(self._limits.progress_s))
                 await self._hear(message, data)
         finally:
+            reading.add_done_callback(look_at_error)
             reading.cancel()
         self.ended_well = not self._enough
         await self._send(pb.ToSource(done=pb.Done()))

@@ -18,7 +18,7 @@ from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import KvExchange
-from moeserve.engine.kv_tensors import KvTensors
+from moeserve.engine.kv_tensors import watch_kv
 from moeserve.engine.loop import Engine, EngineLock
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.rates import StepRates
@@ -67,7 +67,7 @@ class Rank:
         self.runner = ModelRunner(decoder, blocks, block_size, eos_ids)
         lock = EngineLock()
         self.engine = Engine(self.scheduler, self.runner, lock=lock)
-        tensors = KvTensors(decoder.ops, self.runner.cache.layers)
+        tensors = watch_kv(self.runner, decoder.ops)
         self.house = KvExchange(self.engine, self.scheduler, lock, tensors, StepRates())
         self.terms = ServedTerms("m", "model", decoder.spec.vocab, LONGEST)
         self.counters = KvCounters()
