@@ -171,7 +171,7 @@ class LocalCluster:
             part.registry = line.removeprefix(REGISTRY_LINE)
         elif line.startswith(READY_LINE):
             part.ready = line.removeprefix(READY_LINE)
-            self._say(f"{name}: {part.ready}")
+            self._say(f"{name} (process {part.process.pid}): {part.ready}")
 
     def _look(self) -> bool:
         """Names those that have ended; whether enough are left."""
