@@ -348,7 +348,7 @@ def _add_certs(commands: Commands) -> None:
 
 
 def _certs(args: argparse.Namespace) -> int:
-    from moeserve.gateway.authority import write_authority
+    from moeserve.gateway.trust.authority import write_authority
 
     hosts = args.host or ["localhost", "127.0.0.1", "::1"]
     for file in write_authority(args.out, hosts, args.days):

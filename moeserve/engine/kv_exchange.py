@@ -185,11 +185,11 @@ class KvExchange:
 
 
 def spare_blocks(scheduler: Scheduler) -> int:
-    """Free blocks that are not lent: one for each request, and what the first one that waits needs
-    to start."""
-    first = next(islice(scheduler.sequences, scheduler.num_running, None), None)
-    wanted = 0 if first is None else scheduler.kv.blocks_to_start(first)
-    return wanted + scheduler.num_running + scheduler.num_waiting
+    """Free blocks that are not lent: what the first one that waits needs to start, and one for each
+    request that runs, or will as soon as it can because it has its KV."""
+    waiting = tuple(islice(scheduler.sequences, scheduler.num_running, None))
+    first = scheduler.kv.blocks_to_start(waiting[0]) if waiting else 0
+    return first + scheduler.num_running + sum(bool(seq.blocks) for seq in waiting)
 
 
 def uncomputed_tokens(scheduler: Scheduler) -> int:

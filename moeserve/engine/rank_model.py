@@ -160,13 +160,10 @@ def load_rank_model(
         decoder = decoder.over(parallel)
     # 5. What looks on at every step.
     recorder = _recorder(options, decoder, 0 if context is None else context.rank)
-    uses: ExpertUseCounter | None = None
-    observer: StepObserver | None = chain_observers(recorder, counts)
     expert_counts = _expert_counts(options, decoder)
-    observer = chain_observers(observer, expert_counts)
-    runner = decoder.runner
-    if context is not None and context.near_experts and isinstance(runner, ParallelLayerRunner):
-        observer = uses = ExpertUseCounter(runner, context.group.world, observer)
+    watching = chain_observers(chain_observers(recorder, counts), expert_counts)
+    uses = _expert_uses(context, decoder, watching)
+    observer: StepObserver | None = uses or watching
     # 6. What runs a step.
     ends = (*decoder.spec.eos_ids, *tokenizer_eos)
     eos_ids = frozenset(i for i in ends if i < decoder.spec.vocab)
@@ -286,6 +283,16 @@ def of_rank(file: Path, rank: int) -> Path:
 
 def _layouts(plan: Plan) -> dict[int, LayerLayout]:
     return layouts(plan, plan.moe_layers, plan.num_experts, plan.num_devices)
+
+
+def _expert_uses(
+    context: EpContext | None, decoder: Decoder, then: StepObserver | None
+) -> ExpertUseCounter | None:
+    """What tells doors whose experts prompts use, if homes are chosen by that."""
+    runner = decoder.runner
+    if context is None or not context.near_experts or not isinstance(runner, ParallelLayerRunner):
+        return None
+    return ExpertUseCounter(runner, context.group.world, then)
 
 
 def _expert_counts(options: RankModelOptions, decoder: Decoder) -> ExpertCounts | None:

@@ -7,10 +7,7 @@
     anthropic     Anthropic's Messages, without a transport
     parsers       a model's text to content, reasoning and tool calls
     grpc          the gRPC door: ``moeserve.v1.Inference`` with health and reflection
-    identity      who a request is from: keys with names, and the tenant that each is
-    certificates  TLS of both doors, from files that may change
-    authority     a certificate authority for tests
-    file_watch    files that are read again when they change
+    trust         who a request is from, and TLS of both doors
     descriptors   how many connections doors may hold, from how many files may be open
     limits        every bound on a request; client fields to sampling parameters
     grammars      whether a grammar can be used, before its request is queued

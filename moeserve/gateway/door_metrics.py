@@ -9,7 +9,7 @@ from prometheus_client.metrics_core import Metric
 
 from moeserve.gateway.entrance import Entrance
 from moeserve.gateway.http.phases import ConnectionPhase
-from moeserve.gateway.identity import TenantUsage
+from moeserve.gateway.trust.identity import TenantUsage
 from moeserve.observe.families import PREFIX
 
 

@@ -9,17 +9,17 @@ import asyncio
 
 from moeserve.config.options import DoorOptions
 from moeserve.errors import ConfigError
-from moeserve.gateway.certificates import ServerTls
 from moeserve.gateway.dashboard.live import Dashboard
 from moeserve.gateway.descriptors import connections_of_a_door
-from moeserve.gateway.file_watch import FileWatch
 from moeserve.gateway.grpc.door import GrpcDoor
 from moeserve.gateway.http.access import AccessLog
 from moeserve.gateway.http.app import MetricsPage, http_app
 from moeserve.gateway.http.guards import HostRules, host_rules
 from moeserve.gateway.http.server import HttpServer, no_tls
-from moeserve.gateway.identity import DEFAULT_TENANT, Tenants, read_keys
 from moeserve.gateway.service import InferenceService
+from moeserve.gateway.trust.certificates import ServerTls
+from moeserve.gateway.trust.file_watch import FileWatch
+from moeserve.gateway.trust.identity import DEFAULT_TENANT, Tenants, read_keys
 
 
 class Entrance:

@@ -28,12 +28,12 @@ from moeserve.errors import (
 )
 from moeserve.gateway import limits
 from moeserve.gateway.grammars import GrammarGate
-from moeserve.gateway.identity import TenantUsage, tenant, tenant_salt
 from moeserve.gateway.mailbox import Mailbox
 from moeserve.gateway.parsers.styles import PLAIN, AnswerStyle
 from moeserve.gateway.records import record_of, refusal, traced
 from moeserve.gateway.stream import ResponseStream
 from moeserve.gateway.text_work import TextWork
+from moeserve.gateway.trust.identity import TenantUsage, tenant, tenant_salt
 from moeserve.models.tokenizer import Tokenizer
 from moeserve.observe.requests import RequestRecord
 from moeserve.observe.spans import UNTRACED, DoorSpan, RequestSpans, served_trace

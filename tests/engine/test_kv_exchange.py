@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -587,6 +588,19 @@ def test_copies_beside_running_steps_change_nothing(decoder: Decoder) -> None:
         for held in lent:
             assert held is not None
             a.house.give_back(held)
+
+
+def test_who_waits_for_lent_blocks_starts_when_they_come_back(demo: Decoder) -> None:
+    with rank(demo, 8) as a:
+        lent = a.house.borrow(prompt(1, 6 * BLOCK), CacheScope())
+        assert lent is not None
+        waits = a.ask(ask("a", prompt(2, 3 * BLOCK), max_tokens=4))
+        late = a.ask(replace(ask("b", prompt(3, 9)), deadline=time.monotonic() + 0.1))
+        assert late.wait() is FinishReason.DEADLINE  # also where no step is run
+        assert not waits.over.is_set()
+        assert a.house.load_figures().waiting_tokens == 3 * BLOCK
+        a.house.give_back(lent)
+        assert waits.wait() is FinishReason.LENGTH
 
 
 def test_figures_are_those_of_the_rank(demo: Decoder) -> None:

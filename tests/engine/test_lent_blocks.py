@@ -543,9 +543,9 @@ def test_running_requests_and_the_first_that_waits_keep_their_room() -> None:
     held = rank.borrow(range(100, 100 + 7 * BLOCK))
     assert held is not None
     rank.give_back(held)
-    rank.scheduler.add(ask("b", range(50, 58)))  # two blocks, and one to grow
-    assert rank.borrow(range(100, 100 + 5 * BLOCK)) is None
-    held = rank.borrow(range(100, 100 + 4 * BLOCK))
+    rank.scheduler.add(ask("b", range(50, 58)))  # two blocks
+    assert rank.borrow(range(100, 100 + 6 * BLOCK)) is None
+    held = rank.borrow(range(100, 100 + 5 * BLOCK))
     assert held is not None
     rank.give_back(held)
     rank.run()

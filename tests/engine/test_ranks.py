@@ -10,13 +10,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
@@ -26,11 +27,13 @@ from moeserve.comm.group import Group, Topology
 from moeserve.config.options import EngineOptions, ServeConfig
 from moeserve.core import Event, FinishReason, Logprobs, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
+from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.rank_model import EpContext, of_rank
 from moeserve.engine.ranks.build import build_rank
 from moeserve.engine.ranks.counted import GatheredCounts
 from moeserve.engine.ranks.meeting import RankMeeting
 from moeserve.engine.ranks.records import RECORD_BYTES
+from moeserve.engine.sequence import HeldKv, History
 from moeserve.models.spec import MoeSpec
 from moeserve.observe.progress import Progress
 from moeserve.placement.plan import Plan, contiguous, dump
@@ -350,3 +353,45 @@ def test_requests_that_end_early_leave_the_others_as_they_are(
         assert [(c.token_ids, c.logprobs) for c in clients] == alone("deepseek_v3")
         group.refresh()
         assert engine.load().free_blocks == 2 * 64
+
+
+def hand_over(source: KvExchange, target: KvExchange, asked: Request) -> tuple[Client, Client]:
+    """Its first token from the one, all others from the other, which computes no prompt."""
+    first, rest = Client(), Client()
+    short = replace(asked, params=replace(asked.params, max_tokens=1))
+    source.submit(short, first, History(keep=True))
+    first.wait()
+    held = source.take_kept(asked.id)
+    tokens = (*asked.prompt_ids, *first.token_ids)
+    borrowed = target.borrow(tokens, asked.scope)
+    assert held is not None
+    assert borrowed is not None
+    for layer, layout in enumerate(source.layouts):
+        data = torch.empty(len(held.blocks), layout.nbytes, dtype=torch.uint8)
+        source.export_kv(layer, held.blocks, data)
+        target.import_kv(layer, borrowed.blocks[: len(held.blocks)], data)
+    source.give_back(held)
+    kv = HeldKv(borrowed.blocks, held.computed)
+    history = History(tuple(first.token_ids), held.computed, moved=True, kv=kv)
+    target.submit(asked, rest, history)
+    rest.wait()
+    return first, rest
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_a_rank_of_two_and_a_process_alone_go_on_from_each_others_kv(
+    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], family: str
+) -> None:
+    path, expected = tiny_checkpoint(family), alone(family)
+    with serving(path, (0, 0), microbatches=2) as group:
+        single = build_engine(EngineOptions(model=str(path), threads=1, **SMALL))
+        for i, (prompt, params) in enumerate(zip(PROMPTS, MIXED, strict=True)):
+            there = group.ranks[i % 2].house
+            pair = (there, single.house) if i < 3 else (single.house, there)
+            first, rest = hand_over(*pair, Request(RequestId(f"r{i}"), tuple(prompt), params))
+            tokens, logprobs = expected[i]
+            assert first.token_ids + rest.token_ids == tokens
+            assert first.logprobs + rest.logprobs == logprobs
+        figures = [loaded.house.load_figures() for loaded in (*group.ranks, single)]
+        assert {(f.free_blocks, f.running, f.waiting) for f in figures} == {(64, 0, 0)}
+        assert single.close()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import grpc
 import httpx
@@ -21,6 +26,7 @@ from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
 
 PATIENCE_S = 60.0
+SERVE = [sys.executable, "-m", "moeserve.cli", "serve", "--grpc-port", "0", "--http-port", "0"]
 
 
 class House:
@@ -125,6 +131,54 @@ def open_house() -> Callable[..., House]:
         return House(ServeConfig.model_validate(defaults | settings))
 
     return build
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """``moeserve serve`` as a process of its own; where its doors are."""
+
+    process: subprocess.Popen[str]
+    grpc: str
+    http: str
+
+
+Serving = Callable[..., AbstractContextManager[ServerProcess]]
+
+
+@contextmanager
+def server_process(
+    model: Path,
+    *flags: str,
+    num_blocks: int = 512,
+    errors: IO[str] | int | None = None,
+    files: int | None = None,
+) -> Iterator[ServerProcess]:
+    """Ready; it is ended if it still runs at the end. It may have so many ``files`` open."""
+    command = [*SERVE, "--model", str(model), "--threads", "1"]
+    command += ["--num-blocks", str(num_blocks), *flags]
+    if files is not None:
+        command = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "-", *command]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    try:
+        ready = process.stdout.readline()
+        found = re.fullmatch(r"ready: model=\S+ grpc=(\S+) http=(http://\S+)\n", ready)
+        assert found is not None, ready
+        yield ServerProcess(process, found[1], found[2])
+        process.terminate()
+        process.wait(PATIENCE_S)
+        assert process.stdout.read() == "", "one line is all that goes to stdout"
+    finally:
+        process.kill()
+        process.wait(PATIENCE_S)
+        process.stdout.close()
+
+
+@pytest.fixture
+def serving() -> Serving:
+    return server_process
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from moeserve.cli import main
 from moeserve.errors import ConfigError
-from moeserve.gateway.certificates import ServerTls
-from moeserve.gateway.file_watch import FileWatch
 from moeserve.gateway.http.guards import HostRules, host_rules
-from moeserve.gateway.identity import Tenants, read_keys, tenant_salt
+from moeserve.gateway.trust.certificates import ServerTls
+from moeserve.gateway.trust.file_watch import FileWatch
+from moeserve.gateway.trust.identity import Tenants, read_keys, tenant_salt
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
 
@@ -109,7 +109,7 @@ KEYS_OF = ("key-of-alice", "key:of:bob")
 def test_keys_change_while_serving(
     tiny: Path, open_house: OpenHouse, key_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moeserve.gateway.file_watch.LOOK_S", 0.05)
+    monkeypatch.setattr("moeserve.gateway.trust.file_watch.LOOK_S", 0.05)
     with open_house(tiny, num_blocks=64, api_key_file=str(key_file), grpc_port=None) as house:
 
         def status(key: str) -> int:
@@ -265,7 +265,7 @@ def test_both_doors_speak_tls_and_take_new_certificates(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("moeserve.gateway.file_watch.LOOK_S", 0.05)
+    monkeypatch.setattr("moeserve.gateway.trust.file_watch.LOOK_S", 0.05)
     used = tmp_path / "used"
     shutil.copytree(certs, used)
     settings = {"tls_cert": str(used / "cert.pem"), "tls_key": str(used / "key.pem")}

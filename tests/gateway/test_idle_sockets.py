@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import httpx
@@ -20,8 +18,10 @@ import pytest
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
 
+if TYPE_CHECKING:
+    from conftest import Serving
+
 PATIENCE_S = 90
-SERVE = [sys.executable, "-m", "moeserve.cli", "serve", "--grpc-port", "0", "--http-port", "0"]
 FILES = 1024
 SOCKETS = 1400
 REQUEST = pb.GenerateRequest(
@@ -43,34 +43,6 @@ def many_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@contextmanager
-def few_files(model: Path, log: Path) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """A server of ``FILES`` descriptors, and the addresses of its doors."""
-    with log.open("w") as err:
-        process = subprocess.Popen(
-            [
-                *("bash", "-c", f'ulimit -n {FILES}; exec "$@"', "-", *SERVE),
-                *("--model", str(model), "--threads", "1", "--num-blocks", "512"),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=err,
-            text=True,
-        )
-    try:
-        assert process.stdout is not None
-        ready = process.stdout.readline()
-        found = re.fullmatch(r"ready: model=\S+ grpc=(\S+) http=http://(\S+)\n", ready)
-        assert found is not None, ready
-        yield process, found[1], found[2]
-        process.terminate()
-        assert process.wait(PATIENCE_S) == 0
-    finally:
-        process.kill()
-        process.wait(PATIENCE_S)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
 def silent(stack: ExitStack, address: str) -> list[socket.socket]:
     """Sockets that never say anything, as many as can be had."""
     host, port = address.rsplit(":", 1)
@@ -82,16 +54,18 @@ def silent(stack: ExitStack, address: str) -> list[socket.socket]:
 
 @pytest.mark.parametrize("door", ["http", "grpc"])
 def test_silent_sockets_do_not_keep_clients_out(
-    tiny: Path, tmp_path: Path, many_files: None, door: str
+    tiny: Path, tmp_path: Path, many_files: None, serving: Serving, door: str
 ) -> None:
     log = tmp_path / "stderr"
-    with few_files(tiny, log) as (process, grpc_address, http_address), ExitStack() as stack:
-        url = f"http://{http_address}"
+    with ExitStack() as stack:
+        errors = stack.enter_context(log.open("w"))
+        server = stack.enter_context(serving(tiny, errors=errors, files=FILES))
+        process, grpc_address, url = server.process, server.grpc, server.http
         before = httpx.post(f"{url}/v1/completions", json=COMPLETION, timeout=30)
         assert before.status_code == 200
         text = before.json()["choices"][0]["text"]
         files = len(os.listdir(f"/proc/{process.pid}/fd"))
-        held = silent(stack, grpc_address if door == "grpc" else http_address)
+        held = silent(stack, grpc_address if door == "grpc" else url.removeprefix("http://"))
         for _ in range(3):
             assert httpx.get(f"{url}/health", timeout=10).status_code == 200
             answer = httpx.post(f"{url}/v1/completions", json=COMPLETION, timeout=30)
@@ -109,6 +83,8 @@ def test_silent_sockets_do_not_keep_clients_out(
         while len(os.listdir(f"/proc/{process.pid}/fd")) > files + 8:
             assert time.monotonic() < deadline, "descriptors are given back"
             time.sleep(0.1)
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
     said = log.read_text()
     assert len(said) < 20_000, said[:2000]
     assert "Traceback" not in said

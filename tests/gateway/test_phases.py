@@ -47,6 +47,9 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def equals_the_obvious(self) -> None:
         assert len(self.phases) == len(self.at)
+        for key in range(8):
+            assert (key in self.phases) == (key in self.at)
+            assert self.phases.held(key) == self.bytes.get(key, 0)
         assert self.phases.held_bytes == sum(self.bytes.values())
         late = {
             key
@@ -82,3 +85,11 @@ class Model(RuleBasedStateMachine):
 
 TestPhases = Model.TestCase
 TestPhases.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_new_connection_has_a_moment_before_it_gives_way() -> None:
+    phases: Phases[int] = Phases(LIMITS)
+    phases.enter(1, ConnectionPhase.IDLE, 7.0)
+    assert phases.least_missed(7.0) is None
+    assert phases.least_missed(7.0 + FRESH_S) is None
+    assert phases.least_missed(7.1 + FRESH_S) == 1

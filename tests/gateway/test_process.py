@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
@@ -21,6 +18,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moeserve.config.options import DoorOptions
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
+
+if TYPE_CHECKING:
+    from conftest import Serving
 
 PATIENCE_S = 90
 SERVE = [sys.executable, "-m", "moeserve.cli", "serve", "--grpc-port", "0", "--http-port", "0"]
@@ -33,31 +33,6 @@ REQUEST = pb.GenerateRequest(
 pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
 
-@contextmanager
-def serving(model: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Any]]:
-    """The process, ready, and a channel to it."""
-    process = subprocess.Popen(
-        [*SERVE, "--model", str(model), "--threads", "1", "--num-blocks", "512", *flags],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
-        ready = process.stdout.readline()
-        found = re.fullmatch(r"ready: model=\S+ grpc=(\S+) http=http://\S+\n", ready)
-        assert found is not None, ready
-        with grpc.insecure_channel(found[1]) as channel:
-            yield process, channel
-        assert process.stdout.read() == "", "one line is all that goes to stdout"
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait(PATIENCE_S)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
 def nobody_left(group: int) -> bool:
     """Whether the process group, which held the server and all it started, is empty."""
     try:
@@ -67,8 +42,10 @@ def nobody_left(group: int) -> bool:
     return False
 
 
-def test_sigterm_lets_a_running_stream_finish_and_exits_0(tiny: Path) -> None:
-    with serving(tiny, "--drain-timeout-s", "60") as (process, channel):
+def test_sigterm_lets_a_running_stream_finish_and_exits_0(tiny: Path, serving: Serving) -> None:
+    flags = ["--drain-timeout-s", "60"]
+    with serving(tiny, *flags) as server, grpc.insecure_channel(server.grpc) as channel:
+        process = server.process
         stream = iter(InferenceStub(channel).Generate(REQUEST, timeout=PATIENCE_S))
         made = len(next(stream).token_ids)
         process.send_signal(signal.SIGTERM)
@@ -84,9 +61,11 @@ def test_sigterm_lets_a_running_stream_finish_and_exits_0(tiny: Path) -> None:
     ids=["too long", "hurried"],
 )
 def test_streams_that_may_not_finish_end_with_unavailable(
-    tiny: Path, drain_s: str, signals: list[signal.Signals]
+    tiny: Path, serving: Serving, drain_s: str, signals: list[signal.Signals]
 ) -> None:
-    with serving(tiny, "--drain-timeout-s", drain_s) as (process, channel):
+    flags = ["--drain-timeout-s", drain_s]
+    with serving(tiny, *flags) as server, grpc.insecure_channel(server.grpc) as channel:
+        process = server.process
         stream = iter(InferenceStub(channel).Generate(REQUEST, timeout=PATIENCE_S))
         next(stream)
         health = health_pb2_grpc.HealthStub(channel)
@@ -146,11 +125,14 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for file in listed for child in file.read_text().split()]
 
 
-def test_ranks_that_serve_starts_get_only_the_settings_that_they_use(tiny: Path) -> None:
+def test_ranks_that_serve_starts_get_only_the_settings_that_they_use(
+    tiny: Path, serving: Serving
+) -> None:
     """The key of clients above all: neither their environment nor their command line has it."""
     key = "key of the clients"
     flags = ("--ep", "2", "--api-key", key, "--served-model-name", "tiny", "--max-queue", "77")
-    with serving(tiny, *flags) as (process, _):
+    with serving(tiny, *flags) as server:
+        process = server.process
         (child,) = children_of(process.pid)
         environ = Path(f"/proc/{child}/environ").read_text().split("\0")
         command = Path(f"/proc/{child}/cmdline").read_text()

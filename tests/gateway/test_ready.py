@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+if TYPE_CHECKING:
+    from conftest import Serving
+
 PATIENCE_S = 90
-SERVE = [sys.executable, "-m", "moeserve.cli", "serve", "--grpc-port", "0", "--http-port", "0"]
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
@@ -54,40 +55,27 @@ def other_rank(pid: int) -> int:
     return ranks[0]
 
 
-def test_both_doors_say_that_a_rank_is_gone(tiny: Path) -> None:
-    process = subprocess.Popen(
-        [*SERVE, "--model", str(tiny), "--ep", "2", "--threads", "1", "--num-blocks", "64"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        found = re.fullmatch(r"ready: model=\S+ grpc=(\S+) http=(\S+)\n", process.stdout.readline())
-        assert found is not None
-        with (
-            grpc.insecure_channel(found[1]) as channel,
-            httpx.Client(base_url=found[2], timeout=10) as http,
-        ):
-            watchers = [Watcher(channel, name) for name in ("", "moeserve.v1.Inference")]
-            assert http.get("/ready").status_code == 200
-            os.kill(other_rank(process.pid), signal.SIGKILL)
-            statuses = []
-            deadline = time.monotonic() + PATIENCE_S
-            while process.poll() is None:
-                assert time.monotonic() < deadline, "the server ends"
-                try:
-                    statuses.append(http.get("/ready").status_code)
-                except httpx.HTTPError:
-                    continue  # the door has closed
-            assert 503 in statuses
-            assert 200 not in statuses[statuses.index(503) :]
-            health = health_pb2.HealthCheckResponse
-            for watcher in watchers:
-                assert watcher.join() == [health.SERVING, health.NOT_SERVING]
+def test_both_doors_say_that_a_rank_is_gone(tiny: Path, serving: Serving) -> None:
+    with (
+        serving(tiny, "--ep", "2", num_blocks=64, errors=subprocess.DEVNULL) as server,
+        grpc.insecure_channel(server.grpc) as channel,
+        httpx.Client(base_url=server.http, timeout=10) as http,
+    ):
+        process = server.process
+        watchers = [Watcher(channel, name) for name in ("", "moeserve.v1.Inference")]
+        assert http.get("/ready").status_code == 200
+        os.kill(other_rank(process.pid), signal.SIGKILL)
+        statuses = []
+        deadline = time.monotonic() + PATIENCE_S
+        while process.poll() is None:
+            assert time.monotonic() < deadline, "the server ends"
+            try:
+                statuses.append(http.get("/ready").status_code)
+            except httpx.HTTPError:
+                continue  # the door has closed
+        assert 503 in statuses
+        assert 200 not in statuses[statuses.index(503) :]
+        health = health_pb2.HealthCheckResponse
+        for watcher in watchers:
+            assert watcher.join() == [health.SERVING, health.NOT_SERVING]
         assert process.wait(PATIENCE_S) == 1
-    finally:
-        process.kill()
-        process.wait(PATIENCE_S)
-        assert process.stdout is not None
-        process.stdout.close()

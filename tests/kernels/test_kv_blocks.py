@@ -26,6 +26,21 @@ SHAPES = [
     replace(shape, dtype=dtype, block_size=size)
     for shape, dtype, size in product((GQA, MLA, ALL_VALUE), DTYPES, (16, 5))
 ]
+# Sizes of which all, or some, is copied in tiles of 16 positions.
+SHAPES += [
+    replace(shape, dtype=dtype, block_size=size)
+    for shape, dtype, size in product(
+        (
+            replace(GQA, head_size=32, value_size=32),
+            replace(GQA, head_size=48, value_size=37),
+            replace(GQA, head_size=36, value_size=16),
+            replace(MLA, head_size=80, value_size=48),
+            replace(MLA, head_size=40, value_size=36),
+        ),
+        DTYPES[1:],
+        (16, 32),
+    )
+]
 
 
 def filled(ops: Ops, shape: KvShape, scale: float = 1.0) -> KvCache:

@@ -40,3 +40,8 @@ def test_the_first_of_a_period_is_admitted() -> None:
     now[0] += 0.1
     assert bound.admits()
     assert bound.take_left_out() == 3
+
+
+def test_as_many_are_admitted_as_were_asked_for() -> None:
+    bound = LogBound(3, 60.0, lambda: 0.0)
+    assert [bound.admits() for _ in range(5)] == [True, True, True, False, False]

@@ -53,11 +53,12 @@ def served() -> dict[str, dict[str, float]]:
     metrics.also(lambda: member_families(reports()))
     found: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(metrics.render()[0].decode()):
-        found.setdefault(family.name, {})
+        # Of what is counted by kind there is no sample before the first.
+        for name in (family.name, f"{family.name}_total"):
+            found.setdefault(name, {})
         for sample in family.samples:
             key = sample.labels.get("role", sample.labels.get("kind", ""))
             found.setdefault(sample.name, {})[key] = sample.value
-            found.setdefault(family.name + "_total", {})
     return found
 
 

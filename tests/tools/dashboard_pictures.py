@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 
 DESK, PHONE = {"width": 1000, "height": 900}, {"width": 360, "height": 740}
 PICTURES = {"light": (DESK, "light"), "dark": (DESK, "dark"), "phone": (PHONE, "dark")}
-COLOURS = 128
+COLOURS = 256
 # Two snapshots: the second has rates of what moved.
 SETTLED_MS = 2500
 

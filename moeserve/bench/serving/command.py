@@ -74,7 +74,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     what.add_argument("--length-scale", type=float, default=1.0, metavar="X", help="of a trace [1]")
     what.add_argument("--max-input-len", type=int, metavar="N", help="longer prompts are cut")
     what.add_argument("--max-output-len", type=int, metavar="N", help="longer answers are cut")
-    what.add_argument("--prompts", help="ids or text [ids; of chat: text]")
+    what.add_argument("--prompts", help="ids or text [ids; chat and texts: text]")
     what.add_argument(
         "--vocab-size",
         type=int,
@@ -115,6 +115,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
     from moeserve.bench.serving.figures import draw, require_figures
     from moeserve.bench.serving.measure import measure
+    from moeserve.bench.serving.prompts import form_of_prompts
     from moeserve.bench.serving.report import lines, table
     from moeserve.bench.serving.saving import save
     from moeserve.bench.serving.slos import parse_slos
@@ -124,6 +125,7 @@ def run_serve(args: argparse.Namespace) -> int:
     if args.plot is not None:
         require_figures(args.plot)
     requests = plan_of(args)
+    args.prompts = form_of_prompts(requests, args.prompts, chat=args.api == "chat")
     report = asyncio.run(measure(args, requests, slos, percentiles))
     if args.save is not None:
         save(report.outcomes, args.save)

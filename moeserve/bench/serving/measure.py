@@ -41,7 +41,8 @@ async def measure(
     slos: tuple[Slo, ...],
     percentiles: tuple[float, ...],
 ) -> LoadReport:
-    """UnavailableError where the server does not say what it serves, or the warm-up fails."""
+    """``args.prompts`` is ids or text. UnavailableError where the server does not say what it
+    serves, or the warm-up fails."""
     raise_descriptor_limit()
     target, model = await _open(args)
     try:
@@ -72,7 +73,7 @@ async def _open_http(
     asked = AskedOfAll(
         model=args.model or "",
         api=args.api,
-        prompts=args.prompts or ("text" if args.api == "chat" else "ids"),
+        prompts=args.prompts,
         temperature=args.temperature,
         ignore_eos=args.ignore_eos,
         standard=args.standard,
@@ -102,8 +103,6 @@ async def _open_grpc(
 ) -> tuple[GrpcTarget, str]:
     if args.extra_body is not None or args.standard or args.api != "completions":
         raise ConfigError("--api, --extra-body and --standard: are of HTTP")
-    if args.prompts not in (None, "ids", "text"):
-        raise ConfigError(f"--prompts={args.prompts!r}: expected one of ids, text")
     target = GrpcTarget(address, tls=tls, key=key)
     try:
         info = await target.info()
@@ -113,7 +112,7 @@ async def _open_grpc(
         raise
     sampling = pb.SamplingParams(temperature=args.temperature, ignore_eos=args.ignore_eos)
     model = args.model or info.model
-    target.ask_for(model, sampling, source, ids=args.prompts != "text")
+    target.ask_for(model, sampling, source, ids=args.prompts == "ids")
     return target, model
 
 

@@ -21,7 +21,6 @@ from moeserve.bench.serving.prompts import PromptSource
 from moeserve.errors import ConfigError
 
 APIS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-PROMPTS = ("ids", "text")
 _MOST_TOKENS = 1 << 32
 _DONE = b"[DONE]"
 
@@ -41,8 +40,6 @@ class AskedOfAll:
     def __post_init__(self) -> None:
         if self.api not in APIS:
             raise ConfigError(f"--api={self.api!r}: expected one of {', '.join(APIS)}")
-        if self.prompts not in PROMPTS:
-            raise ConfigError(f"--prompts={self.prompts!r}: expected one of {', '.join(PROMPTS)}")
         if self.api == "chat" and self.prompts != "text":
             raise ConfigError("--prompts ids: messages of a chat are texts: --prompts text")
         if self.standard and self.ignore_eos:

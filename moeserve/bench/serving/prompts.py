@@ -14,6 +14,7 @@ import numpy as np
 from moeserve.bench.serving.plan import PlannedRequest, TokenSpan
 from moeserve.errors import ConfigError
 
+FORMS = ("ids", "text")
 WORDS = (
     "the of and to in a is that for it as was with be by on not he his but at are this have from "
     "or had an they which one you were all her she there would their we him been has when who will "
@@ -54,6 +55,22 @@ class PromptSource:
             # As doubles, of which a shorter draw is the beginning of a longer one.
             found += (rng.random(span.tokens) * self._vocab_size).astype(np.int64).tolist()
         return found
+
+
+def form_of_prompts(requests: Sequence[PlannedRequest], asked: str | None, *, chat: bool) -> str:
+    """``ids`` or ``text``: what was asked for, else what all can be sent as. ConfigError where one
+    cannot, before any is sent."""
+    if asked not in (None, *FORMS):
+        raise ConfigError(f"--prompts={asked!r}: expected one of {', '.join(FORMS)}")
+    texts = any(request.text for request in requests)
+    form = asked or ("text" if chat or texts else "ids")
+    if form == "ids" and texts:
+        raise ConfigError("--prompts ids: the trace has prompts of text: --prompts text")
+    if form == "text" and any(request.token_ids for request in requests):
+        raise ConfigError(
+            f"prompts of token ids cannot be sent as text{', which chat needs' if chat else ''}"
+        )
+    return form
 
 
 def words(token_ids: Sequence[int]) -> str:

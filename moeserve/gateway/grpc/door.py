@@ -19,9 +19,9 @@ from moeserve.gateway.grpc.inference import SERVICE, InferenceMethods
 from moeserve.gateway.grpc.kserve import KSERVE_SERVICE, KserveMethods
 from moeserve.gateway.grpc.reads import MessageReads
 from moeserve.gateway.http.server import address_of
-from moeserve.gateway.identity import Tenants
 from moeserve.gateway.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from moeserve.gateway.service import InferenceService
+from moeserve.gateway.trust.identity import Tenants
 
 # A backstop far above ``MAX_CALLS``, which is told with a status.
 MAX_STREAMS = 1 << 16

@@ -26,7 +26,7 @@ from moeserve.errors import (
 )
 from moeserve.gateway.grpc.reads import MessageReads
 from moeserve.gateway.grpc.statuses import Context, abort
-from moeserve.gateway.identity import Tenants, serve_tenant
+from moeserve.gateway.trust.identity import Tenants, serve_tenant
 from moeserve.observe.logs import FIELDS
 from moeserve.observe.requests import left_out_field, refusal_bound
 from moeserve.observe.spans import serve_trace

@@ -25,7 +25,6 @@ from moeserve.gateway.http.failures import Endpoint, framed, plain_response
 from moeserve.gateway.http.generation import Generation
 from moeserve.gateway.http.guards import HostRules, guarded
 from moeserve.gateway.http.request_ids import RequestIds
-from moeserve.gateway.identity import Tenants
 from moeserve.gateway.openai.chat import parse_chat
 from moeserve.gateway.openai.completions import parse_completion
 from moeserve.gateway.openai.errors import Json
@@ -37,6 +36,7 @@ from moeserve.gateway.service import (
     ServedModel,
     ServiceState,
 )
+from moeserve.gateway.trust.identity import Tenants
 
 # A page and its content type.
 MetricsPage = Callable[[], Awaitable[tuple[bytes, str]]]

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from moeserve.errors import ForbiddenError, UnauthenticatedError
 from moeserve.gateway.dashboard.routes import FILES
 from moeserve.gateway.http.failures import failed_response
-from moeserve.gateway.identity import Tenants, serve_tenant
+from moeserve.gateway.trust.identity import Tenants, serve_tenant
 
 # Health checks, and a page that says nothing without a key.
 _OPEN_PATHS = frozenset({"/health", "/ready", *FILES})

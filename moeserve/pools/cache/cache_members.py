@@ -12,20 +12,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from moeserve.pools.cache.ring import HashRing, RingMember
 from moeserve.pools.members import Member, Role
 
 FIRST_REST_S = 1.0
 LONGEST_REST_S = 30.0
-
-
-class ViewOfMembers(Protocol):
-    """``pools.registry.view.ClusterView`` is one: a change has ``put``, reports, and ``gone``,
-    ids."""
-
-    def subscribe(self, on_change: Callable[[Any], None], /) -> Callable[[], None]: ...
 
 
 @dataclass(slots=True)
@@ -65,20 +57,6 @@ class CacheMembers:
             del self._members[name]
             self._rests.pop(name, None)
             self._ring = None
-
-    def follow(self, view: ViewOfMembers) -> Callable[[], None]:
-        """Whoever is there, less those that drain; what is returned ends that."""
-
-        def change(news: Any) -> None:
-            for report in news.put:
-                if report.load.draining:
-                    self.gone(report.member.id)
-                else:
-                    self.put(report.member)
-            for member_id in news.gone:
-                self.gone(member_id)
-
-        return view.subscribe(change)
 
     def set(self, members: Iterable[Member]) -> None:
         """These, and no others."""

@@ -11,6 +11,7 @@ Letters: N blocks of a page, P positions of a block, X bytes of a block or a pag
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,8 @@ from moeserve.kernels.kv_layout import KvBlockLayout
 from moeserve.pools.cache.keys import PageKey
 from moeserve.pools.cache.pages import PageBytes, StoredRun
 from moeserve.pools.kv.house import KvHouse
+
+log = logging.getLogger(__name__)
 
 _PLACE = struct.Struct("<IQQ")
 
@@ -47,6 +50,10 @@ class PageKv:
     @property
     def page_bytes(self) -> int:
         return sum(_of_page(layout, self._page_tokens).nbytes for layout in self._layouts)
+
+    def blocks_of(self, page: int, blocks: Sequence[BlockId]) -> Sequence[BlockId]:
+        """Those of a page, of all of a sequence."""
+        return blocks[page * self.blocks_per_page : (page + 1) * self.blocks_per_page]
 
     def export(self, page: int, key: PageKey, blocks_N: Sequence[BlockId]) -> tuple[StoredRun, ...]:
         """All layers of a page whose blocks are held and computed. For any thread."""
@@ -76,6 +83,15 @@ class PageKv:
             raise DataLossError(f"positions {run.start} on of layer {run.layer} have changed")
         data_NX = _as_blocks(layout, run.data, self.blocks_per_page)
         self._house.import_kv(run.layer, blocks_N, data_NX[-len(blocks_N) :].contiguous())
+
+
+def page_kv_of(house: KvHouse, page_tokens: int) -> PageKv | None:
+    """None where blocks do not fill pages: such a rank computes all by itself. Said in the log."""
+    try:
+        return PageKv(house, page_tokens)
+    except ConfigError as error:
+        log.warning("the cache pool is not used: %s", error.message)
+        return None
 
 
 def _digest(key: PageKey, layer: int, start: int, count: int, data: PageBytes) -> bytes:

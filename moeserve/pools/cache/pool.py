@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeserve.core import CacheScope
 from moeserve.errors import DataLossError, UnavailableError
@@ -86,6 +86,21 @@ class PoolHit:
     nbytes: int = 0
     pieces: tuple[PagePiece, ...] = ()
 
+    def beyond(self, have: int, page_tokens: int) -> PoolHit:
+        """What of it is needed where so many positions are there, at least as many as before."""
+        passed = skip = have // page_tokens - self.have // page_tokens
+        pieces = []
+        for piece in self.pieces:
+            keys = piece.keys[skip:]
+            skip = max(0, skip - len(piece.keys))
+            if keys:
+                pieces.append(replace(piece, keys=keys))
+        whole = sum(len(piece.keys) for piece in self.pieces)
+        left = max(0, whole - passed)
+        tokens = max(0, self.have + self.tokens - have)
+        nbytes = self.nbytes * left // whole if whole else 0
+        return PoolHit(have, tokens, nbytes, tuple(pieces))
+
 
 class PagePool:
     """Of one peer, for one model. On the event loop's thread; ``close`` it."""
@@ -100,11 +115,13 @@ class PagePool:
         answer_s: float = ANSWER_S,
         progress_s: float = PROGRESS_S,
         put_s: float = PUT_S,
+        find_s: float = FIND_S,
     ) -> None:
         self.members = members
         self.terms = terms
         self.policy = policy or RecomputePolicy()
         self.counts = PagePoolCounts()
+        self.find_s = find_s
         self._calls = CacheCalls(channels, answer_s=answer_s, progress_s=progress_s, put_s=put_s)
         self.puts = PutQueue(
             members,
@@ -124,11 +141,12 @@ class PagePool:
         token_ids: Sequence[int],
         scope: CacheScope,
         have: int = 0,
-        timeout_s: float = FIND_S,
+        timeout_s: float | None = None,
     ) -> PoolHit:
         """What follows the first ``have`` positions. The longest prefix, for all that is known
-        within the time. Counted."""
-        hit = await self._find(token_ids, scope, have, timeout_s)
+        within the time, ``find_s`` at most. Counted."""
+        left = self.find_s if timeout_s is None else min(timeout_s, self.find_s)
+        hit = await self._find(token_ids, scope, have, left)
         size = self.terms.page_tokens
         self.counts.asked += 1
         self.counts.asked_tokens += max(len(token_ids) // size * size - have, 0)
@@ -137,7 +155,7 @@ class PagePool:
 
     async def kept(self, token_ids: Sequence[int], scope: CacheScope) -> int:
         """How many positions are in the pool, from the first on: for who may put more."""
-        return (await self._find(token_ids, scope, 0, FIND_S)).tokens
+        return (await self._find(token_ids, scope, 0, self.find_s)).tokens
 
     async def _find(
         self, token_ids: Sequence[int], scope: CacheScope, have: int, timeout_s: float
@@ -176,7 +194,7 @@ class PagePool:
         begin before it. None where computing is cheaper. What has been yielded is whole, a page is
         yielded in all layers or not at all, and the end may come at any page."""
         deadline = time.monotonic() + timeout_s
-        hit = await self.find(token_ids, scope, have, min(timeout_s, FIND_S))
+        hit = await self.find(token_ids, scope, have, timeout_s)
         if not hit.tokens or not self.policy.choose_fetch(hit.tokens, hit.nbytes):
             return
         async with aclosing(self.fetch_hit(hit, deadline)) as runs:

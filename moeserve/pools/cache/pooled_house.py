@@ -19,7 +19,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -35,8 +35,7 @@ from moeserve.engine.request_state import EventSink, RankSink
 from moeserve.engine.sequence import HeldKv, History, StepKv
 from moeserve.errors import DataLossError, ExhaustedError, MoeserveError, UnavailableError
 from moeserve.kernels.kv_layout import KvBlockLayout
-from moeserve.pools.cache.keys import PageKey
-from moeserve.pools.cache.page_kv import PageKv
+from moeserve.pools.cache.page_kv import page_kv_of
 from moeserve.pools.cache.pages import StoredRun
 from moeserve.pools.cache.pool import FETCH_S, PagePool
 from moeserve.pools.cache.prefix_arrival import (
@@ -81,10 +80,10 @@ class PooledHouse:
         prefill_rate: Callable[[], float] = float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.counts = PooledCounts()
         self._house = house
+        self.counts = PooledCounts()
         self._pool = pool
-        self._page_kv = PageKv(house, pool.terms.page_tokens)
+        self._page_kv = page_kv_of(house, pool.terms.page_tokens)
         self._fetch_s = fetch_s
         self._prefill_rate = prefill_rate
         self._clock = clock
@@ -151,7 +150,7 @@ class PooledHouse:
         as an event."""
         length = len(request.prompt_ids) + len(history.output_ids)
         scored = request.params.prompt_logprobs is not None and not history.output_ids
-        if length <= self._pool.terms.page_tokens:
+        if self._page_kv is None or length <= self._pool.terms.page_tokens:
             self._house.submit(request, sink, history)
             return
         watched = self._watch(request, sink)
@@ -188,6 +187,8 @@ class PooledHouse:
     def _begin(self, request: Request, sink: EventSink, history: History) -> bool:
         with self._lock:
             refuse_duplicate(request, request.id in self._arriving)
+            if not len(self._pool.members):
+                return False
             if self._closed or len(self._arriving) >= MOST_ARRIVING:
                 self.counts.crowded += 1
                 return False
@@ -215,10 +216,8 @@ class PooledHouse:
         try:
             if one.ended is not None:
                 raise asyncio.CancelledError
-            await self._run(self._borrow, one.lent, tokens, one.request.scope)
-            if one.lent.held is not None:
-                with contextlib.suppress(TimeoutError):
-                    await self._fetch(one, tokens)
+            with contextlib.suppress(TimeoutError):
+                await self._fetch(one, tokens)
             self._hand_over(one, tokens)
         except asyncio.CancelledError:
             why = one.ended or FinishReason.UNAVAILABLE
@@ -246,41 +245,56 @@ class PooledHouse:
             self._house.give_back(held)
 
     async def _fetch(self, one: PrefixArrival, tokens: tuple[int, ...]) -> None:
-        """Pages from the first one on that is not here whole; what is computed grows by each."""
+        """What the pool has and this rank lacks. Blocks are borrowed where there is something."""
         pool, scope = self._pool, one.request.scope
         left = self._fetch_s
-        if (rate := self._prefill_rate()) > 0:
-            pool.policy.computed(1 << 20, (1 << 20) / rate)
         if one.request.deadline is not None:
             left = min(left, one.request.deadline - self._clock())
-        size, keys = pool.terms.page_tokens, pool.keys(tokens, scope)
-        assert one.lent.held is not None
-        gain = min(len(keys) * size, len(tokens) - 1) - one.lent.computed
-        if left <= 0 or gain < self.block_size:
-            return
-        at, layers = one.lent.computed // size, len(self.layouts)
-        came = 0
-        async with (
-            asyncio.timeout(left),
-            aclosing(pool.fetch(tokens, scope, one.lent.computed, left)) as runs,
-        ):
-            async for run in runs:
-                if (run.layer, run.start, run.count) != (came, at * size, size):
-                    self._reject(tokens, scope, at * size)
-                    return
-                first = max(at * size, one.lent.computed) // self.block_size
-                blocks = one.lent.held.blocks[first : (at + 1) * self._page_kv.blocks_per_page]
-                try:
-                    await self._run(self._page_kv.import_run, run, keys[at], blocks)
-                except DataLossError as error:
-                    log.warning("cache pool: %s", error)
-                    self._reject(tokens, scope, at * size)
-                    return
-                came += 1
-                if came == layers:
-                    came, at = 0, at + 1
-                    one.fetched += at * size - one.lent.computed
-                    one.lent.computed = at * size
+        async with asyncio.timeout(left):
+            deadline = time.monotonic() + left
+            hit = await pool.find(tokens, scope, 0, left)
+            if not hit.tokens:
+                return
+            await self._run(self._borrow, one.lent, tokens, scope)
+            hit = hit.beyond(one.lent.computed, pool.terms.page_tokens)
+            gain = min(hit.tokens, len(tokens) - 1 - one.lent.computed)
+            if one.lent.held is None or gain < self._house.block_size:
+                return
+            if (rate := self._prefill_rate()) > 0:
+                pool.policy.computed(1 << 20, (1 << 20) / rate)
+            if pool.policy.choose_fetch(gain, hit.nbytes):
+                async with aclosing(pool.fetch_hit(hit, deadline)) as runs:
+                    await self._import(one, one.lent.held, tokens, runs)
+
+    async def _import(
+        self,
+        one: PrefixArrival,
+        held: HeldKv,
+        tokens: tuple[int, ...],
+        runs: AsyncIterator[StoredRun],
+    ) -> None:
+        """Pages from the first one on that is not here whole; what is computed grows by each."""
+        size, scope = self._pool.terms.page_tokens, one.request.scope
+        keys, layers = self._pool.keys(tokens, scope), len(self._house.layouts)
+        at, came, page_kv = one.lent.computed // size, 0, self._page_kv
+        assert page_kv is not None, "nothing is fetched"
+        async for run in runs:
+            if (run.layer, run.start, run.count) != (came, at * size, size):
+                self._reject(tokens, scope, at * size)
+                return
+            first = max(at * size, one.lent.computed) // self._house.block_size
+            blocks = held.blocks[first : (at + 1) * page_kv.blocks_per_page]
+            try:
+                await self._run(page_kv.import_run, run, keys[at], blocks)
+            except DataLossError as error:
+                log.warning("cache pool: %s", error)
+                self._reject(tokens, scope, at * size)
+                return
+            came += 1
+            if came == layers:
+                came, at = 0, at + 1
+                one.fetched += at * size - one.lent.computed
+                one.lent.computed = at * size
 
     def _reject(self, tokens: tuple[int, ...], scope: CacheScope, position: int) -> None:
         self.counts.wrong += 1
@@ -291,7 +305,7 @@ class PooledHouse:
         history, computed = one.history, min(one.lent.computed, len(tokens) - 1)
         given: HeldKv | None = None
         if one.lent.held is not None and one.fetched:
-            count = -(-computed // self.block_size)
+            count = -(-computed // self._house.block_size)
             given = HeldKv(one.lent.held.blocks[:count], computed)
             reached = max(history.reached, computed)
             history = replace(history, kv=given, reached=reached)
@@ -348,10 +362,12 @@ class PooledHouse:
     async def _put(self, request: Request) -> None:
         """The full pages of the prompt that the pool lacks."""
         tokens, scope = request.prompt_ids, request.scope
-        size, layers = self._pool.terms.page_tokens, len(self.layouts)
+        size, layers = self._pool.terms.page_tokens, len(self._house.layouts)
         first = await self._pool.kept(tokens, scope) // size
         if first >= len(tokens) // size:
             return
+        page_kv = self._page_kv
+        assert page_kv is not None, "nothing is watched"
         lent, runs = LentBlocks(), list[StoredRun]()
         try:
             # What the prefix cache here has, and one token, for which a block must be free.
@@ -359,19 +375,15 @@ class PooledHouse:
             await self._run(self._borrow, lent, whole, scope)
             if lent.held is not None:
                 keys, most = self._pool.keys(tokens, scope), self._pool.terms.put_bytes
-                last = min(lent.computed // size, first + most // self._page_kv.page_bytes)
+                last = min(lent.computed // size, first + most // page_kv.page_bytes)
                 for page in range(first, last):
-                    runs += await self._run(self._export, page, keys[page], lent.held)
+                    blocks = page_kv.blocks_of(page, lent.held.blocks)
+                    runs += await self._run(page_kv.export, page, keys[page], blocks)
         finally:
             self._mover.submit(self._release, lent)
         if runs:
             self.counts.put_pages += len(runs) // layers
             self._pool.put(tokens, scope, runs)
-
-    def _export(self, page: int, key: PageKey, held: HeldKv) -> tuple[StoredRun, ...]:
-        per_page = self._page_kv.blocks_per_page
-        blocks = held.blocks[page * per_page : (page + 1) * per_page]
-        return self._page_kv.export(page, key, blocks)
 
     # --- threads
 

@@ -12,6 +12,7 @@
     messages       what the two sides read of one another
     mover          the thread on which bytes are moved
     outlet         how the bytes of a frame leave a source
+    memory         the same by memory that two processes of a host share
     supply         whose KV a source has: a request that it prefills, or that it runs
     source_call    one call, from the side of the source
     serve          all calls, as the source's server has them

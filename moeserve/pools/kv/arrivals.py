@@ -49,7 +49,7 @@ class Arrivals:
         self._house = house
         self._counters = counters
         self._mover = Mover("kv-arrivals")
-        fetcher = Fetcher(
+        self._fetcher = fetcher = Fetcher(
             house, terms.compute_id, channels, self._mover, counters, self._limits, clock
         )
         self._room = ArrivalRoom(house, terms, fetcher, self._mover, counters, self._limits, clock)
@@ -94,6 +94,7 @@ class Arrivals:
         if pending:
             await asyncio.wait([task for _, task in pending])
         await asyncio.to_thread(self._mover.close)
+        self._fetcher.close()
 
     def _end(self, arrival: Arrival, task: asyncio.Task[None], reason: FinishReason) -> None:
         if arrival.end_with(reason):

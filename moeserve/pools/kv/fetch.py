@@ -23,6 +23,7 @@ from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.digests import geometry_of
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.memory import SlotMemories, SlotMemory
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.receiver_call import FetchOrder, ReceiverCall, SourceLostError
 from moeserve.pools.kv.serve import SERVICE
@@ -50,6 +51,11 @@ class Fetcher:
         self._limits = limits
         self._clock = clock
         self._calls = asyncio.Semaphore(limits.calls)
+        self._memories = SlotMemories(limits.slots, limits.slot_bytes, limits.memories)
+
+    def close(self) -> None:
+        """When no call is under way, and the mover has no jobs."""
+        self._memories.close()
 
     async def fetch(self, order: FetchOrder) -> None:
         """Until all is there; SourceLostError."""
@@ -76,22 +82,34 @@ class Fetcher:
         source = order.source
         async with self._channels.use(source.address, source.server_name) as channel:
             begin: Any = channel.stream_stream(f"/{SERVICE}/Fetch")
+            have = order.importer.restart()
+            memory = self._memory(order.importer.length - have)
             call = begin(metadata=self._channels.metadata, timeout=self._limits.whole_s)
+            receiver = ReceiverCall(
+                order, call, self._layouts, self._mover, self._counters, self._limits, memory
+            )
             try:
-                receiver = ReceiverCall(
-                    order, call, self._layouts, self._mover, self._counters, self._limits
-                )
-                await receiver.run(self._wanted(order))
+                await receiver.run(self._wanted(order, have, memory))
             finally:
                 call.cancel()
+                if memory is not None:  # behind what still reads it
+                    self._mover.later(self._memories.give, memory, again=receiver.ended_well)
 
-    def _wanted(self, order: FetchOrder) -> pb.ToSource:
+    def _memory(self, positions: int) -> SlotMemory | None:
+        """For what is worth it."""
+        size = sum(layout.nbytes // layout.block_size for layout in self._layouts) * positions
+        if not self._limits.slots or size < self._limits.memory_from:
+            return None
+        return self._memories.take()
+
+    def _wanted(self, order: FetchOrder, have: int, memory: SlotMemory | None) -> pb.ToSource:
         """The first message."""
         wanted = pb.Wanted(
             compute_id=self._compute_id,
             geometry=self._geometry,
-            have=order.importer.restart(),
+            have=have,
             running=order.source.running,
+            memory=None if memory is None else memory.offer(),
         )
         history = replace(order.history, sources=())
         write_submission(wanted.submission, order.request, history, self._clock())

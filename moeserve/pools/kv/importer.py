@@ -140,23 +140,25 @@ class KvImporter:
         good: list[tuple[int, int, int]] = []  # (start, count, offset of its bytes)
         counted, view = 0, memoryview(data)
         layout = self._layouts[layer]
-        for i, (start, count) in enumerate(bounds):
-            self._order.take(layer, start, count)
-            end = at + run_bytes(layout, count)
-            digest = self.digests.of(layer, start, count, view[at:end])
-            if digest == digests[16 * i : 16 * (i + 1)]:
-                good.append((start, count, at))
-                counted += end - at
-            else:
-                self._counters.add("bad_digests")
-                self._order.miss(layer, start, count)
-                wrong.append((start, count))
-            at = end
-            if good and (wrong or at - good[0][2] >= PIECE_BYTES):
+        try:
+            for i, (start, count) in enumerate(bounds):
+                self._order.take(layer, start, count)
+                end = at + run_bytes(layout, count)
+                digest = self.digests.of(layer, start, count, view[at:end])
+                if digest == digests[16 * i : 16 * (i + 1)]:
+                    good.append((start, count, at))
+                    counted += end - at
+                else:
+                    self._counters.add("bad_digests")
+                    self._order.miss(layer, start, count)
+                    wrong.append((start, count))
+                at = end
+                if good and (wrong or at - good[0][2] >= PIECE_BYTES):
+                    self._place(layer, good, view)
+                    good = []
+        finally:  # what was taken and was right is said to have arrived, so it enters the cache
+            if good:
                 self._place(layer, good, view)
-                good = []
-        if good:
-            self._place(layer, good, view)
         self._counters.add("runs", len(bounds) - len(wrong))
         self._counters.add_to("bytes", transport, counted)
         return wrong

@@ -16,9 +16,11 @@ class FetchLimits:
     ``room_s``: for room in the own cache. ``stalled_s``: what a source waits for whoever fetches
     to take a message or free a slot.
 
-    ``frame_bytes`` are in one message, or slot of shared memory, of which there are ``slots`` per
-    call, 0 for none; ``frames`` are under way at a time, of all calls together. ``calls`` are
-    served or made at a time, ``arriving`` requests wait or fetch.
+    ``frame_bytes`` are in one message; ``frames`` are made at a time, of all calls together. Shared
+    memory has ``slots`` per call, 0 for none, of ``slot_bytes``; it is offered where as much as
+    ``memory_from`` is to come, and by ``memories`` calls at a time. ``calls`` are served or made at
+    a time, ``arriving`` requests wait or fetch. ``window`` runs of a layer come before the next
+    layer's.
     """
 
     first_s: float = 10.0
@@ -29,8 +31,11 @@ class FetchLimits:
     room_s: float = 60.0
     stalled_s: float = 15.0
     frame_bytes: int = 2 << 20
-    slots: int = 4
     frames: int = 16
+    slots: int = 4
+    slot_bytes: int = 4 << 20
+    memory_from: int = 1 << 20
+    memories: int = 8
     calls: int = 64
     arriving: int = 1024
     window: int = 16

@@ -70,10 +70,10 @@ class RunOrder:
     def miss(self, layer: int, start: int, count: int) -> None:
         """A run that was taken cannot be used: it will come again. DataLossError where it is not
         the first time, or there are too many."""
+        self._missing[layer, start] = count
         if (layer, start) in self._again or len(self._again) >= MOST_MISSING:
             raise DataLossError(
                 f"positions {start}..{start + count - 1} of layer {layer} were sent wrong "
                 f"{1 + ((layer, start) in self._again)} times, {len(self._again)} others once"
             )
         self._again.add((layer, start))
-        self._missing[layer, start] = count

@@ -25,6 +25,7 @@ from moeserve.pools.kv.digests import Data
 from moeserve.pools.kv.frames import Side, seal
 from moeserve.pools.kv.importer import KvImporter
 from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.memory import SlotMemory
 from moeserve.pools.kv.messages import SourceReader
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.runs import Stretch, run_bytes, stretch_bytes
@@ -57,7 +58,8 @@ class FetchOrder:
 
 
 class ReceiverCall:
-    """Reads and writes ``call``, which whoever made it ends."""
+    """Reads and writes ``call``, which whoever made it ends. ``memory`` was offered to the source,
+    which has no more use for it when the call ``ended_well``."""
 
     def __init__(
         self,
@@ -67,7 +69,10 @@ class ReceiverCall:
         mover: Mover,
         counters: KvCounters,
         limits: FetchLimits,
+        memory: SlotMemory | None,
     ) -> None:
+        self.ended_well = False
+        self._memory = memory
         self._order = order
         self._importer = order.importer
         self._call = call
@@ -98,6 +103,7 @@ class ReceiverCall:
                 await self._hear(message, data)
         finally:
             reading.cancel()
+        self.ended_well = not self._enough
         await self._send(pb.ToSource(done=pb.Done()))
 
     async def _hear(self, message: pb.FromSource, data: Data) -> None:
@@ -127,6 +133,8 @@ class ReceiverCall:
 
     async def _take(self, spans: pb.Spans, data: Data) -> None:
         wrong = await self._mover.run(self._import, spans, data)
+        if spans.HasField("slot"):
+            await self._send(pb.ToSource(freed=pb.Freed(slot=spans.slot)))
         for stretch in wrong:
             self._counters.add("retries")
             again = pb.Again(
@@ -136,7 +144,19 @@ class ReceiverCall:
 
     def _import(self, spans: pb.Spans, data: Data) -> list[Stretch]:
         """On the mover's thread; the runs that are to come again."""
-        view, at, wrong = memoryview(data), 0, []
+        if not spans.HasField("slot"):
+            at, wrong = self._import_spans(spans, memoryview(data), "grpc")
+            if at != len(data):
+                raise InvalidRequestError(f"{len(data)} bytes of runs that have {at}")
+            return wrong
+        if self._memory is None or data:
+            raise InvalidRequestError(f"runs in slot {spans.slot} of a memory that is not there")
+        return self._import_spans(spans, self._memory.slot(spans.slot), "memory")[1]
+
+    def _import_spans(
+        self, spans: pb.Spans, view: memoryview, transport: str
+    ) -> tuple[int, list[Stretch]]:
+        at, wrong = 0, []
         for span in spans.spans:
             stretch = Stretch(span.layer, span.start, span.stop)
             if not (stretch.layer < len(self._layouts) and stretch.start < stretch.stop):
@@ -144,13 +164,11 @@ class ReceiverCall:
             layout = self._layouts[stretch.layer]
             size = run_bytes(layout, stretch.stop - stretch.start)
             missed = self._importer.take_stretch(
-                stretch, span.digests, self._run_size, view[at : at + size], "grpc"
+                stretch, span.digests, self._run_size, view[at : at + size], transport
             )
             wrong += [Stretch(stretch.layer, start, start + n) for start, n in missed]
             at += stretch_bytes(layout, stretch)
-        if at != len(view):
-            raise InvalidRequestError(f"{len(view)} bytes of runs that have {at}")
-        return wrong
+        return at, wrong
 
     async def _stop_when_near(self) -> None:
         """What runs at the source is taken out there as soon as little is left to come."""

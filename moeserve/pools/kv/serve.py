@@ -32,6 +32,7 @@ from moeserve.pools.kv.digests import RunDigests, geometry_of
 from moeserve.pools.kv.exporter import KvExporter
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.memory import open_memory
 from moeserve.pools.kv.messages import Reader
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.outlet import MessageOutlet, Outlet
@@ -74,16 +75,18 @@ class KvServer:
         self._mover.close()
 
     async def _fetch(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        self._counters.add("serving")
+        # It is over before the caller is told so, who perhaps takes nothing any more.
         try:
-            await self._serve(requests, context)
+            self._counters.add("serving")
+            try:
+                await self._serve(requests, context)
+            finally:
+                self._counters.add("serving", -1)
         except DataLossError as error:
             self._counters.add("bad_frames")
             await context.abort(grpc.StatusCode.DATA_LOSS, error.message)
         except MoeserveError as error:
             await context.abort(grpc.StatusCode[error.code], error.message)
-        finally:
-            self._counters.add("serving", -1)
 
     async def _serve(self, requests: AsyncIterator[bytes], context: Context) -> None:
         limits = self._limits
@@ -149,6 +152,10 @@ class KvServer:
     def _outlet(self, wanted: pb.Wanted) -> Outlet:
         limits = self._limits
         largest = max(layout.nbytes for layout in self._house.layouts) + ALIGNMENT
+        if wanted.HasField("memory"):
+            shared = open_memory(wanted.memory, largest, limits.stalled_s)
+            if shared is not None:
+                return shared
         return MessageOutlet(self._frames, max(limits.frame_bytes, largest), limits.stalled_s)
 
     def _require_same(self, wanted: pb.Wanted) -> None:

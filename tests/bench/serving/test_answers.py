@@ -202,7 +202,6 @@ def test_bodies_say_what_was_asked() -> None:
     ("wrong", "says"),
     [
         ({"api": "embeddings"}, "--api='embeddings'"),
-        ({"prompts": "pictures"}, "--prompts='pictures'"),
         ({"api": "chat"}, "messages of a chat are texts"),
         ({"standard": True, "ignore_eos": True}, "--ignore-eos"),
     ],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moeserve.bench.serving import plan
 from moeserve.bench.serving.arrivals import arrival_times
 from moeserve.bench.serving.plan import Lengths, PlannedRequest, TokenSpan
-from moeserve.bench.serving.prompts import WORDS, PromptSource
+from moeserve.bench.serving.prompts import WORDS, PromptSource, form_of_prompts
 from moeserve.errors import ConfigError
 
 RATES = st.floats(0.01, 1e4)
@@ -154,6 +154,35 @@ def test_texts_have_a_word_for_each_token() -> None:
     said = source.text(request).split(" ")
     assert said == [WORDS[token % len(WORDS)] for token in source.token_ids(request)]
     assert len(set(WORDS)) == len(WORDS)
+
+
+TEXT, IDS = PlannedRequest(0, 1, text="Once"), PlannedRequest(0, 1, token_ids=(5, 6))
+DRAWN = PlannedRequest(0, 1, spans=(TokenSpan(0, 2),))
+
+
+@pytest.mark.parametrize(
+    ("requests", "asked", "chat", "form"),
+    [
+        ([DRAWN], None, False, "ids"),
+        ([DRAWN], None, True, "text"),
+        ([DRAWN, TEXT], None, False, "text"),
+        ([DRAWN, IDS], None, False, "ids"),
+        ([DRAWN], "text", False, "text"),
+        ([TEXT], "ids", False, "has prompts of text"),
+        ([IDS], "text", False, "cannot be sent as text"),
+        ([IDS], None, True, "which chat needs"),
+        ([IDS, TEXT], None, False, "cannot be sent as text"),
+        ([DRAWN], "pictures", False, "--prompts='pictures'"),
+    ],
+)
+def test_the_form_of_prompts_is_known_before_any_is_sent(
+    requests: list[PlannedRequest], asked: str | None, chat: bool, form: str
+) -> None:
+    if form in ("ids", "text"):
+        assert form_of_prompts(requests, asked, chat=chat) == form
+    else:
+        with pytest.raises(ConfigError, match=form):
+            form_of_prompts(requests, asked, chat=chat)
 
 
 def test_a_prompt_is_sent_in_the_form_it_has() -> None:

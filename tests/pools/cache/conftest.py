@@ -44,10 +44,10 @@ Until = Callable[[Callable[[], object]], Awaitable[None]]
 
 @pytest.fixture(scope="session")
 def until() -> Until:
-    """Waits until something holds, for ten seconds at most."""
+    """Waits until something holds, for a minute at most."""
 
     async def wait(holds: Callable[[], object]) -> None:
-        for _ in range(1000):
+        for _ in range(6000):
             if holds():
                 return
             await asyncio.sleep(0.01)

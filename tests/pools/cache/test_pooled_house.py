@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -29,12 +28,15 @@ from moeserve.engine.sequence import NEW, HeldKv, History
 from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
 from moeserve.kernels.kv_layout import KvBlockLayout
 from moeserve.pools.cache.cache_members import CacheMembers
+from moeserve.pools.cache.page_kv import PageKv
 from moeserve.pools.cache.pages import seal, unseal
 from moeserve.pools.cache.pool import PagePool, PoolTerms
 from moeserve.pools.cache.pooled_house import PooledHouse
 from moeserve.pools.members import Member
 
 PAGE, LAYERS = 16, 3
+# What is fast here may be slow where others work.
+PATIENT = {"answer_s": 20.0, "progress_s": 20.0, "put_s": 20.0, "find_s": 40.0}
 
 
 def kv_of(tokens: Sequence[int], layer: int, position: int, scope: CacheScope) -> bytes:
@@ -180,8 +182,8 @@ async def make_rank(channels: Any) -> AsyncIterator[MakeRank]:
     def make(members: Sequence[Member], house: Computing, **options: Any) -> PooledHouse:
         known = CacheMembers()
         known.set(members)
-        pool = PagePool(known, channels, PoolTerms("m", LAYERS, PAGE))
-        ranks.append(PooledHouse(house, pool, **options))
+        pool = PagePool(known, channels, PoolTerms("m", LAYERS, PAGE), **PATIENT)
+        ranks.append(PooledHouse(house, pool, fetch_s=40.0, **options))
         return ranks[-1]
 
     yield make
@@ -200,7 +202,7 @@ async def serve(rank: PooledHouse, request: Request, until: Any) -> Listening:
     rank.submit(request, sink, NEW)
     await until(lambda: sink.ends)
     await until(lambda: not rank._leaving and not rank.arriving)
-    assert await rank._pool.puts.flush(10)
+    assert await rank._pool.puts.flush(60)
     assert [event.token_ids for event in sink.events] == [(7,), (8,)]
     return sink
 
@@ -295,26 +297,53 @@ async def test_scored_prompts_and_short_ones_do_not_look(
     await until(lambda: rank.counts.put_pages == 3)
 
 
-async def test_no_room_or_no_pool_is_no_loss(make_rank: MakeRank, until: Any) -> None:
-    house = Computing(num_blocks=16)
+async def test_no_room_is_no_loss(make_keeper: Any, make_rank: MakeRank, until: Any) -> None:
+    members = [(await make_keeper("a")).member]
+    house = Computing()
+    one, rank = make_rank(members, Computing()), make_rank(members, house)
+    prompt = tokens(2 * PAGE)
+    await serve(one, request_of(prompt), until)
+    plain, refused = house.borrow, []
+
+    def borrow(token_ids: Sequence[int], scope: CacheScope) -> HeldKv | None:
+        if not refused:
+            refused.append(token_ids)
+            return None
+        return plain(token_ids, scope)
+
+    house.borrow = borrow  # type: ignore[method-assign]
+    await serve(rank, request_of(prompt), until)
+    assert (house.computed, rank.counts.crowded) == (2 * PAGE, 1)
+
+
+async def test_where_nobody_keeps_kv_requests_go_on_at_once(make_rank: MakeRank) -> None:
+    house = Computing()
     rank = make_rank([], house)
-    taken = house.borrow(tokens(40, seed=5), CacheScope())
-    assert taken is not None
     sink = Listening()
-    plain, house.borrow = house.borrow, lambda ids, scope: None  # type: ignore[method-assign]
-    rank.submit(request_of(tokens(20)), sink, History(kv=None))
-    await asyncio.sleep(0)
-    house.borrow = plain  # type: ignore[method-assign]
-    house.give_back(taken)
-    await until(lambda: sink.ends and not rank._leaving)
-    assert house.computed == 20
+    rank.submit(request_of(tokens(40)), sink, NEW)
+    assert sink.ends == [FinishReason.LENGTH]
+    assert (rank.counts.looked, rank.counts.crowded) == (0, 0)
+
+
+async def test_a_miss_borrows_nothing(make_keeper: Any, make_rank: MakeRank, until: Any) -> None:
+    house = Computing()
+    rank = make_rank([(await make_keeper("a")).member], house)
+    plain, borrowed = house.borrow, []
+
+    def borrow(token_ids: Sequence[int], scope: CacheScope) -> HeldKv | None:
+        borrowed.append(len(token_ids))
+        return plain(token_ids, scope)
+
+    house.borrow = borrow  # type: ignore[method-assign]
+    await serve(rank, request_of(tokens(2 * PAGE + 5)), until)
+    assert borrowed == [2 * PAGE + 5, 2 * PAGE + 1]  # by the engine; to export
 
 
 async def test_what_the_engine_refuses_ends_with_its_reason(
-    make_rank: MakeRank, until: Any
+    make_keeper: Any, make_rank: MakeRank, until: Any
 ) -> None:
     house = Computing()
-    rank = make_rank([], house)
+    rank = make_rank([(await make_keeper("a")).member], house)
     house.refuses = True
     sink = Listening()
     rank.submit(request_of(tokens(40)), sink, NEW)
@@ -324,6 +353,7 @@ async def test_what_the_engine_refuses_ends_with_its_reason(
     ]
     with pytest.raises(ExhaustedError):
         rank.submit(request_of(tokens(3)), sink, NEW)
+    await until(lambda: not rank.arriving)
 
 
 async def test_a_request_that_waits_can_be_ended(
@@ -358,13 +388,18 @@ async def test_a_request_that_waits_can_be_ended(
     silent.close()
 
 
-def test_a_page_is_a_multiple_of_blocks() -> None:
-    async def make() -> None:
-        terms = PoolTerms("m", LAYERS, PAGE)
-        PooledHouse(Computing(5), PagePool(CacheMembers(), None, terms))  # type: ignore[arg-type]
-
+async def test_blocks_that_do_not_fill_pages_use_no_pool(
+    make_keeper: Any, make_rank: MakeRank, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = Computing(5)
     with pytest.raises(ConfigError, match="no multiple of blocks of 5"):
-        asyncio.run(make())
+        PageKv(house, PAGE)
+    rank = make_rank([(await make_keeper("a")).member], house)
+    assert "no multiple of blocks of 5" in caplog.text
+    sink = Listening()
+    rank.submit(request_of(tokens(40)), sink, NEW)
+    assert sink.ends == [FinishReason.LENGTH]
+    assert (rank.counts.looked, rank.counts.put_pages) == (0, 0)
 
 
 async def test_returned_requests_are_watched_no_more(make_rank: MakeRank) -> None:

@@ -98,16 +98,17 @@ def computed(token_ids: Sequence[int], nbytes: int = 2000) -> list[StoredRun]:
 def pool_of(processes: Sequence[CacheProcess], channels: Any, **times: float) -> PagePool:
     members = CacheMembers()
     members.set([process.member for process in processes])
-    return PagePool(members, channels, PoolTerms("m", LAYERS, PAGE), **times)
+    patient = {"answer_s": 20.0, "progress_s": 20.0, "find_s": 40.0}
+    return PagePool(members, channels, PoolTerms("m", LAYERS, PAGE), **{**patient, **times})
 
 
-async def fetched(pool: PagePool, ids: Sequence[int], timeout_s: float = 20.0) -> list[StoredRun]:
+async def fetched(pool: PagePool, ids: Sequence[int], timeout_s: float = 60.0) -> list[StoredRun]:
     return [run async for run in pool.fetch(ids, SCOPE, timeout_s=timeout_s)]
 
 
 async def put(pool: PagePool, ids: Sequence[int], nbytes: int = 2000) -> None:
     pool.put(ids, SCOPE, computed(ids, nbytes))
-    assert await pool.puts.flush(30)
+    assert await pool.puts.flush(60)
 
 
 async def test_two_peers_share_and_members_that_end_find_their_pages_again(
@@ -118,7 +119,7 @@ async def test_two_peers_share_and_members_that_end_find_their_pages_again(
     for pool, own in ((one, prompts[:4]), (other, prompts[4:])):
         for ids in own:
             pool.put(ids, SCOPE, computed(ids))
-    await asyncio.gather(one.puts.flush(30), other.puts.flush(30))
+    await asyncio.gather(one.puts.flush(60), other.puts.flush(60))
     assert one.puts.counts.stored == other.puts.counts.stored == 2 * 4 * 10
     for process in processes:
         assert process.end() == 0
@@ -165,22 +166,21 @@ async def test_a_stopped_member_holds_nobody_beyond_the_deadline(
     warm = pool_of(processes, channels)
     ids = tokens(20 * PAGE)
     await put(warm, ids)
-    pool = pool_of(processes, channels, answer_s=0.5, progress_s=0.5, put_s=1.0)
+    pool = pool_of(processes, channels, answer_s=2.0, progress_s=2.0, put_s=2.0)
     first = pool.members.owners(pool.keys(ids, SCOPE)[0], 1)[0]
     stopped = next(process for process in processes if process.member.id == first.id)
     hit = await pool.find(ids, SCOPE)
     stopped.signal(signal.SIGSTOP)
     began = time.monotonic()
-    runs = [run async for run in pool.fetch_hit(hit, began + 20)]
+    runs = [run async for run in pool.fetch_hit(hit, began + 60)]
     assert runs == computed(ids)
     assert pool.counts.lost >= 1
     assert await fetched(pool, ids) == computed(ids)  # nobody asks it any more
     for process in processes:
         process.signal(signal.SIGSTOP)
     hurried = pool_of(processes, channels)
-    began = time.monotonic()
-    assert await fetched(hurried, ids, timeout_s=0.3) == []
-    assert time.monotonic() - began < 5.0
+    async with asyncio.timeout(15.0):  # of 20 that a member may have elsewhere
+        assert await fetched(hurried, ids, timeout_s=0.3) == []
     hurried.put(ids, SCOPE, computed(ids))
     await hurried.close(0.2)
     assert hurried.puts.waiting_bytes == 0
@@ -213,7 +213,7 @@ async def test_bytes_flipped_in_files_are_never_fetched(tmp_path: Path, channels
     for _ in range(4):  # a prefix ends at its first page that has changed
         for prompt in ids:
             hit = await again.find(prompt, SCOPE)
-            assert [run async for run in again.fetch_hit(hit, time.monotonic() + 20)] == []
+            assert [run async for run in again.fetch_hit(hit, time.monotonic() + 60)] == []
     keys = [key for prompt in ids for key in again.keys(prompt, SCOPE)]
     for key in keys:
         assert [page async for page in again._calls.get(keeper.member, [key], float("inf"))] == []

@@ -1,4 +1,4 @@
-"""The toy rank, which test modules here import by its name."""
+"""The toy ranks, which test modules here import by their names."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import importlib.util
 import sys
 from pathlib import Path
 
-_PATH = Path(__file__).with_name("toy_house.py")
-if "toy_house" not in sys.modules:
-    _SPEC = importlib.util.spec_from_file_location("toy_house", _PATH)
-    assert _SPEC is not None
-    assert _SPEC.loader is not None
-    sys.modules["toy_house"] = _MODULE = importlib.util.module_from_spec(_SPEC)
-    _SPEC.loader.exec_module(_MODULE)
+
+def _register(name: str) -> None:
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+_register("toy_house")
+_register("toy_peer")

@@ -2,117 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import Any
 
-import grpc
 import pytest
 import torch
-from toy_house import VOCAB, Sink, ToyHouse, alone
+from toy_house import alone
+from toy_peer import QUICK, SHARED, ended, peer, request, until
 
-from moeserve.comm.control.rpc import Trust, open_server
 from moeserve.core import CacheScope, FinishReason, Request, RequestId, SamplingParams
-from moeserve.engine.sequence import History, KvSource
+from moeserve.engine.sequence import KvSource
 from moeserve.errors import ExhaustedError, InvalidRequestError
-from moeserve.pools.kv.arrivals import Arrivals
-from moeserve.pools.kv.channels import ChannelPool
-from moeserve.pools.kv.counters import KvCounters
-from moeserve.pools.kv.limits import FetchLimits
-from moeserve.pools.kv.serve import KvServer
-from moeserve.pools.members import ServedTerms
 
-WAIT_S = 20.0
-RUN = b"run"
-QUICK = FetchLimits(
-    first_s=2.0, progress_s=1.0, beat_s=0.1, queued_s=2.0, whole_s=10.0, room_s=5.0, stalled_s=2.0
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ((4, 4), torch.bfloat16),
+        ((4, 8), torch.bfloat16),
+        ((8, 4), torch.bfloat16),
+        ((4, 6), torch.int8),
+        ((6, 4), torch.int8),
+    ],
+    ids=str,
 )
-
-
-def request(name: str = "a", prompt: int = 30, **params: Any) -> Request:
-    params = {"max_tokens": 6, "ignore_eos": True, "seed": 3, **params}
-    ids = tuple((7 * i * i + sum(map(ord, name))) % VOCAB for i in range(prompt))
-    return Request(RequestId(name), ids, SamplingParams(**params))
-
-
-async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not what():  # noqa: ASYNC110 - what is awaited here is told in many ways
-            await asyncio.sleep(0.002)
-
-
-@dataclass
-class Peer:
-    """A rank with a server, and what stands before its engine."""
-
-    house: ToyHouse
-    terms: ServedTerms
-    counters: KvCounters
-    server: KvServer
-    grpc: grpc.aio.Server
-    port: int
-    channels: ChannelPool
-    arrivals: Arrivals
-    sinks: list[Sink] = field(default_factory=list)
-
-    @property
-    def source(self) -> KvSource:
-        return KvSource(f"127.0.0.1:{self.port}")
-
-    def ask(self, wanted: Request, *sources: KvSource, **history: Any) -> Sink:
-        sink = Sink()
-        self.arrivals.submit(wanted, sink, History(sources=sources, **history))
-        self.sinks.append(sink)
-        return sink
-
-    async def vacant(self) -> None:
-        """Nothing is held for anybody."""
-        await until(lambda: self.house.idle and not self.arrivals.arriving)
-        await until(lambda: self.counters.serving == 0)
-        await until(lambda: self.house.references == 0 and self.counters.borrowed == 0)
-        assert not self.house.kept
-        assert not self.house.tells
-        assert self.counters.calls == 0
-
-
-@contextlib.asynccontextmanager
-async def peer(
-    compute_id: str = "model", limits: FetchLimits = QUICK, **house: Any
-) -> AsyncIterator[Peer]:
-    toy = ToyHouse(**house)
-    terms = ServedTerms("m", compute_id, VOCAB, toy.max_model_len, block_size=toy.block_size)
-    counters = KvCounters()
-    kv = KvServer(toy, terms, counters, limits)
-    server, port = open_server("127.0.0.1", Trust(), RUN, [kv.handlers()])
-    await server.start()
-    channels = ChannelPool(Trust(), RUN)
-    arrivals = Arrivals(toy, terms, channels, counters, limits)
-    found = Peer(toy, terms, counters, kv, server, port, channels, arrivals)
-    try:
-        yield found
-    finally:
-        await arrivals.close()
-        await channels.close()
-        await server.stop(None)
-        await asyncio.to_thread(kv.close)
-        await asyncio.to_thread(toy.close)
-
-
-async def ended(*sinks: Sink) -> None:
-    await until(lambda: all(sink.ended.is_set() for sink in sinks))
-
-
-@pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4), (4, 6), (6, 4)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-async def test_tokens_are_those_of_one_rank(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("memory", [False, True], ids=["grpc", "memory"])
+async def test_tokens_are_those_of_one_rank(
+    sizes: tuple[int, int], dtype: torch.dtype, memory: bool
+) -> None:
     ask = [request(f"r{n}", n) for n in (1, 3, 4, 5, 16, 31, 61)]
     want = [alone(r, dtype=dtype) for r in ask]
+    name, limits = ("memory", SHARED) if memory else ("grpc", QUICK)
     async with (
         peer(block_size=sizes[0], dtype=dtype) as a,
-        peer(block_size=sizes[1], dtype=dtype, blocks=200) as b,
+        peer(block_size=sizes[1], dtype=dtype, blocks=200, limits=limits) as b,
     ):
         sinks = [b.ask(r, a.source) for r in ask]
         await ended(*sinks)
@@ -126,6 +48,7 @@ async def test_tokens_are_those_of_one_rank(sizes: tuple[int, int], dtype: torch
         assert b.counters.recomputed == 0
         assert b.counters.sources_lost == {}
         assert b.house.computed == 5 * len(ask), "all but the first token, one position each"
+        assert set(b.counters.bytes) == set(a.counters.sent_bytes) == {name}
 
 
 async def test_what_is_cached_on_either_side_is_not_sent() -> None:

@@ -1,0 +1,290 @@
+"""How fast KV goes from one process to another of this host: by shared memory beside a memcpy, by
+gRPC beside a bare gRPC stream of messages of the same size, in one run.
+
+    python bench/kv_transfer.py [--tokens 2048] [--layers 16] [--rounds 5] [--out FILE]
+
+The source is another process. Its rank has no model: blocks hold random numbers and are all
+computed, so what is measured is the way from one cache into another: export, digests, transport,
+checks, import. Blocks lie in the caches as they travel; with --native caches are those of the CPU
+kernels, whose layout is another, and export and import rearrange them (``bench/kv_export.py``). One
+JSON line per figure, in GB/s of KV: the best and the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import torch
+
+from moeserve.comm.control.rpc import Trust, open_channel, open_server, proof_metadata
+from moeserve.core import (
+    BlockId,
+    CacheScope,
+    Event,
+    FinishReason,
+    Request,
+    RequestId,
+    SamplingParams,
+)
+from moeserve.engine.sequence import NEW, HeldKv, History, KvSource
+from moeserve.kernels.kv_layout import KvBlockLayout
+from moeserve.kernels.ops import KvShape
+from moeserve.kernels.select import choose_ops
+from moeserve.pools.kv.channels import ChannelPool
+from moeserve.pools.kv.counters import KvCounters
+from moeserve.pools.kv.digests import RunDigests
+from moeserve.pools.kv.exporter import KvExporter
+from moeserve.pools.kv.fetch import Fetcher
+from moeserve.pools.kv.importer import KvImporter
+from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.mover import Mover
+from moeserve.pools.kv.receiver_call import FetchOrder
+from moeserve.pools.kv.runs import Stretch, stretch_bytes
+from moeserve.pools.kv.serve import KvServer
+from moeserve.pools.members import ServedTerms
+
+RUN, HOST, VOCAB, BLOCK = b"bench", "127.0.0.1", 1000, 16
+BARE = "moeserve.bench.Bare"
+TERMS = ServedTerms("bench", "bench", VOCAB, 1 << 20)
+
+
+class FullHouse:
+    """A rank whose KV is all there: requests end as soon as they come."""
+
+    def __init__(self, tokens: int, layers: int, native: bool) -> None:
+        self.ops = choose_ops()
+        self.native = native
+        self.block_size = BLOCK
+        count = -(-tokens // BLOCK)
+        shape = KvShape(count, BLOCK, 4, 128, 128, torch.bfloat16)
+        self.layouts = tuple(KvBlockLayout.of(shape) for _ in range(layers))
+        self.caches = [self.ops.new_kv(shape) for _ in range(layers if native else 0)]
+        self.plain = [
+            torch.zeros(count, layout.nbytes, dtype=torch.uint8)
+            for layout in self.layouts[len(self.caches) :]
+        ]
+        self.held = HeldKv(tuple(BlockId(b) for b in range(count)), 0)
+        self.nbytes = count * sum(layout.nbytes for layout in self.layouts)
+        self.kept: dict[RequestId, HeldKv] = {}
+
+    def fill(self) -> None:
+        rows = torch.randint(
+            256, (len(self.held.blocks), self.layouts[0].nbytes), dtype=torch.uint8
+        )
+        for layer in range(len(self.layouts)):
+            self.import_kv(layer, self.held.blocks, rows)
+
+    def borrow(self, token_ids: Sequence[int], scope: CacheScope) -> HeldKv | None:
+        return self.held
+
+    def publish(self, held: HeldKv, token_ids: Sequence[int], scope: CacheScope) -> None: ...
+
+    def give_back(self, held: HeldKv, *, forget: bool = False) -> None: ...
+
+    def export_kv(self, layer: int, blocks: Sequence[BlockId], out_NX: torch.Tensor) -> None:
+        if self.native:
+            out_NX.copy_(self.ops.export_kv(self.caches[layer], torch.tensor(blocks)))
+        else:
+            torch.index_select(self.plain[layer], 0, torch.tensor(blocks), out=out_NX)
+
+    def import_kv(self, layer: int, blocks: Sequence[BlockId], data_NX: torch.Tensor) -> None:
+        if self.native:
+            self.ops.import_kv(self.caches[layer], torch.tensor(blocks), data_NX)
+        else:
+            self.plain[layer].index_copy_(0, torch.tensor(blocks), data_NX)
+
+    def submit(self, request: Request, sink: Any, history: History = NEW) -> None:
+        self.kept[request.id] = replace(self.held, computed=len(request.prompt_ids))
+        sink.deliver([Event(request.id, (1,), finish=FinishReason.LENGTH)])
+
+    def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None: ...
+
+    def look(self, request_id: RequestId) -> HeldKv | None:
+        return None
+
+    def take_kept(self, request_id: RequestId) -> HeldKv | None:
+        return self.kept.pop(request_id, None)
+
+    def detach(self, request_id: RequestId) -> None:
+        return None
+
+    def on_step(self, tell: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
+
+
+def serve(tokens: int, layers: int, native: bool, ports: Any) -> None:
+    """The source's process."""
+    torch.set_num_threads(1)
+
+    async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        count, size = map(int, request.split())
+        data = os.urandom(size)
+        for _ in range(count):
+            yield data
+
+    async def run() -> None:
+        house = FullHouse(tokens, layers, native)
+        house.fill()
+        kv = KvServer(house, TERMS, KvCounters())
+        bare = grpc.method_handlers_generic_handler(
+            BARE, {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
+        )
+        server, port = open_server(HOST, Trust(), RUN, [kv.handlers(), bare])
+        await server.start()
+        ports.put(port)
+        await server.wait_for_termination()
+
+    asyncio.run(run())
+
+
+class Receiver:
+    """Fetches a whole prompt, again and again."""
+
+    def __init__(self, house: FullHouse, port: int, tokens: int, limits: FetchLimits) -> None:
+        self.house, self.port, self.tokens = house, port, tokens
+        self.mover, self.counters = Mover("bench"), KvCounters()
+        self.channels = ChannelPool(Trust(), RUN)
+        self.fetcher = Fetcher(
+            house, TERMS.compute_id, self.channels, self.mover, self.counters, limits
+        )
+        ids = tuple(i % VOCAB for i in range(tokens))
+        self.request = Request(RequestId("bench"), ids, SamplingParams(2))
+
+    async def fetch(self) -> None:
+        digests = RunDigests(
+            TERMS.compute_id, self.house.layouts, CacheScope(), self.request.prompt_ids
+        )
+        importer = KvImporter(self.house, self.house.held, self.tokens, digests, self.counters)
+
+        async def handed(outputs: tuple[int, ...], computed: int) -> bool:
+            return False
+
+        source = KvSource(f"{HOST}:{self.port}")
+        await self.fetcher.fetch(
+            FetchOrder(source, self.request, History(), importer, lambda event: True, handed)
+        )
+        assert importer.complete
+
+    async def close(self) -> None:
+        await self.channels.close()
+        self.mover.close()
+        self.fetcher.close()
+
+
+async def bare(port: int, total: int, size: int) -> None:
+    channel = open_channel(HOST, port, Trust(), "")
+    begin: Any = channel.unary_stream(f"/{BARE}/Stream")
+    count = -(-total // size)
+    call = begin(b"%d %d" % (count, size), metadata=proof_metadata(Trust(), RUN))
+    came = 0
+    while (data := await call.read()) is not grpc.aio.EOF:
+        came += len(data)
+    assert came == count * size
+    await channel.close()
+
+
+async def rates(
+    name: str, rounds: int, nbytes: int, run: Callable[[], Awaitable[None]]
+) -> dict[str, Any]:
+    await run()  # first touch of memory, connections
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        await run()
+        seconds.append(time.perf_counter() - began)
+    found = [nbytes / s / 1e9 for s in seconds]
+    return {"what": name, "best": max(found), "median": statistics.median(found)}
+
+
+def digest_share(house: FullHouse, tokens: int) -> dict[str, Any]:
+    """Of exporting with digests, what the digests take; both sides make each once."""
+    digests = RunDigests(TERMS.compute_id, house.layouts, CacheScope(), range(tokens))
+    exporter = KvExporter(house, digests)
+    stretch = Stretch(0, 0, tokens)
+    out = torch.empty(stretch_bytes(house.layouts[0], stretch), dtype=torch.uint8)
+    view, size = out.numpy().data, house.layouts[0].nbytes
+
+    def hash_all() -> None:
+        for b in range(tokens // BLOCK):
+            digests.of(0, b * BLOCK, BLOCK, view[b * size : (b + 1) * size])
+
+    def best(job: Callable[[], object]) -> float:
+        times = []
+        for _ in range(9):
+            began = time.perf_counter()
+            job()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    both = best(lambda: exporter.fill(house.held.blocks, [stretch], out))
+    alone = best(hash_all)
+    return {"what": "digests", "share_of_export": alone / both, "rate": len(out) / alone / 1e9}
+
+
+async def measure(port: int, house: FullHouse, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    limits = FetchLimits(whole_s=120)
+    source = torch.ones(house.nbytes, dtype=torch.uint8)
+    target = torch.zeros(house.nbytes, dtype=torch.uint8)
+
+    async def memcpy() -> None:
+        target.copy_(source)
+
+    found = [{"what": "bytes", "bytes": house.nbytes, "cores": os.cpu_count()}]
+    found.append(await rates("memcpy", rounds, house.nbytes, memcpy))
+    for name, chosen in (("memory", limits), ("grpc", replace(limits, slots=0))):
+        receiver = Receiver(house, port, tokens, chosen)
+        found.append(await rates(name, rounds, house.nbytes, receiver.fetch))
+        assert set(receiver.counters.bytes) == {name}
+        await receiver.close()
+    size = limits.frame_bytes
+    found.append(
+        await rates("bare grpc", rounds, house.nbytes, lambda: bare(port, house.nbytes, size))
+    )
+    found.append(digest_share(house, tokens))
+    by_name = {one["what"]: one for one in found}
+    for name, other in (("memory", "memcpy"), ("grpc", "bare grpc")):
+        ratio = by_name[name]["median"] / by_name[other]["median"]
+        found.append({"what": f"{name} / {other}", "ratio": ratio})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--native", action="store_true", help="caches of the CPU kernels")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("spawn")
+    ports = context.Queue()
+    settings = args.tokens, args.layers, args.native
+    process = context.Process(target=serve, args=(*settings, ports), daemon=True)
+    process.start()
+    try:
+        found = asyncio.run(
+            measure(ports.get(timeout=60), FullHouse(*settings), args.tokens, args.rounds)
+        )
+    finally:
+        process.kill()
+        process.join(10)
+    text = "\n".join(json.dumps(one) for one in found)
+    print(text)
+    if args.out:
+        with open(args.out, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

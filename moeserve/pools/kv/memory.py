@@ -1,0 +1,186 @@
+"""KV by memory that two processes of one host share: slots that a source writes to and whoever
+fetches reads from, without copies in between.
+
+Whoever fetches makes the memory, which has no name: it is offered as a descriptor of this process,
+which another one of the same user opens through ``/proc``. A random cookie at its beginning tells
+whether what was opened there is it; on another host, or in another container, it is not, and the
+bytes then come in messages. The memory cannot shrink, so what is mapped can be touched.
+
+Neither side believes the other's numbers: slots and sizes are checked against what was mapped.
+Memory whose call did not end well is not used again, for a source that was too late may still write
+to it.
+
+::
+
+    cookie 32 B, up to HEADER_BYTES; slot 0; slot 1; ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import fcntl
+import mmap
+import os
+import secrets
+import stat
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+import torch
+
+from moeserve.errors import InvalidRequestError
+from moeserve.pb import kv_pb2 as pb
+from moeserve.pools.kv.outlet import FrameRoom
+
+HEADER_BYTES = mmap.PAGESIZE
+COOKIE_BYTES = 32
+MOST_SLOTS = 64
+MOST_SLOT_BYTES = 64 << 20
+
+_NAME = "moeserve-kv"
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class SlotMemory:
+    """Of whoever fetches: ``slots`` of ``slot_bytes`` each. OSError where there is no memory."""
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        self.slots, self.slot_bytes = slots, slot_bytes
+        self._cookie = secrets.token_bytes(COOKIE_BYTES)
+        size = HEADER_BYTES + slots * slot_bytes
+        self._fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, size)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+            self._map = mmap.mmap(self._fd, size)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._map[:COOKIE_BYTES] = self._cookie
+
+    def offer(self) -> pb.Memory:
+        return pb.Memory(
+            pid=os.getpid(),
+            fd=self._fd,
+            cookie=self._cookie,
+            slots=self.slots,
+            slot_bytes=self.slot_bytes,
+        )
+
+    def slot(self, number: int) -> memoryview:
+        """To be read before ``close``. InvalidRequestError where there is no such slot."""
+        if not 0 <= number < self.slots:
+            raise InvalidRequestError(f"slot {number}: there are {self.slots}")
+        return memoryview(_place(self._map, number, self.slot_bytes)).cast("B")
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self._fd)
+
+
+class SlotMemories:
+    """Memories for the calls of one process, ``most`` at a time; those whose calls ended well are
+    used again, but for more than ``spare``."""
+
+    def __init__(self, slots: int, slot_bytes: int, most: int, spare: int = 2) -> None:
+        self._shape = slots, slot_bytes
+        self._most, self._most_spare = most, spare
+        self._spare: list[SlotMemory] = []
+        self._lent = 0
+
+    def take(self) -> SlotMemory | None:
+        """None where so many are in use, or there is no memory."""
+        if self._lent >= self._most:
+            return None
+        try:
+            found = self._spare.pop() if self._spare else SlotMemory(*self._shape)
+        except OSError:
+            return None
+        self._lent += 1
+        return found
+
+    def give(self, memory: SlotMemory, *, again: bool) -> None:
+        self._lent -= 1
+        if again and len(self._spare) < self._most_spare:
+            self._spare.append(memory)
+        else:
+            memory.close()
+
+    def close(self) -> None:
+        while self._spare:
+            self._spare.pop().close()
+
+
+class MemoryOutlet:
+    """Of a source: an ``Outlet`` into the memory of whoever fetches."""
+
+    name = "memory"
+
+    def __init__(self, mapped: mmap.mmap, slots: int, slot_bytes: int, wait_s: float) -> None:
+        self.frame_bytes = slot_bytes
+        self._map = mapped
+        self._free = deque(range(slots))
+        self._taken: set[int] = set()
+        self._wait_s = wait_s
+        self._some = asyncio.Event()
+
+    @asynccontextmanager
+    async def room(self) -> AsyncIterator[FrameRoom]:
+        while not self._free:
+            self._some.clear()
+            await asyncio.wait_for(self._some.wait(), self._wait_s)
+        slot = self._free.popleft()
+        self._taken.add(slot)
+        place = _place(self._map, slot, self.frame_bytes)
+        yield FrameRoom(torch.frombuffer(place, dtype=torch.uint8), slot)
+
+    def freed(self, slot: int) -> None:
+        if slot not in self._taken:
+            raise InvalidRequestError(f"slot {slot} is freed, which was not in use")
+        self._taken.remove(slot)
+        self._free.append(slot)
+        self._some.set()
+
+    def close(self) -> None:
+        """Behind all that writes: what was given as room is memory no more."""
+        self._map.close()
+
+
+def _place(mapped: mmap.mmap, slot: int, slot_bytes: int) -> ctypes.Array[ctypes.c_ubyte]:
+    """Not bound to the map, which could not be closed as long as somebody refers to it: the mover
+    closes it behind all that uses it."""
+    start = np.frombuffer(mapped, np.uint8).ctypes.data + HEADER_BYTES
+    return (ctypes.c_ubyte * slot_bytes).from_address(start + slot * slot_bytes)
+
+
+def open_memory(offered: pb.Memory, least: int, wait_s: float) -> MemoryOutlet | None:
+    """Of a process of this host; None where it cannot be had, or has slots of fewer than ``least``
+    bytes."""
+    slots, slot_bytes = offered.slots, offered.slot_bytes
+    sound = 0 < slots <= MOST_SLOTS and least <= slot_bytes <= MOST_SLOT_BYTES
+    if not sound or len(offered.cookie) != COOKIE_BYTES:
+        return None
+    path, size = f"/proc/{offered.pid}/fd/{offered.fd}", HEADER_BYTES + slots * slot_bytes
+    try:
+        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            return None
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        found = os.fstat(fd)
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        if not (stat.S_ISREG(found.st_mode) and sealed and found.st_size >= size):
+            return None
+        mapped = mmap.mmap(fd, size)
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(fd)
+    if not secrets.compare_digest(mapped[:COOKIE_BYTES], offered.cookie):
+        mapped.close()
+        return None
+    return MemoryOutlet(mapped, slots, slot_bytes, wait_s)
