@@ -22,8 +22,9 @@ help: ## list the targets
 
 setup: $(STAMP) ## create .venv, install the pinned dependencies, build the native half
 
-demo: $(STAMP) ## serve the shipped model, ask it over gRPC, print a story and a sum
+demo: $(STAMP) ## serve the shipped model, ask it over gRPC, print a story and a sum; the same of a cluster
 	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/cluster_demo.py
 
 test: $(STAMP) ## run the tests but the long ones (ARGS="tests/comm -k name" to choose from all)
 	$(BIN)/pytest $(if $(ARGS),$(ARGS),-m "not long")

@@ -4,12 +4,14 @@ goes.
 One server answers gateways, which submit requests (``RankService``), and members that fetch KV
 (``KvService``). Requests that come with sources of KV fetch it first (``pools.kv.arrivals``). One
 that prefills looks into the cache pool before it computes, and puts there what it has computed
-(``pools.cache.pooled_house``); where nobody keeps KV that costs nothing.
+(``pools.cache.pooled_house``); where nobody keeps KV that costs nothing. A unified one leans to
+what the pools lack (``pools.routing.role_shift``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -33,12 +35,14 @@ from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.serve import KvServer
 from moeserve.pools.members import Member, MemberLoad, Role, ServedTerms
-from moeserve.pools.registry.base import Interest, Registry
+from moeserve.pools.registry.base import EVERYTHING, Interest
 from moeserve.pools.registry.follow import Follower
 from moeserve.pools.registry.view import ClusterView, ViewChange
+from moeserve.pools.routing.role_shift import RoleShift, ShiftMarks
 from moeserve.worker.cluster_trust import RUN
 from moeserve.worker.place_in_cluster import PlaceInCluster, ServedToCluster
 
+OF_CACHES = Interest(frozenset({Role.CACHE}), loads=False)
 # How often a member that drains looks whether anything is left.
 LOOK_S = 0.05
 # What gateways get to let go of a member that has left.
@@ -56,10 +60,15 @@ class MemberServer:
         self._place = PlaceInCluster(config, launch)
         self.kv_counters = KvCounters()
         self._channels = ChannelPool(self._place.trust, RUN)
+        self._role = Role(config.role or Role.UNIFIED)
+        self._shift: RoleShift | None = None
+        self._view = ClusterView()
+        interest = EVERYTHING if self._role is Role.UNIFIED else OF_CACHES
+        self._follower = Follower(self._place.registry, self._view, interest)
         house: KvHouse = loaded.house
         self._pooled: PooledKv | None = None
-        if Role(config.role or Role.UNIFIED).prefills and PAGE_TOKENS % loaded.block_size == 0:
-            self._pooled = PooledKv(loaded, terms, self._channels, self._place.registry)
+        if self._role.prefills and PAGE_TOKENS % loaded.block_size == 0:
+            self._pooled = PooledKv(loaded, terms, self._channels, self._view)
             house = self._pooled.house
         self._arrivals = Arrivals(house, terms, self._channels, self.kv_counters)
         self._kv = KvServer(house, terms, self.kv_counters)
@@ -70,7 +79,11 @@ class MemberServer:
     async def open(self) -> Member:
         """Can be reached, and says so to the registry."""
         handlers = [self._ranks.handlers(), self._kv.handlers()]
-        return await self._place.open(ServedToCluster(handlers, self._terms, self.load))
+        self._follower.start()
+        member = await self._place.open(ServedToCluster(handlers, self._terms, self.load))
+        if self._role is Role.UNIFIED:
+            self._shift = RoleShift(member.id, ShiftMarks())
+        return member
 
     @property
     def counts(self) -> tuple[object, ...]:
@@ -94,8 +107,16 @@ class MemberServer:
             total_blocks=figures.total_blocks,
             prefill_rate=figures.prefill_rate,
             step_s=figures.step_s,
+            leans=self._leans(),
             draining=self._draining,
         )
+
+    def _leans(self) -> Role:
+        if self._shift is None:
+            return Role.UNIFIED
+        own = self._terms.compute_id
+        alike = [r for r in self._view.members() if r.member.terms.compute_id == own]
+        return self._shift.decide(alike, time.monotonic())
 
     def drain(self) -> None:
         """Nothing new, please: gateways hear of it at once."""
@@ -120,6 +141,7 @@ class MemberServer:
     async def close(self) -> None:
         """When the engine has stopped: leave, then close what is reached and what reaches others.
         A server that stops breaks the streams that gateways have, so they may let go first."""
+        await self._follower.close()
         await self._place.leave()
         await self._ranks.wait_vacant(LEAVING_S)
         await self._place.close()
@@ -132,14 +154,10 @@ class MemberServer:
 
 
 class PooledKv:
-    """A rank's KV with the cache pool behind it, and the members of the pool, which it follows."""
+    """A rank's KV with the cache pool behind it; ``view`` has the members of the pool."""
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        terms: ServedTerms,
-        channels: ChannelPool,
-        registry: Registry,
+        self, loaded: LoadedModel, terms: ServedTerms, channels: ChannelPool, view: ClusterView
     ) -> None:
         self._members = CacheMembers()
         pool_terms = PoolTerms(terms.compute_id, len(loaded.house.layouts))
@@ -149,15 +167,11 @@ class PooledKv:
             self._pool,
             prefill_rate=lambda: loaded.house.load_figures().prefill_rate,
         )
-        view = ClusterView()
-        view.subscribe(self._hear)
-        interest = Interest(frozenset({Role.CACHE}), loads=False)
-        self._follower = Follower(registry, view, interest)
-        self._follower.start()
+        self._end = view.subscribe(self._hear)
 
     async def close(self) -> None:
         """Before the rank's own house."""
-        await self._follower.close()
+        self._end()
         await self.house.close()
         await self._pool.close()
 

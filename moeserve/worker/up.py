@@ -171,7 +171,7 @@ class LocalCluster:
             part.registry = line.removeprefix(REGISTRY_LINE)
         elif line.startswith(READY_LINE):
             part.ready = line.removeprefix(READY_LINE)
-            self._say(f"{name}: {part.ready}")
+            self._say(f"{name} (process {part.process.pid}): {part.ready}")
 
     def _look(self) -> bool:
         """Names those that have ended; whether enough are left."""
@@ -238,17 +238,20 @@ class LocalCluster:
         self.out.flush()
 
     def _end(self, stopped: Callable[[], int]) -> None:
-        """All of them, within the drain timeout; at once after a second signal."""
-        processes = [part.process for part in self.parts]
-        for process in processes:
-            if process.alive:
-                process.send_signal(signal.SIGTERM)
-        end = time.monotonic() + self.gateway.drain_timeout_s + STOP_S
-        while any(process.alive for process in processes) and time.monotonic() < end:
-            if stopped() > 1:
-                break
-            time.sleep(LOOK_S)
-        end_all(processes, grace_s=HURRY_S)
+        """Gateways first, for what they have needs members; each within the drain timeout, and all
+        at once after a second signal."""
+        gateways = [part.process for part in self.parts if part.role == "gateway"]
+        members = [part.process for part in self.parts if part.role != "gateway"]
+        for processes in (gateways, members):
+            for process in processes:
+                if process.alive:
+                    process.send_signal(signal.SIGTERM)
+            end = time.monotonic() + self.gateway.drain_timeout_s + STOP_S
+            while any(process.alive for process in processes) and time.monotonic() < end:
+                if stopped() > 1:
+                    break
+                time.sleep(LOOK_S)
+        end_all([*gateways, *members], grace_s=HURRY_S)
 
 
 def _of_cache(config: PeerConfig, name: str) -> dict[str, object]:

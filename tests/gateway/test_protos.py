@@ -51,6 +51,7 @@ def test_field_numbers_never_change() -> None:
         "cache_salt": 7,
         "domain": 8,
         "truncate_prompt_tokens": 9,
+        "resume_from_token": 10,
     }
     sampling = [f.name for f in sorted(pb.SamplingParams.DESCRIPTOR.fields, key=lambda f: f.number)]
     assert sampling == (
