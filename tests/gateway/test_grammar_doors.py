@@ -215,7 +215,7 @@ def test_a_form_that_ends_the_ranks_worker_fails_alone(demo: House) -> None:
     parts += stream
     demo.eventually(lambda: bool(events), "the hostile request ends")
     (last,) = events
-    assert last.finish == "error"
+    assert last.finish == "invalid"
     assert "more time or memory" in last.error
     assert masks.counts.workers == workers + 1
     text = "".join(part.choices[0].text for part in parts)
