@@ -19,10 +19,11 @@ from moeserve.comm.launch.environment import Launch
 from moeserve.config.cluster import PeerConfig
 from moeserve.engine.build import LoadedModel
 from moeserve.engine.loop import Engine
-from moeserve.engine.ranks.counted import RankCounts, write_counts
+from moeserve.engine.ranks.counted import RankCounts, with_experts, write_counts
 from moeserve.engine.ranks.rank_server import RankServer
 from moeserve.errors import InvalidRequestError
 from moeserve.kernels.ops import Ops
+from moeserve.observe.spans import RequestSpans
 from moeserve.pb import rank_pb2 as pb
 from moeserve.pools.cache.cache_members import CacheMembers
 from moeserve.pools.cache.keys import PAGE_TOKENS
@@ -52,7 +53,13 @@ LEAVING_S = 3.0
 class MemberServer:
     """From ``open`` to ``close``, on the event loop that runs when it is made."""
 
-    def __init__(self, config: PeerConfig, loaded: LoadedModel, launch: Launch) -> None:
+    def __init__(
+        self,
+        config: PeerConfig,
+        loaded: LoadedModel,
+        launch: Launch,
+        spans: RequestSpans | None = None,
+    ) -> None:
         self._loaded = loaded
         self._engine = engine_of(loaded)
         self._terms = terms = terms_of(loaded, config)
@@ -70,7 +77,7 @@ class MemberServer:
         if self._role.prefills and PAGE_TOKENS % loaded.block_size == 0:
             self._pooled = PooledKv(loaded, terms, self._channels, self._view)
             house = self._pooled.house
-        self._arrivals = Arrivals(house, terms, self._channels, self.kv_counters)
+        self._arrivals = Arrivals(house, terms, self._channels, self.kv_counters, spans=spans)
         self._kv = KvServer(house, terms, self.kv_counters)
         self._ranks = RankServer(
             self._arrivals, lambda: 0, self._counted, _no_replan, vocab_size=terms.vocab
@@ -149,8 +156,12 @@ class MemberServer:
         await self._channels.close()
 
     def _counted(self) -> pb.CountedReply:
-        counts = RankCounts(counters=self._engine.counters, load=self._engine.load())
-        return write_counts(counts)
+        counts = RankCounts(
+            counters=self._engine.counters,
+            load=self._engine.load(),
+            received=self.kv_counters.received(),
+        )
+        return write_counts(with_experts(counts, self._loaded.own.expert_counts))
 
 
 class PooledKv:

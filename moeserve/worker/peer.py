@@ -68,7 +68,7 @@ class PeerProcess:
         assert isinstance(loaded, LoadedModel), "a member runs its model"
 
         async def open_member() -> MemberServer:
-            member = self._member = MemberServer(self._config, loaded, self._launch)
+            member = self._member = MemberServer(self._config, loaded, self._launch, observer.spans)
             opened = await member.open()
             for counts in member.counts:
                 add_counts(observer.parts, counts)

@@ -116,6 +116,16 @@ def test_a_collector_that_is_away_costs_no_answer(
         assert len(house.tokens([1, 2, 3], 4)) == 4
 
 
+def ask_for(url: str, trace: str, body: dict[str, Any]) -> None:
+    asked = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json", "traceparent": f"00-{trace}-{PARENT}-01"},
+    )
+    with urllib.request.urlopen(asked, timeout=PATIENCE_S) as answer:
+        assert answer.status == 200
+
+
 @pytest.mark.long
 @pytest.mark.timeout(180)
 def test_spans_of_every_rank_hang_under_the_door(tiny: Path, collector: Collector) -> None:
@@ -131,16 +141,43 @@ def test_spans_of_every_rank_hang_under_the_door(tiny: Path, collector: Collecto
             assert found is not None, ready
             trace = "f" * 32
             body = {"prompt": [1, 2, 3], "max_tokens": 40, "n": 8, "ignore_eos": True}
-            asked = urllib.request.Request(
-                f"{found[1]}/v1/completions",
-                json.dumps(body).encode(),
-                {"content-type": "application/json", "traceparent": f"00-{trace}-{PARENT}-01"},
-            )
-            with urllib.request.urlopen(asked, timeout=PATIENCE_S) as answer:
-                assert answer.status == 200
+            ask_for(found[1], trace, body)
             spans = collector.wait_for(trace, 1 + 3 * 8)
             under_one_door(spans, PARENT)
             assert len({who for who, _ in spans}) == 2, "both ranks tell"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(PATIENCE_S)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(180)
+def test_a_request_of_a_cluster_is_one_trace_from_gateway_to_decode(collector: Collector) -> None:
+    flags = ["--prefill", "1", "--decode", "1", "--threads", "1", "--num-blocks", "64"]
+    flags += ["--grpc-port", "none", "--http-port", "0", "--otlp-endpoint", collector.endpoint]
+    with subprocess.Popen(
+        [sys.executable, "-m", "moeserve.cli", "up", "demo", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            lines = iter(process.stdout.readline, "")
+            ready = next(line for line in lines if line.startswith("ready: "))
+            url = next(word for word in ready.split() if word.startswith("http="))[5:]
+            trace = "a" * 32
+            ask_for(url, trace, {"prompt": "Once upon a time " * 8, "max_tokens": 5})
+            spans = collector.wait_for(trace, 1 + 3 + 1 + 3)
+            door = under_one_door(spans, PARENT)
+            by_process: dict[str, list[str]] = {}
+            for who, span in sorted(spans, key=lambda each: each[1].start_time_unix_nano):
+                by_process.setdefault(who, []).append(span.name)
+            assert sorted(sorted(names) for names in by_process.values()) == [
+                ["decode", "kv_transfer", "prefill", "queue"],
+                ["decode", "prefill", "queue"],
+                [door.name],
+            ]
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(PATIENCE_S)

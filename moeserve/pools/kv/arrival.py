@@ -18,6 +18,7 @@ from moeserve.core import BlockId, CacheScope, Event, FinishReason, Logprobs, Re
 from moeserve.engine.request_state import RankSink
 from moeserve.engine.sequence import HeldKv, History
 from moeserve.errors import ExhaustedError, InvalidRequestError, MoeserveError, UnavailableError
+from moeserve.observe.spans import RequestSpans
 from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.digests import RunDigests
 from moeserve.pools.kv.fetch import Fetcher
@@ -45,6 +46,7 @@ class ArrivalRoom:
     counters: KvCounters
     limits: FetchLimits
     clock: Callable[[], float]
+    spans: RequestSpans | None = None
     queue: asyncio.Lock = field(default_factory=asyncio.Lock)  # first come, first served
 
     @asynccontextmanager
@@ -154,6 +156,17 @@ class Arrival:
 
     # --- sources
 
+    def _tell_taken(self, address: str, began: float, nbytes: int, runs: int) -> None:
+        """So much has come from one of them since ``began``."""
+        room = self._room
+        room.counters.add_from(address, nbytes, runs)
+        if room.spans is not None:
+            took = room.clock() - began
+            room.spans.add(
+                self.request.trace, "kv_transfer", took, 0.0,
+                source=address, bytes=nbytes, runs=runs, request_id=self.request.id,
+            )  # fmt: skip
+
     async def _fetch(self) -> None:
         """From the first source that has all; a token that one has made ends it in any case, for
         another source would have to make more."""
@@ -164,6 +177,7 @@ class Arrival:
             order = FetchOrder(
                 source, self.request, self._history, importer, on_event, self._on_handed
             )
+            began, nbytes, runs = room.clock(), importer.taken_bytes, importer.taken_runs
             try:
                 await room.fetcher.fetch(order)
                 return
@@ -172,6 +186,8 @@ class Arrival:
                 log.warning("request %s: %s", self.request.id, error.message)
             finally:
                 await room.mover.run(self._idle)  # what the source sent is imported, or not
+                taken = importer.taken_bytes - nbytes, importer.taken_runs - runs
+                self._tell_taken(source.address, began, *taken)
             if self._made or self._handed:
                 return
             self._scores = ()

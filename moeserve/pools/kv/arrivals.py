@@ -22,6 +22,7 @@ from moeserve.engine.bounds import refuse_duplicate
 from moeserve.engine.request_state import RankSink
 from moeserve.engine.sequence import NEW, History
 from moeserve.errors import ExhaustedError, UnavailableError
+from moeserve.observe.spans import RequestSpans
 from moeserve.pools.kv.arrival import Arrival, ArrivalRoom
 from moeserve.pools.kv.channels import ChannelPool
 from moeserve.pools.kv.counters import KvCounters
@@ -44,6 +45,7 @@ class Arrivals:
         counters: KvCounters,
         limits: FetchLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        spans: RequestSpans | None = None,
     ) -> None:
         self._limits = limits or FetchLimits()
         self._house = house
@@ -52,7 +54,9 @@ class Arrivals:
         self._fetcher = fetcher = Fetcher(
             house, terms.compute_id, channels, self._mover, counters, self._limits, clock
         )
-        self._room = ArrivalRoom(house, terms, fetcher, self._mover, counters, self._limits, clock)
+        self._room = ArrivalRoom(
+            house, terms, fetcher, self._mover, counters, self._limits, clock, spans
+        )
         self._arriving: dict[RequestId, tuple[Arrival, asyncio.Task[None]]] = {}
         self._closed = False
 

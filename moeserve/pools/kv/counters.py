@@ -5,6 +5,11 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+from moeserve.engine.ranks.counted import ReceivedKv
+
+# Members that are counted apart, of those that come and go.
+MOST_ADDRESSES = 256
+
 
 @dataclass(slots=True)
 class KvCounters:
@@ -14,7 +19,9 @@ class KvCounters:
     (``grpc``, ``memory``, ``pool``); ``bad_digests`` of runs, ``bad_frames`` whose head was not
     whole, ``retries`` of runs; ``sources_lost``, by what was wrong; tokens whose KV was
     ``fetched`` and those ``recomputed`` although a source was named; ``waited_s`` from submission
-    until the engine had the request. ``calls`` and ``borrowed`` are under way now.
+    until the engine had the request. ``calls`` and ``borrowed`` are under way now. ``from_bytes``
+    and ``from_runs`` are what came, by the address it came from; beyond ``MOST_ADDRESSES`` of these
+    it is ``others``.
 
     Who is fetched from: ``sent_runs``, ``sent_bytes`` by transport, ``serving`` calls under way,
     ``handed`` requests that another member took over.
@@ -31,6 +38,8 @@ class KvCounters:
     waited_s: float = 0.0
     calls: int = 0
     borrowed: int = 0
+    from_bytes: dict[str, int] = field(default_factory=dict)
+    from_runs: dict[str, int] = field(default_factory=dict)
     sent_runs: int = 0
     sent_bytes: dict[str, int] = field(default_factory=dict)
     serving: int = 0
@@ -47,3 +56,18 @@ class KvCounters:
         with self.lock:
             table: dict[str, int] = getattr(self, name)
             table[key] = table.get(key, 0) + count
+
+    def add_from(self, address: str, nbytes: int, runs: int) -> None:
+        """So much came from a member at this address."""
+        known = address in self.from_runs or len(self.from_runs) < MOST_ADDRESSES
+        key = address if known else "others"
+        self.add_to("from_bytes", key, nbytes)
+        self.add_to("from_runs", key, runs)
+
+    def received(self) -> tuple[ReceivedKv, ...]:
+        """What came, by where from."""
+        with self.lock:
+            return tuple(
+                ReceivedKv(address, nbytes, self.from_runs.get(address, 0))
+                for address, nbytes in self.from_bytes.items()
+            )

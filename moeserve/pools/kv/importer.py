@@ -68,6 +68,7 @@ class KvImporter:
         self._have = held.computed
         self._order = RunOrder(len(self._layouts), self._have, length)
         self._parts: dict[tuple[int, int], _Part] = {}
+        self.taken_bytes = self.taken_runs = 0  # that were as they should be
 
     @property
     def held(self) -> HeldKv:
@@ -159,6 +160,8 @@ class KvImporter:
         finally:  # what was taken and was right is said to have arrived, so it enters the cache
             if good:
                 self._place(layer, good, view)
+        self.taken_bytes += counted
+        self.taken_runs += len(bounds) - len(wrong)
         self._counters.add("runs", len(bounds) - len(wrong))
         self._counters.add_to("bytes", transport, counted)
         return wrong
