@@ -2,9 +2,9 @@
 goes.
 
 One server answers gateways, which submit requests (``RankService``), and members that fetch KV
-(``KvService``). Requests that come with sources of KV fetch it first (``pools.kv.arrivals``). One
-that prefills looks into the cache pool before it computes, and puts there what it has computed
-(``pools.cache.pooled_house``); where nobody keeps KV that costs nothing.
+(``KvService``) or weights. Requests that come with sources of KV fetch it first
+(``pools.kv.arrivals``). One that prefills looks into the cache pool before it computes, and puts
+there what it has computed (``pools.cache.pooled_house``); where nobody keeps KV that costs nothing.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from moeserve.pools.members import Member, MemberLoad, Role, ServedTerms
 from moeserve.pools.registry.base import Interest, Registry
 from moeserve.pools.registry.follow import Follower
 from moeserve.pools.registry.view import ClusterView, ViewChange
+from moeserve.pools.weights.counts import WeightCounts
 from moeserve.worker.cluster_trust import RUN
 from moeserve.worker.place_in_cluster import PlaceInCluster, ServedToCluster
+from moeserve.worker.weights import OfferedWeights
 
 # How often a member that drains looks whether anything is left.
 LOOK_S = 0.05
@@ -48,7 +50,9 @@ LEAVING_S = 3.0
 class MemberServer:
     """From ``open`` to ``close``, on the event loop that runs when it is made."""
 
-    def __init__(self, config: PeerConfig, loaded: LoadedModel, launch: Launch) -> None:
+    def __init__(
+        self, config: PeerConfig, loaded: LoadedModel, launch: Launch, weights: WeightCounts
+    ) -> None:
         self._loaded = loaded
         self._engine = engine_of(loaded)
         self._terms = terms = terms_of(loaded, config)
@@ -61,6 +65,8 @@ class MemberServer:
         if Role(config.role or Role.UNIFIED).prefills and PAGE_TOKENS % loaded.block_size == 0:
             self._pooled = PooledKv(loaded, terms, self._channels, self._place.registry)
             house = self._pooled.house
+        self._weight_counts = weights
+        self._weights = OfferedWeights(config, loaded.path, loaded.name, weights)
         self._arrivals = Arrivals(house, terms, self._channels, self.kv_counters)
         self._kv = KvServer(house, terms, self.kv_counters)
         self._ranks = RankServer(
@@ -69,13 +75,15 @@ class MemberServer:
 
     async def open(self) -> Member:
         """Can be reached, and says so to the registry."""
-        handlers = [self._ranks.handlers(), self._kv.handlers()]
-        return await self._place.open(ServedToCluster(handlers, self._terms, self.load))
+        handlers = [self._ranks.handlers(), self._kv.handlers(), self._weights.handlers()]
+        member = await self._place.open(ServedToCluster(handlers, self._terms, self.load))
+        self._weights.open(self._place.registry, self._channels)
+        return member
 
     @property
     def counts(self) -> tuple[object, ...]:
         """What its parts count, for the page of metrics; once it is open."""
-        return self.kv_counters, self._place.counts
+        return self.kv_counters, self._place.counts, self._weight_counts
 
     @property
     def _arriving(self) -> int:
@@ -120,6 +128,7 @@ class MemberServer:
     async def close(self) -> None:
         """When the engine has stopped: leave, then close what is reached and what reaches others.
         A server that stops breaks the streams that gateways have, so they may let go first."""
+        await self._weights.close()
         await self._place.leave()
         await self._ranks.wait_vacant(LEAVING_S)
         await self._place.close()
