@@ -1,6 +1,7 @@
-"""A member that has a checkpoint, as a process: ``holder_process.py FOLDER FLIPS PAUSE_S``. Says its
-port when it can be asked. The first FLIPS chunks that it sends have changed on their way, and each
-takes PAUSE_S."""
+"""A member that has a checkpoint, as a process: ``holder_process.py FOLDER FLIPS PAUSE_S``.
+
+Says its port when it can be asked. The first FLIPS chunks that it sends have changed on their way,
+and each takes PAUSE_S."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import filecmp
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,10 +65,10 @@ async def fetched(
 
 
 def test_two_members_send_each_a_part(
-    demo: Manifest, tmp_path: Path, start_holder: Callable[..., object], make_channels: Channels
+    demo: Manifest, tmp_path: Path, start_holder: Callable[..., Any], make_channels: Channels
 ) -> None:
     holders = [start_holder(name, pause_s=0.05) for name in "ab"]
-    members = [holder.member for holder in holders]  # type: ignore[attr-defined]
+    members = [holder.member for holder in holders]
     counts, _ = asyncio.run(fetched(demo, tmp_path, make_channels, members))
     assert (counts.bad, counts.lost) == (0, 0)
     assert counts.neighbour_bytes == demo.nbytes
@@ -75,7 +76,11 @@ def test_two_members_send_each_a_part(
 
 @pytest.mark.parametrize("flips", [1, 3])
 def test_what_has_changed_on_its_way_is_counted_and_asked_again(
-    demo: Manifest, tmp_path: Path, start_holder, make_channels: Channels, flips: int
+    demo: Manifest,
+    tmp_path: Path,
+    start_holder: Callable[..., Any],
+    make_channels: Channels,
+    flips: int,
 ) -> None:
     member = start_holder("a", flips=flips).member
     if flips == 1:
@@ -87,7 +92,7 @@ def test_what_has_changed_on_its_way_is_counted_and_asked_again(
 
 
 def test_one_that_always_sends_other_bytes_is_left_alone(
-    demo: Manifest, tmp_path: Path, start_holder, make_channels: Channels
+    demo: Manifest, tmp_path: Path, start_holder: Callable[..., Any], make_channels: Channels
 ) -> None:
     bad = start_holder("a", flips=1000).member
     good = start_holder("b", pause_s=0.02).member
@@ -100,7 +105,7 @@ def test_one_that_always_sends_other_bytes_is_left_alone(
 
 
 def test_a_member_that_is_killed_on_the_way_is_replaced_by_another(
-    demo: Manifest, tmp_path: Path, start_holder, make_channels: Channels
+    demo: Manifest, tmp_path: Path, start_holder: Callable[..., Any], make_channels: Channels
 ) -> None:
     killed, other = start_holder("a", pause_s=0.1), start_holder("b", pause_s=0.1)
 
@@ -115,7 +120,7 @@ def test_a_member_that_is_killed_on_the_way_is_replaced_by_another(
 
 
 def test_without_anybody_left_it_says_who_failed(
-    demo: Manifest, tmp_path: Path, start_holder, make_channels: Channels
+    demo: Manifest, tmp_path: Path, start_holder: Callable[..., Any], make_channels: Channels
 ) -> None:
     killed = start_holder("a", pause_s=0.1)
 
@@ -129,7 +134,7 @@ def test_without_anybody_left_it_says_who_failed(
 
 
 def test_the_pool_keeps_a_checkpoint_that_nobody_serves_any_more(
-    demo: Manifest, tmp_path: Path, start_holder, make_channels: Channels
+    demo: Manifest, tmp_path: Path, start_holder: Callable[..., Any], make_channels: Channels
 ) -> None:
     members = [start_holder(name, cache=tmp_path / name).member for name in "cd"]
     view = ClusterView()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,12 @@ import httpx
 import pytest
 
 from moeserve.config.cluster import PeerConfig
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, UnavailableError
+from moeserve.models.library import resolve_model
 from moeserve.pools.weights.counts import WeightCounts
+from moeserve.pools.weights.manifest import manifest_of
 from moeserve.process.child import Process, StartOptions, end_all, start
+from moeserve.worker import weights
 from moeserve.worker.weights import name_wanted, weights_here
 
 pytestmark = pytest.mark.long
@@ -38,7 +42,7 @@ class Cluster:
         self.lines: dict[str, list[str]] = {}
         self.join = ""
 
-    def start(self, name: str, what: str, **settings: str) -> None:
+    def start(self, name: str, what: str, /, **settings: str) -> None:
         environ = {k: v for k, v in os.environ.items() if not k.startswith("MOESERVE_")}
         known = {} if settings.get("role") == "cache" else SETTINGS
         known = {"HTTP_PORT": "0"} if what == "gateway" else known
@@ -54,7 +58,7 @@ class Cluster:
         self.lines[name] = []
         self.processes[name].echo(self.lines[name].append)
 
-    def peer(self, name: str, **settings: str) -> None:
+    def peer(self, name: str, /, **settings: str) -> None:
         self.start(name, "peer", name=name, join=self.join, **settings)
 
     def said(self, name: str, pattern: str) -> str:
@@ -116,6 +120,35 @@ def test_a_peer_without_a_checkpoint_has_one_from_a_neighbour(
     assert cluster.stop("second") == 0
 
 
+@pytest.mark.parametrize(
+    ("own_rate", "their_rate", "chosen"),
+    [(1e12, 1e12, "own"), (1e3, 1e12, "theirs"), (1e3, 1e3, "members")],
+)
+def test_what_is_fastest_is_chosen(
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_rate: float,
+    their_rate: float,
+    chosen: str,
+) -> None:
+    theirs, own, root = resolve_model("demo"), tmp_path / "copy", tmp_path / "root"
+    shutil.copytree(theirs, own)
+    rates = {own: own_rate, theirs.resolve(): their_rate}
+    monkeypatch.setattr(weights, "reading_rate", lambda folder: rates[folder])
+    config = PeerConfig(weights="auto", join=cluster.join, model=str(own), weights_folder=root)
+    counts = WeightCounts()
+    arrived = asyncio.run(weights_here(config, counts))
+    arrived.close()
+    came = counts.neighbour_bytes + counts.pool_bytes
+    folder = Path(arrived.config.model)
+    assert bool(came) != bool(counts.disk_bytes)
+    wanted = {"own": own, "theirs": theirs.resolve(), "members": root / manifest_of(own, "").id}
+    assert folder == wanted[chosen]
+    if chosen != "own":
+        assert arrived.config.served_model_name == "demo"
+
+
 def test_a_cluster_that_nobody_serves_any_more_begins_anew_from_the_cache(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -129,11 +162,13 @@ def test_a_cluster_that_nobody_serves_any_more_begins_anew_from_the_cache(
     assert cluster.counted("third", "pool_bytes") > 0
 
 
-def test_a_peer_that_finds_nobody_says_what_to_do(cluster: Cluster) -> None:
-    cluster.peer("lost", role="decode", weights="pool", model="no-such-model")
-    assert cluster.processes["lost"].wait(PATIENCE_S)
-    assert cluster.processes["lost"].status == 1
-    assert "has weights of no-such-model: start a member" in "".join(cluster.lines["lost"])
+def test_a_peer_that_finds_nobody_says_what_to_do(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "WAIT_S", 0.5)
+    config = PeerConfig(weights="pool", join=cluster.join, model="no-such-model")
+    with pytest.raises(UnavailableError, match="has weights of no-such-model: start a member"):
+        asyncio.run(weights_here(config, WeightCounts()))
 
 
 def test_the_name_that_is_wanted_is_that_of_clients() -> None:
