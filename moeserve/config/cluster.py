@@ -94,6 +94,15 @@ class MemberOptions(Options):
         max_length=64,
         description="what it is called where members are shown; default: role and process",
     )
+    weights: Literal["disk", "auto", "pool"] = Field(
+        default="disk",
+        description="where they come from: this host's disk, other members and the cache pool, or "
+        "what is faster (auto)",
+    )
+    weights_folder: Path | None = Field(
+        default=None,
+        description="where those that come from others are kept; default: in memory, while used",
+    )
 
 
 class CacheMemberOptions(Options):

@@ -77,6 +77,18 @@ RULES = (
         "`--role cache`",
     ),
     Rule(
+        frozenset({"weights", "weights_folder"}),
+        lambda options, ranks: options.role == "cache",
+        "it serves no model",
+        "another `--role`",
+    ),
+    Rule(
+        frozenset({"weights_folder"}),
+        lambda options, ranks: options.weights == "disk",
+        "weights come from this host's disk",
+        "`--weights auto` or `pool`",
+    ),
+    Rule(
         frozenset({"join"}),
         lambda options, ranks: options.registry != EMBEDDED,
         "members are found in --registry",

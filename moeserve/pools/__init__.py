@@ -4,6 +4,7 @@
 * ``kv/``: KV between caches: its bytes on the way, digests, who fetches it from where
 * ``registry/``: leases of members, kept by gateways or elsewhere, and the view one has of them
 * ``routing/``: which members a request goes to, from the load that they report
+* ``weights/``: checkpoints from members that have them, chunk by chunk
 * ``cluster``: the members as one engine, which the doors of a gateway submit to
 * ``cluster_links``: who is there, a route for each request, and links, as a gateway needs them
 * ``cluster_requests``: a request on its way through members, and members that failed lately

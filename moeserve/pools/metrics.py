@@ -29,6 +29,7 @@ PARTS: Mapping[str, tuple[str, frozenset[str]]] = {
     "StoreCounts": ("cache_store", frozenset()),
     "DiskCounts": ("cache_disk", frozenset()),
     "ServiceCounts": ("cache_service", frozenset()),
+    "WeightCounts": ("weights", frozenset()),
 }
 
 _SUMMED: Mapping[str, tuple[str, Callable[[MemberLoad], float]]] = {

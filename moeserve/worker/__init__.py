@@ -10,6 +10,7 @@ launched by ``moeserve serve --ep N``; a member of a cluster, a gateway, and a c
     peer           moeserve peer: a member of a cluster
     member         a rank with a model as a member: requests of gateways, KV that comes and goes
     cache_member   a member that keeps KV of others, and runs no model
+    weights        a member's weights from other members, before it loads, and for them
     place_in_cluster  the server by which others reach a process, and its lease
     gateway        moeserve gateway: the doors of a cluster, without weights
     cluster_trust  how processes of a cluster trust one another, and where each is reached

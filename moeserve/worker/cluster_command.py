@@ -49,7 +49,7 @@ def start_peer(config: PeerConfig) -> int:
     from moeserve.models.library import with_model_here
     from moeserve.worker.local import serve_local
 
-    return serve_local(with_model_here(config), os.environ)
+    return serve_local(with_model_here(config) if config.weights == "disk" else config, os.environ)
 
 
 def start_gateway(config: GatewayConfig) -> int:

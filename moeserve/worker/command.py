@@ -65,7 +65,8 @@ def run(config: ServeConfig, launch: Launch, environ: Mapping[str, str]) -> int:
             f"ep={config.ep}, and the launcher ({launch.launcher}) started {launch.world} ranks: "
             "leave --ep away, it takes as many as were launched"
         )
-    config = with_model_here(config)
+    if not isinstance(config, PeerConfig) or config.weights == "disk":
+        config = with_model_here(config)
     if launch.world == 1:
         return run_peer(config) if isinstance(config, PeerConfig) else serve(config)
     return run_rank(config, RankStart(launch, environ))

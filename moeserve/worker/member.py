@@ -2,10 +2,10 @@
 goes.
 
 One server answers gateways, which submit requests (``RankService``), and members that fetch KV
-(``KvService``). Requests that come with sources of KV fetch it first (``pools.kv.arrivals``). One
-that prefills looks into the cache pool before it computes, and puts there what it has computed
-(``pools.cache.pooled_house``); where nobody keeps KV that costs nothing. A unified one leans to
-what the pools lack (``pools.routing.role_shift``).
+(``KvService``) or weights. Requests that come with sources of KV fetch it first
+(``pools.kv.arrivals``). One that prefills looks into the cache pool before it computes, and puts
+there what it has computed (``pools.cache.pooled_house``); where nobody keeps KV that costs nothing.
+A unified one leans to what the pools lack (``pools.routing.role_shift``).
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ from moeserve.pools.kv.serve import KvServer
 from moeserve.pools.members import Member, MemberLoad, Role, ServedTerms
 from moeserve.pools.registry.base import EVERYTHING, Interest
 from moeserve.pools.registry.follow import Follower
-from moeserve.pools.registry.view import ClusterView, ViewChange
+from moeserve.pools.registry.view import ClusterView
 from moeserve.pools.routing.role_shift import RoleShift, ShiftMarks
+from moeserve.pools.weights.counts import WeightCounts
 from moeserve.worker.cluster_trust import RUN
 from moeserve.worker.place_in_cluster import PlaceInCluster, ServedToCluster
+from moeserve.worker.weights import OfferedWeights
 
 OF_CACHES = Interest(frozenset({Role.CACHE}), loads=False)
 # How often a member that drains looks whether anything is left.
@@ -58,6 +60,7 @@ class MemberServer:
         config: PeerConfig,
         loaded: LoadedModel,
         launch: Launch,
+        weights: WeightCounts,
         spans: RequestSpans | None = None,
     ) -> None:
         self._loaded = loaded
@@ -77,6 +80,8 @@ class MemberServer:
         if self._role.prefills and PAGE_TOKENS % loaded.block_size == 0:
             self._pooled = PooledKv(loaded, terms, self._channels, self._view)
             house = self._pooled.house
+        self._weight_counts = weights
+        self._weights = OfferedWeights(config, loaded.path, loaded.name, weights)
         self._arrivals = Arrivals(house, terms, self._channels, self.kv_counters, spans=spans)
         self._kv = KvServer(house, terms, self.kv_counters)
         self._ranks = RankServer(
@@ -85,9 +90,10 @@ class MemberServer:
 
     async def open(self) -> Member:
         """Can be reached, and says so to the registry."""
-        handlers = [self._ranks.handlers(), self._kv.handlers()]
+        handlers = [self._ranks.handlers(), self._kv.handlers(), self._weights.handlers()]
         self._follower.start()
         member = await self._place.open(ServedToCluster(handlers, self._terms, self.load))
+        self._weights.open(self._place.registry, self._channels)
         if self._role is Role.UNIFIED:
             self._shift = RoleShift(member.id, ShiftMarks())
         return member
@@ -95,7 +101,7 @@ class MemberServer:
     @property
     def counts(self) -> tuple[object, ...]:
         """What its parts count, for the page of metrics; once it is open."""
-        return self.kv_counters, self._place.counts
+        return self.kv_counters, self._place.counts, self._weight_counts
 
     @property
     def _arriving(self) -> int:
@@ -148,6 +154,7 @@ class MemberServer:
     async def close(self) -> None:
         """When the engine has stopped: leave, then close what is reached and what reaches others.
         A server that stops breaks the streams that gateways have, so they may let go first."""
+        await self._weights.close()
         await self._follower.close()
         await self._place.leave()
         await self._ranks.wait_vacant(LEAVING_S)
@@ -178,19 +185,13 @@ class PooledKv:
             self._pool,
             prefill_rate=lambda: loaded.house.load_figures().prefill_rate,
         )
-        self._end = view.subscribe(self._hear)
+        self._end = self._members.follow(view)
 
     async def close(self) -> None:
         """Before the rank's own house."""
         self._end()
         await self.house.close()
         await self._pool.close()
-
-    def _hear(self, change: ViewChange) -> None:
-        for report in change.put:
-            self._members.put(report.member)
-        for member_id in change.gone:
-            self._members.gone(member_id)
 
 
 def engine_of(loaded: LoadedModel) -> Engine:

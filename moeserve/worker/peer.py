@@ -1,9 +1,9 @@
 """``moeserve peer``: this process, or a rank of several, as a member of a cluster.
 
-It loads, opens its server, and takes a lease; SIGTERM drains: gateways hear of it at once and send
-nothing new, what runs goes on or moves elsewhere, and within the drain timeout the member leaves.
-What still runs then ends here with UNAVAILABLE and goes on at another member. Should the engine
-die, the member leaves with status 1.
+It loads, perhaps weights that other members have, opens its server, and takes a lease; SIGTERM
+drains: gateways hear of it at once and send nothing new, what runs goes on or moves elsewhere, and
+within the drain timeout the member leaves. What still runs then ends here with UNAVAILABLE and goes
+on at another member. Should the engine die, the member leaves with status 1.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from moeserve.gateway.server import OneProcess, ServedProcess, StopCallback, ser
 from moeserve.observe.loading import ProgressCallback
 from moeserve.observe.metrics import Metrics
 from moeserve.pools.metrics import add_counts
+from moeserve.pools.weights.counts import WeightCounts
 from moeserve.worker.member import MemberServer
 from moeserve.worker.on_loop import on_loop
+from moeserve.worker.weights import ArrivedWeights, weights_here
 
 log = logging.getLogger("moeserve.worker")
 
 # What opening and closing get, which wait for no request.
 SOON_S = 30.0
+# How often it is looked whether weights are still wanted, while they come.
+LOOK_S = 0.2
+# What is known once they have come.
+CHOSEN = ("model", "served_model_name")
 
 
 def run_peer(config: PeerConfig) -> int:
@@ -64,14 +70,49 @@ class PeerProcess:
         progress: ProgressCallback,
         loop: asyncio.AbstractEventLoop,
     ) -> LoadedModel | RoutedModel:
-        loaded = self._inner.load(config, observer, progress, loop)
+        counts = WeightCounts()
+        arrived = self._weights(counts, progress, loop)
+        try:
+            chosen = {name: getattr(arrived.config, name) for name in CHOSEN}
+            loaded = self._inner.load(config.model_copy(update=chosen), observer, progress, loop)
+        except BaseException:
+            arrived.close()
+            raise
+        return self._as_member(loaded, arrived, counts, observer, loop)
+
+    def _weights(
+        self, counts: WeightCounts, progress: ProgressCallback, loop: asyncio.AbstractEventLoop
+    ) -> ArrivedWeights:
+        """They are here; ``progress`` may raise to stop that."""
+        arriving = asyncio.run_coroutine_threadsafe(weights_here(self._config, counts), loop)
+        try:
+            while True:
+                try:
+                    return arriving.result(LOOK_S)
+                except TimeoutError:
+                    if arriving.done():
+                        raise
+                    progress(0, 1)
+        finally:
+            arriving.cancel()
+
+    def _as_member(
+        self,
+        loaded: LoadedModel | RoutedModel,
+        arrived: ArrivedWeights,
+        counts: WeightCounts,
+        observer: Metrics,
+        loop: asyncio.AbstractEventLoop,
+    ) -> LoadedModel:
         assert isinstance(loaded, LoadedModel), "a member runs its model"
 
         async def open_member() -> MemberServer:
-            member = self._member = MemberServer(self._config, loaded, self._launch, observer.spans)
+            member = self._member = MemberServer(
+                self._config, loaded, self._launch, counts, observer.spans
+            )
             opened = await member.open()
-            for counts in member.counts:
-                add_counts(observer.parts, counts)
+            for part in member.counts:
+                add_counts(observer.parts, part)
             print(f"ready: {opened.instance} {opened.role} at {opened.address}", flush=True)
             return member
 
@@ -79,11 +120,13 @@ class PeerProcess:
             member = on_loop(loop, open_member, SOON_S)
         except BaseException:
             loaded.close()
+            arrived.close()
             raise
 
         def close() -> None:
             on_loop(loop, member.close, SOON_S)
             loaded.on_close()
+            arrived.close()
 
         def before_stop() -> None:
             on_loop(loop, member.end_arrivals, SOON_S)

@@ -50,6 +50,8 @@ MOST_PARTS = 256
 NO_CACHE: Mapping[str, object] = {
     name: field.default for name, field in CacheMemberOptions.model_fields.items()
 }
+# What members that serve no model are told.
+NO_WEIGHTS: Mapping[str, object] = {"weights": "disk", "weights_folder": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +259,7 @@ class LocalCluster:
 def _of_cache(config: PeerConfig, name: str) -> dict[str, object]:
     """Each member that keeps KV has a folder of its own."""
     folder = config.cache_folder
-    return {"cache_folder": None if folder is None else folder / name}
+    return {**NO_WEIGHTS, "cache_folder": None if folder is None else folder / name}
 
 
 @contextmanager

@@ -22,7 +22,10 @@ Scores = tuple[tuple[float, dict[int, float]], ...]
 IDS = [72, 101, 108, 108, 111]
 ON: Asked = {"temperature": 0, "ignore_eos": True}
 # Fields of the request itself in both doors' spelling; all others are of its sampling.
-OF_REQUEST = ("n", "request_id", "model", "cache_salt", "domain", "truncate_prompt_tokens")
+OF_REQUEST = (
+    *("n", "request_id", "model", "cache_salt", "domain"),
+    *("truncate_prompt_tokens", "resume_from_token"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ ANSWERED: list[tuple[str, Asked]] = [
     ("formed", {"max_tokens": 9, "temperature": 0, "grammar": {"regex": "[ab]{4}"}}),
     ("cut", ON | {"max_tokens": 4, "truncate_prompt_tokens": 2}),
     ("cut to fit", ON | {"max_tokens": 510, "truncate_prompt_tokens": -1}),
+    ("resumed", ON | {"max_tokens": 8, "resume_from_token": 3}),
     ("named", ON | {"max_tokens": 1, "request_id": "mine", "cache_salt": "s", "domain": "d"}),
 ]
 # All that a regular expression of "e" can begin with.

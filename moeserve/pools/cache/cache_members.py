@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from moeserve.pools.cache.ring import HashRing, RingMember
 from moeserve.pools.members import Member, Role
+from moeserve.pools.registry.view import ClusterView, ViewChange
 
 FIRST_REST_S = 1.0
 LONGEST_REST_S = 30.0
@@ -27,7 +28,7 @@ class _Rest:
 
 
 class CacheMembers:
-    """``put`` and ``gone`` are for who follows a registry."""
+    """Those of a view that it follows; ``set`` is for who knows them otherwise."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -57,6 +58,20 @@ class CacheMembers:
             del self._members[name]
             self._rests.pop(name, None)
             self._ring = None
+
+    def follow(self, view: ClusterView) -> Callable[[], None]:
+        """Whoever is there, less those that drain; what is returned ends that."""
+
+        def change(news: ViewChange) -> None:
+            for report in news.put:
+                if report.load.draining:
+                    self.gone(report.member.id)
+                else:
+                    self.put(report.member)
+            for member_id in news.gone:
+                self.gone(member_id)
+
+        return view.subscribe(change)
 
     def set(self, members: Iterable[Member]) -> None:
         """These, and no others."""
