@@ -1,6 +1,6 @@
 """How soon a new peer is ready, by where its weights come from: seconds, and what it says itself.
 
-    python bench/weights.py [MODEL] [--rounds 3] [--json FILE]
+    python bench/weights.py [MODEL] [--rounds 3] [--ways WAY ...] [--json FILE]
 
 A gateway, a cache member, and a peer that has read MODEL and put it into the cache. Then a new peer
 starts, again and again, in turn
@@ -34,6 +34,7 @@ from pathlib import Path
 
 PATIENCE_S = 300.0
 DEFAULT = Path.home() / ".cache/moeserve-bench/models/qwen3-moe-1.2b"
+WAYS = ["start", "cold disk", "warm disk", "auto", "members"]
 PEER = {"NUM_BLOCKS": "64", "MAX_MODEL_LEN": "512", "LOG_LEVEL": "info"}
 
 
@@ -125,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="?", type=Path, default=DEFAULT)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     files = [file for file in args.model.iterdir() if file.is_file()]
@@ -146,8 +148,7 @@ def main() -> None:
             first = start("peer", role="decode", join=join, weights="auto", model=str(args.model))
             running.append(first)
             print(first.said(r"(weights: .* new to the cache pool)"), flush=True)
-            ways = ["start", "cold disk", "warm disk", "auto", "members"]
-            found = rounds_of(copy, join, args.rounds, ways)
+            found = rounds_of(copy, join, args.rounds, args.ways)
             running.remove(first)
             first.end()
             found |= rounds_of(copy, join, args.rounds, ["cache"])

@@ -337,6 +337,8 @@ OF_CLUSTERS: dict[str, Any] = {
     "cluster_tls": "tls",
     "role": "decode",
     "name": "d0",
+    "weights": "pool",
+    "weights_folder": "weights",
     "cache_memory": 1 << 20,
     "cache_disk": 1 << 21,
     "cache_folder": "pages",

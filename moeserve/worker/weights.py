@@ -28,6 +28,8 @@ from moeserve.errors import (
     CheckpointError,
     ConfigError,
     DataLossError,
+    DeadlineError,
+    ExhaustedError,
     MoeserveError,
     UnavailableError,
 )
@@ -41,7 +43,7 @@ from moeserve.pools.registry.follow import Follower
 from moeserve.pools.registry.view import ClusterView
 from moeserve.pools.weights.counts import WeightCounts
 from moeserve.pools.weights.fetch import WeightFetch, weight_calls
-from moeserve.pools.weights.folders import WeightFolder, WeightFolders
+from moeserve.pools.weights.folders import WeightFolder, WeightFolders, temporary_root
 from moeserve.pools.weights.manifest import Manifest, manifest_of
 from moeserve.pools.weights.offers import WeightServer
 from moeserve.pools.weights.rates import IN_MEMORY, reading_rate
@@ -60,6 +62,8 @@ TRIAL, SEARCHES = 4, 3
 # After a member has loaded, before it looks who keeps KV.
 SETTLE_S = 2.0
 CLOSING_S = 1.0
+# After which a folder that is here is read after all.
+FAILURES = (UnavailableError, DataLossError, DeadlineError, ExhaustedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +86,31 @@ class LocalFolder:
 
 
 async def weights_here(config: PeerConfig, counts: WeightCounts) -> ArrivedWeights:
-    """On the event loop that runs."""
+    """On the event loop that runs. DeadlineError after ``WEIGHTS_S``."""
     if config.weights == "disk":
         return ArrivedWeights(config)
-    async with asyncio.timeout(WEIGHTS_S):
-        here = await asyncio.to_thread(_local, config) if config.weights == "auto" else None
-        if here is not None and here.rate >= IN_MEMORY:
-            return _from_folder(config, here, counts, "which lies in memory")
-        async with _search_of(config, here) as (search, channels):
-            found = await search.find(WAIT_S if here is None else GLANCE_S)
-            if found is None:
-                return await asyncio.to_thread(_without_others, config, here, counts)
-            try:
-                return await _Arrival(config, counts, search, channels, here).get(found)
-            except (UnavailableError, DataLossError) as error:
-                if here is None:
-                    raise
-                log.warning("weights: %s; they are read from %s", error.message, here.path)
-                return _from_folder(config, here, counts, "as others have failed")
+    try:
+        async with asyncio.timeout(WEIGHTS_S):
+            return await _weights_of_cluster(config, counts)
+    except TimeoutError as error:
+        raise DeadlineError(f"weights have not come within {WEIGHTS_S:.0f} s") from error
+
+
+async def _weights_of_cluster(config: PeerConfig, counts: WeightCounts) -> ArrivedWeights:
+    here = await asyncio.to_thread(_local, config) if config.weights == "auto" else None
+    if here is not None and here.rate >= IN_MEMORY:
+        return _from_folder(config, here, counts, "which lies in memory")
+    async with _search_of(config, here) as (search, channels):
+        found = await search.find(WAIT_S if here is None else GLANCE_S)
+        if found is None:
+            return await asyncio.to_thread(_without_others, config, here, counts)
+        try:
+            return await _Arrival(config, counts, search, channels, here).get(found)
+        except FAILURES as error:
+            if here is None:
+                raise
+            log.warning("weights: %s; they are read from %s", error.message, here.path)
+            return _from_folder(config, here, counts, "as others have failed")
 
 
 class _Arrival:
@@ -200,7 +211,8 @@ def _beside(manifest: Manifest) -> LocalFolder | None:
     """The folder of a neighbour, if it is of this host, and is the same checkpoint."""
     path = Path(manifest.folder)
     try:
-        if not path.is_absolute() or not path.is_dir():
+        # A temporary one would go with its last user: it is used as one of ours (``folders``).
+        if not path.is_absolute() or not path.is_dir() or path.parent == temporary_root():
             return None
         if manifest_of(path, manifest.name).id != manifest.id:
             return None

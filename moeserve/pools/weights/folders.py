@@ -31,13 +31,18 @@ _LOOK_S = 0.1
 _SPARE = 64 << 20
 
 
+def temporary_root() -> Path:
+    """Of this user."""
+    base = _MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())
+    return base / f"moeserve-weights-{os.getuid()}"
+
+
 class WeightFolders:
     """Those of one root; a temporary one where none is given."""
 
     def __init__(self, root: Path | None) -> None:
         self.temporary = root is None
-        base = _MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())
-        self.root = root or base / f"moeserve-weights-{os.getuid()}"
+        self.root = root or temporary_root()
         try:
             self.root.mkdir(mode=0o700, parents=not self.temporary, exist_ok=True)
             found = self.root.lstat()

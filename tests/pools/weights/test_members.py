@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -147,6 +148,20 @@ def test_what_is_fastest_is_chosen(
     assert folder == wanted[chosen]
     if chosen != "own":
         assert arrived.config.served_model_name == "demo"
+
+
+def test_without_room_for_those_of_others_the_folder_here_is_read(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "copy"
+    shutil.copytree(resolve_model("demo"), own)
+    monkeypatch.setattr(weights, "reading_rate", lambda folder: 1e3)
+    monkeypatch.setattr("shutil.disk_usage", lambda root: SimpleNamespace(free=1 << 20))
+    config = PeerConfig(weights="auto", join=cluster.join, model=str(own), weights_folder=tmp_path)
+    counts = WeightCounts()
+    arrived = asyncio.run(weights_here(config, counts))
+    assert arrived.config.model == str(own)
+    assert counts.disk_bytes == manifest_of(own, "").nbytes
 
 
 def test_a_cluster_that_nobody_serves_any_more_begins_anew_from_the_cache(
