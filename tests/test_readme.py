@@ -1,9 +1,9 @@
 """Every command and snippet in README.md works as it is printed there.
 
 A comment before each block says how it is tested: ``make`` (targets exist), ``serve`` (started,
-and asked by the ``client`` blocks), ``ranks`` (each line started, and asked), ``run`` (each line
-ends with status 0), ``install`` (read, since it would change the environment). Only paths of the
-environment and port numbers are replaced.
+and asked by the ``client`` blocks), ``ranks`` and ``cluster`` (each line started, and asked),
+``run`` (each line ends with status 0), ``install`` (read, since it would change the environment).
+Only paths of the environment and port numbers are replaced.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def started(command: str, log: Path) -> Iterator[Ports]:
             process.kill()
 
 
-def is_ready(process: subprocess.Popen[bytes], ports: Ports, seconds: float = 90) -> bool:
+def is_ready(process: subprocess.Popen[bytes], ports: Ports, seconds: float = 150) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         try:
@@ -138,7 +138,7 @@ def is_ready(process: subprocess.Popen[bytes], ports: Ports, seconds: float = 90
 def test_every_snippet_says_how_it_is_tested() -> None:
     assert len(SNIPPETS) == README.count("\n```") / 2
     assert {snippet.how for snippet in SNIPPETS} == {
-        "make", "serve", "client", "ranks", "run", "install",
+        "make", "serve", "client", "ranks", "cluster", "run", "install",
     }  # fmt: skip
 
 
@@ -153,8 +153,12 @@ def test_a_client_streams_a_story(server: Ports, snippet: Snippet) -> None:
     assert run(snippet, server).strip()
 
 
-@pytest.mark.parametrize("line", lines("ranks"), ids=["serve", "torchrun", "mpirun"])
-def test_ranks_tell_the_story_of_one_process(server: Ports, line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line", [*lines("ranks"), *lines("cluster")], ids=["serve", "torchrun", "mpirun", "up"]
+)
+def test_ranks_and_clusters_tell_the_story_of_one_process(
+    server: Ports, line: str, tmp_path: Path
+) -> None:
     curl = next(s for s in snippets("client") if s.language == "bash")
     with started(line, tmp_path / "ranks.log") as ranks:
         assert story(run(curl, ranks)) == story(run(curl, server)) != ""
