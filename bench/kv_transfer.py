@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +56,15 @@ from moeserve.pools.members import ServedTerms
 RUN, HOST, VOCAB, BLOCK = b"bench", "127.0.0.1", 1000, 16
 BARE = "moeserve.bench.Bare"
 TERMS = ServedTerms("bench", "bench", VOCAB, 1 << 20)
+
+
+def pieces(blocks: Sequence[BlockId]) -> Iterator[tuple[int, int, int]]:
+    """(block, place in ``blocks``, count) of consecutive blocks, each for one copy."""
+    begin = 0
+    for i in range(1, len(blocks) + 1):
+        if i == len(blocks) or blocks[i] != blocks[i - 1] + 1:
+            yield blocks[begin], begin, i - begin
+            begin = i
 
 
 class FullHouse:
@@ -95,13 +104,15 @@ class FullHouse:
         if self.native:
             out_NX.copy_(self.ops.export_kv(self.caches[layer], torch.tensor(blocks)))
         else:
-            torch.index_select(self.plain[layer], 0, torch.tensor(blocks), out=out_NX)
+            for first, at, count in pieces(blocks):
+                out_NX[at : at + count] = self.plain[layer][first : first + count]
 
     def import_kv(self, layer: int, blocks: Sequence[BlockId], data_NX: torch.Tensor) -> None:
         if self.native:
             self.ops.import_kv(self.caches[layer], torch.tensor(blocks), data_NX)
         else:
-            self.plain[layer].index_copy_(0, torch.tensor(blocks), data_NX)
+            for first, at, count in pieces(blocks):
+                self.plain[layer][first : first + count] = data_NX[at : at + count]
 
     def submit(self, request: Request, sink: Any, history: History = NEW) -> None:
         self.kept[request.id] = replace(self.held, computed=len(request.prompt_ids))

@@ -275,7 +275,8 @@ class Event(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Of one request, in seconds since it was submitted; None for what it did not reach. Its id and
-    its ``trace`` say whose it is."""
+    its ``trace`` say whose it is. The KV of ``received_tokens`` of the prompt was computed for it
+    elsewhere."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -285,6 +286,7 @@ class Timing:
     elapsed_s: float
     request_id: str = ""
     trace: str = ""
+    received_tokens: int = 0
 
 
 @dataclass(slots=True)

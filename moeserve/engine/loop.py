@@ -190,7 +190,7 @@ class Engine:
 
     def submit(self, request: Request, sink: EventSink, history: History = NEW) -> None:
         """Queue a request from any thread, or raise why it cannot be served."""
-        stream = RequestState(request, sink, submitted=self._clock())
+        stream = RequestState(request, sink, submitted=self._clock(), came_cached=history.cached)
         with self._lock:
             if not self._accepting:
                 raise UnavailableError("the server is stopping or stopped: retry elsewhere")
@@ -346,7 +346,7 @@ class Engine:
         for chunk in plan.chunks:
             stream = self._streams.get(chunk.request.id)
             if stream is not None and stream.scheduled is None:
-                stream.scheduled, stream.cached = began, chunk.start
+                stream.start(began, chunk.start)
 
     def _finish_step(self, outbox: Outbox, outcome: StepOutcome) -> None:
         """Events for everyone whose request was in the step."""

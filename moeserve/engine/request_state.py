@@ -53,6 +53,15 @@ class RequestState:
     last_token: float = 0.0
     made: int = 0
     cached: int = 0
+    received: int = 0
+    came_cached: int | None = None
+
+    def start(self, now: float, found: int) -> None:
+        """Its first step, which finds so many tokens computed: from a cache, unless it came with
+        KV (``History.cached``)."""
+        self.scheduled = now
+        self.cached = found if self.came_cached is None else self.came_cached
+        self.received = max(0, min(found, len(self.request.prompt_ids)) - self.cached)
 
     @property
     def queue_s(self) -> float:
@@ -69,6 +78,7 @@ class RequestState:
             elapsed_s=now - self.submitted,
             request_id=self.request.id,
             trace=self.request.trace,
+            received_tokens=self.received,
         )
 
     def end(self, reason: FinishReason, error: str) -> Event:

@@ -49,8 +49,9 @@ class History:
     """What a request made before it came to a rank: tokens, and of its sequence the most that was
     computed; ``moved`` where another rank had it. ``sources`` have its KV, best first.
 
-    ``kv`` came before it, and becomes the request's own. ``keep`` is for whoever wants the KV when
-    the request has ended well.
+    ``kv`` came before it, and becomes the request's own; ``cached`` of its tokens were in a cache,
+    and the others were computed for this request elsewhere (None: all were cached). ``keep`` is for
+    whoever wants the KV when the request has ended well.
     """
 
     output_ids: tuple[int, ...] = ()
@@ -58,6 +59,7 @@ class History:
     moved: bool = False
     sources: tuple[KvSource, ...] = ()
     kv: HeldKv | None = None
+    cached: int | None = None
     keep: bool = False
 
 

@@ -101,8 +101,10 @@ class KvBlockLayout:
 
     @property
     def nbytes(self) -> int:
-        """Of one block."""
-        return self.sections[-1].end
+        """Of one block: where its last section ends."""
+        width = self.head_size + (0 if self.latent else self.value_size)
+        row = width * self.dtype.itemsize + self.num_scales * torch.float32.itemsize
+        return self.block_size * self.kv_heads * row
 
     def check_blocks(self, data_NX: Tensor, count: int) -> None:
         """InternalError unless ``data_NX`` is uint8 and holds ``count`` blocks of this layout."""

@@ -162,7 +162,8 @@ class Metrics:
         self._made.add(timing.output_tokens)
         if timing.scheduled_s is not None:
             self._inference.add(timing.elapsed_s - timing.scheduled_s)
-            self._fresh.add(timing.prompt_tokens - timing.cached_tokens)
+            known = timing.cached_tokens + timing.received_tokens
+            self._fresh.add(max(0, timing.prompt_tokens - known))
         if timing.first_token_s is not None:
             decoding = timing.elapsed_s - timing.first_token_s
             self._decode.add(decoding)

@@ -83,7 +83,7 @@ class Arrival:
         self._scores: tuple[Logprobs, ...] = ()
         self._held: list[HeldKv] = []  # of the mover's thread, while it has jobs of this
         self._importer: KvImporter | None = None
-        self._have = 0
+        self._have = self._cached = 0  # of its tokens, in a cache here, or at the source as well
         self._why = FinishReason.UNAVAILABLE, "the server stopped: retry elsewhere"
         self._over = False
 
@@ -130,7 +130,7 @@ class Arrival:
         digests = RunDigests(
             room.terms.compute_id, self._house.layouts, self.request.scope, self._tokens
         )
-        self._have = held.computed
+        self._have = self._cached = held.computed
         self._importer = KvImporter(self._house, held, len(self._tokens), digests, room.counters)
         return True
 
@@ -233,7 +233,7 @@ class Arrival:
             cached_tokens=max(event.cached_tokens, self._have),
         )
         before = [Event(self.request.id, prompt_logprobs=self._scores)] if scored else []
-        self._over = ends
+        self._over, self._cached = ends, told.cached_tokens
         self._sink.deliver([*before, told])
         return not ends
 
@@ -277,7 +277,8 @@ class Arrival:
         if self._made:
             reached = max(reached, len(self._tokens))
         moved = self._history.moved or bool(self._made or self._handed)
-        history = History(outputs, reached, moved, kv=held)
+        cached = self._cached if held is not None or self._made else None
+        history = History(outputs, reached, moved, kv=held, cached=cached)
         self._count(held)
         try:
             if held is not None:

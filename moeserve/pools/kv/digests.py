@@ -71,10 +71,25 @@ class RunDigests:
 
     def of(self, layer: int, start: int, count: int, data: Data) -> bytes:
         """16 bytes. The positions have tokens, and ``layer`` a layout."""
-        found = xxhash.xxh3_128(self._geometry[layer])
-        found.update(self._key(start + count) + _PLACE.pack(layer, start, count))
+        place = self._key(start + count) + _PLACE.pack(layer, start, count)
+        found = xxhash.xxh3_128(self._geometry[layer] + place)
         found.update(data)
         return found.digest()
+
+    def of_each(
+        self, layer: int, runs: Sequence[tuple[int, int]], width: int, data: memoryview
+    ) -> bytes:
+        """``of`` each (start, count), whose bytes lie one behind the other, ``width`` to a
+        position."""
+        made: list[bytes] = []
+        geometry, new, at = self._geometry[layer], xxhash.xxh3_128, 0
+        for start, count in runs:
+            end = at + count * width
+            found = new(geometry + self._key(start + count) + _PLACE.pack(layer, start, count))
+            found.update(data[at:end])
+            made.append(found.digest())
+            at = end
+        return b"".join(made)
 
     def _key(self, end: int) -> bytes:
         """Of model, scope and the first ``end`` tokens."""

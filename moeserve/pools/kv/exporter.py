@@ -48,15 +48,15 @@ class KvExporter:
     def _export(self, blocks: Sequence[BlockId], stretch: Stretch, out_X: Tensor) -> bytes:
         layer, layout, at = stretch.layer, self._layouts[stretch.layer], 0
         runs = list(run_ends(stretch.start, stretch.stop, self._size))
-        view = out_X.numpy().data
-        most, i = max(1, PIECE_BYTES // layout.nbytes), 0
+        view, width = out_X.numpy().data, run_bytes(layout, 1)
+        most, i = max(1, PIECE_BYTES // (width * self._size)), 0
         digests = []
         while i < len(runs):
             start, count = runs[i]
             first, inside = divmod(start, self._size)
             whole = sum(1 for _, n in runs[i : i + most] if n == self._size)
             if count == self._size:
-                rows_NX = out_X[at : at + whole * layout.nbytes].view(whole, layout.nbytes)
+                rows_NX = out_X[at : at + whole * self._size * width].view(whole, -1)
                 self._house.export_kv(layer, blocks[first : first + whole], rows_NX)
             else:
                 whole = 1
@@ -64,9 +64,8 @@ class KvExporter:
                 self._house.export_kv(layer, blocks[first : first + 1], row_NX)
                 target = (resized(layout, count), out_X[at:], 0)
                 copy_positions((layout, row_NX[0], inside), target, count)
-            for start, count in runs[i : i + whole]:
-                end = at + run_bytes(layout, count)
-                digests.append(self.digests.of(layer, start, count, view[at:end]))
-                at = end
+            done = runs[i : i + whole]
+            digests.append(self.digests.of_each(layer, done, width, view[at:]))
+            at += width * sum(count for _, count in done)
             i += whole
         return b"".join(digests)

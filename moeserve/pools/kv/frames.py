@@ -13,10 +13,14 @@ DataLossError where a frame is not whole.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from enum import IntEnum
 
+import numpy as np
+import torch
 import xxhash
+from torch import Tensor
 
 from moeserve.errors import DataLossError
 from moeserve.pools.kv.digests import DIGEST_BYTES, Data
@@ -36,6 +40,31 @@ class Side(IntEnum):
 def seal(side: Side, number: int, head: bytes, data: Data = b"") -> bytes:
     prefix = _PREFIX.pack(_MAGIC, number, len(head), len(data))
     return b"".join((prefix, _digest(side, prefix, head), head, data))
+
+
+class FramePlace:
+    """Memory of one frame, whose data is written to ``data_X`` (uint8 [``data_size``]) before its
+    head, of ``head_size`` bytes, is known: so data is not copied into a message."""
+
+    def __init__(self, head_size: int, data_size: int) -> None:
+        # Bytes that nobody has seen yet may be written to, as extensions of the interpreter do.
+        make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
+            ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+        )
+        self._front = PREFIX_BYTES + head_size
+        self._size = data_size
+        self._frame: bytes = make(None, self._front + data_size)
+        self._start = np.frombuffer(self._frame, np.uint8).ctypes.data
+        place = (ctypes.c_ubyte * data_size).from_address(self._start + self._front)
+        self.data_X: Tensor = torch.frombuffer(place, dtype=torch.uint8)
+
+    def seal(self, side: Side, number: int, head: bytes) -> bytes:
+        """The frame, once; nothing is written to ``data_X`` any more."""
+        assert PREFIX_BYTES + len(head) == self._front, f"a head of {len(head)} bytes"
+        prefix = _PREFIX.pack(_MAGIC, number, len(head), self._size)
+        front = prefix + _digest(side, prefix, head) + head
+        ctypes.memmove(self._start, front, len(front))
+        return self._frame
 
 
 def unseal(side: Side, number: int, frame: bytes) -> tuple[bytes, memoryview]:

@@ -138,32 +138,47 @@ class KvImporter:
         layer, at = stretch.layer, 0
         bounds = self._check(stretch, digests, run_size, data)
         wrong: list[tuple[int, int]] = []
-        good: list[tuple[int, int, int]] = []  # (start, count, offset of its bytes)
-        counted, view = 0, memoryview(data)
-        layout = self._layouts[layer]
-        try:
-            for i, (start, count) in enumerate(bounds):
-                self._order.take(layer, start, count)
-                end = at + run_bytes(layout, count)
-                digest = self.digests.of(layer, start, count, view[at:end])
-                if digest == digests[16 * i : 16 * (i + 1)]:
-                    good.append((start, count, at))
-                    counted += end - at
-                else:
-                    self._counters.add("bad_digests")
-                    self._order.miss(layer, start, count)
-                    wrong.append((start, count))
-                at = end
-                if good and (wrong or at - good[0][2] >= PIECE_BYTES):
-                    self._place(layer, good, view)
-                    good = []
-        finally:  # what was taken and was right is said to have arrived, so it enters the cache
-            if good:
-                self._place(layer, good, view)
+        view, width = memoryview(data), run_bytes(self._layouts[layer], 1)
+        most, counted = max(1, PIECE_BYTES // (width * run_size)), 0
+        for i in range(0, len(bounds), most):
+            runs = bounds[i : i + most]
+            end = at + width * sum(count for _, count in runs)
+            said = digests[16 * i : 16 * (i + len(runs))]
+            bad = self._take_piece(layer, runs, said, view[at:end])
+            wrong += bad
+            counted += end - at - width * sum(count for _, count in bad)
+            at = end
         self.taken_bytes += counted
         self.taken_runs += len(bounds) - len(wrong)
         self._counters.add("runs", len(bounds) - len(wrong))
         self._counters.add_to("bytes", transport, counted)
+        return wrong
+
+    def _take_piece(
+        self, layer: int, runs: list[tuple[int, int]], said: bytes, view: memoryview
+    ) -> list[tuple[int, int]]:
+        """Runs that are checked and then imported at once; those that are wrong."""
+        width = run_bytes(self._layouts[layer], 1)
+        found = self.digests.of_each(layer, runs, width, view)
+        wrong: list[tuple[int, int]] = []
+        good: list[tuple[int, int, int]] = []  # (start, count, offset of its bytes)
+        at = 0
+        try:
+            for i, (start, count) in enumerate(runs):
+                self._order.take(layer, start, count)
+                if found[16 * i : 16 * (i + 1)] == said[16 * i : 16 * (i + 1)]:
+                    good.append((start, count, at))
+                else:
+                    self._counters.add("bad_digests")
+                    self._order.miss(layer, start, count)
+                    wrong.append((start, count))
+                    if good:
+                        self._place(layer, good, view)
+                        good = []
+                at += count * width
+        finally:  # what was taken and was right is said to have arrived, so it enters the cache
+            if good:
+                self._place(layer, good, view)
         return wrong
 
     def _check(
@@ -195,8 +210,8 @@ class KvImporter:
         if start % size == 0 and all(count == size for _, count, _ in runs):
             first = start // size
             blocks = self._blocks[first : first + len(runs)]
-            data_X = bytes_X[at : at + len(runs) * layout.nbytes]
-            self._house.import_kv(layer, blocks, data_X.view(len(runs), layout.nbytes))
+            data_X = bytes_X[at : at + run_bytes(layout, len(runs) * size)]
+            self._house.import_kv(layer, blocks, data_X.view(len(runs), -1))
             return
         for start, count, at in runs:
             run_X = bytes_X[at : at + run_bytes(layout, count)]

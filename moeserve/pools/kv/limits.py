@@ -33,7 +33,7 @@ class FetchLimits:
     frame_bytes: int = 2 << 20
     frames: int = 16
     slots: int = 4
-    slot_bytes: int = 4 << 20
+    slot_bytes: int = 8 << 20
     memory_from: int = 1 << 20
     memories: int = 8
     calls: int = 64

@@ -25,8 +25,6 @@ import os
 import secrets
 import stat
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import numpy as np
 import torch
@@ -39,6 +37,8 @@ HEADER_BYTES = mmap.PAGESIZE
 COOKIE_BYTES = 32
 MOST_SLOTS = 64
 MOST_SLOT_BYTES = 64 << 20
+# Memory up to this is mapped whole when it is opened.
+MOST_POPULATED = 64 << 20
 
 _NAME = "moeserve-kv"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -127,15 +127,22 @@ class MemoryOutlet:
         self._wait_s = wait_s
         self._some = asyncio.Event()
 
-    @asynccontextmanager
-    async def room(self) -> AsyncIterator[FrameRoom]:
+    @property
+    def full(self) -> bool:
+        return not self._free
+
+    async def take(self, head_size: int, size: int) -> FrameRoom:
         while not self._free:
             self._some.clear()
-            await asyncio.wait_for(self._some.wait(), self._wait_s)
+            async with asyncio.timeout(self._wait_s):
+                await self._some.wait()
         slot = self._free.popleft()
         self._taken.add(slot)
         place = _place(self._map, slot, self.frame_bytes)
-        yield FrameRoom(torch.frombuffer(place, dtype=torch.uint8), slot)
+        return FrameRoom(torch.frombuffer(place, dtype=torch.uint8)[:size], slot)
+
+    def give(self, room: FrameRoom) -> None:
+        """It is free when whoever fetches says so."""
 
     def freed(self, slot: int) -> None:
         if slot not in self._taken:
@@ -175,7 +182,9 @@ def open_memory(offered: pb.Memory, least: int, wait_s: float) -> MemoryOutlet |
         sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
         if not (stat.S_ISREG(found.st_mode) and sealed and found.st_size >= size):
             return None
-        mapped = mmap.mmap(fd, size)
+        # Pages at once, which cost as much as the copies where each is asked for by a fault.
+        populate = mmap.MAP_POPULATE if size <= MOST_POPULATED else 0
+        mapped = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | populate)
     except (OSError, ValueError):
         return None
     finally:

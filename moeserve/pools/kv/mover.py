@@ -27,9 +27,14 @@ class Mover:
     async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What it returns or raises. Whoever is cancelled here stops waiting; the job runs on, or
         still will."""
+        return await asyncio.shield(self.start(job, *args, **kwargs))
+
+    def start(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """What it returns or raises, for whoever waits for it later or not at all; it is not to be
+        cancelled."""
         done = asyncio.wrap_future(self._submit(job, *args, **kwargs))
         done.add_done_callback(look_at_error)
-        return await asyncio.shield(done)
+        return done
 
     def later(self, job: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Nobody waits for it; what it raises is logged. Never refused: a thread that is closed

@@ -7,27 +7,22 @@ A transport gives room for one frame after the other, and makes the message that
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from moeserve.pools.kv.digests import Data
+from moeserve.pools.kv.frames import FramePlace
 
 
 @dataclass(frozen=True, slots=True)
 class FrameRoom:
-    """uint8 [``bytes``] to be written, and the slot that it is, if it is one."""
+    """``data_X``, uint8 [size], is to be written: in the slot of that number, or in the message
+    ``place``."""
 
-    out_X: Tensor
-    slot: int | None
-
-    def data(self, size: int) -> Data:
-        """What goes into the message."""
-        return b"" if self.slot is not None else self.out_X[:size].numpy().data
+    data_X: Tensor
+    slot: int | None = None
+    place: FramePlace | None = None
 
 
 class Outlet(Protocol):
@@ -36,8 +31,18 @@ class Outlet(Protocol):
     name: str
     frame_bytes: int
 
-    def room(self) -> AbstractAsyncContextManager[FrameRoom]:
-        """To be written and sent within. TimeoutError where whoever fetches frees none."""
+    @property
+    def full(self) -> bool:
+        """Whether there is no room now."""
+        ...
+
+    async def take(self, head_size: int, size: int) -> FrameRoom:
+        """To be written, sent, and given back. TimeoutError where whoever fetches frees none. A
+        head of ``head_size`` bytes is sent with it."""
+        ...
+
+    def give(self, room: FrameRoom) -> None:
+        """It is sent, or will never be."""
         ...
 
     def freed(self, slot: int) -> None:
@@ -56,17 +61,19 @@ class MessageOutlet:
         self.frame_bytes = frame_bytes
         self._frames = frames
         self._wait_s = wait_s
-        self._memory: Tensor | None = None
 
-    @asynccontextmanager
-    async def room(self) -> AsyncIterator[FrameRoom]:
-        await asyncio.wait_for(self._frames.acquire(), self._wait_s)
-        try:
-            if self._memory is None:
-                self._memory = torch.empty(self.frame_bytes, dtype=torch.uint8)
-            yield FrameRoom(self._memory, None)
-        finally:
-            self._frames.release()
+    @property
+    def full(self) -> bool:
+        return self._frames.locked()
+
+    async def take(self, head_size: int, size: int) -> FrameRoom:
+        async with asyncio.timeout(self._wait_s):
+            await self._frames.acquire()
+        place = FramePlace(head_size, size)
+        return FrameRoom(place.data_X, place=place)
+
+    def give(self, room: FrameRoom) -> None:
+        self._frames.release()
 
     def freed(self, slot: int) -> None:
         """There are none: passed over."""

@@ -1,13 +1,14 @@
 """One call to a source, from the side that fetches: what comes is checked and imported as it comes.
 
-On the event loop's thread; bytes are checked and imported on the mover's, while the next message is
-awaited: two at most are here at a time.
+On the event loop's thread; bytes are checked and imported on the mover's, while the next messages
+are awaited: ``MOST_TAKEN`` and one more are here at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,9 @@ from moeserve.pools.kv.memory import SlotMemory
 from moeserve.pools.kv.messages import SourceReader
 from moeserve.pools.kv.mover import Mover, look_at_error
 from moeserve.pools.kv.runs import Stretch, run_bytes, stretch_bytes
+
+# Messages that wait to be imported, or are.
+MOST_TAKEN = 2
 
 
 class SourceLostError(UnavailableError):
@@ -55,6 +59,14 @@ class FetchOrder:
     importer: KvImporter
     on_event: Callable[[Event], bool]
     on_handed: Callable[[tuple[int, ...], int], Awaitable[bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """Runs that are being imported: which are to come again, and the slot that they lie in."""
+
+    found: asyncio.Future[list[Stretch]]
+    slot: int | None
 
 
 class ReceiverCall:
@@ -85,6 +97,7 @@ class ReceiverCall:
         self._run_size = 0
         self._stopped = self._ended = self._enough = False
         self._heard = time.monotonic()
+        self._taking: deque[_Taken] = deque()
 
     async def run(self, wanted: pb.ToSource) -> None:
         """Until all is imported. SourceLostError where the source is late; errors of gRPC, and of
@@ -98,6 +111,7 @@ class ReceiverCall:
         reading = asyncio.create_task(self._read(self._limits.progress_s))
         try:
             while not (self._ended and self._importer.complete) and not self._enough:
+                await self._finish_until(reading)
                 message, data = await reading
                 reading = asyncio.create_task(self._read(self._limits.progress_s))
                 await self._hear(message, data)
@@ -107,6 +121,18 @@ class ReceiverCall:
         self.ended_well = not self._enough
         await self._send(pb.ToSource(done=pb.Done()))
 
+    async def _finish_until(self, reading: asyncio.Future[Any]) -> None:
+        """What is imported is answered until there is a message, and room for what it brings."""
+        while self._taking:
+            found, full = self._taking[0].found, len(self._taking) >= MOST_TAKEN
+            if not found.done() and (full or not reading.done()):
+                waits = {found} if full else {found, reading}
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if found.done():
+                await self._finish()
+            elif reading.done() and not full:
+                return
+
     async def _hear(self, message: pb.FromSource, data: Data) -> None:
         what = message.WhichOneof("what")
         if what == "beat":
@@ -115,10 +141,16 @@ class ReceiverCall:
                 raise self._late(f"has made nothing for {idle:.0f} s")
             return
         self._heard = time.monotonic()
+        if what == "spans":
+            found = self._mover.start(self._import, message.spans, data)
+            slot = message.spans.slot if message.spans.HasField("slot") else None
+            self._taking.append(_Taken(found, slot))
+        if what != "spans" or self._ended:
+            while self._taking:
+                await self._finish()
         match what:
             case "spans":
-                await self._take(message.spans, data)
-                await self._stop_when_near()
+                pass
             case "news":
                 self._enough = not self._order.on_event(read_news(message.news))
             case "handed" if self._stopped:
@@ -132,16 +164,20 @@ class ReceiverCall:
         if self._ended and not (self._importer.complete or self._importer.awaits_again):
             raise InvalidRequestError(f"its end, with {self._importer.left} positions left out")
 
-    async def _take(self, spans: pb.Spans, data: Data) -> None:
-        wrong = await self._mover.run(self._import, spans, data)
-        if spans.HasField("slot"):
-            await self._send(pb.ToSource(freed=pb.Freed(slot=spans.slot)))
+    async def _finish(self) -> None:
+        """The first that was taken is imported, and the source told so."""
+        taken = self._taking.popleft()
+        wrong = await asyncio.shield(taken.found)
+        if taken.slot is not None:
+            await self._send(pb.ToSource(freed=pb.Freed(slot=taken.slot)))
         for stretch in wrong:
             self._counters.add("retries")
             again = pb.Again(
                 layer=stretch.layer, start=stretch.start, count=stretch.stop - stretch.start
             )
             await self._send(pb.ToSource(again=again))
+        if not self._taking:  # nobody else looks at what has come
+            await self._stop_when_near()
 
     def _import(self, spans: pb.Spans, data: Data) -> list[Stretch]:
         """On the mover's thread; the runs that are to come again."""
@@ -180,7 +216,8 @@ class ReceiverCall:
 
     async def _read(self, wait_s: float) -> tuple[pb.FromSource, Data]:
         try:
-            frame = await asyncio.wait_for(self._call.read(), wait_s)
+            async with asyncio.timeout(wait_s):
+                frame = await self._call.read()
         except TimeoutError as error:
             raise self._late(f"has said nothing for {wait_s:.0f} s") from error
         if frame is grpc.aio.EOF:
@@ -195,7 +232,8 @@ class ReceiverCall:
         frame = seal(Side.RECEIVER, self._written, message.SerializeToString())
         self._written += 1
         try:
-            await asyncio.wait_for(self._call.write(frame), self._limits.progress_s)
+            async with asyncio.timeout(self._limits.progress_s):
+                await self._call.write(frame)
         except TimeoutError as error:
             raise self._late("takes nothing") from error
         except asyncio.InvalidStateError:

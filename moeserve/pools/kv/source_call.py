@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -19,15 +20,18 @@ from moeserve.errors import InvalidRequestError, MoeserveError, UnavailableError
 from moeserve.pb import kv_pb2 as pb
 from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.exporter import KvExporter
-from moeserve.pools.kv.frames import Side, seal
+from moeserve.pools.kv.frames import FramePlace, Side, seal
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.limits import FetchLimits
 from moeserve.pools.kv.messages import Reader
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.order import MOST_MISSING
-from moeserve.pools.kv.outlet import Outlet
+from moeserve.pools.kv.outlet import FrameRoom, Outlet
 from moeserve.pools.kv.runs import Stretch, fill_frames, plan_stretches, run_ends, stretch_bytes
 from moeserve.pools.kv.supply import KvSupply, RunningSupply
+
+# Frames that are filled or wait to be sent, while the one before them is sent.
+MOST_MADE = 2
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -40,16 +44,38 @@ class FrameWriter:
         self._stalled_s = stalled_s
         self._number = 0
 
-    async def send(self, message: pb.FromSource, data: Any = b"") -> None:
-        """UnavailableError where it is not taken in time."""
-        frame = seal(Side.SOURCE, self._number, message.SerializeToString(), data)
+    async def send(self, message: pb.FromSource, place: FramePlace | None = None) -> None:
+        """With the data of ``place``. UnavailableError where it is not taken in time."""
+        head, number = message.SerializeToString(), self._number
+        if place is None:
+            frame = seal(Side.SOURCE, number, head)
+        else:
+            frame = place.seal(Side.SOURCE, number, head)
         self._number += 1
         try:
-            await asyncio.wait_for(self._context.write(frame), self._stalled_s)
+            async with asyncio.timeout(self._stalled_s):
+                await self._context.write(frame)
         except TimeoutError as error:
             raise UnavailableError(
                 f"whoever fetches has taken nothing for {self._stalled_s:.0f} s"
             ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """A frame that is filled, with digests of its runs."""
+
+    frame: tuple[Stretch, ...]
+    room: FrameRoom
+    filled: asyncio.Future[list[bytes]]
+
+
+def spans_of(frame: Sequence[Stretch], digests: Sequence[bytes], slot: int | None) -> pb.FromSource:
+    spans = [
+        pb.Span(layer=s.layer, start=s.start, stop=s.stop, digests=digest)
+        for s, digest in zip(frame, digests, strict=True)
+    ]
+    return pb.FromSource(spans=pb.Spans(spans=spans, slot=slot))
 
 
 class SourceCall:
@@ -183,12 +209,22 @@ class SourceCall:
         layouts, size = self._house.layouts, self._house.block_size
         self._until = max(self._until, stop)
         stretches = plan_stretches(layouts, self._sent, stop, size, self._limits.window)
-        for frame in fill_frames(layouts, stretches, size, self._outlet.frame_bytes):
-            await self._send_frame(held, frame)
-            if self._again:
+        making: deque[_Making] = deque()
+        try:
+            for frame in fill_frames(layouts, stretches, size, self._outlet.frame_bytes):
+                while len(making) >= MOST_MADE or (making and self._outlet.full):
+                    await self._finish(making)
+                while making and self._again:
+                    await self._finish(making)
                 await self._send_again(held)
-            if self._left:
-                return
+                if self._left:
+                    return
+                making.append(await self._begin(held, frame))
+            while making:
+                await self._finish(making)
+        finally:
+            for one in making:
+                self._outlet.give(one.room)
         self._sent = max(self._sent, stop)
 
     async def _send_again(self, held: HeldKv) -> None:
@@ -196,25 +232,31 @@ class SourceCall:
         for _ in range(len(self._again)):
             stretch = self._again.popleft()
             if stretch.stop <= held.computed:
-                await self._send_frame(held, (stretch,))
+                await self._finish(deque([await self._begin(held, (stretch,))]))
             else:
                 self._again.append(stretch)
 
-    async def _send_frame(self, held: HeldKv, frame: tuple[Stretch, ...]) -> None:
-        layouts = self._house.layouts
+    async def _begin(self, held: HeldKv, frame: tuple[Stretch, ...]) -> _Making:
+        """Room for it, which is then filled."""
+        layouts, block = self._house.layouts, self._house.block_size
         size = sum(stretch_bytes(layouts[stretch.layer], stretch) for stretch in frame)
-        async with self._outlet.room() as room:
-            digests = await self._mover.run(
-                self._exporter.fill, held.blocks, frame, room.out_X[:size]
-            )
-            spans = [
-                pb.Span(layer=s.layer, start=s.start, stop=s.stop, digests=digest)
-                for s, digest in zip(frame, digests, strict=True)
-            ]
-            message = pb.Spans(spans=spans, slot=room.slot)
-            await self._writer.send(pb.FromSource(spans=message), room.data(size))
+        empty = [bytes(16 * len(list(run_ends(s.start, s.stop, block)))) for s in frame]
+        head_size = spans_of(frame, empty, None).ByteSize()
+        room = await self._outlet.take(head_size, size)
+        filled = self._mover.start(self._exporter.fill, held.blocks, frame, room.data_X)
+        return _Making(frame, room, filled)
+
+    async def _finish(self, making: deque[_Making]) -> None:
+        """The first of them is sent as soon as it is filled."""
+        one = making.popleft()
+        try:
+            digests = await asyncio.shield(one.filled)
+            message = spans_of(one.frame, digests, one.room.slot)
+            await self._writer.send(message, one.room.place)
+        finally:
+            self._outlet.give(one.room)
         self._counters.add("sent_runs", sum(len(d) // 16 for d in digests))
-        self._counters.add_to("sent_bytes", self._outlet.name, size)
+        self._counters.add_to("sent_bytes", self._outlet.name, len(one.room.data_X))
 
     async def _read(self, requests: AsyncIterator[bytes], reader: Reader) -> None:
         """What whoever fetches says behind its first message."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,23 @@ async def test_tokens_are_those_of_one_rank(
         assert b.counters.sources_lost == {}
         assert b.house.computed == 5 * len(ask), "all but the first token, one position each"
         assert set(b.counters.bytes) == set(a.counters.sent_bytes) == {name}
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["grpc", "memory"])
+async def test_room_for_one_frame_is_enough(memory: bool) -> None:
+    """Nobody who has made a frame waits for room for the next before that is sent."""
+    tight = replace(SHARED, slots=int(memory), frames=1)
+    ask = [request(f"r{n}", n) for n in (31, 61)]
+    want = [alone(r) for r in ask]
+    async with peer(limits=tight) as a, peer(limits=tight) as b:
+        sinks = [b.ask(r, a.source) for r in ask]
+        await ended(*sinks)
+        assert [sink.tokens for sink in sinks] == [one.tokens for one in want]
+        await a.vacant()
+        await b.vacant()
+        assert b.counters.sources_lost == {}
+        assert b.counters.recomputed == 0
+        assert set(b.counters.bytes) == {"memory" if memory else "grpc"}
 
 
 async def test_what_is_cached_on_either_side_is_not_sent() -> None:

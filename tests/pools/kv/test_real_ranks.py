@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,18 @@ async def test_a_running_request_moves(load: Load, model: tuple[str, str, str]) 
             assert found == logprobs[len(logprobs) - len(found) :]
             if params.get("logprobs") is not None:
                 assert len(found) == len(two.tokens)
+
+
+async def test_what_was_moved_was_not_cached(load: Load) -> None:
+    """Whoever reads of cached tokens reads of work that was saved, not of work done elsewhere."""
+    decoder = load(*MODELS[0])
+    first = Request(RequestId("first"), prompt(3, 40), SamplingParams(5, ignore_eos=True))
+    async with rank(decoder) as a, rank(decoder) as b:
+        fresh = b.ask(first, a.source)
+        await ended(fresh)
+        assert {e.cached_tokens for e in fresh.events} == {0}
+        longer = replace(first, id=RequestId("longer"), prompt_ids=(*first.prompt_ids, *range(8)))
+        shared = b.ask(longer, a.source)
+        await ended(shared)
+        assert {e.cached_tokens for e in shared.events} == {40}
+        assert b.counters.recomputed == 0

@@ -14,7 +14,7 @@ from moeserve.core import CacheScope
 from moeserve.errors import DataLossError, InvalidRequestError
 from moeserve.kernels.kv_layout import KvBlockLayout
 from moeserve.pools.kv.digests import RunDigests, geometry_of
-from moeserve.pools.kv.frames import PREFIX_BYTES, Side, seal, unseal
+from moeserve.pools.kv.frames import PREFIX_BYTES, FramePlace, Side, seal, unseal
 from moeserve.pools.kv.order import MOST_MISSING, RunOrder
 from moeserve.pools.kv.runs import (
     copy_positions,
@@ -195,3 +195,27 @@ def test_every_bit_of_a_frame_counts_but_those_of_its_data() -> None:
     for cut in random.Random(1).sample(range(len(frame)), 40):
         with pytest.raises(DataLossError):
             unseal(Side.SOURCE, 5, frame[:cut])
+
+
+@given(st.binary(max_size=50), st.binary(min_size=1, max_size=200), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_a_frame_that_is_filled_in_place_is_the_one_that_is_copied(
+    head: bytes, data: bytes, number: int
+) -> None:
+    place = FramePlace(len(head), len(data))
+    place.data_X.copy_(torch.tensor(list(data), dtype=torch.uint8))
+    assert place.seal(Side.SOURCE, number, head) == seal(Side.SOURCE, number, head, data)
+
+
+@given(sizes, st.integers(1, 40), st.integers(0, 39))
+@settings(max_examples=60, deadline=None)
+def test_digests_of_several_runs_are_those_of_each(size: int, length: int, first: int) -> None:
+    layout, first = LAYOUTS[0], min(first, length - 1)
+    digests = RunDigests("m", LAYOUTS, SALTED, range(length))
+    runs, width = list(run_ends(first, length, size)), run_bytes(layout, 1)
+    data = memoryview(random.Random(size).randbytes(width * (length - first)))
+    want = [
+        digests.of(0, start, count, data[(start - first) * width :][: count * width])
+        for start, count in runs
+    ]
+    assert digests.of_each(0, runs, width, data) == b"".join(want)
