@@ -300,7 +300,9 @@ def test_members_may_be_lost_while_they_answer(
 
 
 def test_a_member_that_drains_loses_nothing(third: Parts, long_answers: list[str]) -> None:
-    streams = Streams(third["g0"].url, long_bodies(8))
+    gateway = third["g0"]
+    moved = shown(gateway, "cluster_moved_total")
+    streams = Streams(gateway.url, long_bodies(8))
     streams.begun()
     leaving = [third[name] for name in ("d0", "d1")]
     for part in leaving:
@@ -310,6 +312,7 @@ def test_a_member_that_drains_loses_nothing(third: Parts, long_answers: list[str
         assert part.process.wait(PATIENCE_S)
         assert part.process.status == 0
         assert not any("Traceback" in line for line in part.lines)
+    assert shown(gateway, "cluster_moved_total") > moved, "nothing was moved while it ran"
 
 
 def test_a_gateway_that_is_started_anew_finds_the_members(
