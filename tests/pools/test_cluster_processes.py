@@ -3,6 +3,7 @@ stopped or drained meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -236,6 +237,28 @@ class Streams:
             assert not thread.is_alive(), "a stream did not end"
         assert not self.errors
         return self.texts
+
+
+def snapshots(url: str) -> Iterator[dict[str, Any]]:
+    """As the page of the dashboard gets them."""
+    with httpx.stream("GET", f"{url}/dashboard/events", timeout=PATIENCE_S) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: "):
+                yield json.loads(line.removeprefix("data: "))
+
+
+def test_the_dashboard_shows_who_has_sent_kv_to_whom(cluster: Parts) -> None:
+    gateway = cluster["g0"].url
+    ask_all([gateway], [body(i) for i in range(4)])
+    end = time.monotonic() + PATIENCE_S
+    with contextlib.closing(snapshots(gateway)) as shots:
+        shot = next(shot for shot in shots if shot["flows"] or time.monotonic() > end)
+    roles = {member["id"]: member["role"] for member in shot["members"]}
+    assert shot["flows"]
+    for flow in shot["flows"]:
+        assert (roles[flow["source"]], roles[flow["target"]]) == ("prefill", "decode")
+        assert flow["bytes"] > 0
+        assert flow["runs"] > 0
 
 
 def until(holds: Callable[[], bool], what: str) -> None:
