@@ -18,7 +18,7 @@ Imports run one way, and ``tests/test_layout.py`` holds it::
       ^
     worker                                    one rank of several
       ^
-    cli
+    cli  __main__
 """
 
 __version__ = "0.1.0"

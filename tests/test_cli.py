@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moeserve import cli
+from moeserve import __version__, cli
 
 Checkpoint = Callable[[str], Path]
 
@@ -195,3 +195,11 @@ def test_serve_takes_neither_twice(
 ) -> None:
     assert cli.main(["serve", *words, "--print-config"]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_package_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "moeserve", "--version"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"moeserve {__version__}\n"

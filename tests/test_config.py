@@ -18,6 +18,7 @@ from moeserve.config.cluster import (
     ClusterOptions,
     EverySetting,
     GatewayConfig,
+    GatewayOptions,
     MemberOptions,
     PeerConfig,
 )
@@ -43,6 +44,7 @@ from moeserve.config.sources import (
 from moeserve.errors import ConfigError
 from moeserve.kernels.wire import Combine
 from moeserve.models.weights import torch_dtype
+from moeserve.pools.routing.named import DEFAULT_POLICY, POLICIES
 
 # One valid value for each field, none of them the default.
 OTHER: dict[str, Any] = {
@@ -68,6 +70,7 @@ OTHER: dict[str, Any] = {
     "block_size": 8,
     "num_blocks": 77,
     "kv_memory": 2**31,
+    "host_share": 0.25,
     "max_num_seqs": 3,
     "max_num_batched_tokens": 128,
     "max_queue": 5,
@@ -316,6 +319,9 @@ def test_the_words_of_settings_are_those_of_the_code() -> None:
     assert torch_dtype("auto") is None
     for name in {*get_args(Dtype), *get_args(KvDtype)} - {"auto"}:
         assert str(torch_dtype(name)) == f"torch.{name}"
+    routing = GatewayConfig.model_fields["routing"]
+    assert set(get_args(routing.annotation)) == POLICIES.keys()
+    assert routing.default == DEFAULT_POLICY
 
 
 def test_the_reference_is_as_generated() -> None:
@@ -343,13 +349,16 @@ OF_CLUSTERS: dict[str, Any] = {
     "cache_disk": 1 << 21,
     "cache_folder": "pages",
     "cache_share": 0.5,
+    "routing": "freeness",
+    "moves_per_s": 0.5,
 }
+OF_GATEWAYS = ClusterOptions.model_fields.keys() | GatewayOptions.model_fields.keys()
 
 
 @pytest.mark.parametrize("name", OF_CLUSTERS)
 def test_settings_of_members_are_said_in_the_same_ways(name: str, write: Writer) -> None:
     value = OF_CLUSTERS[name]
-    kind = GatewayConfig if name in ClusterOptions.model_fields else PeerConfig
+    kind = GatewayConfig if name in OF_GATEWAYS else PeerConfig
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_options(parser, kind)
     words = parser.parse_args(flag_words(name, value))
@@ -361,7 +370,7 @@ def test_settings_of_members_are_said_in_the_same_ways(name: str, write: Writer)
 
 
 def test_every_setting_of_clusters_is_tried_here() -> None:
-    groups = (ClusterOptions, MemberOptions, CacheMemberOptions)
+    groups = (ClusterOptions, MemberOptions, CacheMemberOptions, GatewayOptions)
     assert OF_CLUSTERS.keys() == {name for group in groups for name in group.model_fields}
 
 

@@ -24,7 +24,8 @@ PACKAGE = ROOT / "moeserve"
 NATIVE_HALVES = ("placement", "comm", "kernels", "proto")
 
 ROUTING = (
-    "base loads predict choosing least_finish locality_free kv_local freeness role_shift".split()
+    "base loads predict choosing least_finish locality_free kv_local freeness crowding "
+    "role_shift".split()
 )
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (

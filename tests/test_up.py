@@ -12,7 +12,7 @@ from moeserve.config.sources import read_settings
 from moeserve.errors import ConfigError
 from moeserve.worker.cluster_command import gateway_config, peer_config, registry_setting
 from moeserve.worker.cluster_trust import joined_registry, place_to_listen, place_to_reach
-from moeserve.worker.up import ClusterPlan
+from moeserve.worker.up import ClusterPlan, shared_memory
 
 
 def test_a_plan_names_its_members() -> None:
@@ -24,6 +24,14 @@ def test_a_plan_names_its_members() -> None:
         ("cache-0", "cache"),
     ]
     assert plan.ranks == 6
+
+
+def test_members_of_a_host_share_its_memory_unless_their_size_is_given() -> None:
+    plan = ClusterPlan(prefill=2, decode=1, unified=1, cache=3, ep=2)
+    assert shared_memory(PeerConfig(), plan) == {"host_share": 0.25}
+    assert shared_memory(PeerConfig(host_share=0.5), plan) == {"host_share": 0.125}
+    assert shared_memory(PeerConfig(num_blocks=5), plan) == {}
+    assert shared_memory(PeerConfig(kv_memory=1 << 30), plan) == {}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
     ClusterOptions  members and gateways: how they find each other   peer, gateway, worker
     MemberOptions   members: what each does for others               peer, worker
     CacheMemberOptions   members that keep KV                        peer, worker
+    GatewayOptions  gateways: where requests go                      gateway
 
 ``PeerConfig`` and ``GatewayConfig`` are all that these commands take. ``EverySetting`` is all that
 any command does.
@@ -139,7 +140,26 @@ class MemberRankOptions(MemberOptions, CacheMemberOptions, ClusterOptions, RankO
     """What a rank of a member uses, where it has no doors."""
 
 
-class GatewayConfig(ClusterOptions, DoorOptions, LogOptions, RequestOptions, ModelOptions):
+class GatewayOptions(Options):
+    """Where a gateway sends requests."""
+
+    routing: Literal["locality_free", "kv_local", "freeness"] = Field(
+        default="locality_free",
+        description="which members get a request: those that are predicted to finish it first, the "
+        "same with what was sent there before taken off its prompt, or those with most memory free",
+    )
+    moves_per_s: float = Field(
+        default=2.0,
+        ge=0,
+        le=100,
+        description="running requests that are moved from crowded members to free ones, at most; 0 "
+        "is none",
+    )
+
+
+class GatewayConfig(
+    GatewayOptions, ClusterOptions, DoorOptions, LogOptions, RequestOptions, ModelOptions
+):
     """What a gateway is started with: doors, and no weights. A model that is named is where the
     tokenizer is read from; else members say where they have it."""
 

@@ -8,6 +8,7 @@ from moeserve.config.cluster import (
     CacheMemberOptions,
     ClusterOptions,
     GatewayConfig,
+    GatewayOptions,
     MemberOptions,
     PeerConfig,
 )
@@ -39,6 +40,7 @@ GROUPS: tuple[type[Options], ...] = (
     ClusterOptions,
     MemberOptions,
     CacheMemberOptions,
+    GatewayOptions,
 )
 # The commands that read settings, and those they take. A rank that any launcher started takes a
 # peer's if it has a role, else those of ``moeserve serve``.

@@ -89,6 +89,12 @@ RULES = (
         "`--weights auto` or `pool`",
     ),
     Rule(
+        frozenset({"host_share"}),
+        lambda options, ranks: options.num_blocks is not None or options.kv_memory is not None,
+        "the size of the KV cache is given",
+        "neither `--num-blocks` nor `--kv-memory`",
+    ),
+    Rule(
         frozenset({"join"}),
         lambda options, ranks: options.registry != EMBEDDED,
         "members are found in --registry",

@@ -131,6 +131,13 @@ class CacheOptions(Options):
     kv_memory: Bytes | None = Field(
         default=None, ge=1, description="memory for KV, such as 2GiB; instead of --num-blocks"
     )
+    host_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="of this host's free memory, what KV is sized from where neither is given: "
+        "less than 1 where other servers start beside this one",
+    )
 
     @model_validator(mode="after")
     def _sized_once(self) -> Self:

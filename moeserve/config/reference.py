@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from moeserve.config.cluster import ClusterOptions
+from moeserve.config.cluster import ClusterOptions, GatewayOptions
 from moeserve.config.commands import COMMANDS, GROUPS
 from moeserve.config.effect import RULES
 from moeserve.config.options import DoorOptions, Options
@@ -38,6 +38,13 @@ ELSEWHERE = (
     "compare (`--quantization`, `--dtype`, ...; see their `--help`), and read neither environment "
     "nor file. `moeserve doctor` looks at what `moeserve serve` would take from the environment."
 )
+
+# Who uses a group, where that is not every rank.
+_USERS: Mapping[type[Options], str] = {
+    DoorOptions: "rank 0 alone",
+    ClusterOptions: "every rank, and by gateways",
+    GatewayOptions: "gateways",
+}
 
 
 def reference() -> str:
@@ -73,8 +80,7 @@ def _section(group: type[Options]) -> Iterator[str]:
     title = (group.__doc__ or "").splitlines()[0].removesuffix(".")
     takers = [f"`{name}`" for name, kind in COMMANDS.items() if issubclass(kind, group)]
     yield from ("", f"## {title}", "")
-    alone = "rank 0 alone" if group is DoorOptions else "every rank"
-    users = "every rank, and by gateways" if group is ClusterOptions else alone
+    users = _USERS.get(group, "every rank")
     yield from _wrapped(f"Taken by {', '.join(takers)}; used by {users}.")
     yield ""
     yield "| flag | variable | YAML key | default | values | what it is |"

@@ -134,6 +134,11 @@ class KvExchange:
         with self._lock:
             return self._scheduler.kv.take_kept(request_id)
 
+    def made(self, request_id: RequestId) -> tuple[int, ...] | None:
+        with self._lock:
+            seq = self._scheduler.sequence(request_id)
+            return None if seq is None else tuple(seq.output_ids)
+
     def detach(self, request_id: RequestId) -> tuple[HeldKv, tuple[int, ...]] | None:
         """What a step under way makes for it is lost: whoever calls this where ``on_step`` tells of
         a step loses nothing."""

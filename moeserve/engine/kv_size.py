@@ -1,9 +1,10 @@
 """How many KV blocks a rank has, and the longest sequence that they serve.
 
 KV memory defaults to room for ``max_num_seqs`` sequences of a usual length, and at most a share of
-what is available to the rank; where that cannot hold the checkpoint's longest sequence,
-``max_model_len`` shrinks to what fits if it was not asked for, and is an error if it was. All ranks
-have as many blocks as the one with the least room. Sizes are bytes.
+what is available to the rank (less, by ``host_share``, where others start beside it); where that
+cannot hold the checkpoint's longest sequence, ``max_model_len`` shrinks to what fits if it was not
+asked for, and is an error if it was. All ranks have as many blocks as the one with the least room.
+Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _wanted_blocks(
         return options.kv_memory // bytes_per_block
     usual = options.max_num_seqs * -(-min(longest, USUAL_LEN) // options.block_size)
     wanted = max(usual, -(-longest // options.block_size))
-    return min(wanted, int(available * SHARE_OF_AVAILABLE) // bytes_per_block)
+    share = SHARE_OF_AVAILABLE * options.host_share
+    return min(wanted, int(available * share) // bytes_per_block)
 
 
 def least_of_all(group: Group, mine: KvSize) -> KvSize:

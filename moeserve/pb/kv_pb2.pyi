@@ -76,20 +76,22 @@ class Done(_message.Message):
     def __init__(self) -> None: ...
 
 class FromSource(_message.Message):
-    __slots__ = ("begun", "spans", "news", "beat", "handed", "ended")
+    __slots__ = ("begun", "spans", "news", "beat", "handed", "ended", "made")
     BEGUN_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
     NEWS_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     HANDED_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    MADE_FIELD_NUMBER: _ClassVar[int]
     begun: Begun
     spans: Spans
     news: _rank_pb2.News
     beat: Beat
     handed: Handed
     ended: Ended
-    def __init__(self, begun: _Optional[_Union[Begun, _Mapping]] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ..., news: _Optional[_Union[_rank_pb2.News, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
+    made: Made
+    def __init__(self, begun: _Optional[_Union[Begun, _Mapping]] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ..., news: _Optional[_Union[_rank_pb2.News, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., made: _Optional[_Union[Made, _Mapping]] = ...) -> None: ...
 
 class Begun(_message.Message):
     __slots__ = ("run_size", "memory")
@@ -136,3 +138,9 @@ class Handed(_message.Message):
 class Ended(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Made(_message.Message):
+    __slots__ = ("outputs",)
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    outputs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, outputs: _Optional[_Iterable[int]] = ...) -> None: ...

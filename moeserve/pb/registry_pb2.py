@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amoeserve/pb/registry.proto\x12\x11moeserve.registry\"\x1d\n\x0bJoinRequest\x12\x0e\n\x06report\x18\x01 \x01(\x0c\"\x0b\n\tJoinReply\"(\n\x0cRenewRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04load\x18\x02 \x01(\x0c\"\x0c\n\nRenewReply\"\x1a\n\x0cLeaveRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x0c\n\nLeaveReply\",\n\x0cWatchRequest\x12\r\n\x05roles\x18\x01 \x03(\t\x12\r\n\x05loads\x18\x02 \x01(\x08\"\\\n\rMemberChanges\x12\x0b\n\x03put\x18\x01 \x03(\x0c\x12\x0c\n\x04left\x18\x02 \x03(\t\x12\x0f\n\x07\x65xpired\x18\x03 \x03(\t\x12\r\n\x05whole\x18\x04 \x01(\x08\x12\x10\n\x08settle_s\x18\x05 \x01(\x01\x32\xb7\x02\n\x0fRegistryService\x12\x44\n\x04Join\x12\x1e.moeserve.registry.JoinRequest\x1a\x1c.moeserve.registry.JoinReply\x12G\n\x05Renew\x12\x1f.moeserve.registry.RenewRequest\x1a\x1d.moeserve.registry.RenewReply\x12G\n\x05Leave\x12\x1f.moeserve.registry.LeaveRequest\x1a\x1d.moeserve.registry.LeaveReply\x12L\n\x05Watch\x12\x1f.moeserve.registry.WatchRequest\x1a .moeserve.registry.MemberChanges0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amoeserve/pb/registry.proto\x12\x11moeserve.registry\"\x1d\n\x0bJoinRequest\x12\x0e\n\x06report\x18\x01 \x01(\x0c\"\x1b\n\tJoinReply\x12\x0e\n\x06\x62\x65\x61t_s\x18\x01 \x01(\x01\"(\n\x0cRenewRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04load\x18\x02 \x01(\x0c\"\x1c\n\nRenewReply\x12\x0e\n\x06\x62\x65\x61t_s\x18\x01 \x01(\x01\"\x1a\n\x0cLeaveRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x0c\n\nLeaveReply\",\n\x0cWatchRequest\x12\r\n\x05roles\x18\x01 \x03(\t\x12\r\n\x05loads\x18\x02 \x01(\x08\"\\\n\rMemberChanges\x12\x0b\n\x03put\x18\x01 \x03(\x0c\x12\x0c\n\x04left\x18\x02 \x03(\t\x12\x0f\n\x07\x65xpired\x18\x03 \x03(\t\x12\r\n\x05whole\x18\x04 \x01(\x08\x12\x10\n\x08settle_s\x18\x05 \x01(\x01\x32\xb7\x02\n\x0fRegistryService\x12\x44\n\x04Join\x12\x1e.moeserve.registry.JoinRequest\x1a\x1c.moeserve.registry.JoinReply\x12G\n\x05Renew\x12\x1f.moeserve.registry.RenewRequest\x1a\x1d.moeserve.registry.RenewReply\x12G\n\x05Leave\x12\x1f.moeserve.registry.LeaveRequest\x1a\x1d.moeserve.registry.LeaveReply\x12L\n\x05Watch\x12\x1f.moeserve.registry.WatchRequest\x1a .moeserve.registry.MemberChanges0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,19 +34,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOINREQUEST']._serialized_start=49
   _globals['_JOINREQUEST']._serialized_end=78
   _globals['_JOINREPLY']._serialized_start=80
-  _globals['_JOINREPLY']._serialized_end=91
-  _globals['_RENEWREQUEST']._serialized_start=93
-  _globals['_RENEWREQUEST']._serialized_end=133
-  _globals['_RENEWREPLY']._serialized_start=135
-  _globals['_RENEWREPLY']._serialized_end=147
-  _globals['_LEAVEREQUEST']._serialized_start=149
-  _globals['_LEAVEREQUEST']._serialized_end=175
-  _globals['_LEAVEREPLY']._serialized_start=177
-  _globals['_LEAVEREPLY']._serialized_end=189
-  _globals['_WATCHREQUEST']._serialized_start=191
-  _globals['_WATCHREQUEST']._serialized_end=235
-  _globals['_MEMBERCHANGES']._serialized_start=237
-  _globals['_MEMBERCHANGES']._serialized_end=329
-  _globals['_REGISTRYSERVICE']._serialized_start=332
-  _globals['_REGISTRYSERVICE']._serialized_end=643
+  _globals['_JOINREPLY']._serialized_end=107
+  _globals['_RENEWREQUEST']._serialized_start=109
+  _globals['_RENEWREQUEST']._serialized_end=149
+  _globals['_RENEWREPLY']._serialized_start=151
+  _globals['_RENEWREPLY']._serialized_end=179
+  _globals['_LEAVEREQUEST']._serialized_start=181
+  _globals['_LEAVEREQUEST']._serialized_end=207
+  _globals['_LEAVEREPLY']._serialized_start=209
+  _globals['_LEAVEREPLY']._serialized_end=221
+  _globals['_WATCHREQUEST']._serialized_start=223
+  _globals['_WATCHREQUEST']._serialized_end=267
+  _globals['_MEMBERCHANGES']._serialized_start=269
+  _globals['_MEMBERCHANGES']._serialized_end=361
+  _globals['_REGISTRYSERVICE']._serialized_start=364
+  _globals['_REGISTRYSERVICE']._serialized_end=675
 # @@protoc_insertion_point(module_scope)

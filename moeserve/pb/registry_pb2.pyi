@@ -13,8 +13,10 @@ class JoinRequest(_message.Message):
     def __init__(self, report: _Optional[bytes] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("beat_s",)
+    BEAT_S_FIELD_NUMBER: _ClassVar[int]
+    beat_s: float
+    def __init__(self, beat_s: _Optional[float] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("id", "load")
@@ -25,8 +27,10 @@ class RenewRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., load: _Optional[bytes] = ...) -> None: ...
 
 class RenewReply(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("beat_s",)
+    BEAT_S_FIELD_NUMBER: _ClassVar[int]
+    beat_s: float
+    def __init__(self, beat_s: _Optional[float] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("id",)

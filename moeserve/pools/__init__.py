@@ -10,5 +10,6 @@
 * ``cluster_requests``: a request on its way through members, and members that failed lately
 * ``compute_id``: which members compute the same bits
 * ``metrics``: what members report, as a page of metrics has it
+* ``rebalancing``: running requests of a gateway off members that are crowded
 * ``members``: who takes part, what it serves, and the load that it reports
 """

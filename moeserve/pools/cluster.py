@@ -47,13 +47,16 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.05
 # Beyond the deadline that it is given, what a member gets to end a request.
 LATE_S = 2.0
+# Of what is moved off a crowded member: tokens that may still come at least, and how long one that
+# was moved stays.
+WORTH_TOKENS, SETTLE_S = 16, 5.0
 
 
 class ClusterEngine:
     """A ``ServingEngine``, and the listener of its links; ``on_change`` is told of members.
 
     ``name`` tells the requests of this gateway from those of others. ``max_queue`` bounds the
-    requests that wait here.
+    requests that wait here. ``on_answer`` is told how many tokens an answer had that ended well.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class ClusterEngine:
         name: str,
         max_queue: int = 1024,
         clock: Callable[[], float] = time.monotonic,
+        on_answer: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self.counts = ClusterCounts()
         self._view = view
@@ -75,6 +79,7 @@ class ClusterEngine:
         self._name = name
         self._max_queue = max_queue
         self._clock = clock
+        self._on_answer = on_answer
         self._loop = asyncio.get_running_loop()
         self._counters = Counters()
         self._requests: dict[RequestId, RoutedRequest] = {}
@@ -181,18 +186,41 @@ class ClusterEngine:
                     self.move(routed.request.id)
         self._place()
 
-    def move(self, request_id: RequestId) -> bool:
-        """Let another member take over a request that runs; whether one tries to. Until it has, the
-        first one goes on. Not before its first token: it would be as well to begin anew."""
+    def move_from(self, source: str, target: str) -> bool:
+        """``move`` one request from a member to another: whether one is moved. It is the shortest,
+        for its KV is the soonest there, of those that go on for a while and have not just come."""
+        now = self._clock()
+        movable = (
+            routed
+            for routed, attempt in self._sent.values()
+            if attempt.member.id == source
+            and len(routed.attempts) == 1
+            and routed.output_ids
+            and routed.left >= WORTH_TOKENS
+            and now - routed.moved_at >= SETTLE_S
+        )
+        routed = min(movable, key=_length, default=None)
+        if routed is None:
+            return False
+        others = frozenset(r.member.id for r in self._view.members()) - {target}
+        return self.move(routed.request.id, others)
+
+    def move(self, request_id: RequestId, others: frozenset[str] = frozenset()) -> bool:
+        """Let another member, which is none of ``others``, take over a request that runs; whether
+        one tries to. Until it has, the first one goes on. Not before its first token: it would be
+        as well to begin anew."""
         routed = self._requests.get(request_id)
         if routed is None or len(routed.attempts) != 1 or not routed.output_ids:
             return False
         (attempt,), now = routed.attempts, self._clock()
-        exclude = self._aside.members(now) | {attempt.member.id}
+        exclude = self._aside.members(now) | {attempt.member.id} | others
+        if routed.ending is not None:
+            return False
         picked = self._route(routed.request, len(routed.output_ids), exclude, now)
-        if picked is None or routed.ending is not None:
+        if picked is None:
             return False
         self.counts.moves += 1
+        routed.moved_at = now
         member = attempt.member
         source = KvSource(member.address, member.server_name, running=attempt.inner)
         self._send(routed, picked.decode, (source,))
@@ -256,6 +284,8 @@ class ClusterEngine:
             del self._sent[attempt.inner]
             event = event._replace(finish=None, error="")
         elif event.finish is not None:
+            if event.finish in (FinishReason.STOP, FinishReason.LENGTH):
+                self._on_answer(len(routed.output_ids))
             self._forget(routed, event.finish, ended=attempt)
         if event.token_ids or event.prompt_logprobs or event.finish is not None:
             event = event._replace(
@@ -390,3 +420,7 @@ def _said(reason: FinishReason) -> str:
 
 def _arrival(routed: RoutedRequest) -> int:
     return routed.arrival
+
+
+def _length(routed: RoutedRequest) -> int:
+    return len(routed.request.prompt_ids) + len(routed.output_ids)

@@ -10,6 +10,7 @@ Pure: time is an argument.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -38,7 +39,8 @@ class Attempt:
 class RoutedRequest:
     """``arrival`` orders requests; ``scored`` log-probabilities of the prompt have come. ``losses``
     counts members that were lost with it since its last token, ``ending`` says why its members were
-    asked to end it. The first of ``attempts`` has it, a second one takes it over.
+    asked to end it. The first of ``attempts`` has it, a second one takes it over, since
+    ``moved_at`` at the soonest.
     """
 
     state: RequestState
@@ -47,8 +49,14 @@ class RoutedRequest:
     scored: int = 0
     attempts: list[Attempt] = field(default_factory=list)
     moved: bool = False
+    moved_at: float = -math.inf
     losses: int = 0
     ending: FinishReason | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still come."""
+        return self.request.params.max_tokens - len(self.output_ids)
 
     @property
     def request(self) -> Request:

@@ -21,6 +21,7 @@ PARTS: Mapping[str, tuple[str, frozenset[str]]] = {
     "KvCounters": ("kv", frozenset({"calls", "borrowed", "serving"})),
     "ClusterCounts": ("cluster", frozenset()),
     "RouterCounts": ("router", frozenset()),
+    "RebalanceCounts": ("rebalance", frozenset({"crowded"})),
     "HeartbeatCounts": ("heartbeat", frozenset()),
     "PagePoolCounts": ("cache_pool", frozenset()),
     "PooledCounts": ("cache_lookups", frozenset()),

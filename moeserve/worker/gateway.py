@@ -42,13 +42,15 @@ from moeserve.observe.metrics import Metrics
 from moeserve.pools.cluster import ClusterEngine
 from moeserve.pools.cluster_links import MemberLinks
 from moeserve.pools.members import Member, ServedTerms, split_address
-from moeserve.pools.registry.base import Registry
+from moeserve.pools.rebalancing import Rebalancing
+from moeserve.pools.registry.base import MOST_MEMBERS, Registry
 from moeserve.pools.registry.embedded import RegistryServer
 from moeserve.pools.registry.follow import Follower
 from moeserve.pools.registry.memory import MemoryRegistry
 from moeserve.pools.registry.several import SeveralRegistries
 from moeserve.pools.registry.view import ClusterView
-from moeserve.pools.routing.locality_free import LocalityFree
+from moeserve.pools.routing.crowding import Crowding
+from moeserve.pools.routing.named import WANT_KEYS, policy_named
 from moeserve.pools.routing.router import RequestRouter
 from moeserve.worker.cluster_trust import (
     RUN,
@@ -141,7 +143,7 @@ class GatewayMembers:
         self._registry = SeveralRegistries(registries)
         self._follower = Follower(self._registry, self.view)
         self._links = MemberLinks(connector(self._trust))
-        self._routing: tuple[ClusterEngine, RequestRouter] | None = None
+        self._routing: tuple[ClusterEngine, RequestRouter, Rebalancing] | None = None
         self._server: grpc.aio.Server | None = None
         self.address = ""
 
@@ -161,31 +163,44 @@ class GatewayMembers:
         self._follower.start()
 
     def route(self, terms: ServedTerms, observer: EngineObserver, max_queue: int) -> ClusterEngine:
-        """Requests to members of these terms."""
-        router = RequestRouter(LocalityFree(), terms.compute_id)
-        name = secrets.token_hex(4)
+        """Requests to members of these terms. No two gateways begin to look at the same ones, so
+        that they do not send everything to the same."""
+        config = self._config
+        policy = policy_named(config.routing, start=secrets.randbelow(MOST_MEMBERS))
+        use_keys = config.routing in WANT_KEYS
+        router = RequestRouter(policy, terms.compute_id, use_keys=use_keys)
         engine = ClusterEngine(
-            self.view, router, self._links, observer, name=name, max_queue=max_queue
+            self.view,
+            router,
+            self._links,
+            observer,
+            name=secrets.token_hex(4),
+            max_queue=max_queue,
+            on_answer=router.on_answer,
         )
         self.view.subscribe(router.on_change)  # before the engine asks it
         self.view.subscribe(engine.on_change)
-        self._routing = engine, router
+        rebalancing = Rebalancing(router.table, engine, Crowding(config.moves_per_s))
+        rebalancing.start()
+        self._routing = engine, router, rebalancing
         return engine
 
     def show(self, dashboard: Dashboard, metrics: Metrics) -> None:
         """When requests are routed."""
         assert self._routing is not None
-        engine, router = self._routing
+        engine, router, rebalancing = self._routing
 
         async def ask(member: Member) -> RankCounts:
             link = self._links.to(member, engine)
             assert isinstance(link, RemoteLink)
             return await ask_counts(link, ASK_S)
 
-        counts = (engine.counts, router.counts)
+        counts = (engine.counts, router.counts, rebalancing.counts)
         show_cluster(dashboard, metrics, self.view.members, ask, counts)
 
     async def close(self) -> None:
+        if self._routing is not None:
+            self._routing[2].close()
         await self._follower.close()
         await self._registry.close()
         if self._server is not None:

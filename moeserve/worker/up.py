@@ -1,11 +1,11 @@
 """``moeserve up``: a whole cluster on this host, each part a process of its own.
 
 First gateways, then members that join all of them; what each prints is passed on behind its name.
-Ranks share the host's cores evenly. A part that ends by itself is named; it is not started anew,
-for what ended it would most likely do so again, and whoever watches should see it (systemd and
-Kubernetes start theirs anew, see ``launch/``). The others go on, for as long as there are a gateway
-and a member that decodes. One SIGTERM or SIGINT drains and ends all, a second one at once; should
-this process itself be killed, the kernel ends the others.
+Ranks share the host's cores evenly, and members its memory. A part that ends by itself is named; it
+is not started anew, for what ended it would most likely do so again, and whoever watches should see
+it (systemd and Kubernetes start theirs anew, see ``launch/``). The others go on, for as long as
+there are a gateway and a member that decodes. One SIGTERM or SIGINT drains and ends all, a second
+one at once; should this process itself be killed, the kernel ends the others.
 """
 
 from __future__ import annotations
@@ -209,6 +209,7 @@ class LocalCluster:
         threads = self.peer.threads or max(1, read_cpu().usable // max(1, self.plan.ranks))
         update: dict[str, object] = {"role": role, "name": name, "registry": registry, "join": join}
         update |= _of_cache(self.peer, name) if role == "cache" else NO_CACHE
+        update |= shared_memory(self.peer, self.plan)
         config = self.peer.model_copy(
             update=update | {"listen": f"{LOOPBACK}:0", "threads": threads}
         )
@@ -254,6 +255,15 @@ class LocalCluster:
                     break
                 time.sleep(LOOK_S)
         end_all([*gateways, *members], grace_s=HURRY_S)
+
+
+def shared_memory(config: PeerConfig, plan: ClusterPlan) -> dict[str, object]:
+    """Members size their KV all at once, and none sees what others will take: where no size is
+    given, each counts with its share of the host's memory."""
+    if config.num_blocks is not None or config.kv_memory is not None:
+        return {}
+    computing = sum(count for role, count in plan.roles.items() if role != "cache")
+    return {"host_share": config.host_share / computing}
 
 
 def _of_cache(config: PeerConfig, name: str) -> dict[str, object]:

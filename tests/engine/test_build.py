@@ -114,7 +114,7 @@ def test_a_folder_that_is_not_there_is_named() -> None:
         pass
 
 
-def sized(available: int = 10**12, **options: int | None) -> tuple[int, int]:
+def sized(available: int = 10**12, **options: float | None) -> tuple[int, int]:
     chosen = RankModelOptions.model_validate({"block_size": 16, "max_num_seqs": 4, **options})
     size = size_kv(100, 8192, chosen, available)
     return size.num_blocks, size.max_model_len
@@ -129,6 +129,8 @@ def test_kv_memory_defaults_to_every_sequence_at_a_usual_length() -> None:
 def test_kv_memory_leaves_half_of_what_is_available(caplog: pytest.LogCaptureFixture) -> None:
     assert sized(available=2 * 100 * 16 * 10) == (10, 160)
     assert "max_model_len is 160 instead of the checkpoint's 8192" in caplog.text
+    assert sized(available=8 * 100 * 16 * 10, host_share=0.25) == (10, 160)
+    assert sized(available=10**6, host_share=0.25, num_blocks=9) == (9, 144), "as it was given"
 
 
 def test_kv_memory_can_be_given() -> None:

@@ -18,7 +18,7 @@ from moeserve.engine.ranks.rank_links import RankListener
 from moeserve.engine.request_state import EachEvent
 from moeserve.engine.sequence import History, KvSource
 from moeserve.errors import ExhaustedError, InvalidRequestError, UnavailableError
-from moeserve.pools.cluster import ClusterEngine
+from moeserve.pools.cluster import SETTLE_S, ClusterEngine
 from moeserve.pools.cluster_links import MemberLinks
 from moeserve.pools.cluster_requests import ASIDE_S, MOST_ASIDE_S, MOST_LOSSES, SetAside
 from moeserve.pools.members import Member, MemberLoad, Report, Role
@@ -133,6 +133,7 @@ class House:
     scored: dict[RequestId, list[float]] = field(default_factory=dict)
     ends: dict[RequestId, Event] = field(default_factory=dict)
     prefill: Member | None = None
+    answered: list[int] = field(default_factory=list)
     cluster: ClusterEngine = field(init=False)
     observed: Unobserved = field(default_factory=Unobserved)
 
@@ -145,6 +146,7 @@ class House:
             name="g",
             max_queue=4,
             clock=lambda: self.now,
+            on_answer=self.answered.append,
         )
 
     @dataclass
@@ -494,6 +496,53 @@ def test_one_that_has_no_token_yet_does_not_move() -> None:
         house.join("b")
         assert not house.cluster.move(RequestId("r"))
         assert not house.cluster.move(RequestId("none"))
+        await house.cluster.close()
+
+    asyncio.run(run())
+
+
+def test_of_a_crowded_member_the_shortest_request_that_goes_on_moves_and_then_stays() -> None:
+    async def run() -> None:
+        house = House()
+        first = house.join("a")
+        for name, prompt, tokens in (("long", 9, 40), ("short", 3, 40), ("ends", 2, 10)):
+            house.submit(asked(name, range(1, prompt), max_tokens=tokens))
+        assert not house.cluster.move_from("a", "b"), "none has a token"
+        for inner in list(first.running):
+            first.step(inner)
+        second, third = house.join("b"), house.join("c")
+        house.now = 10.0
+        assert house.cluster.move_from("a", "c")
+        assert not second.seen
+        assert [inner.split()[0] for inner in third.running] == ["short"]
+        (taken,) = (inner for inner in first.running if inner.startswith("short"))
+        del first.running[taken]
+        house.cluster.on_returned(0, Return(taken, 0))
+        third.step(next(iter(third.running)))
+        house.now += SETTLE_S / 2
+        assert not house.cluster.move_from("c", "b"), "it has just come"
+        house.now += SETTLE_S / 2
+        assert house.cluster.move_from("c", "b")
+        assert house.cluster.move_from("a", "b")
+        assert not house.cluster.move_from("a", "b"), "of the last one too little is left"
+        assert not house.cluster.move_from("nobody", "b")
+        house.finish_all()
+        assert all(house.got[name] for name in ("long", "short", "ends"))
+        await house.cluster.close()
+
+    asyncio.run(run())
+
+
+def test_how_long_answers_were_is_told_of_those_that_ended_well() -> None:
+    async def run() -> None:
+        house = House()
+        house.join("a")
+        house.submit(asked("r"))
+        house.submit(asked("aborted"))
+        house.cluster.abort(RequestId("aborted"))
+        await asyncio.sleep(0)
+        house.finish_all()
+        assert house.answered == [LONGEST]
         await house.cluster.close()
 
     asyncio.run(run())

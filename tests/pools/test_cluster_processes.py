@@ -3,6 +3,7 @@ stopped or drained meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -238,6 +239,28 @@ class Streams:
         return self.texts
 
 
+def snapshots(url: str) -> Iterator[dict[str, Any]]:
+    """As the page of the dashboard gets them."""
+    with httpx.stream("GET", f"{url}/dashboard/events", timeout=PATIENCE_S) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: "):
+                yield json.loads(line.removeprefix("data: "))
+
+
+def test_the_dashboard_shows_who_has_sent_kv_to_whom(cluster: Parts) -> None:
+    gateway = cluster["g0"].url
+    ask_all([gateway], [body(i) for i in range(4)])
+    end = time.monotonic() + PATIENCE_S
+    with contextlib.closing(snapshots(gateway)) as shots:
+        shot = next(shot for shot in shots if shot["flows"] or time.monotonic() > end)
+    roles = {member["id"]: member["role"] for member in shot["members"]}
+    assert shot["flows"]
+    for flow in shot["flows"]:
+        assert (roles[flow["source"]], roles[flow["target"]]) == ("prefill", "decode")
+        assert flow["bytes"] > 0
+        assert flow["runs"] > 0
+
+
 def until(holds: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + PATIENCE_S
     while not holds():
@@ -300,7 +323,9 @@ def test_members_may_be_lost_while_they_answer(
 
 
 def test_a_member_that_drains_loses_nothing(third: Parts, long_answers: list[str]) -> None:
-    streams = Streams(third["g0"].url, long_bodies(8))
+    gateway = third["g0"]
+    moved = shown(gateway, "cluster_moved_total")
+    streams = Streams(gateway.url, long_bodies(8))
     streams.begun()
     leaving = [third[name] for name in ("d0", "d1")]
     for part in leaving:
@@ -310,6 +335,7 @@ def test_a_member_that_drains_loses_nothing(third: Parts, long_answers: list[str
         assert part.process.wait(PATIENCE_S)
         assert part.process.status == 0
         assert not any("Traceback" in line for line in part.lines)
+    assert shown(gateway, "cluster_moved_total") > moved, "nothing was moved while it ran"
 
 
 def test_a_gateway_that_is_started_anew_finds_the_members(

@@ -139,6 +139,9 @@ class PooledHouse:
     def take_kept(self, request_id: RequestId) -> HeldKv | None:
         return self._house.take_kept(request_id)
 
+    def made(self, request_id: RequestId) -> tuple[int, ...] | None:
+        return self._house.made(request_id)
+
     def detach(self, request_id: RequestId) -> tuple[HeldKv, tuple[int, ...]] | None:
         return self._house.detach(request_id)
 

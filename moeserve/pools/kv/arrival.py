@@ -79,6 +79,7 @@ class Arrival:
         self._tokens = request.prompt_ids + history.output_ids
         self._began = room.clock()
         self._made: tuple[int, ...] = ()  # at a source, which prefilled
+        self._followed: tuple[int, ...] = ()  # outputs, of a source that still runs it
         self._handed: tuple[int, ...] = ()  # all outputs, of a source that ran it
         self._scores: tuple[Logprobs, ...] = ()
         self._held: list[HeldKv] = []  # of the mover's thread, while it has jobs of this
@@ -175,7 +176,13 @@ class Arrival:
         for source in self._history.sources:
             on_event = self._refuse_event if source.running else self._on_event
             order = FetchOrder(
-                source, self.request, self._history, importer, on_event, self._on_handed
+                source,
+                self.request,
+                self._history,
+                importer,
+                on_event,
+                self._on_handed,
+                self._on_made,
             )
             began, nbytes, runs = room.clock(), importer.taken_bytes, importer.taken_runs
             try:
@@ -188,7 +195,7 @@ class Arrival:
                 await room.mover.run(self._idle)  # what the source sent is imported, or not
                 taken = importer.taken_bytes - nbytes, importer.taken_runs - runs
                 self._tell_taken(source.address, began, *taken)
-            if self._made or self._handed:
+            if self._made or self._followed or self._handed:
                 return
             self._scores = ()
 
@@ -239,7 +246,7 @@ class Arrival:
 
     async def _on_handed(self, outputs: tuple[int, ...], computed: int) -> bool:
         """A source lets go of the request; False if there is no room for what it made."""
-        importer, known = self._importer, self._history.output_ids
+        importer, known = self._importer, self._history.output_ids + self._followed
         assert importer is not None
         total = len(self.request.prompt_ids) + len(outputs)
         sound = (
@@ -252,14 +259,35 @@ class Arrival:
         if not sound:
             raise InvalidRequestError(f"{len(outputs)} outputs, {computed} computed: not possible")
         self._handed = outputs
-        more = -(-computed // self._house.block_size) - len(importer.held.blocks)
+        return await self._extend(importer, outputs[len(known) :], computed)
+
+    async def _on_made(self, outputs: tuple[int, ...]) -> bool:
+        """A source goes on running the request, of which more is to come; False if there is no
+        room for it."""
+        importer = self._importer
+        assert importer is not None
+        total = len(self._tokens) + len(self._followed) + len(outputs)
+        sound = (
+            not self._handed
+            and outputs
+            and all(token < self._room.terms.vocab for token in outputs)
+            and total <= self._room.terms.max_model_len
+        )
+        if not sound:
+            raise InvalidRequestError(f"{len(outputs)} more outputs, {total} tokens: not possible")
+        self._followed += outputs
+        return await self._extend(importer, outputs, total)
+
+    async def _extend(self, importer: KvImporter, outputs: tuple[int, ...], length: int) -> bool:
+        """Room for so many positions in all."""
+        more = -(-length // self._house.block_size) - len(importer.held.blocks)
         blocks: tuple[BlockId, ...] = ()
         if more > 0:
             held = await self._room.mover.run(self._borrow_more, more)
             if held is None:
                 return False
             blocks = held.blocks
-        importer.extend(blocks, outputs[len(known) :], computed)
+        importer.extend(blocks, outputs, length)
         return True
 
     # --- the engine

@@ -24,7 +24,8 @@ class KvCounters:
     it is ``others``.
 
     Who is fetched from: ``sent_runs``, ``sent_bytes`` by transport, ``serving`` calls under way,
-    ``handed`` requests that another member took over.
+    ``handed`` requests that another member took over while they ran: what they made meanwhile left
+    in ``rounds``, and ``last_positions`` when they had stopped, for which each has stalled.
     """
 
     runs: int = 0
@@ -44,6 +45,8 @@ class KvCounters:
     sent_bytes: dict[str, int] = field(default_factory=dict)
     serving: int = 0
     handed: int = 0
+    rounds: int = 0
+    last_positions: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, name: str, count: float = 1) -> None:

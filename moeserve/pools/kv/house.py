@@ -81,6 +81,11 @@ class KvHouse(Protocol):
         """What an ended request left, once. None if nothing is kept under this id."""
         ...
 
+    def made(self, request_id: RequestId) -> tuple[int, ...] | None:
+        """The tokens that a request has made so far, of at least what was looked at before; None if
+        it is not here (any more)."""
+        ...
+
     def detach(self, request_id: RequestId) -> tuple[HeldKv, tuple[int, ...]] | None:
         """Takes a running request out of the rank between two steps, with the tokens it has made:
         its sink is told that it is given back (``RankSink.give_back``), after all their events.

@@ -50,7 +50,8 @@ class FetchOrder:
 
     ``on_event`` gets what the source's engine makes of the request. ``on_handed`` gets the tokens
     of a request that ran at the source, all that it made, and of how many of its tokens the KV is
-    to come; it makes room for them. Both end the fetch with False.
+    to come; it makes room for them. ``on_made`` gets the tokens that it has made meanwhile, before
+    that. Each ends the fetch with False.
     """
 
     source: KvSource
@@ -59,6 +60,7 @@ class FetchOrder:
     importer: KvImporter
     on_event: Callable[[Event], bool]
     on_handed: Callable[[tuple[int, ...], int], Awaitable[bool]]
+    on_made: Callable[[tuple[int, ...]], Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,8 @@ class ReceiverCall:
                 pass
             case "news":
                 self._enough = not self._order.on_event(read_news(message.news))
+            case "made" if self._stopped:
+                self._enough = not await self._order.on_made(tuple(message.made.outputs))
             case "handed" if self._stopped:
                 handed = message.handed
                 outputs = tuple(handed.outputs)

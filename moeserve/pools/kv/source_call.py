@@ -32,6 +32,8 @@ from moeserve.pools.kv.supply import KvSupply, RunningSupply
 
 # Frames that are filled or wait to be sent, while the one before them is sent.
 MOST_MADE = 2
+# Of what a request makes while its KV leaves.
+MOST_ROUNDS = 8
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -127,6 +129,8 @@ class SourceCall:
             while not self._supply.over and not self._left:
                 await self._send_computed()
                 await self._rest()
+            if isinstance(self._supply, RunningSupply):
+                await self._catch_up(self._supply)
             if not self._left:
                 await self._send_rest()
         except TimeoutError as error:
@@ -169,6 +173,22 @@ class SourceCall:
         finally:
             self._mover.later(self._let_go)
 
+    async def _catch_up(self, supply: RunningSupply) -> None:
+        """The request goes on while what it made during a round leaves in the next one, until less
+        than a run is left for its end, or for ``MOST_ROUNDS``."""
+        for _ in range(MOST_ROUNDS):
+            if self._left:
+                return
+            if made := await self._mover.run(supply.made):
+                await self._writer.send(pb.FromSource(made=pb.Made(outputs=made)))
+                self._exporter.digests.extend(made)
+                supply.known += made
+            sent = self._sent
+            await self._send_computed()
+            if self._sent == sent:
+                return
+            self._counters.add("rounds")
+
     def _look(self) -> HeldKv | None:
         """On the mover's thread, which lets go of it even if nobody waits for this any more."""
         assert self._looked is None, "it is looked at once at a time"
@@ -192,6 +212,7 @@ class SourceCall:
             await self._writer.send(pb.FromSource(handed=handed))
             self._exporter.digests.extend(outputs[len(supply.known) :])
             length = held.computed
+            self._counters.add("last_positions", length - self._sent)
         else:
             length = len(self._exporter.digests)
         assert self._sent <= length <= held.computed, (self._sent, length, held)

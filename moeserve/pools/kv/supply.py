@@ -138,8 +138,8 @@ class PrefillSupply:
 
 
 class RunningSupply:
-    """A request that runs here, and goes on until it is to ``stop``; then it is taken out. It has
-    made the tokens ``known`` at least."""
+    """A request that runs here, and goes on until it is to ``stop`` and its ``rest`` is taken out.
+    Whoever fetches knows of the tokens ``known``."""
 
     def __init__(self, house: KvHouse, request_id: RequestId, known: tuple[int, ...]) -> None:
         self._house = house
@@ -168,17 +168,26 @@ class RunningSupply:
     def over(self) -> bool:
         return self._stopped
 
+    def made(self) -> tuple[int, ...]:
+        """The tokens that it has made beside those that are known."""
+        outputs = self._house.made(self._id)
+        if outputs is None:
+            raise NotFoundError(f"request {self._id!r} does not run here any more")
+        return self._new(outputs)
+
     def rest(self) -> tuple[HeldKv, tuple[int, ...]]:
         if self._detached is None:
             found = self._house.detach(self._id)
             if found is None:
                 raise NotFoundError(f"request {self._id!r} does not run here any more")
             self._detached, self._outputs = found
-            if self._outputs[: len(self.known)] != self.known:
-                raise DataLossError(
-                    f"request {self._id!r} has made other tokens here than was said"
-                )
+            self._new(self._outputs)
         return self._detached, self._outputs
+
+    def _new(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
+        if outputs[: len(self.known)] != self.known:
+            raise DataLossError(f"request {self._id!r} has made other tokens here than was said")
+        return outputs[len(self.known) :]
 
     def close(self) -> None:
         if self._detached is not None:

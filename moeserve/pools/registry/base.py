@@ -20,6 +20,10 @@ from moeserve.pools.members import Report, Role
 
 HEARTBEAT_S = 0.5
 LEASE_S = 3.0
+# Where there are many members each beats less often, so that a registry gets so many a second; but
+# three times within a lease.
+BEATS_PER_S = 400
+MOST_BEAT_S = LEASE_S / 3
 # What a registry gets to answer a call.
 CALL_S = 1.0
 # Members of one registry, and those who watch it.
@@ -60,6 +64,12 @@ class Changes:
     settle_s: float = 0.0
 
 
+def beat_of(members: int, lease_s: float = LEASE_S) -> float:
+    """What a registry of so many says: 0 where ``HEARTBEAT_S`` is not too often."""
+    beat_s = members / BEATS_PER_S
+    return 0.0 if beat_s <= HEARTBEAT_S else min(beat_s, lease_s / 3)
+
+
 class Registry(Protocol):
     """On the event loop's thread."""
 
@@ -70,6 +80,11 @@ class Registry(Protocol):
     async def renew(self, report: Report) -> None:
         """Another ``LEASE_S`` for ``report.member.id``, and its new load."""
         ...
+
+    @property
+    def beat_s(self) -> float:
+        """How often a member should renew at most, as the registry last said; 0 is as it likes."""
+        return 0.0
 
     async def leave(self, member_id: str) -> None:
         """Ends the lease; no matter whether there is one."""

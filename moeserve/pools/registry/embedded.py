@@ -51,12 +51,12 @@ class RegistryServer:
 
     async def _join(self, content: bytes) -> Message:
         await self._registry.join(read_report(parse(pb.JoinRequest, content).report))
-        return pb.JoinReply()
+        return pb.JoinReply(beat_s=self._registry.beat_s)
 
     async def _renew(self, content: bytes) -> Message:
         request = parse(pb.RenewRequest, content)
         self._registry.renew_lease(request.id, read_load(request.load))
-        return pb.RenewReply()
+        return pb.RenewReply(beat_s=self._registry.beat_s)
 
     async def _leave(self, content: bytes) -> Message:
         await self._registry.leave(parse(pb.LeaveRequest, content).id)

@@ -1,8 +1,8 @@
 """Keeps a member in a registry, with its newest load, for as long as the member lives.
 
-Each of several registries is beaten into by itself (``Registry.parts``). One that is away is tried
-again with every beat, and one that has forgotten the member is joined anew, at once. Time is the
-event loop's, which is monotonic.
+Each of several registries is beaten into by itself (``Registry.parts``), less often where it says
+so. One that is away is tried again with every beat, and one that has forgotten the member is joined
+anew, at once. Time is the event loop's, which is monotonic.
 """
 
 from __future__ import annotations
@@ -86,9 +86,10 @@ class Heartbeat:
         loop = asyncio.get_running_loop()
         while True:
             beat.due.clear()
-            next_at = loop.time() + self._period_s
+            began = loop.time()
             await self._beat(beat)
-            rest_s = next_at - loop.time()
+            period_s = max(self._period_s, beat.registry.beat_s)
+            rest_s = began + period_s - loop.time()
             try:
                 await asyncio.wait_for(beat.due.wait(), max(0.0, rest_s))
             except TimeoutError:

@@ -21,6 +21,7 @@ from moeserve.pools.registry.base import (
     Changes,
     Interest,
     Registry,
+    beat_of,
 )
 from moeserve.pools.registry.leases import LeaseTable
 
@@ -51,6 +52,10 @@ class MemoryRegistry(Registry):
         self._table.join(report, self._clock())
         self._put(report, self._watchers)
         self._sweep_later()
+
+    @property
+    def beat_s(self) -> float:
+        return beat_of(len(self._table.reports), self._lease_s)
 
     async def renew(self, report: Report) -> None:
         self.renew_lease(report.member.id, report.load)

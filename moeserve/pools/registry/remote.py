@@ -26,7 +26,14 @@ from moeserve.errors import (
 )
 from moeserve.pb import registry_pb2 as pb
 from moeserve.pools.members import Report, read_report, write_load
-from moeserve.pools.registry.base import CALL_S, EVERYTHING, Changes, Interest, Registry
+from moeserve.pools.registry.base import (
+    CALL_S,
+    EVERYTHING,
+    MOST_BEAT_S,
+    Changes,
+    Interest,
+    Registry,
+)
 from moeserve.pools.registry.embedded import SERVICE
 
 log = logging.getLogger(__name__)
@@ -49,16 +56,23 @@ class RemoteRegistry(Registry):
         self._channel = channel
         self._metadata = tuple(metadata)
         self.unreadable = 0
+        self._beat_s = 0.0
 
     def __str__(self) -> str:
         return self._where
 
     async def join(self, report: Report) -> None:
-        await self._ask("Join", pb.JoinRequest(report=report.to_json().encode()))
+        reply = await self._ask("Join", pb.JoinRequest(report=report.to_json().encode()))
+        self._hear_beat(parse(pb.JoinReply, reply).beat_s)
 
     async def renew(self, report: Report) -> None:
         load = write_load(report.load).encode()
-        await self._ask("Renew", pb.RenewRequest(id=report.member.id, load=load))
+        reply = await self._ask("Renew", pb.RenewRequest(id=report.member.id, load=load))
+        self._hear_beat(parse(pb.RenewReply, reply).beat_s)
+
+    @property
+    def beat_s(self) -> float:
+        return self._beat_s
 
     async def leave(self, member_id: str) -> None:
         await self._ask("Leave", pb.LeaveRequest(id=member_id))
@@ -82,13 +96,18 @@ class RemoteRegistry(Registry):
     async def close(self) -> None:
         await self._channel.close()
 
-    async def _ask(self, method: str, request: Message) -> None:
+    def _hear_beat(self, beat_s: float) -> None:
+        """Whatever it says, a lease is kept."""
+        self._beat_s = min(max(0.0, beat_s), MOST_BEAT_S)
+
+    async def _ask(self, method: str, request: Message) -> bytes:
         ask: Any = self._channel.unary_unary(f"/{SERVICE}/{method}")
         content = request.SerializeToString()
         try:
-            await ask(content, timeout=CALL_S, metadata=self._metadata)
+            reply: bytes = await ask(content, timeout=CALL_S, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise self._as_ours(error) from error
+        return reply
 
     def _as_ours(self, error: grpc.aio.AioRpcError) -> MoeserveError:
         kind = _ANSWERS.get(error.code(), UnavailableError)

@@ -8,6 +8,7 @@
 * ``locality_free``: that, wherever KV lies: the default
 * ``kv_local``: that, drawn to members that were sent the same prefix
 * ``freeness``: the most decode steps until memory is full, with virtual usage (Llumnix)
+* ``crowding``: which members should give running requests away, and to whom
 * ``role_shift``: what a unified member leans to, as the load of the pools shifts
 * ``leaning``: that, for the reports of a member
 * ``named``: policies by name

@@ -23,7 +23,7 @@ from moeserve.pools.members import Member, MemberLoad, Report, Role
 # A report that is older than the way to the member, and from it, does not show what was sent.
 SHOWN_S = 0.25
 NOTED_S = 10.0
-# Three heartbeats.
+# Three heartbeats; one and a half where there are many members.
 LATE_S = 1.6
 # Notes of one member: more are counted as if they were shown.
 MOST_NOTES = 4096

@@ -254,6 +254,29 @@ async def test_a_running_request_moves() -> None:
             await b.vacant()
 
 
+@pytest.mark.parametrize("stale", [0, 5, 60])
+async def test_what_a_running_request_makes_meanwhile_leaves_before_it_stops(stale: int) -> None:
+    """Whoever fetches knows of few of its tokens."""
+    ask = request("moves", 30, max_tokens=200, ignore_eos=True)
+    want = alone(ask, blocks=256)
+    async with peer(step_s=0.01, blocks=256) as a, peer(block_size=6, blocks=256) as b:
+        stays = a.ask(ask)
+        await until(lambda: len(stays.tokens) >= stale + 5)
+        known = tuple(stays.tokens[:5])
+        running = KvSource(a.source.address, running="moves")
+        moved = b.ask(ask, running, output_ids=known, moved=True)
+        await ended(stays, moved)
+        assert stays.returned
+        assert [*known, *moved.tokens] == want.tokens
+        assert a.counters.handed == 1
+        assert bool(a.counters.rounds) or stale < a.house.block_size
+        assert a.counters.last_positions < stale or stale < 2 * a.house.block_size
+        assert b.counters.sources_lost == {}
+        assert b.counters.fetched >= 30 + 5 + stale - 1
+        await a.vacant()
+        await b.vacant()
+
+
 async def test_a_running_request_that_is_not_there_is_computed() -> None:
     async with peer() as a, peer() as b:
         sink = b.ask(request(), KvSource(a.source.address, running="nobody"))

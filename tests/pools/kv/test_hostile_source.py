@@ -136,7 +136,13 @@ class Transfer:
         importer = KvImporter(self.target, held, LENGTH, self.digests(), self.counters)
         try:
             order = FetchOrder(
-                KvSource("script:1"), ASK, History(), importer, lambda event: True, never_handed
+                KvSource("script:1"),
+                ASK,
+                History(),
+                importer,
+                lambda event: True,
+                never_handed,
+                never_made,
             )
             call = ReceiverCall(
                 order, script, self.target.layouts, self.mover, self.counters, LIMITS, None
@@ -167,6 +173,10 @@ class Transfer:
         for house in (self.source, self.target):
             house.close()
             assert house.references == 0
+
+
+async def never_made(outputs: tuple[int, ...]) -> bool:
+    raise AssertionError("nothing runs there")
 
 
 async def never_handed(outputs: tuple[int, ...], computed: int) -> bool:
@@ -258,6 +268,7 @@ def changed(t: Transfer) -> dict[str, list[Message]]:
             first,
         ],
         "a slot of no memory": [begun, (pb.FromSource(spans=pb.Spans(slot=0)), b"")],
+        "made": [begun, (pb.FromSource(made=pb.Made(outputs=[1])), b"")],
         "handed": [begun, (pb.FromSource(handed=pb.Handed(outputs=[1], computed=18)), b"")],
         "nothing": [begun, (pb.FromSource(), b"")],
         "silent": [begun, first],

@@ -185,6 +185,11 @@ class ToyHouse:
         with self.lock:
             return self.kept.pop(request_id, None)
 
+    def made(self, request_id: RequestId) -> tuple[int, ...] | None:
+        with self.lock:
+            seq = self.running.get(request_id)
+            return None if seq is None else tuple(seq.outputs)
+
     def detach(self, request_id: RequestId) -> tuple[HeldKv, tuple[int, ...]] | None:
         with self.lock:
             seq = self.running.pop(request_id, None)

@@ -9,6 +9,8 @@ from typing import Any
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moeserve.comm.control.rpc import Trust, open_channel, open_server, proof_metadata
 from moeserve.errors import (
@@ -20,7 +22,18 @@ from moeserve.errors import (
 )
 from moeserve.pb import registry_pb2 as pb
 from moeserve.pools.members import Member, MemberLoad, Report, Role
-from moeserve.pools.registry.base import EVERYTHING, Changes, Interest, Registry
+from moeserve.pools.registry.base import (
+    BEATS_PER_S,
+    EVERYTHING,
+    HEARTBEAT_S,
+    LEASE_S,
+    MOST_BEAT_S,
+    MOST_MEMBERS,
+    Changes,
+    Interest,
+    Registry,
+    beat_of,
+)
 from moeserve.pools.registry.connect import connect_registry
 from moeserve.pools.registry.embedded import SERVICE, RegistryServer
 from moeserve.pools.registry.follow import Follower
@@ -398,3 +411,37 @@ async def test_a_load_that_cannot_be_told_is_logged(caplog: pytest.LogCaptureFix
     assert not await heartbeat.wait_joined(2 * PERIOD_S)
     assert "a bug" in caplog.text
     await heartbeat.close()
+
+
+@given(st.integers(0, MOST_MEMBERS))
+def test_the_more_members_the_less_often_each_beats_and_leases_are_kept(members: int) -> None:
+    period_s = max(HEARTBEAT_S, beat_of(members))
+    assert period_s <= max(HEARTBEAT_S, beat_of(members + 1)) <= LEASE_S / 3
+    assert members / period_s <= BEATS_PER_S + 1e-6 or period_s == LEASE_S / 3
+
+
+async def test_members_are_told_over_sockets_how_often_to_beat() -> None:
+    async with gateways(1, lease_s=60.0) as [gateway], connected(gateway) as registry:
+        (part,) = registry.parts()
+        await part.join(report("a"))
+        assert part.beat_s == 0.0
+        for there, count, expected in ((1, 300, 300 / BEATS_PER_S), (300, 800, MOST_BEAT_S)):
+            for i in range(there, count):
+                await gateway.registry.join(report(f"m{i}"))
+            await part.renew(report("a", sequence=count))
+            assert part.beat_s == pytest.approx(expected)
+
+
+async def test_a_member_that_is_told_to_beats_less_often_and_still_tells_at_once() -> None:
+    class Crowded(MemoryRegistry):
+        @property
+        def beat_s(self) -> float:
+            return 600.0
+
+    registry = Crowded()
+    async with beating(registry, "a", MemberLoad()) as beats:
+        await asyncio.sleep(4 * PERIOD_S)
+        assert beats.counts.taken == 1
+        beats.beat_now()
+        await until(lambda: beats.counts.taken == 2)
+    await registry.close()
