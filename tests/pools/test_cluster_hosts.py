@@ -88,7 +88,10 @@ def hosts() -> Iterator[Hosts]:
         begin, settings = on(OTHER)
         parts.peer("cache-0", "cache", begin, **settings)
         parts.ready()
-        yield Hosts(bed, parts)
+        found = Hosts(bed, parts)
+        found.members("prefill", 1)
+        found.members("decode", 2)
+        yield found
 
 
 @pytest.fixture(scope="module")
