@@ -101,7 +101,8 @@ class MemberServer:
     @property
     def counts(self) -> tuple[object, ...]:
         """What its parts count, for the page of metrics; once it is open."""
-        return self.kv_counters, self._place.counts, self._weight_counts
+        pooled = () if self._pooled is None else self._pooled.counts
+        return self.kv_counters, self._place.counts, self._weight_counts, *pooled
 
     @property
     def _arriving(self) -> int:
@@ -186,6 +187,12 @@ class PooledKv:
             prefill_rate=lambda: loaded.house.load_figures().prefill_rate,
         )
         self._end = self._members.follow(view)
+
+    @property
+    def counts(self) -> tuple[object, ...]:
+        """Of lookups, of what was fetched and put, and of choices between fetching and not."""
+        pool = self._pool
+        return self.house.counts, pool.counts, pool.puts.counts, pool.policy.counts
 
     async def close(self) -> None:
         """Before the rank's own house."""

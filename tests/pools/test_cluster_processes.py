@@ -8,115 +8,34 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import httpx
 import pytest
+from cluster_parts import (
+    PATIENCE_S,
+    STORY,
+    Part,
+    Parts,
+    Streams,
+    ask,
+    ask_all,
+    body,
+    free_port,
+    long_bodies,
+    members,
+    shown,
+)
 
 from moeserve.pb import inference_pb2 as pb
 from moeserve.pb.inference_pb2_grpc import InferenceStub
-from moeserve.process.child import Process, StartOptions, end_all, start
 
 pytestmark = pytest.mark.long
-
-PATIENCE_S = 120.0
-SETTINGS = {
-    "MOESERVE_MODEL": "demo",
-    "MOESERVE_THREADS": "1",
-    "MOESERVE_NUM_BLOCKS": "512",
-    "MOESERVE_GRPC_PORT": "0",
-    "MOESERVE_HTTP_PORT": "0",
-    "MOESERVE_MAX_MODEL_LEN": "512",
-}
-STORY = "Once upon a time, there was a little girl named Lily. One day, she found a small box"
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
-
-
-class Part:
-    """A process of ours and what it prints."""
-
-    def __init__(self, name: str, command: list[str], /, **settings: str) -> None:
-        ours = {f"MOESERVE_{key.upper()}": value for key, value in settings.items()}
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("MOESERVE_")}
-        popen = start(
-            [sys.executable, "-m", *command],
-            StartOptions(env=environ | SETTINGS | ours, tied=True),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.name = name
-        self.lines: list[str] = []
-        self.paused = False
-        self.process = Process(name, popen)
-        self.process.echo(self.lines.append)
-
-    def said(self, beginning: str) -> str:
-        """The line that begins so, without it; waits for it."""
-        end = time.monotonic() + PATIENCE_S
-        while time.monotonic() < end:
-            for line in list(self.lines):
-                if line.startswith(beginning):
-                    return line.removeprefix(beginning).strip()
-            assert self.process.alive, f"{self.name} ended: {''.join(self.lines)}"
-            time.sleep(0.02)
-        raise AssertionError(f"{self.name} has not said {beginning!r}: {''.join(self.lines)}")
-
-    def send(self, number: signal.Signals) -> None:
-        self.paused = number is signal.SIGSTOP
-        self.process.send_signal(number)
-
-    @property
-    def url(self) -> str:
-        return next(w for w in self.said("ready: ").split() if w.startswith("http="))[5:]
-
-    @property
-    def grpc(self) -> str:
-        return next(w for w in self.said("ready: ").split() if w.startswith("grpc="))[5:]
-
-
-@dataclass
-class Parts:
-    """A cluster, part by part."""
-
-    parts: dict[str, Part] = field(default_factory=dict)
-    gateways: list[str] = field(default_factory=list)
-
-    def __getitem__(self, name: str) -> Part:
-        return self.parts[name]
-
-    def gateway(self, name: str, listen: str = "127.0.0.1:0", /) -> None:
-        command = ["moeserve.worker.cluster_command", "gateway"]
-        self.parts[name] = Part(name, command, listen=listen)
-        address = self.parts[name].said("registry: ")
-        if address not in self.gateways:
-            self.gateways.append(address)
-
-    def peer(self, name: str, role: str, /, **settings: str) -> None:
-        command = ["moeserve.worker.cluster_command", "peer"]
-        join = ",".join(self.gateways)
-        self.parts[name] = Part(name, command, role=role, name=name, join=join, **settings)
-
-    def ready(self) -> None:
-        for part in self.parts.values():
-            part.said("ready: ")
-
-    def close(self) -> None:
-        end_all([part.process for part in self.parts.values()], grace_s=10.0)
 
 
 @pytest.fixture(scope="module")
@@ -141,26 +60,6 @@ def cluster() -> Iterator[Parts]:
         yield parts
     finally:
         parts.close()
-
-
-def body(number: int, **fields: Any) -> dict[str, Any]:
-    """One of many requests: half of them sampled."""
-    text = f"{STORY} {number}" if number % 3 else f"{number} + {number * 7} ="
-    drawn = {"temperature": 0.8, "seed": number, "top_p": 0.95} if number % 2 else {}
-    return {"prompt": text, "max_tokens": 24, "temperature": 0} | drawn | fields
-
-
-def ask(url: str, fields: dict[str, Any]) -> list[Any]:
-    answer = httpx.post(f"{url}/v1/completions", json=fields, timeout=PATIENCE_S)
-    assert answer.status_code == 200, answer.text
-    choices: list[Any] = answer.json()["choices"]
-    return choices
-
-
-def ask_all(urls: list[str], bodies: list[dict[str, Any]]) -> list[list[Any]]:
-    with ThreadPoolExecutor(8) as pool:
-        turns = [urls[i % len(urls)] for i in range(len(bodies))]
-        return list(pool.map(ask, turns, bodies))
 
 
 def test_answers_over_http_are_those_of_one_process(alone: Part, cluster: Parts) -> None:
@@ -203,42 +102,6 @@ def test_scores_of_prompts_and_grammars_are_those_of_one_process(
     assert ask_all([cluster["g0"].url], bodies) == ask_all([alone.url], bodies)
 
 
-class Streams:
-    """Long answers under way, each on a thread of its own; ``texts`` as far as they have come."""
-
-    def __init__(self, url: str, bodies: list[dict[str, Any]]) -> None:
-        self.texts = ["" for _ in bodies]
-        self.errors: list[str] = []
-        self._threads = [
-            threading.Thread(target=self._read, args=(url, i, one)) for i, one in enumerate(bodies)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _read(self, url: str, index: int, fields: dict[str, Any]) -> None:
-        with httpx.stream(
-            "POST", f"{url}/v1/completions", json=fields | {"stream": True}, timeout=PATIENCE_S
-        ) as answer:
-            for line in answer.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                data = json.loads(line.removeprefix("data: "))
-                if "error" in data:
-                    self.errors.append(line)
-                for choice in data.get("choices", ()):
-                    self.texts[index] += choice["text"]
-
-    def begun(self) -> None:
-        until(lambda: all(self.texts), "all answers have begun")
-
-    def join(self) -> list[str]:
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive(), "a stream did not end"
-        assert not self.errors
-        return self.texts
-
-
 def snapshots(url: str) -> Iterator[dict[str, Any]]:
     """As the page of the dashboard gets them."""
     with httpx.stream("GET", f"{url}/dashboard/events", timeout=PATIENCE_S) as stream:
@@ -261,33 +124,9 @@ def test_the_dashboard_shows_who_has_sent_kv_to_whom(cluster: Parts) -> None:
         assert flow["runs"] > 0
 
 
-def until(holds: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < end, f"not in time: {what}"
-        time.sleep(0.01)
-
-
-def long_bodies(count: int) -> list[dict[str, Any]]:
-    return [body(i, max_tokens=300, ignore_eos=True) for i in range(count)]
-
-
 @pytest.fixture(scope="module")
 def long_answers(alone: Part) -> list[str]:
     return [choices[0]["text"] for choices in ask_all([alone.url], long_bodies(8))]
-
-
-def shown(gateway: Part, metric: str) -> float:
-    """Of the page of metrics."""
-    page = httpx.get(f"{gateway.url}/metrics", timeout=PATIENCE_S).text
-    (line,) = (line for line in page.splitlines() if line.startswith(f"moeserve_{metric}"))
-    return float(line.rpartition(" ")[2])
-
-
-def members(gateway: Part, role: str, count: int) -> None:
-    """Waits until the gateway knows so many."""
-    metric = f'members{{role="{role}"}}'
-    until(lambda: shown(gateway, metric) == count, f"{count} members that {role}")
 
 
 @pytest.fixture
