@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 from moeserve.comm.exchange.base import Exchange, ExchangeStats
@@ -26,8 +26,14 @@ from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 
-# How long an example takes says nothing here: the machine may be busy.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says nothing here: the machine may be busy. Explaining a failure traces
+# every line, which takes longer than a test may.
+settings.register_profile(
+    "untimed",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[phase for phase in Phase if phase is not Phase.explain],
+)
 settings.load_profile("untimed")
 
 VOCAB = 320

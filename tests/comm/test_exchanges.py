@@ -272,6 +272,7 @@ def test_topology_decides_what_auto_is(
 
 def test_a_killed_rank_is_named() -> None:
     """Not under mpirun, which ends all ranks when one is killed."""
+    before = set(os.listdir("/dev/shm"))
     made = Ranks(3)
     try:
         by_torch, *others = (made.open(b, deadline_s=2.0) for b in ("torch", "shm", "tcp"))
@@ -282,6 +283,8 @@ def test_a_killed_rank_is_named() -> None:
         for other in others:
             answers += made.ask("wait", [0, 2], name=other, lane=0)
         assert [a["ranks"] for a in answers] == [[1]] * 6, answers
-        assert not [f for f in os.listdir("/dev/shm") if "moeserve" in f]
+        left = set(os.listdir("/dev/shm")) - before
+        # Weights lie there, too, of whatever member runs on this host.
+        assert not [f for f in left if "moeserve" in f and not f.startswith("moeserve-weights")]
     finally:
         made.end()

@@ -216,7 +216,7 @@ def test_every_refusal_of_a_crowd_on_one_channel_has_its_detail(
 
     with open_house(tiny, num_blocks=64, max_queue=8, max_num_seqs=2) as house:
         ask = pb.GenerateRequest(
-            token_ids=pb.TokenIds(ids=[72]), sampling=pb.SamplingParams(max_tokens=4)
+            token_ids=pb.TokenIds(ids=[72]), sampling=pb.SamplingParams(max_tokens=64)
         )
         calls = [house.stub.GenerateUnary.future(ask, timeout=PATIENCE_S) for _ in range(2000)]
         refused = 0

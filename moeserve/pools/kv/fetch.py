@@ -88,8 +88,15 @@ class Fetcher:
             receiver = ReceiverCall(
                 order, call, self._layouts, self._mover, self._counters, self._limits, memory
             )
+            asked = _cancels()
             try:
                 await receiver.run(self._wanted(order, have, memory))
+            except asyncio.CancelledError:
+                if _cancels() > asked:
+                    raise
+                # Nobody asked for it: gRPC says so of a call that it has ended.
+                text = f"{source.address} ended the call"
+                raise SourceLostError(text, "unreachable") from None
             finally:
                 call.cancel()
                 if memory is not None:  # behind what still reads it
@@ -114,6 +121,12 @@ class Fetcher:
         history = replace(order.history, sources=())
         write_submission(wanted.submission, order.request, history, self._clock())
         return pb.ToSource(wanted=wanted)
+
+
+def _cancels() -> int:
+    """How often this task was asked to end, deadlines among them."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
 
 
 def _kind(error: grpc.aio.AioRpcError) -> str:

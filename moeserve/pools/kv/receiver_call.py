@@ -117,11 +117,12 @@ class ReceiverCall:
                 message, data = await reading
                 reading = asyncio.create_task(self._read(self._limits.progress_s))
                 await self._hear(message, data)
+            self.ended_well = not self._enough
+            await self._send(pb.ToSource(done=pb.Done()))
         finally:
+            # A read that is cancelled cancels the call, and with it whatever else waits there.
             reading.add_done_callback(look_at_error)
             reading.cancel()
-        self.ended_well = not self._enough
-        await self._send(pb.ToSource(done=pb.Done()))
 
     async def _finish_until(self, reading: asyncio.Future[Any]) -> None:
         """What is imported is answered until there is a message, and room for what it brings."""

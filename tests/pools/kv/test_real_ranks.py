@@ -177,7 +177,7 @@ async def test_a_running_request_moves(load: Load, model: tuple[str, str, str]) 
     decoder = load(*model)
     for params in PARAMS[:3]:
         ask = Request(
-            RequestId("moves"), prompt(5, 40), SamplingParams(120, ignore_eos=True, **params)
+            RequestId("moves"), prompt(5, 40), SamplingParams(210, ignore_eos=True, **params)
         )
         async with rank(decoder) as alone, rank(decoder) as a, rank(decoder, 6) as b:
             whole = alone.ask(ask)
