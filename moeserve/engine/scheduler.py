@@ -52,9 +52,6 @@ class Scheduler:
     ``plan`` is ``begin``, ``admit`` as often as there is room, and ``commit``; where several ranks
     share a queue (``fleet``) its owner calls these, and ``settle`` instead of ``apply``. ``rank``
     is the home of whatever runs here. Without a ``drafter`` every chunk samples one token at most.
-
-    A step costs what changes in it: a request that gets one more token costs the same few
-    attributes however long it is; block tables and keys are made when a block is added, or full.
     """
 
     def __init__(
@@ -185,7 +182,10 @@ class Scheduler:
         ):
             self.admit(builder, seq)
         self._stuck = self._still_stuck = bool(self._waiting)
-        return self.commit(builder, self.take_ended() if builder.chunks else ())
+        if builder.chunks:
+            return self.commit(builder, self.take_ended())
+        self._ended += builder.preempted  # told with the next step that is run
+        return self.commit(builder, ())
 
     def plan_ahead(self, now: float) -> StepPlan | None:
         """The step after the planned one, whose ``apply`` comes before this one's.

@@ -597,9 +597,11 @@ def test_who_finds_no_room_beside_lent_blocks_starts_when_they_come_back() -> No
     rank.assert_nothing_is_held()
 
 
-def test_a_request_that_runs_alone_waits_for_lent_blocks() -> None:
-    """It gives up its own, and starts again when there is room."""
-    rank = Rank(num_blocks=4, max_num_seqs=1)
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_request_that_runs_alone_waits_for_lent_blocks(prefix_cache: bool) -> None:
+    """It gives up its own, and starts again when there is room; whoever runs it is told, though the
+    step in which it was preempted was never run."""
+    rank = Rank(num_blocks=4, max_num_seqs=1, prefix_cache=prefix_cache)
     request = ask("a", range(4), 12)
     rank.scheduler.add(request)
     made = [out.token_id for out in rank.step()]
