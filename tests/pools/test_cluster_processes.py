@@ -136,9 +136,6 @@ def third(cluster: Parts) -> Iterator[Parts]:
     cluster.peer("d2", "decode")
     cluster.ready()
     members(cluster["g0"], "decode", 3)
-    # One that has not decoded yet seems to cost nothing, and would get all.
-    for _ in range(2):
-        ask_all([cluster["g0"].url], [body(i) for i in range(12)])
     yield cluster
     cluster.parts.pop("d2").process.close()
     for name, role in (("p1", "prefill"), ("d0", "decode"), ("d1", "decode")):
@@ -158,7 +155,7 @@ def test_members_may_be_lost_while_they_answer(
     before = shown(gateway, "cluster_lost_total")
     streams = Streams(gateway.url, long_bodies(8))
     streams.begun()
-    for name in ("d0", "d1", "p1"):
+    for name in ("d0", "d2", "p1"):  # the newest one has most of them
         third[name].send(ending)
     assert streams.join() == long_answers
     assert shown(gateway, "cluster_lost_total") > before, "nothing was lost"
