@@ -184,7 +184,8 @@ class StepPlan:
     """What one forward pass runs. ``expired`` hit their deadline and are already freed.
 
     ``ended`` are all requests that ended, for whatever reason, since the last plan that had
-    chunks: an executor forgets them before it looks at the chunks, for their ids may return.
+    chunks, and those that a plan without any preempted: an executor forgets them before it
+    looks at the chunks, for their ids may return.
 
     One that is made ``ahead``, while the step before runs, has the newest token of each of that
     step's requests, which is ``UNKNOWN`` until that step is over. Some of these may have ended by

@@ -185,7 +185,7 @@ class KvExchange:
         for tell in listeners:
             try:
                 tell()
-            except Exception:
+            except Exception:  # a listener's fault ends neither the step nor the others
                 log.exception("somebody who is told of steps failed")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from moeserve.core import Event, FinishReason, Request, RequestId, Timing
+from moeserve.errors import ExhaustedError, MoeserveError, UnavailableError
 
 
 class EventSink(Protocol):
@@ -28,6 +29,13 @@ class RankSink(EventSink, Protocol):
         """The request waits at this rank no more, and is to be given to another. Of its tokens
         ``reached`` were computed here at most."""
         ...
+
+
+def reason_refused(error: MoeserveError) -> FinishReason:
+    """How a request ends that an engine did not take: a full queue here is nothing that its client
+    has asked for wrongly."""
+    again = isinstance(error, UnavailableError | ExhaustedError) and error.param is None
+    return FinishReason.UNAVAILABLE if again else FinishReason.ERROR
 
 
 @dataclass(frozen=True, slots=True)

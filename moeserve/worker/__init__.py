@@ -15,7 +15,6 @@ launched by ``moeserve serve --ep N``; a member of a cluster, a gateway, and a c
     gateway        moeserve gateway: the doors of a cluster, without weights
     cluster_trust  how processes of a cluster trust one another, and where each is reached
     up             moeserve up: a whole cluster on this host
-    on_loop        something done on the event loop's thread, from another
     cluster_cli    the words of these commands
     failure        what the loss of a rank leads to, and how a process leaves after a failure
 """

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import grpc
 
+from moeserve.comm.control.on_loop import on_loop
 from moeserve.comm.control.rpc import Trust, open_channel, open_server, proof_metadata
 from moeserve.config.cluster import GatewayConfig
 from moeserve.config.options import ServeConfig
@@ -59,7 +60,6 @@ from moeserve.worker.cluster_trust import (
     place_to_reach,
     trust_of_cluster,
 )
-from moeserve.worker.on_loop import on_loop
 
 log = logging.getLogger("moeserve.worker")
 

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from dataclasses import replace
 
+from moeserve.comm.control.on_loop import on_loop
 from moeserve.comm.launch.environment import ALONE, Launch
 from moeserve.config.cluster import PeerConfig
 from moeserve.config.options import ServeConfig
@@ -23,7 +24,6 @@ from moeserve.observe.metrics import Metrics
 from moeserve.pools.metrics import add_counts
 from moeserve.pools.weights.counts import WeightCounts
 from moeserve.worker.member import MemberServer
-from moeserve.worker.on_loop import on_loop
 from moeserve.worker.weights import ArrivedWeights, weights_here
 
 log = logging.getLogger("moeserve.worker")

@@ -112,7 +112,7 @@ class HttpConnection(asyncio.Protocol):
         self._transport.write(b"".join(self._http.send(event) or b"" for event in events))
         try:
             await self._ended
-        except BaseException:
+        except BaseException:  # cancelled, too: what is half read serves nobody else
             self.close()
             raise
         finally:

@@ -107,7 +107,7 @@ async def _open_grpc(
     try:
         info = await target.info()
         source = PromptSource(args.seed, args.vocab_size or info.vocab_size)
-    except BaseException:
+    except BaseException:  # goes on up; the channel must not stay
         await target.close()
         raise
     sampling = pb.SamplingParams(temperature=args.temperature, ignore_eos=args.ignore_eos)

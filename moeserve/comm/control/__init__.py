@@ -11,5 +11,6 @@
     local_mesh                     between threads of one process: the slow twin
     subscribers                    who hears of an alarm
     idle_connections               connections of gRPC that nobody uses give way to others
+    on_loop                        from another thread, something done on the event loop's
     rpc                            gRPC between processes of one instance, and whom they trust
 """

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moeserve.core import Event, FinishReason, Request, RequestId
-from moeserve.engine.request_state import RankSink
+from moeserve.engine.request_state import RankSink, reason_refused
 from moeserve.engine.sequence import NEW, History
-from moeserve.errors import ExhaustedError, MoeserveError, UnavailableError
+from moeserve.errors import MoeserveError
 
 
 class RankEngine(Protocol):
@@ -70,10 +70,7 @@ class DoorRequests:
         try:
             self._engine.submit(request, self, history)
         except MoeserveError as error:
-            # A full queue here is nothing that the client has asked for wrongly.
-            again = isinstance(error, UnavailableError | ExhaustedError) and error.param is None
-            reason = FinishReason.UNAVAILABLE if again else FinishReason.ERROR
-            self.refuse(request.id, error.message, reason)
+            self.refuse(request.id, error.message, reason_refused(error))
             return False
         self._running.add(request.id)
         return True

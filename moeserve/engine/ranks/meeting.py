@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 import grpc
 
+from moeserve.comm.control.on_loop import on_loop
 from moeserve.comm.control.rpc import Trust, greet, open_channel, open_server, proof_metadata
 from moeserve.comm.group import Group, spoiled
 from moeserve.engine.ranks.rank_links import RankListener, RemoteLink
-from moeserve.errors import ConfigError, MoeserveError, UnavailableError
+from moeserve.errors import ConfigError, MoeserveError
 
 T = TypeVar("T")
 # What a call to the event loop may take that only starts or stops something; more than a greeting.
@@ -70,16 +71,7 @@ class RankMeeting:
     def call(self, start: Callable[[], Awaitable[T]]) -> T:
         """Run on the loop, and wait for it; UnavailableError if that takes longer than
         ``SOON_S``."""
-
-        async def run() -> T:
-            return await start()
-
-        running = asyncio.run_coroutine_threadsafe(run(), self.loop)
-        try:
-            return running.result(SOON_S)
-        except TimeoutError as error:
-            running.cancel()
-            raise UnavailableError(f"the event loop has not answered for {SOON_S:.0f} s") from error
+        return on_loop(self.loop, start, SOON_S)
 
     def link(self, rank: int, listener: RankListener) -> RemoteLink:
         """To another rank; connected when it is first used. On the loop."""

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from moeserve.core import BlockId, CacheScope, Event, FinishReason, Request, RequestId
 from moeserve.engine.bounds import refuse_duplicate
-from moeserve.engine.request_state import EventSink, RankSink
+from moeserve.engine.request_state import EventSink, RankSink, reason_refused
 from moeserve.engine.sequence import HeldKv, History, StepKv
-from moeserve.errors import DataLossError, ExhaustedError, MoeserveError, UnavailableError
+from moeserve.errors import DataLossError, MoeserveError
 from moeserve.kernels.kv_layout import KvBlockLayout
 from moeserve.pools.cache.page_kv import page_kv_of
 from moeserve.pools.cache.pages import StoredRun
@@ -317,8 +317,7 @@ class PooledHouse:
                 self._house.publish(given, tokens[:computed], one.request.scope)
             self._house.submit(one.request, one.sink, history)
         except MoeserveError as error:
-            again = isinstance(error, UnavailableError | ExhaustedError) and error.param is None
-            one.end(FinishReason.UNAVAILABLE if again else FinishReason.ERROR, error.message)
+            one.end(reason_refused(error), error.message)
             return
         one.handed_over = True
         if given is not None and one.lent.held is not None:  # these are the request's now

@@ -15,9 +15,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from moeserve.core import BlockId, CacheScope, Event, FinishReason, Logprobs, Request
-from moeserve.engine.request_state import RankSink
+from moeserve.engine.request_state import RankSink, reason_refused
 from moeserve.engine.sequence import HeldKv, History
-from moeserve.errors import ExhaustedError, InvalidRequestError, MoeserveError, UnavailableError
+from moeserve.errors import InvalidRequestError, MoeserveError
 from moeserve.observe.spans import RequestSpans
 from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.digests import RunDigests
@@ -313,9 +313,7 @@ class Arrival:
                 self._house.publish(held, tokens[: held.computed], self.request.scope)
             self._house.submit(self.request, self._sink, history)
         except MoeserveError as error:
-            again = isinstance(error, UnavailableError | ExhaustedError) and error.param is None
-            why = FinishReason.UNAVAILABLE if again else FinishReason.ERROR
-            self._end(why, error.message)
+            self._end(reason_refused(error), error.message)
             return
         self._over = True
         if held is not None:
