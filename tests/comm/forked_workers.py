@@ -13,7 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-from moeserve.worker.command import leave, main
+from moeserve.worker.command import main
+from moeserve.worker.failure import leave
 
 
 def work(environ: dict[str, str], flags: list[str], said: Path) -> None:

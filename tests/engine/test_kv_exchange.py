@@ -178,9 +178,24 @@ def prefill(source: Rank, request: Request) -> tuple[Client, HeldKv]:
 
 def go_on(target: Rank, source: Rank, request: Request, held: HeldKv, made: Client) -> Client:
     """The rest, made by ``target`` from what ``source`` has computed, which is given back."""
-    history = (*request.prompt_ids, *made.token_ids)
-    borrowed = target.house.borrow(history, request.scope)
+    return go_on_in(borrow(target, request, made), target, source, request, held, made)
+
+
+def borrow(target: Rank, request: Request, made: Client) -> HeldKv:
+    borrowed = target.house.borrow((*request.prompt_ids, *made.token_ids), request.scope)
     assert borrowed is not None
+    return borrowed
+
+
+def go_on_in(
+    borrowed: HeldKv,
+    target: Rank,
+    source: Rank,
+    request: Request,
+    held: HeldKv,
+    made: Client,
+) -> Client:
+    history = (*request.prompt_ids, *made.token_ids)
     kv = copy(source.house, held, target.house, borrowed)
     target.house.publish(kv, history, request.scope)
     source.house.give_back(held)
@@ -260,9 +275,13 @@ def test_another_engine_goes_on_with_the_same_bits(decoder: Decoder) -> None:
     ]
     with rank(decoder) as alone, rank(decoder, chunk=9) as a, rank(decoder) as b:
         first = [prefill(a, request) for request in requests]
+        # All have their blocks before the first goes on, which may take those that are left.
+        room = [
+            borrow(b, request, made) for request, (made, _) in zip(requests, first, strict=True)
+        ]
         rest = [
-            go_on(b, a, request, held, made)
-            for request, (made, held) in zip(requests, first, strict=True)
+            go_on_in(borrowed, b, a, request, held, made)
+            for borrowed, request, (made, held) in zip(room, requests, first, strict=True)
         ]
         for request, (made, _), more in zip(requests, first, rest, strict=True):
             more.wait()
@@ -322,9 +341,13 @@ def test_an_imported_request_that_is_preempted_is_computed_anew(decoder: Decoder
     requests = [ask(f"r{i}", prompt(20 + i, 10), max_tokens=20, **SAMPLED) for i in range(3)]
     with rank(decoder) as alone, rank(decoder) as a, rank(decoder, 13) as b:
         first = [prefill(a, request) for request in requests]
+        # All have their blocks before the first goes on, which may take those that are left.
+        room = [
+            borrow(b, request, made) for request, (made, _) in zip(requests, first, strict=True)
+        ]
         rest = [
-            go_on(b, a, request, held, made)
-            for request, (made, held) in zip(requests, first, strict=True)
+            go_on_in(borrowed, b, a, request, held, made)
+            for borrowed, request, (made, held) in zip(room, requests, first, strict=True)
         ]
         for request, (made, _), more in zip(requests, first, rest, strict=True):
             more.wait()
