@@ -19,7 +19,7 @@ T* at(uintptr_t address) {
 }
 
 // Where the experts of a layer lie. The slots of expert e are slot[first[e]] .. slot[first[e + 1]],
-// ascending; slot s lies on rank s / slots_per_rank.
+// ascending; slot s lies on rank s / slots_per_rank. An empty slot (-1) is of no expert.
 struct Table {
   std::vector<int32_t> first, slot;
   int32_t world, slots_per_rank;
@@ -30,12 +30,13 @@ void make_table(Table* self, std::vector<int32_t> expert_of_slot, int32_t expert
   if (world < 1 || slots % world) throw std::invalid_argument("slots do not divide over the ranks");
   std::vector<int32_t> first(experts + 1, 0), slot(slots);
   for (int32_t e : expert_of_slot) {
-    if (e < 0 || e >= experts) throw std::invalid_argument("a slot holds an unknown expert");
-    ++first[e + 1];
+    if (e < -1 || e >= experts) throw std::invalid_argument("a slot holds an unknown expert");
+    if (e >= 0) ++first[e + 1];
   }
   for (int32_t e = 0; e < experts; ++e) first[e + 1] += first[e];
   std::vector<int32_t> next(first.begin(), first.end() - 1);
-  for (int32_t s = 0; s < slots; ++s) slot[next[expert_of_slot[s]]++] = s;
+  for (int32_t s = 0; s < slots; ++s)
+    if (expert_of_slot[s] >= 0) slot[next[expert_of_slot[s]]++] = s;
   new (self) Table{std::move(first), std::move(slot), world, slots / world};
 }
 

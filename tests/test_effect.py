@@ -22,6 +22,7 @@ from moeserve.worker.command import main as worker
 OF_RANKS: dict[str, Any] = {
     "ep_backend": "tcp",
     "plan": "plan.json",
+    "attention_ranks": "1",
     "doors": "all",
     "homes": "experts",
     "replan": "auto",

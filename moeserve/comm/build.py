@@ -107,10 +107,10 @@ def shard_experts(
     layout: LayerLayout,
     ranks_per_unit: int = 1,
 ) -> ShardedExperts:
-    """InternalError where the experts are not as many as the layout has slots on a rank."""
+    """InternalError where no rank has as many experts by the layout."""
     held = experts.weights.experts.num_experts
-    if held != layout.slots:
-        raise InternalError(f"a rank holds {held} experts of a layer, its plan says {layout.slots}")
+    if not layout.holds(held):
+        raise InternalError(f"a rank holds {held} experts of a layer; none does by its plan")
     wire = ops.wire(experts, router.weights.spec.top_k)
     return ShardedExperts(experts, layout, table_of(layout, ranks_per_unit), wire)
 

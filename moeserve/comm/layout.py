@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from moeserve.comm.group import Topology, ranks_per_node
 from moeserve.errors import PlacementError
 from moeserve.kernels.wire import MOST_SLOTS
-from moeserve.placement.plan import Plan, contiguous, load
+from moeserve.placement.plan import EMPTY, Plan, contiguous, load
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerLayout:
-    """One layer: ``expert_S[s]`` lies in slot s; ``slots`` on each rank."""
+    """One layer: ``expert_S[s]`` lies in slot s, -1 is none; ``slots`` on each rank."""
 
     expert_S: NDArray[np.int32]
     num_experts: int
@@ -33,20 +33,36 @@ class LayerLayout:
         return len(self.expert_S) // self.world
 
     def of_rank(self, rank: int) -> tuple[int, ...]:
-        """Logical experts of the rank's slots, in order of slots."""
-        return tuple(int(e) for e in self.expert_S[rank * self.slots : (rank + 1) * self.slots])
+        """Logical experts of the rank's slots, in order of slots; empty ones come last."""
+        mine_S = self.expert_S[rank * self.slots : (rank + 1) * self.slots]
+        return tuple(int(e) for e in mine_S if e >= 0)
+
+    def holds(self, experts: int) -> bool:
+        """Whether there is a rank of so many."""
+        filled_R = (self.expert_S >= 0).reshape(self.world, -1).sum(axis=1)
+        return bool((filled_R == experts).any())
 
 
 def plan_of(
-    file: Path | None, moe_layers: tuple[int, ...], num_experts: int, node_R: Sequence[int]
+    file: Path | None,
+    moe_layers: tuple[int, ...],
+    num_experts: int,
+    node_R: Sequence[int],
+    attention_ranks: int | None = None,
 ) -> Plan:
     """The plan in ``file``; without one, experts in their own order in as many slots as they are,
     rounded up to a multiple of the ranks. ``node_R[r]`` is the node of rank r.
+
+    Where only the first ``attention_ranks`` have requests, the others share the experts.
 
     PlacementError where the plan is of another model or group, or puts ranks together on nodes
     as they are not; one that knows a single node fits any. Its dataflow and phase do not matter.
     """
     world = len(node_R)
+    if file is None and attention_ranks is not None and attention_ranks < world:
+        row_S = _beside_attention(num_experts, world, attention_ranks)
+        expert_LS = np.tile(row_S, (len(moe_layers), 1))
+        return Plan(expert_LS, num_experts, world, 1, moe_layers)
     if file is None:
         slots = -(-num_experts // world) * world
         expert_LS = contiguous(
@@ -59,6 +75,17 @@ def plan_of(
     except PlacementError as error:
         raise PlacementError(f"{file}: {error.message}") from error
     return plan
+
+
+def _beside_attention(num_experts: int, world: int, attention_ranks: int) -> NDArray[np.int32]:
+    """[S]: experts in their order on the ranks behind the first, each of which has one copy of one:
+    what a rank sends has the form of the experts that it knows."""
+    rows = np.full((world, -(-num_experts // (world - attention_ranks))), EMPTY, np.int32)
+    rows[:attention_ranks, 0] = np.arange(attention_ranks) % num_experts
+    shares = np.array_split(np.arange(num_experts), world - attention_ranks)
+    for row, experts in zip(rows[attention_ranks:], shares, strict=True):
+        row[: len(experts)] = experts
+    return rows.ravel()
 
 
 def check(

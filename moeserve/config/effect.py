@@ -35,6 +35,12 @@ RULES = (
         "several ranks, by `--ep 2` or more, or by a launcher",
     ),
     Rule(
+        frozenset({"attention_ranks"}),
+        lambda options, ranks: hasattr(options, "role"),
+        "every rank of a cluster's member has requests",
+        "it to `moeserve serve`",
+    ),
+    Rule(
         frozenset({"quantize_attention"}),
         lambda options, ranks: not options.rounds,
         "--quantization rounds nothing",

@@ -202,6 +202,11 @@ class EpOptions(Options):
         default=None,
         description="which rank holds which expert, from moeserve place; default: in order",
     )
+    attention_ranks: Count | None = Field(
+        default=None,
+        description="ranks that have requests, their KV and attention: the first so many; the "
+        "others run experts only; default: all",
+    )
     doors: Literal["first", "all"] = Field(
         default="first",
         description="ranks that clients may connect to: rank 0, or each at a port of its own",

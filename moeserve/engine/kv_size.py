@@ -77,8 +77,10 @@ def _wanted_blocks(
     return min(wanted, int(available * share) // bytes_per_block)
 
 
-def least_of_all(group: Group, mine: KvSize) -> KvSize:
-    """The size that every rank of the group has room for; all of them call it."""
-    note = json.dumps([mine.num_blocks, mine.max_model_len]).encode()
-    sizes = [json.loads(said) for said in group.all_gather("kv size", note)]
+def least_of_all(group: Group, mine: KvSize | None) -> KvSize:
+    """The size that every rank of the group has room for; all of them call it, those that will have
+    no requests with None."""
+    note = json.dumps(None if mine is None else [mine.num_blocks, mine.max_model_len]).encode()
+    said = map(json.loads, group.all_gather("kv size", note))
+    sizes = [size for size in said if size is not None]
     return KvSize(min(blocks for blocks, _ in sizes), min(longest for _, longest in sizes))

@@ -72,6 +72,12 @@ class EpContext:
         return self.options.homes == "experts"
 
     @property
+    def has_requests(self) -> bool:
+        """Whether requests live here, or only experts."""
+        first = self.options.attention_ranks
+        return first is None or self.rank < first
+
+    @property
     def replan(self) -> bool:
         """Whether ranks count what re-planning asks for."""
         return self.options.replan == "auto"
@@ -154,7 +160,7 @@ def load_rank_model(
     # 4. Join the other ranks.
     counts, swapper = None, None
     if context is not None and plan is not None:
-        size = least_of_all(context.group, size)
+        size = least_of_all(context.group, size if context.has_requests else None)
         parallel = join(context, decoder, plan, options.max_num_batched_tokens)
         counts, swapper = _for_plan_changes(context, decoder, parallel, plan, options)
         decoder = decoder.over(parallel)
@@ -168,8 +174,9 @@ def load_rank_model(
     ends = (*decoder.spec.eos_ids, *tokenizer_eos)
     eos_ids = frozenset(i for i in ends if i < decoder.spec.vocab)
     vocabulary = _vocabulary(options, decoder, eos_ids)
-    blocks, masks = (size.num_blocks, options.block_size), GrammarMasks(vocabulary)
-    executor = ModelRunner(decoder, *blocks, eos_ids, observer, masks=masks)
+    num_blocks = size.num_blocks if context is None or context.has_requests else 1
+    masks = GrammarMasks(vocabulary)
+    executor = ModelRunner(decoder, num_blocks, options.block_size, eos_ids, observer, masks=masks)
     return RankModel(
         decoder=decoder,
         executor=executor,
@@ -241,10 +248,23 @@ def choose_table(threads: int | None) -> Ops:
 
 
 def plan_of_context(checkpoint: Checkpoint, context: EpContext) -> Plan:
-    """Which rank holds which expert."""
+    """Which rank holds which expert. ConfigError where requests would have no rank, or the change
+    of plans that is asked for knows no ranks without requests."""
+    options, world = context.options, context.group.world
+    if options.attention_ranks is not None and options.attention_ranks > world:
+        raise ConfigError(
+            f"attention_ranks={options.attention_ranks}: there are {world} ranks; give at most so "
+            "many"
+        )
+    if options.attention_ranks not in (None, world) and context.replan:
+        raise ConfigError(
+            f"attention_ranks={options.attention_ranks}: plans are not changed where some ranks "
+            "have no requests: leave out --replan auto"
+        )
     spec, _ = read_spec(checkpoint)
+    node_R = context.topology.node_R
     return plan_of(
-        context.options.plan, spec.moe_layers, num_experts(spec), context.topology.node_R
+        options.plan, spec.moe_layers, num_experts(spec), node_R, options.attention_ranks
     )
 
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from moeserve.placement.cluster import Dataflow, Phase
 from moeserve.placement.layer_use import LayerUse, layer_uses, round_robin_homes, split_uses
 from moeserve.placement.migration import landing
-from moeserve.placement.plan import Plan
+from moeserve.placement.plan import EMPTY, Plan
 from moeserve.placement.routing import Routing
 
 BATCH = 64
@@ -61,9 +61,10 @@ def priced(copies: float, cross: float, node_ratio: float) -> float:
 
 
 def slot_loads(plan: Plan, load_LE: F64) -> F64:
-    """[L, S]: the copies of an expert share its load equally."""
+    """[L, S]: the copies of an expert share its load equally; an empty slot has none."""
     share_LE = load_LE / plan.copies_LE
-    share_LS: F64 = np.take_along_axis(share_LE, plan.expert_LS.astype(np.int64), axis=1)
+    share_LS: F64 = np.take_along_axis(share_LE, np.maximum(plan.expert_LS, 0).astype(np.int64), 1)
+    share_LS[plan.expert_LS == EMPTY] = 0.0
     return share_LS
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
 from moeserve.placement.plan import Plan
-from moeserve.placement.split import split_batches
+from moeserve.placement.split import slots_of, split_batches
 
 _LANES = 8192  # batches split at once, which bounds memory
 
@@ -25,12 +25,10 @@ I32 = NDArray[np.int32]
 
 def slots_of_tokens(expert_S: I32, topk_TK: I32, num_experts: int) -> I32:
     """[T, K] slots, -1 kept: token t uses copy ``t % copies`` of each expert."""
-    order_S = np.argsort(expert_S, kind="stable").astype(np.int32)
-    copies_E = np.bincount(expert_S, minlength=num_experts)
-    first_E = np.concatenate(([0], np.cumsum(copies_E)[:-1]))
+    slots = slots_of(expert_S, num_experts)
     expert_TK = np.maximum(topk_TK, 0)
     token_T = np.arange(len(topk_TK))[:, None]
-    slot_TK = order_S[first_E[expert_TK] + token_T % copies_E[expert_TK]]
+    slot_TK = slots.slot_S[slots.first_E1[expert_TK] + token_T % slots.copies_E[expert_TK]]
     return np.where(topk_TK >= 0, slot_TK, np.int32(-1)).astype(np.int32)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moeserve.errors import PlacementError
 from moeserve.placement.cost import device_loads
 from moeserve.placement.layer_use import layer_uses
-from moeserve.placement.plan import Plan, contiguous, with_slots
+from moeserve.placement.plan import EMPTY, Plan, contiguous, with_slots
 from moeserve.placement.routing import Routing
 from moeserve.placement.solvers.dp import affinity
 
@@ -72,16 +72,21 @@ def matrices(plan: Plan, routing: Routing, layer: int) -> dict[str, tuple[F64, s
     }  # fmt: skip
     if routing.has_tokens:
         topk_TLK = routing.tokens_TLK
-        order = plan.expert_LS[layer]
+        order = _filled(plan.expert_LS[layer])
         both_EE = coactivation(topk_TLK[:, layer], plan.num_experts)[np.ix_(order, order)]
         shown[f"co-activation in layer {layer}, by slot"] = (both_EE, "slot", "slot")
         if layer + 1 < plan.num_layers:
             pairs_EE = affinity(topk_TLK[:, layer : layer + 2], plan.num_experts)[0]
-            after = plan.expert_LS[layer + 1]
+            after = _filled(plan.expert_LS[layer + 1])
             title = f"affinity of layer {layer} and the next, by slot"
             shown[title] = (pairs_EE[np.ix_(order, after)], "slot after", "slot")
         shown["devices used together"] = (device_traffic(plan, topk_TLK), "device", "device")
     return shown
+
+
+def _filled(expert_S: NDArray[np.int32]) -> NDArray[np.int32]:
+    filled_S: NDArray[np.int32] = expert_S[expert_S != EMPTY]
+    return filled_S
 
 
 def draw(matrix: F64, title: str, across: str, down: str) -> bytes:

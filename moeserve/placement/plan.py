@@ -5,12 +5,15 @@ File, version 1::
     {"format": "moeserve-plan", "version": 1,
      "num_experts": E, "num_devices": D, "num_nodes": N, "moe_layers": [L model layer numbers],
      "dataflow": "home-dedup", "phase": "prefill",
-     "expert_of_slot": [L rows of S expert ids],        slot s lies on device s // (S / D)
+     "expert_of_slot": [L rows of S expert ids],        slot s lies on device s // (S / D);
+                                                             -1 is an empty one
      "guide": null | {"shape": [L, E, D], "uint8": base64},   only for dataflow "migrate"
      "figures": {...}}                                   what `solve` reported; not read back
 
 ``guide[l, e, d]`` is how likely (of 255) a token that uses expert e in layer l uses device d in
 the layer after: a migrating token stays on the device of its own with the largest sum.
+Devices that hold fewer experts than others have empty slots, behind those that are filled; one at
+least is filled on each device in each layer.
 Which copy of an expert a token uses: ``split``; for "migrate" copy ``t % copies`` of token t.
 """
 
@@ -44,6 +47,7 @@ from moeserve.placement.files import (
 
 FORMAT = "moeserve-plan"
 VERSION = 1
+EMPTY = -1
 MOST_OF = {"num_experts": MOST_EXPERTS, "num_devices": MOST_DEVICES, "num_nodes": MOST_DEVICES}
 _KEYS = {
     "format", "version", "num_experts", "num_devices", "num_nodes", "moe_layers", "dataflow",
@@ -78,12 +82,14 @@ class Plan:
             )
         if len(self.moe_layers) != layers:
             raise PlacementError(f"{len(self.moe_layers)} layer numbers for {layers} rows of slots")
-        if self.expert_LS.min() < 0 or self.expert_LS.max() >= self.num_experts:
-            l, s = np.argwhere((self.expert_LS < 0) | (self.expert_LS >= self.num_experts))[0]
+        unknown_LS = (self.expert_LS < EMPTY) | (self.expert_LS >= self.num_experts)
+        if unknown_LS.any():
+            l, s = np.argwhere(unknown_LS)[0]
             raise PlacementError(
                 f"layer {l}, slot {s}: unknown expert {self.expert_LS[l, s]}; "
                 f"the model has {self.num_experts}"
             )
+        self._check_empty_slots()
         missing_LE = self.copies_LE == 0
         if missing_LE.any():
             l, e = np.argwhere(missing_LE)[0]
@@ -91,6 +97,21 @@ class Plan:
         shape = (layers, self.num_experts, self.num_devices)
         if self.guide_LED is not None and self.guide_LED.shape != shape:
             raise PlacementError(f"guide has shape {self.guide_LED.shape}, expected {shape}")
+
+    def _check_empty_slots(self) -> None:
+        empty_LDS = (self.expert_LS == EMPTY).reshape(len(self.expert_LS), self.num_devices, -1)
+        between_LD = (empty_LDS[:, :, :-1] & ~empty_LDS[:, :, 1:]).any(axis=2)
+        for wrong_LD, why in (
+            (empty_LDS[:, :, 0], "has no expert; each device needs one at least in every layer"),
+            (between_LD, "has an empty slot before a filled one; empty ones come last"),
+        ):
+            if wrong_LD.any():
+                l, d = np.argwhere(wrong_LD)[0]
+                raise PlacementError(f"layer {l}: device {d} {why}")
+
+    @property
+    def num_empty(self) -> int:
+        return int((self.expert_LS == EMPTY).sum())
 
     @property
     def num_layers(self) -> int:
@@ -108,7 +129,8 @@ class Plan:
     def copies_LE(self) -> NDArray[np.int64]:
         layers = self.expert_LS.shape[0]
         flat_LS = self.expert_LS + np.arange(layers, dtype=np.int64)[:, None] * self.num_experts
-        counts = np.bincount(flat_LS.ravel(), minlength=layers * self.num_experts)
+        filled_N = flat_LS[self.expert_LS != EMPTY]
+        counts = np.bincount(filled_N, minlength=layers * self.num_experts)
         return counts.reshape(layers, self.num_experts)
 
     @property
@@ -127,9 +149,12 @@ class Plan:
 
 
 def tidy(expert_LS: NDArray[np.int32], devices: int) -> NDArray[np.int32]:
-    """Experts ascending inside each device: equal plans become equal arrays."""
+    """Experts ascending inside each device, empty slots last: equal plans become equal arrays."""
     layers, slots = expert_LS.shape
-    by_device = np.sort(expert_LS.reshape(layers, devices, slots // devices), axis=2)
+    last = np.iinfo(np.int32).max
+    ordered_LS = np.where(expert_LS == EMPTY, last, expert_LS)
+    by_device = np.sort(ordered_LS.reshape(layers, devices, slots // devices), axis=2)
+    by_device[by_device == last] = EMPTY
     return np.ascontiguousarray(by_device.reshape(layers, slots), dtype=np.int32)
 
 
@@ -159,16 +184,15 @@ def moved_slots(old: Plan, new: Plan) -> int:
         new.num_layers, new.num_experts, new.num_devices,
     ):  # fmt: skip
         raise PlacementError("the two plans differ in layers, experts or devices")
-    held_LDE = held(old)
-    layer_LS = np.arange(new.num_layers)[:, None]
-    return int((~held_LDE[layer_LS, new.device_S[None, :], new.expert_LS]).sum())
+    layer_N, slot_N = np.nonzero(new.expert_LS != EMPTY)
+    return int((~held(old)[layer_N, new.device_S[slot_N], new.expert_LS[layer_N, slot_N]]).sum())
 
 
 def held(plan: Plan) -> NDArray[np.bool_]:
     """[L, D, E]: does the device hold the expert."""
     held_LDE = np.zeros((plan.num_layers, plan.num_devices, plan.num_experts), np.bool_)
-    layer_LS = np.arange(plan.num_layers)[:, None]
-    held_LDE[layer_LS, plan.device_S[None, :], plan.expert_LS] = True
+    layer_N, slot_N = np.nonzero(plan.expert_LS != EMPTY)
+    held_LDE[layer_N, plan.device_S[slot_N], plan.expert_LS[layer_N, slot_N]] = True
     return held_LDE
 
 

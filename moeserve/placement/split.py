@@ -37,10 +37,12 @@ def slack_of(pairs: int | I64, ranks: int) -> int | I64:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slots:
-    """Slots of expert e, ascending: ``slot_S[first_E1[e] : first_E1[e + 1]]``."""
+    """Slots of expert e, ascending: ``slot_S[first_E1[e] : first_E1[e + 1]]``; ``count`` are all,
+    empty ones too."""
 
     slot_S: I32
     first_E1: I32
+    count: int
 
     @property
     def copies_E(self) -> I32:
@@ -48,9 +50,11 @@ class Slots:
 
 
 def slots_of(expert_S: I32, num_experts: int) -> Slots:
-    counts_E = np.bincount(expert_S, minlength=num_experts)
+    """-1 is an empty slot."""
+    counts_E = np.bincount(expert_S[expert_S >= 0], minlength=num_experts)
     first_E1 = np.concatenate(([0], np.cumsum(counts_E))).astype(np.int32)
-    return Slots(np.argsort(expert_S, kind="stable").astype(np.int32), first_E1)
+    ordered_S = np.argsort(expert_S, kind="stable").astype(np.int32)
+    return Slots(ordered_S[len(expert_S) - first_E1[-1] :], first_E1, len(expert_S))
 
 
 def split_batch(ids_TC: I32, slots: Slots, *, ranks: int, home: int) -> I32:
@@ -77,7 +81,7 @@ class _Sender:
 
     def __init__(self, slots: Slots, ranks: int, home: int) -> None:
         self._first, self._slots = slots.first_E1.tolist(), slots.slot_S.tolist()
-        self._per_rank = len(self._slots) // ranks
+        self._per_rank = slots.count // ranks
         self._ranks, self._home = ranks, home
         self.load_R = [0] * ranks
 

@@ -24,6 +24,11 @@ def batches(draw: st.DrawFn) -> tuple[np.ndarray, LayerLayout]:
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     extra = random.integers(experts, size=slots - experts)
     expert_S = random.permutation(np.concatenate((np.arange(experts), extra))).astype(np.int32)
+    if draw(st.booleans()):  # ranks that differ: empty slots behind the filled ones
+        empty_RS = np.full((world, draw(st.integers(1, 3))), -1, np.int32)
+        expert_S = np.concatenate((expert_S.reshape(world, -1), empty_RS), axis=1)
+        expert_S[draw(st.integers(0, world - 1)), -1] = draw(st.integers(-1, experts - 1))
+        expert_S = np.take_along_axis(expert_S, (expert_S < 0).argsort(1, kind="stable"), 1).ravel()
     tokens, k = draw(st.integers(0, 40)), draw(st.integers(1, min(4, experts)))
     ids_TC = np.stack([random.permutation(experts)[:k] for _ in range(tokens)] or [np.zeros(k)])
     return ids_TC[:tokens].astype(np.int32), LayerLayout(expert_S, experts, world)

@@ -32,6 +32,16 @@ def test_without_a_plan_experts_lie_in_their_order() -> None:
     assert [o[2] for o in own] == [o[1] for o in own]
 
 
+def test_beside_ranks_with_requests_the_others_share_the_experts() -> None:
+    plan = plan_of(None, LAYERS, 7, (0, 0, 0, 0), attention_ranks=2)
+    own = [own_experts(layouts(plan, LAYERS, 7, 4), rank) for rank in range(4)]
+    assert [o[1] for o in own] == [(0,), (1,), (0, 1, 2, 3), (4, 5, 6)]
+    assert [o[2] for o in own] == [o[1] for o in own]
+    assert plan_of(None, LAYERS, 7, (0, 0), 2).expert_LS.tolist() == (
+        plan_of(None, LAYERS, 7, (0, 0)).expert_LS.tolist()
+    )
+
+
 def test_a_plan_in_a_file_says_who_holds_what(tmp_path: Path) -> None:
     plan = plan_of(write(tmp_path, PLAN), LAYERS, 4, (0, 0, 1, 1))
     own = own_experts(layouts(plan, LAYERS, 4, 4), 0)

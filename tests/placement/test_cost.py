@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moeserve.errors import PlacementError
 from moeserve.placement.cluster import Dataflow, Phase
 from moeserve.placement.cost import (
     device_loads,
@@ -14,8 +15,9 @@ from moeserve.placement.cost import (
     split_loads,
     traffic,
 )
+from moeserve.placement.formats.runtimes import export
 from moeserve.placement.layer_use import layer_uses, slots_of_tokens
-from moeserve.placement.plan import Plan
+from moeserve.placement.plan import Plan, held, moved_slots
 from moeserve.placement.routing import Routing, workload_of_tokens
 from moeserve.placement.split import slots_of, split_batch
 
@@ -65,6 +67,39 @@ def test_copies_of_an_expert_share_its_load_and_its_tokens() -> None:
     assert imbalance(plan, np.array([[4.0, 1.0, 3.0]])).tolist() == [1.25]
     slots = slots_of_tokens(plan.expert_LS[0], np.array([[0, 1], [0, 2], [0, -1]], np.int32), 3)
     assert slots.tolist() == [[0, 1], [2, 3], [0, -1]]
+
+
+def test_an_empty_slot_has_no_load_and_no_tokens() -> None:
+    plan = Plan(np.array([[1, -1, 0, 2]], np.int32), 3, 2, 1, (0,))
+    assert plan.num_empty == 1
+    assert plan.copies_LE.tolist() == [[1, 1, 1]]
+    assert held(plan)[0].tolist() == [[False, True, False], [True, False, True]]
+    assert device_loads(plan, np.array([[4.0, 1.0, 3.0]])).tolist() == [[1.0, 7.0]]
+    slots = slots_of_tokens(plan.expert_LS[0], np.array([[0, 1], [2, -1]], np.int32), 3)
+    assert slots.tolist() == [[2, 0], [3, -1]]
+    other = Plan(np.array([[2, 1, 0, -1]], np.int32), 3, 2, 1, (0,))
+    assert moved_slots(plan, other) == 1
+    assert other.sorted().expert_LS.tolist() == [[1, 2, 0, -1]]
+    topk = np.array([[[0, 1]], [[1, 2]]], np.int32)
+    assert traffic(plan, topk, home_T=np.array([0, 0], np.int32), batch=2).copies == 2.0
+    with pytest.raises(PlacementError, match="1 slots of the plan are empty"):
+        export(plan, "sglang")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([-1, -1, 0, 1], "device 0 has no expert"),
+        ([0, 1, -1, 0], "device 1 has no expert"),
+        ([0, -2, 1, 0], "unknown expert -2"),
+        ([0, -1, 0, -1], "expert 1 has no slot"),
+    ],
+)
+def test_empty_slots_are_the_last_of_a_device_that_has_others(row: list[int], said: str) -> None:
+    with pytest.raises(PlacementError, match=said):
+        Plan(np.array([row], np.int32), 2, 2, 1, (0,))
+    with pytest.raises(PlacementError, match="before a filled one"):
+        Plan(np.array([[0, -1, 1, 0, 1, 1]], np.int32), 2, 2, 1, (0,))
 
 
 def replicated_plan(devices: int, experts: int, extra: int) -> Plan:

@@ -155,7 +155,7 @@ def rank_parts(
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
     scheduler = Scheduler(config, pool, counters, rank=context.rank)
     lock = EngineLock()
-    load = SchedulerLoad(scheduler, lock)
+    load = SchedulerLoad(scheduler, lock, has_requests=context.has_requests)
     count = context.microbatches
     lock_step = LockStep(
         own.executor,
@@ -206,7 +206,9 @@ async def _open_door(
     scheduler, world = parts.scheduler, parts.own.world
     near = NearExperts() if context.near_experts else None
     policy: HomePolicy = near or LeastWork()
-    loads = RankLoads.idle(np.full(world, scheduler.pool.num_blocks, np.int64))
+    blocks_R = np.full(world, scheduler.pool.num_blocks, np.int64)
+    blocks_R[context.options.attention_ranks or world :] = 0
+    loads = RankLoads.idle(blocks_R)
     front = Front(
         scheduler.config,
         scheduler.pool.block_size,

@@ -74,6 +74,7 @@ class Instance:
         self.queued = 0
         self._loads: LoadsOfRound = lambda: loads
         self._seen = self._loads
+        self._total_blocks = int(loads.free_blocks_R.sum())
         self._suffix = suffix
         self._awake = False
 
@@ -112,11 +113,10 @@ class Instance:
     def load(self) -> EngineLoad:
         """Of all ranks together; blocks that are cached are counted on this rank alone."""
         own, loads = self._engine.load(), self._loads()
-        ranks = len(loads.running_R)
         return EngineLoad(
             running=int(loads.running_R.sum()),
             waiting=int(loads.waiting_R.sum()) + self._front.num_waiting,
-            total_blocks=own.total_blocks * ranks,
+            total_blocks=self._total_blocks,
             free_blocks=int(loads.free_blocks_R.sum()),
             cached_blocks=own.cached_blocks,
             block_size=own.block_size,

@@ -10,9 +10,15 @@ from moeserve.engine.scheduler import Scheduler
 
 
 class SchedulerLoad:
-    """A ``lock_step.RankLoad``; ``queued`` is how many requests wait at this process's door."""
+    """A ``lock_step.RankLoad``; ``queued`` is how many requests wait at this process's door.
 
-    def __init__(self, scheduler: Scheduler, lock: EngineLock) -> None:
+    A rank that is to have no requests (``has_requests`` False) has no free blocks to show.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, lock: EngineLock, *, has_requests: bool = True
+    ) -> None:
+        self._has_requests = has_requests
         self.queued: Callable[[], int] = lambda: 0
         self._scheduler = scheduler
         self._lock = lock
@@ -30,6 +36,6 @@ class SchedulerLoad:
                 waiting=scheduler.num_waiting,
                 held=scheduler.num_tokens,
                 foreseen=scheduler.num_foreseen,
-                free_blocks=scheduler.pool.num_free,
+                free_blocks=scheduler.pool.num_free if self._has_requests else 0,
                 queued=queued,
             )

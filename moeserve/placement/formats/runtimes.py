@@ -35,6 +35,12 @@ FORMATS = ("sglang", "ascend", "tensorrt", "lightllm")
 
 
 def export(plan: Plan, form: str) -> str:
+    """PlacementError for what the other runtime cannot do, as devices that differ in slots."""
+    if plan.num_empty:
+        raise PlacementError(
+            f"{plan.num_empty} slots of the plan are empty; {_known(form)} knows no such slots: "
+            "solve one with as many experts on every device"
+        )
     return _EXPORTERS[_known(form)](plan)
 
 
