@@ -72,12 +72,15 @@ class RankParts:
     lock_step: LockStep
     engine: Engine
     house: KvExchange
+    has_requests: bool = True
 
     def counts(self) -> RankCounts:
         """Requests that wait at this process's door wait here."""
         work = self.own.parallel.dispatcher.stats
         load = self.engine.load()
         load = replace(load, waiting=load.waiting + self.load.queued())
+        if not self.has_requests:
+            load = replace(load, total_blocks=0, free_blocks=0)
         found = RankCounts(work, self.engine.counters, self.lock_step.chosen, load)
         return with_experts(found, self.own.expert_counts)
 
@@ -176,7 +179,7 @@ def rank_parts(
             engine.give_back(count)
 
     lock_step.on_loads = give_back
-    return RankParts(own, scheduler, load, lock_step, engine, house)
+    return RankParts(own, scheduler, load, lock_step, engine, house, context.has_requests)
 
 
 def rank_server(parts: RankParts) -> RankServer:
