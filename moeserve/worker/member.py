@@ -121,6 +121,7 @@ class MemberServer:
             total_blocks=figures.total_blocks,
             prefill_rate=figures.prefill_rate,
             step_s=figures.step_s,
+            urgent=figures.urgent,
             leans=self._leans(),
             draining=self._draining,
         )

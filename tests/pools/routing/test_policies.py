@@ -466,6 +466,15 @@ def test_a_router_makes_of_requests_what_policies_want_to_know() -> None:
     assert (router.counts.chosen, router.counts.split, router.counts.none) == (2, 1, 3)
 
 
+def test_a_router_takes_requests_of_low_priority_for_urgent() -> None:
+    router = RequestRouter(LocalityFree(), MODEL, clock=lambda: 0.0)
+    router.on_change(ViewChange((Report(member("d", Role.DECODE), IDLE),)))
+    for priority, urgent in ((0, 0), (3, 0), (-2, 1)):
+        request = Request(RequestId("r"), (1, 2), SamplingParams(), priority=priority)
+        router(request, 0, frozenset(), 0.0)
+        assert router.table.rows["d"].urgent == urgent
+
+
 def test_a_router_expects_answers_as_they_lately_were() -> None:
     router = RequestRouter(LocalityFree(), MODEL, clock=lambda: 0.0)
     router.on_change(ViewChange((Report(member("d", Role.DECODE), IDLE),)))
