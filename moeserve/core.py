@@ -122,7 +122,8 @@ class Request:
 
     Times are seconds of the caller's monotonic clock. ``scope`` bounds the prefix cache.
     ``domain`` labels recorded routing, and may choose a home. ``trace`` is the span that it belongs
-    to, as W3C's ``traceparent``; empty where nobody traces it.
+    to, as W3C's ``traceparent``; empty where nobody traces it. Of those that wait, who has the
+    lowest ``priority`` is first, and who has the highest yields first where memory is short.
     """
 
     id: RequestId
@@ -133,6 +134,7 @@ class Request:
     scope: CacheScope = CacheScope()
     domain: str = ""
     trace: str = ""
+    priority: int = 0
 
 
 class Chunk(NamedTuple):

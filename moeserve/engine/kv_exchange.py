@@ -37,7 +37,7 @@ log = logging.getLogger("moeserve.engine")
 class LoadFigures:
     """What a rank says of its load. ``waiting_tokens`` are still to be computed, for requests that
     run or wait; ``prefill_rate`` is in tokens per second, ``step_s`` of a step that only decodes,
-    both 0 before they were measured."""
+    both 0 before they were measured. ``urgent`` of those that run have a priority below 0."""
 
     running: int
     waiting: int
@@ -46,6 +46,7 @@ class LoadFigures:
     total_blocks: int
     prefill_rate: float
     step_s: float
+    urgent: int
 
 
 class KvExchange:
@@ -172,6 +173,7 @@ class KvExchange:
                 total_blocks=scheduler.pool.num_blocks,
                 prefill_rate=self._rates.prefill_rate,
                 step_s=self._rates.step_s,
+                urgent=running_urgent(scheduler),
             )
 
     def close(self) -> None:
@@ -201,3 +203,9 @@ def uncomputed_tokens(scheduler: Scheduler) -> int:
     """Of prompts, and of what is computed anew after a preemption."""
     seqs = (seq for seq in scheduler.sequences if not seq.generating)
     return sum(seq.length - seq.computed for seq in seqs)
+
+
+def running_urgent(scheduler: Scheduler) -> int:
+    """How many of the running requests have a priority below 0."""
+    running = islice(scheduler.sequences, scheduler.num_running)
+    return sum(seq.request.priority < 0 for seq in running)

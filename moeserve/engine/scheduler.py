@@ -3,11 +3,11 @@
 Continuous batching (Orca) with chunked prefill (Sarathi-Serve): every running request that is
 generating gets its one token first, and draft tokens behind it where a ``Drafter`` proposes some;
 then prompts fill what is left of the step's token budget, in chunks, in order of admission.
-Requests are admitted first come first served (another ``Admission`` may choose otherwise) with
-blocks for everything they know so far. When a generating request needs a block and none is free,
-the request admitted last gives up its blocks, returns to the head of the queue and is computed anew
-later. The request admitted first is never the victim of another and fits alone (``check``), so
-some request always advances.
+Requests are admitted by priority, then first come first served (another ``Admission`` may choose
+otherwise), with blocks for everything they know so far. When a generating request needs a block and
+none is free, of the least urgent the one admitted last gives up its blocks, waits again before its
+like and is computed anew later. Of the most urgent the one admitted first is never the victim of
+another and fits alone (``check``), so some request always advances.
 
 Pure: time is an argument, tokens are numbers. Knows nothing of text, tensors or threads.
 """
@@ -399,7 +399,7 @@ class Scheduler:
                 continue
             if self._take_back():
                 continue
-            victim = next(reversed(self._running.values()))
+            victim = max(reversed(self._running.values()), key=lambda s: s.request.priority)
             self._stop_running(victim)
             self.kv.free(victim)
             self._waiting.put_first(victim)

@@ -1,7 +1,8 @@
 """Requests that wait for their first step, or for their next one after a preemption, in order.
 
-First those that were preempted or have run elsewhere, the newest of them first; then those that
-came with their KV, as they came; then those that never ran, as they came. Pure.
+The lower a request's priority is, the earlier it stands. Of those with the same, first come those
+that were preempted or have run elsewhere, the newest of them first; then those that came with their
+KV, as they came; then those that never ran, as they came. Pure.
 """
 
 from __future__ import annotations
@@ -18,17 +19,27 @@ class WaitingQueue(OrderedDict[RequestId, SequenceState]):
 
     def put(self, seq: SequenceState) -> None:
         """A request that comes."""
-        never_ran = list(takewhile(_never_ran, reversed(self.values()))) if seq.blocks else []
-        self[seq.request.id] = seq
-        for other in reversed(never_ran):
-            self.move_to_end(other.request.id)
         if seq.output_ids and not seq.blocks:
-            self.move_to_end(seq.request.id, last=False)
+            self.put_first(seq)
+            return
+        priority, with_kv = seq.request.priority, bool(seq.blocks)
+
+        def goes_behind(other: SequenceState) -> bool:
+            theirs = other.request.priority
+            return theirs > priority or (theirs == priority and with_kv and _never_ran(other))
+
+        behind = list(takewhile(goes_behind, reversed(self.values())))
+        self[seq.request.id] = seq
+        for other in reversed(behind):
+            self.move_to_end(other.request.id)
 
     def put_first(self, seq: SequenceState) -> None:
-        """One that was preempted."""
+        """One that was preempted, before all others of its priority."""
+        priority = seq.request.priority
+        before = list(takewhile(lambda other: other.request.priority < priority, self.values()))
         self[seq.request.id] = seq
-        self.move_to_end(seq.request.id, last=False)
+        for other in (seq, *reversed(before)):
+            self.move_to_end(other.request.id, last=False)
 
     def withdraw(self, count: int | None) -> list[SequenceState]:
         """Take out so many that may wait elsewhere as well, the first ones first; None is all."""

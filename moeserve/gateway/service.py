@@ -63,7 +63,8 @@ class ClientRequest:
     the model's own to a text (chat templates write them themselves). Of a prompt the last
     ``truncate`` tokens are kept, see ``limits.truncation``. ``ignored`` says, each with the name of
     a field first, what of the request changes nothing. The first ``resume_from`` tokens of the
-    answer are not sent, for the client has them. ``operation`` is how OpenTelemetry calls it.
+    answer are not sent, for the client has them. ``operation`` is how OpenTelemetry calls it. The
+    lowest ``priority`` is served first.
     """
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -80,6 +81,7 @@ class ClientRequest:
     ignored: tuple[str, ...] = ()
     resume_from: int = 0
     operation: str = "text_completion"
+    priority: int = 0
 
 
 class ServiceState(StrEnum):
@@ -227,6 +229,7 @@ class InferenceService:
                         scope=CacheScope(tenant_salt(tenant(), salt)),
                         domain=domain,
                         trace=span.trace,
+                        priority=wanted.priority,
                     )
                 )
         _require_resumable(wanted, requests)

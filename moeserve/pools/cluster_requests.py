@@ -22,7 +22,8 @@ from moeserve.pools.members import Member
 # How often a request is lost without a token in between before its client is told.
 MOST_LOSSES = 3
 # How long a member that failed gets nothing: doubled with every failure after it, up to the most.
-ASIDE_S, MOST_ASIDE_S = 0.5, 8.0
+# So who is gone for good is tried three times at most until its lease has ended.
+ASIDE_S, MOST_ASIDE_S = 1.0, 8.0
 
 
 @dataclass(slots=True)

@@ -44,7 +44,7 @@ from moeserve.pools.cluster import ClusterEngine
 from moeserve.pools.cluster_links import MemberLinks
 from moeserve.pools.members import Member, ServedTerms, split_address
 from moeserve.pools.rebalancing import Rebalancing
-from moeserve.pools.registry.base import MOST_MEMBERS, Registry
+from moeserve.pools.registry.base import HEARTBEAT_S, MOST_MEMBERS, Registry
 from moeserve.pools.registry.embedded import RegistryServer
 from moeserve.pools.registry.follow import Follower
 from moeserve.pools.registry.memory import MemoryRegistry
@@ -65,6 +65,8 @@ log = logging.getLogger("moeserve.worker")
 
 SOON_S = 30.0
 LOOK_S = 0.05
+# Five beats of a member: then its requests go to others, before its lease has ended.
+SILENT_S = 5 * HEARTBEAT_S
 # What calls get to end when the gateway closes.
 CLOSING_S = 1.0
 
@@ -214,7 +216,7 @@ def connector(trust: Trust) -> Callable[[Member, RankListener], RemoteLink]:
     def connect(member: Member, listener: RankListener) -> RemoteLink:
         host, port = split_address(member.address)
         channel = open_channel(host, port, trust, member.server_name)
-        return RemoteLink(member.rank, channel, metadata, listener)
+        return RemoteLink(member.rank, channel, metadata, listener, silent_s=SILENT_S)
 
     return connect
 

@@ -36,7 +36,7 @@ from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.serve import KvServer
 from moeserve.pools.members import Member, MemberLoad, Role, ServedTerms
-from moeserve.pools.registry.base import EVERYTHING, Interest
+from moeserve.pools.registry.base import EVERYTHING, HEARTBEAT_S, Interest
 from moeserve.pools.registry.follow import Follower
 from moeserve.pools.registry.view import ClusterView
 from moeserve.pools.routing.role_shift import RoleShift, ShiftMarks
@@ -85,7 +85,12 @@ class MemberServer:
         self._arrivals = Arrivals(house, terms, self._channels, self.kv_counters, spans=spans)
         self._kv = KvServer(house, terms, self.kv_counters)
         self._ranks = RankServer(
-            self._arrivals, lambda: 0, self._counted, _no_replan, vocab_size=terms.vocab
+            self._arrivals,
+            lambda: 0,
+            self._counted,
+            _no_replan,
+            vocab_size=terms.vocab,
+            beat_s=HEARTBEAT_S,
         )
 
     async def open(self) -> Member:
@@ -121,6 +126,7 @@ class MemberServer:
             total_blocks=figures.total_blocks,
             prefill_rate=figures.prefill_rate,
             step_s=figures.step_s,
+            urgent=figures.urgent,
             leans=self._leans(),
             draining=self._draining,
         )

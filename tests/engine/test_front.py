@@ -78,6 +78,23 @@ def test_requests_spread_over_ranks_as_far_as_the_table_and_what_was_sent_leave_
     assert front.place() == []
 
 
+def test_urgent_requests_leave_first_also_those_that_were_given_back() -> None:
+    front = front_of(table(running=[1]), config=replace(CONFIG, max_num_seqs=2))
+    add(front, ask("plain"), ask("urgent", priority=-1), ask("late", priority=4))
+    assert homes_of(front.place()) == {"urgent": 0}
+    front.publish(table(2, running=[2]))
+    front.returned(RequestId("urgent"), [4])
+    front.publish(table(3, running=[1]))
+    add(front, ask("urgent too", priority=-1), ask("most urgent", priority=-2))
+    left = []
+    for step in range(4, 9):
+        left += [p.request.id for p in front.place()]
+        for name in left:
+            front.taken(RequestId(name), step)
+        front.publish(table(step + 1, running=[1]))
+    assert left == ["most urgent", "urgent", "urgent too", "plain", "late"]
+
+
 def test_what_was_sent_counts_until_a_table_shows_it() -> None:
     front = front_of(table(running=[0]))
     add(front, *(ask(str(i)) for i in range(5)))

@@ -174,7 +174,9 @@ def no_replan(content: bytes) -> Future[bytes]:
 
 
 @contextlib.asynccontextmanager
-async def serving(engine: Any = None, uses: Sequence[ExpertUse] = ()) -> AsyncIterator[Served]:
+async def serving(
+    engine: Any = None, uses: Sequence[ExpertUse] = (), beat_s: float | None = None
+) -> AsyncIterator[Served]:
     left = list(uses)
 
     def take_uses() -> Sequence[ExpertUse]:
@@ -183,7 +185,13 @@ async def serving(engine: Any = None, uses: Sequence[ExpertUse] = ()) -> AsyncIt
 
     engine = engine or ScriptedEngine()
     service = RankServer(
-        engine, lambda: 7, no_counts, no_replan, vocab_size=VOCAB, take_uses=take_uses
+        engine,
+        lambda: 7,
+        no_counts,
+        no_replan,
+        vocab_size=VOCAB,
+        take_uses=take_uses,
+        beat_s=beat_s,
     )
     server, port = open_server("127.0.0.1", Trust(), RUN, [service.handlers()])
     await server.start()
@@ -473,6 +481,35 @@ async def test_what_was_not_sent_when_a_stream_broke_is_not_sent_by_the_next() -
         await until(lambda: rank.streams == [["first"], ["new"]])
         assert {e.error for e in door.heard} == {"rank 3 is gone"}
         await link.close()
+
+
+async def test_a_rank_that_is_silent_loses_its_requests_and_is_asked_again() -> None:
+    rank, door = Deaf(), Listener()
+    async with listening(rank.handlers()) as port:
+        channel = open_channel("127.0.0.1", port, Trust(), "")
+        metadata = proof_metadata(Trust(), RUN)
+        link = RemoteLink(RANK, channel, metadata, door, silent_s=0.2)
+        for number, name in enumerate(("first", "second"), 1):
+            link.submit(request(name), NEW)
+            await until(lambda name=name: door.last(name) is not None)
+            last = door.last(name)
+            assert last is not None
+            assert last.finish is FinishReason.UNAVAILABLE
+            assert "has said nothing for 0.2 s" in last.error
+            assert len(rank.streams) <= number
+        await link.close()
+
+
+async def test_a_rank_that_beats_is_not_silent() -> None:
+    async with serving(beat_s=0.02) as served:
+        door = Listener()
+        link = RemoteLink(RANK, served.channel(), proof_metadata(Trust(), RUN), door, silent_s=0.5)
+        served.links.append(link)
+        link.submit(request("slow"), NEW)
+        await until(lambda: link._heard >= 60)
+        await served.engine.make(token("slow", 1, STOP))
+        await until(lambda: door.last("slow") is not None)
+        assert door.tokens("slow") == [1]
 
 
 @contextlib.asynccontextmanager

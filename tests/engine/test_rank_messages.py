@@ -82,6 +82,7 @@ requests = st.builds(
     deadline=st.none() | reals(0, 1e6),
     scope=st.builds(CacheScope, texts, texts),
     domain=texts,
+    priority=st.integers(-(2**31), 2**31 - 1),
 )
 sources = st.lists(st.builds(KvSource, st.text(max_size=9), st.text(max_size=9)), max_size=3)
 histories = st.builds(History, token_lists, counts, st.booleans(), sources.map(tuple))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.core import (
+    BlockId,
     CacheScope,
     Counters,
     FinishReason,
@@ -24,10 +25,12 @@ from moeserve.core import (
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.foresight import NextStep, foresee_step
+from moeserve.engine.kv_exchange import running_urgent
 from moeserve.engine.null import NullExecutor
 from moeserve.engine.policies import Drafter
 from moeserve.engine.scheduler import Scheduler
-from moeserve.engine.sequence import History
+from moeserve.engine.sequence import History, SequenceState
+from moeserve.engine.waiting import WaitingQueue
 from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
 
 BLOCK = 4
@@ -371,6 +374,52 @@ def test_first_come_first_served() -> None:
     assert ended == [f"r{i}" for i in range(6)]
 
 
+def test_who_is_urgent_is_served_first_and_of_others_who_came_first() -> None:
+    house = House(config=SchedulerConfig(64, max_num_seqs=1))
+    order = {"late": 1, "plain": 0, "urgent": -5, "plain too": 0, "urgent too": -5}
+    asked = {name: replace(request(name, [7, 8], 2, ignore_eos=True), priority=priority)
+             for name, priority in order.items()}  # fmt: skip
+    house.add(*asked.values())
+    served: list[str] = []
+    while house.scheduler.has_work:
+        served += [name for name in ran(house.step()) if name not in served]
+    assert served == ["urgent", "urgent too", "plain", "plain too", "late"]
+
+
+@pytest.mark.parametrize("urgent", ["a", "b"])
+def test_who_is_least_urgent_yields_when_blocks_run_out(urgent: str) -> None:
+    house = House(num_blocks=6)
+    asked = [
+        replace(request(name, range(at, at + 8), 12, ignore_eos=True), priority=-(name == urgent))
+        for name, at in (("a", 0), ("b", 20))
+    ]
+    house.add(*asked)
+    assert running_urgent(house.scheduler) == 0
+    house.step()
+    assert running_urgent(house.scheduler) == 1
+    preempted = [p for _ in range(60) for p in house.step().preempted]
+    assert set(preempted) == {"a", "b"} - {urgent}
+    for one in asked:
+        assert house.tokens[one.id] == alone(one, house.config)
+    house.assert_nothing_leaked()
+
+
+@given(st.lists(st.tuples(st.sampled_from(["come", "moved", "with kv", "preempted"]),
+                          st.integers(-2, 2)), max_size=20))  # fmt: skip
+def test_a_queue_is_in_order_of_priority_and_then_as_before(steps: list[tuple[str, int]]) -> None:
+    """Each part of the queue is what a queue of that priority alone would be."""
+    whole, parts = WaitingQueue(), {priority: WaitingQueue() for priority in range(-2, 3)}
+    for number, (how, priority) in enumerate(steps):
+        for queue in (whole, parts[priority]):
+            one = replace(request(str(number), [1]), priority=priority)
+            made = (5,) if how in ("moved", "preempted") else ()
+            seq = SequenceState.of(one, History(made))
+            if how == "with kv":
+                seq.blocks = (BlockId(number),)
+            (queue.put_first if how == "preempted" else queue.put)(seq)
+    assert list(whole) == [name for priority in sorted(parts) for name in parts[priority]]
+
+
 def test_a_request_starts_where_its_blocks_and_one_for_each_running_one_are_free() -> None:
     """B needs 2 blocks, and A, which holds 2, may need one more: 5 in all."""
     for num_blocks, started in ((5, ["a", "b"]), (4, ["a"])):
@@ -561,6 +610,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
             min_tokens=draw(st.integers(0, 3)),
             stop_token_ids=tuple(draw(st.lists(st.integers(0, VOCAB - 1), max_size=3))),
         )
+        r = replace(r, priority=draw(st.sampled_from([0, 0, 0, -1, 2])))
         at = draw(st.integers(0, 20))
         abort_at = draw(st.none() | st.integers(at, at + 20))
         found.append(Arrival(at, r, abort_at))

@@ -24,7 +24,7 @@ ON: Asked = {"temperature": 0, "ignore_eos": True}
 # Fields of the request itself in both doors' spelling; all others are of its sampling.
 OF_REQUEST = (
     *("n", "request_id", "model", "cache_salt", "domain"),
-    *("truncate_prompt_tokens", "resume_from_token"),
+    *("truncate_prompt_tokens", "resume_from_token", "priority"),
 )
 
 
@@ -81,6 +81,7 @@ ANSWERED: list[tuple[str, Asked]] = [
     ("cut to fit", ON | {"max_tokens": 510, "truncate_prompt_tokens": -1}),
     ("resumed", ON | {"max_tokens": 8, "resume_from_token": 3}),
     ("named", ON | {"max_tokens": 1, "request_id": "mine", "cache_salt": "s", "domain": "d"}),
+    ("urgent", ON | {"max_tokens": 1, "priority": -(2**31)}),
 ]
 # All that a regular expression of "e" can begin with.
 BAD = ["e", "ee", "eee"]

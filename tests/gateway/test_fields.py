@@ -234,7 +234,7 @@ def test_what_is_ignored_is_said_or_refused(
     for extra, says in (
         ({"temprature": 0.5}, "temprature: unknown field"),
         ({'é"\\\r\nx': 1}, "?????x: unknown field"),
-        ({"priority": 3}, "priority: ignored, requests are served first come, first served"),
+        ({"store": True}, "store: ignored, answers are not kept"),
     ):
         warned = house.http.post(path, json=body | extra)
         assert warned.status_code == 200, warned.text
@@ -244,7 +244,7 @@ def test_what_is_ignored_is_said_or_refused(
         assert strict.status_code == 400, strict.text
         error = strict.json()["error"]
         assert "this server is strict" in error["message"]
-    assert strict_house.http.post(path, json=body | {"priority": 0}).status_code == 200
+    assert strict_house.http.post(path, json=body | {"store": False}).status_code == 200
     many = house.http.post(path, json=body | {f"x{i:03}": i for i in range(50)})
     assert many.headers["warning"].endswith('x007: unknown field; and 42 more"')
 

@@ -52,6 +52,7 @@ def test_field_numbers_never_change() -> None:
         "domain": 8,
         "truncate_prompt_tokens": 9,
         "resume_from_token": 10,
+        "priority": 11,
     }
     sampling = [f.name for f in sorted(pb.SamplingParams.DESCRIPTOR.fields, key=lambda f: f.number)]
     assert sampling == (

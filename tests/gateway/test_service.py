@@ -119,14 +119,15 @@ async def test_an_ask_becomes_one_request_per_prompt_and_sequence() -> None:
         salt="s",
         domain="d",
         timeout_s=2.5,
+        priority=-3,
     )
     async with await served_by(engine).open(ask):
         found = engine.requests
     assert [r.prompt_ids for r in found] == [(1, 2), (1, 2), (3,), (3,)]
     assert [r.params.seed for r in found] == [5, child_seed(5, 1)] * 2
     assert [r.id for r in found] == ["r", "r 1", "r 2", "r 3"]
-    assert {(r.scope, r.domain, r.arrival, r.deadline) for r in found} == {
-        (CacheScope("s"), "d", 100.0, 102.5)
+    assert {(r.scope, r.domain, r.arrival, r.deadline, r.priority) for r in found} == {
+        (CacheScope("s"), "d", 100.0, 102.5, -3)
     }
 
 

@@ -2,11 +2,12 @@
 
 A request waits here, without a home, until the newest table (``loads.RankLoads``) shows a rank with
 room for it, less what this door has sent and the table does not show yet. Of those ranks a
-``HomePolicy`` picks. Requests leave in order of arrival and none overtakes another: where the first
-fits nowhere, all wait. ``ahead`` requests more than can run may be sent to a rank whose slots are
-the only thing missing: a slot that falls free is then taken in the very next step, not when a table
-has shown it. Should another rank be free sooner, ranks give back who waits there
-(``loads.surplus``), and so they do with preempted requests; those stand before all others again.
+``HomePolicy`` picks. Requests leave by priority, then in order of arrival, and none overtakes
+another: where the first fits nowhere, all wait. ``ahead`` requests more than can run may be sent to
+a rank whose slots are the only thing missing: a slot that falls free is then taken in the very next
+step, not when a table has shown it. Should another rank be free sooner, ranks give back who waits
+there (``loads.surplus``), and so they do with preempted requests; those stand before all others of
+their priority.
 
 Several doors have a front each and do not talk. All see one table, so they divide what it shows:
 where more requests wait at doors than there are slots, each door has a share of the slots by what
@@ -24,9 +25,9 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ from moeserve.engine.ranks.loads import RankLoads
 from moeserve.engine.ranks.prefixes import PrefixIndex
 from moeserve.engine.ranks.rank_view import Doors, RankView
 from moeserve.engine.sequence import SequenceState
+from moeserve.engine.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ class Front:
         self._prefixes = PrefixIndex(ranks, prefix_keys) if prefix_keys else None
         self._nothing_R = np.zeros(ranks, np.int64)
         self._requests: dict[RequestId, _Entry] = {}
-        self._again: list[SequenceState] = []  # given back, by arrival
-        self._fresh: OrderedDict[RequestId, SequenceState] = OrderedDict()
+        self._again: list[SequenceState] = []  # given back, by priority and arrival
+        self._fresh = WaitingQueue()
         self._deadlines: list[tuple[float, int, RequestId]] = []
         self._arrivals = 0
         self._elsewhere = 0  # requests that wait at ranks and at other doors
@@ -113,7 +115,7 @@ class Front:
         self._arrivals += 1
         seq = SequenceState(request, arrival=self._arrivals)
         self._requests[request.id] = _Entry(seq)
-        self._fresh[request.id] = seq
+        self._fresh.put(seq)
         self._watch_deadline(seq)
 
     def publish(self, loads: RankLoads) -> None:
@@ -151,7 +153,7 @@ class Front:
             return False
         entry.rank = None
         entry.seq.output_ids[:] = output_ids
-        bisect.insort(self._again, entry.seq, key=_arrival)
+        bisect.insort(self._again, entry.seq, key=_place)
         self._watch_deadline(entry.seq)
         return True
 
@@ -215,7 +217,8 @@ class Front:
         return keys, self._prefixes.cached_blocks(keys[:usable]) * self._block_size
 
     def _next(self) -> SequenceState | None:
-        return self._again[0] if self._again else next(iter(self._fresh.values()), None)
+        heads = (*self._again[:1], *islice(self._fresh.values(), 1))
+        return min(heads, key=lambda seq: seq.request.priority, default=None)
 
     def _unqueue(self, seq: SequenceState) -> None:
         if self._fresh.pop(seq.request.id, None) is None:
@@ -226,5 +229,5 @@ class Front:
             heapq.heappush(self._deadlines, (seq.request.deadline, seq.arrival, seq.request.id))
 
 
-def _arrival(seq: SequenceState) -> int:
-    return seq.arrival
+def _place(seq: SequenceState) -> tuple[int, int]:
+    return seq.request.priority, seq.arrival

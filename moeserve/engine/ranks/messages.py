@@ -60,7 +60,7 @@ def write_submission(out: pb.Submission, request: Request, history: History, now
         )
     out.prompt.extend(request.prompt_ids)
     out.salt, out.adapter = request.scope.salt, request.scope.adapter
-    out.domain, out.trace = request.domain, request.trace
+    out.domain, out.trace, out.priority = request.domain, request.trace, request.priority
     if request.deadline is not None:
         out.timeout_s = max(0.0, request.deadline - now)
     _write_sampling(out.sampling, request.params)
@@ -83,6 +83,7 @@ def read_submission(
         scope=CacheScope(submission.salt, submission.adapter),
         domain=submission.domain,
         trace=submission.trace[:TRACE_CHARS],
+        priority=submission.priority,
     )
     made = tuple(submission.outputs)
     if len(submission.sources) > MOST_SOURCES:

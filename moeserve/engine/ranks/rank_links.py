@@ -2,9 +2,10 @@
 
 On the event loop's thread. A link to another rank has one stream, opened by the first request for
 it, which stays as long as it can: keepalive, not a deadline, finds out that the rank is dead or cut
-off. Should it break, the requests there end with UNAVAILABLE and with what the ranks say of it, and
-the next request opens another. Every request that was submitted gets a last event, also if this
-end closes.
+off; or, where the rank sends beats, that it has been silent (``silent_s``), in time in which this
+process has listened. Should it break, the requests there end with UNAVAILABLE and with what the
+ranks say of it, and the next request opens another. Every request that was submitted gets a last
+event, also if this end closes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # How long a link that broke waits for the ranks to say who is lost.
 MOMENT_S, LOOK_S = 1.0, 0.02
+# How often a silent rank is looked at until it is lost.
+SILENT_LOOKS = 5
 
 
 class RankListener(Protocol):
@@ -100,7 +103,7 @@ class LocalLink:
 
 class RemoteLink:
     """Another process's rank, over ``channel``; ``metadata`` goes with the call. ``alarm`` is what
-    ranks know to be lost."""
+    ranks know to be lost, if anybody does. ``silent_s`` is for ranks that beat."""
 
     def __init__(
         self,
@@ -108,10 +111,14 @@ class RemoteLink:
         channel: grpc.aio.Channel,
         metadata: Sequence[tuple[str, str]],
         listener: RankListener,
-        alarm: Callable[[], MoeserveError | None] = lambda: None,
+        alarm: Callable[[], MoeserveError | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        silent_s: float | None = None,
     ) -> None:
         self._alarm = alarm
+        self._silent_s = silent_s
+        self._heard = 0  # messages
+        self._silent = False
         self._rank = rank
         self._channel = channel
         self._metadata = tuple(metadata)
@@ -199,24 +206,47 @@ class RemoteLink:
         """Send and read until the stream ends; why it did."""
         attached: Any = self._channel.stream_stream(f"/{SERVICE}/Attach")
         call = attached(outgoing.messages(), metadata=self._metadata)
+        self._silent = False
+        watching = asyncio.create_task(self._watch(call))
         try:
             async for reply in call:
+                self._heard += 1
                 self._read(parse(pb.FromRank, reply))
         except grpc.aio.AioRpcError as error:
             return reason(error)
+        except asyncio.CancelledError:
+            if not self._silent:
+                raise
+            return f"it has said nothing for {self._silent_s:g} s"
         except InvalidRequestError as error:
             return f"it sent {error.message}"
         except Exception:  # a bug of ours ends this rank's requests, and no other's
             log.exception("what rank %d sent cannot be passed on", self._rank)
             return "internal error: the server's log has the cause"
         finally:
+            watching.cancel()
             call.cancel()
         return "it ended the stream"
 
+    async def _watch(self, call: Any) -> None:
+        """Ends a call that brings nothing while requests are there. Looks several times in
+        ``silent_s``: a process that was busy or stopped itself has listened no longer than one of
+        these."""
+        if self._silent_s is None:
+            return
+        silent = 0
+        while silent < SILENT_LOOKS:
+            heard = self._heard
+            await asyncio.sleep(self._silent_s / SILENT_LOOKS)
+            silent = silent + 1 if self._running and heard == self._heard else 0
+        self._silent = True
+        call.cancel()
+
     async def _reason(self, why: str) -> str:
         """What ended the stream; what the ranks say of it, if they do within a moment."""
-        for _ in range(int(MOMENT_S / LOOK_S)):
-            if (alarm := self._alarm()) is not None:
+        looks = 0 if self._alarm is None else int(MOMENT_S / LOOK_S)
+        for _ in range(looks):
+            if self._alarm is not None and (alarm := self._alarm()) is not None:
                 return alarm.message
             await asyncio.sleep(LOOK_S)
         return f"rank {self._rank} is not reached any more ({why}): retry"

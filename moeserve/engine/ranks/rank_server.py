@@ -14,6 +14,7 @@ with INVALID_ARGUMENT. Other callers notice nothing of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -76,9 +77,12 @@ class AttachedDoor:
         self._over = True
         self._ready.set()
 
-    async def wait(self) -> bool:
-        """Until there is something to ``write``; False when the door has finished."""
-        await self._ready.wait()
+    async def wait(self, beat_s: float | None = None) -> bool:
+        """Until there is something to ``write``, or for ``beat_s``; False when the door has
+        finished."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(beat_s):
+                await self._ready.wait()
         return not self._over
 
     def write(self) -> bytes:
@@ -114,7 +118,8 @@ class RankServer:
 
     ``next_round`` is the first round whose records show what the engine takes in from now on;
     ``counted`` makes the reply of ``Counted``, ``replan`` answers a note of a plan change, within
-    ``ANSWER_S``. Token ids are below ``vocab_size``.
+    ``ANSWER_S``. Token ids are below ``vocab_size``. A door hears something every ``beat_s``, also
+    where nothing is new; None: only what is new.
     """
 
     def __init__(
@@ -127,7 +132,9 @@ class RankServer:
         vocab_size: int,
         take_uses: Callable[[], Sequence[ExpertUse]] = tuple,
         clock: Callable[[], float] = time.monotonic,
+        beat_s: float | None = None,
     ) -> None:
+        self._beat_s = beat_s
         self._engine = engine
         self._next_round = next_round
         self._counted = counted
@@ -171,7 +178,7 @@ class RankServer:
         self._vacant.clear()
         reading = asyncio.create_task(_read_all(door, requests))
         try:
-            while await door.wait():
+            while await door.wait(self._beat_s):
                 await context.write(door.write())
             await reading
         except InvalidRequestError as error:

@@ -189,6 +189,7 @@ def _client_request(request: pb.GenerateRequest, time_remaining: float | None) -
         timeout_s=time_remaining,
         truncate=None if cut is None else limits.truncation(cut),
         resume_from=request.resume_from_token,
+        priority=request.priority,
     )
 
 

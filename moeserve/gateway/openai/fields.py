@@ -27,7 +27,7 @@ _SAMPLING = frozenset(
 )
 COMMON = _SAMPLING | frozenset(
     "model n stream stream_options logprobs include_stop_str_in_output cache_salt domain "
-    "request_id return_token_ids return_tokens_as_token_ids add_special_tokens "
+    "request_id priority return_token_ids return_tokens_as_token_ids add_special_tokens "
     "truncate_prompt_tokens".split()
 )
 # Known fields and the values with which they change nothing; any other value is ignored where
@@ -40,7 +40,6 @@ _INERT: Mapping[str, tuple[object, ...]] = {
     "metadata": (_ANY,),
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "priority": (0,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
@@ -65,7 +64,6 @@ _INERT: Mapping[str, tuple[object, ...]] = {
 }
 # Known fields without which the answer is still what was asked for, and why they are ignored.
 _IGNORED: Mapping[str, str] = {
-    "priority": "requests are served first come, first served",
     "store": "answers are not kept",
     "service_tier": "there is one",
     "verbosity": "ask for it in the prompt",
@@ -121,6 +119,7 @@ def common(
         model=text(body, "model"),
         salt=text(body, "cache_salt"),
         domain=text(body, "domain"),
+        priority=int(limits.PRIORITY.check("priority", body.get("priority", 0))),
         special_tokens=flag(body, "add_special_tokens", default=True),
         truncate=None if cut is None else limits.truncation(cut),
         ignored=ignored,
@@ -147,8 +146,6 @@ def refuse_others(body: Body, used: frozenset[str]) -> tuple[str, ...]:
     for name, value in body.items():
         if name in used or _is_inert(name, value):
             continue
-        if name == "priority":
-            limits.PRIORITY.check(name, value)
         if name in _IGNORED:
             ignored.append(f"{name}: ignored, {_IGNORED[name]}")
         elif name in _INERT:

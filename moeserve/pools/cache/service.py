@@ -10,6 +10,7 @@ the protocol ends with INVALID_ARGUMENT, and one whose caller neither reads nor 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ import grpc
 from moeserve.errors import DeadlineError, ExhaustedError, InvalidRequestError, MoeserveError
 from moeserve.pb import cache_pb2 as pb
 from moeserve.pools.cache.keys import Namespace, PageKey
+from moeserve.pools.cache.memory import OVERHEAD
 from moeserve.pools.cache.messages import (
     MOST_OFFERED,
     SERVICE,
@@ -36,12 +38,14 @@ from moeserve.pools.cache.messages import (
 from moeserve.pools.cache.store import PageStore, PutOutcome
 from moeserve.pools.members import MemberLoad
 
+log = logging.getLogger(__name__)
+
 # A caller that reads or sends nothing for so long has lost its call.
 PROGRESS_S = 10.0
 # Calls that read pages, and calls that bring some, at once.
 MOST_GETS = 256
 MOST_PUTS = 256
-# Of the memory's bytes, how many may be on their way in.
+# Of the memory's bytes, how many may be on their way in; one page may in any case.
 INCOMING = 0.25
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -73,6 +77,7 @@ class CacheServer:
         self._gets = 0
         self._puts = 0
         self._incoming = 0
+        self._said_small = False
 
     def handlers(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
@@ -182,13 +187,29 @@ class CacheServer:
             if key in seen or self._store.size_of(key) is not None:
                 self._store.touch([key])
                 outcomes.append(PutOutcome.HELD)
-            elif nbytes > room or not self._store.could_hold(namespace, nbytes):
+            elif (nbytes > room and (self._incoming or WANTED in outcomes)) or (
+                not self._store.could_hold(namespace, nbytes)
+            ):
+                self._refuse(nbytes)
                 outcomes.append(PutOutcome.FULL)
             else:
                 room -= nbytes
                 outcomes.append(WANTED)
             seen.add(key)
         return outcomes
+
+    def _refuse(self, nbytes: int) -> None:
+        """Counts it, and says so once where no page of this size can ever be kept."""
+        self._store.counts.full += 1
+        quota = self._store.memory.ledger.quota
+        if nbytes + OVERHEAD > quota and not self._said_small:
+            self._said_small = True
+            log.warning(
+                "a page of %d bytes does not fit: a tenant has %d bytes of memory here; raise "
+                "cache_memory, or cache_share",
+                nbytes,
+                quota,
+            )
 
     async def _take_page(self, requests: AsyncIterator[bytes], offer: Offer) -> PutOutcome:
         gathering = PageGathering(*offer)

@@ -3,7 +3,7 @@
 A page that is put goes into the memory, and is written to the disk behind it, so that memory can
 let it go at any time and a restart finds it. One that is read from the disk goes into the memory
 again. What is used counts as used in both. Pages that wait to be written are pinned in memory, at
-most ``WAITING`` of it; beyond that a page is kept in memory alone, and counted.
+most ``WAITING`` of it, but one at least; beyond that a page is kept in memory alone, and counted.
 
 A store knows no tokens. It takes nothing whose digest is wrong, and reads nothing from the disk
 without checking it; what leaves the memory is checked by whoever gets it, who says so if it is
@@ -27,7 +27,7 @@ from moeserve.pools.cache.memory import MemoryTier
 from moeserve.pools.cache.page_files import PageFolder
 from moeserve.pools.cache.pages import StoredPage
 
-# Of the memory's bytes, how many may wait to be written.
+# Of the memory's bytes, how many may wait to be written; one page may in any case.
 WAITING = 0.25
 # What a page may take to come from the disk.
 READ_S = 5.0
@@ -227,7 +227,8 @@ class PageStore:
     def _write_later(self, page: StoredPage) -> None:
         if self.disk is None:
             return
-        if self._waiting_bytes + page.nbytes > WAITING * self.memory.ledger.capacity:
+        most = WAITING * self.memory.ledger.capacity
+        if self._waiting_bytes and self._waiting_bytes + page.nbytes > most:
             self.counts.unwritten += 1
             return
         self._waiting.append((page, self.memory.pin(page)))

@@ -10,9 +10,10 @@ class FetchLimits:
     """Seconds, bytes and counts; every wait is bounded by one of these, and by the deadline of its
     request.
 
-    ``first_s``: until a source says anything, connecting included. ``progress_s``: between two of
-    its messages; it sends one every ``beat_s`` also when nothing is new. ``queued_s``: from the
-    first message until it computes or sends something. ``whole_s``: a fetch from one source.
+    ``first_s``: until a source says anything, connecting included: about what a silent member gets
+    until gateways drop it, its lease and their grace. ``progress_s``: between two of its messages,
+    on a slow link too; it sends one every ``beat_s`` also when nothing is new. ``queued_s``: from
+    the first message until it computes or sends something. ``whole_s``: a fetch from one source.
     ``room_s``: for room in the own cache. ``stalled_s``: what a source waits for whoever fetches
     to take a message or free a slot.
 
@@ -23,7 +24,7 @@ class FetchLimits:
     layer's.
     """
 
-    first_s: float = 10.0
+    first_s: float = 4.5
     progress_s: float = 5.0
     beat_s: float = 0.5
     queued_s: float = 60.0

@@ -21,8 +21,9 @@ class RouteWanted:
     """``prompt_tokens`` are to be computed, with those that the request has made elsewhere;
     ``output_tokens`` are expected to come, and ``max_tokens`` may. ``keys`` are of the pages of the
     prompt, from the first on, each a digest of all tokens up to its end (``engine.blocks``), and a
-    page is ``page_tokens`` long. ``priority`` above 0 is urgent. ``compute_id`` is of
-    ``members.ServedTerms``. InvalidRequestError for counts that mean nothing."""
+    page is ``page_tokens`` long. ``priority`` above 0 is urgent (a request's own is below 0 then).
+    ``compute_id`` is of ``members.ServedTerms``. InvalidRequestError for counts that mean nothing.
+    """
 
     prompt_tokens: int
     output_tokens: int

@@ -81,6 +81,7 @@ class RequestRouter:
             max_tokens=request.params.max_tokens,
             keys=page_keys(request.prompt_ids, request.scope) if self._use_keys else (),
             page_tokens=PAGE_TOKENS,
+            priority=-request.priority,
             domain=request.domain,
             compute_id=self._compute_id,
             exclude=exclude,

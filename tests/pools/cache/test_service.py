@@ -113,6 +113,28 @@ async def test_a_full_store_says_so(
     assert keeper.server.incoming_bytes == 0
 
 
+async def test_a_memory_of_few_pages_takes_one_at_a_time(
+    calls: CacheCalls, make_keeper: Any, make_page: MakePage
+) -> None:
+    keeper = await make_keeper("a", StoreLimits(memory=40_000))
+    large = [offer(make_page(n, 15_000)) for n in range(2)]
+    for _ in range(2):
+        outcomes = await calls.put(keeper.member, large)
+    assert outcomes == [PutOutcome.HELD, PutOutcome.STORED]
+    assert keeper.server.incoming_bytes == 0
+    assert keeper.store.counts.full == 1
+
+
+async def test_a_member_says_once_that_a_page_can_never_fit(
+    calls: CacheCalls, make_keeper: Any, make_page: MakePage, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper = await make_keeper("a", StoreLimits(memory=40_000))
+    for number in range(3):
+        await calls.put(keeper.member, [offer(make_page(number, 50_000))])
+    assert keeper.store.counts.full == 3
+    assert caplog.text.count("raise cache_memory") == 1
+
+
 async def test_a_page_with_a_wrong_digest_is_not_kept(
     calls: CacheCalls, make_keeper: Any, make_page: MakePage
 ) -> None:

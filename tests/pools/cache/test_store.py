@@ -159,6 +159,18 @@ async def test_too_many_that_wait_for_the_disk_are_kept_in_memory_alone(
     assert store._waiting_bytes == 0
 
 
+async def test_of_a_memory_of_few_pages_one_at_a_time_is_written(
+    tmp_path: Path, make_page: MakePage
+) -> None:
+    store = await PageStore.open(StoreLimits(memory=40_000, disk=400_000), tmp_path)
+    for number in range(4):
+        assert store.put(make_page(number, 15_000)) is PutOutcome.STORED
+        await written(store)
+    assert store.disk is not None
+    assert (store.disk.counts.written, store.counts.unwritten) == (4, 0)
+    await store.close()
+
+
 def test_impossible_limits_are_refused() -> None:
     for limits in ((0, 0, 1.0), (1, -1, 1.0), (1, 0, 0.0), (1, 0, 1.5)):
         with pytest.raises(ConfigError):

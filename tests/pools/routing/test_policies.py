@@ -17,7 +17,7 @@ from moeserve.pools.registry.view import ViewChange
 from moeserve.pools.routing.base import Route, RouteWanted, RoutingPolicy
 from moeserve.pools.routing.choosing import FEW
 from moeserve.pools.routing.freeness import MostFree, Move, freeness, rebalance
-from moeserve.pools.routing.kv_local import KvLocal
+from moeserve.pools.routing.kv_local import KvLocal, _remembered
 from moeserve.pools.routing.loads import (
     LATE_S,
     MOST_NOTES,
@@ -294,6 +294,65 @@ def test_what_is_remembered_of_prefixes_is_bounded() -> None:
         assert len(router._holders) <= 10
 
 
+@given(sent=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 1), st.integers(0, 90))),
+       prompt=st.tuples(st.integers(0, 1), st.integers(0, 90)))  # fmt: skip
+def test_the_last_member_of_a_prefix_is_found_as_if_every_page_were_looked_for(
+    sent: list[tuple[str, int, int]], prompt: tuple[int, int]
+) -> None:
+    """Of two kinds of prompt, which share nothing, and two members, so nobody is displaced."""
+
+    def keys_of(kind: int, pages: int) -> tuple[bytes, ...]:
+        return tuple(bytes([kind, page]) for page in range(pages))
+
+    router, longest = KvLocal(), dict[tuple[str, int], int]()
+    for name, kind, pages in sent:
+        wanted = replace(WANTED, keys=keys_of(kind, pages))
+        router.note(wanted, Route(member(name, Role.UNIFIED)))
+        longest[name, kind] = max(longest.get((name, kind), 0), pages)
+    kind, pages = prompt
+    remembered = [0, *_remembered(pages)]
+    found = router._cached(replace(WANTED, keys=keys_of(kind, pages)))
+    for name in "ab":
+        known = [p + 1 for p in remembered[1:] if p < longest.get((name, kind), 0)]
+        assert found.get(name, 0) == WANTED.page_tokens * max(known, default=0)
+
+
+@given(running=st.lists(st.integers(0, 64), min_size=1, max_size=7), step_s=st.sampled_from(
+    [0.001, 0.02, 0.5]))  # fmt: skip
+def test_a_member_that_has_not_decoded_is_taken_for_one_like_the_others(
+    running: list[int], step_s: float
+) -> None:
+    """A step of 0 s is no step: it costs what others of the pool have measured."""
+    measured = [
+        Report(member(f"m{i}", Role.DECODE), replace(IDLE, running=count, step_s=step_s))
+        for i, count in enumerate(running)
+    ]
+    unknown = Report(member("new", Role.DECODE), replace(IDLE, running=running[0], step_s=0.0))
+    table = table_of(*measured, unknown)
+    rows = table.rows
+    assert decode_s(rows["new"], WANTED, table) == pytest.approx(
+        decode_s(rows["m0"], WANTED, table)
+    )
+
+
+@every_policy
+def test_a_member_that_has_not_decoded_gets_its_share_and_no_more(
+    policy: Callable[[], RoutingPolicy],
+) -> None:
+    """Between two reports, and where reports show requests that wait but no step yet."""
+    new = Report(member("new", Role.DECODE), replace(IDLE, step_s=0.0, prefill_rate=0.0))
+    others = [Report(member(f"d{i}", Role.DECODE), IDLE) for i in range(3)]
+    table, router, taken = table_of(new, *others), policy(), Counter[str]()
+    for turn in range(80):
+        if turn == 40:
+            shown = [replace(r, load=replace(r.load, running=10)) for r in (new, *others)]
+            table.update(shown, 1.0)
+        route = chosen(router, table)
+        note(table, WANTED, route, 1.0 if turn >= 40 else 0.0)
+        taken[route.decode.id] += 1
+    assert taken == {"new": 20, "d0": 20, "d1": 20, "d2": 20}
+
+
 def test_freeness_is_the_steps_that_are_left() -> None:
     def free(**load: int | bool) -> float:
         report = Report(member("m", Role.DECODE), replace(IDLE, **load))  # type: ignore[arg-type]
@@ -405,6 +464,15 @@ def test_a_router_makes_of_requests_what_policies_want_to_know() -> None:
     assert rows["p"].waiting_tokens == 0
     assert router(request, 0, frozenset(), 0.0) is None
     assert (router.counts.chosen, router.counts.split, router.counts.none) == (2, 1, 3)
+
+
+def test_a_router_takes_requests_of_low_priority_for_urgent() -> None:
+    router = RequestRouter(LocalityFree(), MODEL, clock=lambda: 0.0)
+    router.on_change(ViewChange((Report(member("d", Role.DECODE), IDLE),)))
+    for priority, urgent in ((0, 0), (3, 0), (-2, 1)):
+        request = Request(RequestId("r"), (1, 2), SamplingParams(), priority=priority)
+        router(request, 0, frozenset(), 0.0)
+        assert router.table.rows["d"].urgent == urgent
 
 
 def test_a_router_expects_answers_as_they_lately_were() -> None:
