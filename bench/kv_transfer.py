@@ -38,7 +38,8 @@ from moeserve.core import (
 )
 from moeserve.engine.sequence import NEW, HeldKv, History, KvSource
 from moeserve.kernels.kv_layout import KvBlockLayout
-from moeserve.kernels.ops import KvShape
+from moeserve.kernels.kv_runs import export_by_blocks, import_by_blocks
+from moeserve.kernels.ops import KvRuns, KvShape
 from moeserve.kernels.select import choose_ops
 from moeserve.pools.kv.channels import ChannelPool
 from moeserve.pools.kv.counters import KvCounters
@@ -102,7 +103,7 @@ class FullHouse:
 
     def export_kv(self, layer: int, blocks: Sequence[BlockId], out_NX: torch.Tensor) -> None:
         if self.native:
-            out_NX.copy_(self.ops.export_kv(self.caches[layer], torch.tensor(blocks)))
+            self.ops.export_kv(self.caches[layer], torch.tensor(blocks), out_NX)
         else:
             for first, at, count in pieces(blocks):
                 out_NX[at : at + count] = self.plain[layer][first : first + count]
@@ -114,6 +115,25 @@ class FullHouse:
             for first, at, count in pieces(blocks):
                 self.plain[layer][first : first + count] = data_NX[at : at + count]
 
+    def export_runs(
+        self, blocks: Sequence[BlockId], runs: KvRuns, out_X: torch.Tensor
+    ) -> torch.Tensor:
+        if self.native:
+            return self.ops.export_runs(self.caches, torch.tensor(blocks), runs, out_X)
+        return export_by_blocks(self, blocks, runs, out_X)
+
+    def import_runs(
+        self,
+        blocks: Sequence[BlockId],
+        runs: KvRuns,
+        digests_RD: torch.Tensor,
+        data_X: torch.Tensor,
+    ) -> torch.Tensor:
+        if self.native:
+            table = torch.tensor(blocks)
+            return self.ops.import_runs(self.caches, table, runs, digests_RD, data_X)
+        return import_by_blocks(self, blocks, runs, digests_RD, data_X)
+
     def submit(self, request: Request, sink: Any, history: History = NEW) -> None:
         self.kept[request.id] = replace(self.held, computed=len(request.prompt_ids))
         sink.deliver([Event(request.id, (1,), finish=FinishReason.LENGTH)])
@@ -121,6 +141,15 @@ class FullHouse:
     def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None: ...
 
     def look(self, request_id: RequestId) -> HeldKv | None:
+        return None
+
+    def look_within(self, request_id: RequestId) -> None:
+        return None
+
+    def layers_done(self, step: int) -> int:
+        return 0
+
+    def made(self, request_id: RequestId) -> None:
         return None
 
     def take_kept(self, request_id: RequestId) -> HeldKv | None:
@@ -180,9 +209,12 @@ class Receiver:
         async def handed(outputs: tuple[int, ...], computed: int) -> bool:
             return False
 
+        async def made(outputs: tuple[int, ...]) -> bool:
+            return False
+
         source = KvSource(f"{HOST}:{self.port}")
         await self.fetcher.fetch(
-            FetchOrder(source, self.request, History(), importer, lambda event: True, handed)
+            FetchOrder(source, self.request, History(), importer, lambda event: True, handed, made)
         )
         assert importer.complete
 

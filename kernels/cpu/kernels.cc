@@ -58,6 +58,8 @@ void each_row(int64_t rows, int64_t work_per_row, const Body& body) {
 namespace paged {
 #include "units.inc"
 #include "kv.inc"
+#include "xxh3.inc"
+#include "kv_runs.inc"
 #include "attend32.inc"
 #include "attend_state.inc"
 #include "attend_products.inc"
@@ -67,7 +69,9 @@ namespace paged {
 #include "attention.inc"
 }  // namespace paged
 using paged::export_kv;
+using paged::export_runs;
 using paged::import_kv;
+using paged::import_runs;
 using paged::kv_bytes_per_block;
 using paged::paged_attention;
 using paged::write_kv;
@@ -88,7 +92,8 @@ extern const Kernels kernels = {
     quantize_per_token,
     rms_norm,   glu,        rope,
     route_topk, kv_bytes_per_block,
-    write_kv,   export_kv,  import_kv,  paged_attention,
+    write_kv,   export_kv,  import_kv,  export_runs, import_runs,
+    paged_attention,
     attend_gqa, attend_mla, dense,
     route,      moe,
     pack_tokens, relay_tokens, run_experts, relay_sums, pack_sums, combine, shared,

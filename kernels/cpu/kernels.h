@@ -52,6 +52,16 @@ struct Cache {
   bool latent;
 };
 
+// `count` runs of a sequence whose blocks are `table`: positions `start` .. `start` + `length` - 1
+// in cache `number`, at byte `offset` of `bytes`, each (number, start, length, offset) in `runs`.
+// The digest of a run is of its head, `head_bytes` of `heads`, and its bytes.
+struct KvRuns {
+  const int64_t* table;
+  const int64_t* runs;
+  const uint8_t* heads;
+  int64_t caches, blocks, count, head_bytes, bytes;
+};
+
 struct Attention {
   const float* q;  // [T, A, D]
   Cache kv;
@@ -196,6 +206,12 @@ struct Kernels {
   bool (*export_kv)(const Cache& cache, const int64_t* blocks, int64_t count, uint8_t* bytes);
   bool (*import_kv)(const Cache& cache, const int64_t* blocks, int64_t count,
                     const uint8_t* bytes);
+  // Runs of `caches` into `bytes`, with their digests, and back: those that are `right`. False if
+  // something that they name does not exist; nothing is written then.
+  bool (*export_runs)(const Cache* const* caches, const KvRuns& runs, uint8_t* bytes,
+                      uint8_t* digests);
+  bool (*import_runs)(const Cache* const* caches, const KvRuns& runs, const uint8_t* bytes,
+                      const uint8_t* digests, uint8_t* right);
   // False if a sequence needs a block that its table does not name, or a row it does not have.
   bool (*paged_attention)(const Attention& batch);
   // These add to x. False as the kernels that they are made of.

@@ -249,6 +249,34 @@ bool import_kv(const OwnedCache& kv, uintptr_t blocks, int64_t count, uintptr_t 
   return table().import_kv(kv, at<const int64_t>(blocks), count, at<const uint8_t>(bytes));
 }
 
+// The caches of `runs`, and where its parts lie: table, runs, heads, bytes, each with its size.
+using Caches = std::vector<const OwnedCache*>;
+using RunPlaces = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t,
+                             int64_t>;
+
+KvRuns runs_of(const Caches& caches, const RunPlaces& places) {
+  const auto [table, blocks, runs, count, heads, head_bytes, data, bytes] = places;
+  (void)data;
+  return {at<const int64_t>(table), at<const int64_t>(runs), at<const uint8_t>(heads),
+          static_cast<int64_t>(caches.size()), blocks, count, head_bytes, bytes};
+}
+
+bool export_runs(const Caches& caches, const RunPlaces& places, uintptr_t digests) {
+  const Alone alone;
+  const std::vector<const Cache*> plain(caches.begin(), caches.end());
+  return table().export_runs(plain.data(), runs_of(caches, places),
+                             at<uint8_t>(std::get<6>(places)), at<uint8_t>(digests));
+}
+
+bool import_runs(const Caches& caches, const RunPlaces& places, uintptr_t digests,
+                 uintptr_t right) {
+  const Alone alone;
+  const std::vector<const Cache*> plain(caches.begin(), caches.end());
+  return table().import_runs(plain.data(), runs_of(caches, places),
+                             at<const uint8_t>(std::get<6>(places)), at<const uint8_t>(digests),
+                             at<uint8_t>(right));
+}
+
 bool paged_attention(const OwnedCache& kv, uintptr_t q, int64_t heads, uintptr_t starts,
                      uintptr_t context, uintptr_t tables, int64_t sequences, int64_t table_width,
                      float scale, int64_t window, uintptr_t sinks, uintptr_t out) {
@@ -320,6 +348,8 @@ NB_MODULE(_cpu, m) {
   m.def("write_kv", write_kv, unlocked);
   m.def("export_kv", export_kv, unlocked);
   m.def("import_kv", import_kv, unlocked);
+  m.def("export_runs", export_runs, unlocked);
+  m.def("import_runs", import_runs, unlocked);
   m.def("passes", passes);
   m.def("paged_attention", paged_attention, unlocked);
   bind_layer_calls(m);

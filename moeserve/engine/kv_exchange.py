@@ -29,6 +29,7 @@ from moeserve.engine.rates import StepRates
 from moeserve.engine.request_state import EventSink
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import NEW, HeldKv, History, StepKv
+from moeserve.kernels.ops import KvRuns
 
 log = logging.getLogger("moeserve.engine")
 
@@ -101,6 +102,16 @@ class KvExchange:
     def import_kv(self, layer: int, blocks: Sequence[BlockId], data_NX: Tensor) -> None:
         """InternalError where ``data_NX`` is not uint8 [N, ``layouts[layer].nbytes``]."""
         self._tensors.import_kv(layer, blocks, data_NX)
+
+    def export_runs(self, blocks: Sequence[BlockId], runs: KvRuns, out_X: Tensor) -> Tensor:
+        """InternalError where a run names what is not there."""
+        return self._tensors.export_runs(blocks, runs, out_X)
+
+    def import_runs(
+        self, blocks: Sequence[BlockId], runs: KvRuns, digests_RD: Tensor, data_X: Tensor
+    ) -> Tensor:
+        """InternalError where a run names what is not there."""
+        return self._tensors.import_runs(blocks, runs, digests_RD, data_X)
 
     def submit(self, request: Request, sink: EventSink, history: History = NEW) -> None:
         self._engine.submit(request, sink, history)

@@ -8,7 +8,7 @@
     matrix                     weights in 8 and 4 bits, between loader and op table
     wire                       what ranks send each other for a mixture: records and sums
     sampling  host_copy        what a row to be sampled needs; where tensors leave the device
-    kv_layout                  KV blocks as bytes, once they have left a cache
+    kv_layout  kv_runs         KV blocks as bytes, once they have left a cache; runs with digests
     reference/                 the backend in plain torch
     cpu/                       the native backend
 """

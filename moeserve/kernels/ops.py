@@ -45,6 +45,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from moeserve.errors import InternalError
 from moeserve.kernels.matrix import Source
 from moeserve.kernels.sampling import SampledRow, SamplingRow
 from moeserve.kernels.wire import Combine, Copies, Sums, Wire
@@ -141,6 +142,36 @@ class KvCache:
     shape: KvShape
     nbytes: int
     data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class KvRuns:
+    """Runs (``kv_runs``) of one sequence, R of them. ``runs_R4``, int64: the cache's number, the
+    first position, how many, and the byte at which the run begins; ``heads_RH``, uint8: what a
+    run's digest is of beside its bytes, 17 to 256 bytes each."""
+
+    runs_R4: Tensor
+    heads_RH: Tensor
+
+    def __post_init__(self) -> None:
+        runs, heads = self.runs_R4, self.heads_RH
+        sound = (
+            runs.dtype is torch.int64
+            and heads.dtype is torch.uint8
+            and runs.shape == (len(heads), 4)
+            and heads.dim() == 2
+            and 17 <= heads.shape[1] <= 256
+            and runs.is_contiguous()
+            and heads.is_contiguous()
+        )
+        if not sound:
+            raise InternalError(
+                f"runs {runs.dtype} {list(runs.shape)} with heads {heads.dtype} "
+                f"{list(heads.shape)}: expected int64 [R, 4] and uint8 [R, 17..256]"
+            )
+
+    def __len__(self) -> int:
+        return len(self.runs_R4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,6 +451,29 @@ class Ops(Protocol):
 
         InternalError if a block is not one of the cache, or the bytes are not N of its blocks.
         """
+        ...
+
+    def export_runs(
+        self, caches: Sequence[KvCache], blocks_B: Tensor, runs: KvRuns, out_X: Tensor
+    ) -> Tensor:
+        """Writes the runs (``kv_runs``) of a sequence whose blocks are ``blocks_B`` (int64) to
+        ``out_X`` (uint8), each where it says; uint8 [R, 16]: their digests. In one pass, by the
+        calling thread alone.
+
+        InternalError if a run names what does not exist; nothing is written then.
+        """
+        ...
+
+    def import_runs(
+        self,
+        caches: Sequence[KvCache],
+        blocks_B: Tensor,
+        runs: KvRuns,
+        digests_RD: Tensor,
+        data_X: Tensor,
+    ) -> Tensor:
+        """The runs whose bytes in ``data_X`` have these digests enter the caches, the others do
+        not; bool [R]: which did. Otherwise as ``export_runs``."""
         ...
 
     def kv_passes(self, cache: KvCache) -> int:

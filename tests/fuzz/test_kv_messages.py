@@ -15,6 +15,8 @@ from moeserve.engine.ranks.messages import write_submission
 from moeserve.engine.sequence import NEW, HeldKv
 from moeserve.errors import DataLossError, InvalidRequestError
 from moeserve.kernels.kv_layout import KvBlockLayout
+from moeserve.kernels.kv_runs import import_by_blocks
+from moeserve.kernels.ops import KvRuns
 from moeserve.pb import kv_pb2 as pb
 from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.digests import RunDigests
@@ -36,6 +38,12 @@ class NoHouse:
 
     def import_kv(self, layer: int, blocks: Any, data_NX: Any) -> None:
         raise AssertionError("something was imported")
+
+    def export_kv(self, layer: int, blocks: Any, out_NX: Any) -> None:
+        raise AssertionError("something was read")
+
+    def import_runs(self, blocks: Any, runs: KvRuns, digests_RD: Any, data_X: Any) -> Any:
+        return import_by_blocks(self, blocks, runs, digests_RD, data_X)
 
 
 def first() -> bytes:

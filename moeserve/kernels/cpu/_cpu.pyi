@@ -5,6 +5,7 @@ while it runs, but for a ``route`` of few rows. Those that return a bool do noth
 False on an index out of range.
 """
 
+from collections.abc import Sequence
 from typing import overload
 
 def isas() -> list[str]:
@@ -142,6 +143,16 @@ def kv_bytes_per_block(
 def write_kv(cache: Cache, k: int, v: int, rows: int, slots: int, /) -> bool: ...
 def export_kv(cache: Cache, blocks: int, count: int, data: int, /) -> bool: ...
 def import_kv(cache: Cache, blocks: int, count: int, data: int, /) -> bool: ...
+def export_runs(
+    caches: Sequence[Cache], places: tuple[int, int, int, int, int, int, int, int], digests: int, /
+) -> bool: ...
+def import_runs(
+    caches: Sequence[Cache],
+    places: tuple[int, int, int, int, int, int, int, int],
+    digests: int,
+    right: int,
+    /,
+) -> bool: ...
 def passes(cache: Cache, /) -> int: ...
 def paged_attention(
     cache: Cache,

@@ -6,6 +6,7 @@ Letters: see ``ops``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,7 +17,8 @@ from moeserve.errors import InternalError
 from moeserve.kernels.cpu import _cpu
 from moeserve.kernels.cpu.packing import empty_bytes
 from moeserve.kernels.kv_layout import KvBlockLayout, outside
-from moeserve.kernels.ops import AttentionBatch, KvCache, KvShape
+from moeserve.kernels.kv_runs import DIGEST_BYTES, check_places
+from moeserve.kernels.ops import AttentionBatch, KvCache, KvRuns, KvShape
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
@@ -88,6 +90,75 @@ def import_blocks(cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
     data = data_NX.contiguous()
     if not _cpu.import_kv(handle_of(cache), blocks.data_ptr(), len(blocks), data.data_ptr()):
         raise outside("import_kv", cache, blocks)
+
+
+def export_runs(caches: Sequence[KvCache], blocks_B: Tensor, runs: KvRuns, out_X: Tensor) -> Tensor:
+    digests_RD = torch.empty(len(runs), DIGEST_BYTES, dtype=torch.uint8)
+    blocks, data = check_runs(blocks_B, out_X)
+    if not _cpu.export_runs(
+        handles_of(caches), places_of(blocks, runs, data), digests_RD.data_ptr()
+    ):
+        raise not_there(caches, blocks, runs, data)
+    return digests_RD
+
+
+def import_runs(
+    caches: Sequence[KvCache],
+    blocks_B: Tensor,
+    runs: KvRuns,
+    digests_RD: Tensor,
+    data_X: Tensor,
+) -> Tensor:
+    assert digests_RD.dtype is torch.uint8, digests_RD.dtype
+    assert digests_RD.shape == (len(runs), DIGEST_BYTES), digests_RD.shape
+    right_R = torch.empty(len(runs), dtype=torch.bool)
+    (blocks, data), digests = check_runs(blocks_B, data_X), digests_RD.contiguous()
+    if not _cpu.import_runs(
+        handles_of(caches),
+        places_of(blocks, runs, data),
+        digests.data_ptr(),
+        right_R.data_ptr(),
+    ):
+        raise not_there(caches, blocks, runs, data)
+    return right_R
+
+
+def check_runs(blocks_B: Tensor, data_X: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, in one piece each; data that is written must be so."""
+    if data_X.dtype is not torch.uint8 or data_X.dim() != 1 or not data_X.is_contiguous():
+        raise InternalError(
+            f"{data_X.dtype} {list(data_X.shape)} with strides {data_X.stride()} is no place for "
+            "runs: expected uint8 [X], one byte after the other"
+        )
+    return blocks_B.to(torch.int64).contiguous(), data_X
+
+
+def places_of(
+    blocks: Tensor, runs: KvRuns, data: Tensor
+) -> tuple[int, int, int, int, int, int, int, int]:
+    heads = runs.heads_RH
+    return (
+        blocks.data_ptr(),
+        len(blocks),
+        runs.runs_R4.data_ptr(),
+        len(runs),
+        heads.data_ptr(),
+        heads.shape[1],
+        data.data_ptr(),
+        len(data),
+    )
+
+
+def not_there(
+    caches: Sequence[KvCache], blocks: Tensor, runs: KvRuns, data: Tensor
+) -> InternalError:
+    layouts = [KvBlockLayout.of(cache.shape) for cache in caches]
+    check_places(layouts, blocks.tolist(), runs, data)
+    return outside("runs", caches[0], blocks)
+
+
+def handles_of(caches: Sequence[KvCache]) -> list[_cpu.Cache]:
+    return [handle_of(cache) for cache in caches]
 
 
 def handle_of(cache: KvCache) -> _cpu.Cache:

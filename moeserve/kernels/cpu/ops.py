@@ -40,6 +40,7 @@ from moeserve.kernels.ops import (
     GqaWeights,
     HeadWeights,
     KvCache,
+    KvRuns,
     KvShape,
     Layer,
     Linear,
@@ -224,6 +225,21 @@ class CpuOps(NativeWire):
 
     def import_kv(self, cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
         kv.import_blocks(cache, blocks_N, data_NX)
+
+    def export_runs(
+        self, caches: Sequence[KvCache], blocks_B: Tensor, runs: KvRuns, out_X: Tensor
+    ) -> Tensor:
+        return kv.export_runs(caches, blocks_B, runs, out_X)
+
+    def import_runs(
+        self,
+        caches: Sequence[KvCache],
+        blocks_B: Tensor,
+        runs: KvRuns,
+        digests_RD: Tensor,
+        data_X: Tensor,
+    ) -> Tensor:
+        return kv.import_runs(caches, blocks_B, runs, digests_RD, data_X)
 
     def kv_passes(self, cache: KvCache) -> int:
         return _cpu.passes(cache.data.handle)

@@ -6,15 +6,29 @@ that ``ops`` states, because what is rounded there depends on them. Letters: see
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from moeserve.core import BlockId
 from moeserve.kernels.kv_layout import KvBlockLayout, outside
+from moeserve.kernels.kv_runs import (
+    check_places,
+    export_by_blocks,
+    import_by_blocks,
+)
 from moeserve.kernels.matrix import quantize_rows
-from moeserve.kernels.ops import ATTENTION_SEGMENT, ATTENTION_STEP, AttentionBatch, KvCache, KvShape
+from moeserve.kernels.ops import (
+    ATTENTION_SEGMENT,
+    ATTENTION_STEP,
+    AttentionBatch,
+    KvCache,
+    KvRuns,
+    KvShape,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +137,51 @@ def import_blocks(cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
     for s, part in enumerate(pages.parts):
         if part.scale_BPG is not None:
             part.scale_BPG[blocks_N] = sections["scales"][..., s]
+
+
+@dataclass(frozen=True, slots=True)
+class CachesByBlocks:
+    """A ``kv_runs.BlockKv`` of these caches."""
+
+    caches: Sequence[KvCache]
+
+    @property
+    def layouts(self) -> list[KvBlockLayout]:
+        return [KvBlockLayout.of(cache.shape) for cache in self.caches]
+
+    def export_kv(self, layer: int, blocks: Sequence[BlockId], out_NX: Tensor, /) -> None:
+        export_blocks(self.caches[layer], torch.tensor(blocks), out_NX)
+
+    def import_kv(self, layer: int, blocks: Sequence[BlockId], data_NX: Tensor, /) -> None:
+        import_blocks(self.caches[layer], torch.tensor(blocks), data_NX)
+
+
+def export_runs(caches: Sequence[KvCache], blocks_B: Tensor, runs: KvRuns, out_X: Tensor) -> Tensor:
+    by_blocks, blocks = _checked(caches, blocks_B, runs, out_X)
+    return export_by_blocks(by_blocks, blocks, runs, out_X)
+
+
+def import_runs(
+    caches: Sequence[KvCache],
+    blocks_B: Tensor,
+    runs: KvRuns,
+    digests_RD: Tensor,
+    data_X: Tensor,
+) -> Tensor:
+    by_blocks, blocks = _checked(caches, blocks_B, runs, data_X)
+    return import_by_blocks(by_blocks, blocks, runs, digests_RD, data_X)
+
+
+def _checked(
+    caches: Sequence[KvCache], blocks_B: Tensor, runs: KvRuns, data_X: Tensor
+) -> tuple[CachesByBlocks, list[BlockId]]:
+    by_blocks, blocks = CachesByBlocks(caches), list(map(BlockId, blocks_B.tolist()))
+    check_places(by_blocks.layouts, blocks, runs, data_X)
+    for layer, start, count, _ in runs.runs_R4.tolist():
+        size = caches[layer].shape.block_size
+        used_B = blocks_B[start // size : (start + count - 1) // size + 1]
+        check_inside("runs", caches[layer], used_B)
+    return by_blocks, blocks
 
 
 def passes_of(cache: KvCache) -> Passes:

@@ -21,6 +21,7 @@ from moeserve.kernels.ops import (
     Experts,
     GqaWeights,
     KvCache,
+    KvRuns,
     KvShape,
     Linear,
     MlaWeights,
@@ -171,6 +172,21 @@ class ReferenceOps(Composed, ReferenceWire):
     ) -> None:
         attend(self, x_TH, part.weights, step, cache)
         reference_kv.passes_of(cache).done += 1
+
+    def export_runs(
+        self, caches: Sequence[KvCache], blocks_B: Tensor, runs: KvRuns, out_X: Tensor
+    ) -> Tensor:
+        return reference_kv.export_runs(caches, blocks_B, runs, out_X)
+
+    def import_runs(
+        self,
+        caches: Sequence[KvCache],
+        blocks_B: Tensor,
+        runs: KvRuns,
+        digests_RD: Tensor,
+        data_X: Tensor,
+    ) -> Tensor:
+        return reference_kv.import_runs(caches, blocks_B, runs, digests_RD, data_X)
 
     def kv_passes(self, cache: KvCache) -> int:
         return reference_kv.passes_of(cache).done

@@ -35,6 +35,7 @@ from moeserve.engine.request_state import EventSink, RankSink, reason_refused
 from moeserve.engine.sequence import HeldKv, History, StepKv
 from moeserve.errors import DataLossError, MoeserveError
 from moeserve.kernels.kv_layout import KvBlockLayout
+from moeserve.kernels.ops import KvRuns
 from moeserve.pools.cache.page_kv import page_kv_of
 from moeserve.pools.cache.pages import StoredRun
 from moeserve.pools.cache.pool import FETCH_S, PagePool
@@ -126,6 +127,14 @@ class PooledHouse:
 
     def import_kv(self, layer: int, blocks: Sequence[BlockId], data_NX: Tensor) -> None:
         self._house.import_kv(layer, blocks, data_NX)
+
+    def export_runs(self, blocks: Sequence[BlockId], runs: KvRuns, out_X: Tensor) -> Tensor:
+        return self._house.export_runs(blocks, runs, out_X)
+
+    def import_runs(
+        self, blocks: Sequence[BlockId], runs: KvRuns, digests_RD: Tensor, data_X: Tensor
+    ) -> Tensor:
+        return self._house.import_runs(blocks, runs, digests_RD, data_X)
 
     def look(self, request_id: RequestId) -> HeldKv | None:
         return self._house.look(request_id)

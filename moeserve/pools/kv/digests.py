@@ -1,10 +1,11 @@
 """What a run of KV is known by: a digest over where it belongs and its bytes.
 
-XXH3-128 over a header (model, scope, all tokens from the first to the last of the run, layer and
-its geometry, positions) and the bytes. So what was meant for another model, tenant, prompt, layer
-or place does not pass, nor do changed bytes. It is made when the bytes leave a cache, stays with
-them, and is checked before they enter another: against faults, not against a member that lies,
-for members trust one another (``comm.control.rpc``).
+XXH3-128 over a head (geometry of the layer, 32 bytes; model, scope and all tokens from the first to
+the last of the run, 32 bytes; layer, first position and count: ``<IQQ``) and the bytes. So what was
+meant for another model, tenant, prompt, layer or place does not pass, nor do changed bytes. It is
+made when the bytes leave a cache, stays with them, and is checked before they enter another:
+against faults, not against a member that lies, for members trust one another
+(``comm.control.rpc``).
 
 The number of positions of a block is no part of it, nor are the runs before: members of different
 block sizes make equal digests of equal runs.
@@ -18,16 +19,19 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import TypeAlias
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from moeserve.core import CacheScope
 from moeserve.engine.blocks import root_key
 from moeserve.kernels.kv_layout import KvBlockLayout
+from moeserve.kernels.kv_runs import DIGEST_BYTES as DIGEST_BYTES
 
 Data: TypeAlias = bytes | bytearray | memoryview
 
-DIGEST_BYTES = 16
 _PLACE = struct.Struct("<IQQ")
+HEAD_BYTES = 32 + 32 + _PLACE.size
 
 
 def geometry_of(layouts: Sequence[KvBlockLayout]) -> bytes:
@@ -57,7 +61,8 @@ class RunDigests:
         root = sha256(b"moeserve.kv.run.v1" + root_key(scope))
         root.update(len(name).to_bytes(8, "little") + name)
         self._root = root
-        self._geometry = [sha256(_describe(layout).encode()).digest() for layout in layouts]
+        geometry = b"".join(sha256(_describe(layout).encode()).digest() for layout in layouts)
+        self._geometry = np.frombuffer(geometry, np.uint8).reshape(-1, 32)
         self._tokens = array("q", token_ids)
         self._chain, self._hashed = root.copy(), 0
         self._keys: dict[int, bytes] = {}
@@ -72,24 +77,23 @@ class RunDigests:
     def of(self, layer: int, start: int, count: int, data: Data) -> bytes:
         """16 bytes. The positions have tokens, and ``layer`` a layout."""
         place = self._key(start + count) + _PLACE.pack(layer, start, count)
-        found = xxhash.xxh3_128(self._geometry[layer] + place)
+        found = xxhash.xxh3_128(self._geometry[layer].tobytes() + place)
         found.update(data)
         return found.digest()
 
-    def of_each(
-        self, layer: int, runs: Sequence[tuple[int, int]], width: int, data: memoryview
-    ) -> bytes:
-        """``of`` each (start, count), whose bytes lie one behind the other, ``width`` to a
-        position."""
-        made: list[bytes] = []
-        geometry, new, at = self._geometry[layer], xxhash.xxh3_128, 0
-        for start, count in runs:
-            end = at + count * width
-            found = new(geometry + self._key(start + count) + _PLACE.pack(layer, start, count))
-            found.update(data[at:end])
-            made.append(found.digest())
-            at = end
-        return b"".join(made)
+    def heads(
+        self, layers: Sequence[int], starts: Sequence[int], counts: Sequence[int]
+    ) -> NDArray[np.uint8]:
+        """uint8 [L, R, ``HEAD_BYTES``]: what comes before the bytes of a run of each layer, start
+        and count."""
+        keys = b"".join(self._key(s + n) for s, n in zip(starts, counts, strict=True))
+        place = np.array([starts, counts], "<u8").T.copy().view(np.uint8)
+        found = np.empty((len(layers), len(starts), HEAD_BYTES), np.uint8)
+        found[:, :, :32] = self._geometry[layers, None]
+        found[:, :, 32:64] = np.frombuffer(keys, np.uint8).reshape(-1, 32)
+        found[:, :, 64:68] = np.array(layers, "<u4")[:, None].view(np.uint8)[:, None]
+        found[:, :, 68:] = place
+        return found
 
     def _key(self, end: int) -> bytes:
         """Of model, scope and the first ``end`` tokens."""

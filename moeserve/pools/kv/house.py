@@ -18,6 +18,7 @@ from moeserve.core import BlockId, CacheScope, FinishReason, Request, RequestId
 from moeserve.engine.request_state import EventSink
 from moeserve.engine.sequence import HeldKv, History, StepKv
 from moeserve.kernels.kv_layout import KvBlockLayout
+from moeserve.kernels.ops import KvRuns
 
 
 class KvHouse(Protocol):
@@ -50,6 +51,18 @@ class KvHouse(Protocol):
 
     def import_kv(self, layer: int, blocks: Sequence[BlockId], data_NX: Tensor) -> None:
         """The blocks were borrowed, and are not shared."""
+        ...
+
+    def export_runs(self, blocks: Sequence[BlockId], runs: KvRuns, out_X: Tensor) -> Tensor:
+        """Runs of a sequence that has these blocks, which are held, into ``out_X`` (uint8), with
+        their digests, uint8 [R, 16]: many layers and blocks at once (``Ops.export_runs``)."""
+        ...
+
+    def import_runs(
+        self, blocks: Sequence[BlockId], runs: KvRuns, digests_RD: Tensor, data_X: Tensor
+    ) -> Tensor:
+        """Those runs whose bytes have their digests enter the blocks, which were borrowed, and are
+        not shared; bool [R]: which did."""
         ...
 
     def submit(self, request: Request, sink: EventSink, history: History) -> None:

@@ -1,46 +1,25 @@
-"""Runs into borrowed blocks: each is checked for its place and its digest before it enters a cache.
+"""Runs into borrowed blocks: each is checked for its place and its digest before it enters a cache,
+all of a frame in one call. The sender's runs may be of another size than the blocks here. Blocks
+that begin before ``have`` are somebody else's and not written to.
 
-The sender's runs may be of another size than the blocks here: blocks are put together from runs,
-and enter the cache whole. Blocks that begin before ``have`` are somebody else's and not written to.
-
-Letters: N runs or blocks, X bytes of one.
+Letters: R runs, X bytes, D of a digest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from moeserve.core import BlockId
 from moeserve.engine.sequence import HeldKv
-from moeserve.errors import InvalidRequestError
+from moeserve.errors import DataLossError, InvalidRequestError
+from moeserve.kernels.kv_runs import run_bytes
 from moeserve.pools.kv.counters import KvCounters
-from moeserve.pools.kv.digests import Data, RunDigests
+from moeserve.pools.kv.digests import DIGEST_BYTES, Data, RunDigests
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.order import RunOrder
-from moeserve.pools.kv.runs import (
-    KvRun,
-    Stretch,
-    copy_positions,
-    resized,
-    run_bytes,
-    run_ends,
-    tensor_of,
-)
-
-# Of the data that is checked and then imported at once, so that it is read from a near cache.
-PIECE_BYTES = 256 << 10
-
-
-@dataclass(slots=True)
-class _Part:
-    """A block that is being put together: ``filled`` of its positions are there."""
-
-    data_X: Tensor
-    filled: int = 0
+from moeserve.pools.kv.runs import Stretch, frame_runs, stretch_bytes, tensor_of
 
 
 class KvImporter:
@@ -67,7 +46,6 @@ class KvImporter:
         self._blocks = list(held.blocks)
         self._have = held.computed
         self._order = RunOrder(len(self._layouts), self._have, length)
-        self._parts: dict[tuple[int, int], _Part] = {}
         self.taken_bytes = self.taken_runs = 0  # that were as they should be
 
     @property
@@ -108,7 +86,6 @@ class KvImporter:
         """Another source goes on from the position that is returned."""
         self._have = self.computed
         self._order = RunOrder(len(self._layouts), self._have, self._order.length)
-        self._parts.clear()
         return self._have
 
     def extend(self, blocks: Sequence[BlockId], token_ids: Sequence[int], length: int) -> None:
@@ -117,74 +94,50 @@ class KvImporter:
         self._blocks += blocks
         self.digests.extend(token_ids)
         self._order.resize(length)
-        for (layer, block), part in self._parts.items():
-            self._import_if_full(layer, block, part)
-
-    def take(self, run: KvRun, transport: str) -> bool:
-        """One run; False where its digest is wrong."""
-        return not self.take_stretch(
-            Stretch(run.layer, run.start, run.start + run.count),
-            run.digest, run.count, run.data, transport,
-        )  # fmt: skip
 
     def take_stretch(
         self, stretch: Stretch, digests: bytes, run_size: int, data: Data, transport: str
-    ) -> list[tuple[int, int]]:
-        """Runs of one layer, one behind the other; (start, count) of those that are to come again.
+    ) -> list[Stretch]:
+        """``take`` one stretch, of which there are as many bytes as its runs have."""
+        layer, count = stretch.layer, stretch.stop - stretch.start
+        if not 0 <= layer < len(self._layouts) or len(data) != run_bytes(
+            self._layouts[layer], count
+        ):
+            raise InvalidRequestError(
+                f"{len(data)} bytes are not {count} positions of layer {layer} of "
+                f"{len(self._layouts)}"
+            )
+        return self.take([stretch], [digests], run_size, data, transport)
+
+    def take(
+        self,
+        stretches: Sequence[Stretch],
+        digests: Sequence[bytes],
+        run_size: int,
+        data: Data,
+        transport: str,
+    ) -> list[Stretch]:
+        """Runs of each of these, which lie ``stretch_bytes`` one behind the other in ``data``; what
+        is to come again, a run each.
 
         InvalidRequestError where they are not due or of another size than said, DataLossError
-        where one is wrong that was wrong before.
+        where one is wrong that was wrong before. What came before, and is right, has entered the
+        cache then.
         """
-        layer, at = stretch.layer, 0
-        bounds = self._check(stretch, digests, run_size, data)
-        wrong: list[tuple[int, int]] = []
-        view, width = memoryview(data), run_bytes(self._layouts[layer], 1)
-        most, counted = max(1, PIECE_BYTES // (width * run_size)), 0
-        for i in range(0, len(bounds), most):
-            runs = bounds[i : i + most]
-            end = at + width * sum(count for _, count in runs)
-            said = digests[16 * i : 16 * (i + len(runs))]
-            bad = self._take_piece(layer, runs, said, view[at:end])
-            wrong += bad
-            counted += end - at - width * sum(count for _, count in bad)
-            at = end
-        self.taken_bytes += counted
-        self.taken_runs += len(bounds) - len(wrong)
-        self._counters.add("runs", len(bounds) - len(wrong))
-        self._counters.add_to("bytes", transport, counted)
-        return wrong
-
-    def _take_piece(
-        self, layer: int, runs: list[tuple[int, int]], said: bytes, view: memoryview
-    ) -> list[tuple[int, int]]:
-        """Runs that are checked and then imported at once; those that are wrong."""
-        width = run_bytes(self._layouts[layer], 1)
-        found = self.digests.of_each(layer, runs, width, view)
-        wrong: list[tuple[int, int]] = []
-        good: list[tuple[int, int, int]] = []  # (start, count, offset of its bytes)
-        at = 0
+        good: list[Stretch] = []
         try:
-            for i, (start, count) in enumerate(runs):
-                self._order.take(layer, start, count)
-                if found[16 * i : 16 * (i + 1)] == said[16 * i : 16 * (i + 1)]:
-                    good.append((start, count, at))
-                else:
-                    self._counters.add("bad_digests")
-                    self._order.miss(layer, start, count)
-                    wrong.append((start, count))
-                    if good:
-                        self._place(layer, good, view)
-                        good = []
-                at += count * width
-        finally:  # what was taken and was right is said to have arrived, so it enters the cache
-            if good:
-                self._place(layer, good, view)
+            at = 0
+            for stretch, said in zip(stretches, digests, strict=True):
+                self._check(stretch, said, run_size, len(data) - at)
+                self._order.take(stretch.layer, stretch.start, stretch.stop - stretch.start)
+                good.append(stretch)
+                at += stretch_bytes(self._layouts[stretch.layer], stretch)
+        finally:  # what was taken is said to have arrived
+            wrong = self._import(good, digests, run_size, data, transport) if good else []
         return wrong
 
-    def _check(
-        self, stretch: Stretch, digests: bytes, run_size: int, data: Data
-    ) -> list[tuple[int, int]]:
-        """Bounds of the runs, of which there are as many as have digests and bytes."""
+    def _check(self, stretch: Stretch, digests: bytes, run_size: int, left: int) -> None:
+        """Its runs have as many digests and bytes as they need."""
         layer, start, stop = stretch.layer, stretch.start, stretch.stop
         if not 0 <= layer < len(self._layouts):
             raise InvalidRequestError(f"runs of layer {layer}: there are {len(self._layouts)}")
@@ -193,49 +146,47 @@ class KvImporter:
                 f"runs of {run_size} from position {start} to {stop - 1}, of "
                 f"{self._order.length} that are wanted"
             )
-        bounds = list(run_ends(start, stop, run_size))
+        runs = -(-stop // run_size) - start // run_size
         size = run_bytes(self._layouts[layer], stop - start)
-        if len(data) != size or len(digests) != 16 * len(bounds):
+        if left < size or len(digests) != DIGEST_BYTES * runs:
             raise InvalidRequestError(
-                f"{len(data)} bytes and {len(digests)} of digests are not {len(bounds)} runs of "
-                f"layer {layer}, which have {size}"
+                f"{left} bytes and {len(digests)} of digests are not {runs} runs of layer {layer}, "
+                f"which have {size}"
             )
-        return bounds
 
-    def _place(self, layer: int, runs: list[tuple[int, int, int]], view: memoryview) -> None:
-        """Checked runs into the cache, whole blocks at once."""
-        layout, size = self._layouts[layer], self._size
-        start, count, at = runs[0]
-        bytes_X = tensor_of(view)  # which outlives it
-        if start % size == 0 and all(count == size for _, count, _ in runs):
-            first = start // size
-            blocks = self._blocks[first : first + len(runs)]
-            data_X = bytes_X[at : at + run_bytes(layout, len(runs) * size)]
-            self._house.import_kv(layer, blocks, data_X.view(len(runs), -1))
-            return
-        for start, count, at in runs:
-            run_X = bytes_X[at : at + run_bytes(layout, count)]
-            self._put_together(layer, start, count, run_X)
-
-    def _put_together(self, layer: int, start: int, count: int, run_X: Tensor) -> None:
-        """A run that is no whole block here, into the blocks that it touches."""
-        layout, size, done = self._layouts[layer], self._size, 0
-        source = resized(layout, count)
-        while done < count:
-            block, first = divmod(start + done, size)
-            part = self._parts.get((layer, block))
-            if part is None:
-                part = _Part(torch.zeros(layout.nbytes, dtype=torch.uint8))
-                self._parts[layer, block] = part
-            taken = min(size - first, count - done)
-            copy_positions((source, run_X, done), (layout, part.data_X, first), taken)
-            part.filled += taken
-            done += taken
-            self._import_if_full(layer, block, part)
-            if part.filled == size:
-                del self._parts[layer, block]
-
-    def _import_if_full(self, layer: int, block: int, part: _Part) -> None:
-        """Nothing more of the block is wanted; it stays a part, for more may be wanted later."""
-        if part.filled == min(self._size, self._order.length - block * self._size):
-            self._house.import_kv(layer, [self._blocks[block]], part.data_X[None])
+    def _import(
+        self,
+        stretches: Sequence[Stretch],
+        digests: Sequence[bytes],
+        run_size: int,
+        data: Data,
+        transport: str,
+    ) -> list[Stretch]:
+        """In one call: each is checked, and enters the cache if it is right."""
+        layouts = self._layouts
+        made = frame_runs(layouts, self.digests, stretches, run_size, self._size)
+        said = torch.frombuffer(bytearray().join(digests[: len(stretches)]), dtype=torch.uint8)
+        used = self._blocks[made.first_block : made.last_block + 1]
+        right_R = self._house.import_runs(
+            used, made.runs, said.view(-1, DIGEST_BYTES), tensor_of(data)
+        )
+        bad = [] if right_R.all() else (~right_R).nonzero()[:, 0].tolist()
+        nbytes = sum(run_bytes(layouts[s.layer], s.stop - s.start) for s in stretches)
+        wrong: list[Stretch] = []
+        lost: DataLossError | None = None
+        for layer, start, count, _ in made.runs.runs_R4[bad].tolist():
+            start += made.first_block * self._size
+            wrong.append(Stretch(layer, start, start + count))
+            nbytes -= run_bytes(layouts[layer], count)
+            try:
+                self._order.miss(layer, start, count)
+            except DataLossError as error:
+                lost = error
+        self._counters.add("bad_digests", len(wrong))
+        self.taken_bytes += nbytes
+        self.taken_runs += len(made.runs) - len(wrong)
+        self._counters.add("runs", len(made.runs) - len(wrong))
+        self._counters.add_to("bytes", transport, nbytes)
+        if lost is not None:
+            raise lost
+        return wrong

@@ -29,7 +29,7 @@ from moeserve.pools.kv.limits import FetchLimits
 from moeserve.pools.kv.memory import SlotMemory
 from moeserve.pools.kv.messages import SourceReader
 from moeserve.pools.kv.mover import Mover, look_at_error
-from moeserve.pools.kv.runs import Stretch, run_bytes, stretch_bytes
+from moeserve.pools.kv.runs import Stretch, stretch_bytes
 
 # Messages that wait to be imported, or are.
 MOST_TAKEN = 2
@@ -186,31 +186,21 @@ class ReceiverCall:
 
     def _import(self, spans: pb.Spans, data: Data) -> list[Stretch]:
         """On the mover's thread; the runs that are to come again."""
-        if not spans.HasField("slot"):
-            at, wrong = self._import_spans(spans, memoryview(data), "grpc")
-            if at != len(data):
-                raise InvalidRequestError(f"{len(data)} bytes of runs that have {at}")
-            return wrong
-        if self._memory is None or data:
-            raise InvalidRequestError(f"runs in slot {spans.slot} of a memory that is not there")
-        return self._import_spans(spans, self._memory.slot(spans.slot), "memory")[1]
-
-    def _import_spans(
-        self, spans: pb.Spans, view: memoryview, transport: str
-    ) -> tuple[int, list[Stretch]]:
-        at, wrong = 0, []
-        for span in spans.spans:
-            stretch = Stretch(span.layer, span.start, span.stop)
-            if not (stretch.layer < len(self._layouts) and stretch.start < stretch.stop):
-                raise InvalidRequestError(f"runs of layer {span.layer}, {span.start}..{span.stop}")
-            layout = self._layouts[stretch.layer]
-            size = run_bytes(layout, stretch.stop - stretch.start)
-            missed = self._importer.take_stretch(
-                stretch, span.digests, self._run_size, view[at : at + size], transport
-            )
-            wrong += [Stretch(stretch.layer, start, start + n) for start, n in missed]
-            at += stretch_bytes(layout, stretch)
-        return at, wrong
+        view, transport = memoryview(data), "grpc"
+        if spans.HasField("slot"):
+            if self._memory is None or data:
+                raise InvalidRequestError(f"slot {spans.slot} of a memory that is not there")
+            view, transport = self._memory.slot(spans.slot), "memory"
+        stretches = [Stretch(span.layer, span.start, span.stop) for span in spans.spans]
+        size = 0
+        for one in stretches:
+            if not (one.layer < len(self._layouts) and one.start < one.stop):
+                raise InvalidRequestError(f"runs of layer {one.layer}, {one.start}..{one.stop}")
+            size += stretch_bytes(self._layouts[one.layer], one)
+        if not stretches or (size != len(view) if transport == "grpc" else size > len(view)):
+            raise InvalidRequestError(f"{len(view)} bytes of runs that have {size}")
+        digests = [span.digests for span in spans.spans]
+        return self._importer.take(stretches, digests, self._run_size, view[:size], transport)
 
     async def _stop_when_near(self) -> None:
         """What runs at the source is taken out there as soon as little is left to come."""

@@ -1,38 +1,27 @@
-"""Runs: the KV of consecutive positions of one layer, as bytes that name their place.
+"""Which runs (``kernels.kv_runs``) of a sequence go where: stretches of runs of one layer, and
+frames of stretches.
 
-A run of ``count`` positions is laid out as a block of so many would be (``kernels.kv_layout``), so
-one of a whole block is what ``Ops.export_kv`` writes. Blocks of other sizes are made of runs, and
-runs of blocks, section by section. Pure, but for the bytes that are written where the caller says.
-
-P positions of a block, X bytes of a block.
+Pure. R runs, L layers, H bytes of a head.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moeserve.kernels.kv_layout import KvBlockLayout
-from moeserve.pools.kv.digests import Data
+from moeserve.kernels.kv_runs import run_bytes
+from moeserve.kernels.ops import KvRuns
+from moeserve.pools.kv.digests import HEAD_BYTES, Data, RunDigests
 
 # Spans begin at multiples of it in a frame.
 ALIGNMENT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class KvRun:
-    """Positions ``start .. start + count - 1`` of ``layer``; ``digest`` is of ``RunDigests``."""
-
-    layer: int
-    start: int
-    count: int
-    digest: bytes
-    data: Data
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +31,6 @@ class Stretch:
     layer: int
     start: int
     stop: int
-
-
-def run_bytes(layout: KvBlockLayout, count: int) -> int:
-    """Of a run of so many positions. Sections have no gaps, so it is proportional to them."""
-    return layout.nbytes // layout.block_size * count
 
 
 def run_ends(start: int, stop: int, run_size: int) -> Iterator[tuple[int, int]]:
@@ -63,18 +47,6 @@ def stretch_bytes(layout: KvBlockLayout, stretch: Stretch) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def copy_positions(
-    source: tuple[KvBlockLayout, Tensor, int], target: tuple[KvBlockLayout, Tensor, int], count: int
-) -> None:
-    """``count`` positions of one block or run, from a position on, into another. Each is (layout,
-    uint8 [X], first position); the layouts differ in their block size only."""
-    (layout, data_X, first), (other, out_X, at) = source, target
-    for s, o in zip(layout.sections, other.sections, strict=True):
-        width = s.nbytes // layout.block_size
-        begin, to = s.start + first * width, o.start + at * width
-        out_X[to : to + count * width] = data_X[begin : begin + count * width]
-
-
 def tensor_of(data: Data) -> Tensor:
     """The bytes, one at least, not copied: they are only read, and whoever calls keeps them for as
     long. ``torch.frombuffer`` warns of bytes that cannot be written to."""
@@ -83,8 +55,47 @@ def tensor_of(data: Data) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def resized(layout: KvBlockLayout, block_size: int) -> KvBlockLayout:
-    return replace(layout, block_size=block_size)
+@dataclass(frozen=True, slots=True)
+class FrameRuns:
+    """The runs of a frame: of blocks ``first_block`` to ``last_block`` of its sequence, from whose
+    first position the positions of ``runs`` count. ``counts`` of them are in each stretch."""
+
+    runs: KvRuns
+    first_block: int
+    last_block: int
+    counts: tuple[int, ...]
+
+
+def frame_runs(
+    layouts: Sequence[KvBlockLayout],
+    digests: RunDigests,
+    stretches: Sequence[Stretch],
+    run_size: int,
+    block_size: int,
+) -> FrameRuns:
+    """Of stretches that lie ``stretch_bytes`` one behind the other. Those with equal bounds, which
+    are most, are made together: there is no work for each run."""
+    first = min(stretch.start for stretch in stretches) // block_size
+    last = (max(stretch.stop for stretch in stretches) - 1) // block_size
+    parts, heads, counts, at = [], [], [], 0
+    for (start, stop), group in groupby(stretches, key=lambda s: (s.start, s.stop)):
+        layers = [stretch.layer for stretch in group]
+        starts, sizes = zip(*run_ends(start, stop, run_size), strict=True)
+        begin = np.empty(len(layers), np.int64)
+        for i, layer in enumerate(layers):
+            begin[i] = at
+            at += stretch_bytes(layouts[layer], Stretch(layer, start, stop))
+        width = np.array([run_bytes(layouts[layer], 1) for layer in layers], np.int64)
+        part = np.empty((len(layers), len(starts), 4), np.int64)
+        part[:, :, 0] = np.array(layers)[:, None]
+        part[:, :, 1] = np.array(starts) - first * block_size
+        part[:, :, 2] = sizes
+        part[:, :, 3] = begin[:, None] + width[:, None] * (np.array(starts) - start)
+        parts.append(part.reshape(-1, 4))
+        heads.append(digests.heads(layers, starts, sizes).reshape(-1, HEAD_BYTES))
+        counts += [len(starts)] * len(layers)
+    runs = torch.from_numpy(np.concatenate(parts)), torch.from_numpy(np.concatenate(heads))
+    return FrameRuns(KvRuns(*runs), first, last, tuple(counts))
 
 
 def plan_stretches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +14,15 @@ from hypothesis import strategies as st
 from moeserve.core import CacheScope
 from moeserve.errors import DataLossError, InvalidRequestError
 from moeserve.kernels.kv_layout import KvBlockLayout
+from moeserve.kernels.kv_runs import copy_positions, digest_of, resized, run_bytes
 from moeserve.pools.kv.digests import RunDigests, geometry_of
 from moeserve.pools.kv.frames import PREFIX_BYTES, FramePlace, Side, seal, unseal
 from moeserve.pools.kv.order import MOST_MISSING, RunOrder
 from moeserve.pools.kv.runs import (
-    copy_positions,
+    Stretch,
     fill_frames,
+    frame_runs,
     plan_stretches,
-    resized,
-    run_bytes,
     run_ends,
     stretch_bytes,
 )
@@ -207,15 +208,32 @@ def test_a_frame_that_is_filled_in_place_is_the_one_that_is_copied(
     assert place.seal(Side.SOURCE, number, head) == seal(Side.SOURCE, number, head, data)
 
 
-@given(sizes, st.integers(1, 40), st.integers(0, 39))
+@given(sizes, sizes, st.data())
 @settings(max_examples=60, deadline=None)
-def test_digests_of_several_runs_are_those_of_each(size: int, length: int, first: int) -> None:
-    layout, first = LAYOUTS[0], min(first, length - 1)
-    digests = RunDigests("m", LAYOUTS, SALTED, range(length))
-    runs, width = list(run_ends(first, length, size)), run_bytes(layout, 1)
-    data = memoryview(random.Random(size).randbytes(width * (length - first)))
-    want = [
-        digests.of(0, start, count, data[(start - first) * width :][: count * width])
-        for start, count in runs
-    ]
-    assert digests.of_each(0, runs, width, data) == b"".join(want)
+def test_runs_of_a_frame_are_those_of_its_stretches(size: int, block: int, data: Any) -> None:
+    """Their places, one behind the other, and digests as of each run by itself."""
+    digests = RunDigests("m", LAYOUTS, SALTED, range(40))
+    bounds = st.tuples(st.integers(0, 3), st.integers(0, 38), st.integers(1, 39))
+    drawn = data.draw(st.lists(bounds, min_size=1, max_size=6))
+    stretches = [Stretch(layer, min(a, b - 1), max(a + 1, b)) for layer, a, b in drawn]
+    total = sum(stretch_bytes(LAYOUTS[s.layer], s) for s in stretches)
+    content = torch.randint(256, (total,), dtype=torch.uint8)
+    made = frame_runs(LAYOUTS, digests, stretches, size, block)
+    found = iter(zip(made.runs.runs_R4.tolist(), made.runs.heads_RH, strict=True))
+    at = 0
+    for stretch, runs in zip(stretches, made.counts, strict=True):
+        layout, begin = LAYOUTS[stretch.layer], at
+        ends = list(run_ends(stretch.start, stretch.stop, size))
+        assert len(ends) == runs
+        for start, count in ends:
+            (layer, first, n, offset), head = next(found)
+            assert (layer, n, offset) == (stretch.layer, count, begin)
+            assert first + made.first_block * block == start
+            run = content[begin : begin + run_bytes(layout, count)]
+            want = digests.of(layer, start, count, run.numpy().tobytes())
+            assert digest_of(head, run) == want
+            begin += len(run)
+        at += stretch_bytes(layout, stretch)
+    assert next(found, None) is None
+    assert made.first_block == min(s.start for s in stretches) // block
+    assert made.last_block == (max(s.stop for s in stretches) - 1) // block

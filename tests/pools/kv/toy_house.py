@@ -30,9 +30,14 @@ from moeserve.core import (
 from moeserve.engine.sequence import NEW, HeldKv, History
 from moeserve.errors import ExhaustedError, InvalidRequestError, UnavailableError
 from moeserve.kernels.kv_layout import KvBlockLayout
-from moeserve.kernels.ops import KvShape
+from moeserve.kernels.kv_runs import (
+    copy_positions,
+    export_by_blocks,
+    import_by_blocks,
+    resized,
+)
+from moeserve.kernels.ops import KvRuns, KvShape
 from moeserve.kernels.reference.ops import ReferenceOps
-from moeserve.pools.kv.runs import copy_positions, resized
 
 VOCAB = 997
 EOS = 7
@@ -141,6 +146,14 @@ class ToyHouse:
         assert all(self.refs[b] == 1 and b not in self.key_of for b in blocks), "shared blocks"
         self.imported += len(blocks)
         self.ops.import_kv(self.caches[layer], torch.tensor(list(blocks)), data_NX)
+
+    def export_runs(self, blocks: Sequence[BlockId], runs: KvRuns, out_X: Tensor) -> Tensor:
+        return export_by_blocks(self, blocks, runs, out_X)
+
+    def import_runs(
+        self, blocks: Sequence[BlockId], runs: KvRuns, digests_RD: Tensor, data_X: Tensor
+    ) -> Tensor:
+        return import_by_blocks(self, blocks, runs, digests_RD, data_X)
 
     def submit(self, request: Request, sink: Any, history: History = NEW) -> None:
         with self.lock:
