@@ -1,14 +1,15 @@
 """Every setting, declared once in the group of those who use it; defaults and bounds are here.
 
     group           used by                                       taken by
-    ModelOptions    every rank, as it loads                       serve, worker, generate
-    LoadOptions     every rank, as it reads weights               serve, worker, generate
-    CacheOptions    every rank, as it makes its KV cache          serve, worker, generate
-    StepOptions     every rank: bounds of a step                  serve, worker, generate
-    ProcessOptions  every rank: its process                       serve, worker, generate
-    RequestOptions  every rank: how requests are taken in         serve, worker
+    ModelOptions    every rank, as it loads                       serve, worker, generate, batch
+    LoadOptions     every rank, as it reads weights               serve, worker, generate, batch
+    CacheOptions    every rank, as it makes its KV cache          serve, worker, generate, batch
+    StepOptions     every rank: bounds of a step                  serve, worker, generate, batch
+    ProcessOptions  every rank: its process                       serve, worker, generate, batch
+    RequestOptions  every rank: how requests are taken in         serve, worker, batch
     EpOptions       every rank of several                         serve, worker
     LogOptions      every rank                                    serve, worker
+    AnswerOptions   whoever answers: fields and what is parsed    serve, worker, batch
     DoorOptions     ranks with doors: what clients connect to     serve, worker
 
 What clusters have beside these is in ``cluster``, and who takes what in ``commands``.
@@ -252,6 +253,23 @@ class LogOptions(Options):
     )
 
 
+class AnswerOptions(Options):
+    """How requests are taken, and their answers read."""
+
+    tool_parser: Literal[
+        "auto", "none", "hermes", "qwen3_coder", "deepseek", "glm", "kimi", "harmony"
+    ] = Field(
+        default="auto", description="how the model writes tool calls; auto goes by its template"
+    )
+    reasoning_parser: Literal["auto", "none", "think", "harmony"] = Field(
+        default="auto", description="how the model marks reasoning; auto goes by its template"
+    )
+    strict: bool = Field(
+        default=False,
+        description="refuse fields of HTTP bodies that are ignored, instead of a warning header",
+    )
+
+
 class DoorOptions(Options):
     """What clients connect to."""
 
@@ -302,18 +320,6 @@ class DoorOptions(Options):
     )
     reflection: bool | None = Field(
         default=None, description="gRPC reflection; default: only when listening on loopback"
-    )
-    tool_parser: Literal[
-        "auto", "none", "hermes", "qwen3_coder", "deepseek", "glm", "kimi", "harmony"
-    ] = Field(
-        default="auto", description="how the model writes tool calls; auto goes by its template"
-    )
-    reasoning_parser: Literal["auto", "none", "think", "harmony"] = Field(
-        default="auto", description="how the model marks reasoning; auto goes by its template"
-    )
-    strict: bool = Field(
-        default=False,
-        description="refuse fields of HTTP bodies that are ignored, instead of a warning header",
     )
     slo_ttft: float = Field(
         default=1.0,
@@ -366,7 +372,11 @@ class RankOptions(LogOptions, EpOptions, EngineOptions):
     """Everything that a rank without doors uses."""
 
 
-class ServeConfig(DoorOptions, RankOptions):
+class BatchConfig(AnswerOptions, EngineOptions):
+    """A process that answers a file of requests, and ends."""
+
+
+class ServeConfig(DoorOptions, AnswerOptions, RankOptions):
     """Every setting there is."""
 
 
