@@ -123,13 +123,13 @@ def test_a_batch_says_what_the_http_door_says(
 def test_a_batch_that_is_killed_goes_on_and_ends_with_the_same_answers(
     tiny: Path, batch_of: Lines, tmp_path: Path
 ) -> None:
-    body = {"prompt": "x", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
-    prompts = [{**body, "prompt": f"request {i}"} for i in range(60)]
+    body = {"prompt": "x", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    prompts = [{**body, "prompt": f"request {i}"} for i in range(30)]
     path = batch_of(*(line(f"r{i}", one) for i, one in enumerate(prompts)), "{")
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert batch(tiny, path, whole).returncode == 1
     slow = ["--max-num-seqs", "2", "--max-num-batched-tokens", "16"]
-    for least, how in ((3, signal.SIGKILL), (8, signal.SIGKILL), (12, signal.SIGTERM)):
+    for least, how in ((3, signal.SIGKILL), (8, signal.SIGTERM)):
         process = subprocess.Popen(
             command(tiny, path, out, *slow), stdout=subprocess.PIPE, text=True
         )
@@ -149,18 +149,16 @@ def test_a_batch_that_is_killed_goes_on_and_ends_with_the_same_answers(
     before = out.read_bytes().count(b"\n")
     done = batch(tiny, path, out, "--json")
     assert done.returncode == 1, done.stderr
-    assert json.loads(done.stdout)["before"] == before < 61
+    assert json.loads(done.stdout)["before"] == before < 31
     answers = answers_in(out)
-    assert len({a["id"] for a in answers}) == len(answers) == 61
+    assert len({a["id"] for a in answers}) == len(answers) == 31
     assert sorted((told(a) for a in answers), key=repr) == sorted(
         (told(a) for a in answers_in(whole)), key=repr
     )
-    again = batch(tiny, path, out, "--json")
-    assert json.loads(again.stdout)["steps"] == 0, "nothing was left to do"
     path.write_text(path.read_text().replace("request 7", "request 700"))
     changed = batch(tiny, path, out)
     assert changed.returncode == 2
-    assert "1 of the 61 answers in the output are to lines that it does not have" in changed.stderr
+    assert "1 of the 31 answers in the output are to lines that it does not have" in changed.stderr
 
 
 def test_a_full_disk_ends_a_batch_which_goes_on_when_there_is_room(
