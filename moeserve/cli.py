@@ -154,6 +154,12 @@ def _add_generate(commands: Commands) -> None:
     command.set_defaults(run=_generate)
 
 
+def _add_batch(commands: Commands) -> None:
+    from moeserve.gateway.batch.command import add_parser
+
+    add_parser(commands, COMMANDS["batch"][0])
+
+
 SAMPLING: Mapping[str, tuple[type, str]] = {
     "max_tokens": (int, "tokens to make at most [16]"),
     "min_tokens": (int, "no end-of-text before so many [0]"),
@@ -368,6 +374,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Commands], None]]] = {
     "gateway": ("open the doors of a cluster", _add_gateway),
     "up": ("start a whole cluster on this host", _add_up),
     "generate": ("answer one prompt without a server", _add_generate),
+    "batch": ("answer a file of requests, OpenAI's batch format", _add_batch),
     "bench": ("how fast is it here, and how fast could it be", _add_bench),
     "doctor": ("would this host serve, and what would bind it", _add_doctor),
     "evaluate": ("how far a run of a model lies from a reference run", _add_evaluate),

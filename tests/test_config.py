@@ -24,6 +24,7 @@ from moeserve.config.cluster import (
 )
 from moeserve.config.commands import GROUPS
 from moeserve.config.options import (
+    BatchConfig,
     Dtype,
     KvDtype,
     ModelOptions,
@@ -37,6 +38,7 @@ from moeserve.config.sources import (
     flag_of,
     load_config,
     options_of,
+    read_settings,
     settings_from_args,
     to_environ,
     to_yaml,
@@ -71,6 +73,7 @@ OTHER: dict[str, Any] = {
     "num_blocks": 77,
     "kv_memory": 2**31,
     "host_share": 0.25,
+    "objective": "throughput",
     "max_num_seqs": 3,
     "max_num_batched_tokens": 128,
     "max_queue": 5,
@@ -137,10 +140,14 @@ def test_every_field_is_tried_here() -> None:
     assert OTHER.keys() == ServeConfig.model_fields.keys()
 
 
+# Defaults of others that follow from one.
+FOLLOWING = {"objective": {"max_num_seqs": 1024, "max_num_batched_tokens": 4096}}
+
+
 @each_field
 def test_a_flag_a_variable_and_a_line_say_the_same(name: str, write: Writer) -> None:
     value = OTHER[name]
-    expected = plain(ServeConfig()) | {name: value}
+    expected = plain(ServeConfig()) | {name: value} | FOLLOWING.get(name, {})
     assert plain(by_flags(*flag_words(name, value))) == expected
     assert plain(load_config({}, {f"MOESERVE_{name.upper()}": str(value)})) == expected
     assert plain(load_config({}, {}, write(**{name: value}))) == expected
@@ -392,3 +399,33 @@ def test_a_gateway_has_the_doors_of_a_server() -> None:
 def test_an_address_to_listen_at_has_a_host_and_a_port(wrong: str) -> None:
     with pytest.raises(ValueError, match="expected host:port"):
         GatewayConfig(listen=wrong)
+
+
+@pytest.mark.parametrize(
+    ("flags", "seqs", "tokens"),
+    [
+        ({}, 1024, 4096),
+        ({"max_num_seqs": "7"}, 7, 4096),
+        ({"max_num_batched_tokens": "100"}, 100, 100),
+        ({"max_num_batched_tokens": "100", "max_num_seqs": "8"}, 8, 100),
+    ],
+)
+def test_bounds_of_a_step_that_are_not_given_are_those_of_the_objective(
+    flags: dict[str, object], seqs: int, tokens: int
+) -> None:
+    config = load_config({**flags, "objective": "throughput"}, {})
+    assert (config.max_num_seqs, config.max_num_batched_tokens) == (seqs, tokens)
+    batch = options_of(read_settings(flags, {}), BatchConfig)
+    assert (batch.max_num_seqs, batch.max_num_batched_tokens) == (seqs, tokens)
+    assert batch.objective == "throughput"
+    again = ServeConfig.model_validate(config.model_dump())
+    assert again == config, "what a process hands on is what it has"
+
+
+def test_more_sequences_than_tokens_are_refused_whatever_the_objective() -> None:
+    with pytest.raises(ConfigError, match="is less than"):
+        load_config(
+            {"objective": "throughput", "max_num_batched_tokens": "7", "max_num_seqs": 8}, {}
+        )
+    with pytest.raises(ConfigError, match="--max-num-batched-tokens='many'"):
+        load_config({"objective": "throughput", "max_num_batched_tokens": "many"}, {})

@@ -12,7 +12,7 @@ from moeserve import cli
 from moeserve.config.cluster import GatewayConfig, PeerConfig
 from moeserve.config.commands import COMMANDS
 from moeserve.config.effect import require_effect
-from moeserve.config.options import EpOptions, RankModelOptions, ServeConfig
+from moeserve.config.options import BatchConfig, EpOptions, RankModelOptions, ServeConfig
 from moeserve.config.sources import options_of, read_settings, to_yaml
 from moeserve.doctor import run_doctor
 from moeserve.errors import ConfigError
@@ -165,4 +165,6 @@ def test_the_doctor_says_that_serve_would_refuse(monkeypatch: pytest.MonkeyPatch
 
 def test_commands_take_whole_groups() -> None:
     assert COMMANDS["moeserve generate"] is RankModelOptions
-    assert set(COMMANDS.values()) == {ServeConfig, PeerConfig, GatewayConfig, RankModelOptions}
+    assert COMMANDS["moeserve batch"] is BatchConfig
+    others = {ServeConfig, PeerConfig, GatewayConfig}
+    assert set(COMMANDS.values()) == others | {RankModelOptions, BatchConfig}

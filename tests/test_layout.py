@@ -38,6 +38,8 @@ PURE = (
     "engine/bounds.py",
     "engine/foresight.py",
     "engine/policies.py",
+    "engine/step_cost.py",
+    "engine/throughput.py",
     "engine/blocks.py",
     "engine/kv_manager.py",
     "engine/waiting.py",

@@ -18,6 +18,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from moeserve.config.options import (
+    AnswerOptions,
     Bytes,
     DoorOptions,
     LogOptions,
@@ -158,7 +159,13 @@ class GatewayOptions(Options):
 
 
 class GatewayConfig(
-    GatewayOptions, ClusterOptions, DoorOptions, LogOptions, RequestOptions, ModelOptions
+    GatewayOptions,
+    ClusterOptions,
+    DoorOptions,
+    AnswerOptions,
+    LogOptions,
+    RequestOptions,
+    ModelOptions,
 ):
     """What a gateway is started with: doors, and no weights. A model that is named is where the
     tokenizer is read from; else members say where they have it."""

@@ -13,6 +13,8 @@ from moeserve.config.cluster import (
     PeerConfig,
 )
 from moeserve.config.options import (
+    AnswerOptions,
+    BatchConfig,
     CacheOptions,
     DoorOptions,
     EpOptions,
@@ -36,6 +38,7 @@ GROUPS: tuple[type[Options], ...] = (
     RequestOptions,
     EpOptions,
     LogOptions,
+    AnswerOptions,
     DoorOptions,
     ClusterOptions,
     MemberOptions,
@@ -50,4 +53,5 @@ COMMANDS: Mapping[str, type[Options]] = {
     "moeserve gateway": GatewayConfig,
     "python -m moeserve.worker": PeerConfig,
     "moeserve generate": RankModelOptions,
+    "moeserve batch": BatchConfig,
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeserve.config.cluster import EMBEDDED
-from moeserve.config.options import EpOptions, Options
+from moeserve.config.options import DoorOptions, EpOptions, Options
 from moeserve.config.sources import Setting, shown
 from moeserve.errors import ConfigError
 
@@ -25,6 +25,11 @@ class Rule:
     idle: Callable[[Any, int], bool]
     why: str
     needs: str
+
+
+def _without_http(options: Options) -> bool:
+    """Whether there are doors, and none for HTTP's bodies."""
+    return isinstance(options, DoorOptions) and options.http_port is None
 
 
 RULES = (
@@ -66,13 +71,13 @@ RULES = (
     ),
     Rule(
         frozenset({"chat_template"}),
-        lambda options, ranks: options.http_port is None,
+        lambda options, ranks: _without_http(options),
         "chats come over HTTP, and http_port is none",
         "an `--http-port`",
     ),
     Rule(
         frozenset({"strict"}),
-        lambda options, ranks: options.http_port is None,
+        lambda options, ranks: _without_http(options),
         "gRPC is always strict, and http_port is none",
         "an `--http-port`",
     ),

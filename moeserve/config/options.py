@@ -1,14 +1,15 @@
 """Every setting, declared once in the group of those who use it; defaults and bounds are here.
 
     group           used by                                       taken by
-    ModelOptions    every rank, as it loads                       serve, worker, generate
-    LoadOptions     every rank, as it reads weights               serve, worker, generate
-    CacheOptions    every rank, as it makes its KV cache          serve, worker, generate
-    StepOptions     every rank: bounds of a step                  serve, worker, generate
-    ProcessOptions  every rank: its process                       serve, worker, generate
-    RequestOptions  every rank: how requests are taken in         serve, worker
+    ModelOptions    every rank, as it loads                       serve, worker, generate, batch
+    LoadOptions     every rank, as it reads weights               serve, worker, generate, batch
+    CacheOptions    every rank, as it makes its KV cache          serve, worker, generate, batch
+    StepOptions     every rank: bounds of a step                  serve, worker, generate, batch
+    ProcessOptions  every rank: its process                       serve, worker, generate, batch
+    RequestOptions  every rank: how requests are taken in         serve, worker, batch
     EpOptions       every rank of several                         serve, worker
     LogOptions      every rank                                    serve, worker
+    AnswerOptions   whoever answers: fields and what is parsed    serve, worker, batch
     DoorOptions     ranks with doors: what clients connect to     serve, worker
 
 What clusters have beside these is in ``cluster``, and who takes what in ``commands``.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -43,6 +44,10 @@ _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{unit}iB": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
 _UNITS |= {f"{unit}B": 1000 ** (i + 1) for i, unit in enumerate("KMGT")}
 _MOST_BYTES = 1 << 60
+# Bounds of a step for throughput, unless others are given: they are what memory has to be there
+# for. What binds is KV, and what larger steps bring.
+THROUGHPUT_TOKENS = 4096
+THROUGHPUT_SEQS = 1024
 
 
 def parse_bytes(text: object) -> object:
@@ -149,8 +154,29 @@ class CacheOptions(Options):
 class StepOptions(Options):
     """What a rank runs in one step at most."""
 
-    max_num_seqs: Count = Field(default=64, description="sequences in one step")
-    max_num_batched_tokens: Count = Field(default=512, description="tokens in one step")
+    objective: Literal["latency", "throughput"] = Field(
+        default="latency",
+        description="what steps are made for: latency runs whoever comes at once, throughput lets "
+        "requests start as their KV will find room, in steps as large as pays",
+    )
+    max_num_seqs: Count = Field(
+        default=64, description="sequences in one step; for throughput 1024, as far as KV holds"
+    )
+    max_num_batched_tokens: Count = Field(
+        default=512, description="tokens in one step; for throughput 4096, as far as that pays"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sized_for_the_objective(cls, given: Any) -> Any:
+        """Bounds that were not given are those of the objective."""
+        wanted = cls.model_fields["objective"].default
+        if not isinstance(given, dict) or given.get("objective", wanted) != "throughput":
+            return given
+        tokens = given.get("max_num_batched_tokens", THROUGHPUT_TOKENS)
+        most = int(tokens) if str(tokens).isdecimal() else THROUGHPUT_TOKENS
+        seqs = max(1, min(THROUGHPUT_SEQS, most))
+        return {"max_num_batched_tokens": tokens, "max_num_seqs": seqs} | given
 
     @model_validator(mode="after")
     def _every_sequence_has_a_token(self) -> Self:
@@ -257,6 +283,23 @@ class LogOptions(Options):
     )
 
 
+class AnswerOptions(Options):
+    """How requests are taken, and their answers read."""
+
+    tool_parser: Literal[
+        "auto", "none", "hermes", "qwen3_coder", "deepseek", "glm", "kimi", "harmony"
+    ] = Field(
+        default="auto", description="how the model writes tool calls; auto goes by its template"
+    )
+    reasoning_parser: Literal["auto", "none", "think", "harmony"] = Field(
+        default="auto", description="how the model marks reasoning; auto goes by its template"
+    )
+    strict: bool = Field(
+        default=False,
+        description="refuse fields of HTTP bodies that are ignored, instead of a warning header",
+    )
+
+
 class DoorOptions(Options):
     """What clients connect to."""
 
@@ -307,18 +350,6 @@ class DoorOptions(Options):
     )
     reflection: bool | None = Field(
         default=None, description="gRPC reflection; default: only when listening on loopback"
-    )
-    tool_parser: Literal[
-        "auto", "none", "hermes", "qwen3_coder", "deepseek", "glm", "kimi", "harmony"
-    ] = Field(
-        default="auto", description="how the model writes tool calls; auto goes by its template"
-    )
-    reasoning_parser: Literal["auto", "none", "think", "harmony"] = Field(
-        default="auto", description="how the model marks reasoning; auto goes by its template"
-    )
-    strict: bool = Field(
-        default=False,
-        description="refuse fields of HTTP bodies that are ignored, instead of a warning header",
     )
     slo_ttft: float = Field(
         default=1.0,
@@ -371,7 +402,18 @@ class RankOptions(LogOptions, EpOptions, EngineOptions):
     """Everything that a rank without doors uses."""
 
 
-class ServeConfig(DoorOptions, RankOptions):
+class BatchConfig(AnswerOptions, EngineOptions):
+    """A process that answers a file of requests, and ends."""
+
+    objective: Literal["latency", "throughput"] = Field(
+        default="throughput", description=StepOptions.described("objective")
+    )
+    max_queue: Count = Field(
+        default=4096, description="requests of the file that are with the engine at a time"
+    )
+
+
+class ServeConfig(DoorOptions, AnswerOptions, RankOptions):
     """Every setting there is."""
 
 

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from moeserve.config.cluster import ClusterOptions, GatewayOptions
 from moeserve.config.commands import COMMANDS, GROUPS
 from moeserve.config.effect import RULES
-from moeserve.config.options import DoorOptions, Options
+from moeserve.config.options import AnswerOptions, DoorOptions, Options
 from moeserve.config.sources import ENV_PREFIX, SECRETS, choices, flag_of
 from moeserve.config.variables import MEANING
 
@@ -41,6 +41,7 @@ ELSEWHERE = (
 
 # Who uses a group, where that is not every rank.
 _USERS: Mapping[type[Options], str] = {
+    AnswerOptions: "rank 0 alone",
     DoorOptions: "rank 0 alone",
     ClusterOptions: "every rank, and by gateways",
     GatewayOptions: "gateways",

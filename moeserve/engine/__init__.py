@@ -3,10 +3,11 @@
 ::
 
     scheduler.py      which tokens run in the next step (bounds: what it takes and refuses;
-                      policies: whom it asks; drafts: guesses behind the newest tokens; sequence: a
-                      request under way; step_builder: the step under construction; foresight: the
-                      step after it; blocks: who holds which KV block; kv_manager: which of them a
-                      request has; waiting, deadlines: who is next, who is late)
+                      policies: whom it asks; throughput: prompts as they pay and KV holds out;
+                      step_cost: what steps cost; drafts: guesses behind the newest tokens;
+                      sequence: a request under way; step_builder: the step under construction;
+                      foresight: the step after it; blocks: who holds which KV block; kv_manager:
+                      which of them a request has; waiting, deadlines: who is next, who is late)
     executor.py       what runs a step: the seam between decisions and tensors
     model_runner.py   runs it on this process's decoder (input_batch: what it keeps from step to
                       step); null: without a model, to check schedulers

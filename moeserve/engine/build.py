@@ -11,17 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeserve.config.options import EngineOptions
+from moeserve.config.options import EngineOptions, StepOptions
 from moeserve.core import Counters
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
+from moeserve.engine.policies import Admission, FirstComeFirstServed
 from moeserve.engine.rank_model import RankModel, load_rank_model
 from moeserve.engine.ranks.counted import GatheredCounts
 from moeserve.engine.rates import RatedSteps, StepRates
 from moeserve.engine.replan.live import LivePlan
 from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.step_cost import FittedStepCost, StepCost
+from moeserve.engine.throughput import ThroughputAdmission
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.checked_tokenizer import load_checked
 from moeserve.models.library import resolve_model
@@ -104,16 +107,21 @@ def build_engine(
     *,
     observer: EngineObserver | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cost: StepCost | None = None,
 ) -> LoadedModel:
-    """Load a model and start its engine. ``progress`` gets bytes read and bytes in all."""
+    """Load a model and start its engine. ``progress`` gets bytes read and bytes in all. ``cost``
+    predicts steps for ``--objective throughput``; without it they are measured."""
     path = resolve_model(options.model)
     tokenizer, no_tokenizer = load_tokenizer(path, options.chat_template)
     eos_ids = tokenizer.eos_ids if tokenizer else ()
     own = load_rank_model(options, tokenizer_eos=eos_ids, progress=progress)
     config, counters = scheduler_config(options, own), Counters()
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
-    scheduler, lock, rates = Scheduler(config, pool, counters), EngineLock(), StepRates()
-    watched = RatedSteps(observer or Unobserved(), rates)
+    fitted = FittedStepCost()
+    admission = admission_of(options, config, cost or fitted)
+    scheduler, lock = Scheduler(config, pool, counters, admission), EngineLock()
+    rates = StepRates()
+    watched = RatedSteps(observer or Unobserved(), rates, fitted)
     engine = Engine(scheduler, own.executor, watched, lock=lock)
     house = KvExchange(engine, scheduler, lock, own.kv, rates)
     engine.start()
@@ -141,6 +149,13 @@ def scheduler_config(options: EngineOptions, own: RankModel) -> SchedulerConfig:
         eos_ids=own.eos_ids,
         prefix_cache=options.prefix_cache,
     )
+
+
+def admission_of(options: StepOptions, config: SchedulerConfig, cost: StepCost) -> Admission:
+    """Who is admitted when, by ``--objective``."""
+    if options.objective == "throughput":
+        return ThroughputAdmission(cost, config.max_model_len)
+    return FirstComeFirstServed()
 
 
 def load_tokenizer(path: Path, chat_template: Path | None = None) -> tuple[Tokenizer | None, str]:

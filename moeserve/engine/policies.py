@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from moeserve.core import Request, RequestId
+from moeserve.engine.blocks import BlockPool
 from moeserve.engine.sequence import SequenceState
+from moeserve.engine.step_builder import StepBuilder
 
 
 class Admission(Protocol):
     """Chooses who is admitted next; None admits nobody in this step."""
+
+    def begin(
+        self,
+        builder: StepBuilder,
+        running: Collection[SequenceState],
+        waiting: Mapping[RequestId, SequenceState],
+        pool: BlockPool,
+    ) -> None:
+        """A step has its newest tokens, and nothing else yet: its budget may be lowered."""
+        ...
 
     def pick(
         self, waiting: Mapping[RequestId, SequenceState], now: float
@@ -19,6 +31,14 @@ class Admission(Protocol):
 
 class FirstComeFirstServed:
     """In order of arrival; preempted requests stand before those that never ran."""
+
+    def begin(
+        self,
+        builder: StepBuilder,
+        running: Collection[SequenceState],
+        waiting: Mapping[RequestId, SequenceState],
+        pool: BlockPool,
+    ) -> None: ...
 
     def pick(self, waiting: Mapping[RequestId, SequenceState], now: float) -> SequenceState | None:
         return next(iter(waiting.values()), None)

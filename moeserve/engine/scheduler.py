@@ -181,7 +181,7 @@ class Scheduler:
             self.has_room(builder, seq) or self._make_room(builder, seq)
         ):
             self.admit(builder, seq)
-        self._stuck = self._still_stuck = bool(self._waiting)
+        self._stuck = self._still_stuck = seq is not None
         if builder.chunks:
             return self.commit(builder, self.take_ended())
         self._ended += builder.preempted  # told with the next step that is run
@@ -213,6 +213,7 @@ class Scheduler:
             builder.add_newest(generating, leaving)
         else:
             add_with_drafts(builder, generating, self._drafter, self.pool, self.config)
+        self._admission.begin(builder, self._running.values(), self._waiting, self.pool)
         if len(builder.chunks) < len(self._running):
             for seq in self._running.values():
                 if not seq.generating:
@@ -433,10 +434,9 @@ class Scheduler:
         """So many more tokens are computed; blocks that this fills can be shared."""
         self.counters.computed_tokens += count
         self.counters.recomputed_tokens += min(seq.reached - seq.computed, count)
-        before = seq.computed
         seq.computed += count
         seq.reached = max(seq.reached, seq.computed)
-        self.kv.publish(seq, before)
+        self.kv.publish(seq, seq.computed - count)
 
     def _finish(self, seq: SequenceState, reason: FinishReason) -> None:
         self._remove(seq, reason)

@@ -24,4 +24,5 @@
     server        one process that serves: bind, load, serve, drain
     routed        a model that other processes run
     offline       one answer without a server
+    batch         many requests from a file, without a server
 """

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
-from moeserve.config.options import DoorOptions, ServeConfig
+from moeserve.config.options import AnswerOptions, ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.engine.observers import beside
 from moeserve.errors import CancelledError
@@ -149,7 +149,7 @@ def _ask(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         loop.call_soon_threadsafe(event.set)
 
 
-def served_of(loaded: LoadedModel, doors: DoorOptions | None = None) -> ServedModel:
+def served_of(loaded: LoadedModel, form: AnswerOptions | None = None) -> ServedModel:
     """What the doors need to know of a model."""
     template = None if loaded.tokenizer is None else loaded.tokenizer.chat_template
     return ServedModel(
@@ -161,8 +161,8 @@ def served_of(loaded: LoadedModel, doors: DoorOptions | None = None) -> ServedMo
         eos_ids=tuple(sorted(loaded.config.eos_ids)),
         grammars=GrammarGate(loaded.own.grammars),
         style=style_of(template)
-        if doors is None
-        else style_of(template, doors.tool_parser, doors.reasoning_parser),
+        if form is None
+        else style_of(template, form.tool_parser, form.reasoning_parser),
     )
 
 

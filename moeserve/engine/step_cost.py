@@ -1,0 +1,98 @@
+"""How long a step takes, as it is predicted or was measured; and how large one is worth making.
+
+``StepCost`` is what a model of performance gives, ``FittedStepCost`` what the steps so far say.
+Seconds and tokens; times are arguments. Pure.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+# Before steps of two sizes have been measured, up to here a step costs the same.
+FIRST_GUESS = 512
+# Of the mean of a size, what a new measurement counts; of a size's weight in the fit, the most.
+FADE = 0.2
+MOST_WEIGHT = 8
+
+
+class StepCost(Protocol):
+    """Predicts the seconds of a step."""
+
+    def seconds(self, prefill_tokens: int, decode_tokens: int, context_tokens: int) -> float:
+        """Of a step with so many tokens of prompts, and so many newest ones, whose sequences have
+        ``context_tokens`` together."""
+        ...
+
+
+class FittedStepCost:
+    """``a + b * tokens``, least squares over the mean of every size (powers of two) that was
+    measured. One thread notes and asks."""
+
+    def __init__(self) -> None:
+        self._means: dict[int, tuple[float, float, int]] = {}  # tokens, seconds, how many
+        self._line: tuple[float, float] | None = None
+
+    @property
+    def line(self) -> tuple[float, float] | None:
+        """Seconds of a step and of a token in it; None before two sizes were measured."""
+        return self._line
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """A step that is over and took so long."""
+        if tokens < 1:
+            return
+        size = tokens.bit_length()
+        mean_tokens, mean_seconds, count = self._means.get(size, (0.0, 0.0, 0))
+        share = max(FADE, 1 / (count + 1))
+        self._means[size] = (
+            mean_tokens + share * (tokens - mean_tokens),
+            mean_seconds + share * (seconds - mean_seconds),
+            min(count + 1, MOST_WEIGHT),
+        )
+        self._line = _fit(list(self._means.values()))
+
+    def seconds(self, prefill_tokens: int, decode_tokens: int, context_tokens: int) -> float:
+        tokens = prefill_tokens + decode_tokens
+        if self._line is None:
+            return float(max(tokens, FIRST_GUESS))
+        step_s, token_s = self._line
+        return step_s + token_s * tokens
+
+
+def worthwhile_tokens(
+    cost: StepCost, decode_tokens: int, context_tokens: int, most: int, gain: float = 0.05
+) -> int:
+    """The least size of a step whose double would make no more than ``gain`` more tokens a second,
+    the rest being prompts: n_real of MoE-Lens' profiler. ``most`` where there is none below."""
+
+    def pays(tokens: int) -> bool:
+        once = cost.seconds(tokens - decode_tokens, decode_tokens, context_tokens)
+        twice = cost.seconds(2 * tokens - decode_tokens, decode_tokens, context_tokens)
+        return 2 * once > (1 + gain) * twice
+
+    less = least = max(1, decode_tokens)
+    if least >= most or not pays(least):
+        return min(least, most)
+    while pays(more := min(2 * less, most)):
+        if more == most:
+            return most
+        less = more
+    while more - less > 1:
+        middle = (less + more) // 2
+        less, more = (middle, more) if pays(middle) else (less, middle)
+    return more
+
+
+def _fit(means: list[tuple[float, float, int]]) -> tuple[float, float] | None:
+    """Weighted least squares, neither number below 0; None where all sizes are one."""
+    weight = sum(count for _, _, count in means)
+    x = sum(count * tokens for tokens, _, count in means) / weight
+    y = sum(count * seconds for _, seconds, count in means) / weight
+    spread = sum(count * (tokens - x) ** 2 for tokens, _, count in means)
+    if spread <= 0:
+        return None
+    common = sum(count * (tokens - x) * (seconds - y) for tokens, seconds, count in means)
+    token_s = max(0.0, common / spread)
+    if y - token_s * x < 0:  # through the origin
+        return 0.0, y / x
+    return y - token_s * x, token_s
