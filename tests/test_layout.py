@@ -27,6 +27,7 @@ ROUTING = (
     "base loads predict choosing least_finish locality_free kv_local freeness crowding "
     "role_shift".split()
 )
+PERFORMANCE_MODEL = "step_cost".split()
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (
     "core.py",
@@ -48,6 +49,7 @@ PURE = (
     "pools/registry/leases.py",
     *(f"pools/cache/{name}.py" for name in "keys ledger recompute ring".split()),
     *(f"pools/routing/{name}.py" for name in ROUTING),
+    *(f"offload/model/{name}.py" for name in PERFORMANCE_MODEL),
 )
 # Modules that decide over many ranks at once, and so may import numpy beside that.
 PURE_WITH_ARRAYS = tuple(
