@@ -27,7 +27,9 @@ ROUTING = (
     "base loads predict choosing least_finish locality_free kv_local freeness crowding "
     "role_shift".split()
 )
-PERFORMANCE_MODEL = "step_cost".split()
+PERFORMANCE_MODEL = (
+    "step_cost machine distinct demand residency predict workload schedule steady bound".split()
+)
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (
     "core.py",
@@ -96,7 +98,8 @@ MOST_PARAMETERS = 10
 LARGER_WITH_REASON: dict[str, str] = {}
 
 FOLDERS_WITH_A_MAP = tuple(
-    "config comm engine grammar kernels models placement pools gateway worker observe".split()
+    "config comm engine forecast grammar kernels models offload placement pools gateway worker "
+    "observe".split()
 )
 MAPS_STILL_MISSING: dict[str, str] = {}
 
