@@ -14,7 +14,7 @@ Imports run one way, and ``tests/test_layout.py`` holds it::
       ^
     pools                                     peers: who is there, KV between them, which has what
       ^
-    gateway  doctor  evaluate  bench  testbed   doors; this host; accuracy; speed; many hosts
+    gateway  doctor  forecast  evaluate  bench  testbed   doors; this host; accuracy; speed; hosts
       ^
     worker                                    one rank of several
       ^

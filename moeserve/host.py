@@ -87,6 +87,17 @@ def allowed_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def read_cache(root: Path = Path("/")) -> int:
+    """Bytes of the largest cache that the first core has a part in; 0 where it is not said."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [0]
+    for file in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        said = (_text(file) or "").strip()
+        if said[:-1].isdigit() and said[-1] in units:
+            sizes.append(int(said[:-1]) * units[said[-1]])
+    return max(sizes)
+
+
 def _cpuinfo(root: Path) -> tuple[str, frozenset[str]]:
     fields: dict[str, str] = {}
     for line in (_text(root / "proc/cpuinfo") or "").splitlines():

@@ -27,6 +27,9 @@ ROUTING = (
     "base loads predict choosing least_finish locality_free kv_local freeness crowding "
     "role_shift".split()
 )
+PERFORMANCE_MODEL = (
+    "step_cost machine distinct demand residency predict workload schedule steady bound".split()
+)
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (
     "core.py",
@@ -50,6 +53,7 @@ PURE = (
     "pools/registry/leases.py",
     *(f"pools/cache/{name}.py" for name in "keys ledger recompute ring".split()),
     *(f"pools/routing/{name}.py" for name in ROUTING),
+    *(f"offload/model/{name}.py" for name in PERFORMANCE_MODEL),
 )
 # Modules that decide over many ranks at once, and so may import numpy beside that.
 PURE_WITH_ARRAYS = tuple(
@@ -96,7 +100,8 @@ MOST_PARAMETERS = 10
 LARGER_WITH_REASON: dict[str, str] = {}
 
 FOLDERS_WITH_A_MAP = tuple(
-    "config comm engine grammar kernels models placement pools gateway worker observe".split()
+    "config comm engine forecast grammar kernels models offload placement pools gateway worker "
+    "observe".split()
 )
 MAPS_STILL_MISSING: dict[str, str] = {}
 

@@ -20,7 +20,8 @@ from moeserve.core import StepPlan
 from moeserve.errors import ConfigError
 from moeserve.kernels.matrix import GROUP
 from moeserve.kernels.probe import Machine, Rate
-from moeserve.models.spec import AttentionSpec, GqaSpec, LayerSpec, ModelSpec, MoeSpec
+from moeserve.models.spec import LayerSpec, ModelSpec, MoeSpec
+from moeserve.offload.checkpoint_demand import attention_matrices
 
 # Bytes of one weight, scales of groups included, and the kind of peak its products have.
 PRECISIONS: dict[str, tuple[float, str]] = {
@@ -107,25 +108,10 @@ def step_seconds(spec: ModelSpec, load: StepLoad, limit: Roofline) -> float:
 
 def always_read(layer: LayerSpec, hidden: int) -> Iterator[int]:
     """Weights of each matrix that every token of a step meets."""
-    yield from attention_weights(layer.attention, hidden)
+    yield from attention_matrices(layer.attention, hidden)
     mlp = layer.mlp
     if isinstance(mlp, MoeSpec):
         yield mlp.router.num_experts * hidden
         yield 3 * mlp.shared * hidden
     else:
         yield 3 * mlp.intermediate * hidden
-
-
-def attention_weights(a: AttentionSpec, hidden: int) -> Iterator[int]:
-    if isinstance(a, GqaSpec):
-        wide, narrow = a.heads * a.head_dim, a.kv_heads * a.head_dim
-        yield from (wide * hidden, narrow * hidden, narrow * hidden, hidden * wide)
-        return
-    queries = a.heads * (a.nope + a.rope)
-    if a.q_lora is None:
-        yield queries * hidden
-    else:
-        yield from (a.q_lora * hidden, queries * a.q_lora)
-    yield (a.kv_lora + a.rope) * hidden
-    yield a.heads * a.kv_lora * (a.nope + a.value)
-    yield hidden * a.heads * a.value

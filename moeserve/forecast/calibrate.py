@@ -1,0 +1,145 @@
+"""Measure this host, for a model or for any: a ``MachineModel``. Takes about ten seconds.
+
+In order: memory and arithmetic peaks (``kernels.probe``), the disk, products and attention with the
+kernels at the model's sizes, and what steps cost beside these. Kinds that the model is not held in
+come last, and only while there is time; predictions for them are then refused by name.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from moeserve.config.options import AS_STORED, LoadOptions
+from moeserve.forecast.disk import disk_rates
+from moeserve.forecast.kernels import KernelProbe
+from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
+from moeserve.forecast.steps import layer_overheads, python_overheads
+from moeserve.forecast.timing import CallTimer
+from moeserve.host import read_cache, read_memory
+from moeserve.kernels.ops import Ops
+from moeserve.kernels.probe import PROBE_BYTES, probe_machine
+from moeserve.kernels.select import choose_ops
+from moeserve.models.checkpoint import weight_files
+from moeserve.models.decoder import load_decoder
+from moeserve.models.library import DEMO, resolve_model
+from moeserve.offload.calibrations import host_name
+from moeserve.offload.checkpoint_demand import StoredSizes, demand_of, sizes_in_safetensors
+from moeserve.offload.model.machine import AttentionCost, MachineModel, Overheads, ProductCurve
+from moeserve.offload.model.predict import StepPredictor
+
+SECONDS = 9.0
+USUAL_KINDS = ("bf16", "int8", "int4")
+BY_THE_CLOCK = CallTimer()
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCosts:
+    """Of one shape of kernels, by kind."""
+
+    products: dict[str, ProductCurve] = field(default_factory=dict)
+    experts: dict[str, ProductCurve] = field(default_factory=dict)
+    attention: dict[str, AttentionCost] = field(default_factory=dict)
+
+
+def calibrate(
+    folder: Path | None,
+    scratch: Path,
+    *,
+    threads: int | None = None,
+    options: LoadOptions = AS_STORED,
+    seconds: float = SECONDS,
+    timer: CallTimer = BY_THE_CLOCK,
+    report: Report = lambda _: None,
+) -> MachineModel:
+    """For the model in ``folder``, or any; ``scratch`` is where a file to read may be made."""
+    ops, end = choose_ops(threads=threads), time.monotonic() + seconds
+    torch.set_num_threads(1)
+    sizes = None if folder is None else sizes_in_safetensors(folder, options)
+    shapes = USUAL if sizes is None else shapes_of(sizes.spec)
+    report("memory")
+    count, isa = threads_and_isa(ops)
+    cache = read_cache()
+    probed = min(PROBE_BYTES, read_memory().available // 16)
+    reads = {n: probe_machine(n, size=probed, rounds=3).read for n in sorted({1, count})}
+    report("disk")
+    files = [] if folder is None else weight_files(folder)
+    disk = disk_rates(files, scratch)
+    costs = KernelCosts()
+    kinds = kinds_of(sizes, options, ops)
+    for n, kind in enumerate(kinds):
+        if n and time.monotonic() > end - 1.0:
+            break
+        report(f"products in {kind}")
+        measure_kind(KernelProbe(ops, shapes, cache, timer), kind, costs)
+    machine = MachineModel(
+        host=host_name(),
+        measured=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        shapes=ANY_MODEL if sizes is None else shapes.name,
+        threads=count,
+        isa=isa,
+        cache=cache,
+        memory={n: rate.best for n, rate in reads.items()},
+        disk=disk,
+        products=costs.products,
+        experts=costs.experts,
+        attention=costs.attention,
+    )
+    report("steps")
+    return replace(machine, overheads=overheads_of(machine, ops, timer))
+
+
+def threads_and_isa(ops: Ops) -> tuple[int, str]:
+    """Of the native half, or what plain torch was set to."""
+    if ops.name == "reference":
+        return torch.get_num_threads(), ops.name
+    from moeserve.kernels.cpu import _cpu
+
+    return _cpu.threads(), _cpu.isa()
+
+
+def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[str]:
+    """What the model is held in, then what it could be held in."""
+    own: list[str] = []
+    if sizes is not None:
+        for _, layer in demand_of(sizes, options, ops).layers:
+            own += [matrix.kind for matrix in layer.always]
+            own += [layer.experts.each.kind] if layer.experts else []
+            own.append(layer.attention.kind.removesuffix("-latent"))
+    return list(dict.fromkeys((*own, *USUAL_KINDS)))
+
+
+def measure_kind(probe: KernelProbe, kind: str, costs: KernelCosts) -> None:
+    """Adds to ``costs``. Routers are fp32 in every model, so fp32 has products in any case."""
+    shapes = probe.shapes
+    costs.products[kind] = probe.products(kind)
+    if shapes.experts:
+        costs.experts[kind] = probe.experts(kind)
+    if kind != "int4":
+        costs.attention[f"{kind}-latent" if shapes.latent else kind] = probe.attention(kind)
+    if "fp32" not in costs.products:
+        router = replace(probe, shapes=replace(shapes, linear=max(8, shapes.experts)))
+        costs.products["fp32"] = router.products("fp32")
+
+
+def overheads_of(machine: MachineModel, ops: Ops, timer: CallTimer) -> Overheads:
+    """From steps of the model that is shipped, with kernels measured at its own sizes."""
+    folder = resolve_model(DEMO)
+    sizes = sizes_in_safetensors(folder)
+    own = KernelCosts()
+    probe = KernelProbe(ops, shapes_of(sizes.spec), machine.cache, timer)
+    measure_kind(probe, sizes.floats, own)
+    there = replace(machine, products=own.products, experts=own.experts, attention=own.attention)
+    demand = demand_of(sizes, AS_STORED, ops)
+    return layer_overheads(
+        load_decoder(folder, ops),
+        lambda overheads: StepPredictor(replace(there, overheads=overheads), demand),
+        python_overheads(ops, timer.clock),
+        timer.clock,
+    )

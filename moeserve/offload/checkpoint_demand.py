@@ -1,0 +1,209 @@
+"""What the model in a folder will ask of a machine: its ``ModelDemand``, from headers alone.
+
+``StoredSizes`` is all that depends on how a folder stores its weights: bytes of each part of each
+layer, and how they are held. ``sizes_in_safetensors`` finds it for folders of safetensors; another
+way to store weights needs another function like it and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from moeserve.config.options import AS_STORED, LoadOptions
+from moeserve.kernels.matrix import GROUP
+from moeserve.kernels.ops import Ops
+from moeserve.kernels.reference.ops import ReferenceOps
+from moeserve.models.attention import kv_shape
+from moeserve.models.decoder import assemble
+from moeserve.models.spec import AttentionSpec, GqaSpec, LayerSpec, ModelSpec, MoeSpec
+from moeserve.models.survey import Headers
+from moeserve.models.weights import torch_dtype
+from moeserve.offload.model.demand import (
+    AttentionDemand,
+    ExpertsDemand,
+    LayerDemand,
+    MatrixDemand,
+    ModelDemand,
+)
+
+PARTS = ("attention", "router", "shared", "experts", "dense")
+# Bytes of a weight; of int8 and int4 with scales, as products of usual length have them.
+BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 1024, "int4": 0.5 + 5 / GROUP}
+KIND_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSizes:
+    """``layers[i]`` has the bytes of each of ``PARTS`` that layer i has, as they are held in
+    memory where nothing is rounded. ``floats`` is the kind of what is not quantised."""
+
+    spec: ModelSpec
+    floats: str
+    layers: tuple[Mapping[str, int], ...]
+    embedding: int
+    head: int
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(sum(of.values()) for of in self.layers) + self.embedding + self.head + self.other
+
+
+def sizes_in_safetensors(path: Path, options: LoadOptions = AS_STORED) -> StoredSizes:
+    """Raises what loading this folder would raise about its config, tensors and shapes."""
+    headers = Headers.open(path)
+    with torch.device("meta"):
+        decoder = assemble(headers, ReferenceOps())
+    spec = decoder.spec
+    held = torch_dtype(options.dtype) or decoder.dtype
+    layers: list[dict[str, int]] = [{} for _ in spec.layers]
+    embedding = head = other = 0
+    for name, size in headers.held_bytes(held).items():
+        words = name.split(".")
+        if words[:2] == ["model", "layers"] and int(words[2]) < len(layers):
+            of, part = layers[int(words[2])], part_of(words)
+            of[part] = of.get(part, 0) + size
+        elif words[:2] == ["model", "layers"]:
+            other += size
+        elif "lm_head" in words:
+            head += size
+        elif "embed_tokens" in words:
+            embedding += size
+        else:
+            other += size
+    if spec.tied_embeddings:
+        head = embedding
+    return StoredSizes(spec, KIND_OF[held], tuple(layers), embedding, head, other)
+
+
+def part_of(words: list[str]) -> str:
+    """Which of ``PARTS`` a tensor of a layer belongs to; norms go with attention."""
+    if "experts" in words:
+        return "experts"
+    if "shared_expert" in words or "shared_experts" in words or "shared_expert_gate" in words:
+        return "shared"
+    if "mlp" not in words and "block_sparse_moe" not in words:
+        return "attention"
+    return "router" if "gate" in words or "router" in words else "dense"
+
+
+def demand_of(sizes: StoredSizes, options: LoadOptions, ops: Ops) -> ModelDemand:
+    """With weights and KV as ``options`` have them. ``ops`` knows what a block of KV takes."""
+    spec = sizes.spec
+    kv = torch_dtype(options.kv_dtype) or torch_dtype(options.dtype)
+    kv_dtype = kv or (torch.bfloat16 if sizes.floats == "bf16" else torch.float32)
+    layers = [
+        layer_demand(layer, sizes, of, options, kv_dtype, ops)
+        for layer, of in zip(spec.layers, sizes.layers, strict=True)
+    ]
+    head = matrix_demand(
+        spec.vocab * spec.hidden, sizes.head, rounded_to(options, "head"), sizes.floats
+    )
+    return ModelDemand(
+        layers=tuple((len(list(run)), layer) for layer, run in groupby(layers)),
+        head=head,
+        embedding_bytes=sizes.embedding,
+        hidden=spec.hidden,
+        vocab=spec.vocab,
+        max_positions=spec.max_positions,
+        other_bytes=sizes.other,
+    )
+
+
+def rounded_to(options: LoadOptions, part: str) -> str:
+    """As ``weights.Rounding`` has it: "auto" as stored, "none" floats, "int8" or "int4"."""
+    if options.quantization not in ("int8", "int4") or part == "router":
+        return "none" if options.quantization == "none" else "auto"
+    if part == "attention" and not options.quantize_attention:
+        return "none"
+    return options.quantization if part in ("experts", "shared", "dense") else "int8"
+
+
+def matrix_demand(weights: int, stored: int, to: str, floats: str) -> MatrixDemand:
+    """``weights`` of which ``stored`` bytes are held unless they are rounded."""
+    kind = kind_of(stored, weights)
+    if to == "none":
+        kind = kind if kind in ("fp32", "bf16") else floats
+    elif to != "auto":
+        kind = to
+    if kind == kind_of(stored, weights):
+        return MatrixDemand(weights, stored, kind)
+    return MatrixDemand(weights, round(weights * BYTES[kind]), kind)
+
+
+def kind_of(nbytes: int, weights: int) -> str:
+    """How so many weights are held in so many bytes, scales and norms included."""
+    each = nbytes / max(1, weights)
+    return next((kind for kind, least in KINDS_FROM if each >= least), "int4")
+
+
+KINDS_FROM = (("fp32", 3.5), ("bf16", 1.75), ("int8", 0.9))
+
+
+def layer_demand(
+    layer: LayerSpec,
+    sizes: StoredSizes,
+    of: Mapping[str, int],
+    options: LoadOptions,
+    kv_dtype: torch.dtype,
+    ops: Ops,
+) -> LayerDemand:
+    hidden, floats, mlp = sizes.spec.hidden, sizes.floats, layer.mlp
+
+    def matrix(part: str, weights: int) -> MatrixDemand:
+        return matrix_demand(weights, of.get(part, 0), rounded_to(options, part), floats)
+
+    always = [matrix("attention", attention_weights(layer.attention, hidden))]
+    experts = None
+    if isinstance(mlp, MoeSpec):
+        router = mlp.router
+        weights = router.num_experts * hidden
+        always.append(MatrixDemand(weights, 4 * weights, "fp32"))
+        if mlp.shared:
+            always.append(matrix("shared", 3 * mlp.shared * hidden))
+        all_of_them = matrix("experts", router.num_experts * 3 * mlp.intermediate * hidden)
+        each = MatrixDemand(
+            3 * mlp.intermediate * hidden,
+            all_of_them.nbytes // router.num_experts,
+            all_of_them.kind,
+        )
+        experts = ExpertsDemand(each, router.num_experts, router.top_k)
+    else:
+        always.append(matrix("dense", 3 * mlp.intermediate * hidden))
+    return LayerDemand(tuple(always), attention_demand(layer.attention, kv_dtype, ops), experts)
+
+
+def attention_weights(a: AttentionSpec, hidden: int) -> int:
+    """Of all matrices of a layer's attention."""
+    return sum(attention_matrices(a, hidden))
+
+
+def attention_matrices(a: AttentionSpec, hidden: int) -> Iterator[int]:
+    """Weights of each of them."""
+    if isinstance(a, GqaSpec):
+        wide, narrow = a.heads * a.head_dim, a.kv_heads * a.head_dim
+        yield from (wide * hidden, narrow * hidden, narrow * hidden, hidden * wide)
+        return
+    queries = a.heads * (a.nope + a.rope)
+    if a.q_lora is None:
+        yield queries * hidden
+    else:
+        yield from (a.q_lora * hidden, queries * a.q_lora)
+    yield (a.kv_lora + a.rope) * hidden
+    yield a.heads * a.kv_lora * (a.nope + a.value)
+    yield hidden * a.heads * a.value
+
+
+def attention_demand(a: AttentionSpec, kv_dtype: torch.dtype, ops: Ops) -> AttentionDemand:
+    nbytes = ops.kv_bytes_per_block(kv_shape(a, 1, BLOCK, kv_dtype)) // BLOCK
+    kind = KIND_OF[kv_dtype]
+    if isinstance(a, GqaSpec):
+        return AttentionDemand(kind, nbytes, 4 * a.heads * a.head_dim, a.window)
+    operations = 2 * a.heads * (2 * a.kv_lora + a.rope)
+    return AttentionDemand(f"{kind}-latent", nbytes, operations)

@@ -1,0 +1,51 @@
+"""How many different experts a step touches. Pure.
+
+A token chooses ``top_k`` different experts of E. Expert e is chosen by a token with probability
+p_e; these add up to ``top_k``. Tokens are taken to choose independently of each other, so that n of
+them touch sum over e of 1 - (1 - p_e)^n experts on average: exact for that, whatever the choice of
+one token looks like. Equal use is p_e = top_k / E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moeserve.errors import ConfigError
+
+
+def equal_use(experts: int, top_k: int) -> tuple[float, ...]:
+    """p_e where no expert is preferred."""
+    return (top_k / experts,) * experts
+
+
+def use_of(counts: Sequence[float], top_k: int) -> tuple[float, ...]:
+    """p_e from how often each expert was chosen, in any unit: in proportion, none above 1, adding
+    up to ``top_k``. ConfigError where fewer than ``top_k`` experts were ever chosen."""
+    if any(not 0 <= c < float("inf") for c in counts):
+        raise ConfigError("counts of experts must be finite and at least 0")
+    if sum(c > 0 for c in counts) < top_k:
+        raise ConfigError(
+            f"counts of experts name fewer than {top_k} experts that were used: give counts of "
+            f"more tokens"
+        )
+    sure: set[int] = set()
+    while True:
+        rest = sum(c for e, c in enumerate(counts) if e not in sure)
+        scale = (top_k - len(sure)) / rest if rest else 0.0
+        above = {e for e, c in enumerate(counts) if e not in sure and c * scale >= 1}
+        if not above:
+            break
+        sure |= above
+    return tuple(1.0 if e in sure else c * scale for e, c in enumerate(counts))
+
+
+def expected_distinct(use: Iterable[float], tokens: float) -> float:
+    """How many of these experts ``tokens`` tokens touch; those left out of ``use`` do not count."""
+    if tokens <= 0:
+        return 0.0
+    return sum(1.0 - (1.0 - p) ** tokens for p in use)
+
+
+def least_used(use: Sequence[float], resident: int) -> tuple[float, ...]:
+    """``use`` of those that are not among the ``resident`` most used ones."""
+    return tuple(sorted(use, reverse=True)[resident:])

@@ -1,0 +1,217 @@
+"""How long a step takes on a machine, and what of it which resource is busy. Pure.
+
+Stage 2's step: for each layer the products, by curves measured on this machine, attention over the
+KV that is there, and what is read from disk meanwhile; then the head. docs/performance_model.md has
+the equations. Of every product and every scan of KV two bounds are known, reading its bytes and its
+arithmetic; the measured seconds are charged to the greater, which is what a machine with other
+bandwidth or arithmetic would change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeserve.offload.model.demand import AttentionDemand, LayerDemand, MatrixDemand, ModelDemand
+from moeserve.offload.model.machine import MachineModel, ProductCurve
+from moeserve.offload.model.residency import WeightsInMemory
+
+ALL_IN_MEMORY = WeightsInMemory()
+# Steps whose layers are remembered, so that a scheduler asks cheaply.
+MOST_REMEMBERED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """``prefill_pairs`` are the (query, position) pairs that attention of the prompts' tokens has,
+    ``decode_context`` the tokens of KV that the decoding sequences hold, ``rows`` those whose
+    logits are wanted. A mean over steps need not be whole."""
+
+    prefill_tokens: float
+    decode_tokens: float
+    decode_context: float
+    prefill_pairs: float
+    rows: float
+
+    @property
+    def tokens(self) -> float:
+        return self.prefill_tokens + self.decode_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepSeconds:
+    """``total`` of a step. The others overlap: how long each resource would be busy by itself, and
+    ``fixed``, which is neither."""
+
+    total: float = 0.0
+    memory: float = 0.0
+    compute: float = 0.0
+    disk: float = 0.0
+    fixed: float = 0.0
+    disk_bytes: float = 0.0
+
+    def __add__(self, other: StepSeconds) -> StepSeconds:
+        return StepSeconds(
+            self.total + other.total,
+            self.memory + other.memory,
+            self.compute + other.compute,
+            self.disk + other.disk,
+            self.fixed + other.fixed,
+            self.disk_bytes + other.disk_bytes,
+        )
+
+    def times(self, count: float) -> StepSeconds:
+        return StepSeconds(
+            self.total * count,
+            self.memory * count,
+            self.compute * count,
+            self.disk * count,
+            self.fixed * count,
+            self.disk_bytes * count,
+        )
+
+    def share(self, resource: str) -> float:
+        """Of the total, 0..1, how long ``resource`` ("memory", "compute", "disk", "fixed") is
+        busy."""
+        seconds: float = getattr(self, resource)
+        return min(1.0, seconds / self.total) if self.total > 0 else 0.0
+
+
+class StepPredictor:
+    """Predicts steps of one model on one machine; a ``StepCost``.
+
+    Remembers what layers cost for numbers of tokens it was asked about, and is otherwise without
+    state: threads may share it.
+    """
+
+    def __init__(
+        self,
+        machine: MachineModel,
+        model: ModelDemand,
+        weights: WeightsInMemory = ALL_IN_MEMORY,
+    ) -> None:
+        self.machine = machine
+        self.model = model
+        self.weights = weights
+        self._products: dict[tuple[float, float], tuple[StepSeconds, ...]] = {}
+
+    def seconds(self, prefill_tokens: int, decode_tokens: int, context_tokens: int) -> float:
+        """The prompts' tokens are taken for one prompt from its beginning."""
+        pairs = prefill_tokens * (prefill_tokens + 1) / 2
+        rows = decode_tokens + (prefill_tokens > 0)
+        work = StepWork(prefill_tokens, decode_tokens, context_tokens, pairs, rows)
+        return self.step(work).total
+
+    def step(self, work: StepWork) -> StepSeconds:
+        """Of all layers, the head, and what a step costs in any case."""
+        overheads = self.machine.overheads
+        fixed = overheads.step + overheads.row * work.rows
+        total = StepSeconds(total=fixed, fixed=fixed)
+        if not work.tokens:
+            return total
+        coldness = self._coldness(work)
+        products = self._products_of(work.tokens, coldness)
+        for (count, layer), product in zip(self.model.layers, products, strict=True):
+            total += self._layer(layer, work, product, coldness).times(count)
+        if work.rows:
+            total += self._matrix(self.model.head, work.rows, coldness)
+        return total
+
+    def _coldness(self, work: StepWork) -> float:
+        """Rounded, so that what layers cost is remembered."""
+        kv = work.decode_context * self.model.kv_bytes_per_token
+        touched = self.model.touched_bytes(work.tokens) + kv
+        return round(self.machine.coldness(touched), 2)
+
+    def _products_of(self, tokens: float, coldness: float) -> tuple[StepSeconds, ...]:
+        """Of each kind of layer, all that depends on the number of tokens alone."""
+        key = (tokens, coldness)
+        found = self._products.get(key)
+        if found is None:
+            found = tuple(
+                self._layer_products(layer, tokens, coldness) for _, layer in self.model.layers
+            )
+            if len(self._products) >= MOST_REMEMBERED:
+                self._products.clear()
+            self._products[key] = found
+        return found
+
+    def _layer_products(self, layer: LayerDemand, tokens: float, coldness: float) -> StepSeconds:
+        overheads = self.machine.overheads
+        fixed = overheads.layer + overheads.value * tokens * self.model.hidden
+        total = StepSeconds(total=fixed, fixed=fixed)
+        for matrix in layer.always:
+            total += self._matrix(matrix, tokens, coldness)
+        missing = self.weights.missing_trunk(layer, self.model.num_layers)
+        if layer.experts is not None:
+            experts = layer.experts
+            touched = experts.touched(tokens)
+            curve = self.machine.expert(experts.each.kind)
+            rows = tokens * experts.top_k / touched
+            total += self._product(experts.each, curve, rows, coldness).times(touched)
+            missing += self.weights.missing_experts(experts, tokens) * experts.each.nbytes
+        return self._with_reads(total, missing)
+
+    def _with_reads(self, layer: StepSeconds, missing: float) -> StepSeconds:
+        """What is read for a layer: its memory's bandwidth is shared by what the disk writes and
+        the products read; ``foreseen`` reads take place while others compute."""
+        if missing <= 0:
+            return layer
+        rate = self.machine.disk_bytes_per_s
+        disk = missing / rate if rate else float("inf")
+        memory = layer.memory + missing / self.machine.memory_bytes_per_s
+        ahead = disk * self.weights.foreseen
+        total = max(layer.total, memory, ahead) + disk - ahead
+        return StepSeconds(total, memory, layer.compute, disk, layer.fixed, missing)
+
+    def _layer(
+        self, layer: LayerDemand, work: StepWork, product: StepSeconds, coldness: float
+    ) -> StepSeconds:
+        total = product
+        a = layer.attention
+        if work.decode_tokens:
+            context = work.decode_tokens * a.seen(work.decode_context / work.decode_tokens)
+            total += self._attention(a, context, context * a.kv_bytes, coldness)
+        if work.prefill_tokens:
+            pairs = work.prefill_tokens * a.seen(work.prefill_pairs / work.prefill_tokens)
+            seconds = pairs * a.operations * self.machine.attend(a.kind).prefill
+            seconds *= self.machine.slower_compute
+            total += StepSeconds(total=seconds, compute=seconds)
+        return total
+
+    def _attention(
+        self, a: AttentionDemand, pairs: float, nbytes: float, coldness: float
+    ) -> StepSeconds:
+        cost = self.machine.attend(a.kind)
+        warm = min(cost.decode_warm, cost.decode_cold)
+        per_operation = warm + coldness * (cost.decode_cold - warm)
+        operations = pairs * a.operations
+        reads = nbytes * coldness * self.machine.slower_memory / self._memory_rate
+        return self._charged(operations * per_operation, reads, operations * cost.prefill)
+
+    @property
+    def _memory_rate(self) -> float:
+        """As it was measured."""
+        return self.machine.memory[self.machine.threads]
+
+    def _matrix(self, matrix: MatrixDemand, rows: int, coldness: float) -> StepSeconds:
+        return self._product(matrix, self.machine.product(matrix.kind), rows, coldness)
+
+    def _product(
+        self, matrix: MatrixDemand, curve: ProductCurve, rows: float, coldness: float
+    ) -> StepSeconds:
+        measured = matrix.weights * curve.at(rows, coldness)
+        reads = matrix.nbytes * coldness / self._memory_rate
+        arithmetic = matrix.weights * rows * curve.per_row(coldness)
+        return self._charged(measured, reads * self.machine.slower_memory, arithmetic)
+
+    def _charged(self, measured: float, reads: float, arithmetic: float) -> StepSeconds:
+        """``measured`` seconds stretch with whichever of the two bounds is the greater; ``reads``
+        is stretched already, the others are as they were measured."""
+        machine = self.machine
+        as_measured = reads / machine.slower_memory
+        if as_measured >= arithmetic:
+            memory, compute = measured * machine.slower_memory, arithmetic
+            compute *= machine.slower_compute
+        else:
+            memory, compute = reads, measured * machine.slower_compute
+        return StepSeconds(total=max(memory, compute), memory=memory, compute=compute)
