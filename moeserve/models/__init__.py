@@ -8,6 +8,7 @@
     spec  names                what a model is, and what its tensors are called: plain data
     families/                  ``config.json`` to a spec: a short file per architecture
     formats/                   stored codes to the matrices of the op table
+    gguf/                      llama.cpp's files, as if they were folders
     weights  expert_source     tensors as the op table takes them; experts read again while serving
     decoder                    the one decoder: token ids in, logits out
     layer_runner               who runs its layers: this process; others are in ``comm``

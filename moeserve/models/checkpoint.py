@@ -1,4 +1,4 @@
-"""Read a model folder: ``config.json`` and memory-mapped safetensors.
+"""Read a model folder: ``config.json`` and memory-mapped safetensors; or a GGUF file (``gguf``).
 
 Nothing in the folder is executed and pickle is never read. Every tensor that is asked for is
 checked (present, shape, dtype) and its bytes are counted, those of the rows asked for where that is
@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moeserve.errors import CheckpointError
 from moeserve.models.files import open_regular, read_json
+from moeserve.models.gguf.places import gguf_of, parts_of
 from moeserve.safetensors_header import read_header
 
 INDEX = "model.safetensors.index.json"
@@ -45,7 +46,8 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies: bytes ``start`` to ``end`` of a mapped file."""
+    """Where a tensor lies: bytes ``start`` to ``end`` of a mapped file; or what ``make`` makes of
+    these and others."""
 
     file: Path
     mapping: mmap.mmap
@@ -53,6 +55,7 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     end: int
+    make: Callable[[], Tensor] | None = None
 
 
 class Checkpoint:
@@ -78,6 +81,12 @@ class Checkpoint:
     def open(cls, path: str | Path) -> Self:
         """The folder, its files checked for truncation; tensors are read when asked for."""
         folder = Path(path)
+        if (file := gguf_of(folder)) is not None:
+            # Here, since it reads families, and they read this.
+            from moeserve.models.gguf.entries import open_gguf
+
+            model = open_gguf(file)
+            return cls(file, model.config, {}, model.files)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; give the path of a model folder")
         config = read_json(folder / "config.json", required=True)
@@ -137,6 +146,11 @@ class Checkpoint:
                 f"{remedy if kinds == FLOATS else ''}"
             )
         self._read.add(name)
+        return self._data(entry, kind)
+
+    def _data(self, entry: Entry, kind: torch.dtype) -> Tensor:
+        if entry.make is not None:
+            return entry.make()
         if entry.start == entry.end:
             return torch.empty(entry.shape, dtype=kind)
         count = (entry.end - entry.start) // kind.itemsize
@@ -202,13 +216,14 @@ class HeaderView(Checkpoint):
         super().__init__(of.path, of.config, of.generation_config, {})
         self._entries, self._read = of._entries, of._read
 
-    def _mapped(
-        self, name: str, shape: tuple[int, ...] | None, kinds: tuple[torch.dtype, ...]
-    ) -> Tensor:
-        return super()._mapped(name, shape, kinds).to("meta")
+    def _data(self, entry: Entry, kind: torch.dtype) -> Tensor:
+        return torch.empty(entry.shape, dtype=kind, device="meta")
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """Of a folder, or of a model whose first GGUF file this is."""
+    if (file := gguf_of(folder)) is not None:
+        return parts_of(file)
     index = folder / INDEX
     if index.exists():
         shards = read_json(index, required=True).get("weight_map")
@@ -244,13 +259,7 @@ def _map(file: Path) -> dict[str, Entry]:
             with safe_open(file, framework="pt", device="cpu"):
                 pass
             header = json.loads(text)
-            # Private, since torch wants memory it could write; nobody does, so reserve none.
-            mapping = mmap.mmap(
-                opened.fileno(),
-                0,
-                flags=mmap.MAP_PRIVATE | _NORESERVE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            )
+            mapping = map_file(opened)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: truncated or not safetensors ({error}); download it again"
@@ -267,6 +276,12 @@ def _map(file: Path) -> dict[str, Entry]:
         )
         for name, found in header.items()
     }
+
+
+def map_file(opened: BinaryIO) -> mmap.mmap:
+    """Private, since torch wants memory it could write; nobody does, so reserve none."""
+    flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    return mmap.mmap(opened.fileno(), 0, flags=flags, prot=prot)
 
 
 def _shown(kind: torch.dtype) -> str:

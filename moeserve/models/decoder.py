@@ -261,13 +261,14 @@ def open_weights(
     experts: Mapping[int, Sequence[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
-    """Floats of dtype "auto" are those of the embedding, which no method quantises."""
+    """Floats of dtype "auto" are those of the embedding."""
     read_spec(checkpoint)  # a config that no family understands is the first thing to be said
-    held = torch_dtype(options.dtype) or checkpoint.dtype("model.embed_tokens.weight")
     where = str(checkpoint.path / "config.json")
+    stored = Stored(checkpoint, read_method(Fields(checkpoint.config, where)))
+    held = torch_dtype(options.dtype) or stored.plain_dtype("model.embed_tokens")
     return Weights(
         checkpoint,
-        Stored(checkpoint, read_method(Fields(checkpoint.config, where))),
+        stored,
         ops,
         torch.bfloat16 if held is torch.bfloat16 else torch.float32,
         Rounding(options.quantization, options.quantize_attention),

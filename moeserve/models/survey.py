@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moeserve.kernels.reference.ops import ReferenceOps
-from moeserve.models.checkpoint import FLOATS, Checkpoint
+from moeserve.models.checkpoint import FLOATS, Checkpoint, Entry
 from moeserve.models.decoder import assemble
 from moeserve.models.spec import ModelSpec, MoeSpec
 
@@ -40,9 +40,12 @@ class Headers(Checkpoint):
     def _mapped(
         self, name: str, shape: tuple[int, ...] | None, kinds: tuple[torch.dtype, ...]
     ) -> Tensor:
-        tensor = super()._mapped(name, shape, kinds).to("meta")
+        tensor = super()._mapped(name, shape, kinds)
         self.seen[name] = tensor
         return tensor
+
+    def _data(self, entry: Entry, kind: torch.dtype) -> Tensor:
+        return torch.empty(entry.shape, dtype=kind, device="meta")
 
     def held_bytes(self, dtype: torch.dtype) -> dict[str, int]:
         """Floats in ``dtype``, codes as they are stored."""

@@ -114,10 +114,9 @@ class Weights:
 
     def embedding(self, module: str, vocab: int, hidden: int) -> Tensor:
         """A view of the file where that has the weight dtype: only rows looked up are read."""
-        table = self.checkpoint.get(f"{module}.weight", (vocab, hidden))
+        table = self.stored.table(module, vocab, hidden, self.dtype)
         self._report_progress()
-        aligned = table.is_meta or table.data_ptr() % table.itemsize == 0
-        return table.to(self.dtype, copy=not aligned)
+        return table
 
     def vector(self, name: str, size: int) -> Tensor:
         return self.exact(name, size)

@@ -27,13 +27,13 @@ from moeserve.kernels.matrix import (
 )
 from moeserve.models.checkpoint import FLOATS, Checkpoint
 from moeserve.models.formats import grouped
-from moeserve.models.formats.method import AWQ, COMPRESSED, FP8, GPTQ, MXFP4, Method
+from moeserve.models.formats.method import AWQ, COMPRESSED, FP8, GGUF, GPTQ, MXFP4, Method
+from moeserve.models.gguf import blocks as gguf
+from moeserve.models.gguf.block_types import SUFFIXES
 
 # Where AWQ puts feature c of every eight.
 _AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
-# E2M1, doubled to be whole.
-_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-# Powers of two, halved as the codes are doubled.
+# Powers of two, halved as the codes of E2M1 are doubled.
 _E8M0_HALVES = tuple(2.0 ** (e - 128) for e in range(256))
 _MX_GROUP = 32
 
@@ -48,6 +48,10 @@ class Stored:
 
     def linear(self, module: str, out: int, into: int) -> Matrix:
         """[N, K] of ``module``, in codes if stored so; plain floats are a view of the file."""
+        found = self._blocks(module, out, into)
+        if found is not None and found[0] not in gguf.EXACT:
+            self.rounded[found[0]] += 1
+            return gguf.to_rows(*found)
         matrix = self.exactly(module, out, into)
         if not isinstance(matrix, Tensor) or self._reader(module) is None:
             return matrix
@@ -60,6 +64,45 @@ class Stored:
         if read is None:
             return self.checkpoint.get(f"{module}.weight", (out, into))
         return read(self, module, out, into)
+
+    def plain_dtype(self, module: str) -> torch.dtype:
+        """Of its floats, or those that models are published in where it is blocks of GGUF."""
+        name = f"{module}.weight"
+        blockwise = any(self.checkpoint.has(f"{module}.{end}") for end in SUFFIXES)
+        return torch.bfloat16 if blockwise else self.checkpoint.dtype(name)
+
+    def table(self, module: str, rows: int, size: int, dtype: torch.dtype) -> Tensor:
+        """[rows, size] of an embedding: a view of the file where it has this type."""
+        found = self._blocks(module, rows, size)
+        if found is not None:
+            return gguf.to_values(*found, dtype)
+        table = self.checkpoint.get(f"{module}.weight", (rows, size))
+        aligned = table.is_meta or table.data_ptr() % table.itemsize == 0
+        return table.to(dtype, copy=not aligned)
+
+    def _blocks(self, module: str, out: int, into: int) -> tuple[str, Tensor] | None:
+        """The type, and rows of blocks [N, B], of a module that a GGUF file has so."""
+        if self.method.name != GGUF:
+            return None
+        for end, kind in SUFFIXES.items():
+            name = f"{module}.{end}"
+            if not self.checkpoint.has(name):
+                continue
+            shape = self.checkpoint.shape(name)
+            if len(shape) != 2 or (shape[0], gguf.features_of(kind, shape[1])) != (out, into):
+                raise self._wrong(
+                    name, f"has rows of bytes {list(shape)}, its metadata implies {[out, into]}"
+                )
+            raw = self._get(name, shape, torch.uint8)
+            if not gguf.sound(kind, raw):
+                raise self._wrong(name, "holds a scale that is not finite")
+            return kind, raw
+        return None
+
+    def _gguf(self, module: str, out: int, into: int) -> Matrix:
+        found = self._blocks(module, out, into)
+        assert found is not None, module
+        return gguf.to_groups(*found) if found[0] in gguf.EXACT else gguf.to_values(*found)
 
     def _reader(self, module: str) -> _Reader | None:
         """None for plain floats."""
@@ -92,7 +135,7 @@ class Stored:
             scale = torch.tensor(_E8M0_HALVES)[power.long()]
             packed = block.flatten(-2)[..., : into // 2]
             zero = torch.zeros(scale.shape, dtype=torch.uint8)
-            found.append(Int4Matrix(packed, scale, zero, _MX_GROUP, _E2M1))
+            found.append(Int4Matrix(packed, scale, zero, _MX_GROUP, gguf.E2M1))
         return found
 
     def has_experts(self, name: str) -> bool:
@@ -300,6 +343,7 @@ def _qweight(stored: Stored, module: str, out: int, into: int) -> Matrix:
 _BY_TENSOR: tuple[tuple[str, tuple[str, ...], _Reader], ...] = (
     ("weight_packed", (COMPRESSED,), Stored._packed),
     ("qweight", (GPTQ, AWQ), _qweight),
+    *((end, (GGUF,), Stored._gguf) for end in SUFFIXES),
 )
 _BY_DTYPE: dict[torch.dtype, tuple[tuple[str, ...], _Reader]] = {
     torch.int8: ((COMPRESSED,), Stored._int8),

@@ -13,7 +13,8 @@ from moeserve.errors import CheckpointError
 from moeserve.models.fields import Fields
 
 COMPRESSED, FP8, GPTQ, AWQ, MXFP4 = "compressed-tensors", "fp8", "gptq", "awq", "mxfp4"
-METHODS = (COMPRESSED, FP8, GPTQ, AWQ, MXFP4)
+GGUF = "gguf"  # of no folder: what we say of such a file
+METHODS = (COMPRESSED, FP8, GPTQ, AWQ, MXFP4, GGUF)
 _FORMATS = (
     "int-quantized",
     "float-quantized",
@@ -96,7 +97,13 @@ def _mxfp4(_: Fields) -> Method:
     return Method(MXFP4)
 
 
-_READERS = {COMPRESSED: _compressed, FP8: _fp8, GPTQ: _gptq, AWQ: _awq, MXFP4: _mxfp4}
+def _gguf(_: Fields) -> Method:
+    return Method(GGUF)
+
+
+_READERS = {
+    COMPRESSED: _compressed, FP8: _fp8, GPTQ: _gptq, AWQ: _awq, MXFP4: _mxfp4, GGUF: _gguf,
+}  # fmt: skip
 
 
 def _tables(table: Fields, name: str) -> Iterator[Fields]:
