@@ -34,11 +34,16 @@ struct RowBlocks {
   int64_t per_matrix, count;
 };
 
+// Each array of a matrix has those of all experts one after the other. Or, with `record_bytes`, all
+// that an expert needs is one record, so that a step of so many bytes leads from any array of one
+// expert to the next one's; expert e is record order[e] then, or e where `order` is null.
 struct Experts {
   Matrix gate_up;  // n = 2 I, k = H, paired: a panel ends in 16 finished activations
   Matrix down;     // n = H, k = I
   int64_t count;
   bool clamped;  // GPT-OSS's activation instead of SwiGLU
+  int64_t record_bytes;
+  const int32_t* order;
 };
 
 enum class KvType : int { kFloat32, kBfloat16, kInt8 };

@@ -296,7 +296,9 @@ NB_MODULE(_cpu, m) {
   });
   nb::class_<Experts>(m, "Experts")
       .def("__init__", [](Experts* self, const Matrix& gate_up, const Matrix& down, int64_t count,
-                          bool clamped) { new (self) Experts{gate_up, down, count, clamped}; })
+                          bool clamped, int64_t record_bytes, uintptr_t order) {
+        new (self) Experts{gate_up, down, count, clamped, record_bytes, at<const int32_t>(order)};
+      })
       .def_prop_ro("payload",
                    [](const Experts& self) { return static_cast<int>(self.gate_up.kind); })
       .def_prop_ro("contribution",

@@ -6,6 +6,7 @@
     select  probe              the op table of a device; how fast the machine can go at most
     fused                      the fused operations spelled out: their meaning, and natives' oracle
     matrix                     weights in 8 and 4 bits, between loader and op table
+    records                    packed weights as bytes at fixed places
     wire                       what ranks send each other for a mixture: records and sums
     sampling  host_copy        what a row to be sampled needs; where tensors leave the device
     kv_layout                  KV blocks as bytes, once they have left a cache

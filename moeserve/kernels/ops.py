@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from moeserve.kernels.matrix import Source
+from moeserve.kernels.records import PAGE, MatrixForm, rounded_up
 from moeserve.kernels.sampling import SampledRow, SamplingRow
 from moeserve.kernels.wire import Combine, Copies, Sums, Wire
 
@@ -79,6 +80,44 @@ class Experts:
     intermediate: int
     activation: Activation
     data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """All that one routed expert needs, as ``nbytes`` contiguous bytes: gate and up, then down.
+
+    Equal layouts lie alike, so memory of one takes records of the other. ``nbytes`` is a multiple
+    of ``PAGE``; ``down_at`` of a line.
+    """
+
+    gate_up: MatrixForm
+    down: MatrixForm
+    activation: Activation
+    down_at: int
+    nbytes: int
+
+    @property
+    def hidden(self) -> int:
+        return self.down.out_features
+
+    @property
+    def intermediate(self) -> int:
+        return self.down.in_features
+
+
+def lay_out_record(
+    matrix_bytes: Callable[[MatrixForm], int],
+    gate_up: MatrixForm,
+    down: MatrixForm,
+    activation: Activation,
+) -> RecordLayout:
+    """Of an expert whose matrices have these forms, in the backend whose ``matrix_bytes`` it is."""
+    assert (gate_up.count, down.count, gate_up.paired, down.paired) == (None, None, True, False)
+    assert gate_up.out_features == 2 * down.in_features, (gate_up, down)
+    assert gate_up.in_features == down.out_features, (gate_up, down)
+    down_at = matrix_bytes(gate_up)
+    nbytes = rounded_up(down_at + matrix_bytes(down), PAGE)
+    return RecordLayout(gate_up, down, activation, down_at, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +377,43 @@ class Ops(Protocol):
         down_bias_EH: Tensor | None = None,
         activation: Activation = Activation.SWIGLU,
     ) -> Experts: ...
+
+    def matrix_form(self, linear: Linear) -> MatrixForm:
+        """Of what ``pack_linear`` or ``pack_heads`` made."""
+        ...
+
+    def matrix_bytes(self, form: MatrixForm) -> int:
+        """What ``write_matrix`` writes: a multiple of ``records.LINE``."""
+        ...
+
+    def write_matrix(self, linear: Linear, into: Tensor) -> None:
+        """Its packed bytes; ``into`` is uint8 and has ``matrix_bytes``."""
+        ...
+
+    def linear_over(self, memory: Tensor, form: MatrixForm) -> Linear:
+        """The matrix whose bytes lie in ``memory``, or will when it is used: nothing is copied.
+
+        ``memory`` is uint8 of ``matrix_bytes``, begins on a line, and lives as long as what is
+        made of it. InternalError where it is too small or begins elsewhere.
+        """
+        ...
+
+    def record_layout(self, experts: Experts) -> RecordLayout: ...
+
+    def write_record(self, experts: Experts, e: int, into: Tensor) -> None:
+        """All of expert ``e``; ``into`` is uint8 [nbytes] of the layout."""
+        ...
+
+    def experts_over(
+        self, memory: Tensor, layout: RecordLayout, slots: int, order: Sequence[int] | None = None
+    ) -> Experts:
+        """Experts whose records lie in ``memory``, or will when they are used: nothing is copied.
+
+        Expert s is record s, or ``order[s]`` where that is given: ``slots`` records of any that
+        ``memory`` (uint8, whole records, beginning on a line) has. Their results are those of the
+        experts that were written, to the bit. InternalError where the memory does not fit.
+        """
+        ...
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension; any leading ones."""

@@ -6,6 +6,7 @@
     handles                    handles of a decoder's parts, made once and passed with every step
     forward                    a forward pass whose arguments are made once
     packing                    weights in the layout of the kernels, made once
+    records                    packed weights over any memory that has their bytes
     kv                         the paged cache
     wire                       dispatch and combine, one native call each
 """

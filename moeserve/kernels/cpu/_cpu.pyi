@@ -83,7 +83,20 @@ class Matrix:
     ) -> None: ...
 
 class Experts:
-    def __init__(self, gate_up: Matrix, down: Matrix, count: int, clamped: bool, /) -> None: ...
+    """``record_bytes``: from any array of one expert to the same of the next; 0: each array has
+    those of all experts one after the other. ``order``: the record of each expert, int32; 0: its
+    own number."""
+
+    def __init__(
+        self,
+        gate_up: Matrix,
+        down: Matrix,
+        count: int,
+        clamped: bool,
+        record_bytes: int,
+        order: int,
+        /,
+    ) -> None: ...
     @property
     def payload(self) -> int:
         """The kind of gate and up."""

@@ -9,7 +9,6 @@ Letters: see ``ops``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -29,7 +28,8 @@ from moeserve.kernels.cpu.handles import (
     stack_layers,
 )
 from moeserve.kernels.cpu.kv import fp32, int32
-from moeserve.kernels.cpu.packing import Panels, pack
+from moeserve.kernels.cpu.packing import PackedExperts, Panels, pack
+from moeserve.kernels.cpu.records import NativeRecords
 from moeserve.kernels.cpu.wire import NativeWire
 from moeserve.kernels.matrix import Source
 from moeserve.kernels.ops import (
@@ -59,16 +59,7 @@ from moeserve.kernels.reference.sampling import sample_rows
 from moeserve.kernels.sampling import SampledRow, SamplingRow
 
 
-@dataclass(frozen=True, slots=True)
-class PackedExperts:
-    """The native handle, and the memory it points to."""
-
-    handle: _cpu.Experts
-    gate_up: Panels
-    down: Panels
-
-
-class CpuOps(NativeWire):
+class CpuOps(NativeRecords, NativeWire):
     """The native backend. Stateless: instruction set and threads belong to ``_cpu``."""
 
     name = "cpu"
@@ -90,7 +81,7 @@ class CpuOps(NativeWire):
         assert gate_up_E2IH.shape == (num, 2 * inner, hidden), gate_up_E2IH.shape
         up = pack(gate_up_E2IH, gate_up_bias_E2I, paired=True)
         down = pack(down_EHI, down_bias_EH)
-        handle = _cpu.Experts(up.handle, down.handle, num, activation is Activation.CLAMPED)
+        handle = _cpu.Experts(up.handle, down.handle, num, activation is Activation.CLAMPED, 0, 0)
         return Experts(num, hidden, inner, activation, PackedExperts(handle, up, down))
 
     def pack_heads(self, weight_ANK: Source) -> Linear:

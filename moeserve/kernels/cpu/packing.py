@@ -22,8 +22,10 @@ from moeserve.kernels.matrix import (
     not_finite,
     part_of,
 )
+from moeserve.kernels.records import MatrixForm, WeightKind
 
 FP32, BF16, INT8, INT4 = range(4)
+KINDS = (WeightKind.FP32, WeightKind.BF16, WeightKind.INT8, WeightKind.INT4)
 PANEL = 32
 HUGE_PAGE = 2 << 20
 MOST_FEATURES = 1 << 17  # the greatest K whose int8 products surely add up in 32 bits
@@ -31,15 +33,34 @@ MOST_FEATURES = 1 << 17  # the greatest K whose int8 products surely add up in 3
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """``count`` matrices: the native handle, and the tensors whose memory it points to."""
+    """``count`` matrices of a form: the native handle, and the memory it points to.
+
+    ``arrays`` are data, scales, biases and zero points, uint8 [count, bytes of one matrix].
+    """
 
     count: int
+    form: MatrixForm
     handle: _cpu.Matrix
-    memory: tuple[Tensor, ...]
+    arrays: tuple[Tensor | None, ...]
+    levels: Tensor | None
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        return tuple(part for part in self.arrays if part is not None)
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.memory)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """The native handle, and the memory it points to. ``order`` is the record of each expert."""
+
+    handle: _cpu.Experts
+    gate_up: Panels
+    down: Panels
+    order: Tensor | None = None
 
 
 def pack(weight: Source, bias: Tensor | None = None, *, paired: bool = False) -> Panels:
@@ -54,25 +75,57 @@ def pack(weight: Source, bias: Tensor | None = None, *, paired: bool = False) ->
     data = empty_bytes(stack.count * _cpu.packed_bytes(stack.kind, out, into, stack.group, paired))
     scale = pack_codes(stack, into, data)
     zero, same_zero = pack_zeros(stack)
-    levels = levels_of(stack)
+    first = stack.blocks[0]
+    levels = first.levels if isinstance(first, Int4Matrix) else None
     assert levels is None or (zero is None and not same_zero), "levels have no zero points"
     biases = None
     if bias is not None:
         biases = pack_floats(list(bias) if leading else [bias], [out], stack.count, paired)
-    memory = (data, scale, biases, zero, levels)
-    handle = _cpu.Matrix(
-        stack.kind,
+    form = MatrixForm(
+        KINDS[stack.kind],
         out,
         into,
-        data.data_ptr(),
-        address(scale),
-        address(biases),
-        address(zero),
-        address(levels),
-        stack.group,
-        same_zero,
+        count=stack.count if leading else None,
+        paired=paired,
+        biased=bias is not None,
+        group=stack.group,
+        zero=None if zero is not None else same_zero,
+        levels=levels,
     )
-    return Panels(stack.count, handle, tuple(part for part in memory if part is not None))
+    arrays = [
+        None if array is None else array.view(torch.uint8).view(stack.count, -1)
+        for array in (data, scale, biases, zero)
+    ]
+    return panels_of(form, stack.count, arrays)
+
+
+def panels_of(form: MatrixForm, count: int, arrays: Sequence[Tensor | None]) -> Panels:
+    """Over packed arrays; the native handle points to the first matrix of each."""
+    levels = None if form.levels is None else torch.tensor(form.levels, dtype=torch.int8)
+    assert levels is None or len(levels) == 16, form.levels
+    data, scale, bias, zero = map(address, arrays)
+    handle = _cpu.Matrix(
+        KINDS.index(form.kind),
+        form.out_features,
+        form.in_features,
+        data,
+        scale,
+        bias,
+        zero,
+        address(levels),
+        form.group,
+        form.zero or 0,
+    )
+    return Panels(count, form, handle, tuple(arrays), levels)
+
+
+def array_sizes(form: MatrixForm) -> tuple[int, int, int, int]:
+    """Bytes of one matrix's data, scales, biases and zero points."""
+    n, k, kind = form.out_features, form.in_features, KINDS.index(form.kind)
+    rows = lanes(n, form.paired)
+    zeros = rows * form.groups if form.kind is WeightKind.INT4 and form.zero is None else 0
+    data = _cpu.packed_bytes(kind, n, k, form.group, form.paired)
+    return data, 4 * rows * form.groups, 4 * rows * form.biased, zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +175,6 @@ def pack_zeros(stack: PackedStack) -> tuple[Tensor | None, int]:
     if not any(bool((z != same).any()) for z in zeros):
         return None, same
     return pack_floats(zeros, stack.rows, stack.count, stack.paired).to(torch.uint8), same
-
-
-def levels_of(stack: PackedStack) -> Tensor | None:
-    first = stack.blocks[0]
-    if not isinstance(first, Int4Matrix) or first.levels is None:
-        return None
-    assert len(first.levels) == 16, first.levels
-    return torch.tensor(first.levels, dtype=torch.int8)
 
 
 def address(part: Tensor | None) -> int:

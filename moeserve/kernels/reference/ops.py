@@ -31,12 +31,13 @@ from moeserve.kernels.ops import (
 from moeserve.kernels.reference import kv as reference_kv
 from moeserve.kernels.reference.combine import exact_sum, limbs_of, sum_to_float
 from moeserve.kernels.reference.products import product
+from moeserve.kernels.reference.records import ReferenceRecords
 from moeserve.kernels.reference.sampling import sample_rows
 from moeserve.kernels.reference.wire import ReferenceWire
 from moeserve.kernels.sampling import SampledRow, SamplingRow
 
 
-class ReferenceOps(Composed, ReferenceWire):
+class ReferenceOps(Composed, ReferenceRecords, ReferenceWire):
     """Plain torch, one row at a time."""
 
     name = "reference"
