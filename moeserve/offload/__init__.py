@@ -4,7 +4,11 @@
 
     mover        reads on threads of its own: needed now, or ahead; each wait has a deadline
     disk_file    a file of weights that must stay as it was: size, time, digests of its regions
-    experts      an arena of slots over all layers: a layer's experts, in waves as they come
     residency    which experts stay in memory: pure decisions over slots
+    experts      an arena of slots over all layers: a layer's experts, in waves as they come
+    waves        a mixture made in parts, to the bits of all at once
+    foresight    which experts of the next layer are worth reading ahead
+    window       trunks of a few layers in memory, the others read as their turn comes
+    runner       runs the layers of a step over all of this
     native       the native half (offload/*.cc), or why there is none
 """
