@@ -11,7 +11,7 @@ Letters: see ``residency``.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +104,7 @@ class ExpertStream:
         begun = self._read(layer, missing.tolist(), now, ahead=True)
         self._ahead.setdefault(layer, set()).update(begun)
 
-    def waves(self, layer: int, experts: Ids) -> Iterator[Ids]:
+    def waves(self, layer: int, experts: Ids) -> Generator[Ids, None, None]:
         """The experts that the layer needs now, which are distinct, in parts: what is given can be
         computed with, by ``residency.slot_LE``, until the next part is asked for. To be closed
         where it is not asked to the end.

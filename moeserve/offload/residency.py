@@ -50,7 +50,7 @@ class Residency:
         self._expert_S = np.full(slots, EMPTY, np.int32)
         self._held_S = np.zeros(slots, np.int32)
         self._step = 0
-        self._experts_L = tuple(experts_L)
+        self.experts_L = tuple(experts_L)
 
     @property
     def slot_LE(self) -> NDArray[np.int32]:
@@ -111,7 +111,7 @@ class Residency:
         layer_N, expert_N = self._layer_S[open_N], self._expert_S[open_N]
         age_N = self._step - self._when_LE[layer_N, expert_N]
         p_N = np.maximum(self._p_LE[layer_N, expert_N] * self._forget**age_N, LEAST_P)
-        layers = len(self._experts_L)
+        layers = len(self.experts_L)
         off_N = (layer_N - now) % layers / layers + 1.0 / p_N - 1.0
         off_N[layer_N == EMPTY] = np.inf
         if count < len(open_N):

@@ -8,7 +8,7 @@ Letters: see ``kernels.ops``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
@@ -49,6 +49,7 @@ class StreamedLayerRunner:
         stream: ExpertStream,
         gate: PredictionGate,
         window: TrunkWindow | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         routing = [l for l, layer in enumerate(layers) if isinstance(layer.mlp, tuple)]
         for layer in layers:
@@ -58,7 +59,7 @@ class StreamedLayerRunner:
                     "--memory take 'exact', which is the default, or 'ordered'"
                 )
         self.stream, self.gate, self.window = stream, gate, window
-        self._ops, self._layers = ops, tuple(layers)
+        self._ops, self._layers, self._on_close = ops, tuple(layers), on_close
         self._next = dict(pairwise(routing))
         self._predicted: int | None = None  # the layer whose experts were
 
@@ -92,6 +93,11 @@ class StreamedLayerRunner:
             if window is not None:
                 window.done(l)
 
+    def close(self) -> None:
+        """Ends what is being read, and closes the files. After the last step."""
+        self.stream.mover.close()
+        self._on_close()
+
     def _mix(
         self, l: int, mlp: Moe, rows: Sequence[tuple[Tensor, Step, list[Tensor] | None]]
     ) -> None:
@@ -99,9 +105,9 @@ class StreamedLayerRunner:
         predicted = self._predicted == l
         foreseen = self._foresee(l, rows)  # before routing: a step has one result of it at a time
         chosen = [self._ops.route(x_TH, router, step) for x_TH, step, _ in rows]
-        for (_, _, ids), of in zip(rows, chosen, strict=True):
-            if ids is not None:
-                ids.append(of.ids_TC.clone())
+        for (_, _, seen), of in zip(rows, chosen, strict=True):
+            if seen is not None:
+                seen.append(of.ids_TC.clone())
         ids_TC = [of.ids_TC.numpy() for of in chosen]
         needed = np.unique(np.concatenate([ids.ravel() for ids in ids_TC])).astype(np.int64)
         before = replace(self.stream.counts)

@@ -29,6 +29,7 @@ from moeserve.offload.residency import Residency
 from moeserve.offload.runner import StreamedLayerRunner
 
 LoadDecoder = Callable[[str], Decoder]
+Serve = Callable[[Decoder], list[Any]]
 BLOCK, BLOCKS = 4, 24
 
 
@@ -102,33 +103,6 @@ def streamed(
     file.close()
 
 
-class Routes:
-    """An observer that keeps all."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, list[list[int]]]] = []
-
-    def record(self, layer: int, ids_TC: Any) -> None:
-        self.seen.append((layer, ids_TC.tolist()))
-
-
-def serve(decoder: Decoder) -> list[Any]:
-    """Prompts alone, decoding alone, both together, and two microbatches: logits and routes."""
-    cache, routes, found = decoder.new_cache(BLOCKS, BLOCK), Routes(), list[Tensor]()
-    one, two, three = [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]
-    steps: list[list[list[Span]]] = [
-        [[Span([*range(1, 10)], 0, one)]],
-        [[Span([11], 9, one)]],
-        [[Span([12], 10, one), Span([5, 6, 7, 5, 9], 0, two)]],
-        [[Span([13], 11, one)], [Span([20], 5, two), Span([21, 22], 0, three)]],
-        [[Span([14], 12, one), Span([23], 6, two), Span([24], 2, three)], []],
-    ]
-    for spans in steps:
-        batches = [pack_spans(of, BLOCK) for of in spans]
-        found += decoder.forward_micro(batches, cache, routes)
-    return [[logits.view(torch.int32).tolist() for logits in found], routes.seen]
-
-
 def widest(decoder: Decoder) -> int:
     return max(part.weights.experts.num_experts for part in mixtures(decoder).values())
 
@@ -136,7 +110,7 @@ def widest(decoder: Decoder) -> int:
 @pytest.mark.parametrize("prediction", ["on", "off", "auto"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "qwen3_moe", "gpt_oss", "mixtral"])
 def test_the_bits_are_those_of_a_model_in_memory(
-    tiny_decoder: LoadDecoder, tmp_path: Path, family: str, prediction: Prediction
+    tiny_decoder: LoadDecoder, serve: Serve, tmp_path: Path, family: str, prediction: Prediction
 ) -> None:
     """For rooms from fewer slots than a layer has experts to one for each expert there is."""
     whole = tiny_decoder(family)
@@ -151,15 +125,16 @@ def test_the_bits_are_those_of_a_model_in_memory(
             assert counts.waves >= counts.layers
             if slots == each:
                 # Each expert is read once at most: as it was missed, or ahead of its layer.
-                assert read.reads <= each
+                assert read.reads - read.cancelled <= each
                 before = replace(counts)
                 assert serve(decoder) == expected
                 assert counts.misses == before.misses
-                assert runner.stream.mover.counts() == read
 
 
 @pytest.mark.parametrize("ops", ["reference"], indirect=True)
-def test_the_reference_gives_its_own_bits_too(tiny_decoder: LoadDecoder, tmp_path: Path) -> None:
+def test_the_reference_gives_its_own_bits_too(
+    tiny_decoder: LoadDecoder, serve: Serve, tmp_path: Path
+) -> None:
     whole = tiny_decoder("mixtral")
     records = write_records(whole, tmp_path / "experts.bin")
     expected = serve(whole)
@@ -169,7 +144,7 @@ def test_the_reference_gives_its_own_bits_too(tiny_decoder: LoadDecoder, tmp_pat
 
 
 def test_every_other_family_is_served_from_two_layers_of_slots(
-    tiny_decoder: LoadDecoder, tmp_path: Path
+    tiny_decoder: LoadDecoder, serve: Serve, tmp_path: Path
 ) -> None:
     for family in ("deepseek_v2", "deepseek_v2_lite", "olmoe", "glm4_moe", "mixtral_llama3"):
         whole = tiny_decoder(family)
@@ -179,7 +154,7 @@ def test_every_other_family_is_served_from_two_layers_of_slots(
 
 
 def test_ordered_sums_are_the_same_in_parts_and_fast_ones_are_refused(
-    tiny_decoder: LoadDecoder, tmp_path: Path
+    tiny_decoder: LoadDecoder, serve: Serve, tmp_path: Path
 ) -> None:
     whole = tiny_decoder("qwen2_moe")
     for combine in (Combine.ORDERED, Combine.FAST):
@@ -205,7 +180,7 @@ def test_ordered_sums_are_the_same_in_parts_and_fast_ones_are_refused(
 
 
 def test_what_is_predicted_is_read_before_its_layer_and_counted(
-    tiny_decoder: LoadDecoder, tmp_path: Path
+    tiny_decoder: LoadDecoder, serve: Serve, tmp_path: Path
 ) -> None:
     whole = tiny_decoder("deepseek_v3")
     records = write_records(whole, tmp_path / "experts.bin")
@@ -260,12 +235,20 @@ def test_a_file_that_is_not_as_it_was_fails_the_step_and_no_token_is_wrong(
 
 def used_expert(decoder: Decoder, layer: int) -> int:
     """One that ``decode`` needs."""
-    routes, cache = Routes(), decoder.new_cache(BLOCKS, BLOCK)
-    decoder.forward(pack_spans([Span([3, 4, 5], 0, [0])], BLOCK), cache, routes)
-    return next(rows[0][0] for l, rows in routes.seen if l == layer)
+    found: list[int] = []
+
+    class Looking:
+        def record(self, l: int, ids_TC: Any) -> None:
+            found.extend(ids_TC[0].tolist() if l == layer else ())
+
+    batch = pack_spans([Span([3, 4, 5], 0, [0])], BLOCK)
+    decoder.forward(batch, decoder.new_cache(BLOCKS, BLOCK), Looking())
+    return found[0]
 
 
-def test_a_read_that_failed_is_read_again(tiny_decoder: LoadDecoder, tmp_path: Path) -> None:
+def test_a_read_that_failed_is_read_again(
+    tiny_decoder: LoadDecoder, serve: Serve, tmp_path: Path
+) -> None:
     """After an error of the disk that passes, the same runner gives the right bits."""
     whole = tiny_decoder("mixtral")
     records = write_records(whole, tmp_path / "experts.bin")
