@@ -40,6 +40,7 @@ from moeserve.models.decoder import Decoder, ModelKvCache, assemble
 from moeserve.models.expert_source import expert_bytes, open_experts
 from moeserve.models.families import read_spec
 from moeserve.models.library import resolve_model
+from moeserve.models.packed.checkpoint import open_checkpoint
 from moeserve.models.spec import ModelSpec, MoeSpec
 from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.progress import Progress
@@ -140,7 +141,7 @@ def load_rank_model(
     read and bytes in all.
     """
     # 1. Which of the experts are this rank's.
-    checkpoint = Checkpoint.open(resolve_model(options.model))
+    checkpoint = open_checkpoint(resolve_model(options.model))
     plan = None if context is None else plan_of_context(checkpoint, context)
     own = None if context is None or plan is None else own_experts(_layouts(plan), context.rank)
     # 2. Read the weights, and pack them as the op table wants them.
@@ -150,6 +151,7 @@ def load_rank_model(
     read_bytes_per_s = checkpoint.bytes_read / (time.perf_counter() - begun)
     # 3. Share what memory is left among the ranks of this node, as KV blocks.
     available = read_memory().available // (1 if context is None else context.neighbours)
+    available = max(0, available - checkpoint.mapped_bytes)
     size = size_kv(decoder.kv_bytes_per_token, decoder.spec.max_positions, options, available)
     # 4. Join the other ranks.
     counts, swapper = None, None

@@ -361,11 +361,13 @@ class Ops(Protocol):
     """One backend. Tensors are contiguous unless said otherwise, and lie on ``device``.
 
     A decoder calls the fused ones at the end, each of which is the composition that ``fused``
-    spells out, to the bit.
+    spells out, to the bit. ``packing`` names the layout of packed weights: tables of equal names
+    understand each other's bytes.
     """
 
     name: str
     device: torch.device
+    packing: str
 
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear: ...
 

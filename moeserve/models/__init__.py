@@ -9,6 +9,7 @@
     families/                  ``config.json`` to a spec: a short file per architecture
     formats/                   stored codes to the matrices of the op table
     weights  expert_source     tensors as the op table takes them; experts read again while serving
+    packed/                    folders whose weights lie as the kernels want them: mapped
     decoder                    the one decoder: token ids in, logits out
     layer_runner               who runs its layers: this process; others are in ``comm``
     attention  moe  rope       its parts: attention, feed-forward, rotary tables

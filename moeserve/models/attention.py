@@ -47,7 +47,7 @@ def _load_gqa(w: Weights, prefix: str, s: GqaSpec, norm_H: Tensor, eps: float) -
     qkv = w.rows([f"{prefix}.{n}" for n in sizes], list(sizes.values()), hidden)
     bias = None
     if s.qkv_bias:
-        bias = torch.cat([w.vector(f"{prefix}.{n}.bias", size) for n, size in sizes.items()])
+        bias = w.vectors([f"{prefix}.{n}.bias" for n in sizes], list(sizes.values()))
     return GqaWeights(
         norm_H=norm_H,
         eps=eps,
@@ -67,17 +67,16 @@ def _load_gqa(w: Weights, prefix: str, s: GqaSpec, norm_H: Tensor, eps: float) -
 
 def _load_mla(w: Weights, prefix: str, s: MlaSpec, norm_H: Tensor, eps: float) -> MlaWeights:
     hidden, queries, keys = len(norm_H), s.heads * (s.nope + s.rope), s.kv_lora + s.rope
-    kv_a, q_up, q_norm = f"{prefix}.kv_a_proj_with_mqa", None, None
+    kv_a, q_up, q_norm, q_bias = f"{prefix}.kv_a_proj_with_mqa", None, None, None
     if s.q_lora is None:
         first, low = f"{prefix}.q_proj", queries
-        q_bias = torch.zeros(queries)
     else:
         first, low = f"{prefix}.q_a_proj", s.q_lora
-        q_bias = w.vector(f"{first}.bias", low) if s.bias else torch.zeros(low)
+        q_bias = f"{first}.bias"
         q_norm = w.vector(f"{prefix}.q_a_layernorm.weight", low)
         q_up = w.linear(f"{prefix}.q_b_proj", queries, low)
     down = w.rows([first, kv_a], [low, keys], hidden)
-    bias = torch.cat((q_bias, w.vector(f"{kv_a}.bias", keys))) if s.bias else None
+    bias = w.vectors([q_bias, f"{kv_a}.bias"], [low, keys]) if s.bias else None
     rows = s.heads * (s.nope + s.value)
     # Read as floats: one of its halves is needed transposed, where scales per row cannot follow.
     kv_b = f"{prefix}.kv_b_proj"

@@ -92,6 +92,11 @@ class Checkpoint:
         return frozenset(self._entries)
 
     @property
+    def mapped_bytes(self) -> int:
+        """Of the files, what a model made of this runs on: memory that looks free and is not."""
+        return 0
+
+    @property
     def in_order(self) -> tuple[str, ...]:
         """Names as their data lies in the files."""
         places = {name: (e.file, e.start) for name, e in self._entries.items()}

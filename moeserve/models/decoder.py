@@ -42,6 +42,9 @@ from moeserve.models.formats.method import read_method
 from moeserve.models.layer_runner import LayerRunner, LocalLayerRunner
 from moeserve.models.moe import RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
+from moeserve.models.packed.checkpoint import PackedCheckpoint, open_checkpoint
+from moeserve.models.packed.decoder import map_decoder
+from moeserve.models.packed.skeleton import skeleton_of
 from moeserve.models.rope import rope_tables
 from moeserve.models.spec import LayerSpec, ModelSpec, MoeSpec
 from moeserve.models.weights import Rounding, Weights, torch_dtype
@@ -228,7 +231,12 @@ def load_decoder(
     and in this order (one may occur twice); None is all, and so is a layer that is left out. Of
     other experts only headers are read. ``progress`` gets bytes read and bytes in all.
     """
-    return assemble(Checkpoint.open(path), ops, options, experts=experts, progress=progress)
+    return assemble(open_checkpoint(path), ops, options, experts=experts, progress=progress)
+
+
+def skeleton_decoder(checkpoint: PackedCheckpoint, combine: Combine = Combine.EXACT) -> Decoder:
+    """Every part of the model with the shapes that its config implies, and no data."""
+    return build_decoder(skeleton_of(checkpoint, checkpoint.dtype_held, combine))
 
 
 def assemble(
@@ -240,6 +248,9 @@ def assemble(
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """``load_decoder`` of an open folder."""
+    if isinstance(checkpoint, PackedCheckpoint):
+        skeleton = skeleton_decoder(checkpoint, Combine(options.combine))
+        return map_decoder(skeleton, checkpoint, ops, options, experts or {}, progress)
     w = open_weights(checkpoint, ops, options, experts, progress)
     decoder = build_decoder(w, torch_dtype(options.kv_dtype))
     for method, count in w.stored.rounded.items():
@@ -280,13 +291,8 @@ def open_weights(
 def build_decoder(w: Weights, kv_dtype: torch.dtype | None = None) -> Decoder:
     """Reads every tensor of the model, and accounts for the others."""
     spec, names = read_spec(w.checkpoint)
-    embedding_WH = w.embedding("model.embed_tokens", spec.vocab, spec.hidden)
-    if spec.tied_embeddings:
-        head = w.ops.pack_linear(w.held("lm_head", embedding_WH))
-    else:
-        head = w.linear("lm_head", spec.vocab, spec.hidden)
-    w.checkpoint.release()
-    layers = [_load_layer(w, i, layer, names, spec) for i, layer in enumerate(spec.layers)]
+    embedding_WH, head = load_ends(w, spec)
+    layers = [load_layer(w, i, layer, names, spec) for i, layer in enumerate(spec.layers)]
     stack = w.ops.stack_layers(layers)
     return Decoder(
         spec=spec,
@@ -295,17 +301,27 @@ def build_decoder(w: Weights, kv_dtype: torch.dtype | None = None) -> Decoder:
         kv_dtype=kv_dtype or w.dtype,
         embedding_WH=embedding_WH,
         stack=stack,
-        head=w.ops.prepare(
-            HeadWeights(w.vector("model.norm.weight", spec.hidden), spec.norm_eps, head)
-        ),
+        head=head,
         rope=rope_tables(spec.rope, spec.max_positions),
-        mtp=_load_mtp(w, names, spec, embedding_WH, head),
-        unread=_explained(w, spec),
+        mtp=load_mtp(w, names, spec, embedding_WH, head.weights.head),
+        unread=explained(w, spec),
         runner=LocalLayerRunner(w.ops, stack),
     )
 
 
-def _load_layer(
+def load_ends(w: Weights, spec: ModelSpec) -> tuple[Tensor, Part[HeadWeights]]:
+    """What comes before the layers and after them."""
+    embedding_WH = w.embedding("model.embed_tokens", spec.vocab, spec.hidden)
+    if spec.tied_embeddings:
+        head = w.ops.pack_linear(w.held("lm_head", embedding_WH))
+    else:
+        head = w.linear("lm_head", spec.vocab, spec.hidden)
+    norm_H = w.vector("model.norm.weight", spec.hidden)
+    w.checkpoint.release()
+    return embedding_WH, w.ops.prepare(HeadWeights(norm_H, spec.norm_eps, head))
+
+
+def load_layer(
     w: Weights, index: int, layer: LayerSpec, names: TensorNames, spec: ModelSpec
 ) -> Layer:
     prefix = f"model.layers.{index}"
@@ -319,7 +335,7 @@ def _load_layer(
     return Layer(w.ops.prepare(attention), mlp)
 
 
-def _load_mtp(
+def load_mtp(
     w: Weights, names: TensorNames, spec: ModelSpec, embedding_WH: Tensor, head: Linear
 ) -> Mtp | None:
     prefix = f"model.layers.{len(spec.layers)}"
@@ -335,7 +351,7 @@ def _load_mtp(
         embedding_norm_H=w.vector(f"{prefix}.enorm.weight", spec.hidden),
         hidden_norm_H=w.vector(f"{prefix}.hnorm.weight", spec.hidden),
         project=w.linear(f"{prefix}.eh_proj", spec.hidden, 2 * spec.hidden),
-        stack=w.ops.stack_layers([_load_layer(w, len(spec.layers), spec.mtp, names, spec)]),
+        stack=w.ops.stack_layers([load_layer(w, len(spec.layers), spec.mtp, names, spec)]),
         head=w.ops.prepare(
             HeadWeights(
                 w.vector(f"{prefix}.shared_head.norm.weight", spec.hidden), spec.norm_eps, head
@@ -344,7 +360,7 @@ def _load_mtp(
     )
 
 
-def _explained(w: Weights, spec: ModelSpec) -> tuple[str, ...]:
+def explained(w: Weights, spec: ModelSpec) -> tuple[str, ...]:
     """The tensors nobody read, if each has a reason: else an error that names them."""
     unread = w.checkpoint.unread()
     strange = [

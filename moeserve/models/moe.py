@@ -115,6 +115,8 @@ def load_experts(
     unknown = sorted({e for e in own if not 0 <= e < num})
     if unknown or not own:
         raise PlacementError(f"{prefix}: experts {unknown or 'none'} wanted of 0..{num - 1}")
+    if (packed := w.routed(prefix, spec, hidden, own)) is not None:
+        return packed
     block = f"{_moe_prefix(w, prefix, names)}.experts"
     up, down = f"{block}.gate_up_proj", f"{block}.down_proj"
     if w.has_experts(up):

@@ -156,9 +156,9 @@ def quantize(
             progress(done, size)
 
     # 2. Weights one by one, then what stands beside them.
-    with _whole_or_not_at_all(out, size) as folder:
+    with whole_or_not_at_all(out, size) as folder:
         write_shards(folder, parts, shard_bytes, written)
-        _copy_others(model, folder)
+        copy_others(model, folder)
         config = {k: v for k, v in checkpoint.config.items() if k != "compression_config"}
         config["quantization_config"] = quantization_config(plan.schemes, recipe.group, plan.kept)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -175,7 +175,7 @@ def quantize(
 
 
 @contextmanager
-def _whole_or_not_at_all(out: Path, size: int) -> Iterator[Path]:
+def whole_or_not_at_all(out: Path, size: int) -> Iterator[Path]:
     """A folder beside ``out`` to write ``size`` bytes into, which then becomes ``out``.
 
     Raises ``CheckpointError`` where that cannot be written; whatever is raised, nothing is left.
@@ -400,7 +400,7 @@ def _pattern(module: str) -> str:
     return "re:^" + re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(module)) + "$"
 
 
-def _copy_others(model: Path, folder: Path) -> None:
+def copy_others(model: Path, folder: Path) -> None:
     """Tokenizer, generation config, card: every file that is neither weights nor config.json."""
     for file in sorted(model.iterdir()):
         weights = file.name.endswith(_NOT_COPIED) or file.name == "config.json"

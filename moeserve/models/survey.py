@@ -16,7 +16,9 @@ from torch import Tensor
 
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.checkpoint import FLOATS, Checkpoint
-from moeserve.models.decoder import assemble
+from moeserve.models.decoder import assemble, skeleton_decoder
+from moeserve.models.packed.checkpoint import PackedCheckpoint
+from moeserve.models.packed.layout import is_packed
 from moeserve.models.spec import ModelSpec, MoeSpec
 
 
@@ -54,6 +56,8 @@ class Headers(Checkpoint):
 
 def survey(path: str | Path) -> Survey:
     """Raises what loading this folder would raise about its config, tensors and shapes."""
+    if is_packed(Path(path)):
+        return _survey_packed(PackedCheckpoint.open(path))
     headers = Headers.open(path)
     with torch.device("meta"):
         decoder = assemble(headers, ReferenceOps())
@@ -65,6 +69,20 @@ def survey(path: str | Path) -> Survey:
         round(active_bytes(sizes, decoder.spec, row)),
         decoder.kv_bytes_per_token,
     )
+
+
+def _survey_packed(checkpoint: PackedCheckpoint) -> Survey:
+    """From the sizes of its regions; an embedding that is no head is hardly read."""
+    decoder = skeleton_decoder(checkpoint)
+    header, spec = checkpoint.header, decoder.spec
+    active = header.ends.region.nbytes
+    for layer, of in zip(header.layers, spec.layers, strict=False):
+        active += layer.trunk.region.nbytes
+        if layer.experts is not None and isinstance(of.mlp, MoeSpec):
+            active += layer.experts.nbytes * of.mlp.router.top_k
+    if not spec.tied_embeddings:
+        active -= decoder.embedding_WH.nbytes
+    return Survey(spec, checkpoint.total_bytes, active, decoder.kv_bytes_per_token)
 
 
 def active_bytes(sizes: Mapping[str, int], spec: ModelSpec, row: int) -> float:

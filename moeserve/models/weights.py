@@ -31,10 +31,11 @@ from moeserve.kernels.matrix import (
     to_int4,
     to_int8,
 )
-from moeserve.kernels.ops import Linear, Ops
+from moeserve.kernels.ops import Experts, Linear, Ops
 from moeserve.kernels.wire import Combine
 from moeserve.models.checkpoint import Checkpoint, HeaderView
 from moeserve.models.formats.layouts import Stored
+from moeserve.models.spec import MoeSpec
 
 FEED_FORWARD = (".mlp.", ".block_sparse_moe.")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -122,6 +123,13 @@ class Weights:
     def vector(self, name: str, size: int) -> Tensor:
         return self.exact(name, size)
 
+    def vectors(self, names: Sequence[str | None], sizes: Sequence[int]) -> Tensor:
+        """Several, one behind the other; zeros for one without a name."""
+        both = zip(names, sizes, strict=True)
+        return torch.cat(
+            [torch.zeros(n) if name is None else self.vector(name, n) for name, n in both]
+        )
+
     def exact(self, name: str, *shape: int) -> Tensor:
         """A plain tensor in fp32."""
         tensor = self.checkpoint.get(name, shape).float()
@@ -155,6 +163,11 @@ class Weights:
         self._report_progress()
         cut = apart if transposed and paired else undivided
         return stacked([cut(self.held(name, matrix)) for matrix in found])
+
+    def routed(self, prefix: str, spec: MoeSpec, hidden: int, own: Sequence[int]) -> Experts | None:
+        """Routed experts ``own`` of the layer ``prefix`` where they need no packing; None where
+        they are read tensor by tensor."""
+        return None
 
     def linear(self, module: str, out: int, into: int, *, bias: bool = False) -> Linear:
         packed_bias = self.vector(f"{module}.bias", out) if bias else None

@@ -4,8 +4,9 @@ KV goes between members of equal ids only, so the id must differ wherever the KV
 might: by the configuration, the weights, how they and the KV are held in memory, how experts'
 results are added, and the kernels. Not by ranks, placement, threads or block size, which change no
 number (law 1). Weights are not read whole: every file's header is, which has the name, type and
-place of each tensor, and ``SAMPLED`` bytes in the middle of every tensor. A checkpoint that was
-trained further differs in all of them.
+place of each tensor, and some bytes in the middle of every tensor (``models.fingerprint``). A
+checkpoint that was trained further differs in all of them. A packed folder has the id of what it
+was made from, loaded as it was packed.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from pathlib import Path
 
 from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError
-from moeserve.models.checkpoint import weight_files
-from moeserve.models.files import open_regular, read_bounded
-from moeserve.safetensors_header import read_header
+from moeserve.models.files import read_bounded
+from moeserve.models.fingerprint import samples
+from moeserve.models.packed.checkpoint import packed_options
 
-SAMPLED = 512
 # Small files on which numbers depend.
 _READ_WHOLE = ("config.json",)
 
@@ -29,36 +29,15 @@ def compute_id(folder: Path, options: LoadOptions, kernels: str) -> str:
     """``kernels`` names the op table and what it was made for. CheckpointError where the folder
     cannot be read."""
     digest = sha256(b"moeserve compute v1")
+    options = packed_options(folder, options)
     settings = {name: getattr(options, name) for name in LoadOptions.model_fields}
     parts = [json.dumps(settings, sort_keys=True).encode(), kernels.encode()]
     try:
         parts += [read_bounded(folder / name) for name in _READ_WHOLE]
-        for file in sorted(weight_files(folder), key=lambda file: file.name):
-            parts += [file.name.encode(), _sampled(file)]
+        for name, sampled in samples(folder).items():
+            parts += [name.encode(), bytes.fromhex(sampled)]
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:32]
-
-
-def _sampled(file: Path) -> bytes:
-    """The header of a file, and bytes of each of its tensors."""
-    with open_regular(file) as opened:
-        try:
-            header = read_header(opened)
-            begin = opened.tell()
-            places = [
-                found["data_offsets"]
-                for name, found in json.loads(header).items()
-                if name != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{file}: not safetensors ({error}): download it again"
-            ) from error
-        digest = sha256(header)
-        for start, end in sorted(places):
-            opened.seek(begin + max(start, (start + end - SAMPLED) // 2))
-            digest.update(opened.read(min(SAMPLED, end - start)))
-    return digest.digest()

@@ -224,7 +224,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    name = "_require_space" if when == "before" else "_copy_others"
+    name = "_require_space" if when == "before" else "copy_others"
     monkeypatch.setattr(module, name, full)
 
     with pytest.raises(CheckpointError, match=r"out: cannot be written: No space .* are needed"):

@@ -64,6 +64,7 @@ class CpuOps(NativeRecords, NativeWire):
 
     name = "cpu"
     device = torch.device("cpu")
+    packing = "panels of 32 rows, version 1"
 
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
         out, into = weight_NK.shape

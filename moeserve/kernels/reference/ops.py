@@ -42,6 +42,7 @@ class ReferenceOps(Composed, ReferenceRecords, ReferenceWire):
 
     name = "reference"
     device = torch.device("cpu")
+    packing = "plain tensors, version 1"
 
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
         matrix, (out, into) = joined(weight_NK), weight_NK.shape
