@@ -10,6 +10,7 @@
     foresight    which experts of the next layer are worth reading ahead
     window       trunks of a few layers in memory, the others read as their turn comes
     runner       runs the layers of a step over all of this
+    rank_experts  the same for one rank of several, in whose turn records come
     budget       what a process takes of a memory budget, and what that leaves to experts
     process_memory  what it takes already, and in a step
     load         a packed folder as a decoder within a budget

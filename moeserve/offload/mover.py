@@ -76,7 +76,9 @@ class DiskMover(Protocol):
         """Whether it had not begun: it has ended then. Otherwise it is to be waited for."""
         ...
 
-    def counts(self) -> MoverCounts: ...
+    def counts(self) -> MoverCounts:
+        """Any thread may ask, also after ``close``."""
+        ...
 
     def close(self) -> None:
         """Ends what is being read; no ticket may be waited for any more."""
@@ -96,6 +98,7 @@ class NativeMover:
         self._native = module.Mover(threads, most)
         self._most = most
         self._open: dict[Ticket, Read] = {}
+        self._last = MoverCounts()
 
     def submit(self, reads: Sequence[Read], *, ahead: bool = False) -> list[Ticket]:
         wanted = [(r.file.direct, r.file.buffered, r.offset, r.nbytes, r.address) for r in reads]
@@ -128,9 +131,11 @@ class NativeMover:
         return True
 
     def counts(self) -> MoverCounts:
-        return MoverCounts(**self._native.counts())
+        native = self._native
+        return self._last if native is None else MoverCounts(**native.counts())
 
     def close(self) -> None:
+        self._last = self.counts()
         self._native = None
         self._open.clear()
 

@@ -32,6 +32,7 @@ from moeserve.kernels.ops import (
 from moeserve.kernels.wire import Combine
 from moeserve.offload.experts import ExpertStream, Ids
 from moeserve.offload.foresight import PredictionGate, uses_nearly_all
+from moeserve.offload.rank_experts import RankExperts
 from moeserve.offload.waves import PartedMixture
 from moeserve.offload.window import TrunkWindow
 
@@ -92,6 +93,20 @@ class StreamedLayerRunner:
                 self._mix(l, layer.mlp, rows)
             if window is not None:
                 window.done(l)
+
+    def of_rank(self) -> dict[int, RankExperts]:
+        """The experts of each layer that routes, for a rank of several, which runs the layers
+        itself. All trunks must be in memory."""
+        assert self.window is None, self.window
+        first = min((l for l, x in enumerate(self._layers) if isinstance(x.mlp, tuple)), default=0)
+        made = {}
+        for l, layer in enumerate(self._layers):
+            if isinstance(layer.mlp, tuple):
+                router, part = layer.mlp
+                wire = self._ops.wire(part, router.weights.spec.top_k)
+                following = self._next.get(l)
+                made[l] = RankExperts(self._ops, part, wire, self.stream, l, following, l == first)
+        return made
 
     def close(self) -> None:
         """Ends what is being read, and closes the files. After the last step."""
