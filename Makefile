@@ -3,7 +3,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-NATIVE := $(shell find kernels comm placement -type f 2>/dev/null) CMakeLists.txt
+NATIVE := $(shell find kernels comm placement offload -type f 2>/dev/null) CMakeLists.txt
 PROTOS := $(wildcard proto/moeserve/pb/*.proto)
 
 # The build happens in $(VENV) itself, with the pinned tools: nothing unpinned is ever fetched.

@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moeserve"
-NATIVE_HALVES = ("placement", "comm", "kernels", "proto")
+NATIVE_HALVES = ("placement", "comm", "kernels", "offload", "proto")
 
 ROUTING = (
     "base loads predict choosing least_finish locality_free kv_local freeness crowding "
@@ -55,10 +55,13 @@ PURE = (
     *(f"pools/routing/{name}.py" for name in ROUTING),
     *(f"offload/model/{name}.py" for name in PERFORMANCE_MODEL),
 )
-# Modules that decide over many ranks at once, and so may import numpy beside that.
-PURE_WITH_ARRAYS = tuple(
-    f"engine/ranks/{name}.py"
-    for name in "fleet front homes loads prefixes rank_view records".split()
+# Modules that decide over many ranks or slots at once, and so may import numpy beside that.
+PURE_WITH_ARRAYS = (
+    *(
+        f"engine/ranks/{name}.py"
+        for name in "fleet front homes loads prefixes rank_view records".split()
+    ),
+    "offload/residency.py",
 )
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "

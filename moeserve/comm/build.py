@@ -9,6 +9,7 @@ from moeserve.comm.dispatcher import (
     Dispatcher,
     FlatDispatcher,
     HierarchicalDispatcher,
+    RunExperts,
     ShardedExperts,
 )
 from moeserve.comm.exchange.base import DEADLINE_S, Alarm, Lanes
@@ -48,14 +49,16 @@ def open_parallel(
     bounds: Bounds,
     progress: Progress,
     address: str | None = None,
+    runs: Mapping[int, RunExperts] | None = None,
 ) -> ParallelLayerRunner:
-    """Collective over ``group``, which is all of the run. ``layouts`` are by layer number.
+    """Collective over ``group``, which is all of the run. ``layouts`` are by layer number, and so
+    are ``runs``, of experts that are not all in memory.
 
     Where nodes have several ranks each, in order, tokens cross to a node once; see
     ``HierarchicalDispatcher``.
     """
     size = ranks_per_node(topology)
-    sharded = shard_layers(ops, layers, layouts, size or 1)
+    sharded = shard_layers(ops, layers, layouts, size or 1, runs)
     lanes = _lanes(ops, sharded, bounds, bounds.tokens)
     dispatcher: Dispatcher
     if size is None:
@@ -78,11 +81,11 @@ def parallel_over(
     layouts: Mapping[int, LayerLayout],
     dispatcher: Dispatcher,
     progress: Progress,
+    runs: Mapping[int, RunExperts] | None = None,
 ) -> ParallelLayerRunner:
     """The same over a dispatcher that is there."""
-    return ParallelLayerRunner(
-        ops, layers, shard_layers(ops, layers, layouts), dispatcher, progress
-    )
+    sharded = shard_layers(ops, layers, layouts, runs=runs)
+    return ParallelLayerRunner(ops, layers, sharded, dispatcher, progress)
 
 
 def shard_layers(
@@ -90,12 +93,15 @@ def shard_layers(
     layers: Sequence[Layer],
     layouts: Mapping[int, LayerLayout],
     ranks_per_unit: int = 1,
+    runs: Mapping[int, RunExperts] | None = None,
 ) -> list[ShardedExperts | None]:
     """By layer; each layer's experts are those of this rank's slots."""
     return [
         None
         if isinstance(layer.mlp, Part)
-        else shard_experts(ops, *layer.mlp, layouts[number], ranks_per_unit)
+        else shard_experts(
+            ops, *layer.mlp, layouts[number], ranks_per_unit, (runs or {}).get(number)
+        )
         for number, layer in enumerate(layers)
     ]
 
@@ -106,13 +112,14 @@ def shard_experts(
     experts: Part[MoeWeights],
     layout: LayerLayout,
     ranks_per_unit: int = 1,
+    run: RunExperts | None = None,
 ) -> ShardedExperts:
     """InternalError where no rank has as many experts by the layout."""
     held = experts.weights.experts.num_experts
-    if not layout.holds(held):
+    if run is None and not layout.holds(held):
         raise InternalError(f"a rank holds {held} experts of a layer; none does by its plan")
     wire = ops.wire(experts, router.weights.spec.top_k)
-    return ShardedExperts(experts, layout, table_of(layout, ranks_per_unit), wire)
+    return ShardedExperts(experts, layout, table_of(layout, ranks_per_unit), wire, run)
 
 
 def _lanes(

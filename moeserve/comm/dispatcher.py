@@ -26,18 +26,28 @@ from moeserve.kernels.ops import MoeWeights, Ops, Part, Routed
 from moeserve.kernels.wire import Sums, Wire
 from moeserve.observe.progress import Progress
 
+RunExperts = Callable[[Sequence[Tensor]], Sums]
+
 
 @dataclass(slots=True)
 class ShardedExperts:
     """A layer as this rank holds it: its slots' experts, and where all others are.
 
-    Replaced as a whole, between steps, when a new plan comes.
+    Replaced as a whole, between steps, when a new plan comes. Where ``run`` is given, the experts
+    are not all in memory, and it runs them as ``Ops.run_experts`` would.
     """
 
     part: Part[MoeWeights]
     layout: LayerLayout
     table: AssignmentTable
     wire: Wire
+    run: RunExperts | None = None
+
+    def sums(self, ops: Ops, segments: Sequence[Tensor]) -> Sums:
+        """What this rank's experts make of the records of all segments in turn."""
+        if self.run is not None:
+            return self.run(segments)
+        return ops.run_experts(self.part, self.wire, segments)
 
 
 @dataclass(slots=True)
@@ -172,7 +182,7 @@ class FlatDispatcher:
         yield
         segments_R = hop.tokens(lane, wire)
         self._progress.begin("experts")
-        hop.send_sums(lane, sharded, ops.run_experts(part, wire, segments_R), segments_R)
+        hop.send_sums(lane, sharded, sharded.sums(ops, segments_R), segments_R)
         yield
         segments_R = hop.sums(lane)
         self._progress.begin("combine")
@@ -232,7 +242,7 @@ class HierarchicalDispatcher:
         yield
         segments_R = inner.tokens(lane, wire)
         self._progress.begin("experts")
-        inner.send_sums(lane, sharded, ops.run_experts(part, wire, segments_R), segments_R)
+        inner.send_sums(lane, sharded, sharded.sums(ops, segments_R), segments_R)
         yield
         segments_R = inner.sums(lane)
         self._progress.begin("relay of contributions")

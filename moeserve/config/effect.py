@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeserve.config.cluster import EMBEDDED
-from moeserve.config.options import DoorOptions, EpOptions, Options
+from moeserve.config.options import DoorOptions, EpOptions, OffloadOptions, Options
 from moeserve.config.sources import Setting, shown
 from moeserve.errors import ConfigError
 
@@ -104,6 +104,18 @@ RULES = (
         lambda options, ranks: options.num_blocks is not None or options.kv_memory is not None,
         "the size of the KV cache is given",
         "neither `--num-blocks` nor `--kv-memory`",
+    ),
+    Rule(
+        frozenset(OffloadOptions.model_fields) - {"memory"},
+        lambda options, ranks: options.memory is None,
+        "all weights are in memory",
+        "a budget by `--memory`",
+    ),
+    Rule(
+        frozenset({"host_share"}),
+        lambda options, ranks: options.memory is not None,
+        "KV is sized within --memory",
+        "no `--memory`",
     ),
     Rule(
         frozenset({"join"}),

@@ -4,6 +4,7 @@
     ModelOptions    every rank, as it loads                       serve, worker, generate, batch
     LoadOptions     every rank, as it reads weights               serve, worker, generate, batch
     CacheOptions    every rank, as it makes its KV cache          serve, worker, generate, batch
+    OffloadOptions  every rank: a budget that weights may exceed  serve, worker, generate, batch
     StepOptions     every rank: bounds of a step                  serve, worker, generate, batch
     ProcessOptions  every rank: its process                       serve, worker, generate, batch
     RequestOptions  every rank: how requests are taken in         serve, worker, batch
@@ -149,6 +150,30 @@ class CacheOptions(Options):
         if self.num_blocks is not None and self.kv_memory is not None:
             raise ValueError("num_blocks and kv_memory both size the KV cache: set one")
         return self
+
+
+class OffloadOptions(Options):
+    """A model that is larger than memory."""
+
+    memory: Bytes | None = Field(
+        default=None,
+        ge=1,
+        description="memory that a process may take, such as 8GiB: experts that do not fit are "
+        "read from disk as steps need them; the model is one that `quantize --packed` wrote",
+    )
+    weights_prediction: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="read experts before their layer chooses them; auto while that is mostly right",
+    )
+    weights_window: int | None = Field(
+        default=None,
+        ge=2,
+        description="layers whose attention stays in memory, the others are read too; default: all",
+    )
+    check_weights: bool = Field(
+        default=False,
+        description="compare the digest of experts whenever they are read, not only at first",
+    )
 
 
 class StepOptions(Options):
@@ -390,7 +415,9 @@ class DoorOptions(Options):
 
 
 # Fields of the last base come first, in help and in what is printed.
-class RankModelOptions(ProcessOptions, StepOptions, CacheOptions, LoadOptions, ModelOptions):
+class RankModelOptions(
+    ProcessOptions, StepOptions, OffloadOptions, CacheOptions, LoadOptions, ModelOptions
+):
     """What a rank loads its share of the model with, and a process that is all there is."""
 
 

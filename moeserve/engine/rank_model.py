@@ -27,7 +27,7 @@ from moeserve.engine.ranks.expert_use import ExpertUseCounter
 from moeserve.engine.ranks.microbatches import LARGEST
 from moeserve.engine.replan.routing_counts import RoutingCounts, chain_observers
 from moeserve.engine.replan.swapper import ExpertSwapper
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, PlacementError
 from moeserve.grammar.checking import GrammarChecker
 from moeserve.grammar.masks import GrammarMasks
 from moeserve.grammar.worker import Vocabulary
@@ -37,7 +37,7 @@ from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import Decoder, ModelKvCache, assemble
-from moeserve.models.expert_source import expert_bytes, open_experts
+from moeserve.models.expert_source import ExpertSource, expert_bytes, open_experts
 from moeserve.models.families import read_spec
 from moeserve.models.library import resolve_model
 from moeserve.models.packed.checkpoint import open_checkpoint
@@ -45,7 +45,13 @@ from moeserve.models.spec import ModelSpec, MoeSpec
 from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.progress import Progress
 from moeserve.observe.routing import RoutingRecorder
+from moeserve.offload.load import Streaming
+from moeserve.offload.runner import StreamedLayerRunner
 from moeserve.placement.plan import Plan
+
+# Of what --memory leaves to KV and experts, KV gets half of the usual share: experts that are not
+# in memory cost more than sequences that wait.
+KV_SHARE_OF_BUDGET = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ class EpContext:
 class RankModel:
     """A loaded share, ready to run steps; ``plan`` and ``swapper`` where there are others.
     ``grammars`` are checked for the doors of this process, if it has some. ``read_bytes_per_s`` is
-    what loading was measured at."""
+    what loading was measured at; ``streamed`` reads experts where they are not all in memory."""
 
     decoder: Decoder
     executor: ModelRunner[ModelKvCache]
@@ -114,6 +120,7 @@ class RankModel:
     expert_counts: ExpertCounts | None = None
     expert_bytes: int = 0
     read_bytes_per_s: float = 0.0
+    streamed: StreamedLayerRunner | None = None
 
     @property
     def parallel(self) -> ParallelLayerRunner:
@@ -121,6 +128,15 @@ class RankModel:
         runner = self.decoder.runner
         assert isinstance(runner, ParallelLayerRunner), runner
         return runner
+
+    @property
+    def counted(self) -> dict[str, Callable[[], object]]:
+        """What reads weights from disk counts, by the name of its metrics; to be asked from any
+        thread."""
+        if self.streamed is None:
+            return {}
+        stream = self.streamed.stream
+        return {"expert_stream": lambda: stream.counts, "weight_reads": stream.mover.counts}
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""
@@ -130,6 +146,8 @@ class RankModel:
             self.swapper.close()
         if isinstance(self.decoder.runner, ParallelLayerRunner):
             self.decoder.runner.dispatcher.close()
+        if self.streamed is not None:
+            self.streamed.close()
         if self.recorder is not None:
             self.recorder.close()
 
@@ -153,14 +171,11 @@ def load_rank_model(
     # 2. Read the weights, and pack them as the op table wants them.
     ops = choose_table(options.threads)
     begun = time.perf_counter()
-    decoder = assemble(checkpoint, ops, options, experts=own, progress=progress)
-    read_bytes_per_s = checkpoint.bytes_read / (time.perf_counter() - begun)
     # 3. Share what memory is left among the ranks of this node, as KV blocks.
-    available = read_memory().available // (1 if context is None else context.neighbours)
-    available = max(0, available - checkpoint.mapped_bytes)
-    size = size_kv(decoder.kv_bytes_per_token, decoder.spec.max_positions, options, available)
+    decoder, size = _load_weights(checkpoint, ops, options, own, context, progress)
+    read_bytes_per_s = checkpoint.bytes_read / (time.perf_counter() - begun)
     # 4. Join the other ranks.
-    counts, swapper = None, None
+    counts, swapper, streamed = None, None, streamed_by(decoder)
     if context is not None and plan is not None:
         size = least_of_all(context.group, size if context.has_requests else None)
         parallel = join(context, decoder, plan, options.max_num_batched_tokens)
@@ -194,7 +209,35 @@ def load_rank_model(
         expert_counts=expert_counts,
         expert_bytes=_bytes_of_an_expert(checkpoint, plan),
         read_bytes_per_s=read_bytes_per_s,
+        streamed=streamed,
     )
+
+
+def _load_weights(
+    checkpoint: Checkpoint,
+    ops: Ops,
+    options: RankModelOptions,
+    own: Mapping[int, Sequence[int]] | None,
+    context: EpContext | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Decoder, KvSize]:
+    """The decoder of this rank's experts, and the KV that there is room for beside it."""
+    if options.memory is None:
+        decoder = assemble(checkpoint, ops, options, experts=own, progress=progress)
+        available = read_memory().available // (1 if context is None else context.neighbours)
+        available = max(0, available - checkpoint.mapped_bytes)
+        per_token = decoder.kv_bytes_per_token
+        return decoder, size_kv(per_token, decoder.spec.max_positions, options, available)
+    if context is not None and options.weights_window is not None:
+        raise ConfigError(
+            f"weights_window={options.weights_window}: one rank alone has a window of layers: "
+            "leave it out, or serve without --ep"
+        )
+    streaming = Streaming.open(resolve_model(options.model), ops, options, own)
+    per_token, spec = streaming.decoder.kv_bytes_per_token, streaming.decoder.spec
+    modest = options.model_copy(update={"host_share": KV_SHARE_OF_BUDGET})
+    size = size_kv(per_token, spec.max_positions, modest, streaming.room_for_kv)
+    return streaming.load(size.num_blocks * options.block_size * per_token), size
 
 
 def _vocabulary(
@@ -221,7 +264,16 @@ def _for_plan_changes(
     if context.replan:
         counts = RoutingCounts(plan.moe_layers, plan.num_experts, widest(routers))
     again = partial(open_experts, resolve_model(options.model), decoder.ops, options)
+    if streamed_by(decoder) is not None:
+        again = partial(_no_other_experts, options.memory)
     return counts, ExpertSwapper(context.rank, decoder.ops, parallel, routers, again, counts)
+
+
+def _no_other_experts(memory: int | None) -> ExpertSource:
+    """In the place of a source, for a rank that keeps its plan."""
+    raise PlacementError(
+        f"memory={memory}: a rank that reads experts from disk keeps the plan it was started with"
+    )
 
 
 def _bytes_of_an_expert(checkpoint: Checkpoint, plan: Plan | None) -> int:
@@ -280,6 +332,7 @@ def num_experts(spec: ModelSpec) -> int:
 
 def join(context: EpContext, decoder: Decoder, plan: Plan, tokens: int) -> ParallelLayerRunner:
     """The way to the others; ``tokens`` is the most that a rank has in a step."""
+    streamed = streamed_by(decoder)
     return open_parallel(
         decoder.ops,
         decoder.stack.layers,
@@ -295,7 +348,14 @@ def join(context: EpContext, decoder: Decoder, plan: Plan, tokens: int) -> Paral
         ),
         progress=context.progress,
         address=context.address,
+        runs=None if streamed is None else streamed.of_rank(),
     )
+
+
+def streamed_by(decoder: Decoder) -> StreamedLayerRunner | None:
+    """What reads its experts from disk, where they are not all in memory."""
+    runner = decoder.runner
+    return runner if isinstance(runner, StreamedLayerRunner) else None
 
 
 def of_rank(file: Path, rank: int) -> Path:

@@ -299,6 +299,8 @@ class Server:
     def _show(self, loaded: LoadedModel) -> None:
         """Its counts are this process's metrics."""
         cache = cache_info(loaded)
+        for name, counts in loaded.own.counted.items():
+            self.metrics.parts.add(name, counts)
         if loaded.ranks is None:
             own = loaded.own_engine or loaded.engine
             self.metrics.bind(loaded.name, lambda: own.counters, own.load, cache=cache)

@@ -1,0 +1,206 @@
+"""A packed folder as a decoder within a memory budget: trunk in memory, experts from disk.
+
+Two steps, for what KV may take lies between them: ``Streaming.open`` reads what is where and what
+is fixed; ``Streaming.load`` divides the rest and reads the trunk. Nothing is mapped. ConfigError
+where the budget is too small, or the folder is not a packed one.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeserve.config.options import RankModelOptions
+from moeserve.errors import CheckpointError, ConfigError
+from moeserve.kernels.ops import Experts, Layer, Ops, RecordLayout, Stack
+from moeserve.kernels.wire import MOST_SLOTS
+from moeserve.models.decoder import Decoder
+from moeserve.models.packed.layout import Region, is_packed
+from moeserve.models.packed.leaves import leaves_of, with_leaves
+from moeserve.models.packed.model import PackedModel
+from moeserve.models.spec import MoeSpec
+from moeserve.models.weights import torch_dtype
+from moeserve.offload.budget import Fixed, Records, divide, room_for_kv
+from moeserve.offload.disk_file import DiskFile, DiskRegion
+from moeserve.offload.experts import Arena, ExpertStream
+from moeserve.offload.foresight import PredictionGate
+from moeserve.offload.mover import DiskMover, Read, open_mover
+from moeserve.offload.process_memory import LATER, resident, scratch_of
+from moeserve.offload.residency import Residency
+from moeserve.offload.runner import StreamedLayerRunner
+from moeserve.offload.window import READ_DEADLINE_S, TrunkWindow
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """A model that is to be served within ``budget``; ``decoder`` has no weights yet."""
+
+    packed: PackedModel
+    decoder: Decoder
+    ops: Ops
+    options: RankModelOptions
+    budget: int
+    fixed: Fixed
+    records: Records
+    own: Mapping[int, Sequence[int]]
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        ops: Ops,
+        options: RankModelOptions,
+        own: Mapping[int, Sequence[int]] | None = None,
+    ) -> Streaming:
+        """With the ``memory`` that ``options`` give. ``own`` are the experts of a rank by layer, in
+        order of its slots; None is all."""
+        assert options.memory is not None, options
+        if not is_packed(folder):
+            raise ConfigError(
+                f"memory={options.memory}: {folder} holds weights that are packed as they are "
+                "loaded, so that all are in memory; pack it once, with `moeserve quantize "
+                f"{folder} OUT --packed`, and serve OUT"
+            )
+        packed = PackedModel.open(folder, ops, options)
+        spec, layers = packed.spec, range(len(packed.spec.layers))
+        if len(packed.checkpoint.header.layers) < len(spec.layers):
+            raise CheckpointError(
+                f"{folder}: {len(packed.checkpoint.header.layers)} layers were packed, the config "
+                f"has {len(spec.layers)}; pack the model again"
+            )
+        mine = {
+            l: (own or {}).get(l, range(mlp.router.num_experts))
+            for l in layers
+            if isinstance(mlp := spec.layers[l].mlp, MoeSpec)
+        }
+        trunks = [packed.trunk(l).nbytes for l in layers]
+        places = min(options.weights_window or len(trunks), len(trunks))
+        counts = [len(experts) for experts in mine.values()]
+        records = Records(
+            max((packed.record_layout(l).nbytes for l in mine), default=0),
+            max(counts, default=0),
+            sum(counts),
+        )
+        fixed = Fixed(
+            process=resident() + LATER,
+            ends=packed.checkpoint.header.ends.region.nbytes,
+            trunk=sum(max(trunks[place::places]) for place in range(places)),
+            scratch=scratch_of(spec, options.max_num_batched_tokens, options.max_num_seqs),
+        )
+        kv_dtype = torch_dtype(options.kv_dtype) or packed.skeleton.dtype
+        decoder = replace(packed.skeleton, ops=ops, kv_dtype=kv_dtype, mtp=None)
+        return cls(packed, decoder, ops, options, options.memory, fixed, records, mine)
+
+    @property
+    def room_for_kv(self) -> int:
+        return room_for_kv(self.budget, self.fixed, self.records)
+
+    def load(self, kv: int) -> Decoder:
+        """With so many bytes of KV. The runner owns files, threads and memory."""
+        division = divide(self.budget, self.fixed, self.records, kv, MOST_SLOTS)
+        logging.getLogger("moeserve.offload").info(
+            "%s within a memory budget:\n%s", self.packed.checkpoint.path, division.table()
+        )
+        opened, mover, options = OpenFiles(self.packed), open_mover(), self.options
+        window = TrunkWindow(
+            [opened.at(self.packed.trunk(l)) for l in range(len(self.decoder.spec.layers))],
+            min(options.weights_window or MOST_SLOTS, len(self.decoder.spec.layers)),
+            mover,
+            check_always=options.check_weights,
+        )
+        stream = self._stream(opened, mover, max(1, division.slots))
+        layers = self._layers(window, stream.arena)
+        ends = with_ends(self, opened, mover)
+        runner = StreamedLayerRunner(
+            self.ops,
+            layers,
+            stream,
+            PredictionGate(options.weights_prediction),
+            window if window.places < len(layers) else None,
+            opened.close,
+        )
+        return replace(ends, stack=Stack(tuple(layers), None), runner=runner)
+
+    def _stream(self, opened: OpenFiles, mover: DiskMover, slots: int) -> ExpertStream:
+        counts = [len(self.own.get(l, ())) for l in range(len(self.decoder.spec.layers))]
+        regions = {
+            l: [opened.at(self.packed.expert(l, e)) for e in experts]
+            for l, experts in self.own.items()
+        }
+        return ExpertStream(
+            regions,
+            Arena(slots, max(self.records.nbytes, mmap.PAGESIZE)),
+            Residency(counts, slots),
+            mover,
+            check_always=self.options.check_weights,
+        )
+
+    def _layers(self, window: TrunkWindow, arena: Arena) -> list[Layer]:
+        """Over the window's memory and the arena's; layers of one layout share their experts."""
+        made, shared = [], dict[RecordLayout, Experts]()
+        for l, of in enumerate(self.decoder.spec.layers):
+            experts = None
+            if isinstance(of.mlp, MoeSpec):
+                layout = replace(self.packed.record_layout(l), nbytes=arena.nbytes)
+                if layout not in shared:
+                    shared[layout] = self.ops.experts_over(arena.memory, layout, arena.slots)
+                experts = shared[layout]
+            window.need(l)
+            made.append(self.packed.layer_over(l, window.memory(l), experts))
+        return made
+
+
+class OpenFiles:
+    """The files of a packed folder, opened as regions of them are asked for."""
+
+    def __init__(self, packed: PackedModel) -> None:
+        self._packed = packed
+        self._files: dict[str, DiskFile] = {}
+
+    def at(self, region: Region) -> DiskRegion:
+        if region.file not in self._files:
+            self._files[region.file] = DiskFile.open(self._packed.file(region))
+        digest = bytes.fromhex(region.digest)
+        return DiskRegion(self._files[region.file], region.start, region.nbytes, digest)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def with_ends(streaming: Streaming, opened: OpenFiles, mover: DiskMover) -> Decoder:
+    """The decoder with its embedding and head, read into memory of their own."""
+    packed, decoder, header = (
+        streaming.packed,
+        streaming.decoder,
+        streaming.packed.checkpoint.header,
+    )
+    memory = read_region(opened.at(header.ends.region), mover)
+    skeleton = packed.skeleton
+    parts = {"embedding": skeleton.embedding_WH, "head": skeleton.head.weights}
+    found = packed.laid.leaves("embedding and head", header.ends, leaves_of(parts), memory)
+    head = with_leaves(skeleton.head.weights, "head", found)
+    return replace(
+        decoder,
+        embedding_WH=with_leaves(skeleton.embedding_WH, "embedding", found),
+        head=streaming.ops.prepare(head),
+        unread=header.unread,
+    )
+
+
+def read_region(region: DiskRegion, mover: DiskMover) -> Tensor:
+    """uint8 of its bytes, checked."""
+    mapping = mmap.mmap(-1, region.nbytes)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    read = Read(region.file, region.offset, region.nbytes, memory.data_ptr())
+    (ticket,) = mover.submit([read])
+    mover.wait(ticket, READ_DEADLINE_S)
+    region.file.require_unchanged()
+    region.file.require_digest(memoryview(mapping), region.offset, region.digest)
+    return memory

@@ -1,0 +1,186 @@
+"""Layers run over experts that are read from disk as they are needed.
+
+Layer by layer, all microbatches: attention from the trunk, routing, then the chosen experts, in
+waves as they come (``experts``), while those that the next layer will likely choose are read ahead
+(``foresight``). The results are the bits of a model that is all in memory.
+Letters: see ``kernels.ops``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moeserve.errors import ConfigError
+from moeserve.kernels.ops import (
+    KvCache,
+    Layer,
+    MoeWeights,
+    Ops,
+    Part,
+    Routed,
+    RouterWeights,
+    Step,
+)
+from moeserve.kernels.wire import Combine
+from moeserve.offload.experts import ExpertStream, Ids
+from moeserve.offload.foresight import PredictionGate, uses_nearly_all
+from moeserve.offload.rank_experts import RankExperts
+from moeserve.offload.waves import PartedMixture
+from moeserve.offload.window import TrunkWindow
+
+Moe = tuple[Part[RouterWeights], Part[MoeWeights]]
+
+
+class StreamedLayerRunner:
+    """A ``models.layer_runner.LayerRunner``. The experts of every layer are the slots of
+    ``stream.arena``; without ``window`` all trunks are in memory."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        layers: Sequence[Layer],
+        stream: ExpertStream,
+        gate: PredictionGate,
+        window: TrunkWindow | None = None,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        routing = [l for l, layer in enumerate(layers) if isinstance(layer.mlp, tuple)]
+        for layer in layers:
+            if isinstance(layer.mlp, tuple) and layer.mlp[1].weights.combine is Combine.FAST:
+                raise ConfigError(
+                    "combine='fast' adds in the order in which experts come from disk: with "
+                    "--memory take 'exact', which is the default, or 'ordered'"
+                )
+        self.stream, self.gate, self.window = stream, gate, window
+        self._ops, self._layers, self._on_close = ops, tuple(layers), on_close
+        self._next = dict(pairwise(routing))
+        self._predicted: int | None = None  # the layer whose experts were
+
+    def run(
+        self,
+        hidden: Sequence[Tensor],
+        steps: Sequence[Step | None],
+        caches: Sequence[KvCache],
+        routed: Sequence[list[Tensor]] | None = None,
+    ) -> None:
+        ops, window = self._ops, self.window
+        rows = [
+            (x_TH, step, None if routed is None else routed[m])
+            for m, (x_TH, step) in enumerate(zip(hidden, steps, strict=True))
+            if step is not None
+        ]
+        if not rows:
+            return
+        self.stream.begin_step()
+        self.gate.begin_step()
+        for l, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
+            if window is not None:
+                window.need(l)
+            for x_TH, step, _ in rows:
+                ops.attend(x_TH, layer.attention, step, cache)
+            if isinstance(layer.mlp, Part):
+                for x_TH, _, _ in rows:
+                    ops.dense(x_TH, layer.mlp)
+            else:
+                self._mix(l, layer.mlp, rows)
+            if window is not None:
+                window.done(l)
+
+    def of_rank(self) -> dict[int, RankExperts]:
+        """The experts of each layer that routes, for a rank of several, which runs the layers
+        itself. All trunks must be in memory."""
+        assert self.window is None, self.window
+        first = min((l for l, x in enumerate(self._layers) if isinstance(x.mlp, tuple)), default=0)
+        made = {}
+        for l, layer in enumerate(self._layers):
+            if isinstance(layer.mlp, tuple):
+                router, part = layer.mlp
+                wire = self._ops.wire(part, router.weights.spec.top_k)
+                following = self._next.get(l)
+                made[l] = RankExperts(self._ops, part, wire, self.stream, l, following, l == first)
+        return made
+
+    def close(self) -> None:
+        """Ends what is being read, and closes the files. After the last step."""
+        self.stream.mover.close()
+        self._on_close()
+
+    def _mix(
+        self, l: int, mlp: Moe, rows: Sequence[tuple[Tensor, Step, list[Tensor] | None]]
+    ) -> None:
+        router, part = mlp
+        predicted = self._predicted == l
+        foreseen = self._foresee(l, rows)  # before routing: a step has one result of it at a time
+        chosen = [self._ops.route(x_TH, router, step) for x_TH, step, _ in rows]
+        for (_, _, seen), of in zip(rows, chosen, strict=True):
+            if seen is not None:
+                seen.append(of.ids_TC.clone())
+        ids_TC = [of.ids_TC.numpy() for of in chosen]
+        needed = np.unique(np.concatenate([ids.ravel() for ids in ids_TC])).astype(np.int64)
+        before = replace(self.stream.counts)
+        mixtures: list[PartedMixture] = []
+        with closing(self.stream.waves(l, needed)) as waves:
+            for n, wave in enumerate(waves):
+                if n == 0 and foreseen is not None:
+                    self.stream.read_ahead(self._next[l], foreseen, l)
+                slot_E = self._slots_of(l, wave)
+                if len(wave) == len(needed):
+                    self._mix_at_once(part, rows, chosen, slot_E)
+                    continue
+                if not mixtures:
+                    mixtures = [
+                        PartedMixture(self._ops, part, x_TH, of)
+                        for (x_TH, _, _), of in zip(rows, chosen, strict=True)
+                    ]
+                for mixture, ids in zip(mixtures, ids_TC, strict=True):
+                    mixture.add(slot_E[ids])
+        for mixture, (x_TH, _, _) in zip(mixtures, rows, strict=False):
+            mixture.finish(x_TH)
+        after = self.stream.counts
+        if predicted:
+            used, wasted = after.ahead_used - before.ahead_used, after.ahead_wasted
+            self.gate.count(used, wasted - before.ahead_wasted)
+
+    def _mix_at_once(
+        self,
+        part: Part[MoeWeights],
+        rows: Sequence[tuple[Tensor, Step, list[Tensor] | None]],
+        chosen: Sequence[Routed],
+        slot_E: NDArray[np.int32],
+    ) -> None:
+        for (x_TH, _, _), of in zip(rows, chosen, strict=True):
+            slots_TC = torch.from_numpy(slot_E[of.ids_TC.numpy()])
+            self._ops.moe(x_TH, part, replace(of, ids_TC=slots_TC))
+
+    def _slots_of(self, layer: int, wave: Ids) -> NDArray[np.int32]:
+        """The slot of each expert of the wave, -1 of all others."""
+        of_layer_E = self.stream.residency.slot_LE[layer]
+        slot_E = np.full(len(of_layer_E), -1, np.int32)
+        slot_E[wave] = of_layer_E[wave]
+        return slot_E
+
+    def _foresee(
+        self, l: int, rows: Sequence[tuple[Tensor, Step, list[Tensor] | None]]
+    ) -> Ids | None:
+        """What the next layer that routes will need, as far as that can be told."""
+        self._predicted, following = None, self._next.get(l)
+        if following is None:
+            return None
+        mlp = self._layers[following].mlp
+        assert isinstance(mlp, tuple), following
+        spec = mlp[0].weights.spec
+        if uses_nearly_all(sum(step.rows for _, step, _ in rows), spec.top_k, spec.num_experts):
+            return np.arange(spec.num_experts)
+        if not self.gate.open or not (self.window is None or self.window.has(following)):
+            return None
+        self._predicted = following
+        ids = [self._ops.route(x_TH, mlp[0], step).ids_TC.numpy() for x_TH, step, _ in rows]
+        return np.unique(np.concatenate([i.ravel() for i in ids])).astype(np.int64)

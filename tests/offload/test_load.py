@@ -1,0 +1,219 @@
+"""A packed folder served within a budget of memory."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeserve.comm.build import parallel_over
+from moeserve.comm.dispatcher import FlatDispatcher
+from moeserve.comm.exchange.base import Exchange
+from moeserve.comm.group import Topology
+from moeserve.comm.layout import LayerLayout
+from moeserve.config.options import EngineOptions, LoadOptions, RankModelOptions
+from moeserve.core import Event, Request, RequestId, SamplingParams
+from moeserve.engine.build import LoadedModel, build_engine
+from moeserve.engine.rank_model import load_rank_model, num_experts
+from moeserve.engine.request_state import EachEvent
+from moeserve.errors import ConfigError, DataLossError
+from moeserve.kernels.ops import Ops
+from moeserve.models.batch import Span, StepBatch, pack_spans
+from moeserve.models.decoder import Decoder, load_decoder
+from moeserve.models.packed.writer import pack_model
+from moeserve.observe.progress import Progress
+from moeserve.offload.budget import MIB
+from moeserve.offload.load import Streaming
+from moeserve.offload.runner import StreamedLayerRunner
+
+Serve = Callable[[Decoder], list[Any]]
+Tiny = Callable[[str], Path]
+ENOUGH = 4 << 30
+
+
+@pytest.fixture(scope="module")
+def packed_folder(
+    tiny_checkpoint: Tiny, ops: Ops, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """A family's tiny checkpoint, packed with these options; made on first use."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str, quantization: str = "auto") -> Path:
+        key = family, quantization
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("packed") / "-".join(key)
+            options = LoadOptions(quantization=quantization)  # type: ignore[arg-type]
+            pack_model(tiny_checkpoint(family), made[key], ops, options)
+        return made[key]
+
+    return make
+
+
+def streamed(folder: Path, ops: Ops, **options: Any) -> tuple[Decoder, StreamedLayerRunner]:
+    """With no more memory than is needed."""
+    settings = RankModelOptions(model=str(folder), memory=ENOUGH, **options)
+    streaming = Streaming.open(folder, ops, settings)
+    least = streaming.fixed.total + streaming.records.least
+    decoder = replace(streaming, budget=least).load(kv=0)
+    assert isinstance(decoder.runner, StreamedLayerRunner)
+    return decoder, decoder.runner
+
+
+@pytest.mark.parametrize(
+    ("family", "quantization"),
+    [
+        ("deepseek_v3", "auto"),
+        ("qwen2_moe", "int8"),
+        ("qwen3_moe", "int4"),
+        ("gpt_oss", "auto"),
+        ("glm4_moe", "int8"),
+        ("mixtral", "int4"),
+        ("olmoe", "auto"),
+    ],
+)
+def test_the_least_memory_gives_the_bits_of_all_of_it(
+    packed_folder: Callable[..., Path], ops: Ops, serve: Serve, family: str, quantization: str
+) -> None:
+    """Slots for the experts of two layers, with and without prediction, and a window of layers."""
+    folder = packed_folder(family, quantization)
+    expected = serve(load_decoder(folder, ops))
+    for options in (
+        {"weights_prediction": "on"},
+        {"weights_prediction": "off", "weights_window": 2, "check_weights": True},
+    ):
+        decoder, runner = streamed(folder, ops, **options)
+        assert serve(decoder) == expected, options
+        assert runner.stream.arena.slots == min(
+            2 * max(runner.stream.residency.experts_L), sum(runner.stream.residency.experts_L)
+        )
+        assert (runner.window is None) == ("weights_window" not in options)
+        runner.close()
+
+
+def test_below_the_least_the_error_names_it_and_its_parts(
+    packed_folder: Callable[..., Path], ops: Ops
+) -> None:
+    folder = packed_folder("mixtral")
+    options = RankModelOptions(model=str(folder), memory=200 << 20)
+    streaming = Streaming.open(folder, ops, options)
+    with pytest.raises(
+        ConfigError,
+        match=r"memory=200.0MiB: the least for .* is \d+.0MiB \(process .*experts of 2 layers",
+    ):
+        load_rank_model(options)
+    with pytest.raises(ConfigError, match="the least for this model"):
+        replace(streaming, budget=streaming.fixed.total + MIB).load(kv=MIB)
+
+
+def test_what_is_not_packed_is_refused_with_what_to_do(tiny_checkpoint: Tiny) -> None:
+    with pytest.raises(ConfigError, match=r"moeserve quantize .* --packed"):
+        load_rank_model(RankModelOptions(model=str(tiny_checkpoint("mixtral")), memory=ENOUGH))
+
+
+def test_a_damaged_trunk_is_found_as_it_is_loaded(
+    packed_folder: Callable[..., Path], ops: Ops, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(packed_folder("mixtral"), tmp_path / "damaged")
+    settings = RankModelOptions(model=str(folder), memory=ENOUGH)
+    region = Streaming.open(folder, ops, settings).packed.trunk(1)
+    with (folder / region.file).open("r+b") as out:
+        out.seek(region.start + 100)
+        out.write(b"\xff\x00\xff\x00")
+    with pytest.raises(DataLossError, match="digest"):
+        streamed(folder, ops)
+
+
+@pytest.mark.parametrize("combine", ["exact", "ordered"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "mixtral"])
+def test_ranks_that_each_read_their_share_give_the_bits_of_one_process(
+    packed_folder: Callable[..., Path],
+    ops: Ops,
+    new_post: Callable[[], Callable[[str, int, int], Exchange]],
+    family: str,
+    combine: Any,
+) -> None:
+    """Two of them; one expert lies on both, and some rank has no rows or no choices."""
+    folder, post, topology = packed_folder(family), new_post(), Topology((0, 0))
+    whole = load_decoder(folder, ops, LoadOptions(combine=combine))
+    num = num_experts(whole.spec)
+    expert_S = np.array([*range(num - 1, -1, -1), 0, 1], np.int32)
+    layouts = {l: LayerLayout(expert_S, num, 2) for l in whole.spec.moe_layers}
+    prompts = [[[7, 8, 9, 1, 2, 3, 4, 5], [3]], [[5, 6], []]]  # by step and rank
+
+    def steps(rank: int) -> list[StepBatch]:
+        blocks, made, done = [0, 1, 2], list[StepBatch](), 0
+        for of_step in prompts:
+            ids = of_step[rank]
+            made.append(pack_spans([Span(ids, done, blocks)] if ids else [], 8))
+            done += len(ids)
+        return made
+
+    def alone(rank: int) -> list[list[list[float]]]:
+        cache = whole.new_cache(4, 8)
+        return [whole.forward(s, cache).tolist() for s in steps(rank) if len(s.token_ids_T)]
+
+    def work(rank: int) -> list[list[list[float]]]:
+        own = {l: layout.of_rank(rank) for l, layout in layouts.items()}
+        settings = RankModelOptions(model=str(folder), memory=ENOUGH, combine=combine)
+        streaming = Streaming.open(folder, ops, settings, own)
+        decoder = streaming.load(kv=0)
+        runner = decoder.runner
+        assert isinstance(runner, StreamedLayerRunner)
+        moves = FlatDispatcher(ops, post("all", rank, 2), topology, Progress())
+        layers = decoder.stack.layers
+        over = parallel_over(ops, layers, layouts, moves, Progress(), runner.of_rank())
+        decoder, cache = decoder.over(over), decoder.new_cache(4, 8)
+        rows = [decoder.forward(step, cache).tolist() for step in steps(rank)]
+        assert runner.stream.counts.misses > 0
+        runner.close()
+        return [row for row in rows if row]
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(work, range(2)))
+    assert found == [alone(0), alone(1)]
+
+
+def ask(loaded: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy answers to all at once."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    ended = [threading.Event() for _ in prompts]
+
+    def sink(n: int) -> Callable[[Event], None]:
+        def take(event: Event) -> None:
+            answers[n].extend(event.token_ids)
+            if event.finish is not None:
+                ended[n].set()
+
+        return take
+
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    for n, prompt in enumerate(prompts):
+        request = Request(RequestId(f"r{n}"), tuple(prompt), params, domain="here")
+        loaded.engine.submit(request, EachEvent(sink(n)))
+    assert all(event.wait(60) for event in ended)
+    return answers
+
+
+def test_an_engine_within_a_budget_answers_as_one_without_also_under_preemption(
+    packed_folder: Callable[..., Path],
+) -> None:
+    """KV for fewer sequences than there are, so that some are preempted."""
+    folder = packed_folder("deepseek_v3")
+    common: dict[str, Any] = {"model": str(folder), "num_blocks": 6, "block_size": 8}
+    prompts = [[i, i + 1, i + 2, i + 3] for i in range(1, 6)]
+    found = []
+    for options in ({}, {"memory": ENOUGH, "weights_window": 2, "weights_prediction": "on"}):
+        loaded = build_engine(EngineOptions(**common, **options))
+        try:
+            found.append(ask(loaded, prompts))
+            assert loaded.engine.counters.preemptions > 0
+        finally:
+            assert loaded.close()
+    assert found[0] == found[1]

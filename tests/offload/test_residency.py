@@ -1,0 +1,140 @@
+"""Which experts stay: what is held is never given up, and the books are those of a plain model."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from moeserve.offload.residency import EMPTY, Residency
+
+LAYERS = (4, 0, 6, 5)
+KEYS = [(layer, expert) for layer, count in enumerate(LAYERS) for expert in range(count)]
+
+
+class Books(RuleBasedStateMachine):
+    """Against dictionaries that say who has which slot, and how often each is held."""
+
+    @initialize(slots=st.integers(1, 12))
+    def begin(self, slots: int) -> None:
+        self.residency = Residency(LAYERS, slots, half_life=3.0)
+        self.slot_of: dict[tuple[int, int], int] = {}
+        self.held: Counter[int] = Counter()
+
+    @rule()
+    def next_step(self) -> None:
+        self.residency.begin_step()
+
+    @rule(layer=st.sampled_from((0, 2, 3)), data=st.data())
+    def use(self, layer: int, data: st.DataObject) -> None:
+        some = data.draw(st.sets(st.integers(0, LAYERS[layer] - 1), min_size=1))
+        self.residency.use(layer, np.array(sorted(some)))
+
+    @rule(layer=st.sampled_from((0, 2, 3)), now=st.integers(0, 3), data=st.data())
+    def place(self, layer: int, now: int, data: st.DataObject) -> None:
+        absent = [e for e in range(LAYERS[layer]) if (layer, e) not in self.slot_of]
+        if not absent:
+            return
+        wanted = data.draw(st.lists(st.sampled_from(absent), unique=True))
+        room = self.residency.slots - sum(count > 0 for count in self.held.values())
+        slots = self.residency.place(layer, wanted, now)
+        assert len(slots) == min(len(wanted), room) == len(set(slots))
+        empty = set(range(self.residency.slots)) - set(self.slot_of.values())
+        if len(slots) <= sum(not self.held[slot] for slot in empty):
+            assert set(slots) <= empty, "nobody goes while there is an empty slot"
+        for expert, slot in zip(wanted, slots, strict=False):
+            assert not self.held[slot], "what is held is never given up"
+            self.slot_of = {k: s for k, s in self.slot_of.items() if s != slot}
+            self.slot_of[layer, expert] = slot
+            self.held[slot] += 1
+
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        slots = data.draw(st.sets(st.integers(0, self.residency.slots - 1)))
+        self.residency.hold(np.array(sorted(slots), np.int32))
+        self.held.update(slots)
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        held = sorted(slot for slot, count in self.held.items() if count)
+        if held:
+            slots = data.draw(st.sets(st.sampled_from(held)))
+            self.residency.release(np.array(sorted(slots), np.int32))
+            self.held.subtract(slots)
+
+    @rule(data=st.data())
+    def vacate(self, data: st.DataObject) -> None:
+        slot = data.draw(st.integers(0, self.residency.slots - 1))
+        self.residency.vacate(slot)
+        self.slot_of = {key: s for key, s in self.slot_of.items() if s != slot}
+
+    @invariant()
+    def the_books_agree(self) -> None:
+        if not hasattr(self, "residency"):
+            return
+        residency = self.residency
+        found = {key: int(residency.slot_LE[key]) for key in KEYS}
+        assert {key: slot for key, slot in found.items() if slot != EMPTY} == self.slot_of
+        for slot in range(residency.slots):
+            owners = [key for key, s in self.slot_of.items() if s == slot]
+            assert residency.occupant(slot) == (owners[0] if owners else None)
+        assert residency.free == residency.slots - sum(c > 0 for c in self.held.values())
+
+
+TestBooks = Books.TestCase
+TestBooks.settings = settings(max_examples=40, stateful_step_count=30)
+
+
+def residents(residency: Residency, layer: int) -> set[int]:
+    return set(np.flatnonzero(residency.slot_LE[layer] != EMPTY).tolist())
+
+
+def bring(residency: Residency, layer: int, experts: list[int]) -> None:
+    """As a step does that uses them: what is not there is read."""
+    residency.use(layer, np.array(experts))
+    absent = [e for e in experts if residency.slot_LE[layer, e] == EMPTY]
+    residency.release(residency.place(layer, absent, layer))
+
+
+def test_what_most_steps_use_stays_and_what_few_use_goes() -> None:
+    residency = Residency((8,), 4)
+    for step in range(40):
+        residency.begin_step()
+        bring(residency, 0, [0, 1, 2 + step % 6])
+    assert {0, 1} <= residents(residency, 0)
+
+
+def test_what_was_hot_long_ago_goes() -> None:
+    residency = Residency((8,), 4, half_life=4.0)
+    for _ in range(20):
+        residency.begin_step()
+        bring(residency, 0, [0, 1])
+    for step in range(60):
+        residency.begin_step()
+        bring(residency, 0, [2, 3, 4 + step % 4])
+    assert residents(residency, 0) >= {2, 3}
+    assert not residents(residency, 0) & {0, 1}
+
+
+def test_of_equals_the_layer_that_was_just_done_goes_first() -> None:
+    residency = Residency((2, 2, 2), 6)
+    residency.begin_step()
+    for layer in range(3):
+        bring(residency, layer, [0, 1])
+    residency.begin_step()
+    slots = residency.slot_LE.copy()
+    residency.vacate(int(slots[1, 0]))
+    residency.hold([int(slots[1, 0])])
+    (given,) = residency.place(1, [0], 1)
+    assert given in slots[0].tolist(), "layer 0 comes last of all"
+
+
+def test_a_prior_says_who_stays_before_anything_is_measured() -> None:
+    prior_LE = np.array([[0.9, 0.01, 0.9, 0.01]])
+    residency = Residency((4,), 3, prior_LE=prior_LE)
+    residency.release(residency.place(0, [0, 1, 2], 0))
+    residency.release(residency.place(0, [3], 0))
+    assert residents(residency, 0) == {0, 2, 3}
