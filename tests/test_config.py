@@ -88,6 +88,7 @@ OTHER: dict[str, Any] = {
     "ep_backend": "shm",
     "combine": "ordered",
     "plan": "plan.json",
+    "attention_ranks": 2,
     "doors": "all",
     "homes": "experts",
     "microbatches": 2,
