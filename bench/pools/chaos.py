@@ -52,7 +52,8 @@ MEASURE_S = 10.0
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the calls. ``pauses_s`` are of right answers that a fault overlapped."""
+    """What became of the calls. ``pauses_s`` are of right answers that a fault overlapped, or
+    ``several``."""
 
     right: int = 0
     wrong: list[dict[str, Any]] = field(default_factory=list)
@@ -75,9 +76,10 @@ class Tally:
 
     def _pause(self, answer: Answer, ended_s: float) -> None:
         longest = max([answer.ttft_s, *answer.gaps_s])
-        for began, over, what in self.faults:
-            if began < ended_s and answer.sent_s < over:
-                self.pauses_s.setdefault(what, []).append(longest)
+        met = {w for began, over, w in self.faults if began < ended_s and answer.sent_s < over}
+        if met:
+            what = met.pop() if len(met) == 1 else "several"
+            self.pauses_s.setdefault(what, []).append(longest)
 
 
 class Clients:
