@@ -129,6 +129,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    # Asked to end, it still ends its parts and removes the copy.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     files = [file for file in args.model.iterdir() if file.is_file()]
     nbytes = sum(file.stat().st_size for file in files)
     running: list[Part] = []

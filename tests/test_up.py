@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moeserve import cli
 from moeserve.config.cluster import ClusterOptions, PeerConfig
@@ -12,6 +14,7 @@ from moeserve.config.sources import read_settings
 from moeserve.errors import ConfigError
 from moeserve.worker.cluster_command import gateway_config, peer_config, registry_setting
 from moeserve.worker.cluster_trust import joined_registry, place_to_listen, place_to_reach
+from moeserve.worker.restarts import RestartLimits, Restarts
 from moeserve.worker.up import ClusterPlan, shared_memory
 
 
@@ -92,6 +95,31 @@ def test_a_gateway_takes_no_settings_of_members() -> None:
 def test_a_member_of_no_cluster_has_no_registry() -> None:
     config = PeerConfig()
     assert joined_registry(config, trust=None) is None  # type: ignore[arg-type]
+
+
+@given(st.lists(st.floats(0, 100), max_size=40))
+def test_a_part_is_started_anew_so_often_and_no_more(runs_s: list[float]) -> None:
+    limits = RestartLimits(first_s=1.0, most_s=6.0, most=3, within_s=50.0)
+    restarts, now, began = Restarts(limits), 0.0, list[float]()
+    for run_s in runs_s:
+        now += run_s
+        lately = [end for end in began if end > now - limits.within_s]
+        wait_s = restarts.wait_s(-9, now)
+        assert (wait_s is None) == (len(lately) >= limits.most)
+        if wait_s is None:
+            assert "given up, for it has ended 4 times within 50 s" in restarts.why_not(-9)
+            continue
+        assert wait_s == min(limits.most_s, 2.0 ** len(lately))
+        began.append(now)
+        now += wait_s
+
+
+def test_a_part_that_was_asked_to_leave_or_refuses_its_settings_is_not_started_anew() -> None:
+    restarts = Restarts()
+    assert (restarts.wait_s(0, 1.0), restarts.wait_s(2, 1.0)) == (None, None)
+    assert "asked to leave" in restarts.why_not(0)
+    assert "settings" in restarts.why_not(2)
+    assert restarts.wait_s(1, 1.0) == 1.0
 
 
 @pytest.mark.parametrize("command", ["peer", "gateway", "up"])

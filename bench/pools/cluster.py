@@ -2,7 +2,9 @@
 
 Benches and the chaos run start it themselves, instead of with ``moeserve up``, since they do to
 single members what an operator never would. ``cores`` binds a member's process, so that pools do
-not take one another's.
+not take one another's. On a test bed each part has a host of its own, from ``FIRST_HOST`` on;
+whoever asks them is on another, in which ``started`` is called (``Bed.inside``, before gRPC has any
+thread).
 """
 
 from __future__ import annotations
@@ -20,6 +22,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moeserve.testbed.network import Bed
+
+# What parts on several hosts have in common.
+SECRET = "known to all hosts of this cluster"
+API_KEY = "of all clients of this cluster"
+ASKING = (("authorization", f"Bearer {API_KEY}"),)
+FIRST_HOST = 1
 READY_S = 120.0
 LEAVE_S = 30.0
 
@@ -46,16 +55,24 @@ class Process:
     words: tuple[str, ...]
     log: Path
     cores: str = ""
+    bed: Bed | None = None
+    host: int = 0
     running: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         prefix = ("taskset", "-c", self.cores) if self.cores else ()
+        command = (*prefix, sys.executable, "-m", "moeserve.cli", *self.words)
         with self.log.open("ab") as out:
+            if self.bed is not None:
+                secrets = {"MOESERVE_CLUSTER_SECRET": SECRET}
+                if self.words[0] == "gateway":
+                    secrets["MOESERVE_API_KEY"] = API_KEY
+                self.running = self.bed.start(
+                    self.host, command, secrets, stdout=out, stderr=subprocess.STDOUT
+                )
+                return
             self.running = subprocess.Popen(
-                (*prefix, sys.executable, "-m", "moeserve.cli", *self.words),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     @property
@@ -77,12 +94,15 @@ class Process:
         assert self.running is not None
         self.running.wait(LEAVE_S)
 
-    def leave(self) -> int:
-        """Asked to stop; its exit status."""
+    def ask_to_leave(self) -> None:
         assert self.running is not None
         self.signal(signal.SIGCONT)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
+
+    def leave(self) -> int:
+        """After it was asked to; its exit status."""
+        assert self.running is not None
         try:
             return self.running.wait(LEAVE_S)
         except subprocess.TimeoutExpired:
@@ -109,17 +129,21 @@ class Cluster:
     peers: dict[str, Process] = field(default_factory=dict)
     http: dict[str, int] = field(default_factory=dict)
     grpc: dict[str, int] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)  # of gateways: where their doors are
 
     @property
     def all(self) -> dict[str, Process]:
         return {**self.gateways, **self.peers}
+
+    def door(self, gateway: str, ports: dict[str, int]) -> str:
+        return f"{self.places.get(gateway, '127.0.0.1')}:{ports[gateway]}"
 
     def ready(self, gateway: str, timeout_s: float = READY_S) -> None:
         """Until it would serve a request; AssertionError with the end of its log if it does not."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
-                at = f"http://127.0.0.1:{self.http[gateway]}/ready"
+                at = f"http://{self.door(gateway, self.http)}/ready"
                 with urllib.request.urlopen(at, timeout=2) as answer:
                     if answer.status == 200:
                         return
@@ -128,10 +152,29 @@ class Cluster:
             time.sleep(0.1)
         raise AssertionError(f"{gateway} is not ready: {self._tail(gateway)}")
 
+    def joined(self, gateway: str, roles: Sequence[str], timeout_s: float = READY_S) -> None:
+        """Until it knows all members."""
+        deadline = time.monotonic() + timeout_s
+        wanted = {f'moeserve_members{{role="{role}"}} {roles.count(role)}' for role in roles}
+        while wanted - {line.removesuffix(".0") for line in self.metrics(gateway).splitlines()}:
+            assert time.monotonic() < deadline, f"not all joined {gateway}: {self._tail(gateway)}"
+            time.sleep(0.1)
+
+    def leave(self) -> None:
+        """Gateways first, for what they have needs members; says who did not leave as asked."""
+        statuses = {}
+        for group in (self.gateways, self.peers):
+            alive = {name: process for name, process in group.items() if process.alive}
+            for process in alive.values():
+                process.ask_to_leave()
+            statuses |= {name: process.leave() for name, process in alive.items()}
+        if wrong := {name: status for name, status in statuses.items() if status}:
+            print(f"did not leave as asked: {wrong}", file=sys.stderr)
+
     def metrics(self, gateway: str) -> str:
-        with urllib.request.urlopen(
-            f"http://127.0.0.1:{self.http[gateway]}/metrics", timeout=10
-        ) as answer:
+        at = f"http://{self.door(gateway, self.http)}/metrics"
+        asked = urllib.request.Request(at, headers=dict(ASKING))
+        with urllib.request.urlopen(asked, timeout=10) as answer:
             return str(answer.read().decode())
 
     def _tail(self, name: str) -> str:
@@ -147,6 +190,7 @@ def started(
     cores: Sequence[str] = (),
     gateway_cores: str = "",
     options: Sequence[str] = (),
+    bed: Bed | None = None,
 ) -> Iterator[Cluster]:
     """A cluster with a peer for each of ``roles``, e.g. ``("prefill", "decode")``; ready.
 
@@ -154,33 +198,53 @@ def started(
     """
     with tempfile.TemporaryDirectory(prefix="moeserve-cluster-") as name:
         cluster = Cluster(Path(name))
-        joined = []
-        for i in range(gateways):
-            at, http, grpc = (free_port() for _ in range(3))
-            joined.append(f"127.0.0.1:{at}")
-            words = (
-                *("gateway", "--model", model, "--listen", f"127.0.0.1:{at}"),
-                *("--http-port", str(http), "--grpc-port", str(grpc)),
-            )
-            gateway = f"gateway-{i}"
-            cluster.http[gateway], cluster.grpc[gateway] = http, grpc
-            cluster.gateways[gateway] = _process(cluster, gateway, words, gateway_cores)
+        join = ",".join(
+            _add_gateway(cluster, i, model, gateway_cores, bed) for i in range(gateways)
+        )
         for i, role in enumerate(roles):
-            own = () if role == "cache" else ("--model", model, *options)
-            words = ("peer", "--role", role, "--join", ",".join(joined), "--name", f"{role}-{i}")
+            words = ("peer", "--role", role, "--join", join, "--name", f"{role}-{i}")
+            if role != "cache":
+                words = (*words, "--model", model, *options)
             bound = cores[i] if i < len(cores) else ""
-            cluster.peers[f"{role}-{i}"] = _process(cluster, f"{role}-{i}", (*words, *own), bound)
+            _add_peer(cluster, f"{role}-{i}", words, bound, bed)
+        # A bench that is asked to end ends its cluster too.
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             for process in cluster.all.values():
                 process.start()
             for gateway in cluster.gateways:
                 cluster.ready(gateway)
+                cluster.joined(gateway, roles)
             yield cluster
         finally:
-            statuses = {name: p.leave() for name, p in reversed(cluster.all.items()) if p.alive}
-            wrong = {name: status for name, status in statuses.items() if status}
-            if wrong:
-                print(f"did not leave as asked: {wrong}", file=sys.stderr)
+            cluster.leave()
+            signal.signal(signal.SIGTERM, before)
+
+
+def _add_gateway(cluster: Cluster, number: int, model: str, cores: str, bed: Bed | None) -> str:
+    """Where members join it."""
+    at, http, grpc = (free_port() for _ in range(3))
+    host, name = FIRST_HOST + number, f"gateway-{number}"
+    place = "127.0.0.1" if bed is None else bed.address(host)
+    words = (
+        *("gateway", "--model", model, "--listen", f"{place}:{at}", "--host", place),
+        *("--http-port", str(http), "--grpc-port", str(grpc)),
+    )
+    cluster.http[name], cluster.grpc[name], cluster.places[name] = http, grpc, place
+    cluster.gateways[name] = process = _process(cluster, name, words, cores)
+    process.bed, process.host = bed, host
+    return f"{place}:{at}"
+
+
+def _add_peer(
+    cluster: Cluster, name: str, words: Sequence[str], cores: str, bed: Bed | None
+) -> None:
+    host = FIRST_HOST + len(cluster.all)
+    place = "127.0.0.1" if bed is None else bed.address(host)
+    cluster.peers[name] = process = _process(
+        cluster, name, (*words, "--listen", f"{place}:0"), cores
+    )
+    process.bed, process.host = bed, host
 
 
 @contextlib.contextmanager

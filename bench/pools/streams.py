@@ -42,11 +42,14 @@ def request(prompt: Sequence[int], tokens: int, **sampling: Any) -> pb.GenerateR
 
 
 async def ask(
-    channel: grpc.aio.Channel, wanted: pb.GenerateRequest, timeout_s: float = 120.0
+    channel: grpc.aio.Channel,
+    wanted: pb.GenerateRequest,
+    timeout_s: float = 120.0,
+    metadata: Sequence[tuple[str, str]] = (),
 ) -> Answer:
     """Everything that came, also of a call that failed in the end."""
     answer = Answer(time.monotonic())
-    call = rpc.InferenceStub(channel).Generate(wanted, timeout=timeout_s)
+    call = rpc.InferenceStub(channel).Generate(wanted, timeout=timeout_s, metadata=tuple(metadata))
     try:
         async for chunk in call:
             now = time.monotonic()

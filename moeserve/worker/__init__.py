@@ -15,6 +15,7 @@ launched by ``moeserve serve --ep N``; a member of a cluster, a gateway, and a c
     gateway        moeserve gateway: the doors of a cluster, without weights
     cluster_trust  how processes of a cluster trust one another, and where each is reached
     up             moeserve up: a whole cluster on this host
+    restarts       when a part of it that has ended is started anew
     cluster_cli    the words of these commands
     failure        what the loss of a rank leads to, and how a process leaves after a failure
 """

@@ -1,16 +1,17 @@
 """``moeserve up``: a whole cluster on this host, each part a process of its own.
 
 First gateways, then members that join all of them; what each prints is passed on behind its name.
-Ranks share the host's cores evenly, and members its memory. A part that ends by itself is named; it
-is not started anew, for what ended it would most likely do so again, and whoever watches should see
-it (systemd and Kubernetes start theirs anew, see ``launch/``). The others go on, for as long as
-there are a gateway and a member that decodes. One SIGTERM or SIGINT drains and ends all, a second
-one at once; should this process itself be killed, the kernel ends the others.
+Ranks share the host's cores evenly, and members its memory. A part that ends by itself is named and
+started anew, at the same addresses, after a wait that grows, until it has ended too often
+(``restarts``). The others go on, for as long as there are, or come again, a gateway and a member
+that decodes. One SIGTERM or SIGINT drains and ends all, a second one at once; should this process
+itself be killed, the kernel ends the others.
 """
 
 from __future__ import annotations
 
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -38,6 +39,7 @@ from moeserve.errors import ConfigError, UnavailableError
 from moeserve.host import read_cpu
 from moeserve.pools.registry.etcd_server import etcd_command
 from moeserve.process.child import Process, StartOptions, end_all, start, status_in_words
+from moeserve.worker.restarts import Restarts
 
 # What gateways and an etcd get until they can be joined.
 START_S = 60.0
@@ -99,14 +101,19 @@ class ClusterPlan:
 
 @dataclass(slots=True)
 class ClusterPart:
-    """A process of the cluster; ``ready`` and ``registry`` are what it said of itself."""
+    """A process of the cluster; ``ready`` and ``registry`` are what it said of itself. One that has
+    ended is started anew when it is ``due``, or is ``over``."""
 
     name: str
     role: str
+    config: Options
+    kind: type[Options]
     process: Process
     ready: str = ""
     registry: str = ""
-    told: bool = False
+    restarts: Restarts = field(default_factory=Restarts)
+    due: float | None = None
+    over: bool = False
 
 
 @dataclass(slots=True)
@@ -141,7 +148,7 @@ class LocalCluster:
         join = None if registry != EMBEDDED else ",".join(p.registry for p in self.parts)
         for name, role in self.plan.members():
             self._start_member(name, role, registry, join)
-        if self._wait(lambda: all(part.ready for part in self.parts), stopped, None):
+        if self._wait(lambda: all(part.ready or part.over for part in self.parts), stopped, None):
             self._tell_topology()
             self._wait(lambda: False, stopped, None)
         return 0 if stopped() else 1
@@ -176,19 +183,33 @@ class LocalCluster:
             self._say(f"{name} (process {part.process.pid}): {part.ready}")
 
     def _look(self) -> bool:
-        """Names those that have ended; whether enough are left."""
+        """Names those that have ended, and starts anew what is due; whether enough are left."""
         for part in self.parts:
-            status = part.process.status
-            if status is not None and not part.told:
-                part.told = True
-                self._say(f"{part.name}: ended {status_in_words(status)}; it is not started anew")
-        alive = [part.role for part in self.parts if part.process.alive]
+            self._look_at(part, time.monotonic())
+        alive = [part.role for part in self.parts if not part.over]
         members = any(part.role != "gateway" for part in self.parts)
         decodes = not members or "decode" in alive or "unified" in alive
         if "gateway" in alive and decodes:
             return True
         self._say("ended: a cluster needs a gateway, and a member that decodes")
         return False
+
+    def _look_at(self, part: ClusterPart, now: float) -> None:
+        status = part.process.status
+        if status is None or part.over:
+            return
+        if part.due is None:
+            wait_s = part.restarts.wait_s(status, now)
+            part.over = wait_s is None
+            part.due = None if wait_s is None else now + wait_s
+            then = part.restarts.why_not(status) if wait_s is None else ""
+            then = then or f"it is started anew in {wait_s:g} s"
+            self._say(f"{part.name}: ended {status_in_words(status)}; {then}")
+        elif now >= part.due:
+            part.due = None
+            part.process.close()
+            part.config = at_same_places(part)
+            part.process = self._begin(part.name, part.role, part.config, part.kind)
 
     def _tell_topology(self) -> None:
         doors = "; ".join(part.ready for part in self.parts if part.role == "gateway")
@@ -216,6 +237,10 @@ class LocalCluster:
         self._start(name, role, config, MemberRankOptions)
 
     def _start(self, name: str, role: str, config: Options, kind: type[Options]) -> None:
+        process = self._begin(name, role, config, kind)
+        self.parts.append(ClusterPart(name, role, config, kind, process))
+
+    def _begin(self, name: str, role: str, config: Options, kind: type[Options]) -> Process:
         environ = to_environ(config, self.environ, kind)
         what = "gateway" if role == "gateway" else "peer"
         popen = start(
@@ -225,8 +250,7 @@ class LocalCluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        part = ClusterPart(name, role, Process(name, popen))
-        self.parts.append(part)
+        process = Process(name, popen)
 
         def pass_on(line: str) -> None:
             if line.startswith((REGISTRY_LINE, READY_LINE)):
@@ -234,7 +258,8 @@ class LocalCluster:
             self.log.write(line if line.startswith("{") else f"[{name}] {line}")
             self.log.flush()
 
-        part.process.echo(pass_on)
+        process.echo(pass_on)
+        return process
 
     def _say(self, line: str) -> None:
         self.out.write(line + "\n")
@@ -255,6 +280,18 @@ class LocalCluster:
                     break
                 time.sleep(LOOK_S)
         end_all([*gateways, *members], grace_s=HURRY_S)
+
+
+def at_same_places(part: ClusterPart) -> Options:
+    """Its settings, with the addresses that it said it had: members join a gateway, and clients
+    connect to it, where it was. Of members others hear anew."""
+    if part.role != "gateway" or not part.registry:
+        return part.config
+    update: dict[str, object] = {"listen": part.registry}
+    for door in ("grpc", "http"):
+        if found := re.search(rf"\b{door}=\S*:(\d+)", part.ready):
+            update[f"{door}_port"] = int(found[1])
+    return part.config.model_copy(update=update)
 
 
 def shared_memory(config: PeerConfig, plan: ClusterPlan) -> dict[str, object]:

@@ -30,6 +30,7 @@ from cluster_parts import (
     long_bodies,
     members,
     shown,
+    until,
 )
 
 from moeserve.pb import inference_pb2 as pb
@@ -204,6 +205,12 @@ def test_a_gateway_answers_loading_until_somebody_decodes() -> None:
         parts.close()
 
 
+def restarted(part: Part) -> set[str]:
+    """Parts of a cluster that were ready twice."""
+    names = [line.partition(" (process ")[0] for line in list(part.lines) if " (process " in line]
+    return {name for name in names if names.count(name) > 1}
+
+
 @pytest.mark.timeout(400)
 def test_a_whole_cluster_is_raised_and_ended_by_one_command(alone: Part) -> None:
     """Of members with two ranks each, with a cache, found by an etcd where there is one."""
@@ -216,6 +223,12 @@ def test_a_whole_cluster_is_raised_and_ended_by_one_command(alone: Part) -> None
         assert line.startswith("1 prefill of 2 ranks, 1 decode of 2 ranks, 1 cache; model=demo ")
         urls = [w[5:].rstrip(";") for w in line.split() if w.startswith("http=")]
         long = [body(i, prompt=f"{STORY}. " * 4) for i in range(8)]
+        assert ask_all(urls, long) == ask_all([alone.url], long)
+        for name in ("decode-0", "gateway-1"):
+            began = part.said(f"{name} (process ")
+            os.kill(int(began.partition(")")[0]), signal.SIGKILL)
+            assert part.said(f"{name}: ended ") == "by signal 9; it is started anew in 1 s"
+        until(lambda: restarted(part) >= {"decode-0", "gateway-1"}, "both are ready again")
         assert ask_all(urls, long) == ask_all([alone.url], long)
         children = subprocess.run(
             ["pgrep", "-P", str(part.process.pid)], capture_output=True, text=True, check=True
