@@ -23,11 +23,3 @@ def map_shared(opened: BinaryIO) -> Tensor:
     held = (ctypes.c_uint8 * len(mapping)).from_address(address)
     held.owner = mapping  # type: ignore[attr-defined]
     return torch.frombuffer(held, dtype=torch.uint8)
-
-
-def read_ahead(memory: Tensor) -> None:
-    """Tells the system that these pages of a map will be needed; it may decline."""
-    libc = ctypes.CDLL(None)
-    start = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = memory.data_ptr() + memory.nbytes - start
-    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
