@@ -10,6 +10,7 @@ from pathlib import Path
 from moeserve.errors import CheckpointError
 from moeserve.models.checkpoint import INDEX, weight_files
 from moeserve.models.files import open_regular, read_bounded
+from moeserve.models.gguf.places import gguf_of, header_bytes
 from moeserve.safetensors_header import read_header
 
 _SMALL = (
@@ -38,6 +39,8 @@ def _digest_of(file: Path, content: bytes) -> str:
 
 
 def _header(file: Path) -> bytes:
+    if gguf_of(file) is not None:
+        return header_bytes(file)
     try:
         with open_regular(file) as opened:
             return read_header(opened)

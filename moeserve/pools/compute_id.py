@@ -18,6 +18,8 @@ from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError
 from moeserve.models.checkpoint import weight_files
 from moeserve.models.files import open_regular, read_bounded
+from moeserve.models.gguf.header import read_gguf_header
+from moeserve.models.gguf.places import gguf_of, header_bytes
 from moeserve.safetensors_header import read_header
 
 SAMPLED = 512
@@ -32,7 +34,8 @@ def compute_id(folder: Path, options: LoadOptions, kernels: str) -> str:
     settings = {name: getattr(options, name) for name in LoadOptions.model_fields}
     parts = [json.dumps(settings, sort_keys=True).encode(), kernels.encode()]
     try:
-        parts += [read_bounded(folder / name) for name in _READ_WHOLE]
+        if gguf_of(folder) is None:  # which has no others: what they say stands in its header
+            parts += [read_bounded(folder / name) for name in _READ_WHOLE]
         for file in sorted(weight_files(folder), key=lambda file: file.name):
             parts += [file.name.encode(), _sampled(file)]
     except OSError as error:
@@ -44,6 +47,20 @@ def compute_id(folder: Path, options: LoadOptions, kernels: str) -> str:
 
 def _sampled(file: Path) -> bytes:
     """The header of a file, and bytes of each of its tensors."""
+    header, places = _tensors_of(file)
+    digest = sha256(header)
+    with open_regular(file) as opened:
+        for start, end in sorted(places):
+            opened.seek(max(start, (start + end - SAMPLED) // 2))
+            digest.update(opened.read(min(SAMPLED, end - start)))
+    return digest.digest()
+
+
+def _tensors_of(file: Path) -> tuple[bytes, list[tuple[int, int]]]:
+    """The header of a file, and from where to where each of its tensors lies."""
+    if gguf_of(file) is not None:
+        tensors = read_gguf_header(file).tensors.values()
+        return header_bytes(file), [(tensor.start, tensor.end) for tensor in tensors]
     with open_regular(file) as opened:
         try:
             header = read_header(opened)
@@ -53,12 +70,8 @@ def _sampled(file: Path) -> bytes:
                 for name, found in json.loads(header).items()
                 if name != "__metadata__"
             ]
+            return header, [(begin + start, begin + end) for start, end in places]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{file}: not safetensors ({error}): download it again"
             ) from error
-        digest = sha256(header)
-        for start, end in sorted(places):
-            opened.seek(begin + max(start, (start + end - SAMPLED) // 2))
-            digest.update(opened.read(min(SAMPLED, end - start)))
-    return digest.digest()

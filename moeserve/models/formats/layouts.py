@@ -49,7 +49,9 @@ class Stored:
     def linear(self, module: str, out: int, into: int) -> Matrix:
         """[N, K] of ``module``, in codes if stored so; plain floats are a view of the file."""
         found = self._blocks(module, out, into)
-        if found is not None and found[0] not in gguf.EXACT:
+        if found is not None and found[0] in gguf.EXACT:
+            return gguf.to_groups(*found)
+        if found is not None:
             self.rounded[found[0]] += 1
             return gguf.to_rows(*found)
         matrix = self.exactly(module, out, into)
