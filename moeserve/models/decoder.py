@@ -263,8 +263,8 @@ def open_weights(
 ) -> Weights:
     """Floats of dtype "auto" are those of the embedding."""
     read_spec(checkpoint)  # a config that no family understands is the first thing to be said
-    where = str(checkpoint.path / "config.json")
-    stored = Stored(checkpoint, read_method(Fields(checkpoint.config, where)))
+    config = Fields(checkpoint.config, checkpoint.config_name)
+    stored = Stored(checkpoint, read_method(config))
     held = torch_dtype(options.dtype) or stored.plain_dtype("model.embed_tokens")
     return Weights(
         checkpoint,

@@ -111,7 +111,11 @@ def _in_layer(
         **{f"ffn_{p}_shexp": f"{block}.{names.shared}.{p}_proj" for p in _PARTS},
     }
     experts = re.fullmatch(r"ffn_(gate|up|down|gate_up)_exps", stem)
-    if experts is not None:
+    one = re.fullmatch(r"ffn_(gate|up|down)\.(\d{1,4})", stem)  # as files had them at first
+    if one is not None:
+        part = naming.names.expert_parts[_PARTS.index(one[1])]
+        yield _whole(tensor, f"{block}.experts.{int(one[2])}.{part}", end)
+    elif experts is not None:
         yield from _experts(m, naming, tensor, f"{block}.experts", experts[1], end)
     elif naming.turned and stem in ("attn_q", "attn_k"):
         heads = naming.heads if stem == "attn_q" else naming.kv_heads

@@ -54,7 +54,7 @@ class _Vocabulary:
         model = self.fields.text("tokenizer.ggml.model", default="")
         if not self.tokens:
             raise self._wrong("has no tokens")
-        if len(set(self.tokens)) < len(self.tokens):
+        if len(self._ids()) + self.kinds.count(_UNUSED) < len(self.tokens):
             raise self._wrong("has a token twice")
         if model == "gpt2":
             return json.dumps(self._bytewise())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moeserve.config.options import LoadOptions
@@ -37,3 +39,50 @@ def test_floats_give_the_logits_of_the_folder(
     file = writer.converted(folder).save(tmp_path / "model.gguf")
 
     assert torch.equal(logits(file, ops), logits(folder, ops))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_floats_of_16_bits_do_too(
+    kind: str, sayable: Sayable, writer: Any, ops: Ops, tmp_path: Path
+) -> None:
+    """Beside the folder of these values: the float type of the embedding decides how both run."""
+    folder = tmp_path / "model"
+    shutil.copytree(sayable("qwen2_moe"), folder)
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}[kind]
+    tensors = load_file(folder / "model.safetensors")
+    kept = ("norm", ".gate.", "shared_expert_gate", "bias")
+    plain = {n: t if any(k in n for k in kept) else t.to(dtype) for n, t in tensors.items()}
+    save_file(plain, folder / "model.safetensors")
+    file = writer.converted(sayable("qwen2_moe"), kind).save(tmp_path / "model.gguf")
+
+    assert torch.equal(logits(file, ops), logits(folder, ops))
+
+
+def test_experts_one_by_one_and_gate_with_up(
+    sayable: Sayable, writer: Any, ops: Ops, tmp_path: Path
+) -> None:
+    """As files had them at first, and as they may have them now."""
+    folder = sayable("mixtral")
+    expected = logits(folder, ops)
+    apart, fused = writer.converted(folder), writer.converted(folder)
+    for name, tensor in list(apart.tensors.items()):
+        if "_exps" in name:
+            count = tensor.shape[0]
+            size = len(tensor.data) // count
+            for e in range(count):
+                own = name.replace("_exps", f".{e}")
+                data = tensor.data[e * size : (e + 1) * size]
+                apart.tensors[own] = writer.Written("F32", tensor.shape[1:], data)
+            del apart.tensors[name]
+    for layer in range(3):
+        gate, up = (fused.tensors.pop(f"blk.{layer}.ffn_{p}_exps.weight") for p in ("gate", "up"))
+        both = [as_floats(t) for t in (gate, up)]
+        name = f"blk.{layer}.ffn_gate_up_exps.weight"
+        fused.tensors[name] = writer.plain(torch.cat(both, 1))
+
+    assert torch.equal(logits(apart.save(tmp_path / "apart.gguf"), ops), expected)
+    assert torch.equal(logits(fused.save(tmp_path / "fused.gguf"), ops), expected)
+
+
+def as_floats(tensor: Any) -> Tensor:
+    return torch.frombuffer(bytearray(tensor.data), dtype=torch.float32).view(tensor.shape)

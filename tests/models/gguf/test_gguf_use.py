@@ -18,6 +18,7 @@ from moeserve.models.batch import Span, pack_spans
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import load_decoder
 from moeserve.models.fingerprint import fingerprint
+from moeserve.models.hub import is_hub_id
 from moeserve.models.library import resolve_model
 from moeserve.models.quantize import Recipe, quantize
 from moeserve.pools.compute_id import compute_id
@@ -60,8 +61,10 @@ def logits(path: Path, ops: Ops, **options: Any) -> torch.Tensor:
 
 def test_its_path_and_its_folder_are_model_names(file: Path) -> None:
     assert resolve_model(str(file)) == resolve_model(str(file.parent)) == file
-    with pytest.raises(CheckpointError, match=r"no such folder; .* or a GGUF file"):
-        resolve_model(str(file.with_name("other.gguf")))
+    for other in (str(file.with_name("other.gguf")), "models/other.gguf"):
+        assert not is_hub_id(other)
+        with pytest.raises(CheckpointError, match=r"no such folder; .* or a GGUF file"):
+            resolve_model(other)
 
 
 def test_experts_are_shared_out(file: Path, ops: Ops, share_out: Callable[..., None]) -> None:
