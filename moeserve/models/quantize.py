@@ -125,7 +125,7 @@ class Modules(Weights):
         return Weights.floats(self, module, out, into)
 
     def embedding(self, module: str, vocab: int, hidden: int) -> Tensor:
-        if not self.has(f"{module}.weight"):  # blocks, which are written as floats
+        if self.stored.in_blocks(module):  # which are written as floats
             self.floated[module] = vocab, hidden
         return Weights.embedding(self, module, vocab, hidden)
 

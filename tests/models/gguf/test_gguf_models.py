@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeserve.config.options import LoadOptions
 from moeserve.kernels.ops import Ops
+from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import load_decoder
 
@@ -82,6 +83,50 @@ def test_experts_one_by_one_and_gate_with_up(
 
     assert torch.equal(logits(apart.save(tmp_path / "apart.gguf"), ops), expected)
     assert torch.equal(logits(fused.save(tmp_path / "fused.gguf"), ops), expected)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_the_module_that_predicts_another_token(
+    kind: str, sayable: Sayable, writer: Any, tmp_path: Path
+) -> None:
+    """Of GLM, whose converter keeps it: in the layer after the last."""
+    folder = tmp_path / "model"
+    shutil.copytree(sayable("glm4_moe"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    prefix, last = "model.layers.3", "model.layers.2"
+    tensors |= {
+        n.replace(last, prefix): t.clone() for n, t in tensors.items() if n.startswith(f"{last}.")
+    }
+    draw = torch.Generator().manual_seed(1)
+    own = {"eh_proj": (64, 128), "embed_tokens": (320, 64), "shared_head.head": (320, 64)}
+    own |= dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), (64,))
+    for name, shape in own.items():
+        tensors[f"{prefix}.{name}.weight"] = torch.randn(shape, generator=draw) / 8
+    save_file(tensors, folder / "model.safetensors")
+    made = writer.converted(folder)
+    made.values |= {"glm4moe.block_count": 4, "glm4moe.nextn_predict_layers": 1}
+    if kind != "F32":
+        for seed, name in enumerate(("eh_proj", "embed_tokens", "shared_head_head")):
+            tensor = made.tensors[f"blk.3.nextn.{name}.weight"]
+            written = writer.random_blocks(kind, tensor.shape, seed)
+            made.tensors[f"blk.3.nextn.{name}.weight"] = written
+            theirs = f"{prefix}.{name.replace('shared_head_', 'shared_head.')}.weight"
+            values = torch.from_numpy(writer.slow_values(kind, written.data))
+            tensors[theirs] = values.view(tensor.shape)
+        save_file(tensors, folder / "model.safetensors")
+    path = made.save(tmp_path / "model.gguf")
+
+    found = [drafts(p, LoadOptions(quantization="none")) for p in (path, folder)]
+
+    assert torch.equal(*found)
+
+
+def drafts(path: Path, options: LoadOptions) -> Tensor:
+    decoder = load_decoder(path, ReferenceOps(), options)
+    assert decoder.mtp is not None
+    step = pack_spans([Span(PROMPT, 0, list(range(8)), len(PROMPT))], 8)
+    normed = torch.randn(len(PROMPT), 64, generator=torch.Generator().manual_seed(4))
+    return decoder.mtp_forward(normed, step, decoder.new_cache(8, 8))
 
 
 def as_floats(tensor: Any) -> Tensor:
