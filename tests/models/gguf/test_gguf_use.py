@@ -131,6 +131,7 @@ def test_other_architectures_and_keys_are_refused_by_name(
     assert "qwen3moe.logit_scale=0.5 is not supported" in said(qwen3moe__logit_scale=0.5)
     many = said(qwen3moe__expert_count=1 << 20)
     assert "1048576 experts" in many
+    assert "expected an integer in 1..4096" in said(qwen3moe__block_count=1 << 30)
     assert "expected 4 experts" in said(qwen3moe__expert_count=4)
     assert "key qwen3moe.block_count is missing" in said(qwen3moe__block_count=None)
     scaling = {"qwen3moe__rope__scaling__type": "longrope"}
