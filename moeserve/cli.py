@@ -235,7 +235,7 @@ def _add_doctor(commands: Commands) -> None:
         epilog="example: moeserve doctor --model demo   (exit status 1: it would not serve)",
         allow_abbrev=False,
     )
-    command.add_argument("--model", help="a checkpoint folder, or 'demo'")
+    command.add_argument("--model", help="a checkpoint folder, a GGUF file, or 'demo'")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_doctor)
 
@@ -284,7 +284,9 @@ def _add_quantize(commands: Commands) -> None:
         epilog="example: moeserve quantize --model demo --out demo-int8",
         allow_abbrev=False,
     )
-    command.add_argument("--model", required=True, help="a checkpoint folder, or 'demo'")
+    command.add_argument(
+        "--model", required=True, help="a checkpoint folder, a GGUF file, or 'demo'"
+    )
     command.add_argument("--out", type=Path, help="a folder that does not exist yet")
     command.add_argument(
         "--scheme",

@@ -93,7 +93,7 @@ class ModelOptions(Options):
     model: str = Field(
         default="demo",
         min_length=1,
-        description="checkpoint folder, 'demo', or org/name on the hub",
+        description="checkpoint folder, GGUF file, 'demo', or org/name on the hub",
     )
     served_model_name: str | None = Field(
         default=None, min_length=1, description="name that clients use; default: the folder's name"

@@ -42,6 +42,7 @@ from moeserve.models.families import read_spec
 from moeserve.models.library import resolve_model
 from moeserve.models.packed.checkpoint import open_checkpoint
 from moeserve.models.spec import ModelSpec, MoeSpec
+from moeserve.models.tokenizer_parts import tokenizer_file
 from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.progress import Progress
 from moeserve.observe.routing import RoutingRecorder
@@ -244,8 +245,8 @@ def _vocabulary(
     options: RankModelOptions, decoder: Decoder, eos_ids: frozenset[int]
 ) -> Vocabulary | None:
     """What grammars are about; None where the model has no tokenizer, or its answers no end."""
-    file = resolve_model(options.model) / "tokenizer.json"
-    if not file.is_file() or not eos_ids:
+    file = tokenizer_file(resolve_model(options.model))
+    if file is None or not eos_ids:
         return None
     return Vocabulary(file, decoder.spec.vocab, tuple(sorted(eos_ids)))
 

@@ -27,6 +27,7 @@ from llguidance import LLMatcher, LLTokenizer
 from moeserve.core import Grammar, GrammarKind
 from moeserve.grammar.compiling import matcher_of, reason_of
 from moeserve.grammar.layout import FIRST_ROW, FIRST_TOKEN, NOBODY
+from moeserve.models.tokenizer_parts import tokenizer_source
 from moeserve.process.answer import Channel
 
 # Processor time of a turn, seconds: to compile for a door, and for a rank, where what a door let
@@ -58,8 +59,8 @@ class Matchers:
         self._row_bytes = 0
 
     def open(self, tokenizer: str, vocab: int, eos: list[int]) -> dict[str, Any]:
-        """``tokenizer`` is a ``tokenizer.json``."""
-        text = Path(tokenizer).read_text("utf-8")
+        """``tokenizer`` is a ``tokenizer.json`` or a GGUF file."""
+        text = tokenizer_source(Path(tokenizer))
         own = LLTokenizer(text, eos_token=eos)
         larger = vocab > own.vocab_size  # a model's vocabulary may be padded
         self._tokenizer = LLTokenizer(text, n_vocab=vocab, eos_token=eos) if larger else own

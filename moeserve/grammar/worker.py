@@ -32,8 +32,8 @@ _NEXT: Mapping[str, Any] = {"do": "next"}
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What grammars are about: a ``tokenizer.json``, how many logits the model has, and which
-    tokens end an answer, of which there is at least one."""
+    """What grammars are about: a ``tokenizer.json`` or a GGUF file, how many logits the model has,
+    and which tokens end an answer, of which there is at least one."""
 
     tokenizer: Path
     size: int

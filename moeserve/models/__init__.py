@@ -16,6 +16,7 @@
     attention  moe  rope       its parts: attention, feed-forward, rotary tables
     batch                      one forward pass as tensors
     tokenizer  chat_template   text to token ids and back; chat messages to a prompt
+    tokenizer_parts            what both are made of, in a folder or a GGUF file
     tokenizer_cost             what a tokenizer may take, as far as its parts tell
     text_worker                both in a process that may be ended
     checked_tokenizer          one that such a process has loaded before

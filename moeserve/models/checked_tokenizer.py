@@ -10,7 +10,7 @@ from pathlib import Path
 from moeserve.errors import DeadlineError, MoeserveError, TokenizerError
 from moeserve.models.text_worker import PREPARING, text_program
 from moeserve.models.tokenizer import Tokenizer
-from moeserve.models.tokenizer_cost import REMEDY
+from moeserve.models.tokenizer_parts import REMEDY
 from moeserve.process.job_worker import JobWorker, raise_failed
 from moeserve.process.serve_jobs import JobLimits
 

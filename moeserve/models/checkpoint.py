@@ -97,6 +97,11 @@ class Checkpoint:
         return checkpoint
 
     @property
+    def config_name(self) -> str:
+        """Where the config is from, for errors."""
+        return str(self.path / "config.json" if gguf_of(self.path) is None else self.path)
+
+    @property
     def names(self) -> frozenset[str]:
         return frozenset(self._entries)
 

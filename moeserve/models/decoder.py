@@ -274,8 +274,8 @@ def open_weights(
 ) -> Weights:
     """Floats of dtype "auto" are those of the embedding."""
     read_spec(checkpoint)  # a config that no family understands is the first thing to be said
-    where = str(checkpoint.path / "config.json")
-    stored = Stored(checkpoint, read_method(Fields(checkpoint.config, where)))
+    config = Fields(checkpoint.config, checkpoint.config_name)
+    stored = Stored(checkpoint, read_method(config))
     held = torch_dtype(options.dtype) or stored.plain_dtype("model.embed_tokens")
     return Weights(
         checkpoint,
@@ -340,12 +340,12 @@ def load_mtp(
     w: Weights, names: TensorNames, spec: ModelSpec, embedding_WH: Tensor, head: Linear
 ) -> Mtp | None:
     prefix = f"model.layers.{len(spec.layers)}"
-    if spec.mtp is None or not w.has(f"{prefix}.eh_proj.weight"):
+    if spec.mtp is None or not w.has_module(f"{prefix}.eh_proj"):
         return None
     own_embedding, own_head = f"{prefix}.embed_tokens", f"{prefix}.shared_head.head"
-    if w.has(f"{own_embedding}.weight"):
+    if w.has_module(own_embedding):
         embedding_WH = w.embedding(own_embedding, spec.vocab, spec.hidden)
-    if w.has(f"{own_head}.weight"):
+    if w.has_module(own_head):
         head = w.linear(own_head, spec.vocab, spec.hidden)
     return Mtp(
         embedding_WH=embedding_WH,

@@ -13,6 +13,8 @@ from pathlib import Path
 from moeserve.errors import CheckpointError
 from moeserve.models.checkpoint import INDEX, weight_files
 from moeserve.models.files import open_regular, read_bounded
+from moeserve.models.gguf.header import read_gguf_header
+from moeserve.models.gguf.places import gguf_of, header_bytes
 from moeserve.models.packed.layout import Origin, is_packed, read_packed_header
 from moeserve.safetensors_header import read_header
 
@@ -71,6 +73,8 @@ def _digest_of(file: Path, content: bytes) -> str:
 
 
 def _header(file: Path) -> bytes:
+    if gguf_of(file) is not None:
+        return header_bytes(file)
     try:
         with open_regular(file) as opened:
             return read_header(opened)
@@ -80,6 +84,20 @@ def _header(file: Path) -> bytes:
 
 def _sampled(file: Path) -> bytes:
     """The header of a file, and bytes of each of its tensors."""
+    header, places = _tensors_of(file)
+    digest = sha256(header)
+    with open_regular(file) as opened:
+        for start, end in sorted(places):
+            opened.seek(max(start, (start + end - SAMPLED) // 2))
+            digest.update(opened.read(min(SAMPLED, end - start)))
+    return digest.digest()
+
+
+def _tensors_of(file: Path) -> tuple[bytes, list[tuple[int, int]]]:
+    """The header of a file, and from where to where each of its tensors lies."""
+    if gguf_of(file) is not None:
+        tensors = read_gguf_header(file).tensors.values()
+        return header_bytes(file), [(tensor.start, tensor.end) for tensor in tensors]
     with open_regular(file) as opened:
         try:
             header = read_header(opened)
@@ -89,12 +107,8 @@ def _sampled(file: Path) -> bytes:
                 for name, found in json.loads(header).items()
                 if name != "__metadata__"
             ]
+            return header, [(begin + start, begin + end) for start, end in places]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{file}: not safetensors ({error}): download it again"
             ) from error
-        digest = sha256(header)
-        for start, end in sorted(places):
-            opened.seek(begin + max(start, (start + end - SAMPLED) // 2))
-            digest.update(opened.read(min(SAMPLED, end - start)))
-    return digest.digest()

@@ -24,8 +24,9 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether it looks like ``org/name`` and is no folder here."""
-    return _ID.fullmatch(name) is not None and not Path(name).exists()
+    """Whether it looks like ``org/name`` and is neither a folder here nor the name of a file."""
+    named = _ID.fullmatch(name) is not None and not name.endswith(".gguf")
+    return named and not Path(name).exists()
 
 
 def by_hand(name: str) -> str:

@@ -1,5 +1,6 @@
-"""Where a model's name leads: ``demo`` is the one we ship, everything else is a folder, or the name
-of a model on the hub, which the commands that run models fetch (``with_model_here``)."""
+"""Where a model's name leads: ``demo`` is the one we ship, everything else is a folder or a GGUF
+file, or the name of a model on the hub, which the commands that run models fetch
+(``with_model_here``)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import TypeVar
 import moeserve
 from moeserve.config.options import ModelOptions
 from moeserve.errors import CheckpointError
+from moeserve.models.gguf.places import gguf_of
 from moeserve.models.hub import by_hand, fetch_model, is_hub_id
 
 DEMO = "demo"
@@ -16,7 +18,7 @@ Chosen = TypeVar("Chosen", bound=ModelOptions)
 
 
 def resolve_model(name_or_path: str) -> Path:
-    """The model's folder; an error where there is none."""
+    """The model's folder, or the first file of one in GGUF; an error where there is none."""
     if name_or_path == DEMO:
         # importlib.resources shows an editable install as two folders; the data is beside this one.
         folder = Path(str(moeserve.__file__)).parent / "demo"
@@ -26,9 +28,14 @@ def resolve_model(name_or_path: str) -> Path:
     if is_hub_id(name_or_path):
         raise CheckpointError(f"model {name_or_path!r}: no such folder; {by_hand(name_or_path)}")
     folder = Path(name_or_path)
-    if not name_or_path or "\0" in name_or_path or not folder.is_dir():
+    named = bool(name_or_path) and "\0" not in name_or_path
+    file = gguf_of(folder) if named else None
+    if file is not None and (file.exists() or folder.exists()):
+        return file
+    if not named or not folder.is_dir():
         raise CheckpointError(
-            f"model {name_or_path!r}: no such folder; give {DEMO!r} or the path of a model folder"
+            f"model {name_or_path!r}: no such folder; give {DEMO!r} or the path of a model folder "
+            f"or a GGUF file"
         )
     return folder
 

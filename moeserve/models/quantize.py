@@ -2,7 +2,8 @@
 
 int8 is per row, with activations per token; int4 is in groups, for feed-forward matrices. Which
 tensors are matrices is learnt by putting the decoder together from headers, so a tensor is rounded
-here if and only if loading would round it. Everything else is copied as it is. The model is
+here if and only if loading would round it. Everything else is copied as it is; what a GGUF file has
+of a tokenizer is written beside it. The model is
 streamed: memory holds a few million values at a time, and pages of the source are given back. The
 copy is made beside its place and moved there when it is whole.
 """
@@ -39,9 +40,12 @@ from moeserve.models.checkpoint import FLOATS, Checkpoint
 from moeserve.models.decoder import build_decoder, open_weights
 from moeserve.models.families import read_spec
 from moeserve.models.formats.layouts import Stored
+from moeserve.models.gguf.block_types import SUFFIXES
+from moeserve.models.gguf.places import gguf_of
 from moeserve.models.names import TensorNames
 from moeserve.models.shards import PlannedTensor, Tensors, write_shards
 from moeserve.models.survey import Headers
+from moeserve.models.tokenizer_parts import write_tokenizer
 from moeserve.models.weights import Rounding, Weights, pick
 
 SHARD_BYTES = 4 << 30
@@ -52,7 +56,7 @@ _CLIPS = tuple(1 - 0.025 * i for i in range(17))
 _OWN_PARTS = (
     "weight weight_scale weight_scale_inv weight_packed weight_shape weight_zero_point "
     "weight_g_idx qweight qzeros scales g_idx"
-).split()
+).split() + list(SUFFIXES)
 _NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 
@@ -119,6 +123,11 @@ class Modules(Weights):
     def floats(self, module: str, out: int, into: int) -> Tensor:
         self.floated[module] = out, into
         return Weights.floats(self, module, out, into)
+
+    def embedding(self, module: str, vocab: int, hidden: int) -> Tensor:
+        if self.stored.in_blocks(module):  # which are written as floats
+            self.floated[module] = vocab, hidden
+        return Weights.embedding(self, module, vocab, hidden)
 
     def experts(
         self, name: str, num: int, out: int, into: int, own: Sequence[int], *, transposed: bool,
@@ -217,6 +226,8 @@ class _Plan:
 
     def parts(self, names: TensorNames) -> Iterator[Tensors]:
         """In the order of the source, which is then read from front to back."""
+        if names.transposed and gguf_of(self.stored.checkpoint.path) is not None:
+            raise self._only_ours("it")
         emitted: set[str] = set()
         for name in self.stored.checkpoint.in_order:
             module, _, part = name.rpartition(".")
@@ -265,10 +276,7 @@ class _Plan:
     def _stack(self, name: str, names: TensorNames) -> Iterator[Tensors]:
         """One module per expert and projection, as others expect them."""
         if names.transposed:
-            raise CheckpointError(
-                f"{self.stored.checkpoint.path}: {name} holds experts of GPT-OSS, whose quantised "
-                f"copies others do not read; serve the model with --quantization instead"
-            )
+            raise self._only_ours(name)
         num, out, into = self.modules.stacks[name]
         prefix, _, kind = name.rpartition(".")
         gate, up, down = names.expert_parts
@@ -283,6 +291,12 @@ class _Plan:
                     rows.stop - rows.start,
                     into,
                 )
+
+    def _only_ours(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.stored.checkpoint.path}: {name} holds experts of GPT-OSS, whose quantised "
+            f"copies others do not read; serve the model with --quantization instead"
+        )
 
     def _floats(self, module: str, shape: tuple[int, int]) -> Tensors:
         name = f"{module}.weight"
@@ -402,6 +416,9 @@ def _pattern(module: str) -> str:
 
 def copy_others(model: Path, folder: Path) -> None:
     """Tokenizer, generation config, card: every file that is neither weights nor config.json."""
+    if gguf_of(model) is not None:
+        write_tokenizer(model, folder)
+        return
     for file in sorted(model.iterdir()):
         weights = file.name.endswith(_NOT_COPIED) or file.name == "config.json"
         if file.is_file() and not weights and not file.name.startswith("."):

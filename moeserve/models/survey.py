@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeserve.kernels.matrix import tensors_of
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.checkpoint import FLOATS, Checkpoint, Entry
 from moeserve.models.decoder import assemble, skeleton_decoder
+from moeserve.models.gguf import blocks
+from moeserve.models.gguf.block_types import SUFFIXES
 from moeserve.models.packed.checkpoint import PackedCheckpoint
 from moeserve.models.packed.layout import is_packed
 from moeserve.models.spec import ModelSpec, MoeSpec
@@ -50,11 +53,19 @@ class Headers(Checkpoint):
         return torch.empty(entry.shape, dtype=kind, device="meta")
 
     def held_bytes(self, dtype: torch.dtype) -> dict[str, int]:
-        """Floats in ``dtype``, codes as they are stored."""
-        return {
-            name: tensor.numel() * dtype.itemsize if tensor.dtype in FLOATS else tensor.nbytes
-            for name, tensor in self.seen.items()
-        }
+        """Floats in ``dtype``, codes as they are stored, blocks of GGUF as what they become."""
+        return {name: _held_bytes(name, tensor, dtype) for name, tensor in self.seen.items()}
+
+
+def _held_bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> int:
+    module, _, end = name.rpartition(".")
+    if end not in SUFFIXES:
+        return tensor.numel() * dtype.itemsize if tensor.dtype in FLOATS else tensor.nbytes
+    if module.endswith("embed_tokens"):
+        return blocks.to_values(SUFFIXES[end], tensor, dtype).nbytes
+    exact = SUFFIXES[end] in blocks.EXACT
+    held = (blocks.to_groups if exact else blocks.to_rows)(SUFFIXES[end], tensor)
+    return sum(t.nbytes for t in tensors_of(held))
 
 
 def survey(path: str | Path) -> Survey:

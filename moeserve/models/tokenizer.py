@@ -1,4 +1,4 @@
-"""Text to token ids and back, from ``tokenizer.json``; chat messages to a prompt.
+"""Text to token ids and back, by what ``tokenizer_parts`` read; chat messages to a prompt.
 
 Both are a stranger's, so loading, tokenising and rendering may take any time and memory: they are
 bounded where they run in a process that may be ended (``text_worker``). ``checked_tokenizer`` loads
@@ -19,9 +19,8 @@ import tokenizers
 
 from moeserve.errors import CheckpointError, TokenizerError
 from moeserve.models.chat_template import ChatTemplate, template_source
-from moeserve.models.fields import Fields
-from moeserve.models.files import read_json, read_text
-from moeserve.models.tokenizer_cost import REMEDY, TokenizerCost, cost_of, require_decodable
+from moeserve.models.tokenizer_cost import TokenizerCost, cost_of, require_decodable
+from moeserve.models.tokenizer_parts import REMEDY, TokenizerParts, read_tokenizer_parts
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _SHOWN_ERROR = 300  # characters
@@ -69,14 +68,13 @@ class Tokenizer:
         the template is compiled when it first renders."""
         files = TokenizerFiles(Path(path), chat_template)
         folder = files.folder
-        file = folder / "tokenizer.json"
-        inner = _read_tokenizer(file)
+        parts = read_tokenizer_parts(folder)
+        inner = _made_of(parts)
         try:
-            settings = read_json(folder / "tokenizer_config.json", required=False)
-            specials = _named_specials(settings)
-            source = template_source(folder, settings, chat_template)
+            specials = _named_specials(parts.settings)
+            source = template_source(folder, parts.settings, chat_template)
             template = None if source is None else ChatTemplate(source, specials, folder)
-            eos_ids = _eos_ids(folder, inner, specials)
+            eos_ids = _eos_ids(parts.eos_ids, inner, specials)
         except CheckpointError as error:
             raise TokenizerError(f"{error.message}; {REMEDY}") from error
         tokenizer = cls(inner, files, eos_ids, specials, template)
@@ -210,22 +208,18 @@ class BytePieces(dict[int, bytes]):
         return piece
 
 
-def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
+def _made_of(parts: TokenizerParts) -> tokenizers.Tokenizer:
     try:
-        source = read_text(file)
-    except CheckpointError as error:
-        raise TokenizerError(f"{error.message}; {REMEDY}") from error
-    try:
-        inner = tokenizers.Tokenizer.from_str(source)
+        inner = tokenizers.Tokenizer.from_str(parts.source)
         inner.no_truncation()
         inner.no_padding()
     except BaseException as error:
         if not is_failure(error):
             raise
         raise TokenizerError(
-            f"{file}: not a tokenizer ({str(error)[:_SHOWN_ERROR]}); {REMEDY}"
+            f"{parts.file}: not a tokenizer ({str(error)[:_SHOWN_ERROR]}); {REMEDY}"
         ) from error
-    require_decodable(inner, str(file))
+    require_decodable(inner, str(parts.file))
     return inner
 
 
@@ -242,13 +236,9 @@ def _named_specials(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _eos_ids(
-    folder: Path, inner: tokenizers.Tokenizer, specials: Mapping[str, str]
+    ids: Sequence[int], inner: tokenizers.Tokenizer, specials: Mapping[str, str]
 ) -> tuple[int, ...]:
-    """The end tokens that any of the folder's configs names, each once."""
-    ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        config = read_json(folder / name, required=False)
-        ids.extend(Fields(config, str(folder / name)).ids("eos_token_id"))
+    """The end tokens that the model names, and the tokenizer, each once."""
     own = inner.token_to_id(specials["eos_token"]) if "eos_token" in specials else None
     return tuple(dict.fromkeys(ids if own is None else [*ids, own]))
 

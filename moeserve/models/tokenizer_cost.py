@@ -18,10 +18,10 @@ import tokenizers
 from tokenizers import models
 
 from moeserve.errors import TokenizerError
+from moeserve.models.tokenizer_parts import REMEDY
 
 Part = Mapping[str, Any]
 
-REMEDY = "prompts as token ids still work"
 # The longest canonical decomposition has four characters, which NFC makes one.
 _COMPOSED = 4
 # Of a token: published models have up to some hundred.

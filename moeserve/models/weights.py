@@ -94,6 +94,10 @@ class Weights:
     def has(self, name: str) -> bool:
         return self.checkpoint.has(name)
 
+    def has_module(self, module: str) -> bool:
+        """Whether it is there, as floats or as blocks of GGUF."""
+        return self.has(f"{module}.weight") or self.stored.in_blocks(module)
+
     def matrix(self, module: str, out: int, into: int) -> Block:
         """[N, K] of ``module``, as it will be packed."""
         as_stored = self.rounding.of(module) == "auto"

@@ -19,6 +19,7 @@ from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError
 from moeserve.models.files import read_bounded
 from moeserve.models.fingerprint import samples
+from moeserve.models.gguf.places import gguf_of
 from moeserve.models.packed.checkpoint import packed_options
 
 # Small files on which numbers depend.
@@ -33,7 +34,8 @@ def compute_id(folder: Path, options: LoadOptions, kernels: str) -> str:
     settings = {name: getattr(options, name) for name in LoadOptions.model_fields}
     parts = [json.dumps(settings, sort_keys=True).encode(), kernels.encode()]
     try:
-        parts += [read_bounded(folder / name) for name in _READ_WHOLE]
+        if gguf_of(folder) is None:  # which has no others: what they say stands in its header
+            parts += [read_bounded(folder / name) for name in _READ_WHOLE]
         for name, sampled in samples(folder).items():
             parts += [name.encode(), bytes.fromhex(sampled)]
     except OSError as error:

@@ -38,6 +38,7 @@ from moeserve.gateway.service import ServedModel
 from moeserve.grammar.checking import GrammarChecker
 from moeserve.grammar.worker import Vocabulary
 from moeserve.models.library import resolve_model, with_model_here
+from moeserve.models.tokenizer_parts import tokenizer_file
 from moeserve.observe.loading import ProgressCallback
 from moeserve.observe.metrics import Metrics
 from moeserve.pools.cluster import ClusterEngine
@@ -235,14 +236,15 @@ def text_of(config: GatewayConfig, terms: ServedTerms) -> ServedText:
         folder = resolve_model(config.model)
     else:
         folder = Path(terms.folder)
-    if not folder.is_dir():
+    if not folder.exists():
         raise ConfigError(
             f"the members' model is at {terms.folder!r}, which is not on this host: say with "
             "--model where its tokenizer is"
         )
-    file = folder / "tokenizer.json"
-    known = file.is_file() and terms.eos_ids
-    vocabulary = Vocabulary(file, terms.vocab, terms.eos_ids) if known else None
+    file = tokenizer_file(folder)
+    vocabulary = None
+    if file is not None and terms.eos_ids:
+        vocabulary = Vocabulary(file, terms.vocab, terms.eos_ids)
     return ServedText(folder, GrammarChecker(vocabulary))
 
 

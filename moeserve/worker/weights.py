@@ -33,6 +33,7 @@ from moeserve.errors import (
     MoeserveError,
     UnavailableError,
 )
+from moeserve.models.gguf.places import gguf_of
 from moeserve.models.hub import is_hub_id
 from moeserve.models.library import DEMO, resolve_model, with_model_here
 from moeserve.pools.cache.cache_members import CacheMembers
@@ -87,7 +88,8 @@ class LocalFolder:
 
 async def weights_here(config: PeerConfig, counts: WeightCounts) -> ArrivedWeights:
     """On the event loop that runs. DeadlineError after ``WEIGHTS_S``."""
-    if config.weights == "disk":
+    # A GGUF file is not handed on.
+    if config.weights == "disk" or gguf_of(Path(config.model)) is not None:
         return ArrivedWeights(config)
     try:
         async with asyncio.timeout(WEIGHTS_S):

@@ -42,7 +42,7 @@ FAMILIES: tuple[Family, ...] = (
 
 def read_spec(checkpoint: Checkpoint) -> tuple[ModelSpec, TensorNames]:
     """The model a checkpoint describes; its end tokens are those of all its configs."""
-    spec, names = read_config(Fields(checkpoint.config, str(checkpoint.path / "config.json")))
+    spec, names = read_config(Fields(checkpoint.config, checkpoint.config_name))
     generation = Fields(
         checkpoint.generation_config, str(checkpoint.path / "generation_config.json")
     )

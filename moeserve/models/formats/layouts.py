@@ -49,7 +49,9 @@ class Stored:
     def linear(self, module: str, out: int, into: int) -> Matrix:
         """[N, K] of ``module``, in codes if stored so; plain floats are a view of the file."""
         found = self._blocks(module, out, into)
-        if found is not None and found[0] not in gguf.EXACT:
+        if found is not None and found[0] in gguf.EXACT:
+            return gguf.to_groups(*found)
+        if found is not None:
             self.rounded[found[0]] += 1
             return gguf.to_rows(*found)
         matrix = self.exactly(module, out, into)
@@ -65,11 +67,14 @@ class Stored:
             return self.checkpoint.get(f"{module}.weight", (out, into))
         return read(self, module, out, into)
 
+    def in_blocks(self, module: str) -> bool:
+        """Whether it is blocks of GGUF."""
+        return any(self.checkpoint.has(f"{module}.{end}") for end in SUFFIXES)
+
     def plain_dtype(self, module: str) -> torch.dtype:
         """Of its floats, or those that models are published in where it is blocks of GGUF."""
         name = f"{module}.weight"
-        blockwise = any(self.checkpoint.has(f"{module}.{end}") for end in SUFFIXES)
-        return torch.bfloat16 if blockwise else self.checkpoint.dtype(name)
+        return torch.bfloat16 if self.in_blocks(module) else self.checkpoint.dtype(name)
 
     def table(self, module: str, rows: int, size: int, dtype: torch.dtype) -> Tensor:
         """[rows, size] of an embedding: a view of the file where it has this type."""

@@ -11,6 +11,8 @@
     names       tensors under the names that a folder would give them
     arrange     tensors that a converter has split or turned, put together again
     entries     all of that as a checkpoint takes it
+    tokenizer   metadata to what ``tokenizer.json`` would say
+    splitting   how a text is cut before merges, by the name that a file has for it
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """

@@ -72,7 +72,7 @@ def read_gguf_config(m: Metadata) -> Config:
         "model_type": family.model_type,
         "vocab_size": m.tensor("token_embd.weight").shape[0],
         "hidden_size": m.size("embedding_length"),
-        "num_hidden_layers": m.size("block_count") - m.count("nextn_predict_layers", 0),
+        "num_hidden_layers": m.layers() - m.count("nextn_predict_layers", 0),
         "num_attention_heads": m.size("attention.head_count"),
         "num_experts_per_tok": m.size("expert_used_count"),
         "rms_norm_eps": m.number("attention.layer_norm_rms_epsilon"),
@@ -141,8 +141,7 @@ def _mixtral(m: Metadata) -> Config:
 def _qwen(m: Metadata) -> Config:
     """Layers without a router are dense."""
     m.only({**_NO_WINDOW, **_UNSCALED})
-    layers = range(m.size("block_count"))
-    dense = [i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in m.tensors]
+    dense = [i for i in range(m.layers()) if f"blk.{i}.ffn_gate_inp.weight" not in m.tensors]
     found = _heads(m) | {
         "num_experts": m.size("expert_count"),
         "moe_intermediate_size": m.size("expert_feed_forward_length"),

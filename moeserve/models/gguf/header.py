@@ -38,6 +38,7 @@ MOST_ALIGNMENT = 1 << 20
 _DEFAULT_ALIGNMENT = 32
 _READ_AHEAD = 1 << 20
 _AGAIN = "download it again"
+_GREATEST = 3.4028234663852886e38
 
 Value = bool | int | float | str | list[bool] | list[int | float] | list[str]
 _STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
@@ -206,7 +207,8 @@ def _as_written(value: float) -> float:
     stored so."""
     for digits in range(1, 9):
         short = float(f"{value:.{digits}g}")
-        if struct.pack("<f", short) == struct.pack("<f", value):
+        # Rounded up, the greatest are none of fp32.
+        if abs(short) <= _GREATEST and struct.pack("<f", short) == struct.pack("<f", value):
             return short
     return value
 

@@ -10,6 +10,7 @@ from moeserve.models.fields import Fields
 from moeserve.models.gguf.header import GgufHeader, GgufTensor
 
 ARCHITECTURE = "general.architecture"
+MOST_LAYERS = 4096
 
 
 class Metadata:
@@ -31,6 +32,10 @@ class Metadata:
 
     def size(self, name: str) -> int:
         return self.fields.size(self.key(name))
+
+    def layers(self) -> int:
+        """With those beyond the last, of modules that predict another token."""
+        return self.fields.size(self.key("block_count"), most=MOST_LAYERS)
 
     def count(self, name: str, default: int) -> int:
         return self.fields.count(self.key(name), default=default)

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from moeserve.errors import CheckpointError
+from moeserve.models.files import open_regular
 from moeserve.models.gguf.header import GgufHeader, read_gguf_header
 
 ENDING = ".gguf"
@@ -67,6 +68,16 @@ def read_headers(first: Path) -> list[GgufHeader]:
             )
         seen |= header.tensors.keys()
     return headers
+
+
+def header_bytes(file: Path) -> bytes:
+    """All before a file's data, as it stands there."""
+    header = read_gguf_header(file)
+    try:
+        with open_regular(file) as opened:
+            return opened.read(header.nbytes)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def _first(file: Path) -> Path:

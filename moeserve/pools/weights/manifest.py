@@ -25,6 +25,7 @@ from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError, InvalidRequestError
 from moeserve.models.files import most_bytes
 from moeserve.models.fingerprint import fingerprint, served_files
+from moeserve.models.gguf.places import gguf_of
 from moeserve.models.packed.layout import PACKED_FILE
 from moeserve.pools.cache.keys import NAMESPACE_BYTES, Namespace, PageKey
 from moeserve.pools.cache.pages import StoredPage, digest_of
@@ -89,6 +90,8 @@ def offer_key(name: str) -> PageKey:
 
 def manifest_of(folder: Path, name: str) -> Manifest:
     """Reads headers and some bytes of all tensors. CheckpointError where it is no model folder."""
+    if gguf_of(folder) is not None:
+        raise CheckpointError(f"{folder}: a GGUF file is not handed on: each member reads its own")
     weights = {file.name for file in served_files(folder)}
     try:
         found = sorted(file for file in folder.iterdir() if _belongs(file, weights))

@@ -238,6 +238,11 @@ def test_what_is_rounded_is_the_folder_of_these_values_rounded_alike(
     assert not said or f"{count} matrices of {kind} rounded" in said[0]
     found = survey(path)
     assert found.spec == decoder.spec
+    matrices = 2 * 256 * 256 + 2 * 128 * 256 + 6 * 256 * 256 + 64 * 256
+    per_value = 0.5 + 5 / 32 if kind in blocks.EXACT else 1.0
+    embedding, small = 64 * 256 * 2, (2 * 256 + 3 * 256 + 2 * 64) * 2
+    scales = 0 if kind in blocks.EXACT else 4 * (2 * 256 + 2 * 128 + 6 * 256 + 64)
+    assert found.weight_bytes == matrices * per_value + embedding + small + scales
 
 
 def logits_of_some(decoder: Decoder) -> Tensor:

@@ -65,6 +65,12 @@ def test_numbers_in_fp32_are_the_decimals_they_were(number: Any) -> None:
         assert found == float(number)
 
 
+@given(value=st.floats(width=32))
+def test_any_number_in_fp32_is_read(value: float) -> None:
+    found = of_header._as_written(value)
+    assert struct.pack("<f", found) == struct.pack("<f", value)
+
+
 def wrong(path: Path, content: bytes) -> str:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.gguf") as caught:
@@ -191,6 +197,24 @@ def test_no_damage_to_a_model_does_either(
     path.write_bytes(content)
     with torch.device("meta"):
         assert "\n" not in refused(load_decoder, path, ReferenceOps())
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_no_value_of_a_key_does(
+    family: str, sayable: Callable[[str], Path], writer: Any, tmp_path: Path
+) -> None:
+    """Neither what no model has, nor what is not even a number."""
+    made, path = writer.converted(sayable(family)), tmp_path / "m.gguf"
+    good, refusals = dict(made.values), 0
+    for key in good:
+        for value in (0, (1 << 32) - 1, 3e38, "x"):
+            made.values = good | {key: value}
+            made.save(path)
+            with torch.device("meta"):
+                said = refused(load_decoder, path, ReferenceOps())
+            assert "\n" not in said
+            refusals += bool(said)
+    assert refusals > 2 * len(good)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "loop", "nothing"])
