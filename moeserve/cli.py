@@ -268,19 +268,21 @@ def _add_evaluate(commands: Commands) -> None:
 
 
 def _add_quantize(commands: Commands) -> None:
+    from moeserve.models.packed.cli import add_options
+
     command = commands.add_parser(
         "quantize",
         help=COMMANDS["quantize"][0],
-        description="Write a copy of a model with 8- or 4-bit weights, as compressed-tensors.",
+        description="Write a copy of a model with 8- or 4-bit weights, as compressed-tensors, or "
+        "with weights that start-up maps.",
         epilog="example: moeserve quantize --model demo --out demo-int8",
         allow_abbrev=False,
     )
     command.add_argument("--model", required=True, help="a checkpoint folder, or 'demo'")
-    command.add_argument("--out", required=True, type=Path, help="a folder that does not exist yet")
+    command.add_argument("--out", type=Path, help="a folder that does not exist yet")
     command.add_argument(
         "--scheme",
-        choices=("int8", "int4"),
-        default="int8",
+        choices=("auto", "none", "int8", "int4"),
         help="int8 per row, or int4 in groups for feed-forward matrices and int8 for others [int8]",
     )
     command.add_argument(
@@ -294,6 +296,7 @@ def _add_quantize(commands: Commands) -> None:
         action="store_true",
         help="the output head too: faster here, but not every other runtime reads it",
     )
+    add_options(command)
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_quantize)
 
@@ -303,9 +306,16 @@ def _quantize(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
     from moeserve.models.library import resolve_model
+    from moeserve.models.packed.cli import run
     from moeserve.models.quantize import Recipe, quantize
 
-    recipe = Recipe(args.scheme, args.group, not args.keep_attention, args.quantize_head)
+    if args.out is None and not args.check:
+        raise ConfigError("--out: missing; give a folder that does not exist yet")
+    if args.packed or args.check:
+        return run(args)
+    if args.dtype != "auto":
+        raise ConfigError("--dtype: has no effect without --packed, which is what it is for")
+    recipe = Recipe(args.scheme or "int8", args.group, not args.keep_attention, args.quantize_head)
     columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("writing")
@@ -371,7 +381,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Commands], None]]] = {
     "bench": ("how fast is it here, and how fast could it be", _add_bench),
     "doctor": ("would this host serve, and what would bind it", _add_doctor),
     "evaluate": ("how far a run of a model lies from a reference run", _add_evaluate),
-    "quantize": ("write a copy of a model in 8 or 4 bits", _add_quantize),
+    "quantize": ("write a copy of a model in 8 or 4 bits, or packed", _add_quantize),
     "certs": ("make certificates for tests of TLS", _add_certs),
     "testbed": ("run ranks on several hosts made of this one", _add_testbed),
     "place": ("decide which device holds which expert", add_place),

@@ -11,6 +11,8 @@ import pytest
 
 from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError
+from moeserve.kernels.select import choose_ops
+from moeserve.models.packed.writer import pack_model
 from moeserve.pools.compute_id import compute_id
 
 PLAIN = LoadOptions()
@@ -74,3 +76,18 @@ def test_what_is_no_checkpoint_is_named(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         compute_id(folder, PLAIN, "cpu")
+
+
+@pytest.mark.parametrize("made", [PLAIN, LoadOptions(quantization="int8", dtype="bfloat16")])
+def test_a_packed_folder_computes_what_it_was_made_from_computes(
+    folder: Path, tmp_path: Path, made: LoadOptions
+) -> None:
+    packed = tmp_path / "packed"
+    pack_model(folder, packed, choose_ops(), made)
+    for kv in ("auto", "int8"):
+        served = PLAIN.model_copy(update={"kv_dtype": kv})
+        plain = made.model_copy(update={"kv_dtype": kv})
+        assert compute_id(packed, served, "cpu") == compute_id(folder, plain, "cpu")
+    assert compute_id(packed, made, "cpu") == compute_id(folder, made, "cpu")
+    with pytest.raises(CheckpointError, match="packed with"):
+        compute_id(packed, LoadOptions(quantization="int4"), "cpu")

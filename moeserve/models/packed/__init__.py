@@ -9,5 +9,6 @@
     writer                     a packed copy of a model folder, one layer at a time
     checkpoint                 a packed folder as the loader takes a model folder
     model                      an open packed folder: its regions, and parts over any memory
+    cli                        ``moeserve quantize --packed``
     decoder                    the decoder over the mapped files
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError, ConfigError, PlacementError
 from moeserve.kernels.ops import Ops, Part
 from moeserve.kernels.records import PAGE
+from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.expert_source import expert_bytes, open_experts
 from moeserve.models.fingerprint import fingerprint
 from moeserve.models.layer_runner import LocalLayerRunner
+from moeserve.models.library import resolve_model
 from moeserve.models.packed.checkpoint import PackedCheckpoint
-from moeserve.models.packed.layout import Region
+from moeserve.models.packed.layout import Region, read_packed_header, write_header
 from moeserve.models.packed.model import PackedModel
 from moeserve.models.packed.writer import pack_model, verify_packed
 from moeserve.models.survey import survey
@@ -71,10 +74,21 @@ def test_every_family_is_the_same_to_the_bit(
     assert torch.equal(logits(packed), logits(plain))
     assert (packed.dtype, packed.kv_dtype) == (plain.dtype, plain.kv_dtype)
     assert (packed.unread, packed.spec) == (plain.unread, plain.spec)
-    if plain.mtp is not None:
-        assert torch.equal(drafts(packed), drafts(plain))
-    regions = done.layers + done.records + 1 + (plain.mtp is not None)
-    assert verify_packed(out) == regions
+    assert verify_packed(out) == done.layers + done.records + 1
+
+
+def test_multi_token_prediction_comes_along(tmp_path: Path) -> None:
+    ops, source, out = choose_ops(), resolve_model("demo"), tmp_path / "out"
+    done = pack_model(source, out, ops, LoadOptions())
+    plain, packed = load_decoder(source, ops), load_decoder(out, ops)
+    assert plain.mtp is not None
+    assert torch.equal(logits(packed), logits(plain))
+    assert torch.equal(drafts(packed), drafts(plain))
+    assert verify_packed(out) == done.layers + done.records + 2
+    header = read_packed_header(out)
+    write_header(out, replace(header, mtp=None))
+    with pytest.raises(CheckpointError, match="multi-token prediction was not packed"):
+        load_decoder(out, ops)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen2_moe"])
