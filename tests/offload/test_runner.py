@@ -21,8 +21,9 @@ from moeserve.kernels.select import choose_ops
 from moeserve.kernels.wire import Combine
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder
+from moeserve.offload.arena import Arena
 from moeserve.offload.disk_file import DiskFile, DiskRegion
-from moeserve.offload.experts import Arena, ExpertStream
+from moeserve.offload.experts import ExpertStream
 from moeserve.offload.foresight import Prediction, PredictionGate
 from moeserve.offload.mover import DiskMover, PlainMover, open_mover
 from moeserve.offload.residency import Residency
