@@ -63,8 +63,8 @@ class Streaming:
         if not is_packed(folder):
             raise ConfigError(
                 f"memory={options.memory}: {folder} holds weights that are packed as they are "
-                "loaded, so that all are in memory; pack it once, with `moeserve quantize "
-                f"{folder} OUT --packed`, and serve OUT"
+                "loaded, so that all are in memory; pack it once, with `moeserve quantize --model "
+                f"{folder} --out OUT --packed`, and serve OUT"
             )
         packed = PackedModel.open(folder, ops, options)
         spec, layers = packed.spec, range(len(packed.spec.layers))

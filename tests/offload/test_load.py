@@ -114,7 +114,7 @@ def test_below_the_least_the_error_names_it_and_its_parts(
 
 
 def test_what_is_not_packed_is_refused_with_what_to_do(tiny_checkpoint: Tiny) -> None:
-    with pytest.raises(ConfigError, match=r"moeserve quantize .* --packed"):
+    with pytest.raises(ConfigError, match=r"moeserve quantize --model .* --packed"):
         load_rank_model(RankModelOptions(model=str(tiny_checkpoint("mixtral")), memory=ENOUGH))
 
 
