@@ -98,7 +98,16 @@ class Streaming:
 
     @property
     def room_for_kv(self) -> int:
-        return room_for_kv(self.budget, self.fixed, self.records)
+        return room_for_kv(self.budget, self.fixed, self.records, self._least_kv)
+
+    @property
+    def _least_kv(self) -> int:
+        """Bytes that were asked for, else those of the longest sequence, else of a block."""
+        asked, per_token = self.options, self.decoder.kv_bytes_per_token
+        if asked.kv_memory is not None:
+            return asked.kv_memory
+        blocks = asked.num_blocks or -(-(asked.max_model_len or 2) // asked.block_size)
+        return blocks * asked.block_size * per_token
 
     def load(self, kv: int) -> Decoder:
         """With so many bytes of KV. The runner owns files, threads and memory."""

@@ -102,11 +102,11 @@ def test_below_the_least_the_error_names_it_and_its_parts(
     packed_folder: Callable[..., Path], ops: Ops
 ) -> None:
     folder = packed_folder("mixtral")
-    options = RankModelOptions(model=str(folder), memory=200 << 20)
+    options = RankModelOptions(model=str(folder), memory=200 << 20, kv_memory=64 << 20)
     streaming = Streaming.open(folder, ops, options)
     with pytest.raises(
         ConfigError,
-        match=r"memory=200.0MiB: the least for .* is \d+.0MiB \(process .*experts of 2 layers",
+        match=r"memory=200.0MiB: the least for .* is \d+.0MiB \(process .*KV 64.0MiB, experts of",
     ):
         load_rank_model(options)
     with pytest.raises(ConfigError, match="the least for this model"):
