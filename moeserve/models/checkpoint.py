@@ -222,6 +222,11 @@ def weight_files(folder: Path) -> list[Path]:
         return [_shard(index, shard) for shard in dict.fromkeys(map(str, shards.values()))]
     if (folder / _SINGLE).exists():
         return [folder / _SINGLE]
+    if (folder / "packed.json").exists():
+        raise CheckpointError(
+            f"{folder}: its weights are packed, to be served as they are; give the folder that it "
+            f"was made from"
+        )
     pickles = sorted(f.name for pattern in _PICKLES for f in folder.glob(pattern))
     if pickles:
         raise CheckpointError(

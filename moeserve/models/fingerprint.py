@@ -40,6 +40,13 @@ def fingerprint(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
 
 
+def served_files(folder: Path) -> list[Path]:
+    """The weight files of a folder of either kind."""
+    if is_packed(folder):
+        return [folder / name for name in read_packed_header(folder).files]
+    return weight_files(folder)
+
+
 def samples(folder: Path) -> dict[str, str]:
     """By weight file: a digest of its header and of bytes in the middle of each of its tensors.
     OSError where one cannot be opened."""

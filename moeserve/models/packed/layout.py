@@ -11,6 +11,7 @@ CheckpointErrors.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from moeserve.kernels.records import PAGE, MatrixForm
 from moeserve.models.files import open_regular, read_bounded
 
 HEADER = "packed.json"
+PACKED_FILE = re.compile(r"packed-[0-9]{5}\.bin")
 VERSION = 1
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _MOST = 1 << 31
@@ -226,8 +228,7 @@ def _require_sound(file: Path, header: Header) -> None:
     if not 0 < len(header.files) <= _MOST_FILES:
         raise _wrong(file, f"{len(header.files)} files")
     for name, nbytes in header.files.items():
-        plain = Path(name).name == name and name.startswith("packed-") and name.endswith(".bin")
-        if not plain or not 0 < nbytes <= _MOST_BYTES:
+        if not PACKED_FILE.fullmatch(name) or not 0 < nbytes <= _MOST_BYTES:
             raise _wrong(file, f"a file {name[:80]!r} of {nbytes} bytes")
     for what, region in header.regions():
         whole = region.start % PAGE == region.nbytes % PAGE == 0 and region.start >= 0

@@ -6,8 +6,8 @@ and the place in it, and behind a digest of key and bytes. The id is a digest of
 each weight file's size and header, and of bytes in the middle of every tensor (``compute_id``):
 checkpoints of equal ids are the same.
 
-Only regular files right in the folder count, which a model needs: weights in safetensors, JSON,
-templates and tokenizers; no code, and no pickles. A manifest that comes from elsewhere is not
+Only regular files right in the folder count, which a model needs: weights in safetensors or packed,
+JSON, templates and tokenizers; no code, and no pickles. A manifest that comes from elsewhere is not
 believed: names cannot leave a folder, numbers and sizes have bounds (InvalidRequestError).
 """
 
@@ -23,9 +23,9 @@ from typing import Any
 
 from moeserve.config.options import LoadOptions
 from moeserve.errors import CheckpointError, InvalidRequestError
-from moeserve.models.checkpoint import weight_files
 from moeserve.models.files import most_bytes
-from moeserve.models.fingerprint import fingerprint
+from moeserve.models.fingerprint import fingerprint, served_files
+from moeserve.models.packed.layout import PACKED_FILE
 from moeserve.pools.cache.keys import NAMESPACE_BYTES, Namespace, PageKey
 from moeserve.pools.cache.pages import StoredPage, digest_of
 from moeserve.pools.compute_id import compute_id
@@ -89,7 +89,7 @@ def offer_key(name: str) -> PageKey:
 
 def manifest_of(folder: Path, name: str) -> Manifest:
     """Reads headers and some bytes of all tensors. CheckpointError where it is no model folder."""
-    weights = {file.name for file in weight_files(folder)}
+    weights = {file.name for file in served_files(folder)}
     try:
         found = sorted(file for file in folder.iterdir() if _belongs(file, weights))
         files = tuple(WeightFile(file.name, file.stat().st_size) for file in found)
@@ -142,10 +142,11 @@ def _check(manifest: Manifest) -> None:
 
 def _check_file(file: WeightFile) -> None:
     name, nbytes = file.name, file.nbytes
-    good = isinstance(name, str) and _NAME.fullmatch(name) and name.endswith((_WEIGHTS, *_SMALL))
-    if not good:
+    good = isinstance(name, str) and _NAME.fullmatch(name)
+    weights = good and (name.endswith(_WEIGHTS) or PACKED_FILE.fullmatch(name))
+    if not weights and not (good and name.endswith(_SMALL)):
         raise InvalidRequestError(f"a file named {str(name)[:80]!r}: no name of a model's file")
-    most = MOST_BYTES if name.endswith(_WEIGHTS) else most_bytes(Path(name))
+    most = MOST_BYTES if weights else most_bytes(Path(name))
     if not isinstance(nbytes, int) or isinstance(nbytes, bool) or not 0 <= nbytes <= most:
         raise InvalidRequestError(f"{name} of {str(nbytes)[:80]} bytes: expected 0 to {most}")
 

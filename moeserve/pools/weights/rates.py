@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from moeserve.errors import CheckpointError
-from moeserve.models.checkpoint import weight_files
 from moeserve.models.files import open_regular
+from moeserve.models.fingerprint import served_files
 
 SAMPLES = 16
 SAMPLE_BYTES = 2 << 20
@@ -22,7 +22,7 @@ IN_MEMORY = 2.5e9
 def reading_rate(folder: Path) -> float:
     """Bytes per second. CheckpointError where they cannot be read."""
     try:
-        files = [(file, file.stat().st_size) for file in weight_files(folder)]
+        files = [(file, file.stat().st_size) for file in served_files(folder)]
         step = max(1, sum(nbytes for _, nbytes in files) // SAMPLES)
         came, began = 0, time.perf_counter()
         for file, nbytes in files:

@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeserve.config.options import LoadOptions
 from moeserve.errors import DataLossError, InvalidRequestError
+from moeserve.kernels.select import choose_ops
+from moeserve.models.packed.writer import pack_model
 from moeserve.pools.weights.counts import WeightCounts
 from moeserve.pools.weights.manifest import CHUNK_BYTES, Manifest, manifest_of, read_manifest
 from moeserve.pools.weights.offers import HeldCheckpoint
@@ -119,3 +122,19 @@ def test_a_file_that_is_there_twice_is_refused(demo: Manifest) -> None:
 def test_whatever_comes_is_refused_in_our_words(content: bytes) -> None:
     with pytest.raises(InvalidRequestError):
         read_manifest(content)
+
+
+def test_a_packed_copy_is_another_checkpoint_whose_files_may_travel(
+    demo: Manifest, tmp_path: Path
+) -> None:
+    packed = tmp_path / "packed"
+    pack_model(Path(demo.folder), packed, choose_ops(), LoadOptions(quantization="int8"))
+    manifest = manifest_of(packed, "demo")
+    assert manifest.id != demo.id
+    assert {"packed.json", "packed-00001.bin", "config.json"} <= {f.name for f in manifest.files}
+    assert read_manifest(manifest.to_json()) == manifest
+    stranger = json.loads(manifest.to_json())
+    for name in ("packed-1.bin", "weights.bin", "packed-00001.bin.pt"):
+        stranger["files"][0]["name"] = name
+        with pytest.raises(InvalidRequestError, match="no name of a model's file"):
+            read_manifest(json.dumps(stranger).encode())
