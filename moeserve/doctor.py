@@ -158,7 +158,12 @@ def run_doctor(model: str | None = None) -> DoctorReport:
         except MoeserveError as refused:
             problems.append(Advice(refused.message))
     if report is not None and not report.fits:
-        problems.append(Advice(report.binding, "free memory, or serve a smaller model"))
+        problems.append(
+            Advice(
+                report.binding,
+                "free memory, serve a smaller model, or a packed one within --memory",
+            )
+        )
     return DoctorReport(host, software, ports, report, tuple(problems), tuple(notes))
 
 

@@ -4,6 +4,7 @@
 
     mover        reads on threads of its own: needed now, or ahead; each wait has a deadline
     disk_file    a file of weights that must stay as it was: size, time, digests of its regions
+    arena        memory that is read into
     residency    which experts stay in memory: pure decisions over slots
     experts      an arena of slots over all layers: a layer's experts, in waves as they come
     waves        a mixture made in parts, to the bits of all at once

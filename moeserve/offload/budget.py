@@ -72,11 +72,11 @@ class Division:
         return _lines({**parts, "left": left, "memory": self.budget})
 
 
-def room_for_kv(budget: int, fixed: Fixed, records: Records) -> int:
-    """What KV may take at most. ConfigError where there is none."""
+def room_for_kv(budget: int, fixed: Fixed, records: Records, least: int) -> int:
+    """What KV may take at most. ConfigError where that is not the ``least`` that was asked for."""
     room = budget - fixed.total - records.least
-    if room <= 0:
-        raise too_small(budget, fixed, records, MIB)
+    if room < least:
+        raise too_small(budget, fixed, records, least)
     return room
 
 

@@ -10,17 +10,14 @@ Letters: see ``residency``.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeserve.errors import DataLossError, DeadlineError
-from moeserve.kernels.wire import MOST_SLOTS
+from moeserve.offload.arena import Arena
 from moeserve.offload.disk_file import DiskRegion
 from moeserve.offload.mover import DiskMover, Read, Ticket
 from moeserve.offload.residency import EMPTY, Residency
@@ -51,26 +48,6 @@ class StreamCounts:
 class _Load:
     ticket: Ticket
     region: DiskRegion
-
-
-class Arena:
-    """``slots`` places of ``nbytes`` each, on pages; memory is taken as it is first written to."""
-
-    def __init__(self, slots: int, nbytes: int) -> None:
-        assert 0 < slots <= MOST_SLOTS, slots
-        self.slots, self.nbytes = slots, nbytes
-        self._mapping = mmap.mmap(-1, slots * nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        self.memory: Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
-        self._address = self.memory.data_ptr()
-        self._view = memoryview(self._mapping)
-
-    def address(self, slot: int) -> int:
-        return self._address + slot * self.nbytes
-
-    def data(self, slot: int, nbytes: int) -> memoryview:
-        return self._view[slot * self.nbytes : slot * self.nbytes + nbytes]
 
 
 class ExpertStream:

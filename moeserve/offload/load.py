@@ -8,12 +8,10 @@ where the budget is too small, or the folder is not a packed one.
 from __future__ import annotations
 
 import logging
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from moeserve.config.options import RankModelOptions
@@ -26,11 +24,12 @@ from moeserve.models.packed.leaves import leaves_of, with_leaves
 from moeserve.models.packed.model import PackedModel
 from moeserve.models.spec import MoeSpec
 from moeserve.models.weights import torch_dtype
+from moeserve.offload.arena import Arena, Pages
 from moeserve.offload.budget import Fixed, Records, divide, room_for_kv
 from moeserve.offload.disk_file import DiskFile, DiskRegion
-from moeserve.offload.experts import Arena, ExpertStream
+from moeserve.offload.experts import ExpertStream
 from moeserve.offload.foresight import PredictionGate
-from moeserve.offload.mover import DiskMover, Read, open_mover
+from moeserve.offload.mover import PAGE, DiskMover, Read, open_mover
 from moeserve.offload.process_memory import LATER, resident, scratch_of
 from moeserve.offload.residency import Residency
 from moeserve.offload.runner import StreamedLayerRunner
@@ -64,8 +63,8 @@ class Streaming:
         if not is_packed(folder):
             raise ConfigError(
                 f"memory={options.memory}: {folder} holds weights that are packed as they are "
-                "loaded, so that all are in memory; pack it once, with `moeserve quantize "
-                f"{folder} OUT --packed`, and serve OUT"
+                "loaded, so that all are in memory; pack it once, with `moeserve quantize --model "
+                f"{folder} --out OUT --packed`, and serve OUT"
             )
         packed = PackedModel.open(folder, ops, options)
         spec, layers = packed.spec, range(len(packed.spec.layers))
@@ -99,7 +98,16 @@ class Streaming:
 
     @property
     def room_for_kv(self) -> int:
-        return room_for_kv(self.budget, self.fixed, self.records)
+        return room_for_kv(self.budget, self.fixed, self.records, self._least_kv)
+
+    @property
+    def _least_kv(self) -> int:
+        """Bytes that were asked for, else those of the longest sequence, else of a block."""
+        asked, per_token = self.options, self.decoder.kv_bytes_per_token
+        if asked.kv_memory is not None:
+            return asked.kv_memory
+        blocks = asked.num_blocks or -(-(asked.max_model_len or 2) // asked.block_size)
+        return blocks * asked.block_size * per_token
 
     def load(self, kv: int) -> Decoder:
         """With so many bytes of KV. The runner owns files, threads and memory."""
@@ -135,7 +143,7 @@ class Streaming:
         }
         return ExpertStream(
             regions,
-            Arena(slots, max(self.records.nbytes, mmap.PAGESIZE)),
+            Arena(slots, max(self.records.nbytes, PAGE)),
             Residency(counts, slots),
             mover,
             check_always=self.options.check_weights,
@@ -196,11 +204,10 @@ def with_ends(streaming: Streaming, opened: OpenFiles, mover: DiskMover) -> Deco
 
 def read_region(region: DiskRegion, mover: DiskMover) -> Tensor:
     """uint8 of its bytes, checked."""
-    mapping = mmap.mmap(-1, region.nbytes)
-    memory = torch.frombuffer(mapping, dtype=torch.uint8)
-    read = Read(region.file, region.offset, region.nbytes, memory.data_ptr())
+    pages = Pages(region.nbytes)
+    read = Read(region.file, region.offset, region.nbytes, pages.address)
     (ticket,) = mover.submit([read])
     mover.wait(ticket, READ_DEADLINE_S)
     region.file.require_unchanged()
-    region.file.require_digest(memoryview(mapping), region.offset, region.digest)
-    return memory
+    region.file.require_digest(pages.data, region.offset, region.digest)
+    return pages.memory

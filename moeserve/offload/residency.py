@@ -4,11 +4,11 @@ Pure: what is used comes in, places go out; it knows no bytes, files or clocks. 
 bears one expert of one layer; it is held while it is read into or computed with, and what is held
 is never given up. Otherwise the expert goes whose next use is farthest off, as far as is known:
 layer l comes (l - now) mod L layers from now in this step, and an expert that a step uses with
-probability p is used 1/p - 1 steps after that on average. p is measured: 1 in a step that uses the
-expert, 0 in another, of which the newer weigh more (half of what was known is forgotten in
-``half_life`` steps). So the hottest stay, of equals those whose layer is nearest, and what was read
-ahead until its layer is done. Before anything is measured p is what ``prior_LE`` says, from counts
-of earlier routing, else the same for all.
+probability p is used 1/p - 1 steps after that on average. p is measured: the share of steps that
+used the expert, of which the newer weigh more (half of what was known is forgotten in ``half_life``
+steps). So the hottest stay, of equals those whose layer is nearest, and what was read ahead until
+its layer is done. What is known beforehand counts as ``PRIOR_STEPS`` steps: ``prior_LE``, from
+counts of earlier routing, else the same for all.
 
 Letters: L layers (all of the model, also those without experts), E experts of the layer with most,
 S slots.
@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 EMPTY = -1
-HALF_LIFE = 64.0
+HALF_LIFE = 32.0
 LEAST_P = 1e-3
 UNMEASURED_P = 0.05
+PRIOR_STEPS = 2.0
 
 
 class Residency:
@@ -44,7 +45,10 @@ class Residency:
         self.slots = slots
         self._forget = 0.5 ** (1.0 / half_life)
         self._slot_LE = np.full((layers, most), EMPTY, np.int32)
-        self._p_LE = np.full((layers, most), UNMEASURED_P) if prior_LE is None else prior_LE.copy()
+        prior_LE = np.full((layers, most), UNMEASURED_P) if prior_LE is None else prior_LE
+        self._prior_LE = PRIOR_STEPS * prior_LE
+        self._used_LE = np.zeros((layers, most))  # of newer steps, as of step ``_when_LE``
+        self._steps = 0.0  # of which the newer weigh more, too
         self._when_LE = np.zeros((layers, most), np.int64)
         self._layer_S = np.full(slots, EMPTY, np.int32)
         self._expert_S = np.full(slots, EMPTY, np.int32)
@@ -69,12 +73,13 @@ class Residency:
 
     def begin_step(self) -> None:
         self._step += 1
+        self._steps = self._steps * self._forget + 1.0
 
     def use(self, layer: int, experts: NDArray[np.int64]) -> None:
         """This step uses these experts of the layer, which are distinct."""
         age = self._step - self._when_LE[layer, experts]
-        p = self._p_LE[layer, experts] * self._forget**age
-        self._p_LE[layer, experts] = p + (1.0 - self._forget) * (age > 0)
+        used = self._used_LE[layer, experts] * self._forget**age
+        self._used_LE[layer, experts] = used + (age > 0)
         self._when_LE[layer, experts] = self._step
 
     def place(self, layer: int, experts: Sequence[int], now: int) -> list[int]:
@@ -110,7 +115,9 @@ class Residency:
             return []
         layer_N, expert_N = self._layer_S[open_N], self._expert_S[open_N]
         age_N = self._step - self._when_LE[layer_N, expert_N]
-        p_N = np.maximum(self._p_LE[layer_N, expert_N] * self._forget**age_N, LEAST_P)
+        used_N = self._used_LE[layer_N, expert_N] * self._forget**age_N
+        p_N = (used_N + self._prior_LE[layer_N, expert_N]) / (self._steps + PRIOR_STEPS)
+        p_N = np.clip(p_N, LEAST_P, 1.0)
         layers = len(self.experts_L)
         off_N = (layer_N - now) % layers / layers + 1.0 / p_N - 1.0
         off_N[layer_N == EMPTY] = np.inf

@@ -7,13 +7,12 @@ and round. Of a visit, all that waits has a deadline.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from moeserve.errors import DataLossError, DeadlineError
+from moeserve.offload.arena import Pages
 from moeserve.offload.disk_file import DiskRegion
 from moeserve.offload.mover import DiskMover, Read, Ticket
 
@@ -37,19 +36,18 @@ class TrunkWindow:
         self._regions, self._mover = tuple(regions), mover
         self._check_always, self._deadline_s = check_always, deadline_s
         sizes = [max(r.nbytes for r in regions[place::places]) for place in range(places)]
-        self._mappings = [mmap.mmap(-1, size) for size in sizes]
-        self._memory = [torch.frombuffer(m, dtype=torch.uint8) for m in self._mappings]
+        self._pages = [Pages(size) for size in sizes]
         self._there: list[int | None] = [None] * places
         self._reading: list[tuple[int, Ticket] | None] = [None] * places
         self._checked: set[int] = set()
 
     @property
     def nbytes(self) -> int:
-        return sum(memory.nbytes for memory in self._memory)
+        return sum(pages.nbytes for pages in self._pages)
 
     def memory(self, layer: int) -> Tensor:
         """uint8, where the layer's region lies while it is there."""
-        return self._memory[layer % self.places][: self._regions[layer].nbytes]
+        return self._pages[layer % self.places].memory[: self._regions[layer].nbytes]
 
     def has(self, layer: int) -> bool:
         """Whether it is there now."""
@@ -73,7 +71,7 @@ class TrunkWindow:
         region = self._regions[layer]
         region.file.require_unchanged()
         if region.digest and (self._check_always or layer not in self._checked):
-            data = memoryview(self._mappings[place])[: region.nbytes]
+            data = self._pages[place].data[: region.nbytes]
             region.file.require_digest(data, region.offset, region.digest)
             self._checked.add(layer)
         self._there[place] = layer
@@ -89,7 +87,7 @@ class TrunkWindow:
     def _begin(self, layer: int, *, ahead: bool) -> None:
         place, region = layer % self.places, self._regions[layer]
         self._there[place] = None
-        address = self._memory[place].data_ptr()
+        address = self._pages[place].address
         read = Read(region.file, region.offset, region.nbytes, address)
         (ticket,) = self._mover.submit([read], ahead=ahead)
         self._reading[place] = layer, ticket

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import LayerLayout
 from moeserve.config.options import EngineOptions, LoadOptions, RankModelOptions
-from moeserve.core import Event, Request, RequestId, SamplingParams
+from moeserve.core import Event, FinishReason, Request, RequestId, SamplingParams
 from moeserve.engine.build import LoadedModel, build_engine
 from moeserve.engine.rank_model import load_rank_model, num_experts
 from moeserve.engine.request_state import EachEvent
@@ -101,11 +102,11 @@ def test_below_the_least_the_error_names_it_and_its_parts(
     packed_folder: Callable[..., Path], ops: Ops
 ) -> None:
     folder = packed_folder("mixtral")
-    options = RankModelOptions(model=str(folder), memory=200 << 20)
+    options = RankModelOptions(model=str(folder), memory=200 << 20, kv_memory=64 << 20)
     streaming = Streaming.open(folder, ops, options)
     with pytest.raises(
         ConfigError,
-        match=r"memory=200.0MiB: the least for .* is \d+.0MiB \(process .*experts of 2 layers",
+        match=r"memory=200.0MiB: the least for .* is \d+.0MiB \(process .*KV 64.0MiB, experts of",
     ):
         load_rank_model(options)
     with pytest.raises(ConfigError, match="the least for this model"):
@@ -113,7 +114,7 @@ def test_below_the_least_the_error_names_it_and_its_parts(
 
 
 def test_what_is_not_packed_is_refused_with_what_to_do(tiny_checkpoint: Tiny) -> None:
-    with pytest.raises(ConfigError, match=r"moeserve quantize .* --packed"):
+    with pytest.raises(ConfigError, match=r"moeserve quantize --model .* --packed"):
         load_rank_model(RankModelOptions(model=str(tiny_checkpoint("mixtral")), memory=ENOUGH))
 
 
@@ -180,14 +181,16 @@ def test_ranks_that_each_read_their_share_give_the_bits_of_one_process(
     assert found == [alone(0), alone(1)]
 
 
-def ask(loaded: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy answers to all at once."""
-    answers: list[list[int]] = [[] for _ in prompts]
+def ask(loaded: LoadedModel, prompts: list[list[int]]) -> list[list[int | str]]:
+    """Greedy answers to all at once; one that failed ends with that."""
+    answers: list[list[int | str]] = [[] for _ in prompts]
     ended = [threading.Event() for _ in prompts]
 
     def sink(n: int) -> Callable[[Event], None]:
         def take(event: Event) -> None:
             answers[n].extend(event.token_ids)
+            if event.finish is FinishReason.ERROR:
+                answers[n].append("error")
             if event.finish is not None:
                 ended[n].set()
 
@@ -217,3 +220,16 @@ def test_an_engine_within_a_budget_answers_as_one_without_also_under_preemption(
         finally:
             assert loaded.close()
     assert found[0] == found[1]
+
+
+def test_a_request_that_needs_a_file_that_changed_ends_with_an_error_and_no_token(
+    packed_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(packed_folder("mixtral"), tmp_path / "changed")
+    loaded = build_engine(EngineOptions(model=str(folder), memory=ENOUGH, num_blocks=8))
+    try:
+        for file in folder.glob("*.bin"):
+            os.utime(file, (1, 1))
+        assert ask(loaded, [[1, 2, 3], [4]]) == [["error"], ["error"]]
+    finally:
+        assert loaded.close()

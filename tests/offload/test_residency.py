@@ -138,3 +138,30 @@ def test_a_prior_says_who_stays_before_anything_is_measured() -> None:
     residency.release(residency.place(0, [0, 1, 2], 0))
     residency.release(residency.place(0, [3], 0))
     assert residents(residency, 0) == {0, 2, 3}
+
+
+def test_more_hits_than_what_was_used_last_where_some_are_hotter_than_others() -> None:
+    """Routing by a power law, each layer's own, in rooms of a quarter and a half."""
+    random, layers, experts = np.random.default_rng(5), 6, 32
+    order_LE = np.array([random.permutation(experts) for _ in range(layers)])
+    p_E = 1.0 / np.arange(1, experts + 1)
+    steps = [
+        [order[random.choice(experts, 4, replace=False, p=p_E / p_E.sum())] for order in order_LE]
+        for _ in range(150)
+    ]
+    for slots in (layers * experts // 4, layers * experts // 2):
+        residency, hits = Residency((experts,) * layers, slots), 0
+        recent: dict[tuple[int, int], None] = {}  # the least recently used first
+        least = 0
+        for step in steps:
+            residency.begin_step()
+            for layer, chosen in enumerate(step):
+                hits += int((residency.slot_LE[layer, chosen] != EMPTY).sum())
+                bring(residency, layer, chosen.tolist())
+                for expert in chosen.tolist():
+                    least += (layer, expert) in recent
+                    recent.pop((layer, expert), None)
+                    recent[layer, expert] = None
+                    if len(recent) > slots:
+                        del recent[next(iter(recent))]
+        assert hits > 1.05 * least, (slots, hits, least)

@@ -21,8 +21,9 @@ from moeserve.kernels.select import choose_ops
 from moeserve.kernels.wire import Combine
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder
+from moeserve.offload.arena import Arena
 from moeserve.offload.disk_file import DiskFile, DiskRegion
-from moeserve.offload.experts import Arena, ExpertStream
+from moeserve.offload.experts import ExpertStream
 from moeserve.offload.foresight import Prediction, PredictionGate
 from moeserve.offload.mover import DiskMover, PlainMover, open_mover
 from moeserve.offload.residency import Residency
@@ -231,6 +232,25 @@ def test_a_file_that_is_not_as_it_was_fails_the_step_and_no_token_is_wrong(
     path.write_bytes(content)
     with streamed(whole, records, 2 * widest(whole)) as (decoder, _):
         assert torch.equal(decode(decoder), expected)
+
+
+def test_damage_that_hides_is_found_where_digests_are_always_compared(
+    tiny_decoder: LoadDecoder, tmp_path: Path
+) -> None:
+    """A change after the first reading, which keeps size and time."""
+    whole = tiny_decoder("mixtral")
+    records = write_records(whole, path := tmp_path / "experts.bin")
+    with streamed(whole, records, 3, check_always=True) as (decoder, _):
+        assert torch.equal(decode(decoder), decode(whole))
+        with path.open("r+b") as out:
+            for nbytes in range(100, records.most, 512):
+                for places in records.offsets.values():
+                    for offset, _, _ in places:
+                        out.seek(offset + nbytes)
+                        out.write(b"\x55\xaa")
+        os.utime(path, (1, 1))
+        with pytest.raises(DataLossError, match="the digest"):
+            decode(decoder)
 
 
 def used_expert(decoder: Decoder, layer: int) -> int:
