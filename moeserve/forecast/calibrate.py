@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from moeserve.config.options import AS_STORED, LoadOptions
+from moeserve.forecast.command import threads_and_isa
 from moeserve.forecast.disk import disk_rates
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
@@ -93,15 +94,6 @@ def calibrate(
     )
     report("steps")
     return replace(machine, overheads=overheads_of(machine, ops, timer))
-
-
-def threads_and_isa(ops: Ops) -> tuple[int, str]:
-    """Of the native half, or what plain torch was set to."""
-    if ops.name == "reference":
-        return torch.get_num_threads(), ops.name
-    from moeserve.kernels.cpu import _cpu
-
-    return _cpu.threads(), _cpu.isa()
 
 
 def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[str]:
