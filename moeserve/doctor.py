@@ -165,7 +165,8 @@ def run_doctor(
             if asked is not None:
                 from moeserve.forecast.command import forecast_here
 
-                forecast = forecast_here(model, asked, threads, host.memory_available)
+                forecast, broken = forecast_here(model, asked, threads, host.memory_available)
+                notes += [Advice(broken)] if broken else []
         except MoeserveError as refused:
             problems.append(Advice(refused.message))
     if forecast is not None and not forecast.fits:

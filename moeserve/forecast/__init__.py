@@ -8,6 +8,7 @@
     kernels       what products and attention cost here
     disk          how fast a file is read
     steps         what a step costs beside products and attention
+    first_layers  a few layers of the model, to see what one costs
     timing        one call, timed
     predictions   what fits, what binds, how fast, and what would give more
     shown         the same as tables

@@ -134,9 +134,10 @@ def calibrate_here(
 
 def forecast_here(
     model: str, asked: ForecastRequest, threads: int | None, available: int
-) -> ForecastReport:
+) -> tuple[ForecastReport, str]:
     """With the calibration of this host for this model, else for any; without one there is no
-    prediction of speed. ``available`` bytes may still be taken."""
+    prediction of speed. Beside it, why a calibration that is there cannot be used, or "".
+    ``available`` bytes may still be taken."""
     from moeserve.forecast.predictions import ForecastQuestion, forecast
     from moeserve.forecast.shapes import ANY_MODEL, shapes_of
     from moeserve.kernels.select import choose_ops
@@ -148,7 +149,11 @@ def forecast_here(
     sizes = sizes_in_safetensors(resolve_model(model), asked.options)
     shapes = shapes_of(sizes.spec).name
     count = threads_and_isa(ops)[0]
-    machine = find(calibration_folder(), host_name(), count, shapes, ANY_MODEL)
+    machine, unusable = None, ""
+    try:
+        machine = find(calibration_folder(), host_name(), count, shapes, ANY_MODEL)
+    except ConfigError as broken:
+        unusable = broken.message
     taken = taken_by_process()
     question = ForecastQuestion(
         prompt=asked.prompt,
@@ -158,7 +163,7 @@ def forecast_here(
         process=taken,
         options=asked.options,
     )
-    return forecast(sizes, question, ops, machine)
+    return forecast(sizes, question, ops, machine), unusable
 
 
 def threads_and_isa(ops: Ops) -> tuple[int, str]:

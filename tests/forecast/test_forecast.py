@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from moeserve.config.options import LoadOptions, RankModelOptions
 from moeserve.errors import ConfigError
 from moeserve.forecast.disk import disk_rates, rates_of
+from moeserve.forecast.first_layers import first_layers, load_first_layers
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.predictions import ForecastQuestion, ForecastReport, forecast
 from moeserve.forecast.shapes import ANY_MODEL, KernelShapes, shapes_of
@@ -302,11 +304,28 @@ def test_steps_are_those_of_the_scheduler(ops: Ops) -> None:
 
 
 def test_the_line_of_overheads_is_never_below_zero() -> None:
-    start, rise = line_through([(1, 3.0), (10, 21.0), (100, 201.0)])
+    start, rise = line_through([(1, 3.0, 4.0), (10, 21.0, 22.0), (100, 201.0, 210.0)])
     assert (start, rise) == (pytest.approx(1.0), pytest.approx(2.0))
-    start, rise = line_through([(1, 5.0), (10, 4.0), (100, 4.5)])
-    assert start >= 0
+    # One that came out below what was predicted does not undo the others.
+    start, rise = line_through([(1, 5.0, 9.0), (10, 5.2, 30.0), (100, -1.0, 300.0)])
+    assert start == pytest.approx(5.0, rel=0.1)
     assert rise >= 0
+    assert line_through([(1, -1.0, 2.0), (2, -1.0, 2.0)]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_the_first_layers_of_a_model_run_by_themselves(
+    tiny_checkpoint: Tiny, ops: Ops, family: str
+) -> None:
+    folder = tiny_checkpoint(family)
+    sizes = sizes_in_safetensors(folder)
+    few = first_layers(sizes)
+    assert few is not None
+    assert 2 <= len(few.layers) <= len(sizes.layers)
+    assert few.spec.moe_layers
+    decoder = load_first_layers(folder, few.spec, ops, LoadOptions())
+    assert decoder.spec.layers == sizes.spec.layers[: len(few.layers)]
+    assert decode_step_seconds(decoder, 2, time.perf_counter) > 0
 
 
 def test_a_cache_is_read_from_the_system(tmp_path: Path) -> None:
@@ -344,6 +363,14 @@ def test_doctor_predicts_from_outside(tmp_path: Path) -> None:
     assert found["budget"] == 2 << 30
     assert [w["batch"] for w in found["workloads"]] == [1, 4]
     assert found["workloads"][1]["generated_per_s"] > 0
+
+    for file in (tmp_path / "moeserve" / "calibration").iterdir():
+        file.write_text("{")
+    broken = doctor(tmp_path, *words, "--threads", "1", "--json")
+    assert broken.returncode == 0, broken.stderr
+    told = json.loads(broken.stdout)
+    assert told["forecast"]["calibration"] is None
+    assert any("not a calibration" in note["found"] for note in told["notes"])
 
     short = doctor(tmp_path, *words, "--threads", "1", "--memory", "64MiB")
     assert short.returncode == 1

@@ -172,7 +172,8 @@ class MachineModel:
 
 def faster_of(one: MachineModel, other: MachineModel) -> MachineModel:
     """Of two looks at the same machine, what it could do in the better moment of each figure.
-    Only what both measured is there."""
+    What layers take beside their kernels is what was left of steps, and the mean of both. Only
+    what both measured is there."""
 
     def curves(a: Mapping[str, ProductCurve], b: Mapping[str, ProductCurve]) -> dict[str, Any]:
         return {kind: _faster_curve(a[kind], b[kind]) for kind in a if kind in b}
@@ -194,7 +195,7 @@ def faster_of(one: MachineModel, other: MachineModel) -> MachineModel:
             if (b := other.attention.get(kind)) is not None
         },
         overheads=Overheads(
-            min(o.step, p.step), min(o.row, p.row), min(o.layer, p.layer), min(o.value, p.value)
+            min(o.step, p.step), min(o.row, p.row), (o.layer + p.layer) / 2, (o.value + p.value) / 2
         ),
     )
 
