@@ -8,6 +8,7 @@ routing, rounding, the combine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,7 +105,7 @@ def layer_overheads(
 
 def line_through(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
     """Of points (x, y, size): where the line nearest to them starts, and how it rises, neither
-    below 0. How far it is off counts in proportion to each point's size."""
+    below 0. How far it is off counts in proportion to each point's size, squared."""
     tried = [(0.0, max(0.0, y) / x) for x, y, _ in points]
     tried += [(max(0.0, y), 0.0) for _, y, _ in points]
     for i, (x, y, _) in enumerate(points):
@@ -115,6 +116,6 @@ def line_through(points: Sequence[tuple[float, float, float]]) -> tuple[float, f
 
     def off(line: tuple[float, float]) -> float:
         start, rise = line
-        return sum(abs(start + rise * x - y) / size for x, y, size in points)
+        return math.fsum(((start + rise * x - y) / size) ** 2 for x, y, size in points)
 
     return min(tried, key=off)
