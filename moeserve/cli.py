@@ -228,15 +228,19 @@ def _token_ids(text: str) -> tuple[int, ...]:
 
 
 def _add_doctor(commands: Commands) -> None:
+    from moeserve.forecast.command import add_forecast_options
+
     command = commands.add_parser(
         "doctor",
         help=COMMANDS["doctor"][0],
-        description="Look at this host, this installation and a model; change nothing.",
+        description="Look at this host, this installation and a model, and predict what it would "
+        "do here; change nothing.",
         epilog="example: moeserve doctor --model demo   (exit status 1: it would not serve)",
         allow_abbrev=False,
     )
     command.add_argument("--model", help="a checkpoint folder, a GGUF file, or 'demo'")
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    add_forecast_options(command)
     command.set_defaults(run=_doctor)
 
 
@@ -244,8 +248,17 @@ def _doctor(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from moeserve.doctor import render, run_doctor
+    from moeserve.forecast.command import calibrate_here, request_of
 
-    report = run_doctor(args.model)
+    asked = request_of(args)
+    if args.calibrate:
+        errors = Console(stderr=True)
+        with errors.status("measuring") as status:
+            name, file = calibrate_here(
+                args.model, args.threads, lambda what: status.update(f"measuring {what}")
+            )
+        errors.print(f"measured {name}; kept in {file}", soft_wrap=True, highlight=False)
+    report = run_doctor(args.model, asked, args.threads)
     if args.json:
         print(json.dumps(report.to_json()))
     else:

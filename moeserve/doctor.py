@@ -32,6 +32,8 @@ from moeserve.host import Cpu, read_cpu, read_memory
 from moeserve.kernels.probe import PROBE_BYTES, Machine, native_half, probe_machine
 
 if TYPE_CHECKING:
+    from moeserve.forecast.command import ForecastRequest
+    from moeserve.forecast.predictions import ForecastReport
     from moeserve.models.survey import Survey
 
 SLOW_TWIN = "reference"
@@ -50,6 +52,7 @@ mpi4py.rc.initialize = False
 from mpi4py import MPI
 print(MPI.Get_library_version())
 """
+SMALLER = "free memory, serve a smaller model, or a packed one within --memory"
 MPI_S = 20.0
 NO_MPI = "without an MPI"
 # Below this, a step's arithmetic and fixed costs are as large as reading the weights.
@@ -122,7 +125,8 @@ class Port:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DoctorReport:
-    """What was found; ``ports`` are those that ``serve`` would take without flags."""
+    """What was found; ``ports`` are those that ``serve`` would take without flags. ``forecast`` is
+    there where one was asked for."""
 
     host: HostReport
     software: SoftwareReport
@@ -130,6 +134,7 @@ class DoctorReport:
     model: ModelReport | None
     problems: tuple[Advice, ...]
     notes: tuple[Advice, ...]
+    forecast: ForecastReport | None = None
 
     @property
     def exit_status(self) -> int:
@@ -139,8 +144,11 @@ class DoctorReport:
         return dataclasses.asdict(self) | {"exit_status": self.exit_status}
 
 
-def run_doctor(model: str | None = None) -> DoctorReport:
-    """Looks at this host, this installation and, where named, the model; takes about a second."""
+def run_doctor(
+    model: str | None = None, asked: ForecastRequest | None = None, threads: int | None = None
+) -> DoctorReport:
+    """Looks at this host, this installation and, where named, the model; takes about a second.
+    Where something is ``asked`` of the model, it is predicted for so many ``threads``."""
     problems: list[Advice] = []
     notes: list[Advice] = []
     host = examine_host()
@@ -151,20 +159,23 @@ def run_doctor(model: str | None = None) -> DoctorReport:
         ports = examine_ports(config_of(os.environ), problems)
     except ConfigError as wrong:
         problems.append(Advice(wrong.message))
-    report = None
+    report, forecast = None, None
     if model is not None and software.torch is not None:
         try:
             report = examine_model(model, host, notes)
+            if asked is not None:
+                from moeserve.forecast.command import forecast_here
+
+                forecast, broken = forecast_here(model, asked, threads, host.memory_available)
+                notes += [Advice(broken)] if broken else []
         except MoeserveError as refused:
             problems.append(Advice(refused.message))
-    if report is not None and not report.fits:
-        problems.append(
-            Advice(
-                report.binding,
-                "free memory, serve a smaller model, or a packed one within --memory",
-            )
-        )
-    return DoctorReport(host, software, ports, report, tuple(problems), tuple(notes))
+    if forecast is not None and not forecast.fits:
+        least = f"memory: {size(forecast.least)} are the least, of {size(forecast.budget)}"
+        problems.append(Advice(least, SMALLER))
+    elif forecast is None and report is not None and not report.fits:
+        problems.append(Advice(report.binding, SMALLER))
+    return DoctorReport(host, software, ports, report, tuple(problems), tuple(notes), forecast)
 
 
 def config_of(environ: Mapping[str, str]) -> ServeConfig:
@@ -374,6 +385,11 @@ def render(report: DoctorReport, console: Console) -> None:
     for name, text in rows(report):
         table.add_row(name, Text(text))
     console.print(table)
+    if report.forecast is not None:
+        from moeserve.forecast.shown import tables
+
+        for part in tables(report.forecast):
+            console.print(part)
     for word, style, advices in (
         ("problem", "bold red", report.problems),
         ("note", "yellow", report.notes),

@@ -28,7 +28,7 @@ ROUTING = (
     "role_shift".split()
 )
 PERFORMANCE_MODEL = (
-    "step_cost machine distinct demand residency predict workload schedule steady bound".split()
+    "machine distinct demand residency predict workload schedule steady bound".split()
 )
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (

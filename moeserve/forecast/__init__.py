@@ -1,7 +1,15 @@
 """What a host would make of a model, said beforehand: measure the host, predict the model.
 
-``shapes``: the sizes that kernels are measured at. ``kernels``: what products and attention cost
-here. ``timing``: one call timed.
-``disk``: how fast a file is read. ``steps``: what a step costs beside these. ``calibrate``:
-all of them, as a ``MachineModel`` that is kept.
+::
+
+    command       what ``moeserve doctor`` takes for both, and how it does them
+    calibrate     this host, measured: a ``MachineModel`` that is kept
+    shapes        the sizes that kernels are measured at
+    kernels       what products and attention cost here
+    disk          how fast a file is read
+    steps         what a step costs beside products and attention
+    first_layers  a few layers of the model, to see what one costs
+    timing        one call, timed
+    predictions   what fits, what binds, how fast, and what would give more
+    shown         the same as tables
 """

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 
 from moeserve.config.options import AS_STORED, LoadOptions
+from moeserve.forecast.command import threads_and_isa
 from moeserve.forecast.disk import disk_rates
+from moeserve.forecast.first_layers import first_layers, load_first_layers
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
 from moeserve.forecast.steps import layer_overheads, python_overheads
@@ -26,7 +28,6 @@ from moeserve.kernels.ops import Ops
 from moeserve.kernels.probe import PROBE_BYTES, probe_machine
 from moeserve.kernels.select import choose_ops
 from moeserve.models.checkpoint import weight_files
-from moeserve.models.decoder import load_decoder
 from moeserve.models.library import DEMO, resolve_model
 from moeserve.offload.calibrations import host_name
 from moeserve.offload.checkpoint_demand import StoredSizes, demand_of, sizes_in_safetensors
@@ -92,16 +93,7 @@ def calibrate(
         attention=costs.attention,
     )
     report("steps")
-    return replace(machine, overheads=overheads_of(machine, ops, timer))
-
-
-def threads_and_isa(ops: Ops) -> tuple[int, str]:
-    """Of the native half, or what plain torch was set to."""
-    if ops.name == "reference":
-        return torch.get_num_threads(), ops.name
-    from moeserve.kernels.cpu import _cpu
-
-    return _cpu.threads(), _cpu.isa()
+    return replace(machine, overheads=overheads_of(machine, folder, sizes, options, ops, timer))
 
 
 def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[str]:
@@ -128,17 +120,30 @@ def measure_kind(probe: KernelProbe, kind: str, costs: KernelCosts) -> None:
         costs.products["fp32"] = router.products("fp32")
 
 
-def overheads_of(machine: MachineModel, ops: Ops, timer: CallTimer) -> Overheads:
-    """From steps of the model that is shipped, with kernels measured at its own sizes."""
-    folder = resolve_model(DEMO)
-    sizes = sizes_in_safetensors(folder)
-    own = KernelCosts()
-    probe = KernelProbe(ops, shapes_of(sizes.spec), machine.cache, timer)
-    measure_kind(probe, sizes.floats, own)
-    there = replace(machine, products=own.products, experts=own.experts, attention=own.attention)
-    demand = demand_of(sizes, AS_STORED, ops)
+def overheads_of(
+    machine: MachineModel,
+    folder: Path | None,
+    sizes: StoredSizes | None,
+    options: LoadOptions,
+    ops: Ops,
+    timer: CallTimer,
+) -> Overheads:
+    """From steps of the model's first layers; where there is no model, or these are too large, of
+    the model that is shipped, with kernels measured at its own sizes."""
+    own, there = None if sizes is None else first_layers(sizes), machine
+    if folder is None or own is None:
+        folder, options = resolve_model(DEMO), AS_STORED
+        own = first_layers(sizes_in_safetensors(folder))
+        assert own is not None
+        costs = KernelCosts()
+        probe = KernelProbe(ops, shapes_of(own.spec), machine.cache, timer)
+        measure_kind(probe, own.floats, costs)
+        there = replace(
+            machine, products=costs.products, experts=costs.experts, attention=costs.attention
+        )
+    demand = demand_of(own, options, ops)
     return layer_overheads(
-        load_decoder(folder, ops),
+        load_first_layers(folder, own.spec, ops, options),
         lambda overheads: StepPredictor(replace(there, overheads=overheads), demand),
         python_overheads(ops, timer.clock),
         timer.clock,

@@ -179,8 +179,10 @@ def random_matrix(kind: str, *shape: int) -> Matrix:
         groups = -(-into // GROUP)
         packed = torch.randint(0, 256, (out, into // 2), dtype=torch.uint8)
         scale, zero = torch.full((out, groups), 1e-3), torch.full((out, groups), 8).byte()
-        parts = (packed, scale, zero)
-        return Int4Matrix(*(part.expand(*lead, *part.shape).contiguous() for part in parts))
+        packed, scale, zero = (
+            part.expand(*lead, *part.shape).contiguous() for part in (packed, scale, zero)
+        )
+        return Int4Matrix(packed, scale, zero)
     if kind == "int8":
         codes = torch.randint(-127, 128, (out, into), dtype=torch.int8)
         return Int8Matrix(codes.expand(*shape).contiguous(), torch.full(shape[:-1], 1e-3))

@@ -1,12 +1,14 @@
 """What a step costs beside products and attention: Python's part, and what layers do in between.
 
 Python's part is measured with a decoder that does nothing, by the real scheduler and runner. The
-layers' part is what is left of real steps of the model that is shipped, once its products and its
-attention are taken off: norms, rotations, routing, rounding, the combine.
+layers' part is what is left of real steps, of the model's first layers where they are small enough
+and else of the model that is shipped, once products and attention are taken off: norms, rotations,
+routing, rounding, the combine.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +26,7 @@ from moeserve.offload.model.machine import Overheads
 from moeserve.offload.model.predict import StepPredictor, StepWork
 
 BLOCK = 16
-PROMPT = 32
+PROMPT = 8
 STEPS = 12
 BUDGET = 4096
 VOCAB = 4096
@@ -67,7 +69,7 @@ def decode_step_seconds(decoder: Forward[Any], batch: int, clock: Clock) -> floa
         plan = scheduler.plan(0.0)
         scheduler.apply(runner.run(plan))
         took = clock() - begin
-        if plan.num_tokens == batch:
+        if plan.num_tokens == batch and took > 0:
             shortest = min(shortest, took)
     return shortest
 
@@ -90,28 +92,30 @@ def layer_overheads(
     given overheads."""
     predictor = predictor_of(python)
     model = predictor.model
-    points = []
+    points: list[tuple[float, float, float]] = []
     for batch in SIZES:
         context = batch * (PROMPT + STEPS / 2)
         predicted = predictor.step(StepWork(0, batch, context, 0.0, batch)).total
-        left = (decode_step_seconds(decoder, batch, clock) - predicted) / model.num_layers
-        points.append((batch * model.hidden, max(0.0, left)))
+        took = decode_step_seconds(decoder, batch, clock)
+        left = (took - predicted) / model.num_layers
+        points.append((batch * model.hidden, left, took / model.num_layers))
     layer, value = line_through(points)
     return Overheads(python.step, python.row, layer, value)
 
 
-def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Where it starts and how it rises, neither below 0, nearest to the points in proportion."""
-    best = (0.0, 0.0)
-    least = float("inf")
-    tried = [(0.0, y / x) for x, y in points] + [(y, 0.0) for _, y in points]
-    for i, (x, y) in enumerate(points):
-        for u, v in points[i + 1 :]:
+def line_through(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Of points (x, y, size): where the line nearest to them starts, and how it rises, neither
+    below 0. How far it is off counts in proportion to each point's size, squared."""
+    tried = [(0.0, max(0.0, y) / x) for x, y, _ in points]
+    tried += [(max(0.0, y), 0.0) for _, y, _ in points]
+    for i, (x, y, _) in enumerate(points):
+        for u, v, _ in points[i + 1 :]:
             rise = (v - y) / (u - x)
             if rise >= 0 and y - rise * x >= 0:
                 tried.append((y - rise * x, rise))
-    for start, rise in tried:
-        off = sum(abs(start + rise * x - y) / max(y, 1e-9) for x, y in points)
-        if off < least:
-            best, least = (start, rise), off
-    return best
+
+    def off(line: tuple[float, float]) -> float:
+        start, rise = line
+        return math.fsum(((start + rise * x - y) / size) ** 2 for x, y, size in points)
+
+    return min(tried, key=off)

@@ -94,10 +94,11 @@ def part_of(words: list[str]) -> str:
 
 
 def demand_of(sizes: StoredSizes, options: LoadOptions, ops: Ops) -> ModelDemand:
-    """With weights and KV as ``options`` have them. ``ops`` knows what a block of KV takes."""
+    """With weights and KV as ``options`` have them; what dtype floats have is in ``sizes``.
+    ``ops`` knows what a block of KV takes."""
     spec = sizes.spec
-    kv = torch_dtype(options.kv_dtype) or torch_dtype(options.dtype)
-    kv_dtype = kv or (torch.bfloat16 if sizes.floats == "bf16" else torch.float32)
+    floats = torch.bfloat16 if sizes.floats == "bf16" else torch.float32
+    kv_dtype = torch_dtype(options.kv_dtype) or floats
     layers = [
         layer_demand(layer, sizes, of, options, kv_dtype, ops)
         for layer, of in zip(spec.layers, sizes.layers, strict=True)

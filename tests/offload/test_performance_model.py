@@ -44,7 +44,6 @@ from moeserve.offload.model.predict import StepPredictor, StepWork
 from moeserve.offload.model.residency import WeightsInMemory, fit_memory
 from moeserve.offload.model.schedule import predict_batch, steps_of
 from moeserve.offload.model.steady import begin_per_step, blocks_over_life, steady
-from moeserve.offload.model.step_cost import StepCost
 from moeserve.offload.model.workload import ServerBounds, UniformWorkload
 
 GB = 1e9
@@ -180,8 +179,8 @@ def test_impossible_counts_are_refused(wrong: list[float]) -> None:
 # --- steps ---
 
 
-def test_a_predictor_is_a_step_cost() -> None:
-    cost: StepCost = StepPredictor(a_machine(), a_model())
+def test_a_scheduler_asks_for_the_seconds_of_a_step() -> None:
+    cost = StepPredictor(a_machine(), a_model())
     assert cost.seconds(0, 0, 0) == pytest.approx(1e-4)
     assert cost.seconds(0, 8, 8 * 100) > cost.seconds(0, 0, 0)
 

@@ -4,5 +4,5 @@
 step touches; ``residency``: what of a model is in memory. ``bound`` is stage 1, what capacities and
 bandwidths allow. Stage 2: ``predict``, a step; ``schedule``, requests that come at once, step by
 step; ``steady``, many more requests in closed form; ``workload``, what both are asked about.
-``step_cost``: what a scheduler asks. docs/performance_model.md has the equations, with sources.
+docs/performance_model.md has the equations, with their sources.
 """

@@ -42,7 +42,9 @@ class ExpertsDemand:
 
     def touched(self, tokens: float) -> float:
         """How many of them a step of so many tokens touches, on average."""
-        return expected_distinct(self.chosen, tokens)
+        if not self.use:
+            return self.count * expected_distinct((self.top_k / self.count,), tokens)
+        return expected_distinct(self.use, tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ one token looks like. Equal use is p_e = top_k / E.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from moeserve.errors import ConfigError
@@ -43,7 +44,7 @@ def expected_distinct(use: Iterable[float], tokens: float) -> float:
     """How many of these experts ``tokens`` tokens touch; those left out of ``use`` do not count."""
     if tokens <= 0:
         return 0.0
-    return sum(1.0 - (1.0 - p) ** tokens for p in use)
+    return math.fsum(1.0 - math.pow(1.0 - p, tokens) for p in use)
 
 
 def least_used(use: Sequence[float], resident: int) -> tuple[float, ...]:

@@ -170,6 +170,45 @@ class MachineModel:
             raise ConfigError(f"not a calibration: {error!r}; calibrate again") from error
 
 
+def faster_of(one: MachineModel, other: MachineModel) -> MachineModel:
+    """Of two looks at the same machine, what it could do in the better moment of each figure.
+    What layers take beside their kernels is what was left of steps, and the mean of both. Only
+    what both measured is there."""
+
+    def curves(a: Mapping[str, ProductCurve], b: Mapping[str, ProductCurve]) -> dict[str, Any]:
+        return {kind: _faster_curve(a[kind], b[kind]) for kind in a if kind in b}
+
+    o, p = one.overheads, other.overheads
+    return replace(
+        one,
+        memory={n: max(rate, other.memory.get(n, 0.0)) for n, rate in one.memory.items()},
+        disk={n: max(rate, other.disk.get(n, 0.0)) for n, rate in one.disk.items()},
+        products=curves(one.products, other.products),
+        experts=curves(one.experts, other.experts),
+        attention={
+            kind: AttentionCost(
+                min(a.decode_cold, b.decode_cold),
+                min(a.decode_warm, b.decode_warm),
+                min(a.prefill, b.prefill),
+            )
+            for kind, a in one.attention.items()
+            if (b := other.attention.get(kind)) is not None
+        },
+        overheads=Overheads(
+            min(o.step, p.step), min(o.row, p.row), (o.layer + p.layer) / 2, (o.value + p.value) / 2
+        ),
+    )
+
+
+def _faster_curve(one: ProductCurve, other: ProductCurve) -> ProductCurve:
+    """On the rows of the first."""
+
+    def least(coldness: float) -> tuple[float, ...]:
+        return rising([min(one.at(r, coldness), other.at(r, coldness)) for r in one.rows])
+
+    return ProductCurve(one.rows, least(1.0), least(0.0))
+
+
 def rising(seconds: Sequence[float]) -> tuple[float, ...]:
     """Measured seconds as a curve may have them. Whatever disturbs a measurement makes it longer,
     so none is taken to be more than one that comes after it."""

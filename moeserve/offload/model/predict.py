@@ -77,7 +77,7 @@ class StepSeconds:
 
 
 class StepPredictor:
-    """Predicts steps of one model on one machine; a ``StepCost``.
+    """Predicts steps of one model on one machine; ``seconds`` is what a scheduler asks.
 
     Remembers what layers cost for numbers of tokens it was asked about, and is otherwise without
     state: threads may share it.
@@ -95,7 +95,9 @@ class StepPredictor:
         self._products: dict[tuple[float, float], tuple[StepSeconds, ...]] = {}
 
     def seconds(self, prefill_tokens: int, decode_tokens: int, context_tokens: int) -> float:
-        """The prompts' tokens are taken for one prompt from its beginning."""
+        """Of a step with so many tokens of prompts, taken for one prompt from its beginning, and
+        the newest token of each of ``decode_tokens`` sequences, which together hold
+        ``context_tokens`` tokens of KV. It does not fall as any of the three grows."""
         pairs = prefill_tokens * (prefill_tokens + 1) / 2
         rows = decode_tokens + (prefill_tokens > 0)
         work = StepWork(prefill_tokens, decode_tokens, context_tokens, pairs, rows)
@@ -193,7 +195,7 @@ class StepPredictor:
         """As it was measured."""
         return self.machine.memory[self.machine.threads]
 
-    def _matrix(self, matrix: MatrixDemand, rows: int, coldness: float) -> StepSeconds:
+    def _matrix(self, matrix: MatrixDemand, rows: float, coldness: float) -> StepSeconds:
         return self._product(matrix, self.machine.product(matrix.kind), rows, coldness)
 
     def _product(

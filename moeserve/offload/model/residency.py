@@ -37,6 +37,8 @@ class WeightsInMemory:
         if self.share >= 1:
             return 0.0
         held = self.share * experts.count
+        if not experts.use:
+            return experts.touched(tokens) * (1 - self.share)
         whole = int(held)
         absent = least_used(experts.chosen, whole)
         missed = expected_distinct(absent, tokens)

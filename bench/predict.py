@@ -1,0 +1,265 @@
+"""Predicted beside measured: how far the performance model is off, on cases that it never saw.
+
+    python bench/predict.py [--model demo] [--batch 1 4 16 64] [--prompt 32 256] [--output 32]
+                            [--quantization auto] [--kv-dtype auto int8] [--rounds N] [--threads N]
+                            [--cpu-time] [--json] [--plot FILE]
+
+The host is calibrated before the cases and after them, in this run: what is compared are figures of
+one machine in one state, the better of each. Cases run through the real scheduler and runner,
+rounds interleaved, and the shortest of a case counts. How often each expert is chosen is counted on
+other prompts than those measured, or taken to be equal (--use equal). ``--cpu-time`` with
+``--threads 1`` takes the thread's CPU time for both sides, where others use the machine. The disk
+is no part of it: everything is in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moeserve.bench.generation import Case, LoadCounter, prompts, run_prompts
+from moeserve.config.options import LoadOptions
+from moeserve.core import Counters, Request, RequestId, SamplingParams
+from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
+from moeserve.engine.model_runner import ModelRunner
+from moeserve.engine.scheduler import Scheduler
+from moeserve.errors import ConfigError
+from moeserve.forecast.calibrate import calibrate
+from moeserve.forecast.timing import CallTimer
+from moeserve.kernels.select import choose_ops
+from moeserve.models.decoder import Decoder, load_decoder
+from moeserve.models.library import resolve_model
+from moeserve.models.spec import MoeSpec
+from moeserve.offload.checkpoint_demand import demand_of, sizes_in_safetensors
+from moeserve.offload.model.demand import ModelDemand
+from moeserve.offload.model.distinct import use_of
+from moeserve.offload.model.machine import MachineModel, faster_of
+from moeserve.offload.model.predict import StepPredictor
+from moeserve.offload.model.schedule import predict_batch
+from moeserve.offload.model.workload import ServerBounds, UniformWorkload
+
+BLOCK, STEP_TOKENS = 16, 512
+COUNTED = Case(8, 96, 8)
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How the model is held."""
+
+    quantization: str
+    kv_dtype: str
+
+    @property
+    def options(self) -> LoadOptions:
+        said = {"quantization": self.quantization, "kv_dtype": self.kv_dtype}
+        return LoadOptions.model_validate(said)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Of one case; generated tokens per second."""
+
+    quantization: str
+    kv_dtype: str
+    batch: int
+    prompt: int
+    output: int
+    measured: float
+    predicted: float
+    busy: dict[str, float]
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+def bounds_of(case: Case) -> ServerBounds:
+    blocks = case.streams * ((case.prompt + case.answer) // BLOCK + 2)
+    return ServerBounds(case.streams, max(STEP_TOKENS, case.streams), BLOCK, blocks)
+
+
+def seconds(decoder: Decoder, case: Case, clock: Clock) -> float:
+    """Of all steps; requests come at once."""
+    counters, bounds = Counters(), bounds_of(case)
+    config = SchedulerConfig(
+        case.prompt + case.answer,
+        bounds.max_num_seqs,
+        bounds.max_num_batched_tokens,
+        prefix_cache=False,
+    )
+    scheduler = Scheduler(config, BlockPool(bounds.num_blocks, BLOCK, counters), counters)
+    runner = ModelRunner(decoder, bounds.num_blocks, BLOCK)
+    params = SamplingParams(max_tokens=case.answer, temperature=0, ignore_eos=True)
+    for s, prompt in enumerate(prompts(case, decoder.spec.vocab)):
+        scheduler.add(Request(RequestId(str(s)), prompt, params))
+    began = clock()
+    while scheduler.has_work:
+        scheduler.apply(runner.run(scheduler.plan(0.0)))
+    return clock() - began
+
+
+def counted_use(decoder: Decoder) -> list[tuple[float, ...]]:
+    """Of each layer that routes: how often a token chooses each expert."""
+    counter = LoadCounter(decoder.spec)
+    draw = random.Random("counted")
+    vocab = decoder.spec.vocab
+    asked = [tuple(draw.choices(range(1, vocab), k=COUNTED.prompt)) for _ in range(COUNTED.streams)]
+    run_prompts(decoder, asked, COUNTED.answer, counter)
+    found = []
+    for layer in decoder.spec.moe_layers:
+        mlp = decoder.spec.layers[layer].mlp
+        assert isinstance(mlp, MoeSpec), layer
+        tokens = [step.tokens_LE[layer] for step in counter.steps]
+        counts = [sum(column) for column in zip(*tokens, strict=True)]
+        found.append(use_of(counts, mlp.router.top_k))
+    return found
+
+
+def measure(
+    model: Path, settings: Sequence[Setting], cases: Sequence[Case], args: argparse.Namespace
+) -> tuple[dict[tuple[Setting, Case], float], dict[Setting, ModelDemand]]:
+    """Shortest seconds of each case, and what each setting asks for."""
+    ops = choose_ops(threads=args.threads)
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    best: dict[tuple[Setting, Case], float] = {}
+    demands: dict[Setting, ModelDemand] = {}
+    for setting in settings:
+        decoder = load_decoder(model, ops, setting.options)
+        demand = demand_of(sizes_in_safetensors(model, setting.options), setting.options, ops)
+        demands[setting] = demand
+        if args.use == "counted":
+            demands[setting] = demand.with_use(counted_use(decoder))
+        for _, case in itertools.product(range(args.rounds), cases):
+            took = seconds(decoder, case, clock)
+            best[setting, case] = min(took, best.get((setting, case), took))
+    return best, demands
+
+
+def compare(
+    machine: MachineModel,
+    best: dict[tuple[Setting, Case], float],
+    demands: dict[Setting, ModelDemand],
+) -> Iterator[Compared]:
+    for (setting, case), took in best.items():
+        work = UniformWorkload(case.streams, case.prompt, case.answer)
+        found = predict_batch(StepPredictor(machine, demands[setting]), work, bounds_of(case))
+        yield Compared(
+            setting.quantization,
+            setting.kv_dtype,
+            case.streams,
+            case.prompt,
+            case.answer,
+            case.streams * case.answer / took,
+            found.generated_per_s,
+            {name: found.busy.share(name) for name in ("memory", "compute", "fixed")},
+        )
+
+
+def draw(rows: Sequence[Compared], file: Path) -> None:
+    """Predicted against measured, both logarithmic, with what 15 % off is."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for kind in dict.fromkeys((r.quantization, r.kv_dtype) for r in rows):
+        mine = [r for r in rows if (r.quantization, r.kv_dtype) == kind]
+        label = f"weights {kind[0]}, KV {kind[1]}"
+        axes.loglog([r.measured for r in mine], [r.predicted for r in mine], "o", label=label)
+    ends = [min(r.measured for r in rows) / 1.5, max(r.measured for r in rows) * 1.5]
+    axes.loglog(ends, ends, color="grey")
+    axes.fill_between(ends, [0.85 * e for e in ends], [1.15 * e for e in ends], alpha=0.15)
+    axes.set_xlabel("measured, generated tokens/s")
+    axes.set_ylabel("predicted")
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=110)
+
+
+def report(machine: MachineModel, rows: Sequence[Compared]) -> dict[str, Any]:
+    errors = [abs(row.error) for row in rows]
+    return {
+        "calibration": machine.name,
+        "machine": machine.to_json(),
+        "mean_error": statistics.mean(errors),
+        "worst_error": max(errors),
+        "rows": [asdict(row) | {"error": row.error} for row in rows],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="example: python bench/predict.py --batch 1 16 --prompt 64 --output 16 --rounds 3",
+    )
+    parser.add_argument("--model", default="demo", help="a model folder, or demo")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--prompt", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--output", type=int, nargs="+", default=[32])
+    parser.add_argument("--quantization", nargs="+", default=["auto"])
+    parser.add_argument("--kv-dtype", nargs="+", default=["auto", "int8"])
+    parser.add_argument("--use", choices=("counted", "equal"), default="counted")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="default: all allowed cores")
+    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="needs moeserve[figures]")
+    args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        raise ConfigError("--cpu-time is of one thread: give --threads 1")
+    model = resolve_model(args.model)
+    settings = [Setting(*s) for s in itertools.product(args.quantization, args.kv_dtype)]
+    cases = [Case(*c) for c in itertools.product(args.batch, args.prompt, args.output)]
+    timer = CallTimer(time.thread_time) if args.cpu_time else CallTimer()
+    errors = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as scratch, errors.status("calibrating") as status:
+
+        def look() -> MachineModel:
+            return calibrate(
+                model,
+                Path(scratch),
+                threads=args.threads,
+                options=settings[0].options,
+                seconds=60.0,
+                timer=timer,
+                report=lambda what: status.update(f"calibrating: {what}"),
+            )
+
+        before = look()
+        status.update("measuring")
+        best, demands = measure(model, settings, cases, args)
+        machine = faster_of(before, look())
+    rows = list(compare(machine, best, demands))
+    found = report(machine, rows)
+    if args.plot is not None:
+        draw(rows, args.plot)
+    if args.json:
+        print(json.dumps(found))
+        return
+    table = Table("weights", "KV", "batch", "prompt", "output", "measured", "predicted", "error")
+    for r in rows:
+        sizes = (str(n) for n in (r.batch, r.prompt, r.output))
+        rates = (f"{r.measured:,.1f}", f"{r.predicted:,.1f}", f"{r.error:+.1%}")
+        table.add_row(r.quantization, r.kv_dtype, *sizes, *rates)
+    console = Console()
+    console.print(table)
+    console.print(f"mean {found['mean_error']:.1%}, worst {found['worst_error']:.1%}")
+    console.print(f"with: {machine.name}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

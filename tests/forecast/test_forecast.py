@@ -1,0 +1,408 @@
+"""What doctor says beforehand, and the measurements that it says it with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeserve.config.options import LoadOptions, RankModelOptions
+from moeserve.errors import ConfigError
+from moeserve.forecast.disk import disk_rates, rates_of
+from moeserve.forecast.first_layers import first_layers, load_first_layers
+from moeserve.forecast.kernels import KernelProbe
+from moeserve.forecast.predictions import ForecastQuestion, ForecastReport, forecast
+from moeserve.forecast.shapes import ANY_MODEL, KernelShapes, shapes_of
+from moeserve.forecast.shown import tables
+from moeserve.forecast.steps import AnsweringDecoder, decode_step_seconds, line_through
+from moeserve.forecast.timing import CallTimer
+from moeserve.host import read_cache
+from moeserve.kernels.ops import Ops
+from moeserve.kernels.select import choose_ops
+from moeserve.models.library import resolve_model
+from moeserve.models.survey import survey
+from moeserve.offload.calibrations import file_of, find, host_name, keep, read_calibration
+from moeserve.offload.checkpoint_demand import demand_of, sizes_in_safetensors
+from moeserve.offload.model.machine import AttentionCost, MachineModel, Overheads, ProductCurve
+
+Tiny = Callable[[str], Path]
+MIB = 1 << 20
+QUICK = CallTimer(seconds=0.0005)
+TINY = KernelShapes(64, 96, 8, 2, 32, 4, 2, 16, 16, latent=False)
+
+
+def a_machine(**changes: Any) -> MachineModel:
+    """Of this host; everything is ten times as fast in 8 bits as in 16."""
+    kinds = {"fp32": 4.0, "bf16": 2.0, "int8": 0.2, "int4": 0.1}
+    rows = (1.0, 8.0, 64.0, 512.0)
+    curves = {}
+    for kind, factor in kinds.items():
+        seconds = tuple(factor * max(1e-10, r * 1e-11) for r in rows)
+        curves[kind] = ProductCurve(rows, seconds, seconds)
+    attention = {
+        f"{kind}{latent}": AttentionCost(2e-10 * kinds[kind], 1e-10 * kinds[kind], 1e-11)
+        for kind in ("fp32", "bf16", "int8")
+        for latent in ("", "-latent")
+    }
+    machine = MachineModel(
+        host=host_name(),
+        measured="2026-01-01 00:00 UTC",
+        shapes=ANY_MODEL,
+        threads=1,
+        isa="avx2",
+        cache=1 << 20,
+        memory={1: 20e9},
+        disk={1 << 20: 1e9},
+        products=curves,
+        experts=curves,
+        attention=attention,
+        overheads=Overheads(step=1e-4, layer=1e-5),
+    )
+    return dataclasses.replace(machine, **changes)
+
+
+def asked(budget: int = 1 << 30, **options: Any) -> ForecastQuestion:
+    return ForecastQuestion(64, 16, (1, 8), budget, 100 * MIB, RankModelOptions(**options))
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    return choose_ops(threads=1)
+
+
+def predicted(ops: Ops, question: ForecastQuestion, machine: MachineModel | None) -> ForecastReport:
+    return forecast(sizes_in_safetensors(resolve_model("demo")), question, ops, machine)
+
+
+# --- what a checkpoint asks for ---
+
+
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "deepseek_v2_lite", "qwen2_moe", "qwen3_moe", "mixtral_llama3"]
+)
+def test_what_a_model_asks_for_is_what_its_survey_says(
+    tiny_checkpoint: Tiny, ops: Ops, family: str
+) -> None:
+    folder = tiny_checkpoint(family)
+    found, sizes = survey(folder), sizes_in_safetensors(folder)
+    demand = demand_of(sizes, LoadOptions(), ops)
+    assert sizes.total - (sizes.head if found.spec.tied_embeddings else 0) == found.weight_bytes
+    assert demand.num_layers == len(found.spec.layers)
+    assert demand.max_positions == found.spec.max_positions
+    assert demand.touched_bytes(1) == pytest.approx(found.active_bytes, rel=0.02)
+    assert demand.kv_bytes_per_token == found.kv_bytes_per_token
+
+
+def test_rounding_changes_what_is_rounded(tiny_checkpoint: Tiny, ops: Ops) -> None:
+    folder = tiny_checkpoint("qwen3_moe")
+
+    def of(**options: Any) -> tuple[str, str, str, int]:
+        given = LoadOptions(**options)
+        demand = demand_of(sizes_in_safetensors(folder, given), given, ops)
+        layer = next(layer for _, layer in demand.layers if layer.experts)
+        assert layer.experts
+        return (
+            layer.always[0].kind, layer.experts.each.kind, demand.head.kind, demand.weight_bytes
+        )  # fmt: skip
+
+    assert of()[:3] == ("fp32", "fp32", "fp32")
+    assert of(dtype="bfloat16")[:3] == ("bf16", "bf16", "bf16")
+    assert of(quantization="int8")[:3] == ("int8", "int8", "int8")
+    assert of(quantization="int4")[:3] == ("int8", "int4", "int8")
+    assert of(quantization="int8", quantize_attention=False)[0] == "fp32"
+    sizes_of = [of()[3], of(dtype="bfloat16")[3], of(quantization="int8")[3]]
+    assert sizes_of == sorted(sizes_of, reverse=True)
+
+
+# --- predictions ---
+
+
+def test_a_forecast_says_what_fits_and_how_fast(ops: Ops) -> None:
+    report = predicted(ops, asked(), a_machine())
+    assert report.fits
+    assert report.in_memory == 1
+    assert report.parts.total <= report.budget
+    assert report.calibration == a_machine().name
+    assert [w.batch for w in report.workloads] == [1, 8]
+    for w in report.workloads:
+        assert 0 < w.generated_per_s <= w.bound
+        assert w.seconds == pytest.approx(w.batch * 16 / w.generated_per_s)
+    told = json.loads(json.dumps(report.to_json()))
+    assert told["workloads"][1]["generated_per_s"] == report.workloads[1].generated_per_s
+    assert told["total"] == report.parts.total
+
+
+def test_without_a_calibration_only_sizes_are_said(ops: Ops) -> None:
+    report = predicted(ops, asked(), None)
+    assert report.fits
+    assert report.workloads == ()
+    assert any("--calibrate" in part for part in tables(report) if isinstance(part, str))
+
+
+def test_the_least_budget_is_named_and_does(ops: Ops) -> None:
+    short = predicted(ops, asked(120 * MIB, kv_memory=4 * MIB), a_machine())
+    assert not short.fits
+    assert short.workloads == ()
+    least = predicted(ops, asked(short.least, kv_memory=4 * MIB), a_machine())
+    assert least.fits
+    assert 0 < least.in_memory < 1
+    assert least.workloads[0].busy["disk"] > 0
+    assert not predicted(ops, asked(short.least - 2 * MIB, kv_memory=4 * MIB), a_machine()).fits
+
+
+def test_a_smaller_budget_streams_and_is_slower(ops: Ops) -> None:
+    roomy = predicted(ops, asked(kv_memory=4 * MIB), a_machine())
+    budget = roomy.parts.total - roomy.parts.experts // 2
+    tight = predicted(ops, asked(budget, kv_memory=4 * MIB), a_machine())
+    assert tight.in_memory == pytest.approx(0.5, abs=0.01)
+    assert tight.workloads[1].generated_per_s < roomy.workloads[1].generated_per_s
+    more = {other.change for other in tight.alternatives}
+    assert "twice the memory" in more
+    assert "twice the memory" not in {other.change for other in roomy.alternatives}
+
+
+@pytest.mark.parametrize(
+    ("machine", "binds"),
+    [
+        (a_machine(overheads=Overheads()), "memory bandwidth"),
+        (a_machine(overheads=Overheads(step=1.0)), "fixed cost of steps"),
+        (a_machine(memory={1: 1e15}, overheads=Overheads()), "compute"),
+    ],
+)
+def test_what_binds_is_what_half_of_costs_most(ops: Ops, machine: MachineModel, binds: str) -> None:
+    report = predicted(ops, asked(), machine)
+    assert report.workloads[0].binding == binds
+
+
+def test_a_disk_that_binds_is_named_and_moves_the_prediction(ops: Ops) -> None:
+    slow = a_machine(disk={1 << 20: 1e7}, overheads=Overheads())
+    question = asked(kv_memory=4 * MIB)
+    whole = predicted(ops, question, slow)
+    budget = whole.parts.total - whole.parts.experts // 2
+    found = predicted(ops, dataclasses.replace(question, budget=budget), slow).workloads[1]
+    assert found.binding == "disk"
+    halved = predicted(ops, dataclasses.replace(question, budget=budget), slow.scaled(disk=0.5))
+    assert halved.workloads[1].generated_per_s < 0.6 * found.generated_per_s
+
+
+def test_the_best_changes_come_first_and_only_those_that_pay(ops: Ops) -> None:
+    report = predicted(ops, asked(), a_machine())
+    gains = [other.gain for other in report.alternatives]
+    assert gains == sorted(gains, reverse=True)
+    assert min(gains) >= 1.05
+    # These machines have 8 bits ten times as fast.
+    assert report.alternatives[0].change in ("--quantization int8", "--quantization int4")
+    measured_in_16 = a_machine(
+        products={k: c for k, c in a_machine().products.items() if k in ("bf16", "fp32")}
+    )
+    others = predicted(ops, asked(), measured_in_16).alternatives
+    assert not any("int4" in other.change for other in others)
+
+
+def test_a_request_that_kv_never_holds_is_refused(ops: Ops) -> None:
+    question = dataclasses.replace(asked(kv_memory=MIB), prompt=1000, output=500)
+    with pytest.raises(ConfigError, match="kv-memory"):
+        predicted(ops, question, a_machine())
+
+
+# --- calibrations that are kept ---
+
+
+def test_a_calibration_is_found_for_its_model_then_for_any(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "calibration"
+    assert find(folder, host_name(), 1, "shapes", ANY_MODEL) is None
+    keep(a_machine(), folder)
+    assert find(folder, host_name(), 1, "shapes", ANY_MODEL) == a_machine()
+    keep(a_machine(shapes="shapes"), folder)
+    found = find(folder, host_name(), 1, "shapes", ANY_MODEL)
+    assert found is not None
+    assert found.shapes == "shapes"
+    assert find(folder, host_name(), 2, "shapes", ANY_MODEL) is None
+    assert find(folder, "another host", 1, "shapes", ANY_MODEL) is None
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[" * 100_000, b"null", b"\xff\xfe", b'{"version": 1}', b" " * (2 << 20)],
+)
+def test_a_hostile_file_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "x.json"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=str(file)):
+        read_calibration(file)
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(tmp_path: Path) -> None:
+    file = file_of(tmp_path, host_name(), 1, ANY_MODEL)
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match="not a regular file"):
+        find(tmp_path, host_name(), 1, ANY_MODEL)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
+        keep(a_machine(), tmp_path / "file" / "calibration")
+
+
+# --- measurements ---
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+def test_products_are_measured_in_every_kind(ops: Ops, kind: str) -> None:
+    probe = KernelProbe(ops, TINY, 1 << 16, QUICK)
+    for curve in (probe.products(kind), probe.experts(kind)):
+        assert curve.rows[0] == 1
+        assert curve.at(64, 1.0) >= curve.at(1, 1.0) >= curve.at(1, 0.0) > 0
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("latent", [False, True])
+def test_attention_is_measured_in_every_kind(ops: Ops, kind: str, latent: bool) -> None:
+    shapes = TINY
+    if latent:
+        shapes = dataclasses.replace(TINY, kv_heads=1, head_size=24, value_size=16, latent=True)
+    cost = KernelProbe(ops, shapes, 1 << 16, QUICK).attention(kind)
+    assert min(cost.decode_cold, cost.decode_warm, cost.prefill) > 0
+
+
+def test_shapes_are_those_of_the_model(tiny_checkpoint: Tiny) -> None:
+    shapes = shapes_of(survey(tiny_checkpoint("qwen3_moe")).spec)
+    assert (shapes.hidden, shapes.experts, shapes.top_k, shapes.inner) == (64, 8, 3, 32)
+    assert (shapes.heads, shapes.kv_heads, shapes.head_size) == (4, 2, 32)
+    latent = shapes_of(survey(tiny_checkpoint("deepseek_v3")).spec)
+    assert (latent.kv_heads, latent.head_size, latent.value_size) == (1, 40, 32)
+    assert shapes.name != latent.name
+
+
+def test_a_disk_is_read_by_the_size_of_a_read(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(12 * MIB))
+    assert set(disk_rates([file], tmp_path)) == {256 << 10, 1 << 20, 4 << 20}
+    assert min(rates_of(file).values()) > 0
+    assert [f.name for f in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be measured"):
+        disk_rates([], tmp_path / "absent")
+
+
+def test_steps_are_those_of_the_scheduler(ops: Ops) -> None:
+    ticks = iter(range(1_000_000))
+    # One tick between two looks at the clock, whatever the machine does meanwhile.
+    assert decode_step_seconds(AnsweringDecoder(ops, 4), 4, lambda: float(next(ticks))) == 1.0
+
+
+def test_the_line_of_overheads_is_never_below_zero() -> None:
+    start, rise = line_through([(1, 3.0, 4.0), (10, 21.0, 22.0), (100, 201.0, 210.0)])
+    assert (start, rise) == (pytest.approx(1.0), pytest.approx(2.0))
+    # One that came out below what was predicted does not undo the others.
+    start, rise = line_through([(1, 5.0, 9.0), (10, 5.2, 30.0), (100, -1.0, 300.0)])
+    assert start == pytest.approx(5.0, rel=0.1)
+    assert rise >= 0
+    assert line_through([(1, -1.0, 2.0), (2, -1.0, 2.0)]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_the_first_layers_of_a_model_run_by_themselves(
+    tiny_checkpoint: Tiny, ops: Ops, family: str
+) -> None:
+    folder = tiny_checkpoint(family)
+    sizes = sizes_in_safetensors(folder)
+    few = first_layers(sizes)
+    assert few is not None
+    assert 2 <= len(few.layers) <= len(sizes.layers)
+    assert few.spec.moe_layers
+    decoder = load_first_layers(folder, few.spec, ops, LoadOptions())
+    assert decoder.spec.layers == sizes.spec.layers[: len(few.layers)]
+    assert decode_step_seconds(decoder, 2, time.perf_counter) > 0
+
+
+def test_a_cache_is_read_from_the_system(tmp_path: Path) -> None:
+    assert read_cache(tmp_path) == 0
+    for index, text in enumerate(("48K", "1024K", "32M", "odd", "")):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu0/cache/index{index}"
+        folder.mkdir(parents=True)
+        (folder / "size").write_text(f"{text}\n")
+    assert read_cache(tmp_path) == 32 * MIB
+
+
+# --- the command ---
+
+
+def doctor(cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    ports = {"MOESERVE_HTTP_PORT": "0", "MOESERVE_GRPC_PORT": "0"}
+    return subprocess.run(
+        [sys.executable, "-m", "moeserve", "doctor", *words],
+        env={**os.environ, **ports, "XDG_CACHE_HOME": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.mark.long
+def test_doctor_predicts_from_outside(tmp_path: Path) -> None:
+    keep(a_machine(), tmp_path / "moeserve" / "calibration")
+    words = ("--model", "demo", "--prompt", "64", "--output", "16", "--batch", "1,4")
+    done = doctor(tmp_path, *words, "--threads", "1", "--memory", "2GiB", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["forecast"]
+    assert found["calibration"] == a_machine().name
+    assert found["budget"] == 2 << 30
+    assert [w["batch"] for w in found["workloads"]] == [1, 4]
+    assert found["workloads"][1]["generated_per_s"] > 0
+
+    for file in (tmp_path / "moeserve" / "calibration").iterdir():
+        file.write_text("{")
+    broken = doctor(tmp_path, *words, "--threads", "1", "--json")
+    assert broken.returncode == 0, broken.stderr
+    told = json.loads(broken.stdout)
+    assert told["forecast"]["calibration"] is None
+    assert any("not a calibration" in note["found"] for note in told["notes"])
+
+    short = doctor(tmp_path, *words, "--threads", "1", "--memory", "64MiB")
+    assert short.returncode == 1
+    assert "are the least, of 64.0 MiB" in short.stdout
+
+
+@pytest.mark.long
+def test_doctor_measures_keeps_and_predicts(tmp_path: Path) -> None:
+    done = doctor(tmp_path, "--model", "demo", "--calibrate", "--json", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert "kept in" in done.stderr
+    (file,) = (tmp_path / "moeserve" / "calibration").iterdir()
+    machine = read_calibration(file)
+    found = json.loads(done.stdout)["forecast"]
+    assert found["calibration"] == machine.name
+    assert {"bf16", "fp32"} <= set(machine.products)
+    assert machine.disk_bytes_per_s > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--prompt", "5"), "--prompt needs --model"),
+        (("--model", "demo", "--batch", "1,x"), "--batch='1,x': expected numbers"),
+        (("--model", "demo", "--memory", "much"), "--memory='much': not a size"),
+        (("--model", "demo", "--block-size", "0"), "block_size"),
+    ],
+)
+def test_doctor_refuses_what_it_cannot_read(
+    tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    done = doctor(tmp_path, *words)
+    assert done.returncode == 2, done.stdout
+    assert said in done.stderr
