@@ -19,6 +19,7 @@ from moeserve.engine.sequence import HeldKv
 from moeserve.errors import InvalidRequestError, MoeserveError, UnavailableError
 from moeserve.pb import kv_pb2 as pb
 from moeserve.pools.kv.counters import KvCounters
+from moeserve.pools.kv.digests import DIGEST_BYTES
 from moeserve.pools.kv.exporter import KvExporter
 from moeserve.pools.kv.frames import FramePlace, Side, seal
 from moeserve.pools.kv.house import KvHouse
@@ -27,7 +28,7 @@ from moeserve.pools.kv.messages import Reader
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.order import MOST_MISSING
 from moeserve.pools.kv.outlet import FrameRoom, Outlet
-from moeserve.pools.kv.runs import Stretch, fill_frames, plan_stretches, run_ends, stretch_bytes
+from moeserve.pools.kv.runs import Stretch, count_runs, fill_frames, plan_stretches, stretch_bytes
 from moeserve.pools.kv.supply import KvSupply, RunningSupply
 
 # Frames that are filled or wait to be sent, while the one before them is sent.
@@ -261,7 +262,7 @@ class SourceCall:
         """Room for it, which is then filled."""
         layouts, block = self._house.layouts, self._house.block_size
         size = sum(stretch_bytes(layouts[stretch.layer], stretch) for stretch in frame)
-        empty = [bytes(16 * len(list(run_ends(s.start, s.stop, block)))) for s in frame]
+        empty = [bytes(DIGEST_BYTES * count_runs(s, block)) for s in frame]
         head_size = spans_of(frame, empty, None).ByteSize()
         room = await self._outlet.take(head_size, size)
         filled = self._mover.start(self._exporter.fill, held.blocks, frame, room.data_X)
@@ -276,7 +277,7 @@ class SourceCall:
             await self._writer.send(message, one.room.place)
         finally:
             self._outlet.give(one.room)
-        self._counters.add("sent_runs", sum(len(d) // 16 for d in digests))
+        self._counters.add("sent_runs", sum(len(d) // DIGEST_BYTES for d in digests))
         self._counters.add_to("sent_bytes", self._outlet.name, len(one.room.data_X))
 
     async def _read(self, requests: AsyncIterator[bytes], reader: Reader) -> None:
@@ -310,7 +311,7 @@ class SourceCall:
         """A run that was sent before."""
         start, stop, layers = again.start, again.start + again.count, len(self._house.layouts)
         sound = again.layer < layers and self._have <= start < stop <= self._until
-        if not sound or len(list(run_ends(start, stop, self._house.block_size))) != 1:
+        if not sound or count_runs(Stretch(0, start, stop), self._house.block_size) != 1:
             raise InvalidRequestError(
                 f"positions {start}..{stop - 1} of layer {again.layer} are no run that was sent"
             )
