@@ -103,14 +103,17 @@ def frame_runs(
 
 
 def plan_stretches(
-    layouts: Sequence[KvBlockLayout], start: int, stop: int, run_size: int, window: int
+    starts: Sequence[int], stop: int, run_size: int, window: int
 ) -> Iterator[Stretch]:
-    """All layers of positions ``start .. stop - 1``, so many runs of each before the next layer:
-    what has come at any time is nearly as far in all layers, and is still in large pieces."""
-    step = window * run_size
+    """Of each layer the positions from its start to ``stop`` - 1, so many runs of each before the
+    next layer: what has come at any time is nearly as far in all layers, and is still in large
+    pieces."""
+    step, start = window * run_size, min(starts)
     while start < stop:
         end = min(stop, (start // step + 1) * step)
-        yield from (Stretch(layer, start, end) for layer in range(len(layouts)))
+        for layer, first in enumerate(starts):
+            if first < end:
+                yield Stretch(layer, max(first, start), end)
         start = end
 
 
