@@ -71,7 +71,7 @@ class KvExchange:
         self._listened = 0
         self.layouts = tensors.layouts
         self.block_size = scheduler.pool.block_size
-        engine.after_step = self._tell
+        engine.after_step = tensors.progress.begun = self._tell
 
     def borrow(self, token_ids: Sequence[int], scope: CacheScope) -> HeldKv | None:
         scheduler = self._scheduler
@@ -162,7 +162,7 @@ class KvExchange:
 
     def on_step(self, tell: Callable[[], None]) -> Callable[[], None]:
         """``tell`` comes when the step's events have been sent, and before the next step is
-        planned, unless that runs already (``ahead``)."""
+        planned, unless that runs already (``ahead``); and when a step with prompts has begun."""
         with self._lock:
             number, self._listened = self._listened, self._listened + 1
             self._listeners[number] = tell

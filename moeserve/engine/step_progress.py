@@ -9,7 +9,7 @@ over soon.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moeserve.core import Chunk, RequestId
@@ -31,10 +31,12 @@ class RunningStep:
 
 
 class StepProgress:
-    """A ``model_runner.StepWatcher``: one thread begins and ends steps, any thread asks."""
+    """A ``model_runner.StepWatcher``: one thread begins and ends steps, any thread asks. ``begun``
+    is called on the former when a step has begun that others may look at."""
 
     def __init__(self, ops: Ops, caches: Sequence[KvCache]) -> None:
         self.running: RunningStep | None = None
+        self.begun: Callable[[], None] = _nobody
         self._ops = ops
         self._caches = caches
         self._begun = 0
@@ -46,6 +48,7 @@ class StepProgress:
             self._begun += 1
             passes = tuple(map(self._ops.kv_passes, self._caches))
             self.running = RunningStep(self._begun, long, passes, parts)
+            self.begun()
 
     def end(self, *, ok: bool) -> None:
         if self.running is not None and not ok:
@@ -64,3 +67,6 @@ class StepProgress:
             if self._ops.kv_passes(cache) - before < running.parts:
                 return layer
         return len(self._caches)
+
+
+def _nobody() -> None: ...

@@ -73,10 +73,11 @@ def export_by_blocks(kv: BlockKv, blocks: Sequence[BlockId], runs: KvRuns, out_X
     for r, (layer, start, count, offset) in enumerate(runs.runs_R4.tolist()):
         layout = kv.layouts[layer]
         run_X = out_X[offset : offset + run_bytes(layout, count)]
-        for block, first, at, n in _pieces(layout.block_size, start, count):
-            row_NX = torch.empty(1, layout.nbytes, dtype=torch.uint8)
-            kv.export_kv(layer, [blocks[block]], row_NX)
-            copy_positions((layout, row_NX[0], first), (resized(layout, count), run_X, at), n)
+        pieces = _pieces(layout.block_size, start, count)
+        rows_NX = torch.empty(len(pieces), layout.nbytes, dtype=torch.uint8)
+        kv.export_kv(layer, [blocks[block] for block, *_ in pieces], rows_NX)
+        for row_X, (_, first, at, n) in zip(rows_NX, pieces, strict=True):
+            copy_positions((layout, row_X, first), (resized(layout, count), run_X, at), n)
         digest = bytearray(digest_of(runs.heads_RH[r], run_X))
         digests_RD[r] = torch.frombuffer(digest, dtype=torch.uint8)
     return digests_RD
@@ -85,20 +86,27 @@ def export_by_blocks(kv: BlockKv, blocks: Sequence[BlockId], runs: KvRuns, out_X
 def import_by_blocks(
     kv: BlockKv, blocks: Sequence[BlockId], runs: KvRuns, digests_RD: Tensor, data_X: Tensor
 ) -> Tensor:
-    """As ``Ops.import_runs``. A block that a run has a part of is read, and written whole."""
+    """As ``Ops.import_runs``. A block that runs have a part of is read, and written whole."""
     right_R = torch.zeros(len(runs), dtype=torch.bool)
+    rows: dict[int, dict[int, Tensor]] = {}  # by layer, by place in the table of blocks
     for r, (layer, start, count, offset) in enumerate(runs.runs_R4.tolist()):
-        layout = kv.layouts[layer]
+        layout, found = kv.layouts[layer], rows.setdefault(layer, {})
         run_X = data_X[offset : offset + run_bytes(layout, count)]
         if digest_of(runs.heads_RH[r], run_X) != digests_RD[r].numpy().tobytes():
             continue
         right_R[r] = True
         for block, first, at, n in _pieces(layout.block_size, start, count):
-            row_NX = torch.empty(1, layout.nbytes, dtype=torch.uint8)
-            if n < layout.block_size:
-                kv.export_kv(layer, [blocks[block]], row_NX)
-            copy_positions((resized(layout, count), run_X, at), (layout, row_NX[0], first), n)
-            kv.import_kv(layer, [blocks[block]], row_NX)
+            if block not in found:
+                row_NX = torch.empty(1, layout.nbytes, dtype=torch.uint8)
+                if n < layout.block_size:
+                    kv.export_kv(layer, [blocks[block]], row_NX)
+                found[block] = row_NX[0]
+            target = layout, found[block], first
+            copy_positions((resized(layout, count), run_X, at), target, n)
+    for layer, found in rows.items():
+        if found:
+            places = [blocks[block] for block in found]
+            kv.import_kv(layer, places, torch.stack(list(found.values())))
     return right_R
 
 

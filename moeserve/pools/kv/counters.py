@@ -23,7 +23,8 @@ class KvCounters:
     and ``from_runs`` are what came, by the address it came from; beyond ``MOST_ADDRESSES`` of these
     it is ``others``.
 
-    Who is fetched from: ``sent_runs``, ``sent_bytes`` by transport, ``serving`` calls under way,
+    Who is fetched from: ``sent_runs``, ``sent_bytes`` by transport, ``sent_within`` bytes of layers
+    that left while the step that computes their KV still ran; ``serving`` calls under way,
     ``handed`` requests that another member took over while they ran: what they made meanwhile left
     in ``rounds``, and ``last_positions`` when they had stopped, for which each has stalled.
     """
@@ -43,6 +44,7 @@ class KvCounters:
     from_runs: dict[str, int] = field(default_factory=dict)
     sent_runs: int = 0
     sent_bytes: dict[str, int] = field(default_factory=dict)
+    sent_within: int = 0
     serving: int = 0
     handed: int = 0
     rounds: int = 0

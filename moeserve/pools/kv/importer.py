@@ -19,7 +19,13 @@ from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.digests import DIGEST_BYTES, Data, RunDigests
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.order import RunOrder
-from moeserve.pools.kv.runs import Stretch, frame_runs, stretch_bytes, tensor_of
+from moeserve.pools.kv.runs import (
+    Stretch,
+    count_runs,
+    frame_runs,
+    stretch_bytes,
+    tensor_of,
+)
 
 
 class KvImporter:
@@ -146,7 +152,7 @@ class KvImporter:
                 f"runs of {run_size} from position {start} to {stop - 1}, of "
                 f"{self._order.length} that are wanted"
             )
-        runs = -(-stop // run_size) - start // run_size
+        runs = count_runs(stretch, run_size)
         size = run_bytes(self._layouts[layer], stop - start)
         if left < size or len(digests) != DIGEST_BYTES * runs:
             raise InvalidRequestError(

@@ -15,7 +15,7 @@ class FetchLimits:
     on a slow link too; it sends one every ``beat_s`` also when nothing is new. ``queued_s``: from
     the first message until it computes or sends something. ``whole_s``: a fetch from one source.
     ``room_s``: for room in the own cache. ``stalled_s``: what a source waits for whoever fetches
-    to take a message or free a slot.
+    to take a message or free a slot. ``layers_s``: between two looks at how far a step is.
 
     ``frame_bytes`` are in one message; ``frames`` are made at a time, of all calls together. Shared
     memory has ``slots`` per call, 0 for none, of ``slot_bytes``; it is offered where as much as
@@ -27,6 +27,7 @@ class FetchLimits:
     first_s: float = 4.5
     progress_s: float = 5.0
     beat_s: float = 0.5
+    layers_s: float = 0.002
     queued_s: float = 60.0
     whole_s: float = 300.0
     room_s: float = 60.0
@@ -34,7 +35,7 @@ class FetchLimits:
     frame_bytes: int = 2 << 20
     frames: int = 16
     slots: int = 4
-    slot_bytes: int = 8 << 20
+    slot_bytes: int = 4 << 20
     memory_from: int = 1 << 20
     memories: int = 8
     calls: int = 64

@@ -24,7 +24,9 @@ import mmap
 import os
 import secrets
 import stat
-from collections import deque
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -119,8 +121,16 @@ class MemoryOutlet:
 
     name = "memory"
 
-    def __init__(self, mapped: mmap.mmap, slots: int, slot_bytes: int, wait_s: float) -> None:
+    def __init__(
+        self,
+        mapped: mmap.mmap,
+        slots: int,
+        slot_bytes: int,
+        wait_s: float,
+        give: Callable[[], None] | None = None,
+    ) -> None:
         self.frame_bytes = slot_bytes
+        self._give = give
         self._map = mapped
         self._free = deque(range(slots))
         self._taken: set[int] = set()
@@ -152,8 +162,58 @@ class MemoryOutlet:
         self._some.set()
 
     def close(self) -> None:
-        """Behind all that writes: what was given as room is memory no more."""
-        self._map.close()
+        """Behind all that writes: what was given as room is memory no more, or ``give`` has it."""
+        if self._give is not None:
+            self._give()
+        else:
+            self._map.close()
+
+
+class OpenedMemories:
+    """Of a source: memories of others that it has mapped. Whoever fetches offers the same one call
+    after the other, and mapping costs as much as copying: those of calls that are over are kept,
+    ``most`` of them, the last that were used. For any thread."""
+
+    def __init__(self, most: int = 2) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[bytes, int, int], mmap.mmap] = OrderedDict()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def open(self, offered: pb.Memory, least: int, wait_s: float) -> MemoryOutlet | None:
+        """As ``open_memory``."""
+        key = offered.cookie, offered.slots, offered.slot_bytes
+        with self._lock:
+            mapped = self._kept.pop(key, None)
+        if mapped is None:
+            mapped = map_memory(offered, least)
+        if mapped is None:
+            return None
+        found = mapped
+        return MemoryOutlet(
+            found, offered.slots, offered.slot_bytes, wait_s, lambda: self._keep(key, found)
+        )
+
+    def _keep(self, key: tuple[bytes, int, int], mapped: mmap.mmap) -> None:
+        with self._lock:
+            old = self._kept.pop(key, None)
+            self._kept[key] = mapped
+            gone = [] if old is None else [old]
+            while len(self._kept) > (0 if self._closed else self._most):
+                gone.append(self._kept.popitem(last=False)[1])
+        for one in gone:
+            one.close()
+
+    def close(self) -> None:
+        """What calls still have is unmapped when they are over."""
+        with self._lock:
+            self._closed = True
+            kept, self._kept = list(self._kept.values()), OrderedDict()
+        for one in kept:
+            one.close()
 
 
 def _place(mapped: mmap.mmap, slot: int, slot_bytes: int) -> ctypes.Array[ctypes.c_ubyte]:
@@ -166,6 +226,13 @@ def _place(mapped: mmap.mmap, slot: int, slot_bytes: int) -> ctypes.Array[ctypes
 def open_memory(offered: pb.Memory, least: int, wait_s: float) -> MemoryOutlet | None:
     """Of a process of this host; None where it cannot be had, or has slots of fewer than ``least``
     bytes."""
+    mapped = map_memory(offered, least)
+    if mapped is None:
+        return None
+    return MemoryOutlet(mapped, offered.slots, offered.slot_bytes, wait_s)
+
+
+def map_memory(offered: pb.Memory, least: int) -> mmap.mmap | None:
     slots, slot_bytes = offered.slots, offered.slot_bytes
     sound = 0 < slots <= MOST_SLOTS and least <= slot_bytes <= MOST_SLOT_BYTES
     if not sound or len(offered.cookie) != COOKIE_BYTES:
@@ -192,4 +259,4 @@ def open_memory(offered: pb.Memory, least: int, wait_s: float) -> MemoryOutlet |
     if not secrets.compare_digest(mapped[:COOKIE_BYTES], offered.cookie):
         mapped.close()
         return None
-    return MemoryOutlet(mapped, slots, slot_bytes, wait_s)
+    return mapped

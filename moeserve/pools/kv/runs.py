@@ -41,6 +41,10 @@ def run_ends(start: int, stop: int, run_size: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
+def count_runs(stretch: Stretch, run_size: int) -> int:
+    return -(-stretch.stop // run_size) - stretch.start // run_size
+
+
 def stretch_bytes(layout: KvBlockLayout, stretch: Stretch) -> int:
     """What a stretch takes of a frame."""
     size = run_bytes(layout, stretch.stop - stretch.start)
@@ -99,14 +103,17 @@ def frame_runs(
 
 
 def plan_stretches(
-    layouts: Sequence[KvBlockLayout], start: int, stop: int, run_size: int, window: int
+    starts: Sequence[int], stop: int, run_size: int, window: int
 ) -> Iterator[Stretch]:
-    """All layers of positions ``start .. stop - 1``, so many runs of each before the next layer:
-    what has come at any time is nearly as far in all layers, and is still in large pieces."""
-    step = window * run_size
+    """Of each layer the positions from its start to ``stop`` - 1, so many runs of each before the
+    next layer: what has come at any time is nearly as far in all layers, and is still in large
+    pieces."""
+    step, start = window * run_size, min(starts)
     while start < stop:
         end = min(stop, (start // step + 1) * step)
-        yield from (Stretch(layer, start, end) for layer in range(len(layouts)))
+        for layer, first in enumerate(starts):
+            if first < end:
+                yield Stretch(layer, max(first, start), end)
         start = end
 
 
@@ -118,17 +125,21 @@ def fill_frames(
     frame: list[Stretch] = []
     room = most
     for stretch in stretches:
-        layout, begin = layouts[stretch.layer], stretch.start
-        for start, count in run_ends(stretch.start, stretch.stop, run_size):
-            piece = Stretch(stretch.layer, begin, start + count)
-            if stretch_bytes(layout, piece) <= room or (not frame and begin == start):
-                continue
-            if begin < start:
-                frame.append(Stretch(stretch.layer, begin, start))
-            yield tuple(frame)
-            frame, begin, room = [], start, most
-        piece = Stretch(stretch.layer, begin, stretch.stop)
-        frame.append(piece)
-        room -= stretch_bytes(layout, piece)
+        layer, begin = stretch.layer, stretch.start
+        width = run_bytes(layouts[layer], 1)
+        while begin < stretch.stop:
+            fits = begin + room // ALIGNMENT * ALIGNMENT // width
+            end = min(stretch.stop, max(begin, fits // run_size * run_size))
+            if stretch.stop <= fits:
+                end = stretch.stop
+            elif end == begin and not frame:
+                end = min(stretch.stop, (begin // run_size + 1) * run_size)
+            if end > begin:
+                frame.append(Stretch(layer, begin, end))
+                room -= stretch_bytes(layouts[layer], frame[-1])
+                begin = end
+            if begin < stretch.stop:
+                yield tuple(frame)
+                frame, room = [], most
     if frame:
         yield tuple(frame)

@@ -32,7 +32,7 @@ from moeserve.pools.kv.digests import RunDigests, geometry_of
 from moeserve.pools.kv.exporter import KvExporter
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.limits import FetchLimits
-from moeserve.pools.kv.memory import open_memory
+from moeserve.pools.kv.memory import OpenedMemories
 from moeserve.pools.kv.messages import Reader
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.outlet import MessageOutlet, Outlet
@@ -65,6 +65,7 @@ class KvServer:
         self._frames = asyncio.Semaphore(self._limits.frames)
         self._loop = asyncio.get_running_loop()
         self._mover = Mover("kv-source")
+        self._memories = OpenedMemories()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         methods: dict[str, Any] = {"Fetch": grpc.stream_stream_rpc_method_handler(self._fetch)}
@@ -73,6 +74,7 @@ class KvServer:
     def close(self) -> None:
         """What calls held is given back when this returns."""
         self._mover.close()
+        self._memories.close()
 
     async def _fetch(self, requests: AsyncIterator[bytes], context: Context) -> None:
         # It is over before the caller is told so, who perhaps takes nothing any more.
@@ -153,7 +155,7 @@ class KvServer:
         limits = self._limits
         largest = max(layout.nbytes for layout in self._house.layouts) + ALIGNMENT
         if wanted.HasField("memory"):
-            shared = open_memory(wanted.memory, largest, limits.stalled_s)
+            shared = self._memories.open(wanted.memory, largest, limits.stalled_s)
             if shared is not None:
                 return shared
         return MessageOutlet(self._frames, max(limits.frame_bytes, largest), limits.stalled_s)

@@ -7,6 +7,7 @@ go of when the call ends, for whatever reason: behind whatever still reads it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from typing import Any
 import grpc
 
 from moeserve.engine.ranks.messages import write_news
-from moeserve.engine.sequence import HeldKv
+from moeserve.engine.sequence import HeldKv, StepKv
 from moeserve.errors import InvalidRequestError, MoeserveError, UnavailableError
 from moeserve.pb import kv_pb2 as pb
 from moeserve.pools.kv.counters import KvCounters
+from moeserve.pools.kv.digests import DIGEST_BYTES
 from moeserve.pools.kv.exporter import KvExporter
 from moeserve.pools.kv.frames import FramePlace, Side, seal
 from moeserve.pools.kv.house import KvHouse
@@ -27,7 +29,7 @@ from moeserve.pools.kv.messages import Reader
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.order import MOST_MISSING
 from moeserve.pools.kv.outlet import FrameRoom, Outlet
-from moeserve.pools.kv.runs import Stretch, fill_frames, plan_stretches, run_ends, stretch_bytes
+from moeserve.pools.kv.runs import Stretch, count_runs, fill_frames, plan_stretches, stretch_bytes
 from moeserve.pools.kv.supply import KvSupply, RunningSupply
 
 # Frames that are filled or wait to be sent, while the one before them is sent.
@@ -103,7 +105,8 @@ class SourceCall:
         self._mover = mover
         self._counters = counters
         self._limits = limits
-        self._have = self._sent = self._until = have
+        self._have = self._until = have
+        self._sent_L = [have] * len(house.layouts)
         self._looked: HeldKv | None = None
         self._wake = asyncio.Event()
         self._again: deque[Stretch] = deque()
@@ -128,6 +131,7 @@ class SourceCall:
             )
             while not self._supply.over and not self._left:
                 await self._send_computed()
+                await self._send_layers()
                 await self._rest()
             if isinstance(self._supply, RunningSupply):
                 await self._catch_up(self._supply)
@@ -189,6 +193,34 @@ class SourceCall:
                 return
             self._counters.add("rounds")
 
+    async def _send_layers(self) -> None:
+        """What a step that runs now computes leaves layer by layer, until there is something else
+        to look at: after the step at the latest."""
+        try:
+            within = await self._mover.run(self._look_within)
+            known, size = len(self._exporter.digests), self._house.block_size
+            stop = 0 if within is None else min(within.stop, known) // size * size
+            if within is None or stop <= min(self._sent_L):
+                return
+            began, done, layers = time.monotonic(), 0, len(self._sent_L)
+            while done < layers and not self._left and not self._wake.is_set():
+                before, done = done, self._house.layers_done(within.step)
+                if done > before:
+                    await self._send_until(within.held, stop, done, within.step)
+                    began = time.monotonic()
+                elif time.monotonic() - began > self._limits.beat_s:
+                    return
+                else:
+                    await asyncio.sleep(self._limits.layers_s)
+        finally:
+            self._mover.later(self._let_go)
+
+    def _look_within(self) -> StepKv | None:
+        assert self._looked is None, "it is looked at once at a time"
+        within = self._supply.look_within()
+        self._looked = None if within is None else within.held
+        return within
+
     def _look(self) -> HeldKv | None:
         """On the mover's thread, which lets go of it even if nobody waits for this any more."""
         assert self._looked is None, "it is looked at once at a time"
@@ -226,27 +258,35 @@ class SourceCall:
                 raise self._broken
             await self._send_again(held)
 
-    async def _send_until(self, held: HeldKv, stop: int) -> None:
+    @property
+    def _sent(self) -> int:
+        """Of all layers."""
+        return min(self._sent_L)
+
+    async def _send_until(
+        self, held: HeldKv, stop: int, layers: int | None = None, step: int | None = None
+    ) -> None:
+        """Of the first so many layers, which a step has done that may still run."""
         layouts, size = self._house.layouts, self._house.block_size
+        starts = self._sent_L[:layers]
         self._until = max(self._until, stop)
-        stretches = plan_stretches(layouts, self._sent, stop, size, self._limits.window)
+        stretches = plan_stretches(starts, stop, size, self._limits.window)
         making: deque[_Making] = deque()
         try:
             for frame in fill_frames(layouts, stretches, size, self._outlet.frame_bytes):
                 while len(making) >= MOST_MADE or (making and self._outlet.full):
-                    await self._finish(making)
+                    await self._finish(making, step)
                 while making and self._again:
-                    await self._finish(making)
+                    await self._finish(making, step)
                 await self._send_again(held)
                 if self._left:
                     return
                 making.append(await self._begin(held, frame))
             while making:
-                await self._finish(making)
+                await self._finish(making, step)
         finally:
             for one in making:
                 self._outlet.give(one.room)
-        self._sent = max(self._sent, stop)
 
     async def _send_again(self, held: HeldKv) -> None:
         """What was asked for, less what was preempted since and is not computed again."""
@@ -261,30 +301,36 @@ class SourceCall:
         """Room for it, which is then filled."""
         layouts, block = self._house.layouts, self._house.block_size
         size = sum(stretch_bytes(layouts[stretch.layer], stretch) for stretch in frame)
-        empty = [bytes(16 * len(list(run_ends(s.start, s.stop, block)))) for s in frame]
+        empty = [bytes(DIGEST_BYTES * count_runs(s, block)) for s in frame]
         head_size = spans_of(frame, empty, None).ByteSize()
         room = await self._outlet.take(head_size, size)
         filled = self._mover.start(self._exporter.fill, held.blocks, frame, room.data_X)
         return _Making(frame, room, filled)
 
-    async def _finish(self, making: deque[_Making]) -> None:
+    async def _finish(self, making: deque[_Making], step: int | None = None) -> None:
         """The first of them is sent as soon as it is filled."""
         one = making.popleft()
         try:
             digests = await asyncio.shield(one.filled)
+            if step is not None and self._house.layers_done(step) < len(self._sent_L):
+                self._counters.add("sent_within", len(one.room.data_X))
             message = spans_of(one.frame, digests, one.room.slot)
             await self._writer.send(message, one.room.place)
         finally:
             self._outlet.give(one.room)
-        self._counters.add("sent_runs", sum(len(d) // 16 for d in digests))
+        for stretch in one.frame:
+            self._sent_L[stretch.layer] = max(self._sent_L[stretch.layer], stretch.stop)
+        self._counters.add("sent_runs", sum(len(d) // DIGEST_BYTES for d in digests))
         self._counters.add_to("sent_bytes", self._outlet.name, len(one.room.data_X))
 
     async def _read(self, requests: AsyncIterator[bytes], reader: Reader) -> None:
         """What whoever fetches says behind its first message."""
         try:
             async for frame in requests:
-                self._hear(reader.read(frame)[0])
-                self._wake.set()
+                message = reader.read(frame)[0]
+                self._hear(message)
+                if message.WhichOneof("what") != "freed":  # the outlet hears that
+                    self._wake.set()
             self._left = True
         except MoeserveError as error:
             self._broken = error
@@ -310,7 +356,7 @@ class SourceCall:
         """A run that was sent before."""
         start, stop, layers = again.start, again.start + again.count, len(self._house.layouts)
         sound = again.layer < layers and self._have <= start < stop <= self._until
-        if not sound or len(list(run_ends(start, stop, self._house.block_size))) != 1:
+        if not sound or count_runs(Stretch(0, start, stop), self._house.block_size) != 1:
             raise InvalidRequestError(
                 f"positions {start}..{stop - 1} of layer {again.layer} are no run that was sent"
             )

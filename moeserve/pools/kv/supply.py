@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from moeserve.core import Event, FinishReason, Request, RequestId
-from moeserve.engine.sequence import HeldKv, History
+from moeserve.engine.sequence import HeldKv, History, StepKv
 from moeserve.errors import DataLossError, NotFoundError, UnavailableError
 from moeserve.pools.kv.house import KvHouse
 
@@ -31,6 +31,10 @@ class KvSupply(Protocol):
 
     def look(self) -> HeldKv | None:
         """References to what is computed so far, which the caller gives back."""
+        ...
+
+    def look_within(self) -> StepKv | None:
+        """The same, of what a step that runs now computes."""
         ...
 
     def take_news(self) -> list[Event]:
@@ -104,6 +108,9 @@ class PrefillSupply:
     def look(self) -> HeldKv | None:
         return None if self._last is not None else self._house.look(self._request.id)
 
+    def look_within(self) -> StepKv | None:
+        return None if self._last is not None else self._house.look_within(self._request.id)
+
     @property
     def over(self) -> bool:
         """Raises where the engine ended it otherwise."""
@@ -163,6 +170,9 @@ class RunningSupply:
 
     def look(self) -> HeldKv | None:
         return self._house.look(self._id)
+
+    def look_within(self) -> None:
+        """It decodes: its steps are over soon."""
 
     @property
     def over(self) -> bool:

@@ -33,8 +33,9 @@ async def test_tokens_are_those_of_one_rank(
     ask = [request(f"r{n}", n) for n in (1, 3, 4, 5, 16, 31, 61)]
     want = [alone(r, dtype=dtype) for r in ask]
     name, limits = ("memory", SHARED) if memory else ("grpc", QUICK)
+    limits = replace(limits, first_s=10.0, progress_s=10.0, stalled_s=10.0, whole_s=20.0)
     async with (
-        peer(block_size=sizes[0], dtype=dtype) as a,
+        peer(block_size=sizes[0], dtype=dtype, limits=limits) as a,
         peer(block_size=sizes[1], dtype=dtype, blocks=200, limits=limits) as b,
     ):
         sinks = [b.ask(r, a.source) for r in ask]

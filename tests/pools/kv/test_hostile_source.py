@@ -112,7 +112,7 @@ class Transfer:
 
     def messages(self, frame_bytes: int = 300) -> list[Message]:
         layouts = self.source.layouts
-        stretches = plan_stretches(layouts, 0, LENGTH, SIZE, 2)
+        stretches = plan_stretches([0] * len(layouts), LENGTH, SIZE, 2)
         frames = fill_frames(layouts, stretches, SIZE, frame_bytes)
         begun = pb.FromSource(begun=pb.Begun(run_size=SIZE))
         ended = pb.FromSource(ended=pb.Ended())

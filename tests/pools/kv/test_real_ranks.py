@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from toy_house import Sink
 
 from moeserve.comm.control.rpc import Trust, open_server
@@ -25,6 +27,7 @@ from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.rates import StepRates
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import History, KvSource
+from moeserve.kernels.ops import KvCache, Part, Step
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
@@ -200,6 +203,71 @@ async def test_a_running_request_moves(load: Load, model: tuple[str, str, str]) 
             assert found == logprobs[len(logprobs) - len(found) :]
             if params.get("logprobs") is not None:
                 assert len(found) == len(two.tokens)
+
+
+@dataclass
+class SlowLayers:
+    """A layer runner that calls ``after`` each layer's attention, before its experts run."""
+
+    decoder: Decoder
+    after: Callable[[int], None] = lambda layer: None
+
+    def run(
+        self,
+        hidden: Sequence[Tensor],
+        steps: Sequence[Step | None],
+        caches: Sequence[KvCache],
+        routed: Sequence[list[Tensor]] | None = None,
+    ) -> None:
+        ops = self.decoder.ops
+        for layer, (of_stack, cache) in enumerate(
+            zip(self.decoder.stack.layers, caches, strict=True)
+        ):
+            for x_TH, step in zip(hidden, steps, strict=True):
+                if step is None:
+                    continue
+                ops.attend(x_TH, of_stack.attention, step, cache)
+                self.after(layer)
+                if isinstance(of_stack.mlp, Part):
+                    ops.dense(x_TH, of_stack.mlp)
+                else:
+                    router, experts = of_stack.mlp
+                    ops.moe(x_TH, experts, ops.route(x_TH, router, step))
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 6)], ids=str)
+async def test_layers_leave_while_the_step_runs_that_computes_them(
+    load: Load, sizes: tuple[int, int]
+) -> None:
+    """The last layer waits until all others have left: the first token comes only then."""
+    decoder = load(*MODELS[1])
+    slow = SlowLayers(decoder)
+    ask = Request(RequestId("long"), prompt(6, 57), SamplingParams(9, ignore_eos=True))
+    async with (
+        rank(decoder) as alone,
+        rank(decoder.over(slow), sizes[0], chunk=64) as a,
+        rank(decoder, sizes[1]) as b,
+    ):
+        early = [(layout.nbytes // sizes[0]) * 56 for layout in a.house.layouts[:-1]]
+        seen: list[int] = []
+
+        def after(layer: int) -> None:
+            if layer == len(early) - 1 and not seen:
+                until = time.monotonic() + WAIT_S
+                while a.counters.sent_within < sum(early) and time.monotonic() < until:
+                    time.sleep(0.001)
+                seen.append(a.counters.sent_within)
+
+        slow.after = after
+        whole, moved = alone.ask(ask), b.ask(ask, a.source)
+        await ended(whole, moved)
+        same(whole, moved)
+        assert seen[0] >= sum(early), "layers wait for the last one"
+        assert b.counters.recomputed == 0
+        assert b.counters.sources_lost == {}
+        assert sum(b.counters.bytes.values()) == 57 * sum(
+            layout.nbytes // sizes[0] for layout in a.house.layouts
+        ), "nothing is sent twice"
 
 
 async def test_what_was_moved_was_not_cached(load: Load) -> None:

@@ -77,7 +77,7 @@ def test_frames_hold_everything_once_and_in_order(
     layouts: list[KvBlockLayout], start: int, count: int, size: int, window: int, most: int
 ) -> None:
     stop = start + count
-    stretches = list(plan_stretches(layouts, start, stop, size, window))
+    stretches = list(plan_stretches([start] * len(layouts), stop, size, window))
     frames = list(fill_frames(layouts, iter(stretches), size, most))
     order = RunOrder(len(layouts), start, stop)
     for frame in frames:
