@@ -102,7 +102,7 @@ class _Turns:
                 with self._changed:
                     self._busy.remove(search)
                     if not search.done:
-                        self._open.append(search)
+                        self._open.insert(0, search)  # the same again, until it is ahead
                     self._progress(self._total - len(self._open) - len(self._busy), self._total)
                     self._changed.notify_all()
 

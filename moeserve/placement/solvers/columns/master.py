@@ -21,7 +21,9 @@ I32 = NDArray[np.int32]
 
 _TOLERANCE = 1e-7
 _LEAST_PIVOT = 1e-8
-_REFRESH = 128  # pivots between two inversions
+_NOTHING = 1e-13
+_REFRESH = 1000  # pivots between two inversions
+_LISTED = 24  # columns that are looked at for several pivots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,12 +119,13 @@ class SimplexMaster:
         self._cost_C = np.concatenate((self._cost_C, cost_C))
 
     def solve(self) -> MasterSolution:
-        for _ in range(40 * len(self._basis_R) + len(self._cost_C)):
-            dual_R = self._basic_costs() @ self._inverse_RR
-            enters = self._cheapest(dual_R)
-            if enters is None or not self._pivot(enters):
-                break
-        dual_R = self._basic_costs() @ self._inverse_RR
+        left = 40 * len(self._basis_R) + len(self._cost_C)  # against circling: any end is valid
+        while left > 0 and len(listed := self._cheapest(self._duals(), None)):
+            while left > 0 and len(listed := self._cheapest(self._duals(), listed)):
+                left -= 1
+                if not self._pivot(int(listed[0])):
+                    left = 0
+        dual_R = self._duals()
         share_C = np.zeros(len(self._cost_C))
         of_columns = self._basis_R >= 0
         share_C[self._basis_R[of_columns]] = self._level_R[of_columns]
@@ -137,16 +140,22 @@ class SimplexMaster:
         costs[of_columns] = self._cost_C[basis_R[of_columns]]
         return np.asarray(costs, np.float64)
 
-    def _cheapest(self, dual_R: F64) -> int | None:
-        if not len(self._cost_C):
-            return None
+    def _duals(self) -> F64:
+        return np.asarray(self._basic_costs() @ self._inverse_RR, np.float64)
+
+    def _cheapest(self, dual_R: F64, among: NDArray[np.int64] | None) -> NDArray[np.int64]:
+        """Columns that are cheaper than these duals, the cheapest first, at most ``_LISTED``."""
+        columns = np.arange(len(self._cost_C)) if among is None else among
+        if not len(columns):
+            return columns
         price = np.append(dual_R[: self._items], 0.0)  # -1 reads the last
-        reduced_C = self._cost_C - price[self._item_CM].sum(axis=1)
+        cost_C = self._cost_C[columns]
+        reduced_C = cost_C - price[self._item_CM[columns]].sum(axis=1)
         if self._counted:
-            reduced_C = reduced_C - dual_R[self._items]
-        enters = int(reduced_C.argmin())
-        scale = 1.0 + abs(float(self._cost_C[enters]))
-        return enters if reduced_C[enters] < -_TOLERANCE * scale else None
+            reduced_C -= dual_R[self._items]
+        below = np.flatnonzero(reduced_C < -_TOLERANCE * (1.0 + np.abs(cost_C)))
+        order = np.argsort(reduced_C[below], kind="stable")[:_LISTED]
+        return columns[below[order]]
 
     def _pivot(self, enters: int) -> bool:
         step_R = self._inverse_RR[:, self._rows(enters)].sum(axis=1)
@@ -160,7 +169,8 @@ class SimplexMaster:
         self._level_R = np.maximum(0.0, self._level_R - ratio * step_R)
         self._level_R[leaves] = ratio
         row_R = self._inverse_RR[leaves] / step_R[leaves]
-        self._inverse_RR -= np.outer(step_R, row_R)
+        moved = np.flatnonzero(np.abs(step_R) > _NOTHING)
+        self._inverse_RR[moved] -= np.outer(step_R[moved], row_R)
         self._inverse_RR[leaves] = row_R
         self._basis_R[leaves] = enters
         self._since += 1
