@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 
 #include "columns.h"
+#include "simplex.h"
 
 namespace nb = nanobind;
 
@@ -90,10 +91,32 @@ nb::tuple cover(In<int32_t, 2> item_PK, In<int32_t, 1> weight_P, In<int64_t, 1> 
                         found.nodes);
 }
 
+void add(moeserve::Simplex& master, In<int32_t, 2> item_CM, In<double, 1> cost_C) {
+  master.add(int64_t(cost_C.shape(0)), item_CM.data(), cost_C.data());
+}
+
+nb::tuple solve(moeserve::Simplex& master) {
+  {
+    nb::gil_scoped_release release;
+    master.solve();
+  }
+  return nb::make_tuple(owned(std::vector<double>(master.dual_R()), 1),
+                        owned(master.share_C(), 1));
+}
+
 }  // namespace
 
 NB_MODULE(_columns, m) {
   m.def("price", &price);
   m.def("descend", &descend);
   m.def("cover", &cover);
+  nb::class_<moeserve::Simplex>(m, "Simplex")
+      .def("__init__",
+           [](moeserve::Simplex* at, int64_t size, int64_t places, In<double, 1> alone_E,
+              bool counted) {
+             new (at) moeserve::Simplex(int64_t(alone_E.shape(0)), size, places, alone_E.data(),
+                                        counted);
+           })
+      .def("add", &add)
+      .def("solve", &solve);
 }

@@ -29,7 +29,12 @@ from moeserve.placement.solvers.columns.layer import (
     whole_loads,
 )
 from moeserve.placement.solvers.columns.levels import BoundedRouting
-from moeserve.placement.solvers.columns.master import HighsMaster, SimplexMaster, have_highs
+from moeserve.placement.solvers.columns.master import (
+    HighsMaster,
+    NativeMaster,
+    SimplexMaster,
+    have_highs,
+)
 from moeserve.placement.solvers.columns.pricing import Effort, PricedColumns
 from moeserve.placement.solvers.portfolio import Budget, Solver, solve_bounded
 
@@ -281,7 +286,7 @@ def test_the_master_is_the_relaxation_over_its_columns(
     item_CM = np.array([list(c) + [-1] * (layer.size - len(c)) for c in columns], np.int32)
     cost_C = np.array([cost_of(layer, c) / TOKEN for c in columns])
     alone_E = np.full(layer.items, 100 * cost_C.max())
-    kinds = [SimplexMaster, HighsMaster] if have_highs() else [SimplexMaster]
+    kinds = [NativeMaster, SimplexMaster, *([HighsMaster] if have_highs() else [])]
     values = []
     for kind in kinds:
         master = kind(layer.items, layer.size, layer.places, alone_E, counted=at_most)

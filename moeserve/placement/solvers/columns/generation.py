@@ -35,7 +35,7 @@ I64 = NDArray[np.int64]
 
 # The slacks, and how far above them columns are collected too: the search takes hardly longer,
 # and the master needs them soon. In parts of a place's share of the value.
-_SLACKS = ((0.1, 0.02), (0.03, 0.02), (0.0, 0.002))
+_SLACKS = ((0.1, 0.02), (0.05, 0.02), (0.02, 0.01), (0.0, 0.002))
 _BUDGETS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)  # of the gap
 _EXPLORED = 300_000  # nodes of the search for a better cover that is no proof
 _SMOOTH = 0.5  # of the prices that gave the best estimate so far, against the newest
@@ -43,6 +43,7 @@ _ROUNDS = 100  # of descents, before an exact search at the latest
 _SEEDS, _ACTIVE = 16, 24  # descents of a round: from single items, from columns in use
 _MOST_FOUND = 300  # columns of one round of descents that enter the master
 _MOST_SEARCHED = 2000  # of one exact search
+_FEWER = 0.2  # of the margin, after a search that was full
 _MOST_LISTED = 200_000  # columns for covers
 _EPSILON = TOKEN // 1024  # a reduced cost this close to 0 is none
 
@@ -80,6 +81,7 @@ class ColumnSearch:
         self._prices_E: I64 | None = None  # those of the bound, no column cheaper than its items
         self._rung = 0
         self._round = 0
+        self._margin = 1.0  # of what an exact search collects above its slack
         self._centre_E: F64 | None = None
         self._estimate = -np.inf
         self._solution: MasterSolution | None = None
@@ -193,7 +195,7 @@ class ColumnSearch:
         share = solution.value / self.layer.places
         slack, more = _SLACKS[self._rung]
         closed = _whole_one(solution.place_price - slack * share) - _EPSILON
-        threshold = closed + _whole_one(more * share)
+        threshold = closed + _whole_one(more * self._margin * share)
         found = pricing.price(self.layer, price_E, threshold, most=_MOST_SEARCHED, effort=effort)
         self._certify(price_E, found.floor)
         self._add(found.item_CM, found.reduced_C + _sums(price_E, found.item_CM))
@@ -205,7 +207,10 @@ class ColumnSearch:
             self.stage = Stage.DESCEND
         elif found.complete:
             self._rung += 1
-        if self._rung == len(_SLACKS) or (not found.complete and not below.any()):
+        full = len(found.reduced_C) >= _MOST_SEARCHED
+        if full:
+            self._margin *= _FEWER
+        if self._rung == len(_SLACKS) or not (found.complete or full or below.any()):
             self.stage = Stage.COVER if self._branch else Stage.DONE
             self._rung = 0
 

@@ -3,7 +3,8 @@
 min cost @ x, each item in columns of total 1, at most ``places`` columns where columns may be
 small. What is wanted are its dual values; whatever they are, ``generation`` makes a valid bound of
 them, so rounding here costs tightness and never truth. HiGHS where it is installed, else a simplex
-of ours on an inverse kept as a matrix, its right-hand side perturbed against degeneracy.
+of ours on an inverse kept as a matrix, its right-hand side perturbed against degeneracy: native, or
+its twin here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moeserve.errors import PlacementError
+from moeserve.native import native_module
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
@@ -50,6 +54,8 @@ def master_of(items: int, size: int, places: int, alone_E: F64, *, counted: bool
     """``alone_E`` is the cost of each item in a column of its own."""
     if have_highs():
         return HighsMaster(items, size, places, alone_E, counted=counted)
+    if native_module("moeserve.placement._columns", PlacementError)[0] is not None:
+        return NativeMaster(items, size, places, alone_E, counted=counted)
     return SimplexMaster(items, size, places, alone_E, counted=counted)
 
 
@@ -92,6 +98,29 @@ class HighsMaster:
         value = float(self._model.getInfo().objective_function_value)
         place = min(0.0, float(dual[self._items])) if self._counted else 0.0
         return MasterSolution(value, dual[: self._items], place, share)
+
+
+class NativeMaster:
+    """``placement/simplex.cc``; one thread at a time."""
+
+    def __init__(self, items: int, size: int, places: int, alone_E: F64, *, counted: bool) -> None:
+        native, _ = native_module("moeserve.placement._columns", PlacementError)
+        assert native is not None
+        dear_E = np.array([_dear(float(x), alone_E) for x in alone_E], np.float64)
+        self._items, self._places, self._counted = items, places, counted
+        self._simplex: Any = native.Simplex(size, places, dear_E, counted)
+
+    def add(self, item_CM: I32, cost_C: F64) -> None:
+        assert item_CM.max(initial=-1) < self._items
+        columns_CM = np.ascontiguousarray(item_CM, np.int32)
+        self._simplex.add(columns_CM, np.ascontiguousarray(cost_C, np.float64))
+
+    def solve(self) -> MasterSolution:
+        dual_R, share_C = (part.reshape(-1) for part in self._simplex.solve())
+        place = min(0.0, float(dual_R[self._items])) if self._counted else 0.0
+        price_E = dual_R[: self._items]
+        value = float(price_E.sum()) + self._places * place  # not perturbed
+        return MasterSolution(value, price_E, place, share_C)
 
 
 class SimplexMaster:
