@@ -543,25 +543,24 @@ class Covering {
   void visit(int64_t depth, int64_t value) {
     if (!allowance_.spend()) return;
     if (int64_t(chosen_.size()) == blocks_ - 1) return finish(value);
-    const std::vector<int32_t>& list = list_[depth];
-    std::vector<int32_t> number(in_.items, 0);
-    std::vector<int64_t> least(in_.items, kMost);
-    for (int32_t c : list)
-      for (int64_t m = 0; m < in_.size; ++m) {
-        const int32_t e = item_CM_[c * in_.size + m];
-        if (number[e]++ == 0) least[e] = reduced_C_[c];
-      }
-    int32_t pick = -1;
-    open_.clear();
-    int64_t barred = 0;
-    for (int32_t e = 0; e < in_.items; ++e) {
-      if (state_[e] != kOpen) continue;
-      if (number[e] == 0) ++barred;
-      else open_.push_back(least[e]);
-      if (pick < 0 || number[e] < number[pick]) pick = e;
-    }
+    std::vector<int32_t>& list = list_[depth];
     const int64_t places = in_.size - implied_;  // left in the implied block
-    if (barred > places || value + remaining(barred, places) >= best_) return;
+    int32_t pick = -1;
+    for (bool fewer = true; fewer;) {
+      int64_t barred = 0;
+      pick = survey(list, &barred);
+      if (barred > places) return;
+      const int64_t lower = value + remaining(barred, places);
+      if (lower >= best_) return;
+      // A column is dropped when it and the least of the items outside cost too much.
+      const size_t before = list.size();
+      list.erase(std::remove_if(list.begin(), list.end(), [&](int32_t c) {
+        int64_t own = 0;
+        for (int64_t m = 0; m < in_.size; ++m) own += least_[item_CM_[c * in_.size + m]];
+        return lower + reduced_C_[c] - own / in_.size - 1 >= best_;
+      }), list.end());
+      fewer = list.size() < before - before / 8;
+    }
     for (size_t i = 0; i < list.size() && !allowance_.over(); ++i) {
       const int32_t* item = item_CM_ + list[i] * in_.size;
       if (std::find(item, item + in_.size, pick) == item + in_.size) continue;
@@ -582,6 +581,27 @@ class Covering {
       --implied_;
       state_[pick] = kOpen;
     }
+  }
+
+  // The open item in the fewest columns; the cheapest column of each into `least_` and `open_`.
+  // `barred` items have none.
+  int32_t survey(const std::vector<int32_t>& list, int64_t* barred) {
+    number_.assign(in_.items, 0);
+    least_.assign(in_.items, 0);
+    for (int32_t c : list)
+      for (int64_t m = 0; m < in_.size; ++m) {
+        const int32_t e = item_CM_[c * in_.size + m];
+        if (number_[e]++ == 0) least_[e] = reduced_C_[c];
+      }
+    int32_t pick = -1;
+    open_.clear();
+    for (int32_t e = 0; e < in_.items; ++e) {
+      if (state_[e] != kOpen) continue;
+      if (number_[e] == 0) ++*barred;
+      else open_.push_back(least_[e]);
+      if (pick < 0 || number_[e] < number_[pick]) pick = e;
+    }
+    return pick;
   }
 
   // Into the next list: columns of open items only, below what is left.
@@ -631,8 +651,8 @@ class Covering {
   Allowance allowance_;
   std::vector<char> state_;
   std::vector<std::vector<int32_t>> list_;
-  std::vector<int32_t> chosen_, block_E_;
-  std::vector<int64_t> open_;
+  std::vector<int32_t> chosen_, block_E_, number_;
+  std::vector<int64_t> open_, least_;
 };
 
 }  // namespace

@@ -396,3 +396,18 @@ def test_stages_come_in_their_order() -> None:
         seen.append(search.progress)
     assert seen[:-1] == sorted(seen[:-1])
     assert search.stage is generation.Stage.DONE
+
+
+@pytest.mark.timeout(120)
+def test_the_integer_program_proves_what_searches_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_BUDGETS", (0.0,))
+    layer = layer_of(15, 9, 3, cap=1.3)
+    search = ColumnSearch(layer, [start_of(layer)])
+    while search.stage is not generation.Stage.PROGRAM:
+        search.step(UNLIMITED)
+        assert not search.done
+    best = min(layer.cost_of(b) for b in covers_of(layer))
+    assert search.bound < best
+    search.step(Effort(seconds=60.0))
+    assert search.done
+    assert search.bound == search.best == best

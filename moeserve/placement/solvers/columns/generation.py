@@ -12,18 +12,22 @@ values of a master problem over the columns found so far.
    the bound are enumerated, and covers of that budget looked for among them; all but one column of
    such a cover are in the list. The budget grows until a cover is found (it is the best there is)
    or reaches the best cover known (which then is).
+4. Where that is too much work but few columns are as dear as the gap, an integer program over these
+   (``ilp``) finds the best cover. Only where time is limited by the clock.
 
 Pure: the time that a step may take comes with the call.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeserve.placement.solvers import ilp
 from moeserve.placement.solvers.columns import pricing
 from moeserve.placement.solvers.columns.layer import TOKEN, CertifiedLayer, ColumnLayer
 from moeserve.placement.solvers.columns.master import Master, MasterSolution, master_of
@@ -37,6 +41,8 @@ I64 = NDArray[np.int64]
 # and the master needs them soon. In parts of a place's share of the value.
 _SLACKS = ((0.1, 0.02), (0.05, 0.02), (0.02, 0.01), (0.0, 0.002))
 _BUDGETS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)  # of the gap
+_PROVEN = 1_000_000  # nodes of one search for covers of a budget
+_MOST_PROGRAMMED = 8000  # columns of an integer program
 _EXPLORED = 300_000  # nodes of the search for a better cover that is no proof
 _SMOOTH = 0.5  # of the prices that gave the best estimate so far, against the newest
 _ROUNDS = 100  # of descents, before an exact search at the latest
@@ -52,6 +58,7 @@ class Stage(Enum):
     DESCEND = "descend"
     SEARCH = "search"
     COVER = "cover"
+    PROGRAM = "program"
     DONE = "done"
 
 
@@ -69,7 +76,7 @@ class ColumnSearch:
         self.best: int | None = None
         self.block_E: I32 | None = None
         self._branch = branch and not layer.at_most
-        self._alone_E = layer.costs_of(np.arange(layer.items, dtype=np.int32)[:, None])
+        self._alone_E = layer.alone_E()
         self._master: Master = master_of(
             layer.items, layer.size, layer.places, self._alone_E / TOKEN, counted=layer.at_most
         )
@@ -93,7 +100,8 @@ class ColumnSearch:
     @property
     def progress(self) -> int:
         """How far the search is: those with less should go first."""
-        return self._rung + (len(_SLACKS) if self.stage is Stage.COVER else 0)
+        behind = {Stage.COVER: len(_SLACKS), Stage.PROGRAM: len(_SLACKS) + len(_BUDGETS)}
+        return self._rung + behind.get(self.stage, 0)
 
     def certified(self) -> CertifiedLayer:
         tokens = self.layer.in_tokens
@@ -111,6 +119,8 @@ class ColumnSearch:
             self._search(effort)
         elif self.stage is Stage.COVER:
             self._cover(effort)
+        elif self.stage is Stage.PROGRAM:
+            self._program(effort)
         if self.best is not None and self.bound > self.best - TOKEN:
             self.bound = self.best
             self.stage = Stage.DONE
@@ -236,7 +246,9 @@ class ColumnSearch:
         budget = gap if _BUDGETS[self._rung] == 1.0 else int(gap * _BUDGETS[self._rung])
         whole = budget // 2
         listed = pricing.price(layer, price_E, whole + 1, most=_MOST_LISTED, effort=effort)
-        found = pricing.cover(layer, price_E, listed, whole=whole, budget=budget, effort=effort)
+        proof = Effort(min(_PROVEN, effort.nodes), effort.seconds)
+        found = pricing.cover(layer, price_E, listed, whole=whole, budget=budget, effort=proof)
+        proof_ended = found.complete
         if listed.complete and found.complete:
             self.bound = max(self.bound, -(-(base + found.value) // TOKEN) * TOKEN)
         if found.block_E is None and budget < gap:
@@ -245,8 +257,30 @@ class ColumnSearch:
         if found.block_E is not None:
             self.best, self.block_E = base + found.value, found.block_E
         self._rung += 1
-        if not listed.complete or self._rung == len(_BUDGETS):
-            self.stage = Stage.DONE
+        if not (listed.complete and proof_ended) or self._rung == len(_BUDGETS):
+            self.stage, self._rung = Stage.PROGRAM, 0
+
+    def _program(self, effort: Effort) -> None:
+        """Step 4."""
+        layer, price_E, best = self.layer, self._prices_E, self.best
+        self.stage = Stage.DONE
+        if price_E is None or best is None or math.isinf(effort.seconds) or effort.seconds < 1:
+            return
+        gap = best - int(price_E.sum())
+        half_s = effort.seconds / 2  # for each of both
+        half = Effort(effort.nodes, half_s)
+        listed = pricing.price(layer, price_E, gap + 1, most=_MOST_PROGRAMMED, effort=half)
+        if not listed.complete:
+            return
+        cost_C = (listed.reduced_C + _sums(price_E, listed.item_CM)) // TOKEN
+        found = ilp.cover_items(listed.item_CM, cost_C.astype(np.float64), limit=half_s)
+        if found is None or not layer.allows(found.device_E):
+            return
+        cost = layer.cost_of(found.device_E)
+        if cost < best:
+            self.best, self.block_E = cost, found.device_E
+        if found.proven and round(found.value) * TOKEN == cost:
+            self.bound = max(self.bound, cost)
 
 
 def _at_least(layer: ColumnLayer) -> int:

@@ -74,6 +74,13 @@ class ColumnLayer:
             costs[c] = uses_EP[items[items >= 0]].any(axis=0) @ weight_P * TOKEN
         return costs
 
+    def alone_E(self) -> I64:
+        """[E]: the cost of each item in a column of its own."""
+        chosen_PK = self.item_PK >= 0
+        weight_PK = np.broadcast_to(self.weight_P[:, None], chosen_PK.shape)
+        tokens_E = np.bincount(self.item_PK[chosen_PK], weight_PK[chosen_PK], self.items)
+        return np.rint(tokens_E).astype(np.int64) * TOKEN
+
     def uses_EP(self) -> NDArray[np.bool_]:
         """Does the pattern use the item."""
         uses_EP = np.zeros((self.items, len(self.item_PK)), np.bool_)
