@@ -1,6 +1,6 @@
 """Placement, measured: half of the sequences fit a plan, the other half evaluate it.
 
-    python bench/placement.py --data FOLDER [--only balance drift copies exact scale table]
+    python bench/placement.py --data FOLDER [--only balance drift copies exact scale table bounds]
 
 FOLDER holds ``deepseek_v3_loads/*.json`` (``logical_count``), ``deepseek_v2_lite/*.npz`` and
 ``gpt_oss_20b/*.npz`` (``topk_ids`` [tokens, layers, k], ``seq_lens``); what is absent is left out.
@@ -32,7 +32,7 @@ from moeserve.placement.solvers import dp
 from moeserve.placement.solvers.balance import balance_layers, peak
 from moeserve.placement.solvers.bounds import balance_bound
 from moeserve.placement.solvers.eplb import eplb
-from moeserve.placement.solvers.portfolio import Budget, Solver, solve
+from moeserve.placement.solvers.portfolio import Budget, Solver, solve, solve_bounded
 
 F64 = NDArray[np.float64]
 SIZES = (
@@ -273,6 +273,58 @@ def bench_table(data: Path, limit: float) -> None:
         )
 
 
+def joined_layers(whole: Routing, l: int) -> Routing:
+    """Layers ``l`` and ``l + 1`` as one of twice the experts, of which a token chooses twice k."""
+    tokens_TLK, experts = whole.tokens_TLK, whole.num_experts
+    both = np.concatenate((tokens_TLK[:, l], tokens_TLK[:, l + 1] + experts), axis=1)
+    lens = whole.seq_lens_C
+    workload = workload_of_tokens("joined", both[:, None], lens, num_experts=2 * experts)
+    return Routing((workload,), (0,))
+
+
+def one_layer(whole: Routing, l: int) -> Routing:
+    workload = workload_of_tokens(
+        "one", whole.tokens_TLK[:, l : l + 1], whole.seq_lens_C, num_experts=whole.num_experts
+    )
+    return Routing((workload,), (0,))
+
+
+def bound_cases(data: Path) -> Iterator[tuple[str, Routing, Cluster, float]]:
+    """(name, routing, cluster, load limit); what is fitted is what is bounded."""
+    for name, whole in traces(data):
+        fitted, _ = split(whole, 0.5)
+        yield f"{name}, fitted half", fitted, Cluster(8), 1.05
+        if name == "deepseek_v2_lite":
+            yield "the same, 4 nodes x 4", fitted, Cluster(16, 4), 1.05
+            yield "two layers of it as one of 128", joined_layers(whole, 4), Cluster(16), 1.05
+            yield "one layer, groups of 16", one_layer(whole, 5), Cluster(4), 1.05
+            yield "one layer, groups of 32", one_layer(whole, 5), Cluster(2), 1.05
+    for devices in (64, 32):
+        yield f"synthetic, 256 on {devices}", synthetic(16384, 1, 256, 8), Cluster(devices), 3.0
+
+
+def bench_bounds(data: Path, limit: float) -> None:
+    rows = []
+    for name, routing, cluster, cap in bound_cases(data):
+        problem = Problem(cluster, routing.num_experts, max_imbalance=cap)
+        began, used = time.monotonic(), time.process_time()
+        solved = solve_bounded(problem, routing, budget=Budget(limit, branch=True))
+        seconds, cpu = time.monotonic() - began, time.process_time() - used
+        found = figures(solved.plan, routing, cluster, bound_L=solved.bound_L)
+        objective_L = np.array(found["objective_per_layer"])
+        worst = float((objective_L / np.array(found["bound_per_layer"])).max() - 1)
+        rows.append((
+            name, f"{cluster.devices} in {cluster.nodes}", found["imbalance"]["mean"],
+            found["objective"], found["bound"], f"{found['gap']:.2%}", f"{worst:.2%}",
+            f"{found['layers_proven']} of {len(objective_L)}", seconds, cpu,
+        ))  # fmt: skip
+    table(
+        f"7. Bounds by columns and plans from them, within {limit:.0f} s a plan",
+        "routing devices_in_nodes imbalance objective bound gap worst_layer proven seconds cpu",
+        rows,
+    )
+
+
 BENCHES = {
     "balance": bench_balance,
     "drift": bench_drift,
@@ -280,6 +332,7 @@ BENCHES = {
     "exact": bench_exact,
     "scale": bench_scale,
     "table": bench_table,
+    "bounds": bench_bounds,
 }
 
 

@@ -136,7 +136,6 @@ def _problem(parser: argparse.ArgumentParser) -> None:
             help=f"pairs of experts that {what} share a device",
         )
     parser.add_argument("--time-limit", type=float, default=60.0, metavar="SECONDS")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--expert-bytes", type=int, default=0, help="bytes of one expert")
     parser.add_argument(
@@ -149,6 +148,14 @@ def _problem(parser: argparse.ArgumentParser) -> None:
 
 
 def _weigh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--bound-limit",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="time for a bound on a plan's copies (default 10, in compare 2 for each solver)",
+    )
     parser.add_argument("--dispatch-bytes", type=int, default=0, help="bytes of a copy going out")
     parser.add_argument("--combine-bytes", type=int, default=0, help="bytes of a copy coming back")
     parser.add_argument(
@@ -192,7 +199,7 @@ def _compare(verbs: Subparsers) -> None:
     _routing(parser)
     _cluster(parser)
     _problem(parser)
-    parser.set_defaults(held_out=0.5)
+    parser.set_defaults(held_out=0.5, bound_limit=2.0)
     parser.add_argument(
         "--solvers",
         nargs="+",

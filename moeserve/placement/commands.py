@@ -19,9 +19,9 @@ from moeserve.placement.cluster import Cluster, Dataflow, Phase
 from moeserve.placement.formats import routing_files, runtimes
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Moves, Problem
-from moeserve.placement.report import CopyBytes, figures
+from moeserve.placement.report import BoundEffort, CopyBytes, figures
 from moeserve.placement.routing import Routing, split
-from moeserve.placement.solvers.portfolio import Budget, Progress, Solver
+from moeserve.placement.solvers.portfolio import Budget, Progress, Solver, solve_bounded
 from moeserve.placement.solvers.portfolio import solve as find
 
 SHOW_AFTER = 2.0  # seconds of silence before a progress bar appears
@@ -67,16 +67,21 @@ def solve(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.previous is not None:
         problem = replace(problem, moves=_moves(arguments))
     fitted, held = split(routing, arguments.held_out)
-    budget = Budget(arguments.time_limit, arguments.threads, arguments.seed)
+    budget = Budget(arguments.time_limit, arguments.threads, arguments.seed, branch=True)
     began = time.monotonic()
     with _progress(arguments.json) as progress:
-        plan = find(problem, fitted, Solver(arguments.solver), budget, progress)
-    seconds = time.monotonic() - began
+        solved = solve_bounded(problem, fitted, Solver(arguments.solver), budget, progress)
+    plan, seconds = solved.plan, time.monotonic() - began
     result = _figures(plan, routing, problem.cluster, arguments)
     result["seconds"] = seconds
     result["solver"] = arguments.solver
+    if solved.bound_L is not None:
+        result["fitted"] = figures(
+            plan, fitted, problem.cluster, batch=arguments.batch, bound_L=solved.bound_L
+        )
     if held is not None:
-        result["held_out"] = _figures(plan, held, problem.cluster, arguments)
+        quick = replace(_effort(arguments), seconds=0.0)
+        result["held_out"] = _figures(plan, held, problem.cluster, arguments, quick)
     if problem.moves is not None:
         result["moved_experts"] = plans.moved_slots(problem.moves.previous, plan)
     plans.write_whole(Path(arguments.out), plans.dump(replace(plan, figures=result)))
@@ -158,6 +163,8 @@ def show(verb: str, result: dict[str, Any]) -> None:
                     "seconds"):  # fmt: skip
         table.add_column(heading, justify="right" if heading else "left")
     rows = result["solvers"] if verb == "compare" else {verb: result}
+    if "fitted" in result:
+        rows = rows | {"fitted": result["fitted"]}
     if "held_out" in result:
         rows = rows | {"held out": result["held_out"]}
     for name, row in rows.items():
@@ -224,8 +231,18 @@ def _plan_cluster(plan: Plan, arguments: argparse.Namespace) -> Cluster:
     return Cluster(plan.num_devices, plan.num_nodes, arguments.node_ratio, tuple(arguments.speeds))
 
 
+def _effort(arguments: argparse.Namespace) -> BoundEffort:
+    if not arguments.bound_limit >= 0:
+        raise PlacementError(f"--bound-limit {arguments.bound_limit}: must be 0 or more seconds")
+    return BoundEffort(arguments.bound_limit, arguments.threads)
+
+
 def _figures(
-    plan: Plan, routing: Routing, cluster: Cluster, arguments: argparse.Namespace
+    plan: Plan,
+    routing: Routing,
+    cluster: Cluster,
+    arguments: argparse.Namespace,
+    effort: BoundEffort | None = None,
 ) -> dict[str, Any]:
     return figures(
         plan,
@@ -234,6 +251,7 @@ def _figures(
         batch=arguments.batch,
         homes=arguments.homes,
         copy_bytes=CopyBytes(arguments.dispatch_bytes, arguments.combine_bytes),
+        effort=effort or _effort(arguments),
     )
 
 

@@ -4,7 +4,8 @@
 anything (home-dedup, migrate, with tokens at hand), else the mean imbalance: of the mixture where
 workloads are traces, which are served together; of the worst where they are counts, which are
 alternatives. ``gap`` is
-objective / bound - 1, and None where the bound is 0.
+objective / bound - 1, and None where the bound is 0. ``bound_is`` says which bound it is, and of
+which plans: "columns" is for those no more unbalanced than this one, layer by layer.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from moeserve.placement.cost import (
     histogram_homes,
     imbalance,
     phase_loads,
-    priced,
     traffic,
 )
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing
-from moeserve.placement.solvers.bounds import copies_bound, mean_balance_bound
+from moeserve.placement.solvers.bounds import copies_bounds, mean_balance_bound
+from moeserve.placement.solvers.columns.certify import PlanBounds
+from moeserve.placement.solvers.columns.levels import BoundedRouting
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,14 @@ class CopyBytes:
 
     dispatch: int = 0
     combine: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BoundEffort:
+    """Seconds that a bound by columns may take; 0 leaves it at what is known at once."""
+
+    seconds: float = 0.0
+    threads: int = 1
 
 
 def loads(plan: Plan, routing: Routing, batch: int) -> NDArray[np.float64]:
@@ -68,7 +78,8 @@ def figures(
     batch: int = 256,
     homes: str = "uniform",
     copy_bytes: CopyBytes | None = None,
-    with_bound: bool = True,
+    effort: BoundEffort | None = None,
+    bound_L: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
     """Everything about ``plan`` on ``routing``, except how long it took to find."""
     check_fits(plan, routing)
@@ -93,8 +104,14 @@ def figures(
         "cross_node_copies_per_token_layer": None if moves is None else moves.cross,
     }
     report |= _bytes(moves, plan, copy_bytes or CopyBytes())
-    alternatives = load_LEW if not routing.has_tokens else (load_LEW @ share_W)[:, :, None]
-    report |= _objective(plan, routing, cluster, moves, alternatives, with_bound)
+    if plan.dataflow.moved_by_grouping and moves is not None:
+        bounded = BoundedRouting(
+            routing.tokens_TLK, routing.token_weight_T, load_LEW @ share_W, homes != "uniform"
+        )
+        report |= copies_figures(plan, bounded, cluster, moves, effort or BoundEffort(), bound_L)
+    else:
+        alternatives = load_LEW if not routing.has_tokens else (load_LEW @ share_W)[:, :, None]
+        report |= _balance_figures(plan, cluster, alternatives)
     return report
 
 
@@ -130,32 +147,58 @@ def worst_imbalance(plan: Plan, load_LEW: NDArray[np.float64], cluster: Cluster)
     return float(max(means))
 
 
-def _objective(
+def copies_figures(
     plan: Plan,
-    routing: Routing,
+    routing: BoundedRouting,
     cluster: Cluster,
-    moves: Traffic | None,
-    load_LEW: NDArray[np.float64],
-    with_bound: bool,
+    moves: Traffic,
+    effort: BoundEffort,
+    shown_L: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
-    bound = None
-    if plan.dataflow.moved_by_grouping and moves is not None:
-        kind = "priced copies per token-layer"
-        objective = priced(moves.copies, moves.cross, cluster.node_ratio)
-        if with_bound:
-            bound = copies_bound(
-                plan,
-                routing.tokens_TLK,
-                node_ratio=cluster.node_ratio,
-                weight_T=routing.token_weight_T,
-            )
-    else:
-        kind = "mean imbalance" if load_LEW.shape[2] == 1 else "mean imbalance, worst workload"
-        objective = worst_imbalance(plan, load_LEW, cluster)
-        if with_bound:
-            bound = max(
-                mean_balance_bound(load_LE, cluster.speed_D, plan.num_slots)
-                for load_LE in np.moveaxis(load_LEW, 2, 0)
-            )
-    gap = objective / bound - 1 if bound else None
-    return {"objective": objective, "objective_is": kind, "bound": bound, "gap": gap}
+    """Objective, bound and gap, of all layers and of each, where grouping moves copies.
+
+    ``shown_L`` are bounds by columns that are known already.
+    """
+    objective_L = moves.copies_L + (cluster.node_ratio - 1) * moves.cross_L
+    at_once_L = copies_bounds(
+        plan,
+        routing.topk_TLK,
+        node_ratio=cluster.node_ratio,
+        weight_T=routing.weight_T,
+        any_home=routing.any_home,
+    )
+    if shown_L is None and effort.seconds > 0:
+        bounds = PlanBounds(plan, routing, cluster, routing.most_L(plan, cluster, 1.0))
+        bounds.run(seconds=effort.seconds, nodes=1 << 60, threads=effort.threads)
+        shown_L = bounds.bound_L()
+    bound_L = at_once_L if shown_L is None else np.maximum(at_once_L, shown_L)
+    same_L = np.isclose(bound_L, objective_L, rtol=1e-9, atol=1e-9)  # but for rounding
+    bound_L = np.where(same_L, objective_L, bound_L)
+    objective, bound = float(objective_L.mean()), float(bound_L.mean())
+    by_columns = shown_L is not None and bool((shown_L > at_once_L).any())
+    return {
+        "objective": objective,
+        "objective_is": "priced copies per token-layer",
+        "bound": bound,
+        "bound_is": "columns" if by_columns else "pairs of experts, any balance",
+        "gap": objective / bound - 1 if bound else None,
+        "bound_per_layer": [round(float(x), 6) for x in bound_L],
+        "objective_per_layer": [round(float(x), 6) for x in objective_L],
+        "layers_proven": int((objective_L == bound_L).sum()),
+    }
+
+
+def _balance_figures(plan: Plan, cluster: Cluster, load_LEW: NDArray[np.float64]) -> dict[str, Any]:
+    objective = worst_imbalance(plan, load_LEW, cluster)
+    bound = max(
+        mean_balance_bound(load_LE, cluster.speed_D, plan.num_slots)
+        for load_LE in np.moveaxis(load_LEW, 2, 0)
+    )
+    several = load_LEW.shape[2] > 1
+    return {
+        "objective": objective,
+        "objective_is": "mean imbalance, worst workload" if several else "mean imbalance",
+        "bound": bound,
+        "bound_is": "heaviest copies",
+        "gap": objective / bound - 1 if bound else None,
+    }

@@ -8,5 +8,6 @@
     align  polish              across layers, for tokens that migrate: heuristics, integer program
     dp  ilp                    exact methods: dynamic programming, integer programs (PuLP)
     eplb  moetuner             baselines, written anew from their descriptions
-    bounds                     what no plan can beat
+    bounds                     what no plan can beat, at once
+    columns/                   the same by column generation, and better layers on the way
 """

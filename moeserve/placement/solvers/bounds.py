@@ -93,7 +93,26 @@ def copies_bound(
     dataflow: Dataflow | None = None,
     weight_T: F64 | None = None,
 ) -> float:
-    """Priced copies per token-layer that no plan with these copies of each expert goes below."""
+    """Mean over layers of ``copies_bounds``."""
+    bound_L = copies_bounds(
+        plan, topk_TLK, node_ratio=node_ratio, dataflow=dataflow, weight_T=weight_T
+    )
+    return float(bound_L.mean())
+
+
+def copies_bounds(
+    plan: Plan,
+    topk_TLK: I32,
+    *,
+    node_ratio: float,
+    dataflow: Dataflow | None = None,
+    weight_T: F64 | None = None,
+    any_home: bool = False,
+) -> F64:
+    """[L]: priced copies per token that no plan with these copies of each expert goes below.
+
+    ``any_home``: homes may lie where a token's experts are, instead of evenly.
+    """
     flow = plan.dataflow if dataflow is None else dataflow
     assert flow.moved_by_grouping
     weight_T = np.ones(len(topk_TLK)) if weight_T is None else weight_T
@@ -107,9 +126,10 @@ def copies_bound(
         slot_TK = slots_of_tokens(plan.expert_LS[l], topk_TK, plan.num_experts)
         device = places_bound(slot_TK, weight_T, slots=plan.num_slots, places=plan.num_devices)
         node = places_bound(slot_TK, weight_T, slots=plan.num_slots, places=plan.num_nodes)
-        copies = _one_spared if flow is Dataflow.MIGRATE or chosen_at_home else _mean_over_homes
+        spared = flow is Dataflow.MIGRATE or chosen_at_home or any_home
+        copies = _one_spared if spared else _mean_over_homes
         bounds.append(copies(plan, device, node, node_ratio))
-    return float(np.mean(bounds))
+    return np.array(bounds)
 
 
 def _mean_over_homes(plan: Plan, device: float, node: float, node_ratio: float) -> float:

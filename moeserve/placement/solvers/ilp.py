@@ -73,6 +73,14 @@ def label_layers(flow_LGG: F64, cost_DD: F64, *, limit: float) -> Solution | Non
     return _within(limit, "labels", [flow_LGG, cost_DD], [])
 
 
+def cover_items(item_CM: I32, cost_C: F64, *, limit: float) -> Solution | None:
+    """The cheapest columns that hold each item once: ``device_E`` numbers them as they come.
+
+    Costs are whole numbers; a proof is to the last one.
+    """
+    return _within(limit, "cover", [item_CM.astype(np.float64), cost_C], [])
+
+
 def _within(limit: float, program: str, arrays: list[F64], options: list[Any]) -> Solution | None:
     """The worker's answer; None when it had none, or had to be ended."""
     task = {
@@ -108,14 +116,14 @@ def _run(
     return {"device_E": found.device_E.tolist(), "value": found.value, "proven": found.proven}
 
 
-def _solve(problem: Any, limit: float) -> bool | None:
-    """Whether the incumbent is proven; None without one."""
+def _solve(problem: Any, limit: float, gap: float | None = None) -> bool | None:
+    """Whether the incumbent is proven, to a relative ``gap``; None without one."""
     import pulp  # slow to import
 
     if have_highs():
-        solver = pulp.HiGHS(msg=False, timeLimit=limit, threads=1)
+        solver = pulp.HiGHS(msg=False, timeLimit=limit, threads=1, gapRel=gap)
     else:
-        solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=limit, threads=1)
+        solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=limit, threads=1, gapRel=gap)
     problem.solve(solver)
     if problem.sol_status == pulp.LpSolutionOptimal:
         return True
@@ -245,11 +253,35 @@ def _label_layers(flow_LGG: F64, cost_DD: F64, limit: float) -> Solution | None:
     return Solution(device_LG.ravel(), value, proven)
 
 
+def _cover_items(item_CM: F64, cost_C: F64, limit: float) -> Solution | None:
+    import pulp
+
+    columns = [[int(e) for e in items] for items in item_CM]
+    experts = max(e for items in columns for e in items) + 1
+    problem = pulp.LpProblem("cover", pulp.LpMinimize)
+    x = pulp.LpVariable.dicts("x", range(len(columns)), cat="Binary")
+    problem += pulp.lpSum(float(cost) * x[c] for c, cost in enumerate(cost_C))
+    holding: list[list[int]] = [[] for _ in range(experts)]
+    for c, items in enumerate(columns):
+        for e in items:
+            holding[e].append(c)
+    for e in range(experts):
+        problem += pulp.lpSum(x[c] for c in holding[e]) == 1, f"expert_{e}_lies_once"
+    proven = _solve(problem, limit, gap=0.0)
+    if proven is None:
+        return None
+    device_E, chosen = np.zeros(experts, np.int32), [c for c in x if x[c].value() > 0.5]
+    for d, c in enumerate(chosen):
+        device_E[columns[c]] = d
+    return Solution(device_E, float(cost_C[chosen].sum()), proven)
+
+
 _PROGRAMS: dict[str, Callable[..., Solution | None]] = {
     "cluster": _cluster_layer,
     "polish": _polish_layer,
     "chain": _best_chain,
     "labels": _label_layers,
+    "cover": _cover_items,
 }
 
 if __name__ == "__main__":

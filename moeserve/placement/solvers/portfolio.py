@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moeserve.errors import PlacementError
 from moeserve.placement.cluster import Dataflow
-from moeserve.placement.cost import priced, traffic
+from moeserve.placement.cost import imbalance, priced, traffic
 from moeserve.placement.formats.runtimes import lightllm_rows
 from moeserve.placement.plan import Plan, contiguous, tidy, with_slots
 from moeserve.placement.problem import Problem, check
@@ -27,6 +27,8 @@ from moeserve.placement.routing import Routing
 from moeserve.placement.solvers import align, dp, moetuner
 from moeserve.placement.solvers.annealing import AnnealingSchedule
 from moeserve.placement.solvers.balance import balance_layers
+from moeserve.placement.solvers.columns.certify import PlanBounds
+from moeserve.placement.solvers.columns.levels import BoundedRouting
 from moeserve.placement.solvers.eplb import eplb
 from moeserve.placement.solvers.grouping import each_layer, group_layer
 from moeserve.placement.solvers.polish import polish
@@ -38,6 +40,8 @@ Progress = Callable[[str, int, int], None]
 MOST_TOKENS = 16384  # more are thinned out evenly for the search; figures use all
 _PROBE, _DEEPEST = 60, 2400  # swaps tried per slot
 _HEAT = 0.3
+_GROUPING = 0.35  # of the time, where bounds follow
+_PROOF_NODES = 20_000  # of each exact search, where no clock is looked at
 
 
 class Solver(StrEnum):
@@ -55,11 +59,16 @@ class Solver(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """``seconds`` None: as deep as is sensible, without looking at the clock (reproducible)."""
+    """``seconds`` None: as deep as is sensible, without looking at the clock (reproducible).
+
+    ``branch``: what grouping leaves of the time goes into bounds by columns and the better layers
+    that they lead to.
+    """
 
     seconds: float | None = 60.0
     threads: int = 2
     seed: int = 1
+    branch: bool = False
 
     def __post_init__(self) -> None:
         if self.seconds is not None and not self.seconds > 0:
@@ -101,6 +110,17 @@ class _Work:
         return with_slots(self.blank, tidy(expert_LS, self.problem.cluster.devices))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SolvedPlacement:
+    """``bound_L``: no plan within the limits has fewer priced copies on what was fitted.
+
+    None where no bound by columns was looked for.
+    """
+
+    plan: Plan
+    bound_L: F64 | None = None
+
+
 def solve(
     problem: Problem,
     routing: Routing,
@@ -109,15 +129,66 @@ def solve(
     progress: Progress = _silent,
 ) -> Plan:
     """The best plan found; its ``figures`` are left to ``report``."""
+    return solve_bounded(problem, routing, solver, budget, progress).plan
+
+
+def solve_bounded(
+    problem: Problem,
+    routing: Routing,
+    solver: Solver = Solver.AUTO,
+    budget: Budget | None = None,
+    progress: Progress = _silent,
+) -> SolvedPlacement:
+    """The best plan found, with the bound that was shown on the way."""
     check(problem, routing)
     work = _prepare(problem, routing, budget or Budget(), progress)
-    plan = _SOLVERS[solver](work)
+    plan, bound_L = _SOLVERS[solver](work), None
+    if solver is Solver.AUTO and branches(problem, routing, work.budget):
+        plan, bound_L = branched(work, plan)
     if problem.moves is not None and not (solver is Solver.AUTO and plan.guide_LED is not None):
         plan = align.nearest(plan, problem.moves.previous)
     if plan.dataflow is Dataflow.MIGRATE and work.topk_TLK is not None:
         plan = align.with_guide(plan, work.topk_TLK)
     _check_pairs(problem, plan)
-    return plan
+    return SolvedPlacement(plan, bound_L)
+
+
+def branches(problem: Problem, routing: Routing, budget: Budget) -> bool:
+    """Whether bounds by columns are looked for while solving."""
+    free = not (problem.apart or problem.together or problem.moves)
+    return budget.branch and problem.dataflow.moved_by_grouping and routing.has_tokens and free
+
+
+def branched(work: _Work, plan: Plan) -> tuple[Plan, F64]:
+    """Bounds on all tokens of the routing, and the plan with the better layers they led to."""
+    problem, routing, budget = work.problem, work.routing, work.budget
+    cluster = problem.cluster
+    mixed_LE = work.load_LEW[:, :, 0]
+    on = BoundedRouting(routing.tokens_TLK, routing.token_weight_T, mixed_LE)
+    bounds = PlanBounds(plan, on, cluster, on.most_L(plan, cluster, problem.max_imbalance))
+    left = None if budget.seconds is None else max(0.0, work.deadline - time.monotonic())
+    bounds.run(
+        seconds=left,
+        nodes=_PROOF_NODES if left is None else 1 << 60,
+        threads=budget.threads,
+        progress=lambda done, total: work.progress("bounds", done, total),
+    )
+    if problem.dataflow is Dataflow.HOME_DEDUP and float(np.ptp(cluster.speed_D)) == 0:
+        rows = [bounds.better_rows().get(l, row_S) for l, row_S in enumerate(plan.expert_LS)]
+        plan = _within_workloads(work, plan, work.plan(np.stack(rows)))
+    return plan, bounds.bound_L()
+
+
+def _within_workloads(work: _Work, plan: Plan, better: Plan) -> Plan:
+    """The better layers that keep each single workload within its limit, where there are several.
+
+    The mixture's limit they keep already.
+    """
+    ok_L = np.ones(plan.num_layers, np.bool_)
+    for load_LE in np.moveaxis(work.load_LEW, 2, 0)[1:]:
+        limit_L = np.maximum(work.problem.max_workload_imbalance, imbalance(plan, load_LE))
+        ok_L &= imbalance(better, load_LE) <= limit_L + 1e-12
+    return work.plan(np.where(ok_L[:, None], better.expert_LS, plan.expert_LS))
 
 
 def _prepare(problem: Problem, routing: Routing, budget: Budget, progress: Progress) -> _Work:
@@ -253,6 +324,8 @@ def _grouped(work: _Work) -> Plan:
     depth = _DEEPEST
     if work.budget.seconds is not None:
         spare = 0.8 * (work.deadline - time.monotonic())
+        if branches(work.problem, work.routing, work.budget):
+            spare = _GROUPING * work.budget.seconds - (time.monotonic() - began)
         if work.problem.dataflow is Dataflow.MIGRATE:
             spare *= 0.6
         depth = int(min(_DEEPEST, _PROBE * spare / max(1e-3, time.monotonic() - began)))

@@ -1,0 +1,686 @@
+#include "columns.h"
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <numeric>
+#include <set>
+
+namespace moeserve {
+namespace {
+
+constexpr int64_t kToken = 720720;  // divisible by 1..16, and by s (s + 1) up to s = 15
+constexpr int64_t kWidest = 16;
+constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 4;
+
+uint64_t next_random(uint64_t& state) {
+  uint64_t z = (state += 0x9E3779B97F4A7C15ull);
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+class Allowance {
+ public:
+  explicit Allowance(Limits limits) : limits_(limits), began_(Clock::now()) {}
+
+  // Counts a node; false once a limit is reached.
+  bool spend() {
+    ++nodes;
+    if (nodes > limits_.nodes) over_ = true;
+    if ((nodes & 15) == 0 && limits_.seconds < 1e9 &&
+        std::chrono::duration<double>(Clock::now() - began_).count() > limits_.seconds)
+      over_ = true;
+    return !over_;
+  }
+  bool over() const { return over_; }
+
+  int64_t nodes = 0;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Limits limits_;
+  Clock::time_point began_;
+  bool over_ = false;
+};
+
+// Patterns of each item, as one array with offsets.
+struct Patterns {
+  std::vector<int32_t> start, pattern;
+  explicit Patterns(const ColumnProblem& in) : start(in.items + 1, 0) {
+    const int64_t cells = in.patterns * in.width;
+    for (int64_t i = 0; i < cells; ++i)
+      if (in.item_PK[i] >= 0) ++start[in.item_PK[i] + 1];
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    pattern.resize(start.back());
+    std::vector<int32_t> fill(start.begin(), start.end() - 1);
+    for (int64_t i = 0; i < cells; ++i)
+      if (in.item_PK[i] >= 0) pattern[fill[in.item_PK[i]]++] = int32_t(i / in.width);
+  }
+};
+
+int64_t touched(const ColumnProblem& in, const Patterns& of, const int32_t* item, int64_t count) {
+  std::vector<char> seen(in.patterns, 0);
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < count; ++i)
+    for (int32_t x = of.start[item[i]]; x < of.start[item[i] + 1]; ++x)
+      if (char& met = seen[of.pattern[x]]; !met) met = 1, tokens += in.weight_P[of.pattern[x]];
+  return tokens * kToken;
+}
+
+void keep(Priced& found, std::vector<int32_t> items, int64_t size, int64_t reduced) {
+  std::sort(items.begin(), items.end());
+  items.resize(size, -1);
+  found.item_CM.insert(found.item_CM.end(), items.begin(), items.end());
+  found.reduced_C.push_back(reduced);
+}
+
+// Candidates that can still join the chosen items, with what the tokens that are not touched yet
+// say about them: `n` tokens use each, `pair` tokens use both.
+struct Level {
+  int64_t count = 0;
+  std::vector<int32_t> item, n, pair;
+  std::vector<int64_t> least;           // no column with this candidate is cheaper by its share
+  std::vector<int64_t> paired;          // with its best partners but one: see `glance`
+  std::vector<int32_t> at;              // item -> candidate, or -1
+  int32_t* row(int64_t i) { return &pair[i * count]; }
+};
+
+class Pricing {
+ public:
+  Pricing(const ColumnProblem& in, int64_t threshold, int64_t most, Limits limits)
+      : in_(in), threshold_(threshold), most_(most), allowance_(limits), of_(in),
+        touched_(in.patterns, 0), level_(in.size + 1) {
+    found_.floor = threshold;
+    Level& all = level_[0];
+    const int64_t E = all.count = in.items;
+    all.item.resize(E);
+    std::iota(all.item.begin(), all.item.end(), 0);
+    all.n.assign(E, 0);
+    all.pair.assign(E * E, 0);
+    for (int64_t p = 0; p < in.patterns; ++p) {
+      const int32_t* item = in.item_PK + p * in.width;
+      for (int64_t i = 0; i < in.width && item[i] >= 0; ++i) {
+        all.n[item[i]] += in.weight_P[p];
+        for (int64_t j = 0; j < i; ++j) {
+          all.pair[item[i] * E + item[j]] += in.weight_P[p];
+          all.pair[item[j] * E + item[i]] += in.weight_P[p];
+        }
+      }
+    }
+  }
+
+  Priced run(bool* complete) {
+    visit(0, 0, 0, -kMost);
+    *complete = !stopped_;
+    found_.nodes = allowance_.nodes;
+    for (int64_t reduced : found_.reduced_C) found_.floor = std::min(found_.floor, reduced);
+    return std::move(found_);
+  }
+
+ private:
+  bool allowed(int64_t load) const { return in_.least_load <= load && load <= in_.most_load; }
+
+  void hit(int64_t value, int64_t load, int32_t a, int32_t b) {
+    if (value >= threshold_ || !allowed(load)) return;
+    std::vector<int32_t> items(chosen_);
+    if (a >= 0) items.push_back(a);
+    if (b >= 0) items.push_back(b);
+    keep(found_, std::move(items), in_.size, value);
+    if (int64_t(found_.reduced_C.size()) >= most_) stopped_ = true;
+  }
+
+  void last_one(Level& at, int64_t value, int64_t load) {
+    for (int64_t i = 0; i < at.count && !stopped_; ++i) {
+      const int32_t e = at.item[i];
+      hit(value + at.n[i] * kToken - in_.price_E[e], load + in_.load_E[e], e, -1);
+    }
+  }
+
+  void last_two(Level& at, int64_t value, int64_t load) {
+    for (int64_t i = 0; i < at.count && !stopped_; ++i) {
+      const int32_t e = at.item[i];
+      const int64_t with_e = value + at.n[i] * kToken - in_.price_E[e];
+      const int64_t load_e = load + in_.load_E[e];
+      if (in_.at_most) hit(with_e, load_e, e, -1);
+      const int32_t* pair = at.row(i);
+      for (int64_t j = i + 1; j < at.count; ++j) {
+        const int32_t f = at.item[j];
+        const int64_t both = with_e + (at.n[j] - pair[j]) * kToken - in_.price_E[f];
+        if (both < threshold_) hit(both, load_e + in_.load_E[f], e, f);
+        if (stopped_) break;
+      }
+    }
+  }
+
+  // What `partners + 1` items cost at the least, as the share of one of them: n tokens use it, and
+  // the pairs with its partners hold up to `with` of these. A token touched by j of the items is
+  // divided equally among them. 1 / j is convex in j, so
+  // 1 / j >= 2 / (s + 1) - (j - 1) / (s (s + 1)) for every s; and j - 1 sums up to the pairs.
+  int64_t share_of(int64_t n, int64_t with, int64_t partners) const {
+    const int64_t most = std::min(in_.width, partners + 1);
+    int64_t best = most <= kWidest ? n * (kToken / most) : 0;
+    for (int64_t s = 1; s <= most && s < kWidest; ++s)
+      best = std::max(best, 2 * n * (kToken / (s + 1)) - with * (kToken / (s * (s + 1))));
+    return best;
+  }
+
+  void share(Level& at, int64_t partners) {
+    at.least.resize(at.count);
+    at.paired.resize(at.count);
+    top_.resize(partners + 1);
+    for (int64_t i = 0; i < at.count; ++i) {
+      const int32_t* pair = at.row(i);
+      int64_t kept = 0;
+      for (int64_t j = 0; j < at.count; ++j) {
+        const int32_t x = pair[j];
+        if (kept == partners && x <= top_[kept - 1]) continue;
+        int64_t k = kept < partners ? kept++ : kept - 1;
+        for (; k > 0 && top_[k - 1] < x; --k) top_[k] = top_[k - 1];
+        top_[k] = x;
+      }
+      const int64_t with = std::accumulate(top_.begin(), top_.begin() + kept, int64_t(0));
+      at.paired[i] = kept == partners ? with - top_[kept - 1] : with;
+      at.least[i] = share_of(at.n[i], with, partners) - in_.price_E[at.item[i]];
+    }
+  }
+
+  int64_t joining(int64_t least) const { return in_.at_most ? std::min<int64_t>(0, least) : least; }
+
+  // Drops candidates that no column below the threshold can have. The least that `rest` of them
+  // add; kMost when nothing can come of it.
+  int64_t narrow(Level& at, int64_t value, int64_t rest) {
+    for (;;) {
+      if (at.count < rest && !in_.at_most) return kMost;
+      share(at, rest - 1);
+      sorted_.resize(at.count);
+      for (int64_t i = 0; i < at.count; ++i) sorted_[i] = joining(at.least[i]);
+      const int64_t take = std::min(rest, at.count);
+      if (take == 0) return 0;
+      std::nth_element(sorted_.begin(), sorted_.begin() + take - 1, sorted_.end());
+      const int64_t dearest = sorted_[take - 1];
+      const int64_t sum = std::accumulate(sorted_.begin(), sorted_.begin() + take, int64_t(0));
+      if (value + sum >= threshold_) return kMost;
+      const int64_t others = take < rest ? sum : sum - dearest;
+      kept_.clear();
+      for (int64_t i = 0; i < at.count; ++i)
+        if (at.least[i] <= dearest || value + others + at.least[i] < threshold_)
+          kept_.push_back(int32_t(i));
+      if (int64_t(kept_.size()) == at.count) return sum;
+      const bool again = int64_t(kept_.size()) < at.count - at.count / 8;
+      take_only(at, kept_);
+      if (!again) return sum;
+    }
+  }
+
+  // Keeps these candidates, in this order.
+  void take_only(Level& at, const std::vector<int32_t>& kept) {
+    const int64_t old = at.count, count = int64_t(kept.size());
+    Level& to = spare_;
+    to.count = count;
+    to.item.resize(count);
+    to.n.resize(count);
+    to.least.resize(count);
+    to.paired.resize(count);
+    if (int64_t(to.pair.size()) < count * count) to.pair.resize(count * count);
+    for (int64_t i = 0; i < count; ++i) {
+      to.item[i] = at.item[kept[i]];
+      to.n[i] = at.n[kept[i]];
+      to.least[i] = at.least[kept[i]];
+      to.paired[i] = at.paired[kept[i]];
+      const int32_t* from = &at.pair[kept[i] * old];
+      int32_t* into = &to.pair[i * count];
+      for (int64_t j = 0; j < count; ++j) into[j] = from[kept[j]];
+    }
+    std::swap(at.count, to.count);
+    at.item.swap(to.item);
+    at.n.swap(to.n);
+    at.least.swap(to.least);
+    at.paired.swap(to.paired);
+    at.pair.swap(to.pair);
+  }
+
+  bool loads_fit(const Level& at, int64_t load, int64_t rest) {
+    loads_.resize(at.count);
+    for (int64_t i = 0; i < at.count; ++i) loads_[i] = in_.load_E[at.item[i]];
+    std::nth_element(loads_.begin(), loads_.begin() + rest - 1, loads_.end());
+    if (std::accumulate(loads_.begin(), loads_.begin() + rest, load) > in_.most_load) return false;
+    std::nth_element(loads_.begin(), loads_.begin() + rest - 1, loads_.end(),
+                     std::greater<int64_t>());
+    return std::accumulate(loads_.begin(), loads_.begin() + rest, load) >= in_.least_load;
+  }
+
+  void visit(int64_t depth, int64_t value, int64_t load, int64_t lower) {
+    if (stopped_ || !allowance_.spend()) {
+      stopped_ = true;
+      found_.floor = std::min(found_.floor, lower);
+      return;
+    }
+    Level& at = level_[depth];
+    const int64_t rest = in_.size - depth;
+    if (in_.at_most && depth > 0) hit(value, load, -1, -1);
+    if (rest <= 2) {
+      if (rest == 2) last_two(at, value, load);
+      if (rest == 1) last_one(at, value, load);
+      if (stopped_) found_.floor = std::min(found_.floor, lower);
+      return;
+    }
+    if (!in_.at_most && (at.count < rest || !loads_fit(at, load, rest))) return;
+    if (narrow(at, value, rest) >= kMost) return;
+    order_.resize(at.count);
+    std::iota(order_.begin(), order_.end(), 0);
+    std::sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) {
+      return at.least[a] != at.least[b] ? at.least[a] < at.least[b] : at.item[a] < at.item[b];
+    });
+    take_only(at, order_);
+    at.at.assign(in_.items, -1);
+    for (int64_t i = 0; i < at.count; ++i) at.at[at.item[i]] = int32_t(i);
+    for (int64_t i = 0; i < at.count && (in_.at_most || i + rest <= at.count); ++i) {
+      int64_t below = value + at.least[i];
+      for (int64_t j = i + 1; j < std::min(i + rest, at.count); ++j) below += joining(at.least[j]);
+      if (below >= threshold_) break;
+      if (stopped_) {
+        found_.floor = std::min(found_.floor, below);
+        break;
+      }
+      descend_into(depth, i, value, load, below);
+    }
+  }
+
+  // A first look at the columns with candidate i and none before it: into `kept_` the candidates
+  // that such a column below the threshold can have, judged by the pairs as they are. False when
+  // there is no such column.
+  bool glance(Level& at, int64_t i, int64_t value, int64_t rest) {
+    const int32_t* pair = at.row(i);
+    const int64_t others = at.count - i - 1, take = std::min(rest, others);
+    kept_.clear();
+    if (in_.at_most ? take == 0 : others < rest) return in_.at_most;
+    first_.resize(others);
+    sorted_.resize(others);
+    for (int64_t j = 0; j < others; ++j) {
+      const int64_t c = i + 1 + j, n = at.n[c] - pair[c];
+      first_[j] = share_of(n, at.paired[c], rest - 1) - in_.price_E[at.item[c]];
+      sorted_[j] = joining(first_[j]);
+    }
+    std::nth_element(sorted_.begin(), sorted_.begin() + take - 1, sorted_.end());
+    const int64_t dearest = sorted_[take - 1];
+    const int64_t sum = std::accumulate(sorted_.begin(), sorted_.begin() + take, int64_t(0));
+    if (!in_.at_most && value + sum >= threshold_) return false;
+    const int64_t fewer = take < rest ? sum : sum - dearest;
+    for (int64_t j = 0; j < others; ++j)
+      if (value + fewer + first_[j] < threshold_ || (!in_.at_most && first_[j] <= dearest))
+        kept_.push_back(int32_t(i + 1 + j));
+    return true;
+  }
+
+  // The columns with candidate i and none before it.
+  void descend_into(int64_t depth, int64_t i, int64_t value, int64_t load, int64_t below) {
+    Level &at = level_[depth], &to = level_[depth + 1];
+    const int32_t e = at.item[i];
+    const int64_t with_e = value + at.n[i] * kToken - in_.price_E[e];
+    if (!glance(at, i, with_e, in_.size - depth - 1)) return;
+    const int64_t count = to.count = int64_t(kept_.size());
+    to.item.resize(count);
+    to.n.resize(count);
+    if (int64_t(to.pair.size()) < count * count) to.pair.resize(count * count);
+    seat_.assign(at.count, -1);
+    for (int64_t a = 0; a < count; ++a) {
+      const int32_t c = kept_[a];
+      seat_[c] = int32_t(a);
+      to.item[a] = at.item[c];
+      to.n[a] = at.n[c];
+      const int32_t* from = at.row(c);
+      int32_t* into = &to.pair[a * count];
+      for (int64_t b = 0; b < count; ++b) into[b] = from[kept_[b]];
+    }
+    const size_t mark = trail_.size();
+    touch(e, at, to);
+    chosen_.push_back(e);
+    visit(depth + 1, with_e, load + in_.load_E[e], below);
+    chosen_.pop_back();
+    for (size_t t = mark; t < trail_.size(); ++t) touched_[trail_[t]] = 0;
+    trail_.resize(mark);
+  }
+
+  // Marks the patterns of e, and takes those that were not from the counts of the next level.
+  void touch(int32_t e, const Level& at, Level& to) {
+    int32_t seat[256];
+    for (int32_t x = of_.start[e]; x < of_.start[e + 1]; ++x) {
+      const int32_t p = of_.pattern[x];
+      if (touched_[p]) continue;
+      touched_[p] = 1;
+      trail_.push_back(p);
+      const int32_t* item = in_.item_PK + int64_t(p) * in_.width;
+      const int32_t w = in_.weight_P[p];
+      int seats = 0;
+      for (int64_t k = 0; k < in_.width && item[k] >= 0; ++k)
+        if (const int32_t c = at.at[item[k]]; c >= 0 && seat_[c] >= 0) seat[seats++] = seat_[c];
+      for (int a = 0; a < seats; ++a) {
+        to.n[seat[a]] -= w;
+        int32_t* row = &to.pair[seat[a] * to.count];
+        for (int b = 0; b < seats; ++b) row[seat[b]] -= w;
+        row[seat[a]] = 0;
+      }
+    }
+  }
+
+  const ColumnProblem& in_;
+  int64_t threshold_, most_;
+  Allowance allowance_;
+  Patterns of_;
+  std::vector<char> touched_;
+  std::vector<int32_t> trail_, chosen_, order_, kept_, top_, seat_;
+  std::vector<int64_t> sorted_, loads_, first_;
+  std::vector<Level> level_;
+  Level spare_;
+  Priced found_{};
+  bool stopped_ = false;
+};
+
+// A column being changed item by item: what each change would cost is kept up to date.
+class Descent {
+ public:
+  Descent(const ColumnProblem& in, const Patterns& of)
+      : in_(in), of_(of), hits_(in.patterns, 0), add_(in.items, 0), loses_(in.items, 0),
+        alone_(in.items * in.items, 0), inside_(in.items, 0) {
+    for (int32_t e = 0; e < in_.items; ++e)
+      for (int32_t x = of_.start[e]; x < of_.start[e + 1]; ++x)
+        add_[e] += in_.weight_P[of_.pattern[x]];
+  }
+
+  void clear() {
+    while (!items_.empty()) take_out(items_.back());
+  }
+
+  void put_in(int32_t e) {
+    for (int32_t x = of_.start[e]; x < of_.start[e + 1]; ++x) {
+      const int32_t p = of_.pattern[x];
+      inside_[e] = 0;
+      count(p, -1);
+      if (hits_[p]++ == 0) touched_ += in_.weight_P[p];
+      inside_[e] = 1;
+      count(p, 1);
+    }
+    inside_[e] = 1;
+    items_.push_back(e);
+    load_ += in_.load_E[e];
+  }
+
+  void take_out(int32_t e) {
+    for (int32_t x = of_.start[e]; x < of_.start[e + 1]; ++x) {
+      const int32_t p = of_.pattern[x];
+      inside_[e] = 1;
+      count(p, -1);
+      if (--hits_[p] == 0) touched_ -= in_.weight_P[p];
+      inside_[e] = 0;
+      count(p, 1);
+    }
+    inside_[e] = 0;
+    load_ -= in_.load_E[e];
+    items_.erase(std::find(items_.begin(), items_.end(), e));
+  }
+
+  void complete(uint64_t& random) {
+    while (int64_t(items_.size()) < in_.size) {
+      int64_t best = kMost;
+      int32_t pick = -1;
+      for (int32_t e = 0; e < in_.items; ++e) {
+        const int64_t noise = int64_t(next_random(random) % 1024);
+        if (inside_[e]) continue;
+        const int64_t with = add_[e] * kToken + tokens(e) * (kToken / 8192) * noise -
+                             in_.price_E[e] + over(load_ + in_.load_E[e], false);
+        if (with < best) best = with, pick = e;
+      }
+      if (pick < 0) return;
+      if (in_.at_most && best >= 0 && !items_.empty()) return;
+      put_in(pick);
+    }
+  }
+
+  // The best change of one item for another (or, with fewer allowed, of none for one or one for
+  // none) while it helps.
+  void improve(Priced& found, std::set<std::vector<int32_t>>& met, int64_t threshold,
+               int64_t most) {
+    for (int64_t move = 0; move < 8 * in_.size; ++move) {
+      note(found, met, threshold, most);
+      int64_t best = 0;
+      int32_t out = -1, in = -1;
+      const int64_t now = over(load_, true);
+      for (int32_t e : items_) {
+        const int64_t lose = in_.price_E[e] - loses_[e] * kToken;
+        const int64_t* alone = &alone_[int64_t(e) * in_.items];
+        if (in_.at_most && items_.size() > 1)
+          if (int64_t d = lose + over(load_ - in_.load_E[e], true) - now; d < best)
+            best = d, out = e, in = -1;
+        for (int32_t f = 0; f < in_.items; ++f) {
+          if (inside_[f]) continue;
+          int64_t d = lose + (add_[f] + alone[f]) * kToken - in_.price_E[f];
+          if (d >= best) continue;
+          d += over(load_ - in_.load_E[e] + in_.load_E[f], true) - now;
+          if (d < best) best = d, out = e, in = f;
+        }
+      }
+      if (in_.at_most && int64_t(items_.size()) < in_.size)
+        for (int32_t f = 0; f < in_.items; ++f) {
+          if (inside_[f]) continue;
+          int64_t d = add_[f] * kToken - in_.price_E[f] + over(load_ + in_.load_E[f], true) - now;
+          if (d < best) best = d, out = -1, in = f;
+        }
+      if (out < 0 && in < 0) return;
+      if (out >= 0) take_out(out);
+      if (in >= 0) put_in(in);
+    }
+    note(found, met, threshold, most);
+  }
+
+ private:
+  // Adds (or takes away) what pattern p says at its present number of hits.
+  void count(int32_t p, int64_t sign) {
+    if (hits_[p] > 1) return;
+    const int64_t w = sign * in_.weight_P[p];
+    const int32_t* item = in_.item_PK + int64_t(p) * in_.width;
+    if (hits_[p] == 0) {
+      for (int64_t k = 0; k < in_.width && item[k] >= 0; ++k) add_[item[k]] += w;
+      return;
+    }
+    int32_t only = -1;
+    for (int64_t k = 0; only < 0 && k < in_.width && item[k] >= 0; ++k)
+      if (inside_[item[k]]) only = item[k];
+    loses_[only] += w;
+    int64_t* alone = &alone_[int64_t(only) * in_.items];
+    for (int64_t k = 0; k < in_.width && item[k] >= 0; ++k) alone[item[k]] += w;
+  }
+
+  int64_t tokens(int32_t e) const { return of_.start[e + 1] - of_.start[e]; }
+
+  // Load outside the limits is charged: four tokens a choice, which is 16 units.
+  int64_t over(int64_t load, bool whole) const {
+    int64_t off = std::max<int64_t>(0, load - in_.most_load);
+    if (whole) off += std::max<int64_t>(0, in_.least_load - load);
+    return off > kMost / kToken ? kMost / 2 : kToken / 4 * off;
+  }
+
+  void note(Priced& found, std::set<std::vector<int32_t>>& met, int64_t threshold, int64_t most) {
+    if (load_ < in_.least_load || load_ > in_.most_load) return;
+    if (!in_.at_most && int64_t(items_.size()) < in_.size) return;
+    std::vector<int32_t> items(items_);
+    std::sort(items.begin(), items.end());
+    int64_t reduced = touched_ * kToken;
+    for (int32_t e : items) reduced -= in_.price_E[e];
+    if (reduced >= threshold || int64_t(found.reduced_C.size()) >= most) return;
+    if (met.insert(items).second) keep(found, items, in_.size, reduced);
+  }
+
+  const ColumnProblem& in_;
+  const Patterns& of_;
+  std::vector<int32_t> hits_, items_;
+  std::vector<int64_t> add_;    // tokens that an item would bring
+  std::vector<int64_t> loses_;  // tokens that only this item brings
+  std::vector<int64_t> alone_;  // of these, those that use the other item too
+  std::vector<char> inside_;
+  int64_t load_ = 0, touched_ = 0;
+};
+
+class Covering {
+ public:
+  Covering(const ColumnProblem& in, int64_t columns, const int32_t* item_CM,
+           const int64_t* reduced_C, int64_t whole, int64_t budget, Limits limits)
+      : in_(in), of_(in), item_CM_(item_CM), reduced_C_(reduced_C), whole_(whole),
+        best_(budget), blocks_(in.items / in.size), allowance_(limits),
+        state_(in.items, kOpen), list_(in.items + blocks_ + 2) {
+    list_[0].resize(columns);
+    std::iota(list_[0].begin(), list_[0].end(), 0);
+  }
+
+  Cover run() {
+    visit(0, 0);
+    return {block_E_, best_, !allowance_.over(), allowance_.nodes};
+  }
+
+ private:
+  enum : char { kOpen, kCovered, kImplied };
+
+  void visit(int64_t depth, int64_t value) {
+    if (!allowance_.spend()) return;
+    if (int64_t(chosen_.size()) == blocks_ - 1) return finish(value);
+    std::vector<int32_t>& list = list_[depth];
+    const int64_t places = in_.size - implied_;  // left in the implied block
+    int32_t pick = -1;
+    for (bool fewer = true; fewer;) {
+      int64_t barred = 0;
+      pick = survey(list, &barred);
+      if (barred > places) return;
+      const int64_t lower = value + remaining(barred, places);
+      if (lower >= best_) return;
+      // A column is dropped when it and the least of the items outside cost too much.
+      const size_t before = list.size();
+      list.erase(std::remove_if(list.begin(), list.end(), [&](int32_t c) {
+        int64_t own = 0;
+        for (int64_t m = 0; m < in_.size; ++m) own += least_[item_CM_[c * in_.size + m]];
+        return lower + reduced_C_[c] - own / in_.size - 1 >= best_;
+      }), list.end());
+      fewer = list.size() < before - before / 8;
+    }
+    for (size_t i = 0; i < list.size() && !allowance_.over(); ++i) {
+      const int32_t* item = item_CM_ + list[i] * in_.size;
+      if (std::find(item, item + in_.size, pick) == item + in_.size) continue;
+      const int64_t with = value + reduced_C_[list[i]];
+      if (with + (implied_ ? whole_ + 1 : 0) >= best_) break;
+      for (int64_t m = 0; m < in_.size; ++m) state_[item[m]] = kCovered;
+      chosen_.push_back(list[i]);
+      filter(depth, best_ - with);
+      visit(depth + 1, with);
+      chosen_.pop_back();
+      for (int64_t m = 0; m < in_.size; ++m) state_[item[m]] = kOpen;
+    }
+    if (places > 0 && value + whole_ + 1 < best_ && !allowance_.over()) {
+      state_[pick] = kImplied;
+      ++implied_;
+      filter(depth, best_ - value - whole_ - 1);
+      visit(depth + 1, value);
+      --implied_;
+      state_[pick] = kOpen;
+    }
+  }
+
+  // The open item in the fewest columns; the cheapest column of each into `least_` and `open_`.
+  // `barred` items have none.
+  int32_t survey(const std::vector<int32_t>& list, int64_t* barred) {
+    number_.assign(in_.items, 0);
+    least_.assign(in_.items, 0);
+    for (int32_t c : list)
+      for (int64_t m = 0; m < in_.size; ++m) {
+        const int32_t e = item_CM_[c * in_.size + m];
+        if (number_[e]++ == 0) least_[e] = reduced_C_[c];
+      }
+    int32_t pick = -1;
+    open_.clear();
+    for (int32_t e = 0; e < in_.items; ++e) {
+      if (state_[e] != kOpen) continue;
+      if (number_[e] == 0) ++*barred;
+      else open_.push_back(least_[e]);
+      if (pick < 0 || number_[e] < number_[pick]) pick = e;
+    }
+    return pick;
+  }
+
+  // Into the next list: columns of open items only, below what is left.
+  void filter(int64_t depth, int64_t left) {
+    std::vector<int32_t>& to = list_[depth + 1];
+    to.clear();
+    for (int32_t c : list_[depth]) {
+      if (reduced_C_[c] >= left) break;
+      const int32_t* item = item_CM_ + c * in_.size;
+      bool open = true;
+      for (int64_t m = 0; m < in_.size && open; ++m) open = state_[item[m]] == kOpen;
+      if (open) to.push_back(c);
+    }
+  }
+
+  // What the open items cost at the least: an m-th of the cheapest column of each, except those
+  // that end in the implied block.
+  int64_t remaining(int64_t barred, int64_t places) {
+    const int64_t all = std::accumulate(open_.begin(), open_.end(), int64_t(0));
+    const int64_t spared = std::min<int64_t>(places - barred, int64_t(open_.size()));
+    std::nth_element(open_.begin(), open_.begin() + spared, open_.end(), std::greater<int64_t>());
+    const int64_t with = all - std::accumulate(open_.begin(), open_.begin() + spared, int64_t(0));
+    const int64_t implied = whole_ + 1 + with / in_.size;
+    if (implied_ || barred) return implied;
+    return std::min(implied, all / in_.size);
+  }
+
+  void finish(int64_t value) {
+    std::vector<int32_t> last;
+    for (int32_t e = 0; e < in_.items; ++e)
+      if (state_[e] != kCovered) last.push_back(e);
+    int64_t load = 0, reduced = touched(in_, of_, last.data(), int64_t(last.size()));
+    for (int32_t e : last) load += in_.load_E[e], reduced -= in_.price_E[e];
+    if (load < in_.least_load || load > in_.most_load || value + reduced >= best_) return;
+    best_ = value + reduced;
+    block_E_.assign(in_.items, int32_t(blocks_ - 1));
+    for (size_t b = 0; b < chosen_.size(); ++b)
+      for (int64_t m = 0; m < in_.size; ++m)
+        block_E_[item_CM_[chosen_[b] * in_.size + m]] = int32_t(b);
+  }
+
+  const ColumnProblem& in_;
+  Patterns of_;
+  const int32_t* item_CM_;
+  const int64_t* reduced_C_;
+  int64_t whole_, best_, blocks_, implied_ = 0;
+  Allowance allowance_;
+  std::vector<char> state_;
+  std::vector<std::vector<int32_t>> list_;
+  std::vector<int32_t> chosen_, block_E_, number_;
+  std::vector<int64_t> open_, least_;
+};
+
+}  // namespace
+
+Priced price(const ColumnProblem& in, int64_t threshold, int64_t most, Limits limits,
+             bool* complete) {
+  return Pricing(in, threshold, most, limits).run(complete);
+}
+
+Priced descend(const ColumnProblem& in, int64_t starts, const int32_t* start_CM,
+               int64_t threshold, int64_t most, uint64_t seed) {
+  Priced found{};
+  std::set<std::vector<int32_t>> met;
+  Patterns of(in);
+  Descent descent(in, of);
+  for (int64_t c = 0; c < starts; ++c) {
+    descent.clear();
+    for (int64_t m = 0; m < in.size; ++m)
+      if (const int32_t e = start_CM[c * in.size + m]; e >= 0) descent.put_in(e);
+    descent.complete(seed);
+    descent.improve(found, met, threshold, most);
+  }
+  return found;
+}
+
+Cover cover(const ColumnProblem& in, int64_t columns, const int32_t* item_CM,
+            const int64_t* reduced_C, int64_t whole, int64_t budget, Limits limits) {
+  return Covering(in, columns, item_CM, reduced_C, whole, budget, limits).run();
+}
+
+}  // namespace moeserve

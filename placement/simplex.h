@@ -1,0 +1,47 @@
+// The master problem of a column generation: min cost @ x, each item in columns of total 1, and at
+// most `places` columns where they are counted. Primal simplex on a kept inverse, the right-hand
+// side perturbed against degeneracy; each solve begins at the last basis. Its twin is SimplexMaster
+// in moeserve/placement/solvers/columns/master.py, and either ends where it may: what is wanted are
+// prices, and any prices will do (moeserve/placement/solvers/columns/generation.py).
+//
+// Letters in shapes: E items, M items of a column, C columns, R rows (the items, then the places).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace moeserve {
+
+class Simplex {
+ public:
+  // `alone_E` is what an item outside of all columns costs.
+  Simplex(int64_t items, int64_t size, int64_t places, const double* alone_E, bool counted);
+
+  // -1 behind the last item of a column.
+  void add(int64_t columns, const int32_t* item_CM, const double* cost_C);
+  void solve();
+
+  const std::vector<double>& dual_R() const { return dual_R_; }
+  std::vector<double> share_C() const;  // of the columns that were added
+  int64_t items() const { return items_; }
+  int64_t size() const { return size_; }
+
+ private:
+  double reduced(int64_t c) const;
+  int64_t cheapest() const;
+  bool pivot(int64_t enters);
+  void refresh();
+  void sum_duals();
+  double basic_cost(int64_t r) const {
+    return basis_R_[r] < 0 ? alone_R_[-1 - basis_R_[r]] : cost_C_[basis_R_[r]];
+  }
+
+  int64_t items_, size_, rows_;
+  bool counted_;
+  std::vector<int32_t> item_CM_;
+  std::vector<double> cost_C_, alone_R_, right_R_, level_R_, inverse_RR_, dual_R_, step_R_;
+  std::vector<int64_t> basis_R_;  // a column, or -1 - r: that of row r alone
+  int64_t since_ = 0;
+};
+
+}  // namespace moeserve
