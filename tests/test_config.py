@@ -23,6 +23,7 @@ from moeserve.config.cluster import (
     PeerConfig,
 )
 from moeserve.config.commands import GROUPS
+from moeserve.config.kinds import parse_bytes
 from moeserve.config.options import (
     BatchConfig,
     Dtype,
@@ -30,7 +31,6 @@ from moeserve.config.options import (
     ModelOptions,
     RankOptions,
     ServeConfig,
-    parse_bytes,
 )
 from moeserve.config.reference import reference
 from moeserve.config.sources import (

@@ -17,17 +17,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from moeserve.config.kinds import Bytes, Port, Secret
 from moeserve.config.options import (
     AnswerOptions,
-    Bytes,
     DoorOptions,
     LogOptions,
     ModelOptions,
     Options,
-    Port,
     RankOptions,
     RequestOptions,
-    Secret,
     ServeConfig,
 )
 

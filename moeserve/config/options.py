@@ -23,57 +23,21 @@ is expected: a ``ServeConfig`` is a ``LoadOptions``. Options are frozen; a value
 from __future__ import annotations
 
 import ipaddress
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    SecretStr,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moeserve.config.kinds import Bytes, Count, Port, Secret
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 KvDtype = Literal["auto", "float32", "bfloat16", "int8"]
 Quantization = Literal["auto", "none", "int8", "int4"]
 
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{unit}iB": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
-_UNITS |= {f"{unit}B": 1000 ** (i + 1) for i, unit in enumerate("KMGT")}
-_MOST_BYTES = 1 << 60
 # Bounds of a step for throughput, unless others are given: they are what memory has to be there
 # for. What binds is KV, and what larger steps bring.
 THROUGHPUT_TOKENS = 4096
 THROUGHPUT_SEQS = 1024
-
-
-def parse_bytes(text: object) -> object:
-    """``"2GiB"`` -> 2147483648; integers pass."""
-    if not isinstance(text, str):
-        return text
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    units = {name.lower(): factor for name, factor in _UNITS.items()}
-    if not found or found[2].lower() not in units:
-        raise ValueError(f"not a size; write bytes or a number with one of {', '.join(_UNITS)[2:]}")
-    size = float(found[1]) * units[found[2].lower()]
-    if size > _MOST_BYTES:
-        raise ValueError("more than any machine has")
-    return int(size)
-
-
-def _reveal(secret: SecretStr | None) -> str | None:
-    return None if secret is None else secret.get_secret_value()
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Count = Annotated[int, Field(ge=1)]
-# Hidden wherever it is shown, and written out where settings are handed on.
-Secret = Annotated[SecretStr | None, PlainSerializer(_reveal)]
 
 
 class Options(BaseModel):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from moeserve.config.options import RankModelOptions, parse_bytes
+from moeserve.config.kinds import parse_bytes
+from moeserve.config.options import RankModelOptions
 from moeserve.errors import ConfigError
 
 if TYPE_CHECKING:
