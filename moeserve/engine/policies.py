@@ -12,7 +12,11 @@ from moeserve.engine.step_builder import StepBuilder
 
 
 class Admission(Protocol):
-    """Chooses who is admitted next; None admits nobody in this step."""
+    """Chooses who is admitted next; None admits nobody in this step. ``spare`` blocks are to be
+    left for each that runs when another one starts."""
+
+    @property
+    def spare(self) -> int: ...
 
     def begin(
         self,
@@ -31,6 +35,8 @@ class Admission(Protocol):
 
 class FirstComeFirstServed:
     """In order of arrival; preempted requests stand before those that never ran."""
+
+    spare = 1
 
     def begin(
         self,

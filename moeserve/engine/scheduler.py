@@ -221,19 +221,18 @@ class Scheduler:
         return builder
 
     def has_room(self, builder: StepBuilder, seq: SequenceState) -> bool:
-        """Whether a request can start: its tokens fit and all running ones can still grow a block.
-
-        Not in a step that had to preempt.
-        """
-        running, free = len(self._running), self.pool.num_free
+        """Whether a request can start: its tokens fit and all running ones can still grow, as the
+        admission wants it (``spare``). Not in a step that had to preempt."""
+        running = len(self._running)
+        free = self.pool.num_free - running * self._admission.spare
         if (
             not builder.budget
             or builder.preempted
             or running >= self.config.max_num_seqs
-            or (running >= free and not seq.blocks)  # one block at least is never shared
+            or (free <= 0 and not seq.blocks)  # one block at least is never shared
         ):
             return False
-        return self.kv.blocks_to_start(seq) + running <= free
+        return self.kv.blocks_to_start(seq) <= free
 
     def cached_tokens(self, seq: SequenceState) -> int:
         """Of a request's beginning, those whose KV is here."""

@@ -77,32 +77,51 @@ class Stay:
 
 
 class Outlook:
-    """What those that run will hold of KV, in tokens, until they have ended."""
+    """What those that run will hold of KV, in blocks, until they have ended."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._stays: list[Stay] = []
+        self._longest = 0  # blocks, were all at their longest together
 
     def add(self, length: int, left: int) -> None:
         insort(self._stays, Stay(-left, length))
+        self._longest += self._blocks(length + left - 1)
+
+    def has_room(self, length: int, left: int, blocks: int) -> bool:
+        """Whether one more leaves all with what they need of so many blocks."""
+        if self._longest + self._blocks(length + left - 1) <= blocks:
+            return True
+        return self.peak(length, left) <= blocks
 
     def peak(self, length: int = 0, left: int = 0) -> int:
         """Blocks at the worst moment, which is when one of them ends; with one more, if ``left``.
 
-        Each may leave all but one token of its last block empty.
+        Of those that stay as long, ``full`` counts whole blocks, ``rests`` how many have so many
+        tokens behind them: a step fills the block of those with the largest rest.
         """
-        held, most, slack = 0, 0, self._block_size - 1
+        size = self._block_size
+        full = most = 0
+        rests = [0] * size
         stays: Iterable[Stay] = self._stays
         if left:
             stays = sorted([*self._stays, Stay(-left, length)])
         for count, stay in enumerate(stays, start=1):
-            held += stay.length + slack
-            most = max(most, held + count * (-stay.minus_left - 1))
-        return most // self._block_size
+            whole, rest = divmod(stay.length + size - 1, size)
+            full += whole
+            rests[rest] += 1
+            rounds, steps = divmod(-stay.minus_left - 1, size)
+            most = max(most, full + count * rounds + sum(rests[size - steps :]))
+        return most
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self._block_size)
 
 
 class ThroughputAdmission:
     """An ``Admission``. ``cost`` predicts steps; ``limit`` is the longest sequence there may be."""
+
+    spare = 0  # what those that run will need is looked at
 
     def __init__(self, cost: StepCost, limit: int) -> None:
         self.step_tokens = 0  # of the newest step, the most
@@ -183,7 +202,7 @@ class ThroughputAdmission:
         wanted = (len(waiting) + len(running)) * (length + answer)
         self._staggers = wanted * answer > 2 * tokens * (length + answer)
         q = tokens / (answer * (length + answer / 2 + pool.block_size / 2))
-        self._credit = min(self._credit + q, max(1.0, 2 * q)) if self._staggers else 0.0
+        self._credit = min(self._credit + q, 1 + q) if self._staggers else 0.0
 
     def _left(self, seq: SequenceState) -> int:
         """Steps until it ends: of the prompts before it, of its own, of its answer."""
@@ -197,7 +216,7 @@ class ThroughputAdmission:
             return False
         waits = (self._behind + seq.length - seq.computed) // self._prefill
         left = waits + self.lengths.left(seq, self._limit)
-        return self._outlook.peak(seq.length, left) <= self._room
+        return self._outlook.has_room(seq.length, left, self._room)
 
     def _take(self, seq: SequenceState) -> None:
         """It was admitted."""

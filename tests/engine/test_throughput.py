@@ -171,16 +171,16 @@ def test_where_steps_cost_nothing_by_themselves_they_stay_small() -> None:
 
 
 def test_staggered_requests_take_fewer_steps_than_waves_and_none_is_preempted() -> None:
-    """KV binds: 480 requests of 16 and 32 tokens, and room for 42 of full length."""
-    requests = [request(i, 16, 32) for i in range(480)]
-    setting = {"num_blocks": 504, "config": ROOMY}
+    """KV binds: 240 requests of 16 and 32 tokens, and room for 21 of full length."""
+    requests = [request(i, 16, 32) for i in range(240)]
+    setting = {"num_blocks": 252, "config": ROOMY}
     even = run(requests, admission=ThroughputAdmission(Line(1.0, 1e-6), 256), **setting)
-    waves = run(requests, admission=Waves(42), **setting)
+    waves = run(requests, admission=Waves(21), **setting)
     assert even.counters.preemptions == 0
     predicted = (16 + 32) / (16 + 32 / 2)  # eq 7
-    bound = len(waves.outcomes) / len(even.outcomes)
+    fewer = len(waves.outcomes) / len(even.outcomes)
     # Blocks that are half full, and a beginning and an end where fewer run.
-    assert 0.75 * predicted < bound < predicted
+    assert 0.85 * predicted < fewer < predicted
     assert even.tokens == waves.tokens
 
 
@@ -218,7 +218,7 @@ def test_shorter_answers_are_learned_and_more_requests_fit() -> None:
     assert most > 2 * (160 * 4 // 128)
     latency = run(requests, admission=None, num_blocks=160, config=config)
     assert ran.tokens == latency.tokens
-    assert ran.counters.preemptions <= latency.counters.preemptions
+    assert ran.counters.recomputed_tokens < 0.05 * ran.counters.computed_tokens
 
 
 def test_a_shared_prefix_is_counted_once() -> None:
@@ -258,7 +258,7 @@ def test_blocks_that_were_missing_make_it_careful() -> None:
     stays=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 30)), min_size=1, max_size=12),
     block_size=st.sampled_from([1, 4, 16]),
 )
-def test_an_outlook_is_never_below_what_will_be_held(
+def test_an_outlook_is_what_will_be_held_at_the_worst_moment(
     stays: list[tuple[int, int]], block_size: int
 ) -> None:
     outlook = Outlook(block_size)
@@ -268,9 +268,9 @@ def test_an_outlook_is_never_below_what_will_be_held(
     held = [
         sum(-(-(length + t) // block_size) for length, left in stays if t < left) for t in range(30)
     ]
-    assert peak >= max(held)
-    if block_size == 1:
-        assert peak == max(held)
+    assert peak == max(held)
+    assert outlook.has_room(*stays[-1], peak)
+    assert not outlook.has_room(*stays[-1], peak - 1)
     outlook.add(*stays[-1])
     assert outlook.peak() == peak
 

@@ -1,0 +1,262 @@
+"""Prompts and answers in the same steps, beside one after the other: what of the weights is read.
+
+    python bench/overlap.py [--model demo] [--requests N] [--prompt P] [--answer G]
+                            [--kv-tokens M] [--step-tokens N] [--threads N] [--json]
+
+Requests of one shape, more than KV holds, through scheduler and model runner. Of every step the
+experts that its tokens chose are counted, each with the bytes that it has in the files: where
+weights stream, that is what has to be read. Three schedules:
+
+    alternating   prompts of all that KV holds at full length, then their answers, then the next
+    latency       whoever comes, as blocks are free (`--objective latency`)
+    throughput    answers and prompts in every step, started evenly (`--objective throughput`)
+
+Equation 7 of MoE-Lens says how many times more sequences KV holds where they are not all at their
+longest together, (p + g) / (p + g/2), and so how many times fewer bytes a token costs; a beginning
+and an end where fewer run, and blocks that are half full, take from it. Tokens of all schedules
+must be equal. Seconds are there, too; on a model in memory they show little of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from moeserve.core import Counters, Request, RequestId, SamplingParams, StepPlan
+from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
+from moeserve.engine.drive import drive
+from moeserve.engine.model_runner import ModelRunner
+from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.sequence import SequenceState
+from moeserve.engine.step_builder import StepBuilder
+from moeserve.engine.throughput import ThroughputAdmission
+from moeserve.kernels.select import choose_ops
+from moeserve.models.checkpoint import Checkpoint
+from moeserve.models.decoder import Decoder, load_decoder
+from moeserve.models.expert_source import expert_bytes
+from moeserve.models.library import resolve_model
+from moeserve.models.spec import MoeSpec
+
+BLOCK = 16
+
+
+class ReadsDominate:
+    """A ``StepCost`` of weights that stream: a step costs the same however many tokens it has."""
+
+    def seconds(self, prefill_tokens: int, decode_tokens: int, context_tokens: int) -> float:
+        return 1.0
+
+
+class Alternating(Scheduler):
+    """Prompts of all that find room at full length, without answers; then these, without prompts;
+    when all have ended, the next ones."""
+
+    _prefilling = True
+
+    def begin(self, now: float) -> StepBuilder:
+        unfinished = any(not seq.generating for seq in self._running.values())
+        first = next(iter(self._waiting.values()), None)
+        more = self._prefilling and first is not None and self._fits(first)
+        self._prefilling = unfinished or more or not self._running
+        return super().begin(now)
+
+    def has_room(self, builder: StepBuilder, seq: SequenceState) -> bool:
+        return self._prefilling and self._fits(seq) and super().has_room(builder, seq)
+
+    def _fits(self, seq: SequenceState) -> bool:
+        longest = [s.length + s.request.params.max_tokens for s in (*self._running.values(), seq)]
+        return (
+            len(longest) <= self.config.max_num_seqs
+            and sum(map(self.pool.blocks_for, longest)) <= self.pool.num_blocks
+        )
+
+    def _grow_generating(self, preempted: list[RequestId]) -> list[SequenceState]:
+        return [] if self._prefilling else super()._grow_generating(preempted)
+
+
+class ExpertReads:
+    """A ``StepObserver`` that counts, of every step, each expert of a layer once."""
+
+    def __init__(self) -> None:
+        self.experts = 0
+
+    def begin(self, plan: StepPlan) -> None: ...
+
+    def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
+        self.experts += len(np.unique(ids_TC))
+
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``bytes_per_token`` are of experts; ``factor`` is how many times fewer than alternating."""
+
+    schedule: str
+    steps: int
+    tokens: int
+    tokens_per_step: float
+    expert_reads: int
+    bytes_per_token: float
+    preemptions: int
+    seconds: float
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of the requests, and of what they run in."""
+
+    requests: int
+    prompt: int
+    answer: int
+    kv_tokens: int
+    step_tokens: int
+
+    @property
+    def predicted(self) -> float:
+        """Equation 7."""
+        return (self.prompt + self.answer) / (self.prompt + self.answer / 2)
+
+    @property
+    def config(self) -> SchedulerConfig:
+        return SchedulerConfig(
+            max_model_len=self.prompt + self.answer + 1,
+            max_num_seqs=min(self.step_tokens, self.requests),
+            max_num_batched_tokens=self.step_tokens,
+            max_queue=self.requests,
+            prefix_cache=False,
+        )
+
+    def make_requests(self, vocab: int) -> list[Request]:
+        params = SamplingParams(max_tokens=self.answer, temperature=0, ignore_eos=True)
+        drawn = np.random.default_rng(0).integers(0, vocab, (self.requests, self.prompt))
+        return [
+            Request(RequestId(str(i)), tuple(ids), params) for i, ids in enumerate(drawn.tolist())
+        ]
+
+
+def scheduler_of(schedule: str, shape: Shape, pool: BlockPool, counters: Counters) -> Scheduler:
+    match schedule:
+        case "alternating":
+            return Alternating(shape.config, pool, counters)
+        case "latency":
+            return Scheduler(shape.config, pool, counters)
+        case _:
+            admission = ThroughputAdmission(ReadsDominate(), shape.config.max_model_len)
+            return Scheduler(shape.config, pool, counters, admission)
+
+
+def measure(
+    schedule: str, shape: Shape, decoder: Decoder, nbytes: int
+) -> tuple[Row, Mapping[RequestId, Sequence[int]]]:
+    """And what was made."""
+    counters, reads = Counters(), ExpertReads()
+    pool = BlockPool(shape.kv_tokens // BLOCK, BLOCK, counters)
+    scheduler = scheduler_of(schedule, shape, pool, counters)
+    runner = ModelRunner(decoder, pool.num_blocks, BLOCK, observer=reads)
+    requests = shape.make_requests(decoder.spec.vocab)
+    made: dict[RequestId, list[int]] = {request.id: [] for request in requests}
+    for request in requests:
+        scheduler.add(request)
+    began = time.perf_counter()
+    for outcome in drive(scheduler, runner):
+        outcome.raise_failure()
+        for out in outcome.outs:
+            made[out.request_id].append(out.token_id)
+    tokens = counters.computed_tokens - counters.recomputed_tokens
+    row = Row(
+        schedule,
+        counters.steps,
+        tokens,
+        tokens / counters.steps,
+        reads.experts,
+        reads.experts * nbytes / tokens,
+        counters.preemptions,
+        time.perf_counter() - began,
+    )
+    return row, made
+
+
+def main() -> None:
+    shape, args = read_arguments()
+    path = resolve_model(args.model)
+    decoder = load_decoder(path, choose_ops(threads=args.threads))
+    experts = max(
+        layer.mlp.router.num_experts
+        for layer in decoder.spec.layers
+        if isinstance(layer.mlp, MoeSpec)
+    )
+    nbytes = expert_bytes(Checkpoint.open(path), decoder.spec.moe_layers, experts)
+    rows: list[Row] = []
+    first: Mapping[RequestId, Sequence[int]] = {}
+    for schedule in ("alternating", "latency", "throughput"):
+        row, made = measure(schedule, shape, decoder, nbytes)
+        first = first or made
+        if made != first:
+            raise SystemExit(f"{schedule}: other tokens than {rows[0].schedule}")
+        factor = rows[0].bytes_per_token / row.bytes_per_token if rows else 1.0
+        rows.append(Row(**{**asdict(row), "factor": factor}))
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "shape": asdict(shape),
+                    "predicted": shape.predicted,
+                    "rows": [asdict(row) for row in rows],
+                }
+            )
+        )
+    else:
+        show(shape, rows)
+
+
+def read_arguments() -> tuple[Shape, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description="Weights read per token, by schedule.")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--answer", type=int, default=64)
+    parser.add_argument("--kv-tokens", type=int, default=4096)
+    parser.add_argument("--step-tokens", type=int, default=2048)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    shape = Shape(args.requests, args.prompt, args.answer, args.kv_tokens, args.step_tokens)
+    return shape, args
+
+
+def show(shape: Shape, rows: Sequence[Row]) -> None:
+    table = Table(box=SIMPLE)
+    names = ("schedule", "steps", "tokens/step", "experts read", "kB/token", "fewer", "preempted")
+    for name in (*names, "seconds"):
+        table.add_column(name, justify="left" if name == "schedule" else "right")
+    for row in rows:
+        table.add_row(
+            row.schedule,
+            str(row.steps),
+            f"{row.tokens_per_step:.1f}",
+            str(row.expert_reads),
+            f"{row.bytes_per_token / 1e3:.1f}",
+            f"{row.factor:.2f}x",
+            str(row.preemptions),
+            f"{row.seconds:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"equation 7 predicts {shape.predicted:.2f}x")
+
+
+if __name__ == "__main__":
+    main()
