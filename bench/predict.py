@@ -43,7 +43,7 @@ from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
 from moeserve.models.spec import MoeSpec
-from moeserve.offload.checkpoint_demand import demand_of, sizes_in_safetensors
+from moeserve.offload.checkpoint_demand import demand_of, stored_sizes
 from moeserve.offload.model.demand import ModelDemand
 from moeserve.offload.model.distinct import use_of
 from moeserve.offload.model.machine import MachineModel, faster_of
@@ -139,7 +139,7 @@ def measure(
     demands: dict[Setting, ModelDemand] = {}
     for setting in settings:
         decoder = load_decoder(model, ops, setting.options)
-        demand = demand_of(sizes_in_safetensors(model, setting.options), setting.options, ops)
+        demand = demand_of(stored_sizes(model, setting.options), setting.options, ops)
         demands[setting] = demand
         if args.use == "counted":
             demands[setting] = demand.with_use(counted_use(decoder))

@@ -27,10 +27,10 @@ from moeserve.host import read_cache, read_memory
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.probe import PROBE_BYTES, probe_machine
 from moeserve.kernels.select import choose_ops
-from moeserve.models.checkpoint import weight_files
+from moeserve.models.fingerprint import served_files
 from moeserve.models.library import DEMO, resolve_model
 from moeserve.offload.calibrations import host_name
-from moeserve.offload.checkpoint_demand import StoredSizes, demand_of, sizes_in_safetensors
+from moeserve.offload.checkpoint_demand import StoredSizes, demand_of, stored_sizes
 from moeserve.offload.model.machine import AttentionCost, MachineModel, Overheads, ProductCurve
 from moeserve.offload.model.predict import StepPredictor
 
@@ -62,7 +62,7 @@ def calibrate(
     """For the model in ``folder``, or any; ``scratch`` is where a file to read may be made."""
     ops, end = choose_ops(threads=threads), time.monotonic() + seconds
     torch.set_num_threads(1)
-    sizes = None if folder is None else sizes_in_safetensors(folder, options)
+    sizes = None if folder is None else stored_sizes(folder, options)
     shapes = USUAL if sizes is None else shapes_of(sizes.spec)
     report("memory")
     count, isa = threads_and_isa(ops)
@@ -70,7 +70,7 @@ def calibrate(
     probed = min(PROBE_BYTES, read_memory().available // 16)
     reads = {n: probe_machine(n, size=probed, rounds=3).read for n in sorted({1, count})}
     report("disk")
-    files = [] if folder is None else weight_files(folder)
+    files = [] if folder is None else served_files(folder)
     disk = disk_rates(files, scratch)
     costs = KernelCosts()
     kinds = kinds_of(sizes, options, ops)
@@ -133,7 +133,7 @@ def overheads_of(
     own, there = None if sizes is None else first_layers(sizes), machine
     if folder is None or own is None:
         folder, options = resolve_model(DEMO), AS_STORED
-        own = first_layers(sizes_in_safetensors(folder))
+        own = first_layers(stored_sizes(folder))
         assert own is not None
         costs = KernelCosts()
         probe = KernelProbe(ops, shapes_of(own.spec), machine.cache, timer)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,10 +142,11 @@ def forecast_here(
     from moeserve.kernels.select import choose_ops
     from moeserve.models.library import resolve_model
     from moeserve.offload.calibrations import calibration_folder, find, host_name
-    from moeserve.offload.checkpoint_demand import sizes_in_safetensors
+    from moeserve.offload.checkpoint_demand import stored_sizes
+    from moeserve.offload.process_memory import resident
 
     ops = choose_ops(threads=threads)
-    sizes = sizes_in_safetensors(resolve_model(model), asked.options)
+    sizes = stored_sizes(resolve_model(model), asked.options)
     shapes = shapes_of(sizes.spec).name
     count = threads_and_isa(ops)[0]
     machine, unusable = None, ""
@@ -155,7 +154,7 @@ def forecast_here(
         machine = find(calibration_folder(), host_name(), count, shapes, ANY_MODEL)
     except ConfigError as broken:
         unusable = broken.message
-    taken = taken_by_process()
+    taken = resident()
     question = ForecastQuestion(
         prompt=asked.prompt,
         output=asked.output,
@@ -176,13 +175,3 @@ def threads_and_isa(ops: Ops) -> tuple[int, str]:
     from moeserve.kernels.cpu import _cpu
 
     return _cpu.threads(), _cpu.isa()
-
-
-def taken_by_process() -> int:
-    """Bytes that this process has in memory, torch included: what a server begins with."""
-    try:
-        fields = Path("/proc/self/status").read_text().splitlines()
-        return next(int(f.split()[1]) for f in fields if f.startswith("VmRSS:")) * 1024
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -15,6 +15,7 @@ from moeserve.config.options import RankModelOptions
 from moeserve.engine.kv_size import size_kv
 from moeserve.errors import ConfigError
 from moeserve.kernels.ops import Ops
+from moeserve.models.spec import ModelSpec
 from moeserve.offload.checkpoint_demand import StoredSizes, demand_of
 from moeserve.offload.model.bound import Resource, throughput_bound
 from moeserve.offload.model.demand import ModelDemand
@@ -23,15 +24,12 @@ from moeserve.offload.model.predict import StepPredictor
 from moeserve.offload.model.residency import MemoryFit, MemoryParts, fit_memory
 from moeserve.offload.model.schedule import BatchPrediction, predict_batch
 from moeserve.offload.model.workload import ServerBounds, UniformWorkload
+from moeserve.offload.process_memory import LATER, scratch_of
 
-# What a process takes beside what it has before it loads: doors, requests, stacks.
-LATER = 96 << 20
 # Of a resource, what it has to cost when it is halved to be said to bind.
 BINDS = 1.02
 # Of throughput, what a change has to give to be worth saying.
 WORTH = 1.05
-# Rows of the widest layer that a step holds, and copies of its logits.
-ROWS_HELD, LOGITS_HELD = 24, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +112,7 @@ def forecast(
 ) -> ForecastReport:
     """ConfigError where what is asked contradicts itself, such as a prompt that KV never holds."""
     model = demand_of(sizes, question.options, ops)
-    fit, bounds = divide_memory(model, question)
+    fit, bounds = divide_memory(model, question, sizes.spec)
     workloads: tuple[WorkloadForecast, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     if machine is not None and fit.fits:
@@ -142,11 +140,13 @@ def asked(question: ForecastQuestion) -> Iterator[UniformWorkload]:
         yield UniformWorkload(batch, question.prompt, question.output)
 
 
-def divide_memory(model: ModelDemand, question: ForecastQuestion) -> tuple[MemoryFit, ServerBounds]:
+def divide_memory(
+    model: ModelDemand, question: ForecastQuestion, spec: ModelSpec
+) -> tuple[MemoryFit, ServerBounds]:
     """KV as ``serve`` sizes it, from what the weights leave of the budget; where these do not fit,
     from what the least of them leaves."""
     o = question.options
-    scratch = scratch_of(model, o)
+    scratch = scratch_of(spec, o.max_num_batched_tokens, o.max_num_seqs)
     outside = question.process + LATER
     nothing = fit_memory(model, question.budget, process=outside, kv=0, scratch=scratch)
     whole = nothing.parts.total - nothing.parts.experts + model.expert_bytes
@@ -166,12 +166,6 @@ def divide_memory(model: ModelDemand, question: ForecastQuestion) -> tuple[Memor
         least = nothing.least + least_blocks * block
         fit = replace(fit, least=max(least, question.budget + 1))
     return fit, ServerBounds(o.max_num_seqs, o.max_num_batched_tokens, o.block_size, blocks)
-
-
-def scratch_of(model: ModelDemand, options: RankModelOptions) -> int:
-    """What a step takes at most beside weights and KV: fp32 rows, and logits."""
-    rows = ROWS_HELD * model.hidden * options.max_num_batched_tokens
-    return 4 * (rows + LOGITS_HELD * options.max_num_seqs * model.vocab)
 
 
 def predict_workload(setup: _Setup, work: UniformWorkload) -> WorkloadForecast:
@@ -255,7 +249,7 @@ def alternatives_to(
         other = change(question)
         try:
             model = demand_of(sizes, other.options, ops)
-            fit, bounds = divide_memory(model, other)
+            fit, bounds = divide_memory(model, other, sizes.spec)
             if not fit.fits:
                 continue
             setup = _Setup(machine, model, fit, bounds)

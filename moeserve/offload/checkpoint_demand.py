@@ -1,12 +1,13 @@
 """What the model in a folder will ask of a machine: its ``ModelDemand``, from headers alone.
 
 ``StoredSizes`` is all that depends on how a folder stores its weights: bytes of each part of each
-layer, and how they are held. ``sizes_in_safetensors`` finds it for folders of safetensors; another
-way to store weights needs another function like it and nothing else.
+layer, and how they are held. ``stored_sizes`` finds it for whatever a model is stored in.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,9 +18,12 @@ import torch
 from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.kernels.matrix import GROUP
 from moeserve.kernels.ops import Ops
+from moeserve.kernels.records import MatrixForm
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.attention import kv_shape
-from moeserve.models.decoder import assemble
+from moeserve.models.decoder import assemble, skeleton_decoder
+from moeserve.models.packed.checkpoint import PackedCheckpoint
+from moeserve.models.packed.layout import ExpertForm, Leaf, is_packed
 from moeserve.models.spec import AttentionSpec, GqaSpec, LayerSpec, ModelSpec, MoeSpec
 from moeserve.models.survey import Headers
 from moeserve.models.weights import torch_dtype
@@ -55,8 +59,53 @@ class StoredSizes:
         return sum(sum(of.values()) for of in self.layers) + self.embedding + self.head + self.other
 
 
-def sizes_in_safetensors(path: Path, options: LoadOptions = AS_STORED) -> StoredSizes:
-    """Raises what loading this folder would raise about its config, tensors and shapes."""
+def stored_sizes(path: Path, options: LoadOptions = AS_STORED) -> StoredSizes:
+    """Of a folder or file; raises what loading it would about its config, tensors and shapes."""
+    if is_packed(path):
+        return sizes_in_packed(PackedCheckpoint.open(path))
+    return sizes_in_tensors(path, options)
+
+
+def sizes_in_packed(checkpoint: PackedCheckpoint) -> StoredSizes:
+    """As the regions have them: nothing is rounded when they are loaded."""
+    header, decoder = checkpoint.header, skeleton_decoder(checkpoint)
+    layers = []
+    for layer, _ in zip(header.layers, decoder.spec.layers, strict=False):
+        of: Counter[str] = Counter()
+        for name, leaf in layer.trunk.leaves.items():
+            of[part_of_leaf(name)] += packed_bytes(leaf)
+        if layer.experts is not None:
+            of["experts"] = layer.experts.nbytes * len(layer.experts.digests)
+        layers.append(dict(of))
+    ends = {name: packed_bytes(leaf) for name, leaf in header.ends.leaves.items()}
+    embedding, head = ends.pop("embedding"), ends.pop("head.head")
+    other = sum(ends.values()) + (0 if header.mtp is None else header.mtp.region.nbytes)
+    floats = KIND_OF[checkpoint.dtype_held]
+    return StoredSizes(decoder.spec, floats, tuple(layers), embedding, head, other)
+
+
+def part_of_leaf(name: str) -> str:
+    """Which of ``PARTS`` a leaf of a layer's trunk belongs to; norms go with attention."""
+    words = name.split(".")
+    if words[-1] == "norm_H":
+        return "attention"
+    if words[0] == "moe":
+        return "shared"
+    return words[0] if words[0] in PARTS else "dense"
+
+
+def packed_bytes(leaf: Leaf) -> int:
+    """Without what fills up lines and panels."""
+    if isinstance(leaf, ExpertForm):
+        return packed_bytes(leaf.gate_up) + packed_bytes(leaf.down)
+    if isinstance(leaf, MatrixForm):
+        weights = (leaf.count or 1) * leaf.out_features * leaf.in_features
+        return round(weights * BYTES[leaf.kind])
+    return math.prod(leaf.shape) * (4 if leaf.dtype == "float32" else 2)
+
+
+def sizes_in_tensors(path: Path, options: LoadOptions = AS_STORED) -> StoredSizes:
+    """Of safetensors and GGUF."""
     headers = Headers.open(path)
     with torch.device("meta"):
         decoder = assemble(headers, ReferenceOps())

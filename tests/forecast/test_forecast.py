@@ -28,9 +28,10 @@ from moeserve.host import read_cache
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.library import resolve_model
+from moeserve.models.packed.writer import pack_model
 from moeserve.models.survey import survey
 from moeserve.offload.calibrations import file_of, find, host_name, keep, read_calibration
-from moeserve.offload.checkpoint_demand import demand_of, sizes_in_safetensors
+from moeserve.offload.checkpoint_demand import demand_of, stored_sizes
 from moeserve.offload.model.machine import AttentionCost, MachineModel, Overheads, ProductCurve
 
 Tiny = Callable[[str], Path]
@@ -79,7 +80,7 @@ def ops() -> Ops:
 
 
 def predicted(ops: Ops, question: ForecastQuestion, machine: MachineModel | None) -> ForecastReport:
-    return forecast(sizes_in_safetensors(resolve_model("demo")), question, ops, machine)
+    return forecast(stored_sizes(resolve_model("demo")), question, ops, machine)
 
 
 # --- what a checkpoint asks for ---
@@ -92,7 +93,7 @@ def test_what_a_model_asks_for_is_what_its_survey_says(
     tiny_checkpoint: Tiny, ops: Ops, family: str
 ) -> None:
     folder = tiny_checkpoint(family)
-    found, sizes = survey(folder), sizes_in_safetensors(folder)
+    found, sizes = survey(folder), stored_sizes(folder)
     demand = demand_of(sizes, LoadOptions(), ops)
     assert sizes.total - (sizes.head if found.spec.tied_embeddings else 0) == found.weight_bytes
     assert demand.num_layers == len(found.spec.layers)
@@ -101,12 +102,31 @@ def test_what_a_model_asks_for_is_what_its_survey_says(
     assert demand.kv_bytes_per_token == found.kv_bytes_per_token
 
 
+def test_a_packed_folder_asks_for_what_its_source_asks_for(
+    tiny_checkpoint: Tiny, ops: Ops, tmp_path: Path
+) -> None:
+    for family in ("qwen2_moe", "deepseek_v3"):
+        source, packed = tiny_checkpoint(family), tmp_path / family
+        pack_model(source, packed, ops, LoadOptions())
+        plain, same = stored_sizes(source), stored_sizes(packed)
+        assert same.spec == plain.spec
+        assert same.floats == plain.floats
+        assert (same.embedding, same.head) == (plain.embedding, plain.head)
+        for of, other in zip(same.layers, plain.layers, strict=True):
+            assert of.keys() == other.keys()
+            # Records are whole pages, norms go with what they are packed beside.
+            assert {p: of[p] for p in of if p != "experts"} == pytest.approx(
+                {p: other[p] for p in of if p != "experts"}, rel=0.05
+            )
+            assert of.get("experts", 0) >= other.get("experts", 0)
+
+
 def test_rounding_changes_what_is_rounded(tiny_checkpoint: Tiny, ops: Ops) -> None:
     folder = tiny_checkpoint("qwen3_moe")
 
     def of(**options: Any) -> tuple[str, str, str, int]:
         given = LoadOptions(**options)
-        demand = demand_of(sizes_in_safetensors(folder, given), given, ops)
+        demand = demand_of(stored_sizes(folder, given), given, ops)
         layer = next(layer for _, layer in demand.layers if layer.experts)
         assert layer.experts
         return (
@@ -318,7 +338,7 @@ def test_the_first_layers_of_a_model_run_by_themselves(
     tiny_checkpoint: Tiny, ops: Ops, family: str
 ) -> None:
     folder = tiny_checkpoint(family)
-    sizes = sizes_in_safetensors(folder)
+    sizes = stored_sizes(folder)
     few = first_layers(sizes)
     assert few is not None
     assert 2 <= len(few.layers) <= len(sizes.layers)
