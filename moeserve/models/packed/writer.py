@@ -282,8 +282,7 @@ def _pieces(ops: Ops, value: Value) -> Iterator[Tensor]:
 def _copy_small(checkpoint: Checkpoint, folder: Path) -> None:
     """The config as it is, to the byte, and what stands beside the weights."""
     config = checkpoint.path / "config.json"
-    if checkpoint.path.is_dir():
-        copy_others(checkpoint.path, folder)
+    copy_others(checkpoint.path, folder)
     if config.is_file():
         shutil.copyfile(config, folder / "config.json")
     else:

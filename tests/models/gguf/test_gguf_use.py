@@ -20,7 +20,9 @@ from moeserve.models.decoder import load_decoder
 from moeserve.models.fingerprint import fingerprint
 from moeserve.models.hub import is_hub_id
 from moeserve.models.library import resolve_model
+from moeserve.models.packed.writer import pack_model
 from moeserve.models.quantize import Recipe, quantize
+from moeserve.models.tokenizer import Tokenizer
 from moeserve.pools.compute_id import compute_id
 from moeserve.pools.weights.manifest import manifest_of
 
@@ -83,8 +85,15 @@ def test_a_quantised_copy_is_a_folder(file: Path, ops: Ops, tmp_path: Path) -> N
     )
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
-    from moeserve.models.tokenizer import Tokenizer
+    assert Tokenizer.load(out).encode("the other") == Tokenizer.load(file).encode("the other")
 
+
+def test_a_packed_copy_is_the_same_model_with_its_tokenizer(
+    file: Path, ops: Ops, tmp_path: Path
+) -> None:
+    out = tmp_path / "packed"
+    pack_model(file, out, ops, LoadOptions())
+    assert torch.equal(logits(out, ops), logits(file, ops))
     assert Tokenizer.load(out).encode("the other") == Tokenizer.load(file).encode("the other")
 
 
