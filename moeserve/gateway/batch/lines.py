@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -60,8 +60,9 @@ class Refused:
     message: str
 
 
-def read_lines(path: Path) -> Iterator[InputLine]:
-    """All that are not empty. DataLossError where the file cannot be read on."""
+def read_lines(path: Path) -> Generator[InputLine, None, None]:
+    """All that are not empty; to be closed where it is not read to its end. DataLossError where the
+    file cannot be read on."""
     number = 0
     try:
         with path.open("rb") as file:

@@ -61,7 +61,8 @@ async def _serve(
         run = BatchRun(app, service, outputs, loaded.config.max_queue, progress)
         with progress, _stopped_by_signals():
             async with _shown(progress, outputs):
-                await run.run(read_lines(path))
+                with contextlib.closing(read_lines(path)) as lines:
+                    await run.run(lines)
     except asyncio.CancelledError:
         return False
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -99,7 +100,8 @@ def run_all(
             progress = BatchProgress(total, len(outputs.found))
             batch = BatchRun(app, cast(InferenceService, stub), outputs, most, progress)
             try:
-                await batch.run(read_lines(path))
+                with contextlib.closing(read_lines(path)) as lines:
+                    await batch.run(lines)
             finally:
                 await stub.texts.close()
             return progress
