@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.table import Table
-from steps import BLOCK, NullDecoder
+from steps import BLOCK, VOCAB
 from torch import Tensor
 
 from moeserve.core import Counters, Event, Request, RequestId, SamplingParams
@@ -33,6 +33,7 @@ from moeserve.engine.loop import Engine
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.threaded import ThreadedExecutor
+from moeserve.forecast.steps import AnsweringDecoder
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import StepBatch
@@ -53,11 +54,11 @@ class Row:
     ratio: float
 
 
-class WaitingDecoder(NullDecoder):
+class WaitingDecoder(AnsweringDecoder):
     """A device whose steps take so long."""
 
     def __init__(self, ops: Ops, rows: int, seconds: float) -> None:
-        super().__init__(ops, rows)
+        super().__init__(ops, rows, VOCAB)
         self._seconds = seconds
 
     def forward_micro(

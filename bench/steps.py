@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -34,8 +33,8 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.model_runner import Forward, ModelRunner
 from moeserve.engine.scheduler import Scheduler
+from moeserve.forecast.steps import AnsweringDecoder
 from moeserve.kernels.cpu import _cpu
-from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.batch import StepBatch
 from moeserve.models.decoder import load_decoder
@@ -44,22 +43,6 @@ from moeserve.models.library import resolve_model
 BLOCK = 16
 VOCAB = 1024
 BUDGET = 2048
-
-
-class NullDecoder:
-    """The logits of every row lie ready."""
-
-    def __init__(self, ops: Ops, rows: int) -> None:
-        self.ops = ops
-        self._logits_RV = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(1))
-
-    def new_cache(self, num_blocks: int, block_size: int) -> None:
-        return None
-
-    def forward_micro(
-        self, steps: Sequence[StepBatch], cache: None, observer: object = None
-    ) -> list[Tensor]:
-        return [self._logits_RV[: len(step.logit_rows_R)] for step in steps]
 
 
 class TimedDecoder:
@@ -208,7 +191,7 @@ def main() -> None:
     ops = choose_ops(threads=args.threads)
     model = load_decoder(resolve_model(args.model), ops)
     decoders: list[tuple[str, Callable[[int], Forward[Any]], float]] = [
-        ("null", lambda batch: NullDecoder(ops, batch), float("inf")),
+        ("null", lambda batch: AnsweringDecoder(ops, batch, VOCAB), float("inf")),
         (args.model, lambda _: model, model.spec.max_positions),
     ]
     _cpu.measure(True)

@@ -62,9 +62,12 @@ class AnswerLengths:
 
     def left(self, seq: SequenceState, limit: int) -> int:
         """Tokens that a sequence is still expected to make, at least one."""
-        allowed = min(seq.request.params.max_tokens, limit - len(seq.request.prompt_ids))
-        made = len(seq.output_ids)
-        return max(1, round(self.share * allowed) - made)
+        return max(1, round(self.share * most_tokens(seq, limit)) - len(seq.output_ids))
+
+
+def most_tokens(seq: SequenceState, limit: int) -> int:
+    """What an answer may have, where sequences end at ``limit``."""
+    return min(seq.request.params.max_tokens, limit - len(seq.request.prompt_ids))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -172,10 +175,7 @@ class ThroughputAdmission:
     def _learn(self, running: Collection[SequenceState], preempted: bool) -> None:
         for seq in self._known.values():
             if seq.finish in (FinishReason.STOP, FinishReason.LENGTH):
-                allowed = min(
-                    seq.request.params.max_tokens, self._limit - len(seq.request.prompt_ids)
-                )
-                self.lengths.note(len(seq.output_ids), allowed)
+                self.lengths.note(len(seq.output_ids), most_tokens(seq, self._limit))
         if preempted:
             self.lengths.fell_short()
         self._known = {seq.request.id: seq for seq in running}

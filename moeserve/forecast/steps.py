@@ -38,9 +38,9 @@ Clock = Callable[[], float]
 class AnsweringDecoder:
     """Logits lie ready: what a step takes with it is not the model's."""
 
-    def __init__(self, ops: Ops, rows: int) -> None:
+    def __init__(self, ops: Ops, rows: int, vocab: int = VOCAB) -> None:
         self.ops = ops
-        self._logits_RV = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(1))
+        self._logits_RV = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1))
 
     def new_cache(self, num_blocks: int, block_size: int) -> None:
         return None
