@@ -37,10 +37,10 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.drive import drive
 from moeserve.engine.model_runner import ModelRunner
+from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
-from moeserve.engine.throughput import ThroughputAdmission
 from moeserve.kernels.select import choose_ops
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import Decoder, load_decoder

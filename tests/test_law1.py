@@ -21,8 +21,9 @@ from moeserve.core import Chunk, Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.model_runner import ModelRunner
-from moeserve.engine.policies import Drafter
+from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.sequence import SequenceState
 from moeserve.kernels.ops import Linear
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
@@ -192,7 +193,10 @@ class Known:
     def __init__(self, answers: dict[str, list[int]], errs: int = 0) -> None:
         self._answers, self._errs = answers, errs
 
-    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
+    def propose(self, seqs: Sequence[SequenceState], beside: int) -> Sequence[Sequence[int]]:
+        return [self.guess(seq.request, seq.output_ids) for seq in seqs]
+
+    def guess(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
         at = len(output_ids)
         guesses = enumerate(self._answers[request.id][at : at + 3], at)
         return [(t + 1) % VOCAB if self._errs and i % self._errs == 0 else t for i, t in guesses]

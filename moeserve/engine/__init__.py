@@ -3,8 +3,7 @@
 ::
 
     scheduler.py      which tokens run in the next step (bounds: what it takes and refuses;
-                      policies: whom it asks; throughput: prompts as they pay and KV holds out;
-                      step_cost: what steps cost; drafts: guesses behind the newest tokens;
+                      policies/: whom it asks; step_cost: what steps cost;
                       sequence: a request under way; step_builder: the step under construction;
                       foresight: the step after it; blocks: who holds which KV block; kv_manager:
                       which of them a request has; waiting, deadlines: who is next, who is late)

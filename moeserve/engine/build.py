@@ -17,14 +17,14 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
-from moeserve.engine.policies import Admission, FirstComeFirstServed
+from moeserve.engine.policies.choices import Admission, FirstComeFirstServed
+from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.rank_model import RankModel, load_rank_model
 from moeserve.engine.ranks.counted import GatheredCounts
 from moeserve.engine.rates import RatedSteps, StepRates
 from moeserve.engine.replan.live import LivePlan
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.step_cost import FittedStepCost, StepCost
-from moeserve.engine.throughput import ThroughputAdmission
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.checked_tokenizer import load_checked
 from moeserve.models.library import resolve_model

@@ -37,10 +37,10 @@ from moeserve.engine.bounds import (
     refuse_unservable,
 )
 from moeserve.engine.deadlines import Deadlines
-from moeserve.engine.drafts import add_with_drafts
 from moeserve.engine.foresight import NextStep, foresee_step
 from moeserve.engine.kv_manager import KvManager
-from moeserve.engine.policies import Admission, Drafter, FirstComeFirstServed
+from moeserve.engine.policies.choices import Admission, Drafter, FirstComeFirstServed
+from moeserve.engine.policies.drafts import add_with_drafts, propose_for
 from moeserve.engine.sequence import NEW, History, SequenceState
 from moeserve.engine.step_builder import StepBuilder
 from moeserve.engine.waiting import WaitingQueue
@@ -208,11 +208,11 @@ class Scheduler:
         """What running requests need of the next step."""
         builder = StepBuilder(self.config.max_num_batched_tokens, self.rank, self._expire(now))
         generating = self._grow_generating(builder.preempted)
-        if self._drafter is None:
-            leaving = sum(seq.generating for seq in self._leaving.values())
-            builder.add_newest(generating, leaving)
+        drafts = propose_for(self._drafter, generating, self._running.values(), self.config)
+        if drafts:
+            add_with_drafts(builder, generating, drafts, self.pool, self.config)
         else:
-            add_with_drafts(builder, generating, self._drafter, self.pool, self.config)
+            builder.add_newest(generating, sum(seq.generating for seq in self._leaving.values()))
         self._admission.begin(builder, self._running.values(), self._waiting, self.pool)
         if len(builder.chunks) < len(self._running):
             for seq in self._running.values():

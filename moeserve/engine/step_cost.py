@@ -6,6 +6,7 @@ Seconds and tokens; times are arguments. Pure.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from typing import Protocol
 
 # Before steps of two sizes have been measured, up to here a step costs the same.
@@ -13,6 +14,12 @@ FIRST_GUESS = 512
 # Of the mean of a size, what a new measurement counts; of a size's weight in the fit, the most.
 FADE = 0.2
 MOST_WEIGHT = 8
+# Up to here each number of tokens has a mean of its own; above, eighths of a power of two.
+OWN_MEANS = 16
+# A size that did not come for so many steps is forgotten: it may cost something else by now.
+FORGOTTEN = 2048
+# What a size that was never measured costs more, per token more, as a share of the step.
+FIRST_SLOPE = 0.15
 
 
 class StepCost(Protocol):
@@ -21,6 +28,15 @@ class StepCost(Protocol):
     def seconds(self, prefill_tokens: int, decode_tokens: int, context_tokens: int) -> float:
         """Of a step with so many tokens of prompts, and so many newest ones, whose sequences have
         ``context_tokens`` together."""
+        ...
+
+
+class StepLine(Protocol):
+    """What steps cost, as a straight line."""
+
+    @property
+    def line(self) -> tuple[float, float] | None:
+        """Seconds of a step and of a token in it; None before it is known."""
         ...
 
 
@@ -57,6 +73,60 @@ class FittedStepCost:
             return float(max(tokens, FIRST_GUESS))
         step_s, token_s = self._line
         return step_s + token_s * tokens
+
+
+class DecodeCost:
+    """Seconds of steps that only decode, by their tokens: the mean of every size that came lately,
+    and between two sizes what lies between. One that is larger than all is taken to cost little
+    more, until it has been tried. One thread notes and asks."""
+
+    def __init__(self) -> None:
+        self._means: dict[int, tuple[float, int]] = {}  # seconds, the step when it came last
+        self._sizes: list[int] = []
+        self._steps = 0
+
+    @property
+    def known(self) -> bool:
+        return bool(self._sizes)
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """A step without prompts is over, and took so long."""
+        self._steps += 1
+        size = _rounded(tokens)
+        mean, _ = self._means.get(size, (None, 0))
+        if mean is None:
+            insort(self._sizes, size)
+            mean = seconds
+        # Once in a while the machine does something else: that is not what a step costs.
+        mean += FADE * (min(seconds, 2 * mean) - mean)
+        self._means[size] = (mean, self._steps)
+        if self._steps % FORGOTTEN == 0:
+            self._forget(self._steps - FORGOTTEN)
+
+    def seconds(self, tokens: int) -> float:
+        """Of a step of so many tokens; some step must have been noted."""
+        sizes, tokens = self._sizes, _rounded(tokens)
+        at = bisect_left(sizes, tokens)
+        above = sizes[at] if at < len(sizes) else 0
+        if above == tokens or not at:
+            return self._means[above][0]
+        below = sizes[at - 1]
+        low = self._means[below][0]
+        if not above:
+            return low * (1 + (tokens - below) * min(FIRST_SLOPE, 0.5 / below))
+        high = self._means[above][0]
+        return low + (high - low) * (tokens - below) / (above - below)
+
+    def _forget(self, step: int) -> None:
+        self._means = {size: found for size, found in self._means.items() if found[1] > step}
+        self._sizes = sorted(self._means)
+
+
+def _rounded(tokens: int) -> int:
+    if tokens <= OWN_MEANS:
+        return tokens
+    shift = tokens.bit_length() - 4
+    return tokens >> shift << shift
 
 
 def worthwhile_tokens(

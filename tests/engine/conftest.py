@@ -19,7 +19,7 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.loop import Engine, EngineLock, Unobserved
 from moeserve.engine.null import NullExecutor, draw, extend
-from moeserve.engine.policies import Drafter
+from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.ranks.front import Front
 from moeserve.engine.ranks.homes import HomePolicy
 from moeserve.engine.ranks.instance import Instance
@@ -31,6 +31,7 @@ from moeserve.engine.ranks.rank_links import LocalLink
 from moeserve.engine.ranks.rank_view import Doors
 from moeserve.engine.ranks.records import RECORD_BYTES
 from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.sequence import SequenceState
 
 WAIT_S = 20.0
 BLOCK, VOCAB = 4, 50
@@ -263,7 +264,10 @@ class Guesser:
     count: int
     errs: int = 0
 
-    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
+    def propose(self, seqs: Sequence[SequenceState], beside: int) -> Sequence[Sequence[int]]:
+        return [self.guess(seq.request, seq.output_ids) for seq in seqs]
+
+    def guess(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
         history, digest = [*request.prompt_ids, *output_ids], b""
         for token in history:
             digest = extend(digest, token)

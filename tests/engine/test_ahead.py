@@ -29,7 +29,7 @@ from moeserve.engine.executor import Executor
 from moeserve.engine.loop import Engine
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.policies import Drafter
+from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import History
 from moeserve.engine.threaded import ThreadedExecutor

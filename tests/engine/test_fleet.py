@@ -22,7 +22,7 @@ from moeserve.core import (
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.policies import Drafter
+from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.ranks.fleet import Fleet
 from moeserve.engine.ranks.homes import Candidates, HomePolicy
 from moeserve.errors import ExhaustedError, InvalidRequestError

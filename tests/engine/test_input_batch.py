@@ -24,7 +24,7 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.input_batch import FEW, InputBatch
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.policies import Drafter
+from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.scheduler import Scheduler
 from moeserve.errors import InternalError
 from moeserve.kernels.sampling import SamplingRow, sampling_row

@@ -32,10 +32,10 @@ from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.kv_tensors import watch_kv
 from moeserve.engine.loop import Engine, EngineLock, Unobserved
 from moeserve.engine.model_runner import ModelRunner
-from moeserve.engine.policies import Drafter
+from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.rates import RatedSteps, StepRates
 from moeserve.engine.scheduler import Scheduler
-from moeserve.engine.sequence import HeldKv, History
+from moeserve.engine.sequence import HeldKv, History, SequenceState
 from moeserve.errors import ExhaustedError, InternalError, InvalidRequestError
 from moeserve.grammar.masks import GrammarMasks
 from moeserve.grammar.worker import Vocabulary
@@ -317,7 +317,10 @@ class Guess:
 
     answer: Sequence[int]
 
-    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
+    def propose(self, seqs: Sequence[SequenceState], beside: int) -> Sequence[Sequence[int]]:
+        return [self.guess(seq.request, seq.output_ids) for seq in seqs]
+
+    def guess(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
         known = self.answer[len(output_ids) : len(output_ids) + 3]
         return [t if (len(output_ids) + i) % 3 else (t + 1) % VOCAB for i, t in enumerate(known)]
 

@@ -26,9 +26,9 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import spare_blocks, uncomputed_tokens
 from moeserve.engine.null import NullExecutor, draw, extend
-from moeserve.engine.policies import Drafter
+from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.scheduler import Scheduler
-from moeserve.engine.sequence import HeldKv, History
+from moeserve.engine.sequence import HeldKv, History, SequenceState
 from moeserve.errors import InvalidRequestError
 
 BLOCK, VOCAB, EOS = 4, 30, 7
@@ -40,7 +40,10 @@ OURS = b"written by whoever borrowed the block"
 class Guess:
     """Two drafts, every third of which is wrong."""
 
-    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
+    def propose(self, seqs: Sequence[SequenceState], beside: int) -> Sequence[Sequence[int]]:
+        return [self.guess(seq.request, seq.output_ids) for seq in seqs]
+
+    def guess(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
         history, made = [*request.prompt_ids, *output_ids], []
         digest = digest_of(history)
         for _ in range(2):

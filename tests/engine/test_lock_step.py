@@ -29,7 +29,7 @@ from moeserve.core import (
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.policies import Drafter
+from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.ranks.homes import GivenHome, HomePolicy, LeastWork, RandomHomes
 from moeserve.engine.ranks.microbatches import FixedMicrobatches, StepShape
 from moeserve.engine.ranks.records import RECORD_BYTES, Decision, RankReport, decide, loads_of

@@ -25,8 +25,9 @@ from moeserve.engine.drive import drive
 from moeserve.engine.executor import Executor
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.policies import Drafter
+from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import MOST_SCORED
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.reference.sampling import logprobs_of
@@ -129,8 +130,8 @@ def test_a_step_scores_no_more_than_its_bound() -> None:
 class Drafts:
     """Proposes the same tokens to everybody."""
 
-    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
-        return [3, 1, 4]
+    def propose(self, seqs: Sequence[SequenceState], beside: int) -> Sequence[Sequence[int]]:
+        return [[3, 1, 4]] * len(seqs)
 
 
 @pytest.fixture(scope="module", params=["deepseek_v3", "qwen3_moe"])

@@ -27,7 +27,7 @@ from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.foresight import NextStep, foresee_step
 from moeserve.engine.kv_exchange import running_urgent
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.policies import Drafter
+from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import History, SequenceState
 from moeserve.engine.waiting import WaitingQueue

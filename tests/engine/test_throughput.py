@@ -19,11 +19,11 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.drive import StepOutcome, drive
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.policies import Admission
+from moeserve.engine.policies.choices import Admission
+from moeserve.engine.policies.throughput import LEARNED, AnswerLengths, Outlook, ThroughputAdmission
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_cost import FIRST_GUESS, FittedStepCost, worthwhile_tokens
-from moeserve.engine.throughput import LEARNED, AnswerLengths, Outlook, ThroughputAdmission
 
 VOCAB = 97
 EOS = 5

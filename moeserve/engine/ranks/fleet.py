@@ -29,7 +29,7 @@ from moeserve.core import (
 )
 from moeserve.engine.blocks import BlockCounts, BlockPool
 from moeserve.engine.bounds import SchedulerConfig, refuse_duplicate, refuse_when_full
-from moeserve.engine.policies import Drafter
+from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.ranks.homes import Candidates, HomePolicy, LeastWork
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from moeserve.core import Request, RequestId
+from moeserve.core import RequestId
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
@@ -51,8 +51,9 @@ class FirstComeFirstServed:
 
 
 class Drafter(Protocol):
-    """Guesses how a sequence goes on."""
+    """Guesses how sequences go on."""
 
-    def propose(self, request: Request, output_ids: Sequence[int]) -> Sequence[int]:
-        """Tokens that may follow the newest one, in order; any number of them, none is fine."""
+    def propose(self, seqs: Sequence[SequenceState], beside: int) -> Sequence[Sequence[int]]:
+        """For each that is generating: tokens that may follow its newest one, in order; any number
+        of them. Nothing at all is fine too. ``beside`` tokens of prompts run in the same step."""
         ...

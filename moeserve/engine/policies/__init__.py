@@ -1,0 +1,10 @@
+"""What the scheduler asks others: small objects that choose, and know neither tensors nor clocks.
+
+::
+
+    choices.py      what it asks, as protocols; first come, first served
+    throughput.py   prompts as they pay, and requests as KV holds out (``--objective throughput``)
+    drafts.py       guesses behind the newest tokens of a step, as many as fit
+    ngrams.py       guesses of what follows, from all that was written before
+    speculation.py  how many of them a step checks: as many as make tokens come sooner
+"""
