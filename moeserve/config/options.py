@@ -155,6 +155,12 @@ class StepOptions(Options):
         default=512, description="tokens in one step; for throughput 4096, as far as that pays"
     )
 
+    speculation: Literal["off", "ngram"] = Field(
+        default="off",
+        description="guess tokens that follow and check them in the same step, as many as make "
+        "tokens come sooner: ngram looks up what followed the same few tokens before",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _sized_for_the_objective(cls, given: Any) -> Any:

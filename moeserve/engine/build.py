@@ -17,14 +17,16 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
-from moeserve.engine.policies.choices import Admission, FirstComeFirstServed
+from moeserve.engine.policies.choices import Admission, Drafter, FirstComeFirstServed
+from moeserve.engine.policies.ngrams import NgramDrafts
+from moeserve.engine.policies.speculation import Speculation
 from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.rank_model import RankModel, load_rank_model
 from moeserve.engine.ranks.counted import GatheredCounts
 from moeserve.engine.rates import RatedSteps, StepRates
 from moeserve.engine.replan.live import LivePlan
 from moeserve.engine.scheduler import Scheduler
-from moeserve.engine.step_cost import FittedStepCost, StepCost
+from moeserve.engine.step_cost import DecodeCost, FittedStepCost, StepCost, StepLine
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.checked_tokenizer import load_checked
 from moeserve.models.library import resolve_model
@@ -117,11 +119,12 @@ def build_engine(
     own = load_rank_model(options, tokenizer_eos=eos_ids, progress=progress)
     config, counters = scheduler_config(options, own), Counters()
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
-    fitted = FittedStepCost()
+    fitted, decodes = FittedStepCost(), DecodeCost()
     admission = admission_of(options, config, cost or fitted)
-    scheduler, lock = Scheduler(config, pool, counters, admission), EngineLock()
+    drafter = drafter_of(options, decodes, fitted)
+    scheduler, lock = Scheduler(config, pool, counters, admission, drafter), EngineLock()
     rates = StepRates()
-    watched = RatedSteps(observer or Unobserved(), rates, fitted)
+    watched = RatedSteps(observer or Unobserved(), rates, fitted, decodes)
     engine = Engine(scheduler, own.executor, watched, lock=lock)
     house = KvExchange(engine, scheduler, lock, own.kv, rates)
     engine.start()
@@ -156,6 +159,11 @@ def admission_of(options: StepOptions, config: SchedulerConfig, cost: StepCost) 
     if options.objective == "throughput":
         return ThroughputAdmission(cost, config.max_model_len)
     return FirstComeFirstServed()
+
+
+def drafter_of(options: StepOptions, decodes: DecodeCost, steps: StepLine) -> Drafter | None:
+    """Who guesses what follows, by ``--speculation``."""
+    return Speculation(NgramDrafts(), decodes, steps) if options.speculation == "ngram" else None
 
 
 def load_tokenizer(path: Path, chat_template: Path | None = None) -> tuple[Tokenizer | None, str]:

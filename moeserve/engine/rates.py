@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moeserve.core import Chunk, FinishReason, StepPlan, Timing
 from moeserve.engine.loop import EngineObserver
-from moeserve.engine.step_cost import FittedStepCost
+from moeserve.engine.step_cost import DecodeCost, FittedStepCost
 
 # A step counts a third of what it did after so many seconds of such steps.
 MEMORY_S = 5.0
@@ -71,20 +71,27 @@ def is_decode(chunk: Chunk) -> bool:
 
 
 class RatedSteps:
-    """An ``EngineObserver`` that notes every step's rate, and its cost where that is fitted, and
-    passes all on."""
+    """An ``EngineObserver`` that notes every step's rate, and what steps cost where somebody asks
+    (``decodes``: those without prompts), and passes all on."""
 
     def __init__(
-        self, inner: EngineObserver, rates: StepRates, cost: FittedStepCost | None = None
+        self,
+        inner: EngineObserver,
+        rates: StepRates,
+        cost: FittedStepCost | None = None,
+        decodes: DecodeCost | None = None,
     ) -> None:
         self._inner = inner
         self._rates = rates
         self._cost = cost
+        self._decodes = decodes
 
     def on_step(self, plan: StepPlan, seconds: float) -> None:
         self._rates.note(plan, seconds)
         if self._cost is not None:
             self._cost.note(plan.num_tokens, seconds)
+        if self._decodes is not None and plan.chunks and all(map(is_decode, plan.chunks)):
+            self._decodes.note(plan.num_tokens, seconds)
         self._inner.on_step(plan, seconds)
 
     def on_gaps(self, gaps: Mapping[float, int]) -> None:

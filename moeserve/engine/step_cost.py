@@ -16,6 +16,7 @@ FADE = 0.2
 MOST_WEIGHT = 8
 # Up to here each number of tokens has a mean of its own; above, eighths of a power of two.
 OWN_MEANS = 16
+DECODE_FADE = 0.05
 # A size that did not come for so many steps is forgotten: it may cost something else by now.
 FORGOTTEN = 2048
 # What a size that was never measured costs more, per token more, as a share of the step.
@@ -81,7 +82,8 @@ class DecodeCost:
     more, until it has been tried. One thread notes and asks."""
 
     def __init__(self) -> None:
-        self._means: dict[int, tuple[float, int]] = {}  # seconds, the step when it came last
+        # Seconds, how many, and the step when it came last.
+        self._means: dict[int, tuple[float, int, int]] = {}
         self._sizes: list[int] = []
         self._steps = 0
 
@@ -93,13 +95,12 @@ class DecodeCost:
         """A step without prompts is over, and took so long."""
         self._steps += 1
         size = _rounded(tokens)
-        mean, _ = self._means.get(size, (None, 0))
-        if mean is None:
+        mean, count, _ = self._means.get(size, (seconds, 0, 0))
+        if not count:
             insort(self._sizes, size)
-            mean = seconds
         # Once in a while the machine does something else: that is not what a step costs.
-        mean += FADE * (min(seconds, 2 * mean) - mean)
-        self._means[size] = (mean, self._steps)
+        mean += max(DECODE_FADE, 1 / (count + 1)) * (min(seconds, 2 * mean) - mean)
+        self._means[size] = (mean, count + 1, self._steps)
         if self._steps % FORGOTTEN == 0:
             self._forget(self._steps - FORGOTTEN)
 
@@ -118,7 +119,7 @@ class DecodeCost:
         return low + (high - low) * (tokens - below) / (above - below)
 
     def _forget(self, step: int) -> None:
-        self._means = {size: found for size, found in self._means.items() if found[1] > step}
+        self._means = {size: found for size, found in self._means.items() if found[2] > step}
         self._sizes = sorted(self._means)
 
 

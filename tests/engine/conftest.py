@@ -20,6 +20,8 @@ from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.loop import Engine, EngineLock, Unobserved
 from moeserve.engine.null import NullExecutor, draw, extend
 from moeserve.engine.policies.choices import Drafter
+from moeserve.engine.policies.ngrams import NgramDrafts
+from moeserve.engine.policies.speculation import Speculation
 from moeserve.engine.ranks.front import Front
 from moeserve.engine.ranks.homes import HomePolicy
 from moeserve.engine.ranks.instance import Instance
@@ -32,6 +34,7 @@ from moeserve.engine.ranks.rank_view import Doors
 from moeserve.engine.ranks.records import RECORD_BYTES
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState
+from moeserve.engine.step_cost import DecodeCost
 
 WAIT_S = 20.0
 BLOCK, VOCAB = 4, 50
@@ -282,5 +285,21 @@ class Guesser:
 
 @pytest.fixture(scope="session")
 def guessers() -> Callable[..., Drafter]:
-    """By vocabulary, number of drafts, and how often they are wrong."""
-    return Guesser
+    """By vocabulary, number of drafts, and how often they are wrong. A negative number of drafts is
+    a real drafter, which looks tokens up and takes whatever is at all likely."""
+    return guesser
+
+
+def guesser(vocab: int, count: int, errs: int = 0) -> Drafter:
+    if count >= 0:
+        return Guesser(vocab, count, errs)
+    decodes = DecodeCost()
+    decodes.note(1, 1.0)
+    decodes.note(16, 1.0)
+    return Speculation(NgramDrafts(most_entries=60), decodes, FlatLine(), most=-count)
+
+
+class FlatLine:
+    """However many tokens a step has, it takes the same time."""
+
+    line = (1.0, 0.0)

@@ -81,7 +81,7 @@ HOMES: list[Callable[[], HomePolicy]] = [LeastWork, lambda: RandomHomes(3)]
     blocks=st.integers(6, 12),
     num_doors=st.integers(1, 3),
     homes=st.sampled_from(HOMES),
-    drafts=st.sampled_from([0, 0, 1, 3]),
+    drafts=st.sampled_from([0, 0, 1, 3, -3]),
     errs=st.integers(0, 4),
 )
 def test_ranks_make_the_tokens_of_one_process(

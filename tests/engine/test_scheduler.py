@@ -624,7 +624,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
     max_num_seqs=st.integers(1, 5),
     spare=st.integers(0, 20),
     prefix_cache=st.booleans(),
-    drafts=st.sampled_from([0, 0, 1, 2, 5]),
+    drafts=st.sampled_from([0, 0, 1, 2, 5, -4]),
     errs=st.integers(0, 4),
 )
 def test_scheduling_never_changes_tokens(

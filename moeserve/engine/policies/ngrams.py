@@ -155,9 +155,9 @@ class NgramDrafts:
 
     def _begin(self, seq: SequenceState) -> _Seen:
         """A request that is new here: its prompt is read, which says nothing of chances."""
-        prompt = seq.request.prompt_ids[-MOST_PROMPT:]
-        table, context = self._table(seq), ()
-        for token_id in prompt:
+        table = self._table(seq)
+        context: tuple[int, ...] = ()
+        for token_id in seq.request.prompt_ids[-MOST_PROMPT:]:
             table.put(context, token_id)
             context = (*context[1 - LONGEST :], token_id)
         return _Seen(seq.output_ids, 0, context)

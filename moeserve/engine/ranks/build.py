@@ -18,7 +18,13 @@ from moeserve.comm.control.step_mesh import StepMesh
 from moeserve.config.options import EngineOptions
 from moeserve.core import Counters, StepPlan
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.build import LoadedModel, admission_of, load_tokenizer, scheduler_config
+from moeserve.engine.build import (
+    LoadedModel,
+    admission_of,
+    drafter_of,
+    load_tokenizer,
+    scheduler_config,
+)
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, Unobserved
 from moeserve.engine.observers import beside
@@ -43,7 +49,7 @@ from moeserve.engine.replan.coordinator import PlanCoordinator
 from moeserve.engine.replan.live import LivePlan, build_replanner
 from moeserve.engine.replan.replanner import ReplanSettings, StepHistory
 from moeserve.engine.scheduler import Scheduler
-from moeserve.engine.step_cost import FittedStepCost
+from moeserve.engine.step_cost import DecodeCost, FittedStepCost
 from moeserve.models.library import resolve_model
 
 # Block keys of sent prompts that a door remembers.
@@ -157,9 +163,9 @@ def rank_parts(
 ) -> RankParts:
     config, counters = scheduler_config(options, own), Counters()
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
-    cost = FittedStepCost()
-    admission = admission_of(options, config, cost)
-    scheduler = Scheduler(config, pool, counters, admission, rank=context.rank)
+    cost, decodes = FittedStepCost(), DecodeCost()
+    admission, drafter = admission_of(options, config, cost), drafter_of(options, decodes, cost)
+    scheduler = Scheduler(config, pool, counters, admission, drafter, rank=context.rank)
     lock = EngineLock()
     load = SchedulerLoad(scheduler, lock, has_requests=context.has_requests)
     count = context.microbatches
@@ -173,7 +179,7 @@ def rank_parts(
         turns=own.swapper,
     )
     rates = StepRates()
-    watched = RatedSteps(observer, rates, cost)
+    watched = RatedSteps(observer, rates, cost, decodes)
     engine = Engine(scheduler, lock_step, watched, pace=lock_step, lock=lock)
     house = KvExchange(engine, scheduler, lock, own.kv, rates)
 

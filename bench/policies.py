@@ -1,0 +1,217 @@
+"""The scheduler's policies, each beside the plain scheduler: the same requests, the same tokens.
+
+    python bench/policies.py speculation [--model demo] [--batch 1 4 16] [--requests N]
+                                         [--answer N] [--rounds N] [--threads N] [--json]
+
+speculation: looked-up drafts, none to five for everybody or as many as pay (`--speculation
+ngram`), at each number of requests at once. Stories repeat what others told, sums less so, and what
+is sampled at temperature 0.8 hardly does. Schedules run in turn, round after round; the table shows
+medians of tokens a second beside those without drafts (least and most of the rounds' ratios), the
+tokens a request makes in a step, and how many drafts were right. All must make equal tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from moeserve.core import Counters, Request, RequestId, SamplingParams
+from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
+from moeserve.engine.model_runner import ModelRunner
+from moeserve.engine.policies.choices import Drafter
+from moeserve.engine.policies.ngrams import NgramDrafts
+from moeserve.engine.policies.speculation import FixedDrafts, Speculation
+from moeserve.engine.rates import is_decode
+from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.step_cost import DecodeCost, FittedStepCost
+from moeserve.kernels.select import choose_ops
+from moeserve.models.decoder import Decoder, load_decoder
+from moeserve.models.library import resolve_model
+from moeserve.models.tokenizer import Tokenizer
+
+BLOCK = 16
+SCHEDULES = ("off", "0", "1", "3", "5", "auto")
+OPENINGS = (
+    "Once upon a time, there was a little {} named",
+    "One day, a {} went to the park and saw",
+    "There was a big {} who liked to",
+    "A small {} lived in a house near the",
+)
+ANIMALS = "girl boy dog cat bird fish bear rabbit mouse frog duck horse cow pig".split()
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Prompts of one kind."""
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one schedule made of a domain's requests; ``tokens`` of each."""
+
+    seconds: float
+    counters: Counters
+    tokens: Mapping[RequestId, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Medians; ``ratio`` is of tokens a second to those without drafts, in the same round."""
+
+    domain: str
+    batch: int
+    schedule: str
+    tokens_per_s: float
+    ratio: float
+    least: float
+    most: float
+    per_step: float
+    drafted: int
+    accepted: int
+
+
+def domains(tokenizer: Tokenizer, count: int) -> list[Domain]:
+    """The same for every model, as far as its tokens are."""
+    stories = [o.format(a) for o, a in itertools.product(OPENINGS, ANIMALS)]
+    sums = [f"{a * 37} + {a * 11 + 5} = {a * 48 + 5}\n{a * 29} - {a} =" for a in range(3, 60)]
+    encode = tokenizer.encode
+    told = tuple(tuple(encode(text)) for text in itertools.islice(itertools.cycle(stories), count))
+    asked = tuple(tuple(encode(text)) for text in itertools.islice(itertools.cycle(sums), count))
+    return [Domain("stories", told, 0.0), Domain("sums", asked, 0.0), Domain("sampled", told, 0.8)]
+
+
+def drafter_of(schedule: str, decodes: DecodeCost, steps: FittedStepCost) -> Drafter | None:
+    if schedule == "off":
+        return None
+    if schedule == "auto":
+        return Speculation(NgramDrafts(), decodes, steps)
+    return FixedDrafts(NgramDrafts(), int(schedule))
+
+
+def run(decoder: Decoder, domain: Domain, batch: int, answer: int, schedule: str) -> Run:
+    """All requests, so many at once. What steps cost is learnt as the engine does it."""
+    counters, decodes, steps = Counters(), DecodeCost(), FittedStepCost()
+    longest = max(map(len, domain.prompts)) + answer
+    blocks = batch * (longest // BLOCK + 2)
+    config = SchedulerConfig(longest, batch, max(512, batch), prefix_cache=False)
+    drafter = drafter_of(schedule, decodes, steps)
+    scheduler = Scheduler(config, BlockPool(blocks, BLOCK, counters), counters, drafter=drafter)
+    runner = ModelRunner(decoder, blocks, BLOCK)
+    tokens: dict[RequestId, list[int]] = {}
+    for i, prompt in enumerate(domain.prompts):
+        params = SamplingParams(
+            temperature=domain.temperature, max_tokens=answer, ignore_eos=True, seed=i
+        )
+        scheduler.add(Request(RequestId(str(i)), prompt, params))
+        tokens[RequestId(str(i))] = []
+    began = last = time.perf_counter()
+    while scheduler.has_work:
+        plan = scheduler.plan(0.0)
+        outs = scheduler.apply(runner.run(plan))
+        now = time.perf_counter()
+        steps.note(plan.num_tokens, now - last)
+        if all(map(is_decode, plan.chunks)):
+            decodes.note(plan.num_tokens, now - last)
+        last = now
+        for out in outs:
+            tokens[out.request_id].append(out.token_id)
+    return Run(last - began, counters, tokens)
+
+
+def rows_of(decoder: Decoder, domain: Domain, batch: int, args: argparse.Namespace) -> list[Row]:
+    runs: dict[str, list[Run]] = {schedule: [] for schedule in SCHEDULES}
+    for _ in range(args.rounds):
+        for schedule in SCHEDULES:
+            runs[schedule].append(run(decoder, domain, batch, args.answer, schedule))
+    plain = runs["off"]
+    rows = []
+    for schedule, made in runs.items():
+        if any(one.tokens != plain[0].tokens for one in made):
+            raise SystemExit(f"{domain.name}, batch {batch}, {schedule}: other tokens than off")
+        count = made[-1].counters
+        ratios = [off.seconds / one.seconds for off, one in zip(plain, made, strict=True)]
+        seconds = statistics.median(one.seconds for one in made)
+        rows.append(
+            Row(
+                domain.name,
+                batch,
+                schedule,
+                count.generated_tokens / seconds,
+                statistics.median(ratios),
+                min(ratios),
+                max(ratios),
+                plain[0].counters.steps / count.steps,
+                count.drafted_tokens,
+                count.accepted_tokens,
+            )
+        )
+    return rows
+
+
+def speculation(args: argparse.Namespace) -> list[Row]:
+    path = resolve_model(args.model)
+    decoder = load_decoder(path, choose_ops(threads=args.threads))
+    cases = [
+        (domain, batch)
+        for domain in domains(Tokenizer.load(path), args.requests)
+        for batch in args.batch
+    ]
+    rows: list[Row] = []
+    for domain, batch in track(cases, "speculation", console=Console(stderr=True)):
+        rows += rows_of(decoder, domain, batch, args)
+    return rows
+
+
+def show(rows: Sequence[Row]) -> None:
+    table = Table(box=SIMPLE)
+    names = ("domain", "batch", "drafts", "tokens/s", "to off", "fewer steps", "right")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("domain", "drafts") else "right")
+    for row in rows:
+        table.add_row(
+            row.domain,
+            str(row.batch),
+            row.schedule,
+            f"{row.tokens_per_s:,.0f}",
+            f"{row.ratio:.2f} ({row.least:.2f}-{row.most:.2f})",
+            f"{row.per_step:.2f}x",
+            f"{row.accepted / row.drafted:.0%}" if row.drafted else "-",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Policies of the scheduler, beside none.")
+    parser.add_argument("policy", choices=["speculation"])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--answer", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    rows = speculation(args)
+    if args.json:
+        print(json.dumps({"model": args.model, "rows": [asdict(row) for row in rows]}, indent=1))
+    else:
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()
