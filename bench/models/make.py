@@ -48,6 +48,27 @@ MODELS: dict[str, Config] = {
         "use_sliding_window": False,
         "attention_bias": False,
     },
+    # 30.5 B, of which a token meets 3.3 B: the shape of Qwen3-30B-A3B.
+    "qwen3-30b-a3b": {
+        "vocab_size": 151936,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "rope_theta": 1000000.0,
+        "use_sliding_window": False,
+        "attention_bias": False,
+    },
     # 0.69 B: latent attention, a shared expert, group-limited sigmoid routing.
     "deepseek-v3-0.7b": {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -217,13 +238,17 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def make(name: str, home: Path, changes: Config) -> Path:
-    """The folder of the checkpoint, made if it is not there or was made otherwise."""
-    config = {**COMMON, **MODELS[name], **changes}
+def settings_of(name: str, changes: Config) -> Config:
+    """The config.json of a model, with these changes."""
     unknown = changes.keys() - COMMON.keys() - MODELS[name].keys()
     if unknown:
         sys.exit(f"--set {min(unknown)}: no such key in {name}'s config.json")
-    folder = home / name
+    return {**COMMON, **MODELS[name], **changes}
+
+
+def make(name: str, home: Path, changes: Config) -> Path:
+    """The folder of the checkpoint, made if it is not there or was made otherwise."""
+    config, folder = settings_of(name, changes), home / name
     written = folder / "config.json"  # last of all files
     if written.exists() and json.loads(written.read_text()) == config:
         return folder

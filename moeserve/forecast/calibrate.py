@@ -18,10 +18,15 @@ import torch
 from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.forecast.command import threads_and_isa
 from moeserve.forecast.disk import disk_rates
-from moeserve.forecast.first_layers import first_layers, load_first_layers
+from moeserve.forecast.first_layers import cut, first_layers, load_first_layers
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
-from moeserve.forecast.steps import layer_overheads, python_overheads
+from moeserve.forecast.steps import (
+    TimedStep,
+    python_overheads,
+    timed_steps,
+    with_what_is_left,
+)
 from moeserve.forecast.timing import CallTimer
 from moeserve.host import read_cache, read_memory
 from moeserve.kernels.ops import Ops
@@ -130,21 +135,20 @@ def overheads_of(
 ) -> Overheads:
     """From steps of the model's first layers; where there is no model, or these are too large, of
     the model that is shipped, with kernels measured at its own sizes."""
-    own, there = None if sizes is None else first_layers(sizes), machine
-    if folder is None or own is None:
+    depths, there = () if sizes is None else first_layers(sizes), machine
+    if folder is None or not depths:
         folder, options = resolve_model(DEMO), AS_STORED
-        own = first_layers(stored_sizes(folder))
-        assert own is not None
+        depths = first_layers(stored_sizes(folder))
         costs = KernelCosts()
-        probe = KernelProbe(ops, shapes_of(own.spec), machine.cache, timer)
-        measure_kind(probe, own.floats, costs)
+        probe = KernelProbe(ops, shapes_of(depths[0].spec), machine.cache, timer)
+        measure_kind(probe, depths[0].floats, costs)
         there = replace(
             machine, products=costs.products, experts=costs.experts, attention=costs.attention
         )
-    demand = demand_of(own, options, ops)
-    return layer_overheads(
-        load_first_layers(folder, own.spec, ops, options),
-        lambda overheads: StepPredictor(replace(there, overheads=overheads), demand),
-        python_overheads(ops, timer.clock),
-        timer.clock,
-    )
+    python = python_overheads(ops, timer.clock)
+    there = replace(there, overheads=python)
+    decoder, steps = load_first_layers(folder, depths[-1].spec, ops, options), list[TimedStep]()
+    for depth in depths:
+        predictor = StepPredictor(there, demand_of(depth, options, ops))
+        steps += timed_steps(cut(decoder, depth.spec), predictor, timer.clock)
+    return with_what_is_left(python, steps)

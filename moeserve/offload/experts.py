@@ -33,7 +33,8 @@ MOST_WAVES = 4
 class StreamCounts:
     """``hits``: experts a layer needed that were there, or being read ahead; ``misses``: that were
     not. Of those read ahead, ``ahead_used`` were needed by the layer and ``ahead_wasted`` were not,
-    which read ``wasted_bytes``. ``waves`` of ``layers`` runs of a layer."""
+    which read ``wasted_bytes``. ``waves`` of ``layers`` runs of a layer. ``evictions`` are experts
+    that gave their slot to another."""
 
     layers: int = 0
     waves: int = 0
@@ -42,6 +43,7 @@ class StreamCounts:
     ahead_used: int = 0
     ahead_wasted: int = 0
     wasted_bytes: int = 0
+    evictions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ class ExpertStream:
         if not experts:
             return []
         slots = self.residency.place(layer, experts, now)
+        self.counts.evictions = self.residency.evictions
         begun = list(experts[: len(slots)])
         regions = [self._regions[layer][expert] for expert in begun]
         reads = [

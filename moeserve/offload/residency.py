@@ -55,6 +55,7 @@ class Residency:
         self._held_S = np.zeros(slots, np.int32)
         self._step = 0
         self.experts_L = tuple(experts_L)
+        self.evictions = 0  # experts that gave their slot to another
 
     @property
     def slot_LE(self) -> NDArray[np.int32]:
@@ -88,6 +89,7 @@ class Residency:
         chosen = self._victims(min(len(experts), self.slots), now)
         for slot, expert in zip(chosen, experts, strict=False):
             assert self._slot_LE[layer, expert] == EMPTY, (layer, expert)
+            self.evictions += self.occupant(slot) is not None
             self.vacate(slot)
             self._slot_LE[layer, expert] = slot
             self._layer_S[slot], self._expert_S[slot] = layer, expert

@@ -19,6 +19,7 @@ from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.scheduler import Scheduler
 from moeserve.kernels.ops import Ops
 from moeserve.models.decoder import Decoder, load_decoder
+from moeserve.models.packed.writer import verify_packed
 from moeserve.models.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.long
@@ -32,10 +33,12 @@ TINY = {
 TOKENS = 12
 
 
-def make(home: Path, name: str, *changes: str) -> subprocess.CompletedProcess[str]:
+def make(
+    home: Path, name: str, *changes: str, script: Path = MAKE
+) -> subprocess.CompletedProcess[str]:
     settings = [word for change in changes for word in ("--set", change)]
     return subprocess.run(
-        [sys.executable, str(MAKE), name, "--dir", str(home), *settings],
+        [sys.executable, str(script), name, "--dir", str(home), *settings],
         capture_output=True,
         text=True,
         timeout=100,
@@ -101,3 +104,17 @@ def test_an_unknown_setting_is_refused(tmp_path: Path) -> None:
     done = make(tmp_path, "qwen3-moe-1.2b", "hidden=64")
     assert done.returncode == 1
     assert "--set hidden: no such key" in done.stderr
+
+
+def test_a_packed_folder_is_made_without_a_checkpoint(tmp_path: Path, ops: Ops) -> None:
+    small, script = TINY["qwen3-moe-1.2b"], MAKE.with_name("make_packed.py")
+    found = []
+    for home in (tmp_path / "one", tmp_path / "other"):
+        done = make(home, "qwen3-moe-1.2b", *small, "moe_intermediate_size=128", script=script)
+        assert done.returncode == 0, done.stderr
+        found.append(Path(done.stdout.strip()))
+    one, other = (sorted(file.read_bytes() for file in folder.iterdir()) for folder in found)
+    assert one == other
+    assert verify_packed(found[0]) == 1 + 2 * (1 + 8)
+    tokens = greedy(load_decoder(found[0], ops), prompts(Case(1, 20, TOKENS), 400)[0])
+    assert len(set(tokens)) > 2

@@ -13,16 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moeserve.config.options import LoadOptions, RankModelOptions
 from moeserve.errors import ConfigError
 from moeserve.forecast.disk import disk_rates, rates_of
-from moeserve.forecast.first_layers import first_layers, load_first_layers
+from moeserve.forecast.first_layers import cut, first_layers, load_first_layers
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.predictions import ForecastQuestion, ForecastReport, forecast
 from moeserve.forecast.shapes import ANY_MODEL, KernelShapes, shapes_of
 from moeserve.forecast.shown import tables
-from moeserve.forecast.steps import AnsweringDecoder, decode_step_seconds, line_through
+from moeserve.forecast.steps import (
+    AnsweringDecoder,
+    TimedStep,
+    decode_step_seconds,
+    nonnegative_fit,
+    prompt_step_seconds,
+)
 from moeserve.forecast.timing import CallTimer
 from moeserve.host import read_cache
 from moeserve.kernels.ops import Ops
@@ -323,29 +331,44 @@ def test_steps_are_those_of_the_scheduler(ops: Ops) -> None:
     assert decode_step_seconds(AnsweringDecoder(ops, 4), 4, lambda: float(next(ticks))) == 1.0
 
 
-def test_the_line_of_overheads_is_never_below_zero() -> None:
-    start, rise = line_through([(1, 3.0, 4.0), (10, 21.0, 22.0), (100, 201.0, 210.0)])
-    assert (start, rise) == (pytest.approx(1.0), pytest.approx(2.0))
-    # One that came out below what was predicted does not undo the others.
-    start, rise = line_through([(1, 5.0, 9.0), (10, 5.2, 30.0), (100, -1.0, 300.0)])
-    assert start == pytest.approx(5.0, rel=0.1)
-    assert rise >= 0
-    assert line_through([(1, -1.0, 2.0), (2, -1.0, 2.0)]) == (0.0, 0.0)
+@given(
+    st.tuples(*[st.just(0.0) | st.floats(1e-7, 1e-3)] * 5),
+    st.integers(1, 4),
+)
+def test_what_steps_cost_is_found_again(parts: tuple[float, ...], more: int) -> None:
+    steps = [
+        TimedStep(layers, 64, prompt, decoding, 1.0, 0.0)
+        for layers in (1, 1 + more)
+        for prompt, decoding in ((0, 1), (0, 8), (0, 32), (32, 0), (128, 0))
+    ]
+    left = [sum(n * part for n, part in zip(s.shares, parts, strict=True)) for s in steps]
+    found = nonnegative_fit([s.shares for s in steps], left, [1.0] * len(steps))
+    assert min(found) >= 0
+    for step, expected in zip(steps, left, strict=True):
+        again = sum(n * part for n, part in zip(step.shares, found, strict=True))
+        assert again == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_steps_that_took_less_than_was_predicted_cost_nothing_beside() -> None:
+    assert nonnegative_fit([(1.0, 1.0), (1.0, 9.0)], [-1.0, -2.0], [1.0, 1.0]) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_the_first_layers_of_a_model_run_by_themselves(
-    tiny_checkpoint: Tiny, ops: Ops, family: str
+    tiny_checkpoint: Tiny, ops: Ops, family: str, tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint(family)
     sizes = stored_sizes(folder)
-    few = first_layers(sizes)
-    assert few is not None
-    assert 2 <= len(few.layers) <= len(sizes.layers)
+    few, more = first_layers(sizes)
+    assert 1 <= len(few.layers) < len(more.layers) <= len(sizes.layers)
     assert few.spec.moe_layers
-    decoder = load_first_layers(folder, few.spec, ops, LoadOptions())
-    assert decoder.spec.layers == sizes.spec.layers[: len(few.layers)]
-    assert decode_step_seconds(decoder, 2, time.perf_counter) > 0
+    packed = tmp_path / "packed"
+    pack_model(folder, packed, ops, LoadOptions())
+    for source in (folder, packed):
+        decoder = load_first_layers(source, more.spec, ops, LoadOptions())
+        assert decoder.spec.layers == sizes.spec.layers[: len(more.layers)]
+        assert decode_step_seconds(cut(decoder, few.spec), 2, time.perf_counter) > 0
+        assert prompt_step_seconds(decoder, 8, time.perf_counter) > 0
 
 
 def test_a_cache_is_read_from_the_system(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def a_machine(**changes: Any) -> MachineModel:
         products={"bf16": curve, "fp32": curve},
         experts={"bf16": curve},
         attention={"bf16": AttentionCost(2e-11, 1e-11, 1e-11)},
-        overheads=Overheads(step=1e-4, row=1e-6, layer=1e-5, value=1e-10),
+        overheads=Overheads(step=1e-4, row=1e-6, layer=1e-5, value=1e-10, prompt=5e-11),
     )
     return dataclasses.replace(machine, **changes)
 

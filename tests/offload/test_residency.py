@@ -23,6 +23,7 @@ class Books(RuleBasedStateMachine):
         self.residency = Residency(LAYERS, slots, half_life=3.0)
         self.slot_of: dict[tuple[int, int], int] = {}
         self.held: Counter[int] = Counter()
+        self.evicted = 0
 
     @rule()
     def next_step(self) -> None:
@@ -47,6 +48,7 @@ class Books(RuleBasedStateMachine):
             assert set(slots) <= empty, "nobody goes while there is an empty slot"
         for expert, slot in zip(wanted, slots, strict=False):
             assert not self.held[slot], "what is held is never given up"
+            self.evicted += slot in self.slot_of.values()
             self.slot_of = {k: s for k, s in self.slot_of.items() if s != slot}
             self.slot_of[layer, expert] = slot
             self.held[slot] += 1
@@ -82,6 +84,7 @@ class Books(RuleBasedStateMachine):
             owners = [key for key, s in self.slot_of.items() if s == slot]
             assert residency.occupant(slot) == (owners[0] if owners else None)
         assert residency.free == residency.slots - sum(c > 0 for c in self.held.values())
+        assert residency.evictions == self.evicted
 
 
 TestBooks = Books.TestCase

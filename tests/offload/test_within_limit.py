@@ -23,6 +23,7 @@ pytestmark = pytest.mark.long
 
 LAYERS, EXPERTS, HIDDEN, INNER = 8, 32, 256, 512
 CGROUP = Path("/sys/fs/cgroup/memory")
+SOAK = Path(__file__).parents[2] / "bench" / "constrained" / "soak.py"
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -163,3 +164,19 @@ def test_a_process_stays_within_its_budget_and_says_the_same(
     if group is not None:
         assert int((group / "memory.max_usage_in_bytes").read_text()) <= budget
         assert "oom_kill 0" in (group / "memory.oom_control").read_text()
+
+
+def soak(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SOAK), str(folder), "--kv-memory", "4MiB", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_a_soak_finds_every_token_right_and_nothing_grown(folder: Path, tmp_path: Path) -> None:
+    """Some hundred MiB are the process's, so that less than half of the experts fit."""
+    kept = tmp_path / "soak.json"
+    done = soak(folder, "--memory", "480MiB", "--minutes", "0.05", "--json", str(kept))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(kept.read_text())["soak"]
+    assert found["faults"] == []
+    assert found["turns"] > 0
+    assert found["counts"]["expert_stream_evictions"] > 0

@@ -34,6 +34,7 @@ from moeserve.models.packed.layout import (
     ExpertForm,
     Header,
     Leaf,
+    Origin,
     PackedLayer,
     PackedOptions,
     PackedPart,
@@ -94,22 +95,29 @@ def pack_model(
 ) -> PackedSummary:
     """``out`` must not exist. Loading it with no options gives what loading ``model`` with
     ``options`` gives, to the bit. ``progress`` gets bytes read and bytes in all."""
-    if out.exists():
-        raise ConfigError(f"{out}: exists; give a folder that does not")
     if is_packed(model):
         raise ConfigError(f"{model}: is packed already; give the folder it was made from")
     checkpoint = Checkpoint.open(model)
     w = Noted.of(open_weights(checkpoint, ops, options, progress=progress))
+    return pack_weights(w, out, options, origin_of(model), file_bytes=file_bytes)
+
+
+def pack_weights(
+    w: Noted, out: Path, options: LoadOptions, origin: Origin, *, file_bytes: int = FILE_BYTES
+) -> PackedSummary:
+    """The same of weights wherever they come from, opened with ``options``."""
+    if out.exists():
+        raise ConfigError(f"{out}: exists; give a folder that does not")
     with whole_or_not_at_all(out, 0) as folder, RegionFiles(folder, file_bytes) as files:
         ends, layers, mtp = _write_weights(w, files)
-        unread = explained(w, read_spec(checkpoint)[0])
+        unread = explained(w, read_spec(w.checkpoint)[0])
         header = Header(
             version=VERSION,
-            packing=ops.packing,
+            packing=w.ops.packing,
             byte_order=sys.byteorder,
             options=PackedOptions(options.dtype, options.quantization, options.quantize_attention),
             dtype="bfloat16" if w.dtype is torch.bfloat16 else "float32",
-            origin=origin_of(model),
+            origin=origin,
             present=tuple(sorted(w.present)),
             unread=unread,
             files=files.close(),
@@ -117,11 +125,11 @@ def pack_model(
             layers=layers,
             mtp=mtp,
         )
-        _copy_small(checkpoint, folder)
+        _copy_small(w.checkpoint, folder)
         write_header(folder, header)
     records = sum(len(x.experts.digests) for x in layers if x.experts is not None)
     after = sum(header.files.values())
-    return PackedSummary(out, len(layers), records, checkpoint.total_bytes, after)
+    return PackedSummary(out, len(layers), records, w.checkpoint.total_bytes, after)
 
 
 def verify_packed(folder: Path, progress: Callable[[int, int], None] | None = None) -> int:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from moeserve.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 KINDS = ("fp32", "bf16", "int8", "int4")
 MOST_POINTS = 64
 T = TypeVar("T")
@@ -77,16 +77,17 @@ class AttentionCost:
 @dataclass(frozen=True, slots=True)
 class Overheads:
     """What a step costs beside products and attention: ``step`` seconds in any case, ``row`` for
-    each token that is sampled, ``layer`` for each layer, and ``value`` for each number of the
-    residual stream that passes through a layer."""
+    each token that is sampled, ``layer`` for each layer, and for each number of the residual stream
+    that passes through a layer ``value``, or ``prompt`` where its token is one of a prompt."""
 
     step: float = 0.0
     row: float = 0.0
     layer: float = 0.0
     value: float = 0.0
+    prompt: float = 0.0
 
     def __post_init__(self) -> None:
-        least = min(self.step, self.row, self.layer, self.value)
+        least = min(self.step, self.row, self.layer, self.value, self.prompt)
         _require(least >= 0, f"overheads {self} are not all at least 0")
 
 
@@ -172,8 +173,8 @@ class MachineModel:
 
 def faster_of(one: MachineModel, other: MachineModel) -> MachineModel:
     """Of two looks at the same machine, what it could do in the better moment of each figure.
-    What layers take beside their kernels is what was left of steps, and the mean of both. Only
-    what both measured is there."""
+    What steps take beside kernels is what was left of them, and the mean of both. Only what both
+    measured is there."""
 
     def curves(a: Mapping[str, ProductCurve], b: Mapping[str, ProductCurve]) -> dict[str, Any]:
         return {kind: _faster_curve(a[kind], b[kind]) for kind in a if kind in b}
@@ -195,7 +196,7 @@ def faster_of(one: MachineModel, other: MachineModel) -> MachineModel:
             if (b := other.attention.get(kind)) is not None
         },
         overheads=Overheads(
-            min(o.step, p.step), min(o.row, p.row), (o.layer + p.layer) / 2, (o.value + p.value) / 2
+            *((getattr(o, f.name) + getattr(p, f.name)) / 2 for f in fields(Overheads))
         ),
     )
 
@@ -258,7 +259,7 @@ def _read(said: Any) -> MachineModel:
             for kind, c in said["attention"].items()
         },
         overheads=Overheads(
-            **{name: _number(said["overheads"][name]) for name in ("step", "row", "layer", "value")}
+            **{f.name: _number(said["overheads"][f.name]) for f in fields(Overheads)}
         ),
     )
 

@@ -138,8 +138,7 @@ class StepPredictor:
         return found
 
     def _layer_products(self, layer: LayerDemand, tokens: float, coldness: float) -> StepSeconds:
-        overheads = self.machine.overheads
-        fixed = overheads.layer + overheads.value * tokens * self.model.hidden
+        fixed = self.machine.overheads.layer
         total = StepSeconds(total=fixed, fixed=fixed)
         for matrix in layer.always:
             total += self._matrix(matrix, tokens, coldness)
@@ -168,8 +167,10 @@ class StepPredictor:
     def _layer(
         self, layer: LayerDemand, work: StepWork, product: StepSeconds, coldness: float
     ) -> StepSeconds:
-        total = product
-        a = layer.attention
+        overheads, a = self.machine.overheads, layer.attention
+        values = overheads.value * work.decode_tokens + overheads.prompt * work.prefill_tokens
+        values *= self.model.hidden
+        total = product + StepSeconds(total=values, fixed=values)
         if work.decode_tokens:
             context = work.decode_tokens * a.seen(work.decode_context / work.decode_tokens)
             total += self._attention(a, context, context * a.kv_bytes, coldness)
