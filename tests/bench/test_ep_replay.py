@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +26,7 @@ from moeserve.placement.cluster import Dataflow
 from moeserve.placement.cost import traffic
 from moeserve.placement.layer_use import split_uses
 from moeserve.placement.plan import Plan
+from moeserve.testbed.network import refusal
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 EXPERTS, LAYERS, TOP_K, WINDOW, WAIT_S = 8, 3, 2, 8, 60.0
@@ -222,3 +227,34 @@ def test_settings_of_a_replay_are_checked(bench: Import, trace: Path) -> None:
     for text, said in wrong:
         with pytest.raises(ConfigError, match=said):
             parse(text, 64, 32)
+
+
+@pytest.mark.long
+def test_rows_are_what_was_counted_beside_what_was_predicted(trace: Path, tmp_path: Path) -> None:
+    reason = refusal()
+    if reason is not None:
+        pytest.skip(reason)
+    words = (
+        f"--replay {trace}:hidden=64:intermediate=32 --beds 2x1,2x2 --rates unlimited,100mbit "
+        "--tokens 2 --length 4 --steps 1 --rounds 1 --solve-s 0.2"
+    ).split()
+    file = tmp_path / "replay.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "ep.py"), *words, "--json", str(file)],
+        capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    raw = json.loads(file.read_text())
+    rows = raw["rows"]
+    assert {(row["bed"], row["rate"]) for row in rows} == {
+        (bed, rate) for bed in ("2x1", "2x2") for rate in ("unlimited", "100mbit")
+    }
+    assert len({row["plan"] for row in rows}) == len(rows) / 4 == 6
+    for row in rows:
+        # A segment has a head, which is much beside so few rows.
+        assert row["predicted_inter_bytes"] <= row["inter_bytes"] < row["link_bytes"], row
+        assert (row["intra_copies"] > 0) == (row["bed"] == "2x2"), row
+        assert row["held_out"], row
+        if row["plan"] == "contiguous":
+            assert row["bytes_saved"] == row["time_saved"] == 0
