@@ -1,6 +1,7 @@
 """Experts over several hosts: what overlap, bytes and plans are worth as links get slower.
 
     python bench/ep.py [--quick] [--json FILE] [--models demo ...] [--rates unlimited,100mbit ...]
+    python bench/ep.py --replay FILES ...        recorded routing (expert_parallel/replay.py)
 
 Raises the test bed (root is needed), runs a rank on each host and asks all of them for the same
 steps: no server, no sampling, every round of every scheme in turn. Two tables a model: tokens per
@@ -27,6 +28,8 @@ from typing import Any
 
 from expert_parallel.group import RankGroup, TrafficVariant
 from expert_parallel.inputs import PLANS, StepInputs, prepare
+from expert_parallel.record_bytes import copy_bytes, link_seconds
+from expert_parallel.replay import main as replay
 from expert_parallel.schemes import (
     AUTO,
     LoadCase,
@@ -34,6 +37,7 @@ from expert_parallel.schemes import (
     Scheme,
     SchemeSamples,
     fill,
+    link_bytes,
     measure,
 )
 from rich.console import Console
@@ -42,14 +46,12 @@ from rich.table import Table
 from moeserve.errors import InternalError, MoeserveError
 from moeserve.models.library import DEMO
 from moeserve.placement.cluster import Dataflow
-from moeserve.testbed.links import MTU, parse_rate, show_rate
+from moeserve.testbed.links import parse_rate, show_rate
 from moeserve.testbed.network import Bed, refusal
 
 COUNTS: tuple[int | str, ...] = (1, 2, 4, AUTO)
 FIXED = tuple(count for count in COUNTS if count != AUTO)
 BASE = TrafficVariant()
-# A full frame of the links, and the payload in it: headers of TCP, with a time stamp, and below.
-FRAME, PAYLOAD = MTU + 14, MTU - 52
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,15 +164,6 @@ def variants(inputs: StepInputs) -> dict[str, tuple[TrafficVariant, Dataflow]]:
     return base | plans
 
 
-def row_bytes(inputs: StepInputs, variant: TrafficVariant) -> float:
-    """Of a copy, there and back: features, scale, unit, weights, slots; then sums and a byte."""
-    size, back = {"own": (1, 2), "bf16": (2, 2), "fp32": (4, 4)}[variant.wire]
-    k = inputs.top_k
-    factor = 2 if variant.wire == "fp32" else 1
-    there = size * inputs.hidden + 8 + 4 * k + -(-2 * k // 4) * 4
-    return there + back * inputs.hidden + factor
-
-
 def travel_table(
     group: RankGroup,
     bed: Bed,
@@ -194,12 +187,13 @@ def travel_table(
         ]  # fmt: skip
         copies = sum(inputs.predicted_copies(s, variant.plan, flow) for s in spans) / len(spans)
         token_layers = one.steps[0].token_layers
-        on_link = one.busiest_bytes * FRAME / PAYLOAD * 8 / rate
+        each = sum(copy_bytes(inputs.hidden, inputs.top_k, variant.wire))
+        on_link = link_seconds(one.busiest_bytes, rate)
         rows.append(
             Travel(
                 inputs.model, load.what, load.tokens, show_rate(rate), name,
                 one.copies, copies,
-                one.sent_bytes, copies * token_layers * row_bytes(inputs, variant),
+                one.sent_bytes, copies * token_layers * each,
                 link_bytes(group, bed, load, variant, repetitions),
                 (one.seconds, *one.range_s),
                 free[Scheme(variant, 1)].seconds + on_link,
@@ -207,18 +201,6 @@ def travel_table(
             )
         )  # fmt: skip
     return rows
-
-
-def link_bytes(
-    group: RankGroup, bed: Bed, load: LoadCase, variant: TrafficVariant, repetitions: Repetitions
-) -> float:
-    """What the kernel counts leaving all hosts in a step."""
-    before = sum(bed.count(host).sent_bytes for host in range(bed.hosts))
-    for step in range(repetitions.steps):
-        spans = load.spans(group.world, step, repetitions.length, repetitions.prompt)
-        group.step(spans, 1, variant)
-    after = sum(bed.count(host).sent_bytes for host in range(bed.hosts))
-    return (after - before) / repetitions.steps
 
 
 def show_overlap(rows: Sequence[Overlap]) -> Table:
@@ -331,6 +313,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    if "--replay" in words:
+        return replay(words)
     args = arguments(words)
     reason = refusal()
     if reason is not None:

@@ -6,6 +6,7 @@ of one that is gone.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,9 @@ class TrafficVariant:
 @dataclass(frozen=True, slots=True)
 class GroupStep:
     """A step over all ranks: from when the first began until the last ended; ``waited_s`` by the
-    rank that waited least, ``busiest_bytes`` sent or received by the rank with most."""
+    rank that waited least, ``busiest_bytes`` sent or received by the rank with most. ``copies`` and
+    ``sent_bytes`` are to other ranks, ``inter_...`` of them to other nodes. ``chosen_LE`` is how
+    often each expert was, where it was asked for."""
 
     seconds: float
     waited_s: float
@@ -45,7 +48,10 @@ class GroupStep:
     busiest_bytes: int
     copies: int
     token_layers: int
+    inter_copies: int
+    inter_bytes: int
     digests: tuple[str, ...]
+    chosen_LE: Sequence[Sequence[int]] = ()
 
 
 # Of each rank: sequence, start, stop.
@@ -65,11 +71,12 @@ class RankGroup:
                 bed,
                 [sys.executable, str(RANK)],
                 ranks_per_host,
-                {"OMP_NUM_THREADS": "1"},
+                {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path()},
                 errors_to=[stack.enter_context(path.open("wb")) for path in paths],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )
+        self._per_host = ranks_per_host
         self._ranks = [
             AnsweringProcess(f"rank {r}", popen, path)
             for r, (popen, path) in enumerate(zip(started, paths, strict=True))
@@ -113,7 +120,19 @@ class RankGroup:
             busiest_bytes=max(*out_R, *in_R),
             copies=sum(r["copies"] for r in replies),
             token_layers=sum(r["token_layers"] for r in replies),
+            inter_copies=sum(r["inter_node"] for r in replies),
+            inter_bytes=self._between_hosts(sent_RR),
             digests=tuple(r.get("digest", "") for r in replies),
+            chosen_LE=_added([r["chosen_LE"] for r in replies]) if digest else (),
+        )
+
+    def _between_hosts(self, sent_RR: Sequence[Sequence[int]]) -> int:
+        here = self._per_host
+        return sum(
+            sent
+            for r, row in enumerate(sent_RR)
+            for to, sent in enumerate(row)
+            if r // here != to // here
         )
 
     def close(self) -> None:
@@ -121,3 +140,14 @@ class RankGroup:
         for rank in self._ranks:
             rank.end_requests()
         end_all(self._ranks)
+
+
+def _search_path() -> str:
+    """Where ranks find the modules of this folder by the names that they have here."""
+    known = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(RANK.parents[1]), *([known] if known else [])])
+
+
+def _added(tables: Sequence[Sequence[Sequence[int]]]) -> Sequence[Sequence[int]]:
+    """Element by element."""
+    return [[sum(each) for each in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]

@@ -7,6 +7,7 @@ several plans are held at once and share KV, which by law 1 does not depend on t
 A variant of a step may send more than it needs, to measure what is saved: ``copies`` "expert" sends
 a token once for every expert away from home instead of once per rank; ``wire`` "bf16" and "fp32"
 fill every record up to the length it would have with features, and contributions, of that type.
+Where the settings name recorded routing, rows go where it says (``forced``).
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
+from expert_parallel.exchanges import RankExchanges, open_exchanges
+from expert_parallel.forced import ForcedRouting, places
 from torch import Tensor
 
 from moeserve.comm.build import parallel_over
 from moeserve.comm.control.rpc import Trust
 from moeserve.comm.dispatcher import FlatDispatcher, ShardedExperts
 from moeserve.comm.exchange.base import Exchange, Lanes
-from moeserve.comm.exchange.open import open_exchange
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.launch.note_store import host_store, join_store
 from moeserve.comm.launch.notes import NoteStore
@@ -37,10 +39,12 @@ from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.comm.table import Assigned, AssignmentTable
 from moeserve.config.options import LoadOptions
 from moeserve.errors import UnavailableError
+from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.kernels.wire import Copies, Wire
 from moeserve.models.batch import Span, pack_spans, split_spans
 from moeserve.models.decoder import Decoder, ModelKvCache, load_decoder
+from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.progress import Progress
 from moeserve.process.answer import Channel
 
@@ -111,15 +115,16 @@ class Widened:
 
 @dataclass(frozen=True, slots=True)
 class StepRunner:
-    """Everything a step needs. ``sequences`` are this rank's, in blocks of their own."""
+    """Everything a step needs. ``sequences`` are this rank's, in blocks of their own; ``ids_LPK``
+    is where their rows are forced to."""
 
-    exchange: Exchange
-    topology: Topology
+    exchanges: RankExchanges
     decoders: Mapping[str, Decoder]
     layouts: Mapping[str, Mapping[int, LayerLayout]]
     sequences: Sequence[Sequence[int]]
     cache: ModelKvCache
     variants: dict[tuple[str, str, str], Decoder]
+    ids_LPK: Tensor | None = None
 
     def run(
         self,
@@ -130,27 +135,37 @@ class StepRunner:
         wire: str,
         digest: bool,
     ) -> dict[str, Any]:
-        """One step over ``spans`` of [sequence, start, stop]."""
+        """One step over ``spans`` of [sequence, start, stop]. With ``digest`` also what came out,
+        and how often each expert was chosen."""
         decoder = self._decoder(plan, copies, wire)
         parts = split_spans([self._span(*span) for span in spans], microbatches)
         steps = [pack_spans(part, BLOCK) for part in parts]
         assert isinstance(decoder.runner, ParallelLayerRunner)
-        stats, traffic = decoder.runner.dispatcher.stats, self.exchange.traffic
-        before = (stats.waited_s, stats.copies, stats.tokens, list(traffic.sent_R))
+        stats, before_R = decoder.runner.dispatcher.stats, self.exchanges.sent_R()
+        before = asdict(stats)
+        counts = self._counts(decoder) if digest else None
         begun = time.monotonic()
-        logits = decoder.forward_micro(steps, self.cache)
+        logits = decoder.forward_micro(steps, self.cache, counts)
         ended = time.monotonic()
+        sent_R = self.exchanges.sent_R()
         taken = {
             "begun": begun,
             "ended": ended,
-            "waited": stats.waited_s - before[0],
-            "copies": stats.copies - before[1],
-            "token_layers": stats.tokens - before[2],
-            "sent_R": [a - b for a, b in zip(traffic.sent_R, before[3], strict=True)],
+            "waited": stats.waited_s - before["waited_s"],
+            "copies": stats.copies - before["copies"],
+            "inter_node": stats.inter_node - before["inter_node"],
+            "token_layers": stats.tokens - before["tokens"],
+            "sent_R": [a - b for a, b in zip(sent_R, before_R, strict=True)],
         }
-        if digest:
+        if counts is not None:
+            counts.end()
             taken["digest"] = hashlib.sha256(torch.cat(logits).numpy().tobytes()).hexdigest()
+            taken["chosen_LE"] = counts.loads().tolist()
         return taken
+
+    def _counts(self, decoder: Decoder) -> ExpertCounts:
+        layout = next(iter(next(iter(self.layouts.values())).values()))
+        return ExpertCounts(decoder.spec.moe_layers, layout.num_experts)
 
     def _span(self, sequence: int, start: int, stop: int) -> Span:
         blocks = blocks_of(sequence, len(self.sequences[sequence]))
@@ -164,31 +179,32 @@ class StepRunner:
 
     def _build(self, plan: str, copies: str, wire: str) -> Decoder:
         decoder, layouts = self.decoders[plan], self.layouts[plan]
-        progress, exchange = Progress(), self._exchange_for(plan, wire)
-        dispatcher = FlatDispatcher(decoder.ops, exchange, self.topology, progress)
-        layers = decoder.stack.layers
-        parallel = parallel_over(decoder.ops, layers, layouts, dispatcher, progress)
+        layers, progress = decoder.stack.layers, Progress()
+        ops: Ops = decoder.ops
+        if self.ids_LPK is not None:
+            ops = ForcedRouting(ops, layers, self.ids_LPK)
+        if wire == "own":
+            dispatcher = self.exchanges.dispatcher(ops, progress)
+        else:
+            exchange = self._widened(plan, wire)
+            dispatcher = FlatDispatcher(ops, exchange, self.exchanges.topology, progress)
+        parallel = parallel_over(ops, layers, layouts, dispatcher, progress)
         if copies == "expert":
-            parallel = ParallelLayerRunner(
-                decoder.ops,
-                layers,
-                [_per_expert(s) for s in parallel.sharded],
-                dispatcher,
-                progress,
-            )
+            sharded = [_per_expert(s) for s in parallel.sharded]
+            parallel = ParallelLayerRunner(ops, layers, sharded, dispatcher, progress)
         return decoder.over(parallel)
 
-    def _exchange_for(self, plan: str, wire: str) -> Exchange:
-        if wire == "own":
-            return self.exchange
+    def _widened(self, plan: str, wire: str) -> Exchange:
+        """Of ranks that have one exchange."""
         decoder, layouts = self.decoders[plan], self.layouts[plan]
-        flat = FlatDispatcher(decoder.ops, self.exchange, self.topology, Progress())
+        (exchange,), topology = self.exchanges.exchanges, self.exchanges.topology
+        flat = FlatDispatcher(decoder.ops, exchange, topology, Progress())
         sharded = parallel_over(
             decoder.ops, decoder.stack.layers, layouts, flat, Progress()
         ).sharded
         own = next(s.wire for s in sharded if s is not None)
         dtype, back = {"bf16": (torch.bfloat16, 1), "fp32": (torch.float32, 2)}[wire]
-        return Widened(self.exchange, own.row_bytes, replace(own, payload=dtype).row_bytes, back)
+        return Widened(exchange, own.row_bytes, replace(own, payload=dtype).row_bytes, back)
 
 
 def _per_expert(sharded: ShardedExperts | None) -> ShardedExperts | None:
@@ -231,8 +247,15 @@ def set_up(settings: Mapping[str, Any], environ: Mapping[str, str]) -> StepRunne
     store = notes_at(host, port, rank)
     lanes = Lanes((SEGMENT_BYTES,) * 2 * MOST_MICROBATCHES, DEADLINE_S)
     topology = Topology(tuple(r // here for r in range(world)))
-    exchange = open_exchange(settings["backend"], Group(rank, world, store), topology, lanes)
-    return StepRunner(exchange, topology, decoders, layouts, sequences, cache, {})
+    exchanges = open_exchanges(settings["backend"], Group(rank, world, store), topology, lanes)
+    ids_LPK = _recorded(settings["routing"], rank) if settings.get("routing") else None
+    return StepRunner(exchanges, decoders, layouts, sequences, cache, {}, ids_LPK)
+
+
+def _recorded(file: str, rank: int) -> Tensor:
+    """[L, P, K] of this rank's sequences, from ``ids_RSWLK`` in an .npy file."""
+    ids_SWLK = np.load(file, mmap_mode="r")[rank]
+    return places(torch.from_numpy(np.array(ids_SWLK, np.int32)), BLOCK)
 
 
 def notes_at(host: str, port: int, rank: int) -> NoteStore:
@@ -253,12 +276,12 @@ def main() -> None:
     channel = Channel()
     requests = channel.requests()
     runner = set_up(next(requests), os.environ)
-    channel.reply({"rank": runner.exchange.rank})
+    channel.reply({"rank": runner.exchanges.rank})
     gc.disable()
     for request in requests:
         channel.reply(runner.run(**request))
         gc.collect(0)  # here, where it is not timed
-    runner.exchange.close()
+    runner.exchanges.close()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from moeserve.engine.ranks.microbatches import (
     MicrobatchPolicy,
     StepShape,
 )
+from moeserve.testbed.network import Bed
 
 LEARNING_STEPS = 40
 AUTO = "auto"
@@ -168,3 +169,15 @@ def _one(
     taken = group.step(spans, count, scheme.variant)
     chooser.learn(load.shape, count, taken.seconds, taken.waited_s)
     return count, taken
+
+
+def link_bytes(
+    group: RankGroup, bed: Bed, load: LoadCase, variant: TrafficVariant, repetitions: Repetitions
+) -> float:
+    """What the kernel counts leaving all hosts in a step."""
+    before = sum(bed.count(host).sent_bytes for host in range(bed.hosts))
+    for step in range(repetitions.steps):
+        spans = load.spans(group.world, step, repetitions.length, repetitions.prompt)
+        group.step(spans, 1, variant)
+    after = sum(bed.count(host).sent_bytes for host in range(bed.hosts))
+    return (after - before) / repetitions.steps

@@ -1,0 +1,57 @@
+"""Plans for the ranks that replay a recording, each from the half that is not replayed.
+
+Counts know no token: what needs some (MoETuner) gets drawn ones, all others the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from expert_parallel.inputs import SLACK
+from expert_parallel.recorded import Recording
+
+from moeserve.placement.cluster import Cluster
+from moeserve.placement.plan import Plan
+from moeserve.placement.problem import Problem
+from moeserve.placement.solvers.portfolio import Budget, Solver, solve
+
+BASE = "contiguous"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRecipe:
+    """``replicas``: a quarter more slots than experts, rounded up to whole ranks."""
+
+    solver: Solver
+    replicas: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.solver is Solver.AUTO
+
+
+RECIPES: Mapping[str, PlanRecipe] = {
+    BASE: PlanRecipe(Solver.CONTIGUOUS),
+    "EPLB": PlanRecipe(Solver.EPLB),
+    "EPLB, replicas": PlanRecipe(Solver.EPLB, replicas=True),
+    "MoETuner": PlanRecipe(Solver.MOETUNER),
+    "solved": PlanRecipe(Solver.AUTO),
+    "solved, replicas": PlanRecipe(Solver.AUTO, replicas=True),
+}
+
+
+def solve_plans(
+    recording: Recording, ranks: int, nodes: int, seconds: float, say: Callable[[str], None]
+) -> dict[str, Plan]:
+    """By name, for ``nodes`` that have as many of the ``ranks`` each; ``seconds`` for each."""
+    experts = recording.num_experts
+    plans = {}
+    for name, recipe in RECIPES.items():
+        say(f"{recording.source.name}: plan {name}")
+        wanted = experts + experts // 4 if recipe.replicas else experts
+        problem = Problem(Cluster(ranks, nodes), -(-wanted // ranks) * ranks, max_imbalance=SLACK)
+        tokens = recipe.solver is Solver.MOETUNER
+        routing = recording.fitted_tokens if tokens else recording.fitted
+        plans[name] = solve(problem, routing, recipe.solver, Budget(seconds))
+    return plans
