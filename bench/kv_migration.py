@@ -1,12 +1,13 @@
 """How long a request stalls when it moves to another member while it runs.
 
-    python bench/kv_migration.py [--context 128 1024 4096] [--moves 5] [--out FILE]
+    python bench/kv_migration.py [--model DIR] [--context 128 1024 4096] [--moves 5] [--out FILE]
 
-Two ranks with the demo model, which serve one another over gRPC, in one process: so they share its
-interpreter and its cores, and times are an upper bound. Another request decodes at the source all
-the while, by whose steps the stall is counted: those between the last token that the moving request
-gets there and the first that it gets at its target. One JSON line per context: the median and the
-most of the moves.
+Two ranks with one model (the demo model), which serve one another over gRPC, in one process: so
+they share its interpreter and its cores, and times are an upper bound. Another request decodes at
+the source all the while, by whose steps the stall is counted: those between the last token that the
+moving request gets there and the first that it gets at its target. ``moved_ms`` of ``ms`` is until
+the target's engine has the request; the rest is that engine's first step. One JSON line per
+context: the median and the most of the moves.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from moeserve.engine.kv_tensors import watch_kv
 from moeserve.engine.loop import Engine, EngineLock
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.rates import StepRates
+from moeserve.engine.request_state import EventSink
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import NEW, History, KvSource
 from moeserve.kernels.select import choose_ops
@@ -69,6 +71,16 @@ class Sink:
         self.ended = True
 
 
+class TimedExchange(KvExchange):
+    """Knows when the engine got each request."""
+
+    submitted: dict[RequestId, float]
+
+    def submit(self, request: Request, sink: EventSink, history: History = NEW) -> None:
+        self.submitted[request.id] = time.perf_counter()
+        super().submit(request, sink, history)
+
+
 class Rank:
     """An engine with a server, and what stands before it."""
 
@@ -80,9 +92,10 @@ class Rank:
         runner = ModelRunner(decoder, blocks, BLOCK, eos_ids)
         lock = EngineLock()
         self.engine = Engine(scheduler, runner, lock=lock)
-        self.house = KvExchange(
+        self.house = TimedExchange(
             self.engine, scheduler, lock, watch_kv(runner, decoder.ops), StepRates()
         )
+        self.house.submitted = {}
         self.terms = ServedTerms("m", "model", decoder.spec.vocab, LONGEST)
         self.counters = KvCounters()
         self.port = 0
@@ -141,6 +154,7 @@ async def move(a: Rank, b: Rank, context: int, number: int) -> dict[str, float]:
     return {
         "steps": fresh[1] - last[1],
         "ms": 1000 * (fresh[0] - last[0]),
+        "moved_ms": 1000 * (b.house.submitted[name] - last[0]),
         "step_ms": 1000 * statistics.median(
             y[0] - x[0] for x, y in zip(before.at, before.at[1:], strict=False)
         ),
@@ -149,21 +163,21 @@ async def move(a: Rank, b: Rank, context: int, number: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def stretched(folder: Path) -> Path:
-    """The demo model, for contexts that it was not trained for: what it says does not matter."""
-    demo = resolve_model("demo")
-    for file in demo.iterdir():
+def stretched(model: str, folder: Path) -> Path:
+    """A model, for contexts that it was not trained for: what it says does not matter."""
+    found = resolve_model(model)
+    for file in found.iterdir():
         (folder / file.name).symlink_to(file)
-    config = json.loads((demo / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((found / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").unlink()
     text = json.dumps({**config, "max_position_embeddings": LONGEST})
     (folder / "config.json").write_text(text, encoding="utf-8")
     return folder
 
 
-async def measure(contexts: list[int], moves: int) -> list[dict[str, Any]]:
+async def measure(model: str, contexts: list[int], moves: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        decoder = load_decoder(stretched(Path(folder)), choose_ops())
+        decoder = load_decoder(stretched(model, Path(folder)), choose_ops())
     found = []
     async with rank(decoder) as a, rank(decoder) as b:
         for context in contexts:
@@ -184,11 +198,12 @@ async def measure(contexts: list[int], moves: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="demo")
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--moves", type=int, default=5)
     parser.add_argument("--out")
     args = parser.parse_args()
-    text = "\n".join(map(json.dumps, asyncio.run(measure(args.context, args.moves))))
+    text = "\n".join(map(json.dumps, asyncio.run(measure(args.model, args.context, args.moves))))
     print(text)
     if args.out:
         with open(args.out, "w", encoding="utf-8") as file:

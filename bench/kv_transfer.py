@@ -161,6 +161,8 @@ class FullHouse:
     def on_step(self, tell: Callable[[], None]) -> Callable[[], None]:
         return lambda: None
 
+    between_steps = on_step
+
 
 def serve(tokens: int, layers: int, native: bool, ports: Any) -> None:
     """The source's process."""
@@ -214,7 +216,16 @@ class Receiver:
 
         source = KvSource(f"{HOST}:{self.port}")
         await self.fetcher.fetch(
-            FetchOrder(source, self.request, History(), importer, lambda event: True, handed, made)
+            FetchOrder(
+                source,
+                self.request,
+                History(),
+                importer,
+                lambda event: True,
+                handed,
+                made,
+                lambda: None,
+            )
         )
         assert importer.complete
 

@@ -68,10 +68,11 @@ class KvExchange:
         self._tensors = tensors
         self._rates = rates
         self._listeners: dict[int, Callable[[], None]] = {}
+        self._between: dict[int, Callable[[], None]] = {}
         self._listened = 0
         self.layouts = tensors.layouts
         self.block_size = scheduler.pool.block_size
-        engine.after_step = tensors.progress.begun = self._tell
+        engine.after_step, tensors.progress.begun = self._after_step, self._tell
 
     def borrow(self, token_ids: Sequence[int], scope: CacheScope) -> HeldKv | None:
         scheduler = self._scheduler
@@ -152,8 +153,8 @@ class KvExchange:
             return None if seq is None else tuple(seq.output_ids)
 
     def detach(self, request_id: RequestId) -> tuple[HeldKv, tuple[int, ...]] | None:
-        """What a step under way makes for it is lost: whoever calls this where ``on_step`` tells of
-        a step loses nothing."""
+        """What a step under way makes for it is lost: whoever calls this where ``between_steps``
+        tells loses nothing."""
         with self._lock:
             seq = self._engine.detach(request_id)
             if seq is None:
@@ -163,13 +164,22 @@ class KvExchange:
     def on_step(self, tell: Callable[[], None]) -> Callable[[], None]:
         """``tell`` comes when the step's events have been sent, and before the next step is
         planned, unless that runs already (``ahead``); and when a step with prompts has begun."""
+        return self._listen(self._listeners, tell)
+
+    def between_steps(self, tell: Callable[[], None]) -> Callable[[], None]:
+        """As ``on_step``, but never within a step that was not planned ahead."""
+        return self._listen(self._between, tell)
+
+    def _listen(
+        self, listeners: dict[int, Callable[[], None]], tell: Callable[[], None]
+    ) -> Callable[[], None]:
         with self._lock:
             number, self._listened = self._listened, self._listened + 1
-            self._listeners[number] = tell
+            listeners[number] = tell
 
         def end() -> None:
             with self._lock:
-                self._listeners.pop(number, None)
+                listeners.pop(number, None)
 
         return end
 
@@ -192,9 +202,16 @@ class KvExchange:
         with self._lock:
             self._scheduler.kv.release_kept()
 
+    def _after_step(self) -> None:
+        self._call(self._between)
+        self._call(self._listeners)
+
     def _tell(self) -> None:
+        self._call(self._listeners)
+
+    def _call(self, those: dict[int, Callable[[], None]]) -> None:
         with self._lock:
-            listeners = tuple(self._listeners.values())
+            listeners = tuple(those.values())
         for tell in listeners:
             try:
                 tell()

@@ -102,12 +102,14 @@ class Begun(_message.Message):
     def __init__(self, run_size: _Optional[int] = ..., memory: _Optional[bool] = ...) -> None: ...
 
 class Spans(_message.Message):
-    __slots__ = ("spans", "slot")
+    __slots__ = ("spans", "slot", "last")
     SPANS_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     spans: _containers.RepeatedCompositeFieldContainer[Span]
     slot: int
-    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., slot: _Optional[int] = ...) -> None: ...
+    last: bool
+    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., slot: _Optional[int] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("layer", "start", "stop", "digests")
@@ -128,12 +130,14 @@ class Beat(_message.Message):
     def __init__(self, waiting: _Optional[bool] = ...) -> None: ...
 
 class Handed(_message.Message):
-    __slots__ = ("outputs", "computed")
+    __slots__ = ("outputs", "computed", "spans")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedScalarFieldContainer[int]
     computed: int
-    def __init__(self, outputs: _Optional[_Iterable[int]] = ..., computed: _Optional[int] = ...) -> None: ...
+    spans: Spans
+    def __init__(self, outputs: _Optional[_Iterable[int]] = ..., computed: _Optional[int] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ...) -> None: ...
 
 class Ended(_message.Message):
     __slots__ = ()

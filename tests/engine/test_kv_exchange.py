@@ -495,6 +495,18 @@ def test_on_step_tells_between_two_steps_and_a_failing_listener_harms_nobody(
     assert "somebody else's fault" in caplog.text
 
 
+def test_between_steps_tells_once_a_step_and_never_within_one(demo: Decoder) -> None:
+    request = ask("a", prompt(43, 40), max_tokens=5)
+    with rank(demo, chunk=8) as a:
+        between: list[int] = []
+        steps = lambda: a.scheduler.counters.steps  # noqa: E731
+        end = a.house.between_steps(lambda: between.append(steps()))
+        assert a.ask(request).wait() is FinishReason.LENGTH
+        end()
+        assert between == list(range(between[0], between[0] + len(between)))
+        assert len(between) >= 40 // 8 + 4
+
+
 def test_what_cannot_be_detached_stays(demo: Decoder) -> None:
     with rank(demo) as a:
         assert a.house.detach(RequestId("nobody")) is None

@@ -157,6 +157,9 @@ class PooledHouse:
     def on_step(self, tell: Callable[[], None]) -> Callable[[], None]:
         return self._house.on_step(tell)
 
+    def between_steps(self, tell: Callable[[], None]) -> Callable[[], None]:
+        return self._house.between_steps(tell)
+
     def submit(self, request: Request, sink: EventSink, history: History) -> None:
         """As the house's; of one that looks into the pool first, what the engine says of it comes
         as an event."""

@@ -15,6 +15,7 @@
     memory         the same by memory that two processes of a host share
     supply         whose KV a source has: a request that it prefills, or that it runs
     source_call    one call, from the side of the source
+    source_messages  what a source says of the KV that it sends
     serve          all calls, as the source's server has them
     receiver_call  one call, from the side that fetches
     fetch          calls to sources, one after the other

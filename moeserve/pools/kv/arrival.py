@@ -89,7 +89,8 @@ class Arrival:
         self._over = False
 
     def end_with(self, reason: FinishReason) -> bool:
-        """It is to end for this reason: False if it has ended. The task is then cancelled."""
+        """It is to end for this reason: False if it has ended, or the engine has it. The task is
+        then cancelled."""
         if reason is not FinishReason.UNAVAILABLE:
             self._why = reason, "" if reason is FinishReason.STOP else "the request was cancelled"
         return not self._over
@@ -183,6 +184,7 @@ class Arrival:
                 on_event,
                 self._on_handed,
                 self._on_made,
+                self._on_whole,
             )
             began, nbytes, runs = room.clock(), importer.taken_bytes, importer.taken_runs
             try:
@@ -195,7 +197,7 @@ class Arrival:
                 await room.mover.run(self._idle)  # what the source sent is imported, or not
                 taken = importer.taken_bytes - nbytes, importer.taken_runs - runs
                 self._tell_taken(source.address, began, *taken)
-            if self._made or self._followed or self._handed:
+            if self._over or self._made or self._followed or self._handed:
                 return
             self._scores = ()
 
@@ -291,6 +293,10 @@ class Arrival:
         return True
 
     # --- the engine
+
+    def _on_whole(self) -> None:
+        if not self._over:
+            self._hand_over()
 
     def _hand_over(self) -> None:
         """The engine gets the request with all that has come. No job of this waits any more."""

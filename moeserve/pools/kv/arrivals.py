@@ -83,10 +83,9 @@ class Arrivals:
 
     def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
         found = self._arriving.get(request_id)
-        if found is None:
+        # The engine may have it, although it is still told there that all has come.
+        if found is None or not self._end(*found, reason):
             self._house.abort(request_id, reason)
-            return
-        self._end(*found, reason)
 
     async def close(self) -> None:
         """Ends what the engine does not have yet; all that was borrowed for it is given back when
@@ -100,10 +99,12 @@ class Arrivals:
         await asyncio.to_thread(self._mover.close)
         self._fetcher.close()
 
-    def _end(self, arrival: Arrival, task: asyncio.Task[None], reason: FinishReason) -> None:
-        if arrival.end_with(reason):
-            # Behind its first step: what is cancelled before that is never run, and tells nobody.
-            asyncio.get_running_loop().call_soon(task.cancel)
+    def _end(self, arrival: Arrival, task: asyncio.Task[None], reason: FinishReason) -> bool:
+        """Whether it had not ended."""
+        ends = arrival.end_with(reason)
+        # Behind its first step: what is cancelled before that is never run, and tells nobody.
+        asyncio.get_running_loop().call_soon(task.cancel)
+        return ends
 
     async def _run(self, arrival: Arrival) -> None:
         try:

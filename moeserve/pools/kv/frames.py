@@ -2,7 +2,7 @@
 
 ::
 
-    "KvF1"  number u32  length of the head u32  length of the data u64  digest 16 B  head  data
+    "KvF2"  number u32  length of the head u32  length of the data u64  digest 16 B  head  data
 
 Little-endian. The digest (XXH3-128) is over everything before it, who speaks, and the head; the
 data has digests of its own, run by run, in the head. Frames of each side are numbered from 0, so
@@ -26,7 +26,7 @@ from moeserve.errors import DataLossError
 from moeserve.pools.kv.digests import DIGEST_BYTES, Data
 
 _PREFIX = struct.Struct("<4sIIQ")
-_MAGIC = b"KvF1"
+_MAGIC = b"KvF2"
 PREFIX_BYTES = _PREFIX.size + DIGEST_BYTES
 
 

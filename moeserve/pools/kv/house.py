@@ -103,11 +103,17 @@ class KvHouse(Protocol):
         """Takes a running request out of the rank between two steps, with the tokens it has made:
         its sink is told that it is given back (``RankSink.give_back``), after all their events.
         What a step under way makes for it is lost: nothing is, where this is called by what
-        ``on_step`` tells after a step. None if it does not run any more, or its sink is no
+        ``between_steps`` tells. None if it does not run any more, or its sink is no
         ``RankSink``."""
         ...
 
     def on_step(self, tell: Callable[[], None]) -> Callable[[], None]:
         """``tell`` is called on the engine's thread after each step, and when one has begun that
         ``look_within`` may see; it must not block. What is returned ends that."""
+        ...
+
+    def between_steps(self, tell: Callable[[], None]) -> Callable[[], None]:
+        """``tell`` is called on the engine's thread when the events of a step have been sent and
+        none runs, unless steps are started ahead; it must not block. What is returned ends that.
+        """
         ...

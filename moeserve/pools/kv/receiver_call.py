@@ -33,6 +33,8 @@ from moeserve.pools.kv.runs import Stretch, stretch_bytes
 
 # Messages that wait to be imported, or are.
 MOST_TAKEN = 2
+# So little is imported at once: to wake the mover's thread takes longer.
+IMPORTED_AT_ONCE = 128 << 10
 
 
 class SourceLostError(UnavailableError):
@@ -51,7 +53,8 @@ class FetchOrder:
     ``on_event`` gets what the source's engine makes of the request. ``on_handed`` gets the tokens
     of a request that ran at the source, all that it made, and of how many of its tokens the KV is
     to come; it makes room for them. ``on_made`` gets the tokens that it has made meanwhile, before
-    that. Each ends the fetch with False.
+    that. Each ends the fetch with False. ``on_whole`` is called when all has come, before the
+    source is told so.
     """
 
     source: KvSource
@@ -61,6 +64,7 @@ class FetchOrder:
     on_event: Callable[[Event], bool]
     on_handed: Callable[[tuple[int, ...], int], Awaitable[bool]]
     on_made: Callable[[tuple[int, ...]], Awaitable[bool]]
+    on_whole: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class ReceiverCall:
         self._reader = SourceReader()
         self._written = 0
         self._run_size = 0
+        self._position_bytes = max(layout.nbytes // layout.block_size for layout in layouts)
         self._stopped = self._ended = self._enough = False
         self._heard = time.monotonic()
         self._taking: deque[_Taken] = deque()
@@ -118,6 +123,8 @@ class ReceiverCall:
                 reading = asyncio.create_task(self._read(self._limits.progress_s))
                 await self._hear(message, data)
             self.ended_well = not self._enough
+            if not self._enough:
+                self._order.on_whole()
             await self._send(pb.ToSource(done=pb.Done()))
         finally:
             # A read that is cancelled cancels the call, and with it whatever else waits there.
@@ -145,15 +152,10 @@ class ReceiverCall:
             return
         self._heard = time.monotonic()
         if what == "spans":
-            found = self._mover.start(self._import, message.spans, data)
-            slot = message.spans.slot if message.spans.HasField("slot") else None
-            self._taking.append(_Taken(found, slot))
-        if what != "spans" or self._ended:
-            while self._taking:
-                await self._finish()
+            await self._take(message.spans, data)
+            return
+        await self._finish_all()
         match what:
-            case "spans":
-                pass
             case "news":
                 self._enough = not self._order.on_event(read_news(message.news))
             case "made" if self._stopped:
@@ -162,12 +164,36 @@ class ReceiverCall:
                 handed = message.handed
                 outputs = tuple(handed.outputs)
                 self._enough = not await self._order.on_handed(outputs, handed.computed)
+                if handed.HasField("spans") and not self._enough:
+                    await self._take(handed.spans, data)
             case "ended" if not self._ended:
-                self._ended = True
+                self._end()
             case _:
                 raise InvalidRequestError(f"a message that says {what}, which is not due")
-        if self._ended and not (self._importer.complete or self._importer.awaits_again):
+
+    async def _take(self, spans: pb.Spans, data: Data) -> None:
+        """Imports them; behind the last ones, what has to come again is waited for."""
+        small = sum(span.stop - span.start for span in spans.spans) * self._position_bytes
+        if small <= IMPORTED_AT_ONCE and not self._taking:
+            found = asyncio.get_running_loop().create_future()
+            found.set_result(self._import(spans, data))
+        else:
+            found = self._mover.start(self._import, spans, data)
+        self._taking.append(_Taken(found, spans.slot if spans.HasField("slot") else None))
+        if spans.last and self._ended:
+            raise InvalidRequestError("its end twice")
+        if spans.last or self._ended:
+            await self._finish_all()
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        if not (self._importer.complete or self._importer.awaits_again):
             raise InvalidRequestError(f"its end, with {self._importer.left} positions left out")
+
+    async def _finish_all(self) -> None:
+        while self._taking:
+            await self._finish()
 
     async def _finish(self) -> None:
         """The first that was taken is imported, and the source told so."""

@@ -37,7 +37,8 @@ from moeserve.pools.kv.messages import Reader
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.outlet import MessageOutlet, Outlet
 from moeserve.pools.kv.runs import ALIGNMENT
-from moeserve.pools.kv.source_call import Context, FrameWriter, SourceCall
+from moeserve.pools.kv.source_call import SourceCall
+from moeserve.pools.kv.source_messages import Context, FrameWriter
 from moeserve.pools.kv.supply import KvSupply, PrefillSupply, RunningSupply
 from moeserve.pools.members import ServedTerms
 
@@ -148,7 +149,7 @@ class KvServer:
         self, running: str, request: Request, history: History, tell: Callable[[], None]
     ) -> KvSupply:
         if running:
-            return RunningSupply(self._house, RequestId(running), history.output_ids)
+            return RunningSupply(self._house, RequestId(running), history.output_ids, tell)
         return PrefillSupply(self._house, request, history, tell)
 
     def _outlet(self, wanted: pb.Wanted) -> Outlet:

@@ -7,13 +7,11 @@ go of when the call ends, for whatever reason: behind whatever still reads it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
-
-import grpc
 
 from moeserve.engine.ranks.messages import write_news
 from moeserve.engine.sequence import HeldKv, StepKv
@@ -22,7 +20,6 @@ from moeserve.pb import kv_pb2 as pb
 from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.digests import DIGEST_BYTES
 from moeserve.pools.kv.exporter import KvExporter
-from moeserve.pools.kv.frames import FramePlace, Side, seal
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.limits import FetchLimits
 from moeserve.pools.kv.messages import Reader
@@ -30,39 +27,15 @@ from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.order import MOST_MISSING
 from moeserve.pools.kv.outlet import FrameRoom, Outlet
 from moeserve.pools.kv.runs import Stretch, count_runs, fill_frames, plan_stretches, stretch_bytes
+from moeserve.pools.kv.source_messages import MORE, Ending, FrameWriter, spans_of, with_last
 from moeserve.pools.kv.supply import KvSupply, RunningSupply
 
 # Frames that are filled or wait to be sent, while the one before them is sent.
 MOST_MADE = 2
 # Of what a request makes while its KV leaves.
 MOST_ROUNDS = 8
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-class FrameWriter:
-    """A source's side of a call."""
-
-    def __init__(self, context: Context, stalled_s: float) -> None:
-        self._context = context
-        self._stalled_s = stalled_s
-        self._number = 0
-
-    async def send(self, message: pb.FromSource, place: FramePlace | None = None) -> None:
-        """With the data of ``place``. UnavailableError where it is not taken in time."""
-        head, number = message.SerializeToString(), self._number
-        if place is None:
-            frame = seal(Side.SOURCE, number, head)
-        else:
-            frame = place.seal(Side.SOURCE, number, head)
-        self._number += 1
-        try:
-            async with asyncio.timeout(self._stalled_s):
-                await self._context.write(frame)
-        except TimeoutError as error:
-            raise UnavailableError(
-                f"whoever fetches has taken nothing for {self._stalled_s:.0f} s"
-            ) from error
+# So little is filled at once: to wake the mover's thread takes longer.
+FILLED_AT_ONCE = 128 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +45,7 @@ class _Making:
     frame: tuple[Stretch, ...]
     room: FrameRoom
     filled: asyncio.Future[list[bytes]]
-
-
-def spans_of(frame: Sequence[Stretch], digests: Sequence[bytes], slot: int | None) -> pb.FromSource:
-    spans = [
-        pb.Span(layer=s.layer, start=s.start, stop=s.stop, digests=digest)
-        for s, digest in zip(frame, digests, strict=True)
-    ]
-    return pb.FromSource(spans=pb.Spans(spans=spans, slot=slot))
+    ending: Ending
 
 
 class SourceCall:
@@ -234,23 +200,20 @@ class SourceCall:
 
     async def _send_rest(self) -> None:
         """All that is left, and what has to come again, until whoever fetches leaves."""
-        held, outputs = await self._mover.run(self._supply.rest)
+        taken = await self._take_rest()
+        if taken is None:
+            return
+        held, handed = taken
         await self._send_news()
-        if outputs is not None:
-            self._counters.add("handed")
-            supply = self._supply
-            assert isinstance(supply, RunningSupply)
-            handed = pb.Handed(outputs=outputs, computed=held.computed)
-            await self._writer.send(pb.FromSource(handed=handed))
-            self._exporter.digests.extend(outputs[len(supply.known) :])
-            length = held.computed
-            self._counters.add("last_positions", length - self._sent)
-        else:
-            length = len(self._exporter.digests)
+        length = len(self._exporter.digests) if handed is None else held.computed
         assert self._sent <= length <= held.computed, (self._sent, length, held)
-        await self._send_until(held, length)
+        if min(self._sent_L) < length:
+            await self._send_until(held, length, ending=Ending(handed, last=True))
+        else:
+            if handed is not None:
+                await self._writer.send(pb.FromSource(handed=handed))
+            await self._writer.send(pb.FromSource(ended=pb.Ended()))
         await self._send_again(held)
-        await self._writer.send(pb.FromSource(ended=pb.Ended()))
         while not self._left:
             await asyncio.wait_for(self._wake.wait(), self._limits.stalled_s)
             self._wake.clear()
@@ -258,22 +221,52 @@ class SourceCall:
                 raise self._broken
             await self._send_again(held)
 
+    async def _take_rest(self) -> tuple[HeldKv, pb.Handed | None] | None:
+        """What is computed, and what is said of a request that has run here until now. None where
+        nobody wants it any more, and it runs on."""
+        supply = self._supply
+        if not isinstance(supply, RunningSupply):
+            return (await self._mover.run(supply.rest))[0], None
+        await self._mover.run(supply.leave)
+        with contextlib.suppress(TimeoutError):  # it has no steps: it leaves all the same
+            async with asyncio.timeout(self._limits.beat_s):
+                while not (supply.out or self._left):
+                    await self._wake.wait()
+                    self._wake.clear()
+                    if self._broken is not None:
+                        raise self._broken
+        if self._left and not supply.out:
+            return None
+        held, outputs = supply.rest() if supply.out else await self._mover.run(supply.rest)
+        self._counters.add("handed")
+        self._counters.add("last_positions", held.computed - self._sent)
+        self._exporter.digests.extend(outputs[len(supply.known) :])
+        return held, pb.Handed(outputs=outputs, computed=held.computed)
+
     @property
     def _sent(self) -> int:
         """Of all layers."""
         return min(self._sent_L)
 
     async def _send_until(
-        self, held: HeldKv, stop: int, layers: int | None = None, step: int | None = None
+        self,
+        held: HeldKv,
+        stop: int,
+        layers: int | None = None,
+        step: int | None = None,
+        ending: Ending = MORE,
     ) -> None:
-        """Of the first so many layers, which a step has done that may still run."""
+        """Of the first so many layers, which a step has done that may still run. The first message
+        says what ``ending`` has handed, and the last one that it is the last."""
         layouts, size = self._house.layouts, self._house.block_size
         starts = self._sent_L[:layers]
         self._until = max(self._until, stop)
         stretches = plan_stretches(starts, stop, size, self._limits.window)
         making: deque[_Making] = deque()
         try:
-            for frame in fill_frames(layouts, stretches, size, self._outlet.frame_bytes):
+            frames = fill_frames(layouts, stretches, size, self._outlet.frame_bytes)
+            handed = ending.handed
+            for frame, last in with_last(frames):
                 while len(making) >= MOST_MADE or (making and self._outlet.full):
                     await self._finish(making, step)
                 while making and self._again:
@@ -281,7 +274,9 @@ class SourceCall:
                 await self._send_again(held)
                 if self._left:
                     return
-                making.append(await self._begin(held, frame))
+                said = Ending(handed, last and ending.last)
+                making.append(await self._begin(held, frame, said, alone=not making))
+                handed = None
             while making:
                 await self._finish(making, step)
         finally:
@@ -297,15 +292,26 @@ class SourceCall:
             else:
                 self._again.append(stretch)
 
-    async def _begin(self, held: HeldKv, frame: tuple[Stretch, ...]) -> _Making:
-        """Room for it, which is then filled."""
+    async def _begin(
+        self,
+        held: HeldKv,
+        frame: tuple[Stretch, ...],
+        ending: Ending = MORE,
+        *,
+        alone: bool = True,
+    ) -> _Making:
+        """Room for it, which is then filled; ``alone``, if no other frame is filled meanwhile."""
         layouts, block = self._house.layouts, self._house.block_size
         size = sum(stretch_bytes(layouts[stretch.layer], stretch) for stretch in frame)
         empty = [bytes(DIGEST_BYTES * count_runs(s, block)) for s in frame]
-        head_size = spans_of(frame, empty, None).ByteSize()
+        head_size = spans_of(frame, empty, None, ending).ByteSize()
         room = await self._outlet.take(head_size, size)
-        filled = self._mover.start(self._exporter.fill, held.blocks, frame, room.data_X)
-        return _Making(frame, room, filled)
+        if alone and size <= FILLED_AT_ONCE:
+            filled = asyncio.get_running_loop().create_future()
+            filled.set_result(self._exporter.fill(held.blocks, frame, room.data_X))
+        else:
+            filled = self._mover.start(self._exporter.fill, held.blocks, frame, room.data_X)
+        return _Making(frame, room, filled, ending)
 
     async def _finish(self, making: deque[_Making], step: int | None = None) -> None:
         """The first of them is sent as soon as it is filled."""
@@ -314,7 +320,7 @@ class SourceCall:
             digests = await asyncio.shield(one.filled)
             if step is not None and self._house.layers_done(step) < len(self._sent_L):
                 self._counters.add("sent_within", len(one.room.data_X))
-            message = spans_of(one.frame, digests, one.room.slot)
+            message = spans_of(one.frame, digests, one.room.slot, one.ending)
             await self._writer.send(message, one.room.place)
         finally:
             self._outlet.give(one.room)

@@ -146,13 +146,24 @@ class PrefillSupply:
 
 class RunningSupply:
     """A request that runs here, and goes on until it is to ``stop`` and its ``rest`` is taken out.
-    Whoever fetches knows of the tokens ``known``."""
+    Whoever fetches knows of the tokens ``known``. ``tell`` is called on the engine's thread when
+    the rest is ``out`` that was to leave between two steps."""
 
-    def __init__(self, house: KvHouse, request_id: RequestId, known: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        house: KvHouse,
+        request_id: RequestId,
+        known: tuple[int, ...],
+        tell: Callable[[], None],
+    ) -> None:
         self._house = house
         self._id = request_id
         self.known = known
+        self._tell = tell
         self._stopped = False
+        self._lock = threading.Lock()  # of all below
+        self._unlisten: Callable[[], None] | None = None
+        self._closed = self._out = False
         self._detached: HeldKv | None = None
         self._outputs: tuple[int, ...] = ()
 
@@ -185,14 +196,38 @@ class RunningSupply:
             raise NotFoundError(f"request {self._id!r} does not run here any more")
         return self._new(outputs)
 
-    def rest(self) -> tuple[HeldKv, tuple[int, ...]]:
-        if self._detached is None:
-            found = self._house.detach(self._id)
-            if found is None:
-                raise NotFoundError(f"request {self._id!r} does not run here any more")
+    @property
+    def out(self) -> bool:
+        """Whether ``rest`` has nothing to wait for."""
+        return self._out
+
+    def leave(self) -> None:
+        """It is taken out when the step that runs is over, of which nothing is lost then."""
+        self._unlisten = self._house.between_steps(self._leave_now)
+
+    def _leave_now(self) -> None:
+        """Once; on the engine's thread."""
+        with self._lock:
+            if self._closed or self._out:
+                return
+            self._take_out()
+        self._tell()
+
+    def _take_out(self) -> None:
+        found = self._house.detach(self._id)
+        if found is not None:
             self._detached, self._outputs = found
-            self._new(self._outputs)
-        return self._detached, self._outputs
+        self._out = True
+
+    def rest(self) -> tuple[HeldKv, tuple[int, ...]]:
+        with self._lock:
+            if not self._out:
+                self._take_out()
+            held, outputs = self._detached, self._outputs
+        if held is None:
+            raise NotFoundError(f"request {self._id!r} does not run here any more")
+        self._new(outputs)
+        return held, outputs
 
     def _new(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
         if outputs[: len(self.known)] != self.known:
@@ -200,6 +235,10 @@ class RunningSupply:
         return outputs[len(self.known) :]
 
     def close(self) -> None:
-        if self._detached is not None:
-            self._house.give_back(self._detached)
-            self._detached = None
+        if self._unlisten is not None:
+            self._unlisten()
+        with self._lock:
+            self._closed = True
+            held, self._detached = self._detached, None
+        if held is not None:
+            self._house.give_back(held)

@@ -145,6 +145,8 @@ class Computing:
     def on_step(self, tell: Callable[[], None]) -> Callable[[], None]:
         return lambda: None
 
+    between_steps = on_step
+
 
 class Listening:
     """What a request's sink is told."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 from toy_house import alone
-from toy_peer import QUICK, SHARED, ended, peer, request, until
+from toy_peer import QUICK, SHARED, WAIT_S, ended, peer, request, until
 
 from moeserve.core import CacheScope, FinishReason, Request, RequestId, SamplingParams
 from moeserve.engine.sequence import KvSource
 from moeserve.errors import ExhaustedError, InvalidRequestError
+from moeserve.pb import kv_pb2 as pb
+from moeserve.pools.kv.receiver_call import ReceiverCall
 
 
 @pytest.mark.parametrize(
@@ -274,6 +277,30 @@ async def test_what_a_running_request_makes_meanwhile_leaves_before_it_stops(sta
         assert a.counters.last_positions < stale or stale < 2 * a.house.block_size
         assert b.counters.sources_lost == {}
         assert b.counters.fetched >= 30 + 5 + stale - 1
+        await a.vacant()
+        await b.vacant()
+
+
+async def test_the_engine_has_a_request_before_its_source_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who aborts it meanwhile reaches the engine."""
+    said, send = asyncio.Event(), ReceiverCall._send
+
+    async def late(call: ReceiverCall, message: pb.ToSource) -> None:
+        if message.WhichOneof("what") == "done":
+            said.set()
+            await asyncio.sleep(WAIT_S)
+        await send(call, message)
+
+    monkeypatch.setattr(ReceiverCall, "_send", late)
+    async with peer() as a, peer(step_s=0.02, blocks=200) as b:
+        sink = b.ask(request(max_tokens=500), a.source)
+        await said.wait()
+        await until(lambda: len(sink.tokens) > 2)
+        b.arrivals.abort(RequestId("a"))
+        await ended(sink)
+        assert sink.last.finish is FinishReason.ABORT
         await a.vacant()
         await b.vacant()
 

@@ -143,6 +143,7 @@ class Transfer:
                 lambda event: True,
                 never_handed,
                 never_made,
+                lambda: None,
             )
             call = ReceiverCall(
                 order, script, self.target.layouts, self.mover, self.counters, LIMITS, None

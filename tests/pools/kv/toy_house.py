@@ -221,6 +221,8 @@ class ToyHouse:
         self.tells.append(tell)
         return lambda: self.tells.remove(tell)
 
+    between_steps = on_step
+
     # --- the engine
 
     def _share(self, seq: Sequence_) -> HeldKv:
