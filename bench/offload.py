@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    print(json.dumps([asdict(row) for row in rows(args, choose_table(args.threads))], indent=2))
+    ops = choose_table("cpu", args.threads)
+    print(json.dumps([asdict(row) for row in rows(args, ops)], indent=2))
 
 
 def rows(args: argparse.Namespace, ops: Ops) -> Iterator[Row]:

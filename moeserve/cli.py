@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
+    # An installed torch_npu would be loaded inside `import torch`, and break it where CANN is
+    # absent: it is imported where an NPU was chosen, also by child processes.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     args = parser(words).parse_args(words)
     try:
         status = args.run(args)

@@ -9,7 +9,6 @@ hence the imports inside functions. Sizes are bytes.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -29,6 +28,7 @@ from moeserve.config.options import DoorOptions, ServeConfig
 from moeserve.config.sources import flag_of, options_of, read_settings
 from moeserve.errors import ConfigError, MoeserveError, TokenizerError
 from moeserve.host import Cpu, read_cpu, read_memory
+from moeserve.kernels.device import DeviceReport, examine_device, version_of
 from moeserve.kernels.probe import PROBE_BYTES, Machine, native_half, probe_machine
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ EXTRAS = {
     "deepspeed": "deepspeed",
     "highs": "highspy",
     "hub": "huggingface_hub",
+    "cuda": "triton",
     "ascend": "torch_npu",
 }
 # Asked in another process: loading an MPI is for good, and may end the process.
@@ -134,6 +135,7 @@ class DoctorReport:
     model: ModelReport | None
     problems: tuple[Advice, ...]
     notes: tuple[Advice, ...]
+    device: DeviceReport
     forecast: ForecastReport | None = None
 
     @property
@@ -154,11 +156,14 @@ def run_doctor(
     host = examine_host()
     software = examine_software(problems, notes)
     notes += notes_on_extras(software.extras)
-    ports: dict[str, Port] = {}
+    ports, device = dict[str, Port](), examine_device("cpu")
     try:
-        ports = examine_ports(config_of(os.environ), problems)
+        config = config_of(os.environ)
+        ports, device = examine_ports(config, problems), examine_device(config.device)
     except ConfigError as wrong:
         problems.append(Advice(wrong.message))
+    problems += [Advice(device.problem)] if device.problem else []
+    notes += [Advice(device.note)] if device.note else []
     report, forecast = None, None
     if model is not None and software.torch is not None:
         try:
@@ -175,7 +180,8 @@ def run_doctor(
         problems.append(Advice(least, SMALLER))
     elif forecast is None and report is not None and not report.fits:
         problems.append(Advice(report.binding, SMALLER))
-    return DoctorReport(host, software, ports, report, tuple(problems), tuple(notes), forecast)
+    advice = tuple(problems), tuple(notes)
+    return DoctorReport(host, software, ports, report, *advice, device, forecast)
 
 
 def config_of(environ: Mapping[str, str]) -> ServeConfig:
@@ -278,13 +284,6 @@ def examine_kernels(problems: list[Advice], notes: list[Advice]) -> tuple[str | 
     from moeserve.kernels.cpu import _cpu
 
     return ops.name, _cpu.isa()
-
-
-def version_of(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def extra_version(module: str) -> str | None:
@@ -428,6 +427,7 @@ def rows(report: DoctorReport) -> list[tuple[str, str]]:
         ("speed", "\n".join(speed(machine) for machine in host.speeds)),
         ("software", f"moeserve {software.moeserve}, Python {software.python}, {torch}"),
         ("kernels", f"{software.kernels or 'none'}{isa}, threads: {host.threads}"),
+        ("device", report.device.line),
         ("extras", ", ".join(extras) or "none installed"),
         ("ports", ", ".join(ports)),
     ]

@@ -33,6 +33,7 @@ from moeserve.config.kinds import Bytes, Count, Port, Secret
 Dtype = Literal["auto", "float32", "bfloat16"]
 KvDtype = Literal["auto", "float32", "bfloat16", "int8"]
 Quantization = Literal["auto", "none", "int8", "int4"]
+Device = Literal["auto", "cpu", "cuda", "npu"]
 
 # Bounds of a step for throughput, unless others are given: they are what memory has to be there
 # for. What binds is KV, and what larger steps bring.
@@ -186,6 +187,11 @@ class StepOptions(Options):
 class ProcessOptions(Options):
     """The process of a rank, and what it writes beside its answers."""
 
+    device: Device = Field(
+        default="auto",
+        description="what a rank computes on; auto takes an accelerator that can be used, else the "
+        "CPU",
+    )
     threads: Count | None = Field(
         default=None,
         description="CPU threads of a rank; default: its share of the host's allowed cores",

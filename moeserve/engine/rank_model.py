@@ -20,6 +20,7 @@ from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout, layouts, own_experts, plan_of
 from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.config.options import EpOptions, RankModelOptions
+from moeserve.engine.device_memory import load_on_device
 from moeserve.engine.kv_size import KvSize, least_of_all, size_kv
 from moeserve.engine.kv_tensors import KvTensors, watch_kv
 from moeserve.engine.model_runner import ModelRunner, StepObserver
@@ -100,6 +101,11 @@ class EpContext:
         """Ranks that share the node's memory, this one included."""
         return self.topology.node_R.count(self.topology.node_R[self.rank])
 
+    @property
+    def place(self) -> int:
+        """Among the ranks of its node."""
+        return self.topology.ranks_of(self.topology.node_R[self.rank]).index(self.rank)
+
 
 @dataclass(frozen=True, slots=True)
 class RankModel:
@@ -170,7 +176,7 @@ def load_rank_model(
     plan = None if context is None else plan_of_context(checkpoint, context)
     own = None if context is None or plan is None else own_experts(_layouts(plan), context.rank)
     # 2. Read the weights, and pack them as the op table wants them.
-    ops = choose_table(options.threads)
+    ops = choose_table(options.device, options.threads, 0 if context is None else context.place)
     begun = time.perf_counter()
     # 3. Share what memory is left among the ranks of this node, as KV blocks.
     decoder, size = _load_weights(checkpoint, ops, options, own, context, progress)
@@ -223,6 +229,11 @@ def _load_weights(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Decoder, KvSize]:
     """The decoder of this rank's experts, and the KV that there is room for beside it."""
+    if ops.device.type != "cpu":
+        ranks = 1 if context is None else context.group.world
+        decoder, room = load_on_device(checkpoint, ops, options, own, progress, ranks)
+        per_token = decoder.kv_bytes_per_token
+        return decoder, size_kv(per_token, decoder.spec.max_positions, options, room)
     if options.memory is None:
         decoder = assemble(checkpoint, ops, options, experts=own, progress=progress)
         available = read_memory().available // (1 if context is None else context.neighbours)
@@ -292,9 +303,9 @@ def widest(routers: Mapping[int, Part[RouterWeights]]) -> int:
     return max(router.weights.spec.top_k for router in routers.values())
 
 
-def choose_table(threads: int | None) -> Ops:
-    """The op table, and torch kept out of its way."""
-    ops = choose_ops(threads=threads)
+def choose_table(device: str, threads: int | None, place: int = 0) -> Ops:
+    """The op table of the rank in this place of its node, and torch kept out of its way."""
+    ops = choose_ops(device, threads, local_rank=place)
     if ops.name != ReferenceOps.name:
         torch.set_num_threads(1)  # the native pool has the cores: two pools would fight for them
     elif threads is not None:

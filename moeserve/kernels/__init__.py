@@ -3,7 +3,8 @@
 ::
 
     ops                        the contract: every tensor operation a decoder may use
-    select  probe              the op table of a device; how fast the machine can go at most
+    select  device             the op table of a device; which devices are here, and which is taken
+    probe                      how fast the machine can go at most
     fused                      the fused operations spelled out: their meaning, and natives' oracle
     matrix                     weights in 8 and 4 bits, between loader and op table
     records                    packed weights as bytes at fixed places

@@ -6,24 +6,77 @@ much slower, and the log says so. With ``MOESERVE_REQUIRE_NATIVE=1`` that is an 
 
 from __future__ import annotations
 
+import importlib
 import logging
+from typing import cast
 
 import torch
 
 from moeserve.errors import ConfigError
+from moeserve.kernels.device import ASKED, Devices, choose_device, look_for
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.native import native_module
 
+# The op tables of accelerators: imported only where one is chosen, and made with their device.
+TABLES = {
+    "cuda": ("moeserve.kernels.triton.ops", "TritonOps"),
+    "npu": ("moeserve.kernels.ascend.ops", "AscendOps"),
+}
 
-def choose_ops(device: str | torch.device = "cpu", threads: int | None = None) -> Ops:
+
+def choose_ops(
+    device: str | torch.device = "cpu", threads: int | None = None, *, local_rank: int = 0
+) -> Ops:
     """The backend of a device, which is then its ``device``.
 
-    ``threads`` None leaves the number as it is: all cores this process may use. ConfigError where
-    no backend serves the device.
+    ``device`` is one of ``device.ASKED``, or names a card as torch does ("cuda:1"); where it names
+    none, ranks of one node take one card each, by ``local_rank``. ``threads`` None leaves the
+    number as it is: all cores this process may use. ConfigError where no backend serves the device,
+    or it cannot be had.
     """
-    if str(device) != "cpu":
-        raise ConfigError(f"device={str(device)!r}: expected 'cpu'")
+    asked, _, number = str(device).partition(":")
+    if asked not in ASKED or (number and not number.isdecimal()):
+        raise ConfigError(f"device={str(device)!r}: expected one of {', '.join(ASKED)}")
+    if asked == "cpu":
+        return cpu_ops(threads)
+    found = look_for(asked)
+    chosen = choose_device(asked, found)
+    log = logging.getLogger(__name__)
+    if chosen.warning:
+        log.warning("%s", chosen.warning)
+    if chosen.kind == "cpu":
+        return cpu_ops(threads)
+    card = card_of_rank(chosen.kind, found, int(number) if number else local_rank)
+    log.info("computes on %s: %s", card, chosen.why)
+    return device_ops(card)
+
+
+def card_of_rank(kind: str, found: Devices, index: int) -> torch.device:
+    """ConfigError where there are fewer cards."""
+    cards = len(found.cards(kind))
+    if index >= cards:
+        raise ConfigError(
+            f"device={kind!r}: rank {index} of this node has no card of its own, for there are "
+            f"{cards}: start fewer ranks, or show it more cards"
+        )
+    return torch.device(kind, index)
+
+
+def device_ops(device: torch.device) -> Ops:
+    """The table of an accelerator. ConfigError where this installation has none for it."""
+    module, name = TABLES[device.type]
+    try:
+        table = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as missing:
+        raise ConfigError(
+            f"device={str(device)!r}: {missing.name} is not installed; install moeserve with the "
+            f"extra {'cuda' if device.type == 'cuda' else 'ascend'}"
+        ) from missing
+    return cast("Ops", table(device))
+
+
+def cpu_ops(threads: int | None) -> Ops:
     native, reason = native_module("moeserve.kernels.cpu.ops")
     if native is None:
         logging.getLogger(__name__).warning(

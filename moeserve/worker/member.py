@@ -22,6 +22,7 @@ from moeserve.engine.loop import Engine
 from moeserve.engine.ranks.counted import RankCounts, with_experts, write_counts
 from moeserve.engine.ranks.rank_server import RankServer
 from moeserve.errors import InvalidRequestError
+from moeserve.kernels.device import free_memory
 from moeserve.kernels.ops import Ops
 from moeserve.observe.spans import RequestSpans
 from moeserve.pb import rank_pb2 as pb
@@ -229,6 +230,8 @@ def terms_of(loaded: LoadedModel, config: PeerConfig) -> ServedTerms:
 
 def kernels_of(ops: Ops) -> str:
     """The op table, and the instructions that it was made for."""
+    if ops.device.type != "cpu":
+        return f"{ops.name} {free_memory(ops.device).name}"  # generations round differently
     if ops.name != "cpu":
         return ops.name
     from moeserve.kernels.cpu import _cpu

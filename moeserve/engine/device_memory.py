@@ -1,0 +1,132 @@
+"""How the memory of an accelerator is shared out: weights, workspace, graphs, and KV from the rest.
+
+A model that cannot fit is refused before its weights are read, as far as the headers tell
+(``least_weights``); what weights really took is known when they are loaded, and KV blocks are made
+of what workspace and graphs then leave. Errors name every number. Sizes are bytes.
+
+``workspace_of`` is an upper bound by counting: the tensors that live at the same time in the part
+of a layer that needs most, for the most tokens of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moeserve.config.options import LoadOptions, RankModelOptions
+from moeserve.errors import ConfigError
+from moeserve.kernels.device import Card, free_memory
+from moeserve.kernels.ops import Ops
+from moeserve.models.checkpoint import Checkpoint
+from moeserve.models.decoder import Decoder, assemble
+from moeserve.models.library import resolve_model
+from moeserve.models.spec import DenseSpec, LayerSpec, MlaSpec, ModelSpec
+from moeserve.models.survey import survey
+
+# What the graphs of all buckets may take together: they share one pool. None are captured on NPUs.
+GRAPH_BYTES = {"cuda": 512 << 20}
+# How much smaller weights become that are rounded as they are loaded, at most: those of fp32.
+SHRINKS = {"int8": 4, "int4": 8}
+FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """``kv`` is what is left for the KV cache."""
+
+    total: int
+    weights: int
+    workspace: int
+    graphs: int
+    kv: int
+
+
+def plan_device(card: Card, weights: int, workspace: int, graphs: int, least_kv: int) -> DevicePlan:
+    """Of a card on which nothing lies yet; ConfigError where that leaves less than ``least_kv``,
+    the KV of one block. Pure."""
+    kv = card.free - weights - workspace - graphs
+    if kv < least_kv:
+        raise ConfigError(
+            f"{card.name} has {card.free} of {card.total} bytes free, and {weights} for weights, "
+            f"{workspace} for the workspace of a step and {graphs} for graphs leave {max(0, kv)} "
+            f"for KV, whose least is {least_kv}: lower max_num_batched_tokens, quantize the model "
+            "(--quantization int8), spread it over more ranks (--ep), or free the card"
+        )
+    return DevicePlan(card.total, weights, workspace, graphs, kv)
+
+
+def least_weights(stored: int, options: LoadOptions, ranks: int) -> int:
+    """What a rank's share of a checkpoint takes at least, of ``stored`` bytes in all."""
+    halved = 2 if options.dtype == "bfloat16" else 1
+    return stored // SHRINKS.get(options.quantization, halved) // ranks
+
+
+def workspace_of(spec: ModelSpec, tokens: int, rows: int) -> int:
+    """For steps of at most so many tokens, of which ``rows`` have logits."""
+    layer = max(per_token(layer, spec.hidden) for layer in spec.layers)
+    return tokens * (3 * FP32 * spec.hidden + layer) + 2 * FP32 * rows * spec.vocab
+
+
+def per_token(layer: LayerSpec, hidden: int) -> int:
+    """Of attention or of the other half, whichever is more: integer sums, their floats, and what is
+    made of them, in fp32 all."""
+    a, mlp = layer.attention, layer.mlp
+    if isinstance(a, MlaSpec):
+        attention = a.heads * (2 * (a.nope + a.rope) + 3 * a.kv_lora + 2 * a.rope + a.value)
+    else:
+        attention = (3 * a.heads + 4 * a.kv_heads) * a.head_dim
+    if isinstance(mlp, DenseSpec):
+        other = 6 * mlp.intermediate + 2 * hidden
+    else:
+        # Rows are gathered for each choice, and a shared expert is one more of them.
+        routed = mlp.router.top_k * (6 * mlp.intermediate + 3 * hidden)
+        other = routed + 6 * mlp.shared + 2 * hidden + 2 * mlp.router.num_experts
+    return FP32 * max(attention + 2 * hidden, other)
+
+
+def load_on_device(
+    checkpoint: Checkpoint,
+    ops: Ops,
+    options: RankModelOptions,
+    own: Mapping[int, Sequence[int]] | None,
+    progress: Callable[[int, int], None] | None,
+    ranks: int,
+) -> tuple[Decoder, int]:
+    """The decoder on the device of ``ops``, and the bytes that KV may take there."""
+    if options.memory is not None:
+        raise ConfigError(
+            f"memory={options.memory}: experts are read from disk as steps need them on the CPU "
+            "alone: leave out --memory, or give --device cpu"
+        )
+    known = survey(resolve_model(options.model))
+    graphs = GRAPH_BYTES.get(ops.device.type, 0)
+    workspace = workspace_of(known.spec, options.max_num_batched_tokens, options.max_num_seqs)
+    block = known.kv_bytes_per_token * options.block_size
+    card = free_memory(ops.device)
+    least = least_weights(known.weight_bytes, options, ranks)
+    plan_device(card, least, workspace, graphs, block)
+    try:
+        decoder = assemble(checkpoint, ops, options, experts=own, progress=progress)
+    except (RuntimeError, torch.OutOfMemoryError) as full:
+        if "out of memory" not in str(full):
+            raise
+        raise ConfigError(
+            f"{card.name} has {card.free} of {card.total} bytes free, and the weights need more: "
+            "quantize the model (--quantization int8), or spread it over more ranks (--ep)"
+        ) from full
+    weights = card.free - free_memory(ops.device).free
+    block = decoder.kv_bytes_per_token * options.block_size
+    plan = plan_device(card, weights, workspace, graphs, block)
+    logging.getLogger("moeserve.engine").info(
+        "%s: of %d bytes %d are weights, %d workspace, %d graphs; %d are left for KV",
+        card.name,
+        plan.total,
+        plan.weights,
+        plan.workspace,
+        plan.graphs,
+        plan.kv,
+    )
+    return decoder, plan.kv
