@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kToken = 720720;  // divisible by 1..16, and by s (s + 1) up to s = 15
 constexpr int64_t kWidest = 16;
+constexpr int64_t kBlock = 16;  // pairs that are looked at together
 constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 4;
 
 uint64_t next_random(uint64_t& state) {
@@ -81,7 +82,8 @@ struct Level {
   int64_t count = 0;
   std::vector<int32_t> item, n, pair;
   std::vector<int64_t> share;           // no column with this candidate is cheaper by its share
-  std::vector<int64_t> behind;
+  std::vector<int32_t> order;           // of the candidates, in which columns begin with them
+  std::vector<int64_t> behind;          // in that order: what those behind add at the least
   std::vector<int64_t> least;           // the same, its load charged at `rate`
   int64_t rate = 0;                     // of a unit of load, against the limit: see `charge`
   std::vector<int64_t> paired;          // with its best partners but one: see `glance`
@@ -188,12 +190,20 @@ class Pricing {
     for (int64_t i = 0; i < at.count; ++i) {
       const int32_t* pair = at.row(i);
       int64_t kept = 0;
-      for (int64_t j = 0; j < at.count; ++j) {
-        const int32_t x = pair[j];
-        if (x == 0 || (kept == partners && x <= top_[kept - 1])) continue;
-        int64_t k = kept < partners ? kept++ : kept - 1;
-        for (; k > 0 && top_[k - 1] < x; --k) top_[k] = top_[k - 1];
-        top_[k] = x;
+      int32_t beats = 0;  // what enters the list is larger
+      for (int64_t from = 0; from < at.count; from += kBlock) {
+        const int64_t to = std::min(from + kBlock, at.count);
+        int32_t largest = 0;
+        for (int64_t j = from; j < to; ++j) largest = std::max(largest, pair[j]);
+        if (largest <= beats) continue;
+        for (int64_t j = from; j < to; ++j) {
+          const int32_t x = pair[j];
+          if (x <= beats) continue;
+          int64_t k = kept < partners ? kept++ : kept - 1;
+          for (; k > 0 && top_[k - 1] < x; --k) top_[k] = top_[k - 1];
+          top_[k] = x;
+          if (kept == partners) beats = top_[kept - 1];
+        }
       }
       const int64_t with = std::accumulate(top_.begin(), top_.begin() + kept, int64_t(0));
       at.paired[i] = kept == partners ? with - top_[kept - 1] : with;
@@ -247,13 +257,14 @@ class Pricing {
 
   int64_t joining(int64_t least) const { return in_.at_most ? std::min<int64_t>(0, least) : least; }
 
-  // Drops candidates that no column below the threshold can have. The least that `rest` of them
-  // add; kMost when nothing can come of it.
+  // Drops candidates that no column below the threshold can have; those that stay into `kept_`.
+  // The least that `rest` of them add; kMost when nothing can come of it.
   int64_t narrow(Level& at, int64_t value, int64_t load, int64_t rest) {
     for (;;) {
       if (at.count < rest && !in_.at_most) return kMost;
       share(at, rest - 1);
       const int64_t take = std::min(rest, at.count);
+      kept_.clear();
       if (take == 0) return 0;
       set_rate(at, value, load, take);
       sorted_.resize(at.count);
@@ -264,14 +275,11 @@ class Pricing {
                                           charge(at.rate, load));
       if (value + sum >= threshold_) return kMost;
       const int64_t others = take < rest ? sum : sum - dearest;
-      kept_.clear();
       for (int64_t i = 0; i < at.count; ++i)
         if (at.least[i] <= dearest || value + others + at.least[i] < threshold_)
           kept_.push_back(int32_t(i));
-      if (int64_t(kept_.size()) == at.count) return sum;
-      const bool again = int64_t(kept_.size()) < at.count - at.count / 8;
+      if (int64_t(kept_.size()) >= at.count - at.count / 8) return sum;
       take_only(at, kept_);
-      if (!again) return sum;
     }
   }
 
@@ -332,21 +340,18 @@ class Pricing {
     }
     if (!in_.at_most && (at.count < rest || !loads_fit(at, load, rest))) return;
     if (narrow(at, value, load, rest) >= kMost) return;
-    order_.resize(at.count);
-    std::iota(order_.begin(), order_.end(), 0);
-    std::sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) {
-      const int64_t x = at.share[a], y = at.share[b];
-      return x != y ? x < y : at.item[a] < at.item[b];
+    at.order = kept_;
+    std::sort(at.order.begin(), at.order.end(), [&](int32_t a, int32_t b) {
+      return at.share[a] != at.share[b] ? at.share[a] < at.share[b] : at.item[a] < at.item[b];
     });
-    take_only(at, order_);
     // The least that `rest - 1` candidates behind each add.
-    std::vector<int64_t>& behind = at.behind;
-    behind.assign(at.count, 0);
+    const int64_t count = int64_t(at.order.size());
+    at.behind.assign(count, 0);
     sorted_.clear();
     int64_t sum = 0;
-    for (int64_t i = at.count - 1; i >= 0; --i) {
-      behind[i] = sum;
-      const int64_t x = joining(at.least[i]);
+    for (int64_t i = count - 1; i >= 0; --i) {
+      at.behind[i] = sum;
+      const int64_t x = joining(at.least[at.order[i]]);
       if (int64_t(sorted_.size()) == rest - 1) {
         if (x >= sorted_.back()) continue;
         sum -= sorted_.back();
@@ -355,31 +360,32 @@ class Pricing {
       sorted_.insert(std::upper_bound(sorted_.begin(), sorted_.end(), x), x);
       sum += x;
     }
-    for (int64_t i = 0; i < at.count && (in_.at_most || i + rest <= at.count); ++i) {
-      const int64_t below = value + charge(at.rate, load) + at.least[i] + at.behind[i];
+    for (int64_t i = 0; i < count && (in_.at_most || i + rest <= count); ++i) {
+      const int64_t below =
+          value + charge(at.rate, load) + at.least[at.order[i]] + at.behind[i];
       if (below >= threshold_) continue;
-      if (stopped_) {
+      if (stopped_)
         found_.floor = std::min(found_.floor, below);
-        break;
-      }
-      descend_into(depth, i, value, load, below);
+      else
+        descend_into(depth, i, value, load, below);
     }
   }
 
-  // A first look at the columns with candidate i and none before it: into `kept_` the candidates
-  // that such a column below the threshold can have, judged by the pairs as they are. False when
-  // there is no such column.
+  // A first look at the columns with the candidate that is i-th in order and none before it: into
+  // `kept_` the candidates that such a column below the threshold can have, judged by the pairs as
+  // they are. False when there is no such column.
   bool glance(Level& at, int64_t i, int64_t value, int64_t load, int64_t rest) {
-    const int32_t* pair = at.row(i);
-    const int64_t others = at.count - i - 1, take = std::min(rest, others);
+    const int32_t* pair = at.row(at.order[i]);
+    const int64_t others = int64_t(at.order.size()) - i - 1, take = std::min(rest, others);
+    const int32_t* next = at.order.data() + i + 1;
     kept_.clear();
     if (in_.at_most ? take == 0 : others < rest) return in_.at_most;
     first_.resize(others);
     sorted_.resize(others);
     for (int64_t j = 0; j < others; ++j) {
-      const int64_t c = i + 1 + j, n = at.n[c] - pair[c];
-      first_[j] = share_of(n, at.paired[c], rest - 1) - in_.price_E[at.item[c]] +
-                  at.rate * in_.load_E[at.item[c]];
+      const int32_t c = next[j], e = at.item[c];
+      first_[j] = share_of(at.n[c] - pair[c], at.paired[c], rest - 1) - in_.price_E[e] +
+                  at.rate * in_.load_E[e];
       sorted_[j] = joining(first_[j]);
     }
     std::nth_element(sorted_.begin(), sorted_.begin() + take - 1, sorted_.end());
@@ -390,15 +396,16 @@ class Pricing {
     const int64_t fewer = take < rest ? sum : sum - dearest;
     for (int64_t j = 0; j < others; ++j)
       if (value + fewer + first_[j] < threshold_ || (!in_.at_most && first_[j] <= dearest))
-        kept_.push_back(int32_t(i + 1 + j));
+        kept_.push_back(next[j]);
     return true;
   }
 
-  // The columns with candidate i and none before it.
+  // The columns with the candidate that is i-th in order and none before it.
   void descend_into(int64_t depth, int64_t i, int64_t value, int64_t load, int64_t below) {
     Level &at = level_[depth], &to = level_[depth + 1];
-    const int32_t e = at.item[i];
-    const int64_t with_e = value + at.n[i] * kToken - in_.price_E[e];
+    const int32_t* with = at.row(at.order[i]);
+    const int32_t e = at.item[at.order[i]];
+    const int64_t with_e = value + at.n[at.order[i]] * kToken - in_.price_E[e];
     const int64_t load_e = load + in_.load_E[e];
     if (!glance(at, i, with_e, load_e, in_.size - depth - 1)) return;
     to.rate = at.rate;
@@ -406,7 +413,6 @@ class Pricing {
     to.item.resize(count);
     to.n.resize(count);
     if (int64_t(to.pair.size()) < count * count) to.pair.resize(count * count);
-    const int32_t* with = at.row(i);
     for (int64_t a = 0; a < count; ++a) {
       const int32_t c = kept_[a];
       seat_[at.item[c]] = int32_t(a);
@@ -456,7 +462,7 @@ class Pricing {
   Patterns of_;
   std::vector<char> touched_;
   std::vector<int32_t> other_;  // beside the items in `of_`: the other items of the pattern
-  std::vector<int32_t> trail_, chosen_, order_, kept_, top_;
+  std::vector<int32_t> trail_, chosen_, kept_, top_;
   std::vector<int32_t> seat_;  // item -> candidate of the next level, or -1
   std::vector<int64_t> sorted_, loads_, first_;
   std::vector<std::pair<int64_t, int64_t>> keyed_;
