@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kToken = 720720;  // divisible by 1..16, and by s (s + 1) up to s = 15
 constexpr int64_t kWidest = 16;
+constexpr int64_t kBlock = 16;  // pairs that are looked at together
 constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 4;
 
 uint64_t next_random(uint64_t& state) {
@@ -80,9 +81,12 @@ void keep(Priced& found, std::vector<int32_t> items, int64_t size, int64_t reduc
 struct Level {
   int64_t count = 0;
   std::vector<int32_t> item, n, pair;
-  std::vector<int64_t> least;           // no column with this candidate is cheaper by its share
+  std::vector<int64_t> share;           // no column with this candidate is cheaper by its share
+  std::vector<int32_t> order;           // of the candidates, in which columns begin with them
+  std::vector<int64_t> behind;          // in that order: what those behind add at the least
+  std::vector<int64_t> least;           // the same, its load charged at `rate`
+  int64_t rate = 0;                     // of a unit of load, against the limit: see `charge`
   std::vector<int64_t> paired;          // with its best partners but one: see `glance`
-  std::vector<int32_t> at;              // item -> candidate, or -1
   int32_t* row(int64_t i) { return &pair[i * count]; }
 };
 
@@ -90,10 +94,23 @@ class Pricing {
  public:
   Pricing(const ColumnProblem& in, int64_t threshold, int64_t most, Limits limits)
       : in_(in), threshold_(threshold), most_(most), allowance_(limits), of_(in),
-        touched_(in.patterns, 0), level_(in.size + 1) {
+        touched_(in.patterns, 0), seat_(in.items, -1), level_(in.size + 1) {
     found_.floor = threshold;
+    other_.assign(of_.pattern.size() * (in.width - 1), -1);
+    for (int32_t e = 0; e < in.items; ++e)
+      for (int32_t x = of_.start[e]; x < of_.start[e + 1]; ++x) {
+        const int32_t* item = in.item_PK + int64_t(of_.pattern[x]) * in.width;
+        int32_t* other = other_.data() + x * (in.width - 1);
+        for (int64_t k = 0; k < in.width && item[k] >= 0; ++k)
+          if (item[k] != e) *other++ = item[k];
+      }
     Level& all = level_[0];
     const int64_t E = all.count = in.items;
+    const int64_t loads = std::accumulate(in.load_E, in.load_E + E, int64_t(0));
+    const int64_t prices = std::accumulate(in.price_E, in.price_E + E, int64_t(0),
+                                           [](int64_t a, int64_t b) { return a + std::abs(b); });
+    if (loads > 0 && in.most_load < loads) most_rate_ = 4 * (prices / loads);
+    if (loads > 0 && in.least_load > 0) least_rate_ = -4 * (prices / loads);
     all.item.resize(E);
     std::iota(all.item.begin(), all.item.end(), 0);
     all.n.assign(E, 0);
@@ -158,58 +175,111 @@ class Pricing {
   // divided equally among them. 1 / j is convex in j, so
   // 1 / j >= 2 / (s + 1) - (j - 1) / (s (s + 1)) for every s; and j - 1 sums up to the pairs.
   int64_t share_of(int64_t n, int64_t with, int64_t partners) const {
+    // The best s is the whole part of with / n, plus 1.
     const int64_t most = std::min(in_.width, partners + 1);
-    int64_t best = most <= kWidest ? n * (kToken / most) : 0;
-    for (int64_t s = 1; s <= most && s < kWidest; ++s)
-      best = std::max(best, 2 * n * (kToken / (s + 1)) - with * (kToken / (s * (s + 1))));
-    return best;
+    if (n <= 0) return 0;
+    if (most <= kWidest && with >= n * (most - 1)) return n * (kToken / most);
+    const int64_t s = std::min(with / n + 1, std::min(most, kWidest - 1));
+    return std::max<int64_t>(0, 2 * n * (kToken / (s + 1)) - with * (kToken / (s * (s + 1))));
   }
 
   void share(Level& at, int64_t partners) {
-    at.least.resize(at.count);
+    at.share.resize(at.count);
     at.paired.resize(at.count);
     top_.resize(partners + 1);
     for (int64_t i = 0; i < at.count; ++i) {
       const int32_t* pair = at.row(i);
       int64_t kept = 0;
-      for (int64_t j = 0; j < at.count; ++j) {
-        const int32_t x = pair[j];
-        if (kept == partners && x <= top_[kept - 1]) continue;
-        int64_t k = kept < partners ? kept++ : kept - 1;
-        for (; k > 0 && top_[k - 1] < x; --k) top_[k] = top_[k - 1];
-        top_[k] = x;
+      int32_t beats = 0;  // what enters the list is larger
+      for (int64_t from = 0; from < at.count; from += kBlock) {
+        const int64_t to = std::min(from + kBlock, at.count);
+        int32_t largest = 0;
+        for (int64_t j = from; j < to; ++j) largest = std::max(largest, pair[j]);
+        if (largest <= beats) continue;
+        for (int64_t j = from; j < to; ++j) {
+          const int32_t x = pair[j];
+          if (x <= beats) continue;
+          int64_t k = kept < partners ? kept++ : kept - 1;
+          for (; k > 0 && top_[k - 1] < x; --k) top_[k] = top_[k - 1];
+          top_[k] = x;
+          if (kept == partners) beats = top_[kept - 1];
+        }
       }
       const int64_t with = std::accumulate(top_.begin(), top_.begin() + kept, int64_t(0));
       at.paired[i] = kept == partners ? with - top_[kept - 1] : with;
-      at.least[i] = share_of(at.n[i], with, partners) - in_.price_E[at.item[i]];
+      at.share[i] = share_of(at.n[i], with, partners) - in_.price_E[at.item[i]];
     }
+  }
+
+  // What the load of an allowed column is off its limit, times the rate, is never positive: added
+  // to what its items cost at the least, it leaves a bound. A positive rate is one of the most, a
+  // negative one of the least load that is allowed.
+  int64_t charge(int64_t rate, int64_t load) const {
+    if (rate == 0) return 0;
+    return rate * (load - (rate > 0 ? in_.most_load : in_.least_load));
+  }
+
+  // The least that `take` candidates add at this rate; how far their load is off the limit.
+  int64_t sum_at(Level& at, int64_t rate, int64_t load, int64_t take, int64_t* off) {
+    keyed_.resize(at.count);
+    for (int64_t i = 0; i < at.count; ++i) {
+      const int64_t own = in_.load_E[at.item[i]], x = joining(at.share[i] + rate * own);
+      keyed_[i] = {x, in_.at_most && x == 0 ? 0 : own};
+    }
+    std::nth_element(keyed_.begin(), keyed_.begin() + take - 1, keyed_.end());
+    int64_t sum = charge(rate, load);
+    *off = load;
+    for (int64_t i = 0; i < take; ++i) sum += keyed_[i].first, *off += keyed_[i].second;
+    return sum;
+  }
+
+  // Takes the rate at which the bound on the level is highest, or nearly: it is concave in it.
+  void set_rate(Level& at, int64_t value, int64_t load, int64_t take) {
+    int64_t off = 0, rate = at.rate;
+    int64_t best = sum_at(at, rate, load, take, &off);
+    int64_t low = least_rate_, high = most_rate_;
+    for (int step = 0; step < 6 && low < high && value + best < threshold_; ++step) {
+      const bool more = rate > 0 ? off > in_.most_load
+                                 : rate < 0 ? off >= in_.least_load : off > in_.most_load;
+      if (rate == 0 && !more && off >= in_.least_load) break;
+      (more ? low : high) = rate;
+      int64_t next = rate == 0 ? (more ? high : low) / 8 : more == (rate > 0) ? 2 * rate : rate / 2;
+      if (next <= low || next >= high) next = low + (high - low) / 2;
+      if (next == rate) break;
+      rate = next;
+      if (const int64_t sum = sum_at(at, rate, load, take, &off); sum > best)
+        best = sum, at.rate = rate;
+    }
+    at.least.resize(at.count);
+    for (int64_t i = 0; i < at.count; ++i)
+      at.least[i] = at.share[i] + at.rate * in_.load_E[at.item[i]];
   }
 
   int64_t joining(int64_t least) const { return in_.at_most ? std::min<int64_t>(0, least) : least; }
 
-  // Drops candidates that no column below the threshold can have. The least that `rest` of them
-  // add; kMost when nothing can come of it.
-  int64_t narrow(Level& at, int64_t value, int64_t rest) {
+  // Drops candidates that no column below the threshold can have; those that stay into `kept_`.
+  // The least that `rest` of them add; kMost when nothing can come of it.
+  int64_t narrow(Level& at, int64_t value, int64_t load, int64_t rest) {
     for (;;) {
       if (at.count < rest && !in_.at_most) return kMost;
       share(at, rest - 1);
+      const int64_t take = std::min(rest, at.count);
+      kept_.clear();
+      if (take == 0) return 0;
+      set_rate(at, value, load, take);
       sorted_.resize(at.count);
       for (int64_t i = 0; i < at.count; ++i) sorted_[i] = joining(at.least[i]);
-      const int64_t take = std::min(rest, at.count);
-      if (take == 0) return 0;
       std::nth_element(sorted_.begin(), sorted_.begin() + take - 1, sorted_.end());
       const int64_t dearest = sorted_[take - 1];
-      const int64_t sum = std::accumulate(sorted_.begin(), sorted_.begin() + take, int64_t(0));
+      const int64_t sum = std::accumulate(sorted_.begin(), sorted_.begin() + take,
+                                          charge(at.rate, load));
       if (value + sum >= threshold_) return kMost;
       const int64_t others = take < rest ? sum : sum - dearest;
-      kept_.clear();
       for (int64_t i = 0; i < at.count; ++i)
         if (at.least[i] <= dearest || value + others + at.least[i] < threshold_)
           kept_.push_back(int32_t(i));
-      if (int64_t(kept_.size()) == at.count) return sum;
-      const bool again = int64_t(kept_.size()) < at.count - at.count / 8;
+      if (int64_t(kept_.size()) >= at.count - at.count / 8) return sum;
       take_only(at, kept_);
-      if (!again) return sum;
     }
   }
 
@@ -220,12 +290,14 @@ class Pricing {
     to.count = count;
     to.item.resize(count);
     to.n.resize(count);
+    to.share.resize(count);
     to.least.resize(count);
     to.paired.resize(count);
     if (int64_t(to.pair.size()) < count * count) to.pair.resize(count * count);
     for (int64_t i = 0; i < count; ++i) {
       to.item[i] = at.item[kept[i]];
       to.n[i] = at.n[kept[i]];
+      to.share[i] = at.share[kept[i]];
       to.least[i] = at.least[kept[i]];
       to.paired[i] = at.paired[kept[i]];
       const int32_t* from = &at.pair[kept[i] * old];
@@ -235,6 +307,7 @@ class Pricing {
     std::swap(at.count, to.count);
     at.item.swap(to.item);
     at.n.swap(to.n);
+    at.share.swap(to.share);
     at.least.swap(to.least);
     at.paired.swap(to.paired);
     at.pair.swap(to.pair);
@@ -266,101 +339,120 @@ class Pricing {
       return;
     }
     if (!in_.at_most && (at.count < rest || !loads_fit(at, load, rest))) return;
-    if (narrow(at, value, rest) >= kMost) return;
-    order_.resize(at.count);
-    std::iota(order_.begin(), order_.end(), 0);
-    std::sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) {
-      return at.least[a] != at.least[b] ? at.least[a] < at.least[b] : at.item[a] < at.item[b];
+    if (narrow(at, value, load, rest) >= kMost) return;
+    at.order = kept_;
+    std::sort(at.order.begin(), at.order.end(), [&](int32_t a, int32_t b) {
+      return at.share[a] != at.share[b] ? at.share[a] < at.share[b] : at.item[a] < at.item[b];
     });
-    take_only(at, order_);
-    at.at.assign(in_.items, -1);
-    for (int64_t i = 0; i < at.count; ++i) at.at[at.item[i]] = int32_t(i);
-    for (int64_t i = 0; i < at.count && (in_.at_most || i + rest <= at.count); ++i) {
-      int64_t below = value + at.least[i];
-      for (int64_t j = i + 1; j < std::min(i + rest, at.count); ++j) below += joining(at.least[j]);
-      if (below >= threshold_) break;
-      if (stopped_) {
-        found_.floor = std::min(found_.floor, below);
-        break;
+    // The least that `rest - 1` candidates behind each add.
+    const int64_t count = int64_t(at.order.size());
+    at.behind.assign(count, 0);
+    sorted_.clear();
+    int64_t sum = 0;
+    for (int64_t i = count - 1; i >= 0; --i) {
+      at.behind[i] = sum;
+      const int64_t x = joining(at.least[at.order[i]]);
+      if (int64_t(sorted_.size()) == rest - 1) {
+        if (x >= sorted_.back()) continue;
+        sum -= sorted_.back();
+        sorted_.pop_back();
       }
-      descend_into(depth, i, value, load, below);
+      sorted_.insert(std::upper_bound(sorted_.begin(), sorted_.end(), x), x);
+      sum += x;
+    }
+    for (int64_t i = 0; i < count && (in_.at_most || i + rest <= count); ++i) {
+      const int64_t below =
+          value + charge(at.rate, load) + at.least[at.order[i]] + at.behind[i];
+      if (below >= threshold_) continue;
+      if (stopped_)
+        found_.floor = std::min(found_.floor, below);
+      else
+        descend_into(depth, i, value, load, below);
     }
   }
 
-  // A first look at the columns with candidate i and none before it: into `kept_` the candidates
-  // that such a column below the threshold can have, judged by the pairs as they are. False when
-  // there is no such column.
-  bool glance(Level& at, int64_t i, int64_t value, int64_t rest) {
-    const int32_t* pair = at.row(i);
-    const int64_t others = at.count - i - 1, take = std::min(rest, others);
+  // A first look at the columns with the candidate that is i-th in order and none before it: into
+  // `kept_` the candidates that such a column below the threshold can have, judged by the pairs as
+  // they are. False when there is no such column.
+  bool glance(Level& at, int64_t i, int64_t value, int64_t load, int64_t rest) {
+    const int32_t* pair = at.row(at.order[i]);
+    const int64_t others = int64_t(at.order.size()) - i - 1, take = std::min(rest, others);
+    const int32_t* next = at.order.data() + i + 1;
     kept_.clear();
     if (in_.at_most ? take == 0 : others < rest) return in_.at_most;
     first_.resize(others);
     sorted_.resize(others);
     for (int64_t j = 0; j < others; ++j) {
-      const int64_t c = i + 1 + j, n = at.n[c] - pair[c];
-      first_[j] = share_of(n, at.paired[c], rest - 1) - in_.price_E[at.item[c]];
+      const int32_t c = next[j], e = at.item[c];
+      first_[j] = share_of(at.n[c] - pair[c], at.paired[c], rest - 1) - in_.price_E[e] +
+                  at.rate * in_.load_E[e];
       sorted_[j] = joining(first_[j]);
     }
     std::nth_element(sorted_.begin(), sorted_.begin() + take - 1, sorted_.end());
     const int64_t dearest = sorted_[take - 1];
-    const int64_t sum = std::accumulate(sorted_.begin(), sorted_.begin() + take, int64_t(0));
+    const int64_t sum = std::accumulate(sorted_.begin(), sorted_.begin() + take,
+                                        charge(at.rate, load));
     if (!in_.at_most && value + sum >= threshold_) return false;
     const int64_t fewer = take < rest ? sum : sum - dearest;
     for (int64_t j = 0; j < others; ++j)
       if (value + fewer + first_[j] < threshold_ || (!in_.at_most && first_[j] <= dearest))
-        kept_.push_back(int32_t(i + 1 + j));
+        kept_.push_back(next[j]);
     return true;
   }
 
-  // The columns with candidate i and none before it.
+  // The columns with the candidate that is i-th in order and none before it.
   void descend_into(int64_t depth, int64_t i, int64_t value, int64_t load, int64_t below) {
     Level &at = level_[depth], &to = level_[depth + 1];
-    const int32_t e = at.item[i];
-    const int64_t with_e = value + at.n[i] * kToken - in_.price_E[e];
-    if (!glance(at, i, with_e, in_.size - depth - 1)) return;
+    const int32_t* with = at.row(at.order[i]);
+    const int32_t e = at.item[at.order[i]];
+    const int64_t with_e = value + at.n[at.order[i]] * kToken - in_.price_E[e];
+    const int64_t load_e = load + in_.load_E[e];
+    if (!glance(at, i, with_e, load_e, in_.size - depth - 1)) return;
+    to.rate = at.rate;
     const int64_t count = to.count = int64_t(kept_.size());
     to.item.resize(count);
     to.n.resize(count);
     if (int64_t(to.pair.size()) < count * count) to.pair.resize(count * count);
-    seat_.assign(at.count, -1);
     for (int64_t a = 0; a < count; ++a) {
       const int32_t c = kept_[a];
-      seat_[c] = int32_t(a);
+      seat_[at.item[c]] = int32_t(a);
       to.item[a] = at.item[c];
-      to.n[a] = at.n[c];
+      to.n[a] = at.n[c] - with[c];
       const int32_t* from = at.row(c);
       int32_t* into = &to.pair[a * count];
       for (int64_t b = 0; b < count; ++b) into[b] = from[kept_[b]];
     }
     const size_t mark = trail_.size();
-    touch(e, at, to);
+    touch(e, to);
+    for (int64_t a = 0; a < count; ++a) seat_[to.item[a]] = -1;
     chosen_.push_back(e);
-    visit(depth + 1, with_e, load + in_.load_E[e], below);
+    visit(depth + 1, with_e, load_e, below);
     chosen_.pop_back();
     for (size_t t = mark; t < trail_.size(); ++t) touched_[trail_[t]] = 0;
     trail_.resize(mark);
   }
 
-  // Marks the patterns of e, and takes those that were not from the counts of the next level.
-  void touch(int32_t e, const Level& at, Level& to) {
+  // Marks the patterns of e, and takes those that were not from the pairs of the next level.
+  void touch(int32_t e, Level& to) {
     int32_t seat[256];
+    const int64_t others = in_.width - 1;
     for (int32_t x = of_.start[e]; x < of_.start[e + 1]; ++x) {
       const int32_t p = of_.pattern[x];
       if (touched_[p]) continue;
       touched_[p] = 1;
       trail_.push_back(p);
-      const int32_t* item = in_.item_PK + int64_t(p) * in_.width;
-      const int32_t w = in_.weight_P[p];
+      const int32_t* other = &other_[x * others];
       int seats = 0;
-      for (int64_t k = 0; k < in_.width && item[k] >= 0; ++k)
-        if (const int32_t c = at.at[item[k]]; c >= 0 && seat_[c] >= 0) seat[seats++] = seat_[c];
-      for (int a = 0; a < seats; ++a) {
-        to.n[seat[a]] -= w;
-        int32_t* row = &to.pair[seat[a] * to.count];
-        for (int b = 0; b < seats; ++b) row[seat[b]] -= w;
-        row[seat[a]] = 0;
+      for (int64_t k = 0; k < others && other[k] >= 0; ++k) {
+        seat[seats] = seat_[other[k]];
+        seats += seat[seats] >= 0;
       }
+      const int32_t w = in_.weight_P[p];
+      for (int a = 1; a < seats; ++a)
+        for (int b = 0; b < a; ++b) {
+          to.pair[seat[a] * to.count + seat[b]] -= w;
+          to.pair[seat[b] * to.count + seat[a]] -= w;
+        }
     }
   }
 
@@ -369,8 +461,12 @@ class Pricing {
   Allowance allowance_;
   Patterns of_;
   std::vector<char> touched_;
-  std::vector<int32_t> trail_, chosen_, order_, kept_, top_, seat_;
+  std::vector<int32_t> other_;  // beside the items in `of_`: the other items of the pattern
+  std::vector<int32_t> trail_, chosen_, kept_, top_;
+  std::vector<int32_t> seat_;  // item -> candidate of the next level, or -1
   std::vector<int64_t> sorted_, loads_, first_;
+  std::vector<std::pair<int64_t, int64_t>> keyed_;
+  int64_t least_rate_ = 0, most_rate_ = 0;
   std::vector<Level> level_;
   Level spare_;
   Priced found_{};

@@ -118,5 +118,6 @@ NB_MODULE(_columns, m) {
                                         counted);
            })
       .def("add", &add)
+      .def("dearer", &moeserve::Simplex::dearer)
       .def("solve", &solve);
 }

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 namespace moeserve {
 namespace {
 
-constexpr double kTolerance = 1e-7, kLeastPivot = 1e-8, kNothing = 1e-13, kPerturbed = 1e-5;
+constexpr double kTolerance = 1e-7, kLeastPivot = 1e-8, kNothing = 1e-13;
 constexpr int64_t kRefresh = 1000;  // pivots between two inversions
+constexpr int64_t kListed = 24;     // columns that are looked at for several pivots
 
 double uniform(uint64_t& state) {
   state = state * 6364136223846793005ull + 1442695040888963407ull;
@@ -22,7 +24,8 @@ Simplex::Simplex(int64_t items, int64_t size, int64_t places, const double* alon
       alone_R_(alone_E, alone_E + items), right_R_(rows_, 1.0), inverse_RR_(rows_ * rows_, 0.0),
       dual_R_(rows_), step_R_(rows_), basis_R_(rows_) {
   uint64_t random = 1;
-  for (double& x : right_R_) x += kPerturbed * uniform(random);
+  const double perturbed = std::clamp(1e-5 * double(rows_ * rows_) / 256, 1e-5, 1e-3);
+  for (double& x : right_R_) x += perturbed * (uniform(random) - 0.5);
   if (counted) {
     right_R_[items] += double(places - 1);
     alone_R_.push_back(0);
@@ -41,13 +44,19 @@ void Simplex::add(int64_t columns, const int32_t* item_CM, const double* cost_C)
   cost_C_.insert(cost_C_.end(), cost_C, cost_C + columns);
 }
 
+void Simplex::dearer(double factor) {
+  for (double& x : alone_R_) x *= factor;
+}
+
 void Simplex::solve() {
   sum_duals();
   // A bound against circling: any end is valid.
   for (int64_t left = 40 * rows_ + int64_t(cost_C_.size()); left > 0; --left) {
-    const int64_t enters = cheapest();
-    if (enters < 0 || !pivot(enters)) break;
+    if (listed_.empty() && !list_cheapest()) break;
+    const int64_t enters = cheapest_listed();
+    if (enters >= 0 && !pivot(enters)) break;
   }
+  listed_.clear();
   sum_duals();
 }
 
@@ -66,12 +75,30 @@ double Simplex::reduced(int64_t c) const {
   return sum;
 }
 
-int64_t Simplex::cheapest() const {
+// Columns that are cheaper than the duals, the cheapest kListed of them.
+bool Simplex::list_cheapest() {
+  std::vector<std::pair<double, int64_t>> found;
+  for (int64_t c = 0; c < int64_t(cost_C_.size()); ++c)
+    if (const double x = reduced(c); x < -kTolerance * (1 + std::abs(cost_C_[c])))
+      found.emplace_back(x, c);
+  const int64_t count = std::min<int64_t>(kListed, int64_t(found.size()));
+  std::partial_sort(found.begin(), found.begin() + count, found.end());
+  for (int64_t i = 0; i < count; ++i) listed_.push_back(found[i].second);
+  return count > 0;
+}
+
+// Of the list, which loses those that are not cheaper any more; -1 when none is left.
+int64_t Simplex::cheapest_listed() {
   int64_t best = -1;
   double least = 0;
-  for (int64_t c = 0; c < int64_t(cost_C_.size()); ++c)
-    if (const double x = reduced(c); x < least && x < -kTolerance * (1 + std::abs(cost_C_[c])))
-      least = x, best = c;
+  size_t kept = 0;
+  for (const int64_t c : listed_) {
+    const double x = reduced(c);
+    if (x >= -kTolerance * (1 + std::abs(cost_C_[c]))) continue;
+    listed_[kept++] = c;
+    if (x < least) least = x, best = c;
+  }
+  listed_.resize(kept);
   return best;
 }
 

@@ -14,11 +14,12 @@ namespace moeserve {
 
 class Simplex {
  public:
-  // `alone_E` is what an item outside of all columns costs.
+  // `alone_E` is what an item outside of all columns costs at first.
   Simplex(int64_t items, int64_t size, int64_t places, const double* alone_E, bool counted);
 
   // -1 behind the last item of a column.
   void add(int64_t columns, const int32_t* item_CM, const double* cost_C);
+  void dearer(double factor);  // outside of all columns
   void solve();
 
   const std::vector<double>& dual_R() const { return dual_R_; }
@@ -28,7 +29,8 @@ class Simplex {
 
  private:
   double reduced(int64_t c) const;
-  int64_t cheapest() const;
+  bool list_cheapest();
+  int64_t cheapest_listed();
   bool pivot(int64_t enters);
   void refresh();
   void sum_duals();
@@ -40,6 +42,7 @@ class Simplex {
   bool counted_;
   std::vector<int32_t> item_CM_;
   std::vector<double> cost_C_, alone_R_, right_R_, level_R_, inverse_RR_, dual_R_, step_R_;
+  std::vector<int64_t> listed_;
   std::vector<int64_t> basis_R_;  // a column, or -1 - r: that of row r alone
   int64_t since_ = 0;
 };

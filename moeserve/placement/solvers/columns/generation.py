@@ -44,7 +44,10 @@ _BUDGETS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)  # of the gap
 _PROVEN = 1_000_000  # nodes of one search for covers of a budget
 _MOST_PROGRAMMED = 8000  # columns of an integer program
 _EXPLORED = 300_000  # nodes of the search for a better cover that is no proof
+_OUTSIDE = 1.1  # of its share of the first cover, what an item outside of columns costs at first
+_DEARER = 1.5  # times that, while items are left outside
 _SMOOTH = 0.5  # of the prices that gave the best estimate so far, against the newest
+_INSIDE = 0.02  # items that the master may leave outside
 _ROUNDS = 100  # of descents, before an exact search at the latest
 _SEEDS, _ACTIVE = 16, 24  # descents of a round: from single items, from columns in use
 _MOST_FOUND = 300  # columns of one round of descents that enter the master
@@ -77,8 +80,9 @@ class ColumnSearch:
         self.block_E: I32 | None = None
         self._branch = branch and not layer.at_most
         self._alone_E = layer.alone_E()
+        begins_E = layer.shares_of(covers_XE[0]) / TOKEN
         self._master: Master = master_of(
-            layer.items, layer.size, layer.places, self._alone_E / TOKEN, counted=layer.at_most
+            layer.items, layer.size, layer.places, _OUTSIDE * begins_E + 1.0, counted=layer.at_most
         )
         self._known: set[bytes] = set()
         self._fresh_CM = np.zeros((0, layer.size), np.int32)  # from the last exact search
@@ -89,7 +93,7 @@ class ColumnSearch:
         self._rung = 0
         self._round = 0
         self._margin = 1.0  # of what an exact search collects above its slack
-        self._centre_E: F64 | None = None
+        self._centre_E: F64 | None = begins_E
         self._estimate = -np.inf
         self._solution: MasterSolution | None = None
 
@@ -168,11 +172,19 @@ class ColumnSearch:
         elif self._descents(_whole(solution.price_E), solution) > 0:
             self._centre_E = solution.price_E
             self._solve()
+        elif self._left_outside(solution):
+            self._master.dearer(_DEARER)
+            self._solve()
         else:
             self.stage = Stage.SEARCH
         self._round += 1
         if self._round % _ROUNDS == 0:
             self.stage = Stage.SEARCH
+
+    def _left_outside(self, solution: MasterSolution) -> bool:
+        """Whether the master still leaves items outside of all columns, but for rounding."""
+        items_C = (self._columns_CM >= 0).sum(axis=1)
+        return float(solution.share_C @ items_C) < self.layer.items - _INSIDE
 
     def _descents(self, price_E: I64, solution: MasterSolution) -> int:
         layer = self.layer

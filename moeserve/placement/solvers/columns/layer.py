@@ -74,6 +74,15 @@ class ColumnLayer:
             costs[c] = uses_EP[items[items >= 0]].any(axis=0) @ weight_P * TOKEN
         return costs
 
+    def shares_of(self, block_E: I32) -> F64:
+        """[E]: what a cover costs, each pattern divided among its items on each place."""
+        chosen_PK = self.item_PK >= 0
+        place_PK = np.where(chosen_PK, block_E[self.item_PK], -1)
+        same_PKK = place_PK[:, :, None] == place_PK[:, None, :]
+        share_PK = self.weight_P[:, None] / same_PKK.sum(axis=2)
+        shares = np.bincount(self.item_PK[chosen_PK], share_PK[chosen_PK], self.items)
+        return np.asarray(shares * TOKEN, np.float64)
+
     def alone_E(self) -> I64:
         """[E]: the cost of each item in a column of its own."""
         chosen_PK = self.item_PK >= 0

@@ -43,6 +43,9 @@ class MasterSolution:
 class Master(Protocol):
     def add(self, item_CM: I32, cost_C: F64) -> None: ...
 
+    def dearer(self, factor: float) -> None:
+        """Items outside of all columns cost that much more from now on."""
+
     def solve(self) -> MasterSolution: ...
 
 
@@ -51,7 +54,9 @@ def have_highs() -> bool:
 
 
 def master_of(items: int, size: int, places: int, alone_E: F64, *, counted: bool) -> Master:
-    """``alone_E`` is the cost of each item in a column of its own."""
+    """``alone_E`` is what each item costs outside of all columns: about what its price will be at
+    first, so that prices begin there, and dearer while items are left outside.
+    """
     if have_highs():
         return HighsMaster(items, size, places, alone_E, counted=counted)
     if native_module("moeserve.placement._columns", PlacementError)[0] is not None:
@@ -75,10 +80,11 @@ class HighsMaster:
             self._model.addRow(1.0, 1.0, 0, none, nothing)
         if counted:
             self._model.addRow(-highspy.kHighsInf, float(places), 0, none, nothing)
-        self._inf = highspy.kHighsInf
+        self._inf, self._alone_E = highspy.kHighsInf, alone_E
         for e in range(items):
-            cost = _dear(float(alone_E[e]), alone_E)
-            self._model.addCol(cost, 0.0, self._inf, 1, np.array([e], np.int32), np.ones(1))
+            self._model.addCol(
+                float(alone_E[e]), 0.0, self._inf, 1, np.array([e], np.int32), np.ones(1)
+            )
 
     def add(self, item_CM: I32, cost_C: F64) -> None:
         for items, cost in zip(item_CM, cost_C, strict=True):
@@ -89,6 +95,11 @@ class HighsMaster:
                 float(cost), 0.0, self._inf, len(rows), rows.astype(np.int32), np.ones(len(rows))
             )
         self._columns += len(item_CM)
+
+    def dearer(self, factor: float) -> None:
+        self._alone_E = self._alone_E * factor
+        for e, cost in enumerate(self._alone_E.tolist()):
+            self._model.changeColCost(e, cost)
 
     def solve(self) -> MasterSolution:
         self._model.run()
@@ -106,14 +117,16 @@ class NativeMaster:
     def __init__(self, items: int, size: int, places: int, alone_E: F64, *, counted: bool) -> None:
         native, _ = native_module("moeserve.placement._columns", PlacementError)
         assert native is not None
-        dear_E = np.array([_dear(float(x), alone_E) for x in alone_E], np.float64)
         self._items, self._places, self._counted = items, places, counted
-        self._simplex: Any = native.Simplex(size, places, dear_E, counted)
+        self._simplex: Any = native.Simplex(size, places, np.asarray(alone_E, np.float64), counted)
 
     def add(self, item_CM: I32, cost_C: F64) -> None:
         assert item_CM.max(initial=-1) < self._items
         columns_CM = np.ascontiguousarray(item_CM, np.int32)
         self._simplex.add(columns_CM, np.ascontiguousarray(cost_C, np.float64))
+
+    def dearer(self, factor: float) -> None:
+        self._simplex.dearer(factor)
 
     def solve(self) -> MasterSolution:
         dual_R, share_C = (part.reshape(-1) for part in self._simplex.solve())
@@ -135,10 +148,11 @@ class SimplexMaster:
         # Basic columns below 0 are those of row -1 - b alone: an item by itself, or a spare place.
         self._basis_R = -1 - np.arange(rows)
         self._alone_R = np.zeros(rows)
-        self._alone_R[:items] = [_dear(float(x), alone_E) for x in alone_E]
+        self._alone_R[:items] = alone_E
         self._inverse_RR: F64 = np.eye(rows)
         self._places = places
-        self._right_R = 1.0 + np.random.default_rng(1).random(rows) * 1e-5
+        perturbed = min(max(1e-5 * rows * rows / 256, 1e-5), 1e-3)
+        self._right_R = 1.0 + (np.random.default_rng(1).random(rows) - 0.5) * perturbed
         self._right_R[items:] += places - 1.0
         self._level_R = self._right_R.copy()
         self._since = 0
@@ -146,6 +160,9 @@ class SimplexMaster:
     def add(self, item_CM: I32, cost_C: F64) -> None:
         self._item_CM = np.concatenate((self._item_CM, item_CM))
         self._cost_C = np.concatenate((self._cost_C, cost_C))
+
+    def dearer(self, factor: float) -> None:
+        self._alone_R *= factor
 
     def solve(self) -> MasterSolution:
         left = 40 * len(self._basis_R) + len(self._cost_C)  # against circling: any end is valid
@@ -219,8 +236,3 @@ class SimplexMaster:
         self._inverse_RR = np.asarray(np.linalg.inv(basic_RR), np.float64)
         self._level_R = np.maximum(0.0, self._inverse_RR @ self._right_R)
         self._since = 0
-
-
-def _dear(alone: float, alone_E: F64) -> float:
-    """What an item by itself costs in the master: more than the price it should have."""
-    return 1.5 * alone + 0.1 * float(alone_E.mean()) + 0.1
