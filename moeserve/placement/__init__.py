@@ -3,13 +3,16 @@
 ::
 
     cluster  routing  plan     plain data: devices and links; what was routed; slots -> experts
+    topology                   a real cluster as a file
     files                      bounds on what files of others hold, and reading within them
     problem                    what is asked of a solver, and what can be refused at once
     split                      which copy of a replicated expert a token uses: the runtime's rule
     layer_use  migration       where the tokens of a layer go; where a migrating token is after it
     cost                       balance and copies of a plan in each dataflow
     report  pictures           the figures of a plan with its bound and gap; heat maps
-    cli  commands              ``moeserve place``: the arguments; the verbs
+    fitted  baselines          what a plan was fitted on; contiguous and EPLB beside it
+    cli  cluster_arguments     ``moeserve place``: the arguments; those of the cluster
+    commands  tables           its verbs; what they print
     aside                      a plan solved in a process of low priority, beside one that serves
     formats/                   files of others, in and out
     solvers/                   how plans are found

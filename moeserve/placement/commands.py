@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 
 from moeserve.errors import PlacementError
+from moeserve.placement import fitted as known
 from moeserve.placement import plan as plans
+from moeserve.placement import tables
+from moeserve.placement.baselines import baselines
 from moeserve.placement.cluster import Cluster, Dataflow, Phase
+from moeserve.placement.cluster_arguments import plan_cluster
 from moeserve.placement.formats import routing_files, runtimes
 from moeserve.placement.plan import Plan
-from moeserve.placement.problem import Moves, Problem
-from moeserve.placement.report import BoundEffort, CopyBytes, figures
+from moeserve.placement.problem import Moves, Problem, check
+from moeserve.placement.report import BoundEffort, CopyBytes, check_fits, figures
 from moeserve.placement.routing import Routing, split
 from moeserve.placement.solvers.portfolio import Budget, Progress, Solver, solve_bounded
 from moeserve.placement.solvers.portfolio import solve as find
@@ -75,13 +79,16 @@ def solve(arguments: argparse.Namespace) -> dict[str, Any]:
     result = _figures(plan, routing, problem.cluster, arguments)
     result["seconds"] = seconds
     result["solver"] = arguments.solver
+    result["time_limit"] = arguments.time_limit
+    result["plan"] = _outline(plan)
+    result["judged_on"] = known.BOTH if held is not None else known.FITTED
+    result["fitted_on"] = known.record(routing, arguments.held_out)
     if solved.bound_L is not None:
         result["fitted"] = figures(
             plan, fitted, problem.cluster, batch=arguments.batch, bound_L=solved.bound_L
         )
-    if held is not None:
-        quick = replace(_effort(arguments), seconds=0.0)
-        result["held_out"] = _figures(plan, held, problem.cluster, arguments, quick)
+    result |= _parts(plan, result.get("fitted") or fitted, held, problem.cluster, arguments)
+    result["baselines"] = _baselines(problem, fitted, held, arguments)
     if problem.moves is not None:
         result["moved_experts"] = plans.moved_slots(problem.moves.previous, plan)
     plans.write_whole(Path(arguments.out), plans.dump(replace(plan, figures=result)))
@@ -92,12 +99,16 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = plans.load(Path(arguments.plan))
     if arguments.dataflow is not None:
         plan = replace(plan, dataflow=Dataflow(arguments.dataflow))
-    arguments.experts = arguments.experts or plan.num_experts
-    routing = _read(arguments)
-    cluster = _plan_cluster(plan, arguments)
+    routing = _read_for(plan, arguments)
+    cluster = plan_cluster(plan, arguments)
     began = time.monotonic()
     result = _figures(plan, routing, cluster, arguments)
     result["seconds"] = time.monotonic() - began
+    result["plan"] = _outline(plan)
+    judged = known.judge(plan, routing)
+    result["judged_on"] = judged.kind
+    if judged.kind == known.BOTH:
+        result |= _parts(plan, judged.fitted, judged.held_out, cluster, arguments)
     return result
 
 
@@ -106,15 +117,27 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     problem = _problem(arguments, routing)
     fitted, held = split(routing, arguments.held_out)
     budget = Budget(arguments.time_limit, arguments.threads, arguments.seed)
-    rows = {}
+    check(problem, routing)
+    rows, refused = {}, {}
     for name in arguments.solvers:
         began = time.monotonic()
-        with _progress(arguments.json) as progress:
-            plan = find(problem, fitted, Solver(name), budget, progress)
+        try:
+            with _progress(arguments.json) as progress:
+                plan = find(problem, fitted, Solver(name), budget, progress)
+        except PlacementError as cause:
+            refused[name] = cause.message
+            continue
         seconds = time.monotonic() - began
         row = _figures(plan, held or fitted, problem.cluster, arguments)
         rows[name] = row | {"seconds": seconds}
-    return {"evaluated_on": "held out" if held else "all", "solvers": rows}
+        if held is not None:
+            rows[name] |= _parts(plan, fitted, None, problem.cluster, arguments)
+    return {
+        "evaluated_on": "held out" if held else "all",
+        "judged_on": known.HELD_OUT if held else known.FITTED,
+        "solvers": rows,
+        "refused": refused,
+    }
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -143,42 +166,65 @@ def plot(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = plans.load(Path(arguments.plan))
     arguments.experts = arguments.experts or plan.num_experts
     routing = _read(arguments)
-    result = figures(plan, routing, _plan_cluster(plan, arguments))
+    result = figures(plan, routing, plan_cluster(plan, arguments))
     files = pictures.write(Path(arguments.out), plan, routing, result, arguments.layer)
     return {"out": arguments.out, "files": files}
 
 
 def show(verb: str, result: dict[str, Any]) -> None:
     """The result for people."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if verb not in ("solve", "evaluate", "compare"):
-        for key, value in result.items():
-            console.print(f"{key}: {value}")
-        return
-    table = Table()
-    for heading in ("", "imbalance", "worst", "copies", "cross-node", "objective", "bound", "gap",
-                    "seconds"):  # fmt: skip
-        table.add_column(heading, justify="right" if heading else "left")
-    rows = result["solvers"] if verb == "compare" else {verb: result}
-    if "fitted" in result:
-        rows = rows | {"fitted": result["fitted"]}
-    if "held_out" in result:
-        rows = rows | {"held out": result["held_out"]}
-    for name, row in rows.items():
-        cells = (
-            row["imbalance"]["mean"], row["imbalance"]["worst"], row["copies_per_token_layer"],
-            row["cross_node_copies_per_token_layer"], row["objective"], row["bound"], row["gap"],
-            row.get("seconds"),
-        )  # fmt: skip
-        table.add_row(name, *("-" if cell is None else f"{cell:.4f}" for cell in cells))
-    console.print(table)
+    tables.show(verb, result)
 
 
 def _read(arguments: argparse.Namespace) -> Routing:
     return routing_files.read_all(arguments.routing, num_experts=arguments.experts)
+
+
+def _read_for(plan: Plan, arguments: argparse.Namespace) -> Routing:
+    """Files that do not say how many experts there are know only of those that they name."""
+    routing = _read(arguments)
+    if arguments.experts is None and routing.num_experts < plan.num_experts and routing.has_tokens:
+        arguments.experts = plan.num_experts
+        routing = _read(arguments)
+    check_fits(plan, routing)
+    return routing
+
+
+def _outline(plan: Plan) -> dict[str, Any]:
+    return {
+        "layers": plan.num_layers, "experts": plan.num_experts, "slots": plan.num_slots,
+        "devices": plan.num_devices, "nodes": plan.num_nodes, "dataflow": str(plan.dataflow),
+        "phase": str(plan.phase),
+    }  # fmt: skip
+
+
+def _parts(
+    plan: Plan,
+    fitted: Routing | dict[str, Any] | None,
+    held: Routing | None,
+    cluster: Cluster,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """Figures on what was fitted (or those, where they are known) and on what was held out."""
+    quick = replace(_effort(arguments), seconds=0.0)
+    parts = {}
+    for name, part in (("fitted", fitted), ("held_out", held)):
+        if isinstance(part, Routing):
+            parts[name] = _figures(plan, part, cluster, arguments, quick)
+        elif part is not None:
+            parts[name] = part
+    return parts
+
+
+def _baselines(
+    problem: Problem, fitted: Routing, held: Routing | None, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    return {
+        name: {"refused": plan}
+        if isinstance(plan, str)
+        else _parts(plan, fitted, held, problem.cluster, arguments)
+        for name, plan in baselines(problem, fitted).items()
+    }
 
 
 def _pairs(texts: Sequence[str], option: str) -> tuple[tuple[int, int], ...]:
@@ -200,7 +246,7 @@ def _problem(arguments: argparse.Namespace, routing: Routing) -> Problem:
         tuple(arguments.speeds),
         arguments.memory,
     )
-    if cluster.memory and not arguments.expert_bytes:
+    if cluster.memory and not arguments.expert_bytes and arguments.topology is None:
         raise PlacementError("--memory needs --expert-bytes, to know what a slot takes")
     return Problem(
         cluster,
@@ -225,10 +271,6 @@ def _moves(arguments: argparse.Namespace) -> Moves:
         arguments.horizon_tokens,
         arguments.cost_per_moved_byte,
     )
-
-
-def _plan_cluster(plan: Plan, arguments: argparse.Namespace) -> Cluster:
-    return Cluster(plan.num_devices, plan.num_nodes, arguments.node_ratio, tuple(arguments.speeds))
 
 
 def _effort(arguments: argparse.Namespace) -> BoundEffort:

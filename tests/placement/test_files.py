@@ -46,7 +46,7 @@ def test_a_plan_comes_back_as_it_was_written(seed: int) -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from(["sglang", "ascend", "tensorrt"]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from(sorted({*exchange.FORMATS} - {"lightllm"})))
 def test_other_formats_say_the_same_plan(seed: int, form: str) -> None:
     plan = replace(random_plan(seed), guide_LED=None)
     with tempfile.TemporaryDirectory() as folder:
@@ -73,6 +73,26 @@ def test_formats_have_the_shape_their_readers_expect() -> None:
     tensorrt = yaml.safe_load(exchange.export(plan, "tensorrt"))
     assert tensorrt["num_slots"] == 4
     assert tensorrt["initial_global_assignments"] == {1: [1, 0, 2, 3]}
+
+
+def test_vllm_and_eplb_files_in_every_form(tmp_path: Path) -> None:
+    plan = Plan(np.array([[1, 0, 2, 3], [0, 2, 1, 3]], np.int32), 4, 2, 1, (1, 2))
+    assert json.loads(exchange.export(plan, "vllm")) == plan.expert_LS.tolist()
+    assert json.loads(exchange.export(plan, "eplb")) == {"phy2log": plan.expert_LS.tolist()}
+    path = tmp_path / "map"
+    known: dict[str, Any] = {"num_experts": 4, "num_devices": 2}
+    path.write_text(json.dumps({"physical_to_logical_map": plan.expert_LS.tolist()}))
+    assert exchange.load(path, "vllm", **known).expert_LS.tolist() == plan.expert_LS.tolist()
+    path.write_text("[1, 0, 2, 3]")
+    alike = exchange.load(path, "vllm", **known, moe_layers=(3, 4))
+    assert (alike.expert_LS.tolist(), alike.moe_layers) == ([[1, 0, 2, 3]] * 2, (3, 4))
+    with pytest.raises(PlacementError, match="which they are with --layers"):
+        exchange.load(path, "vllm", **known)
+    earlier = json.dumps({"phy2log": [[0, 1, 2, 3]]})
+    path.write_text(f"{earlier}\n{exchange.export(plan, 'eplb')}\n")
+    assert exchange.load(path, "eplb", **known).expert_LS.tolist() == plan.expert_LS.tolist()
+    with pytest.raises(PlacementError, match="has 2 MoE layers, asked are 1"):
+        exchange.load(path, "eplb", **known, moe_layers=(5,))
 
 
 def test_lightllm_says_only_shared_extras(tmp_path: Path) -> None:

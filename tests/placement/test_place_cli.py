@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +125,127 @@ def test_plots_are_pictures_and_one_page(capsys, tmp_path, trace) -> None:
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert "http" not in page.split("<h2>")[0].replace("http-equiv", "")
+
+
+def verbs() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    top = argparse.ArgumentParser(prog="moeserve")
+    cli.add_parser(top.add_subparsers())
+    for name in ("place", "verb"):
+        (chosen,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
+        top = chosen.choices["place"] if name == "place" else top
+    yield from chosen.choices.items()
+
+
+def test_every_option_has_a_help_line_and_every_verb_an_example(capsys) -> None:
+    for name, parser in verbs():
+        for action in parser._actions:
+            assert action.help, f"{name} {action.option_strings}"
+        said = re.sub(r"\s+", " ", parser.format_help())
+        assert f"example: {cli.EXAMPLES[name]}" in said
+        words = shlex.split(cli.EXAMPLES[name])
+        assert words[:3] == ["moeserve", "place", name]
+        parser.parse_args(words[3:])
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
+    assert cli.main(["place", *map(str, words)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    return lines
+
+
+def rows(lines: list[str]) -> list[tuple[str, str]]:
+    """Plan, and what it is judged on, of each row of a table."""
+    first = next(i for i, line in enumerate(lines) if "judged on" in line)
+    last = next(i for i, line in enumerate(lines) if line.startswith("balance, worst:"))
+    at = lines[first].index("judged on")
+    return [(line[:at].strip(), line[at : at + 9].strip()) for line in lines[first + 1 : last]]
+
+
+def test_what_solve_prints_fits_and_says_what_was_fitted(capsys, tmp_path, trace, counts) -> None:
+    plan = tmp_path / "plan.json"
+    words = ("--routing", trace, "--devices", 4, "--nodes", 2, "--out", plan, *SMALL)
+    lines = printed(capsys, "solve", *words)
+    assert lines[0] == "2 layers, 16 experts in 16 slots, 4 devices in 2 nodes; home-dedup, prefill"
+    kinds = ("fitted", "held out")
+    plain = [(name, kind) for name in ("contiguous", "eplb") for kind in kinds]
+    ours = [("this plan", kind) for kind in ("both", *kinds)]
+    assert rows(lines) == plain + ours
+    said = " ".join(line.strip() for line in lines)
+    assert "gap: no plan within the same limits is better by more" in said
+    assert "of at most 1 s (--time-limit); wrote" in said
+    assert said.endswith(plan.name)
+    lines = printed(capsys, "evaluate", "--plan", plan, "--routing", trace, "--bound-limit", 0)
+    assert rows(lines) == ours
+    lines = printed(capsys, "solve", "--routing", counts, "--devices", 4, "--out", plan, *SMALL)
+    assert rows(lines) == [(name, "fitted") for name in ("contiguous", "eplb", "this plan")]
+
+
+def test_routing_that_a_plan_never_saw_is_held_out(capsys, tmp_path, trace, topk) -> None:
+    plan, other = tmp_path / "plan.json", tmp_path / "other.npz"
+    place(capsys, "solve", "--routing", trace, "--devices", 4, "--out", plan, *SMALL)
+    np.savez(other, topk_ids=topk(tokens=50, layers=2, experts=15, k=3, seed=9))
+    renamed = trace.rename(tmp_path / "renamed.npz")
+    judged = {
+        files: place(capsys, "evaluate", "--plan", plan, "--routing", *files)[1]
+        for files in ((renamed,), (other,), (renamed, other))
+    }
+    assert [j["judged_on"] for j in judged.values()] == ["both", "held out", "both"]
+    document = json.loads(plan.read_text())
+    for figures in ({}, {"fitted_on": 3}, {"fitted_on": {"held_out": "x", "workloads": [1]}}):
+        plan.write_text(json.dumps(document | {"figures": figures}))
+        _, old = place(capsys, "evaluate", "--plan", plan, "--routing", renamed)
+        assert old["judged_on"] == "unknown"
+
+
+def test_evaluate_names_the_experts_of_both(capsys, tmp_path, trace, topk) -> None:
+    plan, larger = tmp_path / "plan.json", tmp_path / "larger.npz"
+    place(capsys, "solve", "--routing", trace, "--devices", 4, "--out", plan, *SMALL)
+    np.savez(larger, topk_ids=topk(tokens=99, layers=2, experts=24, k=3))
+    status, said = place(capsys, "evaluate", "--plan", plan, "--routing", larger)
+    assert status == cli.BAD_INPUT
+    assert "has 2 layers of 24 experts, the plan 2 of 16" in said["error"]
+    fewer = tmp_path / "fewer.npz"
+    np.savez(fewer, topk_ids=topk(tokens=99, layers=2, experts=12, k=3))
+    status, figures = place(capsys, "evaluate", "--plan", plan, "--routing", fewer)
+    assert (status, figures["plan"]["experts"]) == (0, 16)
+
+
+def test_compare_lists_the_solvers_that_need_tokens(capsys, counts) -> None:
+    words = ("--routing", counts, "--devices", 4, "--solvers", "contiguous", "moetuner", *SMALL)
+    lines = printed(capsys, "compare", *words)
+    assert rows(lines) == [("contiguous", "fitted")]
+    why = "moetuner could not run: this solver needs per-token routing, not counts"
+    assert why in " ".join(lines)
+
+
+TOPOLOGY = """
+format = "moeserve-topology"
+version = 1
+name = "two of two"
+links = {inside = {bandwidth_bytes_per_s = 9e9}, across = {bandwidth_bytes_per_s = 1e9}}
+nodes = [{count = 1, devices = 2}, {count = 1, devices = 2, rails = 1, speed = 0.5}]
+"""
+
+
+def test_a_topology_stands_for_the_flags(capsys, tmp_path, trace) -> None:
+    plan, cluster = tmp_path / "plan.json", tmp_path / "cluster.toml"
+    cluster.write_text(TOPOLOGY)
+    words = ("solve", "--routing", trace, "--out", plan, *SMALL)
+    status, solved = place(capsys, *words, "--topology", cluster)
+    assert status == 0
+    flags = ("--devices", 4, "--nodes", 2, "--node-ratio", 13.5, "--speeds", 1, 1, 0.5, 0.5)
+    _, same = place(capsys, *words, *flags)
+    for key in FIGURES - {"seconds", "gap", "bound"}:
+        assert solved[key] == same[key]
+    ways = (("--topology", cluster), ("--node-ratio", 13.5, "--speeds", 1, 1, 0.5, 0.5))
+    judged = [place(capsys, "evaluate", "--plan", plan, "--routing", trace, *w)[1] for w in ways]
+    assert judged[0]["objective"] == judged[1]["objective"] == same["objective"]
+    status, said = place(capsys, *words, "--topology", cluster, "--nodes", 2)
+    assert (status, "--nodes beside --topology" in said["error"]) == (cli.BAD_INPUT, True)
+    place(capsys, *words, "--devices", 2)
+    status, said = place(capsys, "evaluate", "--plan", plan, "--routing", trace, *ways[0])
+    assert (status, "4 devices in 2 nodes, the plan 2 in 1" in said["error"]) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,17 @@
 
 ``sglang``     JSON for ``--init-expert-location``: ``physical_to_logical_map`` [layers, slots].
                Dense layers stand in it as identities, since SGLang counts every layer.
+``vllm``       JSON list [MoE layers, slots] of expert ids: vLLM's ``physical_to_logical_map``, as
+               the proposed ``eplb_config.initial_expert_map_path`` reads it (vllm pull request
+               49572; vLLM up to 0.26 reads no placement from a file). Also read: one list for all
+               layers, and an object that holds the map under that name. Dense layers are not
+               counted.
 ``ascend``     vLLM-Ascend ``expert_map.json``: layers of devices of expert lists.
 ``tensorrt``   TensorRT-LLM load-balancer YAML: slots, and the experts of each slot per model layer.
 ``lightllm``   LightLLM redundancy JSON: experts stay contiguous and every device holds the same
                extra experts of a layer; it cannot express other plans, which are refused.
+``eplb``       JSON lines as scripts around DeepSeek's EPLB keep them: ``phy2log`` [MoE layers,
+               slots] in each line. Of several lines, rearrangements in turn, the last is read.
 """
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ from moeserve.placement.plan import Plan, slot_table, tidy
 
 # Which is read slowly.
 _MOST_YAML_BYTES = 16 << 20
-FORMATS = ("sglang", "ascend", "tensorrt", "lightllm")
+FORMATS = ("sglang", "vllm", "ascend", "tensorrt", "lightllm", "eplb")
 
 
 def export(plan: Plan, form: str) -> str:
@@ -74,6 +81,14 @@ def _sglang(plan: Plan) -> str:
     for number, row_S in zip(plan.moe_layers, plan.expert_LS.tolist(), strict=True):
         rows[number] = row_S
     return json.dumps({"physical_to_logical_map": rows}) + "\n"
+
+
+def _vllm(plan: Plan) -> str:
+    return json.dumps(plan.expert_LS.tolist()) + "\n"
+
+
+def _eplb(plan: Plan) -> str:
+    return json.dumps({"phy2log": plan.expert_LS.tolist()}) + "\n"
 
 
 def _ascend(plan: Plan) -> str:
@@ -163,6 +178,39 @@ def _from_sglang(path: Path, _e: int, _d: int, wanted: tuple[int, ...] | None) -
         raise PlacementError(f"{path}: no physical_to_logical_map in it") from cause
 
 
+def _from_vllm(path: Path, _e: int, _d: int, wanted: tuple[int, ...] | None) -> _Rows:
+    document = read_json(path)
+    rows = document.get("physical_to_logical_map") if isinstance(document, dict) else document
+    if not isinstance(rows, list) or not rows:
+        raise PlacementError(f"{path}: expected a list of expert ids for each MoE layer")
+    if not isinstance(rows[0], list):
+        if wanted is None:
+            raise PlacementError(
+                f"{path} has one list for all layers: say which they are with --layers"
+            )
+        rows = [rows] * len(wanted)
+    return _moe_layers(path, rows, wanted)
+
+
+def _from_eplb(path: Path, _e: int, _d: int, wanted: tuple[int, ...] | None) -> _Rows:
+    lines = read_text(path).split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    try:
+        rows = json.loads(last)["phy2log"]
+        return _moe_layers(path, rows, wanted)
+    except MALFORMED as cause:
+        raise PlacementError(
+            f"{path}: expected phy2log in each line of JSON: {reason(cause)}"
+        ) from cause
+
+
+def _moe_layers(path: Path, rows: list[Any], wanted: tuple[int, ...] | None) -> _Rows:
+    """Of a file that knows only the layers that have experts."""
+    if wanted is not None and len(wanted) != len(rows):
+        raise PlacementError(f"{path} has {len(rows)} MoE layers, asked are {len(wanted)}")
+    return rows, wanted or tuple(range(len(rows)))
+
+
 def _from_ascend(path: Path, _e: int, devices: int, wanted: tuple[int, ...] | None) -> _Rows:
     document = read_json(path)
     try:
@@ -175,9 +223,7 @@ def _from_ascend(path: Path, _e: int, devices: int, wanted: tuple[int, ...] | No
             rows.append([e for device in listed for e in device["device_expert"]])
     except MALFORMED as cause:
         raise PlacementError(f"{path}: not an expert map: {reason(cause)}") from cause
-    if wanted is not None and len(wanted) != len(rows):
-        raise PlacementError(f"{path} has {len(rows)} MoE layers, asked are {len(wanted)}")
-    return rows, wanted or tuple(range(len(rows)))
+    return _moe_layers(path, rows, wanted)
 
 
 def _from_tensorrt(path: Path, _e: int, _d: int, wanted: tuple[int, ...] | None) -> _Rows:
@@ -212,11 +258,14 @@ def _from_lightllm(path: Path, experts: int, devices: int, wanted: tuple[int, ..
 
 
 _EXPORTERS: dict[str, Callable[[Plan], str]] = {
-    "sglang": _sglang, "ascend": _ascend, "tensorrt": _tensorrt, "lightllm": _lightllm,
+    "sglang": _sglang, "vllm": _vllm, "ascend": _ascend, "tensorrt": _tensorrt,
+    "lightllm": _lightllm, "eplb": _eplb,
 }  # fmt: skip
 _IMPORTERS: dict[str, Callable[[Path, int, int, tuple[int, ...] | None], _Rows]] = {
     "sglang": _from_sglang,
+    "vllm": _from_vllm,
     "ascend": _from_ascend,
     "tensorrt": _from_tensorrt,
     "lightllm": _from_lightllm,
+    "eplb": _from_eplb,
 }

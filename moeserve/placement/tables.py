@@ -1,0 +1,123 @@
+"""The result of a verb for people: tables that fit 80 columns, and what their columns mean.
+
+Piped, lines are at most 80 columns wide, or as many as ``COLUMNS`` says. Every row says on what it
+was judged: what the plan was fitted on, what was held out, or both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from moeserve.placement.fitted import BOTH, FITTED, HELD_OUT, UNKNOWN
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+JUDGED = {BOTH: "both", FITTED: "fitted", HELD_OUT: "held out", UNKNOWN: "unknown"}
+_COLUMNS = ("plan", "judged on", "balance", "worst", "copies", "across", "priced", "bound", "gap")
+_TABLES = ("solve", "evaluate", "compare")
+
+
+def show(verb: str, result: Mapping[str, Any]) -> None:
+    """Print it to standard output."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+    if verb not in _TABLES:
+        for key, value in result.items():
+            console.print(f"{key}: {value}")
+        return
+    if "plan" in result:
+        console.print(outline(result["plan"]))
+    rows = list(_rows(verb, result))
+    _print_table(console, rows)
+    console.print(_legend([figures for _, _, figures in rows]), style="dim")
+    for name, why in _refused(result):
+        console.print(f"{name} could not run: {why}")
+    if verb == "solve":
+        console.print(
+            f"solver {result['solver']}: {result['seconds']:.1f} s of at most "
+            f"{result['time_limit']:g} s (--time-limit); wrote {result['out']}"
+        )
+
+
+def outline(plan: Mapping[str, Any]) -> str:
+    """What a plan is of, in a line."""
+    many = "s" if plan["nodes"] > 1 else ""
+    return (
+        f"{plan['layers']} layers, {plan['experts']} experts in {plan['slots']} slots, "
+        f"{plan['devices']} devices in {plan['nodes']} node{many}; {plan['dataflow']}, "
+        f"{plan['phase']}"
+    )
+
+
+Row = tuple[str, str, Mapping[str, Any]]
+
+
+def _rows(verb: str, result: Mapping[str, Any]) -> Iterator[Row]:
+    """Name, what it is judged on, figures."""
+    for name, parts in result.get("baselines", {}).items():
+        yield from _parts(name, parts)
+    if verb == "compare":
+        for name, row in result["solvers"].items():
+            yield from _parts(name, row)
+            yield name, result["judged_on"], row
+        return
+    name = "this plan"
+    if result["judged_on"] != FITTED or "fitted" not in result:
+        yield name, result["judged_on"], result
+    yield from _parts(name, result)
+
+
+def _parts(name: str, parts: Mapping[str, Any]) -> Iterator[Row]:
+    for key, kind in (("fitted", FITTED), ("held_out", HELD_OUT)):
+        if key in parts:
+            yield name, kind, parts[key]
+
+
+def _print_table(console: Console, rows: list[Row]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False, header_style="bold")
+    for heading in _COLUMNS:
+        table.add_column(heading, justify="left" if heading in _COLUMNS[:2] else "right")
+    for name, kind, row in rows:
+        table.add_row(name, JUDGED[kind], *_cells(row))
+    console.print(table)
+
+
+def _cells(row: Mapping[str, Any]) -> Iterator[str]:
+    balance = row["imbalance"]
+    yield from (f"{balance['mean']:.4f}", f"{balance['worst']:.3f}")
+    for key in ("copies_per_token_layer", "cross_node_copies_per_token_layer"):
+        yield "-" if row[key] is None else f"{row[key]:.3f}"
+    yield f"{row['objective']:.4f}"[:7]
+    loose = row["gap"] is None or _is_loose(row)
+    yield from ("-", "-") if loose else (f"{row['bound']:.4f}"[:7], f"{row['gap']:.1%}")
+
+
+def _is_loose(row: Mapping[str, Any]) -> bool:
+    """A bound that is known at once and says next to nothing of a plan: it stays in ``--json``."""
+    return bool(row["bound_is"].startswith("pairs"))
+
+
+def _legend(rows: list[Mapping[str, Any]]) -> str:
+    priced = ", ".join(sorted({row["objective_is"] for row in rows}))
+    bounds = ", ".join(sorted({row["bound_is"] for row in rows if not _is_loose(row)}))
+    gap = (
+        f"gap: no plan within the same limits is better by more, by a certified bound ({bounds})."
+        if bounds
+        else "gap: no bound was looked for that says anything (--bound-limit SECONDS)."
+    )
+    return (
+        "balance, worst: load of the fullest device over the mean, mean and worst layer. copies, "
+        f"across: per token and layer, in all and across nodes. priced: {priced}.\n{gap}"
+    )
+
+
+def _refused(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from result.get("refused", {}).items()
+    for name, parts in result.get("baselines", {}).items():
+        if "refused" in parts:
+            yield name, parts["refused"]
