@@ -2,12 +2,18 @@
 
     python bench/policies.py speculation [--model demo] [--batch 1 4 16] [--requests N]
                                          [--answer N] [--rounds N] [--threads N] [--json]
+    python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
 
 speculation: looked-up drafts, none to five for everybody or as many as pay (`--speculation
 ngram`), at each number of requests at once. Stories repeat what others told, sums less so, and what
 is sampled at temperature 0.8 hardly does. Schedules run in turn, round after round; the table shows
 medians of tokens a second beside those without drafts (least and most of the rounds' ratios), the
 tokens a request makes in a step, and how many drafts were right. All must make equal tokens.
+
+admission: who starts when KV is short, without a model (``bench/policy/admission.py``): as blocks are
+free, with room for the longest answer, and as answers were lately (the default). Lengths are drawn
+(lognormal), or those of a trace: CSV with the columns ContextTokens and GeneratedTokens (Azure's)
+or `Request tokens` and `Response tokens` (BurstGPT's). Counters are exact; seconds are modelled.
 """
 
 from __future__ import annotations
@@ -19,7 +25,9 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from policy.admission import admission, show_admitted
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
@@ -168,7 +176,7 @@ def speculation(args: argparse.Namespace) -> list[Row]:
     decoder = load_decoder(path, choose_ops(threads=args.threads))
     cases = [
         (domain, batch)
-        for domain in domains(Tokenizer.load(path), args.requests)
+        for domain in domains(Tokenizer.load(path), args.requests or 48)
         for batch in args.batch
     ]
     rows: list[Row] = []
@@ -197,15 +205,22 @@ def show(rows: Sequence[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Policies of the scheduler, beside none.")
-    parser.add_argument("policy", choices=["speculation"])
+    parser.add_argument("policy", choices=["speculation", "admission"])
+    parser.add_argument("--lengths", type=Path, nargs="+", default=[])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--requests", type=int, help="48 to speculate, 800 to admit")
     parser.add_argument("--answer", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.policy == "admission":
+        found = admission(args.lengths, args.requests or 800)
+        print(json.dumps([asdict(row) for row in found], indent=1)) if args.json else show_admitted(
+            found
+        )
+        return
     rows = speculation(args)
     if args.json:
         print(json.dumps({"model": args.model, "rows": [asdict(row) for row in rows]}, indent=1))

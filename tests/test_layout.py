@@ -61,6 +61,7 @@ PURE_WITH_ARRAYS = (
         for name in "fleet front homes loads prefixes rank_view records".split()
     ),
     "offload/residency.py",
+    "engine/policies/past_future.py",
 )
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "

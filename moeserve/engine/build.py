@@ -17,8 +17,9 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
-from moeserve.engine.policies.choices import Admission, Drafter, FirstComeFirstServed
+from moeserve.engine.policies.choices import Admission, Drafter
 from moeserve.engine.policies.ngrams import NgramDrafts
+from moeserve.engine.policies.past_future import PastFuture
 from moeserve.engine.policies.speculation import Speculation
 from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.rank_model import RankModel, load_rank_model
@@ -158,7 +159,7 @@ def admission_of(options: StepOptions, config: SchedulerConfig, cost: StepCost) 
     """Who is admitted when, by ``--objective``."""
     if options.objective == "throughput":
         return ThroughputAdmission(cost, config.max_model_len)
-    return FirstComeFirstServed()
+    return PastFuture(config.max_model_len)
 
 
 def drafter_of(options: StepOptions, decodes: DecodeCost, steps: StepLine) -> Drafter | None:

@@ -399,7 +399,7 @@ class Scheduler:
                 continue
             if self._take_back():
                 continue
-            victim = max(reversed(self._running.values()), key=lambda s: s.request.priority)
+            victim = self._admission.victim(self._running.values())
             self._stop_running(victim)
             self.kv.free(victim)
             self._waiting.put_first(victim)

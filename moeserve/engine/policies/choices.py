@@ -32,6 +32,11 @@ class Admission(Protocol):
         self, waiting: Mapping[RequestId, SequenceState], now: float
     ) -> SequenceState | None: ...
 
+    def victim(self, running: Collection[SequenceState]) -> SequenceState:
+        """Which of those that run, in order of admission, gives up its blocks for the others: one
+        of the least urgent; of the most urgent never the first, unless it is alone."""
+        ...
+
 
 class FirstComeFirstServed:
     """In order of arrival; preempted requests stand before those that never ran."""
@@ -48,6 +53,19 @@ class FirstComeFirstServed:
 
     def pick(self, waiting: Mapping[RequestId, SequenceState], now: float) -> SequenceState | None:
         return next(iter(waiting.values()), None)
+
+    def victim(self, running: Collection[SequenceState]) -> SequenceState:
+        return last_admitted(running)
+
+
+def last_admitted(running: Collection[SequenceState]) -> SequenceState:
+    """Of the least urgent, the one that has waited for least time."""
+    return max(reversed([*running]), key=lambda seq: seq.request.priority)
+
+
+def most_tokens(seq: SequenceState, limit: int) -> int:
+    """What an answer may have, where sequences end at ``limit``."""
+    return min(seq.request.params.max_tokens, limit - len(seq.request.prompt_ids))
 
 
 class Drafter(Protocol):

@@ -19,6 +19,7 @@ from itertools import islice
 
 from moeserve.core import FinishReason, RequestId
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.policies.choices import last_admitted, most_tokens
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
 from moeserve.engine.step_cost import StepCost, worthwhile_tokens
@@ -63,11 +64,6 @@ class AnswerLengths:
     def left(self, seq: SequenceState, limit: int) -> int:
         """Tokens that a sequence is still expected to make, at least one."""
         return max(1, round(self.share * most_tokens(seq, limit)) - len(seq.output_ids))
-
-
-def most_tokens(seq: SequenceState, limit: int) -> int:
-    """What an answer may have, where sequences end at ``limit``."""
-    return min(seq.request.params.max_tokens, limit - len(seq.request.prompt_ids))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -171,6 +167,9 @@ class ThroughputAdmission:
             return None
         self._picked = seq
         return seq
+
+    def victim(self, running: Collection[SequenceState]) -> SequenceState:
+        return last_admitted(running)
 
     def _learn(self, running: Collection[SequenceState], preempted: bool) -> None:
         for seq in self._known.values():
