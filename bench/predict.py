@@ -4,9 +4,9 @@
                             [--quantization auto] [--kv-dtype auto int8] [--rounds N] [--threads N]
                             [--cpu-time] [--json] [--plot FILE]
 
-The host is calibrated before the cases and after them, in this run: what is compared are figures of
-one machine in one state, the better of each. Cases run through the real scheduler and runner,
-rounds interleaved, and the shortest of a case counts. How often each expert is chosen is counted on
+The host is calibrated before the cases and after each round of them: what is compared are figures
+of one machine in one state, the better of each. Cases run through the real scheduler and runner,
+and the shortest of a case counts. How often each expert is chosen is counted on
 other prompts than those measured, or taken to be equal (--use equal). ``--cpu-time`` with
 ``--threads 1`` takes the thread's CPU time for both sides, where others use the machine. The disk
 is no part of it: everything is in memory.
@@ -129,24 +129,31 @@ def counted_use(decoder: Decoder) -> list[tuple[float, ...]]:
     return found
 
 
-def measure(
-    model: Path, settings: Sequence[Setting], cases: Sequence[Case], args: argparse.Namespace
-) -> tuple[dict[tuple[Setting, Case], float], dict[Setting, ModelDemand]]:
-    """Shortest seconds of each case, and what each setting asks for."""
-    ops = choose_ops(threads=args.threads)
-    clock = time.thread_time if args.cpu_time else time.perf_counter
-    best: dict[tuple[Setting, Case], float] = {}
-    demands: dict[Setting, ModelDemand] = {}
-    for setting in settings:
-        decoder = load_decoder(model, ops, setting.options)
-        demand = demand_of(stored_sizes(model, setting.options), setting.options, ops)
-        demands[setting] = demand
-        if args.use == "counted":
-            demands[setting] = demand.with_use(counted_use(decoder))
-        for _, case in itertools.product(range(args.rounds), cases):
-            took = seconds(decoder, case, clock)
-            best[setting, case] = min(took, best.get((setting, case), took))
-    return best, demands
+class Measured:
+    """The shortest seconds of each case so far, and what each setting asks for. A setting's model
+    is loaded for its cases and let go of."""
+
+    def __init__(self, model: Path, args: argparse.Namespace) -> None:
+        self.best: dict[tuple[Setting, Case], float] = {}
+        self.demands: dict[Setting, ModelDemand] = {}
+        self._model, self._args = model, args
+        self._ops = choose_ops(threads=args.threads)
+        self._clock = time.thread_time if args.cpu_time else time.perf_counter
+
+    def measure(self, settings: Sequence[Setting], cases: Sequence[Case]) -> None:
+        """One round."""
+        for setting in settings:
+            decoder = load_decoder(self._model, self._ops, setting.options)
+            if setting not in self.demands:
+                self.demands[setting] = self._demand(setting, decoder)
+            for case in cases:
+                took = seconds(decoder, case, self._clock)
+                self.best[setting, case] = min(took, self.best.get((setting, case), took))
+
+    def _demand(self, setting: Setting, decoder: Decoder) -> ModelDemand:
+        sizes = stored_sizes(self._model, setting.options)
+        demand = demand_of(sizes, setting.options, self._ops)
+        return demand.with_use(counted_use(decoder)) if self._args.use == "counted" else demand
 
 
 def compare(
@@ -239,11 +246,12 @@ def main() -> None:
                 report=lambda what: status.update(f"calibrating: {what}"),
             )
 
-        before = look()
-        status.update("measuring")
-        best, demands = measure(model, settings, cases, args)
-        machine = faster_of(before, look())
-    rows = list(compare(machine, best, demands))
+        machine, measured = look(), Measured(model, args)
+        for n in range(args.rounds):
+            status.update(f"measuring, round {n + 1}")
+            measured.measure(settings, cases)
+            machine = faster_of(machine, look())
+    rows = list(compare(machine, measured.best, measured.demands))
     found = report(machine, rows)
     if args.plot is not None:
         draw(rows, args.plot)
