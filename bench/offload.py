@@ -74,11 +74,16 @@ def rows(args: argparse.Namespace, ops: Ops) -> Iterator[Row]:
                 weights_prediction=prediction,
                 weights_window=args.window,
             )
-            streaming = Streaming.open(args.folder, ops, options)
-            records = streaming.records
-            slots = max(int(share * records.count) * records.nbytes, records.least)
-            decoder = replace(streaming, budget=streaming.fixed.total + slots).load(kv=0)
-            yield measure(args, share, prediction, decoder, records.count)
+            yield measure(args, share, prediction, *with_share(options, ops, share))
+
+
+def with_share(options: RankModelOptions, ops: Ops, share: float) -> tuple[Decoder, int]:
+    """The packed model with slots for that share of its experts, at least those of two layers; and
+    how many experts there are."""
+    streaming = Streaming.open(Path(options.model), ops, options)
+    records = streaming.records
+    slots = max(int(share * records.count) * records.nbytes, records.least)
+    return replace(streaming, budget=streaming.fixed.total + slots).load(kv=0), records.count
 
 
 def measure(

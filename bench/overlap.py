@@ -1,7 +1,7 @@
 """Prompts and answers in the same steps, beside one after the other: what of the weights is read.
 
     python bench/overlap.py [--model demo] [--requests N] [--prompt P] [--answer G]
-                            [--kv-tokens M] [--step-tokens N] [--threads N] [--json]
+                            [--kv-tokens M] [--step-tokens N] [--threads N] [--share S] [--json]
 
 Requests of one shape, more than KV holds, through scheduler and model runner. Of every step the
 experts that its tokens chose are counted, each with the bytes that it has in the files: where
@@ -14,7 +14,9 @@ weights stream, that is what has to be read. Three schedules:
 Equation 7 of MoE-Lens says how many times more sequences KV holds where they are not all at their
 longest together, (p + g) / (p + g/2), and so how many times fewer bytes a token costs; a beginning
 and an end where fewer run, and blocks that are half full, take from it. Tokens of all schedules
-must be equal. Seconds are there, too; on a model in memory they show little of it.
+must be equal. Seconds are there, too; on a model in memory they show little of it. With ``--share``
+the model is a packed one of whose experts that share is in memory, the others are read from disk as
+steps need them: ``read_bytes_per_token`` and tokens per second are what comes of it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from moeserve.config.options import RankModelOptions
 from moeserve.core import Counters, Request, RequestId, SamplingParams, StepPlan
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
@@ -41,12 +45,15 @@ from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
+from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
-from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.expert_source import expert_bytes
 from moeserve.models.library import resolve_model
+from moeserve.models.packed.checkpoint import open_checkpoint
 from moeserve.models.spec import MoeSpec
+from moeserve.offload.runner import StreamedLayerRunner
+from offload import with_share
 
 BLOCK = 16
 
@@ -101,7 +108,9 @@ class ExpertReads:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``bytes_per_token`` are of experts; ``factor`` is how many times fewer than alternating."""
+    """``bytes_per_token`` are of experts that steps chose, ``read_bytes_per_token`` what came from
+    disk; ``factor`` is how many times fewer of the former than alternating, ``speedup`` how many
+    times more tokens per second."""
 
     schedule: str
     steps: int
@@ -111,7 +120,17 @@ class Row:
     bytes_per_token: float
     preemptions: int
     seconds: float
+    read_bytes_per_token: float
     factor: float = 1.0
+    speedup: float = 1.0
+
+    def beside(self, first: Row) -> Row:
+        """The same with what is in comparison to the first schedule."""
+        return replace(
+            self,
+            factor=first.bytes_per_token / self.bytes_per_token,
+            speedup=first.seconds / first.tokens * self.tokens / self.seconds,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +194,7 @@ def measure(
         outcome.raise_failure()
         for out in outcome.outs:
             made[out.request_id].append(out.token_id)
+    took = time.perf_counter() - began
     tokens = counters.computed_tokens - counters.recomputed_tokens
     row = Row(
         schedule,
@@ -184,30 +204,38 @@ def measure(
         reads.experts,
         reads.experts * nbytes / tokens,
         counters.preemptions,
-        time.perf_counter() - began,
+        took,
+        read_so_far(decoder) / tokens,
     )
     return row, made
 
 
+def read_so_far(decoder: Decoder) -> int:
+    """Bytes of weights that came from disk since the model was loaded."""
+    runner = decoder.runner
+    return runner.stream.mover.counts().bytes if isinstance(runner, StreamedLayerRunner) else 0
+
+
 def main() -> None:
     shape, args = read_arguments()
-    path = resolve_model(args.model)
-    decoder = load_decoder(path, choose_ops(threads=args.threads))
-    experts = max(
-        layer.mlp.router.num_experts
-        for layer in decoder.spec.layers
-        if isinstance(layer.mlp, MoeSpec)
-    )
-    nbytes = expert_bytes(Checkpoint.open(path), decoder.spec.moe_layers, experts)
+    path, ops = resolve_model(args.model), choose_ops(threads=args.threads)
     rows: list[Row] = []
     first: Mapping[RequestId, Sequence[int]] = {}
     for schedule in ("alternating", "latency", "throughput"):
+        decoder = load(path, ops, args.share)
+        experts = max(
+            layer.mlp.router.num_experts
+            for layer in decoder.spec.layers
+            if isinstance(layer.mlp, MoeSpec)
+        )
+        nbytes = expert_bytes(open_checkpoint(path), decoder.spec.moe_layers, experts)
         row, made = measure(schedule, shape, decoder, nbytes)
+        if isinstance(decoder.runner, StreamedLayerRunner):
+            decoder.runner.close()
         first = first or made
         if made != first:
             raise SystemExit(f"{schedule}: other tokens than {rows[0].schedule}")
-        factor = rows[0].bytes_per_token / row.bytes_per_token if rows else 1.0
-        rows.append(Row(**{**asdict(row), "factor": factor}))
+        rows.append(row.beside(rows[0] if rows else row))
     if args.json:
         print(
             json.dumps(
@@ -222,6 +250,13 @@ def main() -> None:
         show(shape, rows)
 
 
+def load(path: Path, ops: Ops, share: float | None) -> Decoder:
+    """All in memory, or of a packed model's experts a share."""
+    if share is None:
+        return load_decoder(path, ops)
+    return with_share(RankModelOptions(model=str(path), memory=1 << 50), ops, share)[0]
+
+
 def read_arguments() -> tuple[Shape, argparse.Namespace]:
     parser = argparse.ArgumentParser(description="Weights read per token, by schedule.")
     parser.add_argument("--model", default="demo")
@@ -231,6 +266,7 @@ def read_arguments() -> tuple[Shape, argparse.Namespace]:
     parser.add_argument("--kv-tokens", type=int, default=4096)
     parser.add_argument("--step-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--share", type=float, help="of a packed model's experts in memory")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     shape = Shape(args.requests, args.prompt, args.answer, args.kv_tokens, args.step_tokens)
@@ -240,7 +276,7 @@ def read_arguments() -> tuple[Shape, argparse.Namespace]:
 def show(shape: Shape, rows: Sequence[Row]) -> None:
     table = Table(box=SIMPLE)
     names = ("schedule", "steps", "tokens/step", "experts read", "kB/token", "fewer", "preempted")
-    for name in (*names, "seconds"):
+    for name in (*names, "seconds", "read kB/token", "tokens/s"):
         table.add_column(name, justify="left" if name == "schedule" else "right")
     for row in rows:
         table.add_row(
@@ -252,6 +288,8 @@ def show(shape: Shape, rows: Sequence[Row]) -> None:
             f"{row.factor:.2f}x",
             str(row.preemptions),
             f"{row.seconds:.2f}",
+            f"{row.read_bytes_per_token / 1e3:.1f}",
+            f"{row.speedup:.2f}x",
         )
     console = Console()
     console.print(table)

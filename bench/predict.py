@@ -1,15 +1,16 @@
 """Predicted beside measured: how far the performance model is off, on cases that it never saw.
 
     python bench/predict.py [--model demo] [--batch 1 4 16 64] [--prompt 32 256] [--output 32]
-                            [--quantization auto] [--kv-dtype auto int8] [--rounds N] [--threads N]
-                            [--cpu-time] [--json] [--plot FILE]
+                            [--quantization auto] [--kv-dtype auto int8] [--share 1] [--rounds N]
+                            [--threads N] [--cpu-time] [--json] [--plot FILE]
 
-The host is calibrated before the cases and after them, in this run: what is compared are figures of
-one machine in one state, the better of each. Cases run through the real scheduler and runner,
-rounds interleaved, and the shortest of a case counts. How often each expert is chosen is counted on
+The host is calibrated before the cases and after each round of them: what is compared are figures
+of one machine in one state, the better of each. Cases run through the real scheduler and runner,
+and the shortest of a case counts. How often each expert is chosen is counted on
 other prompts than those measured, or taken to be equal (--use equal). ``--cpu-time`` with
-``--threads 1`` takes the thread's CPU time for both sides, where others use the machine. The disk
-is no part of it: everything is in memory.
+``--threads 1`` takes the thread's CPU time for both sides, where others use the machine; what waits
+for a disk has none. ``--share`` below 1 is of a packed model's experts that fit in memory: the
+others are read as steps need them.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moeserve.bench.generation import Case, LoadCounter, prompts, run_prompts
-from moeserve.config.options import LoadOptions
+from moeserve.bench.generation import Case, prompts, run_prompts
+from moeserve.bench.roofline import LoadCounter
+from moeserve.config.options import LoadOptions, RankModelOptions
 from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
@@ -44,12 +46,16 @@ from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
 from moeserve.models.spec import MoeSpec
 from moeserve.offload.checkpoint_demand import demand_of, stored_sizes
+from moeserve.offload.model.bound import throughput_bound
 from moeserve.offload.model.demand import ModelDemand
 from moeserve.offload.model.distinct import use_of
 from moeserve.offload.model.machine import MachineModel, faster_of
 from moeserve.offload.model.predict import StepPredictor
+from moeserve.offload.model.residency import WeightsInMemory
 from moeserve.offload.model.schedule import predict_batch
 from moeserve.offload.model.workload import ServerBounds, UniformWorkload
+from moeserve.offload.runner import StreamedLayerRunner
+from offload import with_share
 
 BLOCK, STEP_TOKENS = 16, 512
 COUNTED = Case(8, 96, 8)
@@ -62,6 +68,7 @@ class Setting:
 
     quantization: str
     kv_dtype: str
+    share: float = 1.0
 
     @property
     def options(self) -> LoadOptions:
@@ -71,15 +78,17 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Of one case; generated tokens per second."""
+    """Of one case; generated tokens per second. ``predicted`` is stage 2's, ``bound`` stage 1's."""
 
     quantization: str
     kv_dtype: str
+    share: float
     batch: int
     prompt: int
     output: int
     measured: float
     predicted: float
+    bound: float
     busy: dict[str, float]
 
     @property
@@ -129,43 +138,77 @@ def counted_use(decoder: Decoder) -> list[tuple[float, ...]]:
     return found
 
 
-def measure(
-    model: Path, settings: Sequence[Setting], cases: Sequence[Case], args: argparse.Namespace
-) -> tuple[dict[tuple[Setting, Case], float], dict[Setting, ModelDemand]]:
-    """Shortest seconds of each case, and what each setting asks for."""
-    ops = choose_ops(threads=args.threads)
-    clock = time.thread_time if args.cpu_time else time.perf_counter
-    best: dict[tuple[Setting, Case], float] = {}
-    demands: dict[Setting, ModelDemand] = {}
-    for setting in settings:
-        decoder = load_decoder(model, ops, setting.options)
-        demand = demand_of(stored_sizes(model, setting.options), setting.options, ops)
-        demands[setting] = demand
-        if args.use == "counted":
-            demands[setting] = demand.with_use(counted_use(decoder))
-        for _, case in itertools.product(range(args.rounds), cases):
-            took = seconds(decoder, case, clock)
-            best[setting, case] = min(took, best.get((setting, case), took))
-    return best, demands
+class Measured:
+    """The shortest seconds of each case so far, and what each setting asks for. A setting's model
+    is loaded for its cases and let go of."""
+
+    def __init__(self, model: Path, args: argparse.Namespace) -> None:
+        self.best: dict[tuple[Setting, Case], float] = {}
+        self.demands: dict[Setting, ModelDemand] = {}
+        self.weights: dict[Setting, WeightsInMemory] = {}
+        self._model, self._args = model, args
+        self._ops = choose_ops(threads=args.threads)
+        self._clock = time.thread_time if args.cpu_time else time.perf_counter
+
+    def measure(self, settings: Sequence[Setting], cases: Sequence[Case]) -> None:
+        """One round."""
+        for setting in settings:
+            decoder, share = self._load(setting)
+            if setting not in self.demands:
+                self.demands[setting] = self._demand(setting, decoder)
+                self.weights[setting] = WeightsInMemory(share, None, 0.0, 1.0)
+            for case in cases:
+                took = seconds(decoder, case, self._clock)
+                self.best[setting, case] = min(took, self.best.get((setting, case), took))
+            if isinstance(decoder.runner, StreamedLayerRunner):
+                decoder.runner.close()
+
+    def _load(self, setting: Setting) -> tuple[Decoder, float]:
+        """And how many of its experts are in memory."""
+        if setting.share >= 1:
+            return load_decoder(self._model, self._ops, setting.options), 1.0
+        options = RankModelOptions(
+            model=str(self._model), memory=1 << 50, **setting.options.model_dump()
+        )
+        decoder, experts = with_share(options, self._ops, setting.share)
+        assert isinstance(decoder.runner, StreamedLayerRunner)
+        return decoder, min(1.0, decoder.runner.stream.arena.slots / experts)
+
+    def _demand(self, setting: Setting, decoder: Decoder) -> ModelDemand:
+        sizes = stored_sizes(self._model, setting.options)
+        demand = demand_of(sizes, setting.options, self._ops)
+        return demand.with_use(counted_use(decoder)) if self._args.use == "counted" else demand
 
 
 def compare(
     machine: MachineModel,
-    best: dict[tuple[Setting, Case], float],
-    demands: dict[Setting, ModelDemand],
+    measured: Measured,
 ) -> Iterator[Compared]:
-    for (setting, case), took in best.items():
+    for (setting, case), took in measured.best.items():
         work = UniformWorkload(case.streams, case.prompt, case.answer)
-        found = predict_batch(StepPredictor(machine, demands[setting]), work, bounds_of(case))
+        demand, weights = measured.demands[setting], measured.weights[setting]
+        bounds = bounds_of(case)
+        found = predict_batch(StepPredictor(machine, demand, weights), work, bounds)
+        bound = throughput_bound(
+            machine,
+            demand,
+            case.prompt,
+            case.answer,
+            kv_tokens=bounds.kv_tokens,
+            concurrency=found.concurrent,
+            weights=weights,
+        )
         yield Compared(
             setting.quantization,
             setting.kv_dtype,
+            setting.share,
             case.streams,
             case.prompt,
             case.answer,
             case.streams * case.answer / took,
             found.generated_per_s,
-            {name: found.busy.share(name) for name in ("memory", "compute", "fixed")},
+            bound.generated_per_s,
+            {name: found.busy.share(name) for name in ("memory", "compute", "disk", "fixed")},
         )
 
 
@@ -177,9 +220,9 @@ def draw(rows: Sequence[Compared], file: Path) -> None:
     figure = Figure(figsize=(6, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for kind in dict.fromkeys((r.quantization, r.kv_dtype) for r in rows):
-        mine = [r for r in rows if (r.quantization, r.kv_dtype) == kind]
-        label = f"weights {kind[0]}, KV {kind[1]}"
+    for kind in dict.fromkeys((r.quantization, r.kv_dtype, r.share) for r in rows):
+        mine = [r for r in rows if (r.quantization, r.kv_dtype, r.share) == kind]
+        label = f"weights {kind[0]}, KV {kind[1]}, {kind[2]:.0%} of experts in memory"
         axes.loglog([r.measured for r in mine], [r.predicted for r in mine], "o", label=label)
     ends = [min(r.measured for r in rows) / 1.5, max(r.measured for r in rows) * 1.5]
     axes.loglog(ends, ends, color="grey")
@@ -212,6 +255,7 @@ def main() -> None:
     parser.add_argument("--output", type=int, nargs="+", default=[32])
     parser.add_argument("--quantization", nargs="+", default=["auto"])
     parser.add_argument("--kv-dtype", nargs="+", default=["auto", "int8"])
+    parser.add_argument("--share", type=float, nargs="+", default=[1.0], help="of a packed model")
     parser.add_argument("--use", choices=("counted", "equal"), default="counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="default: all allowed cores")
@@ -222,7 +266,8 @@ def main() -> None:
     if args.cpu_time and args.threads != 1:
         raise ConfigError("--cpu-time is of one thread: give --threads 1")
     model = resolve_model(args.model)
-    settings = [Setting(*s) for s in itertools.product(args.quantization, args.kv_dtype)]
+    kinds = itertools.product(args.quantization, args.kv_dtype, args.share)
+    settings = [Setting(*kind) for kind in kinds]
     cases = [Case(*c) for c in itertools.product(args.batch, args.prompt, args.output)]
     timer = CallTimer(time.thread_time) if args.cpu_time else CallTimer()
     errors = Console(stderr=True)
@@ -239,22 +284,25 @@ def main() -> None:
                 report=lambda what: status.update(f"calibrating: {what}"),
             )
 
-        before = look()
-        status.update("measuring")
-        best, demands = measure(model, settings, cases, args)
-        machine = faster_of(before, look())
-    rows = list(compare(machine, best, demands))
+        machine, measured = look(), Measured(model, args)
+        for n in range(args.rounds):
+            status.update(f"measuring, round {n + 1}")
+            measured.measure(settings, cases)
+            machine = faster_of(machine, look())
+    rows = list(compare(machine, measured))
     found = report(machine, rows)
     if args.plot is not None:
         draw(rows, args.plot)
     if args.json:
         print(json.dumps(found))
         return
-    table = Table("weights", "KV", "batch", "prompt", "output", "measured", "predicted", "error")
+    table = Table(
+        "weights", "KV", "share", "batch", "prompt", "output", "measured", "predicted", "error"
+    )
     for r in rows:
         sizes = (str(n) for n in (r.batch, r.prompt, r.output))
-        rates = (f"{r.measured:,.1f}", f"{r.predicted:,.1f}", f"{r.error:+.1%}")
-        table.add_row(r.quantization, r.kv_dtype, *sizes, *rates)
+        rates = (f"{r.measured:,.1f}", f"{r.predicted:,.1f}", f"{r.error:+.1%}", f"{r.bound:,.1f}")
+        table.add_row(r.quantization, r.kv_dtype, f"{r.share:g}", *sizes, *rates)
     console = Console()
     console.print(table)
     console.print(f"mean {found['mean_error']:.1%}, worst {found['worst_error']:.1%}")

@@ -71,7 +71,7 @@ def install_vllm(folder: Path, jobs: int) -> None:
 
 
 def install_transformers(folder: Path, jobs: int) -> None:
-    pip(folder, TORCH, "transformers==5.23.0", "numpy")
+    pip(folder, TORCH, "transformers==5.23.0", "accelerate==1.15.0", "numpy")
 
 
 def install_kt(folder: Path, jobs: int) -> None:

@@ -1,6 +1,7 @@
 """Worker in llama.cpp's venv: greedy generation through its C interface, batched.
 
-Arguments: GGUF file, threads. No sampler but argmax, no text: nothing that Python could slow down.
+Arguments: GGUF file, threads, and perhaps how many tokens of context all streams have together and
+how many streams there are. No sampler but argmax, no text: nothing that Python could slow down.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ CONTEXT, MOST_STREAMS, STEP = 8192, 32, 512
 
 
 class Generator:
-    """A loaded model with one context of ``MOST_STREAMS`` sequences; ``ll`` is llama_cpp."""
+    """A loaded model with one context of so many sequences; ``ll`` is llama_cpp."""
 
-    def __init__(self, ll: Any, file: str, threads: int) -> None:
+    def __init__(self, ll: Any, file: str, threads: int, context: int, streams: int) -> None:
         import numpy as np
 
         self.ll, self.np = ll, np
@@ -26,7 +27,7 @@ class Generator:
         model_params.use_mmap, model_params.n_gpu_layers = True, 0
         model = ll.llama_model_load_from_file(file.encode(), model_params)
         params = ll.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified = CONTEXT, MOST_STREAMS, True
+        params.n_ctx, params.n_seq_max, params.kv_unified = context, streams, True
         params.n_batch = params.n_ubatch = STEP
         params.n_threads = params.n_threads_batch = threads
         self.context = ll.llama_init_from_model(model, params)
@@ -77,12 +78,13 @@ class Generator:
 
 
 def main() -> None:
-    file, threads = sys.argv[1], int(sys.argv[2])
+    file, threads, *sizes = sys.argv[1], *map(int, sys.argv[2:])
+    context, streams = sizes or (CONTEXT, MOST_STREAMS)
     channel = Channel()
     import llama_cpp
 
     begun = time.perf_counter()
-    generator = Generator(llama_cpp, file, threads)
+    generator = Generator(llama_cpp, file, threads, context, streams)
     channel.ready(load_s=time.perf_counter() - begun)
     channel.serve({"prefill": generator.prefill, "decode": generator.decode})
 

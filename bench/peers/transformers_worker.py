@@ -1,4 +1,6 @@
-"""Worker in transformers' venv: bf16, grouped_mm experts, greedy. Arguments: folder, threads."""
+"""Worker in transformers' venv: bf16, grouped_mm experts, greedy. Arguments: folder, threads, and
+perhaps bytes of weights in memory and a folder on disk for the others (accelerate reads them as
+their module's turn comes)."""
 
 from __future__ import annotations
 
@@ -10,7 +12,10 @@ from answer import Channel
 
 
 def main() -> None:
-    folder, threads = sys.argv[1], int(sys.argv[2])
+    folder, threads, offload = sys.argv[1], int(sys.argv[2]), dict[str, Any]()
+    if len(sys.argv) > 3:
+        most = {"cpu": int(sys.argv[3])}
+        offload = {"device_map": "auto", "max_memory": most, "offload_folder": sys.argv[4]}
     channel = Channel()
     import torch
     from transformers import AutoModelForCausalLM
@@ -18,7 +23,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     begun = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, experts_implementation="grouped_mm"
+        folder, dtype=torch.bfloat16, experts_implementation="grouped_mm", **offload
     ).eval()
     loaded = time.perf_counter() - begun
 

@@ -164,7 +164,8 @@ def nonnegative_fit(
     a_NC, y_N = np.array(rows) * weight_N[:, None], np.array(ys) * weight_N
     width, size_C = a_NC.shape[1], np.maximum(np.abs(a_NC).max(axis=0), 1e-300)
     a_NC /= size_C
-    best, least = (0.0,) * width, float(y_N @ y_N)
+    best: tuple[float, ...] = (0.0,) * width
+    least = float(y_N @ y_N)
     for count in range(1, width + 1):
         for chosen in combinations(range(width), count):
             x_C, *_ = np.linalg.lstsq(a_NC[:, chosen], y_N, rcond=None)

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from moeserve.errors import DataLossError, DeadlineError
 from moeserve.offload.arena import Arena
 from moeserve.offload.disk_file import DiskRegion
+from moeserve.offload.model.residency import MOST_WAVES
 from moeserve.offload.mover import DiskMover, Read, Ticket
 from moeserve.offload.residency import EMPTY, Residency
 
 Ids = NDArray[np.int64]
 
 READ_DEADLINE_S = 30.0
-# Parts in which a layer's missing experts are computed with as they come.
-MOST_WAVES = 4
 
 
 @dataclass(slots=True)

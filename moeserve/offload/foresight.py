@@ -1,9 +1,9 @@
 """Which experts of the next layer are worth reading before that layer has chosen them.
 
-Pure. A step of many tokens uses nearly all experts of a layer, so all are read ahead. Of others the
-next layer's router is asked with this layer's residual stream, which is near what it will get; how
-often that is right is counted, and where it is set to "auto" such reading stops while too much of
-it is in vain.
+Pure. A step of many tokens needs nearly all experts of a layer, so all are read ahead
+(``model.distinct.uses_nearly_all``). Of others the next layer's router is asked with this layer's
+residual stream, which is near what it will get; how often that is right is counted, and where it is
+set to "auto" such reading stops while too much of it is in vain.
 """
 
 from __future__ import annotations
@@ -13,18 +13,11 @@ from typing import Literal
 
 Prediction = Literal["auto", "on", "off"]
 
-# Of a layer's experts that tokens use, if they choose by chance: from here on all are read.
-NEARLY_ALL = 0.75
 # Read-ahead that is used, at least, of all; half of what is known is forgotten in so many experts.
 LEAST_USED = 0.5
 HALF_LIFE = 256.0
 # While predicting rests, every so many steps it is tried.
 TRIED_EVERY = 16
-
-
-def uses_nearly_all(tokens: int, top_k: int, experts: int) -> bool:
-    """1 - (1 - C / E)^T of the experts are used by T tokens of C choices each, by chance."""
-    return 1.0 - (1.0 - min(1.0, top_k / experts)) ** tokens >= NEARLY_ALL
 
 
 @dataclass(slots=True)

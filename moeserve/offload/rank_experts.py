@@ -18,7 +18,7 @@ from torch import Tensor
 from moeserve.kernels.ops import MoeWeights, Ops, Part
 from moeserve.kernels.wire import Sums, Wire
 from moeserve.offload.experts import ExpertStream
-from moeserve.offload.foresight import NEARLY_ALL
+from moeserve.offload.model.distinct import NEARLY_ALL
 from moeserve.offload.waves import PartedSums
 
 

@@ -31,7 +31,8 @@ from moeserve.kernels.ops import (
 )
 from moeserve.kernels.wire import Combine
 from moeserve.offload.experts import ExpertStream, Ids
-from moeserve.offload.foresight import PredictionGate, uses_nearly_all
+from moeserve.offload.foresight import PredictionGate
+from moeserve.offload.model.distinct import uses_nearly_all
 from moeserve.offload.rank_experts import RankExperts
 from moeserve.offload.waves import PartedMixture
 from moeserve.offload.window import TrunkWindow

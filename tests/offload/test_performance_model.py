@@ -251,6 +251,20 @@ def test_streaming_is_read_from_disk_as_far_as_it_is_missing() -> None:
     assert StepPredictor(machine, model, WeightsInMemory(1.0)).step(work).disk == 0
 
 
+def test_a_step_that_needs_nearly_all_experts_reads_them_beside_the_layer_before() -> None:
+    """Few tokens wait for the reads while the experts that are there are computed with."""
+    model, machine = a_model(), a_machine()
+    held = [WeightsInMemory(0.25, None, 0.0, whole) for whole in (0.0, 1.0)]
+    for tokens, gains in ((1, False), (512, True)):
+        work = StepWork(0, tokens, tokens * 100, 0, tokens)
+        late, early = (StepPredictor(machine, model, one).step(work) for one in held)
+        assert (early.total < late.total) == gains
+        assert late.disk_bytes == early.disk_bytes
+        assert max(early.disk, late.disk) <= early.total <= late.total
+        alone = StepPredictor(machine, model).step(work).total
+        assert max(alone, late.disk) <= late.total <= alone + late.disk
+
+
 def test_the_experts_used_most_are_kept() -> None:
     model = a_model().with_use([use_of([64, 32, 16, *([1] * 29)], 4)] * 8)
     work = StepWork(0, 4, 400, 0, 4)

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Sequence
 
 from moeserve.errors import ConfigError
 
+# Of a layer's experts that tokens use, if they choose by chance: from here on a step reads all.
+NEARLY_ALL = 0.75
+
 
 def equal_use(experts: int, top_k: int) -> tuple[float, ...]:
     """p_e where no expert is preferred."""
@@ -50,3 +53,8 @@ def expected_distinct(use: Iterable[float], tokens: float) -> float:
 def least_used(use: Sequence[float], resident: int) -> tuple[float, ...]:
     """``use`` of those that are not among the ``resident`` most used ones."""
     return tuple(sorted(use, reverse=True)[resident:])
+
+
+def uses_nearly_all(tokens: float, top_k: int, experts: int) -> bool:
+    """1 - (1 - C / E)^T of the experts are used by T tokens of C choices each, by chance."""
+    return 1.0 - math.pow(1.0 - min(1.0, top_k / experts), tokens) >= NEARLY_ALL

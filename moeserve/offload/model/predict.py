@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moeserve.offload.model.demand import AttentionDemand, LayerDemand, MatrixDemand, ModelDemand
 from moeserve.offload.model.machine import MachineModel, ProductCurve
-from moeserve.offload.model.residency import WeightsInMemory
+from moeserve.offload.model.residency import MOST_WAVES, WeightsInMemory
 
 ALL_IN_MEMORY = WeightsInMemory()
 # Steps whose layers are remembered, so that a scheduler asks cheaply.
@@ -142,27 +142,38 @@ class StepPredictor:
         total = StepSeconds(total=fixed, fixed=fixed)
         for matrix in layer.always:
             total += self._matrix(matrix, tokens, coldness)
-        missing = self.weights.missing_trunk(layer, self.model.num_layers)
+        missing, late, mixture = self.weights.missing_trunk(layer, self.model.num_layers), 0.0, 0.0
         if layer.experts is not None:
             experts = layer.experts
             touched = experts.touched(tokens)
             curve = self.machine.expert(experts.each.kind)
             rows = tokens * experts.top_k / touched
-            total += self._product(experts.each, curve, rows, coldness).times(touched)
-            missing += self.weights.missing_experts(experts, tokens) * experts.each.nbytes
-        return self._with_reads(total, missing)
+            products = self._product(experts.each, curve, rows, coldness).times(touched)
+            absent = self.weights.missing_experts(experts, tokens)
+            missing += absent * experts.each.nbytes
+            total, mixture = total + products, products.total
+            late = mixture * absent / touched / MOST_WAVES
+        return self._with_reads(
+            total, mixture, late, missing, self.weights.foreseen_by(layer.experts, tokens)
+        )
 
-    def _with_reads(self, layer: StepSeconds, missing: float) -> StepSeconds:
+    def _with_reads(
+        self, layer: StepSeconds, mixture: float, late: float, missing: float, foreseen: float
+    ) -> StepSeconds:
         """What is read for a layer: its memory's bandwidth is shared by what the disk writes and
-        the products read; ``foreseen`` reads take place while others compute."""
+        the products read; ``foreseen`` reads take place while the layer before computes, the others
+        while those experts do that are there, in ``mixture`` seconds all of them. The last part of
+        those that were read is computed with when it is there: ``late`` seconds."""
         if missing <= 0:
             return layer
         rate = self.machine.disk_bytes_per_s
         disk = missing / rate if rate else float("inf")
         memory = layer.memory + missing / self.machine.memory_bytes_per_s
-        ahead = disk * self.weights.foreseen
-        total = max(layer.total, memory, ahead) + disk - ahead
-        return StepSeconds(total, memory, layer.compute, disk, layer.fixed, missing)
+        behind = disk * (1 - foreseen)
+        own = layer.total - mixture + max(mixture, behind + late * (foreseen < 1))
+        return StepSeconds(
+            max(own, memory, disk), memory, layer.compute, disk, layer.fixed, missing
+        )
 
     def _layer(
         self, layer: LayerDemand, work: StepWork, product: StepSeconds, coldness: float

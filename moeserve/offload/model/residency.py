@@ -11,22 +11,34 @@ from dataclasses import dataclass
 
 from moeserve.errors import ConfigError
 from moeserve.offload.model.demand import ExpertsDemand, LayerDemand, ModelDemand
-from moeserve.offload.model.distinct import expected_distinct, least_used
+from moeserve.offload.model.distinct import expected_distinct, least_used, uses_nearly_all
+
+# Parts in which a layer's missing experts are computed with as they come.
+MOST_WAVES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsInMemory:
     """``share`` of the routed experts' bytes are in memory, and ``window`` of the layers' trunks
     where not all are. ``foreseen`` of the missing experts' bytes are read while the layer before
-    computes, the rest while the layer itself waits."""
+    computes, the rest while the layer itself computes with those that are there, and waits;
+    ``foreseen_whole`` where a step needs nearly all experts of a layer."""
 
     share: float = 1.0
     window: int | None = None
     foreseen: float = 0.0
+    foreseen_whole: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.share <= 1 and 0 <= self.foreseen <= 1):
+        shares = (self.share, self.foreseen, self.foreseen_whole)
+        if not all(0 <= share <= 1 for share in shares):
             raise ConfigError(f"{self}: shares lie within 0..1")
+
+    def foreseen_by(self, experts: ExpertsDemand | None, tokens: float) -> float:
+        """Of what a layer's step of so many tokens misses."""
+        if experts is None or not uses_nearly_all(tokens, experts.top_k, experts.count):
+            return self.foreseen
+        return max(self.foreseen, self.foreseen_whole)
 
     @property
     def all(self) -> bool:
@@ -128,4 +140,4 @@ def fit_memory(
     full = MemoryParts(
         parts.process, parts.trunk, parts.embedding, parts.head, held, parts.kv, parts.scratch
     )
-    return MemoryFit(budget, full, WeightsInMemory(share, None, foreseen), least)
+    return MemoryFit(budget, full, WeightsInMemory(share, None, foreseen, 1.0), least)
