@@ -105,12 +105,14 @@ class SchemeSamples:
 
 @dataclass(frozen=True, slots=True)
 class Repetitions:
-    """``length`` of sequences and ``prompt``, after which they decode; the steps of a round."""
+    """``length`` of sequences and ``prompt``, after which they decode; the steps of a round, and
+    those before them that are not timed."""
 
     length: int
     prompt: int
     steps: int
     rounds: int
+    untimed: int = 2
 
 
 def fill(group: RankGroup, sequences: int, repetitions: Repetitions) -> None:
@@ -143,9 +145,8 @@ def measure(
             set_rate(rate)
             for scheme, samples in samples_of.items():
                 # What the links still held back from another rate goes by; auto learns first.
-                for step in range(
-                    LEARNING_STEPS if scheme.microbatches == AUTO and not turn else 2
-                ):
+                learns = scheme.microbatches == AUTO and not turn
+                for step in range(LEARNING_STEPS if learns else repetitions.untimed):
                     _one(group, load, scheme, chooser[scheme], repetitions, step)
                 of_round = []
                 for step in range(repetitions.steps):
