@@ -80,6 +80,11 @@ class SchemeSamples:
         return min(self.round_s), max(self.round_s)
 
     @property
+    def least_s(self) -> float:
+        """Of the fastest step."""
+        return min(t.seconds for t in self.steps)
+
+    @property
     def round_s(self) -> list[float]:
         """The median step of each round."""
         return [statistics.median(t.seconds for t in r) for r in self.rounds]
