@@ -44,7 +44,7 @@ from moeserve.testbed.network import Bed, refusal
 def replay_on(
     recording: Recording, shape: BedShape, model: Path, args: argparse.Namespace, say: Say
 ) -> list[ReplayRow]:
-    repetitions = Repetitions(args.length, args.length // 2, args.steps, args.rounds)
+    repetitions = Repetitions(args.length, args.length // 2, args.steps, args.rounds, untimed=1)
     plans = solve_plans(recording, shape.ranks, shape.hosts, args.solve_s, say)
     # Windows follow one another in the recording: each goes to another rank.
     ids_RSWLK = np.stack([recording.ids_CWLK[r :: shape.ranks] for r in range(shape.ranks)])
@@ -52,7 +52,8 @@ def replay_on(
     replay = Replay(recording, shape, plans, ids_RSWLK[:, : args.tokens], load, repetitions)
     routing = model / f"{shape}.npy"
     np.save(routing, replay.ids_RSWLK)
-    rates = sorted(args.rates, key=lambda rate: -(rate or 1 << 62))
+    # The unlimited one tells what a step takes but for links.
+    rates = sorted({*args.rates, None}, key=lambda rate: -(rate or 1 << 62))
     with ExitStack() as stack:
         bed = stack.enter_context(Bed(shape.hosts))
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -87,9 +88,9 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=64, metavar="N", help="[64]")
     parser.add_argument("--beds", default="4x1,2x2", metavar="HxR,..", help="hosts x ranks of each")
     parser.add_argument("--rates", default="unlimited,1gbit,100mbit", metavar="RATE,..")
-    parser.add_argument("--tokens", type=int, default=48, metavar="N", help="of a rank [48]")
-    parser.add_argument("--length", type=int, default=16, metavar="N", help="of windows [16]")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="of a round [3]")
+    parser.add_argument("--tokens", type=int, default=96, metavar="N", help="of a rank [96]")
+    parser.add_argument("--length", type=int, default=8, metavar="N", help="of windows [8]")
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="of a round [2]")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="[3]")
     parser.add_argument("--solve-s", type=float, default=4.0, metavar="S", help="for a plan [4]")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a rank [1]")

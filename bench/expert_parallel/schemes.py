@@ -80,6 +80,11 @@ class SchemeSamples:
         return min(self.round_s), max(self.round_s)
 
     @property
+    def least_s(self) -> float:
+        """Of the fastest step."""
+        return min(t.seconds for t in self.steps)
+
+    @property
     def round_s(self) -> list[float]:
         """The median step of each round."""
         return [statistics.median(t.seconds for t in r) for r in self.rounds]
@@ -105,12 +110,14 @@ class SchemeSamples:
 
 @dataclass(frozen=True, slots=True)
 class Repetitions:
-    """``length`` of sequences and ``prompt``, after which they decode; the steps of a round."""
+    """``length`` of sequences and ``prompt``, after which they decode; the steps of a round, and
+    those before them that are not timed."""
 
     length: int
     prompt: int
     steps: int
     rounds: int
+    untimed: int = 2
 
 
 def fill(group: RankGroup, sequences: int, repetitions: Repetitions) -> None:
@@ -143,9 +150,8 @@ def measure(
             set_rate(rate)
             for scheme, samples in samples_of.items():
                 # What the links still held back from another rate goes by; auto learns first.
-                for step in range(
-                    LEARNING_STEPS if scheme.microbatches == AUTO and not turn else 2
-                ):
+                learns = scheme.microbatches == AUTO and not turn
+                for step in range(LEARNING_STEPS if learns else repetitions.untimed):
                     _one(group, load, scheme, chooser[scheme], repetitions, step)
                 of_round = []
                 for step in range(repetitions.steps):
