@@ -60,6 +60,14 @@ class PlanBounds:
         ]
         return np.array(found, np.float64)
 
+    def objective_L(self) -> F64:
+        """[L]: priced copies per token-layer of the best cover of each level that is known."""
+        found = [
+            sum(max(0.0, v.price * v.layer.in_tokens(s.cost()) - v.spared) for v, s in levels)
+            for levels in self._levels
+        ]
+        return np.array(found, np.float64)
+
     def better_rows(self) -> dict[int, I32]:
         """Layers for which a cheaper grouping of single copies on devices was found: its slots."""
         rows = {}
