@@ -261,48 +261,61 @@ def bench_table(data: Path, limit: float) -> None:
         )
 
 
-def bench_bounds(data: Path, limit: float) -> dict[str, object]:
+def bench_bounds(data: Path, limit: float, only: str, json: Path | None) -> None:
     cases = [case for case in recorded_cases(data) if case.cluster.nodes == 1]
-    measured = [bounded(case, limit) for case in (*cases, *single_layers(data))]
-    heading = f"7. Bounds by columns, within {limit:.0f} s each; seconds of CPU until the gap is"
+    measured = []
+    for case in (*cases, *single_layers(data)):
+        if only in case.title:
+            measured.append(bounded(case, limit))
+            if json is not None:
+                add_to(json, "bounds", {case.title: asdict(measured[-1])})
+    heading = f"7. Bounds by columns, within {limit:.0f} s of CPU; CPU seconds until the gap is"
     table(f"{heading} at most 10, 4, 2 and 1 %", BOUND_HEADINGS, [bound_row(m) for m in measured])
-    return {"limit_s": limit, "bounds": [asdict(m) for m in measured]}
 
 
-def bench_plans(data: Path, limit: float) -> dict[str, object]:
-    del limit
-    measured = [planned(case, seconds) for case in recorded_cases(data) for seconds in PLAN_SECONDS]
+def bench_plans(data: Path, limit: float, only: str, json: Path | None) -> None:
+    measured = []
+    for case in recorded_cases(data):
+        for seconds in PLAN_SECONDS:
+            if only in case.title and seconds <= limit:
+                measured.append(planned(case, seconds))
+                if json is not None:
+                    name = f"{case.title}, {seconds:.0f} CPU s"
+                    add_to(json, "plans", {name: asdict(measured[-1])})
     table(
-        "8. Plans by time limit, load limit 1.05 on what is fitted; held out: the other half",
+        "8. Plans by CPU seconds, load limit 1.05 on what is fitted; held out: the other half",
         PLAN_HEADINGS,
         [plan_row(m) for m in measured],
     )
-    return {"plans": [asdict(m) for m in measured]}
 
 
-BENCHES: dict[str, Callable[[Path, float], dict[str, object] | None]] = {
+BENCHES: dict[str, Callable[[Path, float], None]] = {
     "balance": bench_balance,
     "drift": bench_drift,
     "copies": bench_copies,
     "exact": bench_exact,
     "scale": bench_scale,
     "table": bench_table,
-    "bounds": bench_bounds,
-    "plans": bench_plans,
 }
+BY_COLUMNS = {"bounds": bench_bounds, "plans": bench_plans}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the placement planner.")
     parser.add_argument("--data", type=Path, required=True, help="folder of routing data")
-    parser.add_argument("--only", nargs="+", choices=BENCHES, default=tuple(BENCHES))
+    parser.add_argument(
+        "--only", nargs="+", choices=(*BENCHES, *BY_COLUMNS), default=tuple(BENCHES)
+    )
     parser.add_argument("--time-limit", type=float, default=50.0, help="seconds per plan")
+    parser.add_argument("--case", default="", help="part of the names of bounds and plans")
     parser.add_argument("--json", type=Path, help="file that takes what bounds and plans measured")
     arguments = parser.parse_args()
     for name in arguments.only:
-        found = BENCHES[name](arguments.data, arguments.time_limit)
-        if found is not None and arguments.json is not None:
-            add_to(arguments.json, found)
+        if name in BY_COLUMNS:
+            limit, case = arguments.time_limit, arguments.case
+            BY_COLUMNS[name](arguments.data, limit, case, arguments.json)
+        else:
+            BENCHES[name](arguments.data, arguments.time_limit)
 
 
 if __name__ == "__main__":

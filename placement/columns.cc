@@ -1,10 +1,11 @@
 #include "columns.h"
 
 #include <algorithm>
-#include <chrono>
 #include <limits>
 #include <numeric>
 #include <set>
+
+#include <time.h>
 
 namespace moeserve {
 namespace {
@@ -23,14 +24,13 @@ uint64_t next_random(uint64_t& state) {
 
 class Allowance {
  public:
-  explicit Allowance(Limits limits) : limits_(limits), began_(Clock::now()) {}
+  explicit Allowance(Limits limits) : limits_(limits), began_(now()) {}
 
   // Counts a node; false once a limit is reached.
   bool spend() {
     ++nodes;
     if (nodes > limits_.nodes) over_ = true;
-    if ((nodes & 15) == 0 && limits_.seconds < 1e9 &&
-        std::chrono::duration<double>(Clock::now() - began_).count() > limits_.seconds)
+    if ((nodes & 15) == 0 && limits_.seconds < 1e9 && now() - began_ > limits_.seconds)
       over_ = true;
     return !over_;
   }
@@ -39,9 +39,14 @@ class Allowance {
   int64_t nodes = 0;
 
  private:
-  using Clock = std::chrono::steady_clock;
+  double now() const {
+    timespec time{};
+    clock_gettime(limits_.cpu ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &time);
+    return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
+  }
+
   Limits limits_;
-  Clock::time_point began_;
+  double began_;
   bool over_ = false;
 };
 

@@ -1,13 +1,12 @@
-"""How near bounds come to plans, and plans to their bounds, by time.
+"""How near bounds come to plans, and plans to their bounds, by CPU time.
 
-CPU seconds are those of the whole process, over all threads: on a machine that others use too they
-say more than the clock. A time limit is one of the clock.
+Seconds are CPU seconds of the process, which has one thread that works: on a machine that others
+use too, the clock says little. A minute on two idle cores is 120 of them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from planner.cases import PlannedCase
 
+from moeserve.placement.plan import Plan, with_slots
 from moeserve.placement.problem import Problem
 from moeserve.placement.report import figures
 from moeserve.placement.solvers.columns.certify import PlanBounds
@@ -26,33 +26,35 @@ from moeserve.placement.solvers.portfolio import Budget, solve_bounded
 F64 = NDArray[np.float64]
 
 GAPS = (0.10, 0.04, 0.02, 0.01)
-PLAN_SECONDS = (5.0, 60.0, 600.0)
-BOUND_HEADINGS = (
-    "routing devices layers plan_in_cpu_s objective bound gap worst_layer proven 10_% 4_% 2_% 1_% "
-    "cpu_s seconds"
-)
+PLAN_SECONDS = (10.0, 120.0, 1200.0)  # 5 s, 1 min and 10 min of two cores
+_WHOLE = Budget(seconds=None, threads=1)  # of grouping: as deep as is sensible
+_BRIEF = Budget(seconds=0.5, threads=1)
+_ENOUGH = 60.0  # CPU seconds that leave time for the whole of it
+BOUND_HEADINGS = "routing layers objective bound gap worst_layer proven 10_% 4_% 2_% 1_% cpu_s"
 PLAN_HEADINGS = (
-    "routing devices_in_nodes limit imbalance objective bound gap proven cpu_s held_out:_imbalance "
-    "copies cross-node"
+    "routing limit cpu_s imbalance objective bound gap proven held_out:_imbalance copies cross-node"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredBound:
-    """``reached`` holds (CPU s, s) until the gap was at most each of GAPS; ``course`` all steps."""
+    """``reached`` holds the CPU seconds until the gap was at most each of GAPS, grouping
+    included.
+    """
 
     name: str
     devices: int
     max_imbalance: float
     layers: int
-    plan_cpu_s: float
+    limit_cpu_s: float
     objective: float
     bound: float
     gap: float
     worst_layer: float
     proven: int
-    reached: dict[str, tuple[float, float] | None]
-    course: list[tuple[float, float, float]]
+    reached: dict[str, float | None]
+    course: list[tuple[float, float]]
+    cpu_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class MeasuredPlan:
     name: str
     devices: int
     nodes: int
-    limit_s: float
+    limit_cpu_s: float
     max_imbalance: float
     cpu_s: float
     fitted: dict[str, float]
@@ -70,65 +72,74 @@ class MeasuredPlan:
 
 
 class _Course:
-    """(CPU s, s, gap) after each step that changed the gap."""
+    """(CPU s since ``began``, gap) after each step that changed the gap."""
 
-    def __init__(self, bounds: PlanBounds) -> None:
-        self._bounds, self.points = bounds, list[tuple[float, float, float]]()
-        self._cpu, self._began = time.process_time(), time.monotonic()
+    def __init__(self, bounds: PlanBounds, began: float) -> None:
+        self._bounds, self._began = bounds, began
+        self.points: list[tuple[float, float]] = []
 
     def note(self, done: int, total: int) -> None:
         del done, total
         gap = float(self._bounds.objective_L().mean() / self._bounds.bound_L().mean() - 1)
-        if not self.points or gap < self.points[-1][2]:
-            cpu, now = time.process_time() - self._cpu, time.monotonic() - self._began
-            self.points.append((round(cpu, 3), round(now, 3), round(gap, 6)))
+        if not self.points or gap < self.points[-1][1]:
+            self.points.append((round(time.process_time() - self._began, 3), round(gap, 6)))
 
 
-def bounded(case: PlannedCase, limit: float) -> MeasuredBound:
-    """A plan by grouping alone, then bounds on it for ``limit`` seconds."""
-    problem = Problem(case.cluster, case.routing.num_experts, max_imbalance=case.max_imbalance)
+def _searched(case: PlannedCase, budget: Budget, cpu_s: float) -> tuple[Plan, PlanBounds, _Course]:
+    """A plan by grouping alone, and what bounds on it came to in ``cpu_s``, grouping included."""
     began = time.process_time()
-    plan = solve_bounded(problem, case.routing, budget=Budget(20.0)).plan
-    plan_cpu = time.process_time() - began
+    problem = Problem(case.cluster, case.routing.num_experts, max_imbalance=case.max_imbalance)
+    plan = solve_bounded(problem, case.routing, budget=budget).plan
     on = BoundedRouting(case.routing.tokens_TLK, case.routing.token_weight_T, case.routing.mixed_LE)
     most_L = on.most_L(plan, case.cluster, case.max_imbalance)
     bounds = PlanBounds(plan, on, case.cluster, most_L)
-    course = _Course(bounds)
-    bounds.run(seconds=limit, nodes=1 << 60, threads=os.cpu_count() or 1, progress=course.note)
+    course = _Course(bounds, began)
+    left = max(0.0, cpu_s - (time.process_time() - began))
+    bounds.run(seconds=left, nodes=1 << 60, cpu=True, progress=course.note)
+    return plan, bounds, course
+
+
+def bounded(case: PlannedCase, limit: float) -> MeasuredBound:
+    began = time.process_time()
+    _, bounds, course = _searched(case, _WHOLE, limit)
     objective_L, bound_L = bounds.objective_L(), bounds.bound_L()
     return MeasuredBound(
-        case.name, case.cluster.devices, case.max_imbalance, plan.num_layers, round(plan_cpu, 2),
+        case.title, case.cluster.devices, case.max_imbalance, len(bound_L), limit,
         float(objective_L.mean()), float(bound_L.mean()),
         float(objective_L.mean() / bound_L.mean() - 1), float((objective_L / bound_L).max() - 1),
         int((objective_L <= bound_L * (1 + 1e-9)).sum()),
         {f"{gap:.0%}": _first(course.points, gap) for gap in GAPS}, course.points,
+        round(time.process_time() - began, 2),
     )  # fmt: skip
 
 
-def _first(points: list[tuple[float, float, float]], gap: float) -> tuple[float, float] | None:
-    return next(((cpu, now) for cpu, now, at in points if at <= gap), None)
+def _first(points: list[tuple[float, float]], gap: float) -> float | None:
+    return next((cpu for cpu, at in points if at <= gap), None)
 
 
 def bound_row(m: MeasuredBound) -> tuple[object, ...]:
-    reached = ["-" if at is None else f"{at[0]:.1f}" for at in m.reached.values()]
-    cpu, now, _ = m.course[-1]
+    reached = ["-" if at is None else f"{at:.1f}" for at in m.reached.values()]
     return (
-        m.name, m.devices, m.layers, f"{m.plan_cpu_s:.0f}", m.objective, m.bound, f"{m.gap:.2%}",
-        f"{m.worst_layer:.2%}", f"{m.proven} of {m.layers}", *reached, f"{cpu:.0f}", f"{now:.0f}",
+        m.name, m.layers, m.objective, m.bound, f"{m.gap:.2%}", f"{m.worst_layer:.2%}",
+        f"{m.proven} of {m.layers}", *reached, f"{m.cpu_s:.0f}",
     )  # fmt: skip
 
 
-def planned(case: PlannedCase, seconds: float) -> MeasuredPlan:
-    problem = Problem(case.cluster, case.routing.num_experts, max_imbalance=case.max_imbalance)
+def planned(case: PlannedCase, cpu_s: float) -> MeasuredPlan:
+    """A plan with the better layers of the search for bounds, where one node holds all devices."""
     began = time.process_time()
-    solved = solve_bounded(problem, case.routing, budget=Budget(seconds, branch=True))
+    plan, bounds, _ = _searched(case, _BRIEF if cpu_s < _ENOUGH else _WHOLE, cpu_s)
+    rows = bounds.better_rows() if case.cluster.nodes == 1 else {}
+    plan = with_slots(
+        plan, np.stack([rows.get(l, row_S) for l, row_S in enumerate(plan.expert_LS)])
+    )
     cpu = time.process_time() - began
     assert case.held is not None
-    fitted = figures(solved.plan, case.routing, case.cluster, bound_L=solved.bound_L)
-    held = figures(solved.plan, case.held, case.cluster)
+    fitted = figures(plan, case.routing, case.cluster, bound_L=bounds.bound_L())
+    held = figures(plan, case.held, case.cluster)
     return MeasuredPlan(
-        case.name, case.cluster.devices, case.cluster.nodes, seconds, case.max_imbalance,
-        round(cpu, 2), _briefly(fitted), _briefly(held), solved.plan.num_layers,
+        case.title, case.cluster.devices, case.cluster.nodes, cpu_s, case.max_imbalance,
+        round(cpu, 2), _briefly(fitted), _briefly(held), plan.num_layers,
         fitted["layers_proven"],
     )  # fmt: skip
 
@@ -148,13 +159,14 @@ def _briefly(report: dict[str, Any]) -> dict[str, float]:
 def plan_row(m: MeasuredPlan) -> tuple[object, ...]:
     fitted, held = m.fitted, m.held_out
     return (
-        m.name, f"{m.devices} in {m.nodes}", f"{m.limit_s:.0f}", fitted["imbalance"],
+        m.name, f"{m.limit_cpu_s:.0f}", f"{m.cpu_s:.0f}", fitted["imbalance"],
         fitted["objective"], fitted["bound"], f"{fitted['gap']:.2%}", f"{m.proven} of {m.layers}",
-        f"{m.cpu_s:.0f}", held["imbalance"], held["copies"], held["cross_node_copies"],
+        held["imbalance"], held["copies"], held["cross_node_copies"],
     )  # fmt: skip
 
 
-def add_to(path: Path, found: dict[str, object]) -> None:
-    """Into the file, beside what it holds of other kinds."""
+def add_to(path: Path, kind: str, found: dict[str, object]) -> None:
+    """Into the file, beside what it holds of other cases and kinds."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(known | found, indent=1) + "\n")
+    known[kind] = known.get(kind, {}) | found
+    path.write_text(json.dumps(known, indent=1) + "\n")

@@ -23,6 +23,12 @@ class PlannedCase:
     held: Routing | None = None
     max_imbalance: float = 1.05
 
+    @property
+    def title(self) -> str:
+        nodes = self.cluster.nodes
+        where = f"{nodes} nodes x {self.cluster.devices // nodes}" if nodes > 1 else ""
+        return f"{self.name}, {where or self.cluster.devices}"
+
 
 def traces(data: Path) -> Iterator[tuple[str, Routing]]:
     for name in ("deepseek_v2_lite", "gpt_oss_20b"):

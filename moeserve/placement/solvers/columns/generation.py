@@ -1,6 +1,7 @@
 """A bound on one layer and a better cover of it, in steps, to be stopped after any of them.
 
-For any prices u of items, a cover of D columns costs at least sum(u) + D * floor, where no allowed
+Where groups are large, a bound on pairs of items comes first (``pairs``). Then, for any prices u
+of items, a cover of D columns costs at least sum(u) + D * floor, where no allowed
 column has a reduced cost (its cost less the prices of its items) below ``floor``. So every exact
 search for columns gives a bound, finished or not, whatever the prices are. Good prices are the dual
 values of a master problem over the columns found so far.
@@ -32,6 +33,7 @@ from moeserve.placement.solvers import ilp
 from moeserve.placement.solvers.columns import pricing
 from moeserve.placement.solvers.columns.layer import TOKEN, CertifiedLayer, ColumnLayer
 from moeserve.placement.solvers.columns.master import Master, MasterSolution, master_of
+from moeserve.placement.solvers.columns.pairs import PairBound
 from moeserve.placement.solvers.columns.pricing import Effort
 
 F64 = NDArray[np.float64]
@@ -46,6 +48,8 @@ _PROVEN = 1_000_000  # nodes of one search for covers of a budget, at first
 _MOST_AGAIN = 5
 _MOST_PROGRAMMED = 8000  # columns of an integer program
 _EXPLORED = 300_000  # nodes of the search for a better cover that is no proof
+_LARGE = 17  # items of a column, from which on pairs are bounded first
+_PAIR_STEPS, _MOST_PAIR_STEPS = 100, 800  # of one turn, of all
 _OUTSIDE = 1.1  # of its share of the first cover, what an item outside of columns costs at first
 _DEARER = 1.5  # times that, while items are left outside
 _CLOSE = 0.2  # of the slack: descents end where the estimate is so near to the master's value
@@ -62,6 +66,7 @@ _EPSILON = TOKEN // 1024  # a reduced cost this close to 0 is none
 
 class Stage(Enum):
     DESCEND = "descend"
+    PAIRS = "pairs"
     SEARCH = "search"
     COVER = "cover"
     PROGRAM = "program"
@@ -77,7 +82,9 @@ class ColumnSearch:
 
     def __init__(self, layer: ColumnLayer, covers_XE: Sequence[I32], *, branch: bool = True):
         self.layer = layer
-        self.stage = Stage.DESCEND
+        large = layer.size >= _LARGE and PairBound.fits(layer)
+        self._pairs = PairBound(layer) if large else None
+        self.stage = Stage.PAIRS if large else Stage.DESCEND
         self.bound = _at_least(layer)
         self.best: int | None = None
         self.block_E: I32 | None = None
@@ -129,6 +136,8 @@ class ColumnSearch:
             return
         if self.stage is Stage.DESCEND:
             self._descend_once()
+        elif self.stage is Stage.PAIRS:
+            self._bound_pairs()
         elif self.stage is Stage.SEARCH:
             self._search(effort)
         elif self.stage is Stage.COVER:
@@ -169,6 +178,12 @@ class ColumnSearch:
     def _solve(self) -> MasterSolution:
         self._solution = self._master.solve()
         return self._solution
+
+    def _bound_pairs(self) -> None:
+        assert self._pairs is not None
+        self.bound = max(self.bound, self._pairs.run(_PAIR_STEPS))
+        if self._pairs.steps >= _MOST_PAIR_STEPS:
+            self._pairs, self.stage = None, Stage.DESCEND
 
     def _descend_once(self) -> None:
         """One round of step 1: smoothed prices first, the master's own when those give nothing."""
@@ -276,13 +291,15 @@ class ColumnSearch:
         budget = gap if _BUDGETS[self._rung] == 1.0 else int(gap * _BUDGETS[self._rung])
         whole = budget // 2
         listed = pricing.price(layer, price_E, whole + 1, most=_MOST_LISTED, effort=effort)
-        proof = Effort(min(_PROVEN << 3 * self._again, effort.nodes), effort.seconds)
+        proof = Effort(min(_PROVEN << 3 * self._again, effort.nodes), effort.seconds, effort.cpu)
         found = pricing.cover(layer, price_E, listed, whole=whole, budget=budget, effort=proof)
         proof_ended = found.complete
         if listed.complete and found.complete:
             self.bound = max(self.bound, -(-(base + found.value) // TOKEN) * TOKEN)
         if found.block_E is None and budget < gap:
-            few = Effort(min(_EXPLORED << 3 * self._again, effort.nodes), effort.seconds)
+            few = Effort(
+                min(_EXPLORED << 3 * self._again, effort.nodes), effort.seconds, effort.cpu
+            )
             found = pricing.cover(layer, price_E, listed, whole=whole, budget=gap, effort=few)
         if found.block_E is not None:
             self.best, self.block_E = base + found.value, found.block_E
@@ -306,7 +323,7 @@ class ColumnSearch:
             return
         gap = best - int(price_E.sum())
         half_s = effort.seconds / 2  # for each of both
-        half = Effort(effort.nodes, half_s)
+        half = Effort(effort.nodes, half_s, effort.cpu)
         listed = pricing.price(layer, price_E, gap + 1, most=_MOST_PROGRAMMED, effort=half)
         if not listed.complete:
             return
