@@ -1,10 +1,10 @@
 """A bound on one layer and a better cover of it, in steps, to be stopped after any of them.
 
-Where groups are large, a bound on pairs of items comes first (``pairs``). Then, for any prices u
-of items, a cover of D columns costs at least sum(u) + D * floor, where no allowed
-column has a reduced cost (its cost less the prices of its items) below ``floor``. So every exact
-search for columns gives a bound, finished or not, whatever the prices are. Good prices are the dual
-values of a master problem over the columns found so far.
+Where groups are large, a bound on pairs of items comes first (``pairs``). Then, for any prices u of
+items, a cover of D columns costs at least sum(u) + D * floor, where no allowed column has a reduced
+cost (its cost less the prices of its items) below ``floor``. So every exact search for columns
+gives a bound, finished or not, whatever the prices are. Good prices are the dual values of a master
+problem over the columns found so far.
 
 1. Columns by descent from the best covers, until they change the master's value no more.
 2. Exact searches for columns that are cheaper than their items by more than a slack; what they find

@@ -1,4 +1,4 @@
-"""The pricing problems of ``placement/columns.cc`` in Python: the same answers, slowly.
+"""The pricing problems of ``placement/columns.h`` in Python: the same answers, slowly.
 
 The oracle for the native half and the fallback where it is not built. ``price`` and ``cover`` find
 the same columns and value where they are complete, and limits that hold where they are not;
