@@ -42,7 +42,8 @@ I64 = NDArray[np.int64]
 
 # The slacks, and how far above them columns are collected too: the search takes hardly longer,
 # and the master needs them soon. In parts of a place's share of the value.
-_SLACKS = ((0.1, 0.02), (0.05, 0.02), (0.02, 0.01), (0.0, 0.002))
+_SLACKS = ((0.1, 0.02), (0.05, 0.02), (0.02, 0.01), (0.01, 0.005), (0.0, 0.002))
+_QUICK = 50_000  # nodes: after a search with fewer, the last slack but one is left out
 _BUDGETS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)  # of the gap
 _PROVEN = 1_000_000  # nodes of one search for covers of a budget, at first
 _MOST_AGAIN = 5
@@ -262,6 +263,8 @@ class ColumnSearch:
             self.stage = Stage.DESCEND
         elif found.complete:
             self._rung += 1
+            if found.nodes < _QUICK and self._rung == len(_SLACKS) - 2:
+                self._rung += 1
         full = len(found.reduced_C) >= _MOST_SEARCHED
         if full:
             self._margin *= _FEWER
