@@ -1,6 +1,7 @@
 """Placement, measured: half of the sequences fit a plan, the other half evaluate it.
 
-    python bench/placement.py --data FOLDER [--only balance drift copies exact scale table bounds]
+    python bench/placement.py --data FOLDER [--only balance drift copies exact scale table
+        bounds plans] [--json bench/results/placement_bounds.json]
 
 FOLDER holds ``deepseek_v3_loads/*.json`` (``logical_count``), ``deepseek_v2_lite/*.npz`` and
 ``gpt_oss_20b/*.npz`` (``topk_ids`` [tokens, layers, k], ``seq_lens``); what is absent is left out.
@@ -12,12 +13,23 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from planner.bounds import (
+    BOUND_HEADINGS,
+    PLAN_HEADINGS,
+    PLAN_SECONDS,
+    add_to,
+    bound_row,
+    bounded,
+    plan_row,
+    planned,
+)
+from planner.cases import recorded_cases, single_layers, synthetic, traces
 from rich.console import Console
 from rich.table import Table
 
@@ -27,12 +39,12 @@ from moeserve.placement.formats import routing_files as inputs
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.report import figures
-from moeserve.placement.routing import Routing, split, workload_of_tokens
+from moeserve.placement.routing import split
 from moeserve.placement.solvers import dp
 from moeserve.placement.solvers.balance import balance_layers, peak
 from moeserve.placement.solvers.bounds import balance_bound
 from moeserve.placement.solvers.eplb import eplb
-from moeserve.placement.solvers.portfolio import Budget, Solver, solve, solve_bounded
+from moeserve.placement.solvers.portfolio import Budget, Solver, solve
 
 F64 = NDArray[np.float64]
 SIZES = (
@@ -53,13 +65,6 @@ def table(title: str, headings: str, rows: list[tuple[object, ...]]) -> None:
 def loads_of(data: Path) -> dict[str, F64]:
     files = sorted((data / "deepseek_v3_loads").glob("*.json"))
     return {f.stem: inputs.read(f).workloads[0].load_LE for f in files}
-
-
-def traces(data: Path) -> Iterator[tuple[str, Routing]]:
-    for name in ("deepseek_v2_lite", "gpt_oss_20b"):
-        files = sorted((data / name).glob("*.npz"))
-        if files:
-            yield name, inputs.read_all([str(f) for f in files])
 
 
 def bench_balance(data: Path, limit: float) -> None:
@@ -175,23 +180,6 @@ def bench_copies(data: Path, limit: float) -> None:
         )
 
 
-def synthetic(tokens: int, layers: int, experts: int, k: int, topics: int = 16) -> Routing:
-    """Sequences of one topic each; topics like hidden clusters of experts, others in each layer."""
-    random = np.random.default_rng(11)
-    topk = np.empty((tokens, layers, k), np.int32)
-    topic_T = np.arange(tokens) * topics * 4 // tokens % topics
-    for l in range(layers):
-        cluster_E = random.permutation(experts) // max(1, experts // 32)
-        liking = random.normal(size=(topics, int(cluster_E.max()) + 1)) * 1.5
-        taste = liking[:, cluster_E] + random.normal(size=experts) * 0.5
-        score = taste[topic_T] + random.gumbel(size=(tokens, experts))
-        topk[:, l] = np.argpartition(-score, k, axis=1)[:, :k]
-    lens = np.full(topics * 4, tokens // (topics * 4))
-    lens[-1] += tokens - lens.sum()
-    workload = workload_of_tokens("synthetic", topk, lens, num_experts=experts)
-    return Routing((workload,), tuple(range(layers)))
-
-
 def bench_exact(data: Path, limit: float) -> None:
     del data
     routing = synthetic(4000, 32, 8, 2, topics=6)
@@ -273,77 +261,61 @@ def bench_table(data: Path, limit: float) -> None:
         )
 
 
-def joined_layers(whole: Routing, l: int) -> Routing:
-    """Layers ``l`` and ``l + 1`` as one of twice the experts, of which a token chooses twice k."""
-    tokens_TLK, experts = whole.tokens_TLK, whole.num_experts
-    both = np.concatenate((tokens_TLK[:, l], tokens_TLK[:, l + 1] + experts), axis=1)
-    lens = whole.seq_lens_C
-    workload = workload_of_tokens("joined", both[:, None], lens, num_experts=2 * experts)
-    return Routing((workload,), (0,))
+def bench_bounds(data: Path, limit: float, only: str, json: Path | None) -> None:
+    cases = [case for case in recorded_cases(data) if case.cluster.nodes == 1]
+    measured = []
+    for case in (*cases, *single_layers(data)):
+        if only in case.title:
+            measured.append(bounded(case, limit))
+            if json is not None:
+                add_to(json, "bounds", {case.title: asdict(measured[-1])})
+    heading = f"7. Bounds by columns, within {limit:.0f} s of CPU; CPU seconds until the gap is"
+    table(f"{heading} at most 10, 4, 2 and 1 %", BOUND_HEADINGS, [bound_row(m) for m in measured])
 
 
-def one_layer(whole: Routing, l: int) -> Routing:
-    workload = workload_of_tokens(
-        "one", whole.tokens_TLK[:, l : l + 1], whole.seq_lens_C, num_experts=whole.num_experts
-    )
-    return Routing((workload,), (0,))
-
-
-def bound_cases(data: Path) -> Iterator[tuple[str, Routing, Cluster, float]]:
-    """(name, routing, cluster, load limit); what is fitted is what is bounded."""
-    for name, whole in traces(data):
-        fitted, _ = split(whole, 0.5)
-        yield f"{name}, fitted half", fitted, Cluster(8), 1.05
-        if name == "deepseek_v2_lite":
-            yield "the same, 4 nodes x 4", fitted, Cluster(16, 4), 1.05
-            yield "two layers of it as one of 128", joined_layers(whole, 4), Cluster(16), 1.05
-            yield "one layer, groups of 16", one_layer(whole, 5), Cluster(4), 1.05
-            yield "one layer, groups of 32", one_layer(whole, 5), Cluster(2), 1.05
-    for devices in (64, 32):
-        yield f"synthetic, 256 on {devices}", synthetic(16384, 1, 256, 8), Cluster(devices), 3.0
-
-
-def bench_bounds(data: Path, limit: float) -> None:
-    rows = []
-    for name, routing, cluster, cap in bound_cases(data):
-        problem = Problem(cluster, routing.num_experts, max_imbalance=cap)
-        began, used = time.monotonic(), time.process_time()
-        solved = solve_bounded(problem, routing, budget=Budget(limit, branch=True))
-        seconds, cpu = time.monotonic() - began, time.process_time() - used
-        found = figures(solved.plan, routing, cluster, bound_L=solved.bound_L)
-        objective_L = np.array(found["objective_per_layer"])
-        worst = float((objective_L / np.array(found["bound_per_layer"])).max() - 1)
-        rows.append((
-            name, f"{cluster.devices} in {cluster.nodes}", found["imbalance"]["mean"],
-            found["objective"], found["bound"], f"{found['gap']:.2%}", f"{worst:.2%}",
-            f"{found['layers_proven']} of {len(objective_L)}", seconds, cpu,
-        ))  # fmt: skip
+def bench_plans(data: Path, limit: float, only: str, json: Path | None) -> None:
+    measured = []
+    for case in recorded_cases(data):
+        for seconds in PLAN_SECONDS:
+            if only in case.title and seconds <= limit:
+                measured.append(planned(case, seconds))
+                if json is not None:
+                    name = f"{case.title}, {seconds:.0f} CPU s"
+                    add_to(json, "plans", {name: asdict(measured[-1])})
     table(
-        f"7. Bounds by columns and plans from them, within {limit:.0f} s a plan",
-        "routing devices_in_nodes imbalance objective bound gap worst_layer proven seconds cpu",
-        rows,
+        "8. Plans by CPU seconds, load limit 1.05 on what is fitted; held out: the other half",
+        PLAN_HEADINGS,
+        [plan_row(m) for m in measured],
     )
 
 
-BENCHES = {
+BENCHES: dict[str, Callable[[Path, float], None]] = {
     "balance": bench_balance,
     "drift": bench_drift,
     "copies": bench_copies,
     "exact": bench_exact,
     "scale": bench_scale,
     "table": bench_table,
-    "bounds": bench_bounds,
 }
+BY_COLUMNS = {"bounds": bench_bounds, "plans": bench_plans}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the placement planner.")
     parser.add_argument("--data", type=Path, required=True, help="folder of routing data")
-    parser.add_argument("--only", nargs="+", choices=BENCHES, default=tuple(BENCHES))
+    parser.add_argument(
+        "--only", nargs="+", choices=(*BENCHES, *BY_COLUMNS), default=tuple(BENCHES)
+    )
     parser.add_argument("--time-limit", type=float, default=50.0, help="seconds per plan")
+    parser.add_argument("--case", default="", help="part of the names of bounds and plans")
+    parser.add_argument("--json", type=Path, help="file that takes what bounds and plans measured")
     arguments = parser.parse_args()
     for name in arguments.only:
-        BENCHES[name](arguments.data, arguments.time_limit)
+        if name in BY_COLUMNS:
+            limit, case = arguments.time_limit, arguments.case
+            BY_COLUMNS[name](arguments.data, limit, case, arguments.json)
+        else:
+            BENCHES[name](arguments.data, arguments.time_limit)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ struct ColumnProblem {
 struct Limits {
   int64_t nodes;
   double seconds;  // from the call; infinite for none
+  bool cpu;        // of this thread's CPU time, not of the clock
 };
 
 struct Priced {

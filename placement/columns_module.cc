@@ -44,14 +44,14 @@ moeserve::ColumnProblem problem(const In<int32_t, 2>& item_PK, const In<int32_t,
 nb::tuple price(In<int32_t, 2> item_PK, In<int32_t, 1> weight_P, In<int64_t, 1> load_E,
                 In<int64_t, 1> price_E, int64_t size, bool at_most, int64_t least_load,
                 int64_t most_load, int64_t threshold, int64_t most, int64_t nodes,
-                double seconds) {
+                double seconds, bool cpu) {
   const auto in =
       problem(item_PK, weight_P, load_E, price_E, size, at_most, least_load, most_load);
   moeserve::Priced found;
   bool complete = false;
   {
     nb::gil_scoped_release release;
-    found = moeserve::price(in, threshold, most, {nodes, seconds}, &complete);
+    found = moeserve::price(in, threshold, most, {nodes, seconds, cpu}, &complete);
   }
   return nb::make_tuple(owned(std::move(found.item_CM), size_t(size)),
                         owned(std::move(found.reduced_C), 1), found.floor, complete, found.nodes);
@@ -77,7 +77,7 @@ nb::tuple descend(In<int32_t, 2> item_PK, In<int32_t, 1> weight_P, In<int64_t, 1
 nb::tuple cover(In<int32_t, 2> item_PK, In<int32_t, 1> weight_P, In<int64_t, 1> load_E,
                 In<int64_t, 1> price_E, int64_t size, int64_t least_load, int64_t most_load,
                 In<int32_t, 2> item_CM, In<int64_t, 1> reduced_C, int64_t whole, int64_t budget,
-                int64_t nodes, double seconds) {
+                int64_t nodes, double seconds, bool cpu) {
   const auto in = problem(item_PK, weight_P, load_E, price_E, size, false, least_load, most_load);
   const int64_t columns = int64_t(reduced_C.shape(0));
   const int32_t* item = item_CM.data();
@@ -85,7 +85,7 @@ nb::tuple cover(In<int32_t, 2> item_PK, In<int32_t, 1> weight_P, In<int64_t, 1> 
   moeserve::Cover found;
   {
     nb::gil_scoped_release release;
-    found = moeserve::cover(in, columns, item, reduced, whole, budget, {nodes, seconds});
+    found = moeserve::cover(in, columns, item, reduced, whole, budget, {nodes, seconds, cpu});
   }
   return nb::make_tuple(owned(std::move(found.block_E), 1), found.value, found.complete,
                         found.nodes);

@@ -14,6 +14,7 @@ def price(
     most: int,
     nodes: int,
     seconds: float,
+    cpu: bool,
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], int, bool, int]: ...
 def descend(
     item_PK: NDArray[np.int32],
@@ -43,6 +44,7 @@ def cover(
     budget: int,
     nodes: int,
     seconds: float,
+    cpu: bool,
 ) -> tuple[NDArray[np.int32], int, bool, int]: ...
 
 class Simplex:

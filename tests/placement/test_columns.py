@@ -35,6 +35,7 @@ from moeserve.placement.solvers.columns.master import (
     SimplexMaster,
     have_highs,
 )
+from moeserve.placement.solvers.columns.pairs import PairBound, pieces
 from moeserve.placement.solvers.columns.pricing import Effort, PricedColumns
 from moeserve.placement.solvers.portfolio import Budget, Solver, solve_bounded
 
@@ -243,6 +244,48 @@ def test_a_bound_is_valid_whenever_the_search_is_stopped(
         search.step(Effort(nodes))
         assert search.bound <= best
         assert search.best is None or search.best >= best
+
+
+@fewer
+@given(seeds, st.sampled_from([(6, 2), (8, 4), (8, 2), (9, 3)]), st.sampled_from([None, 1.15]))
+def test_a_bound_on_pairs_is_below_every_cover_at_every_step(
+    seed: int, shape: tuple[int, int], cap: float | None
+) -> None:
+    layer = layer_of(seed, *shape, cap=cap)
+    best = min((layer.cost_of(b) for b in covers_of(layer)), default=None)
+    pairs = PairBound(layer)
+    for _ in range(5):
+        bound = pairs.run(40)  # triangles enter at 100
+        assert best is None or 0 <= bound <= best
+
+
+@few
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6))
+def test_pieces_are_below_every_split_and_touch_the_widest(
+    items: int, size: int, places: int
+) -> None:
+    if items > size * places:
+        return
+    lines = pieces(items, size, places)
+    for parts in itertools.product(range(size + 1), repeat=min(places, 4)):
+        if sum(parts) == items:
+            pairs = sum(p * (p - 1) // 2 for p in parts)
+            least = max(base - slope * pairs for base, slope in lines)
+            assert least <= sum(p > 0 for p in parts) + 1e-9
+            if max(parts) == items:
+                assert least == pytest.approx(1.0)
+
+
+def test_large_groups_are_bounded_by_pairs_first() -> None:
+    item_TK = routed_tokens(3, 40, tokens=200)
+    item_PK, weight_P, scale = patterns_of(item_TK, np.ones(len(item_TK)))
+    load_E = np.bincount(item_TK[item_TK >= 0], minlength=40)
+    layer = ColumnLayer(item_PK, weight_P, load_E, 20, 2, scale=scale)
+    search = ColumnSearch(layer, [start_of(layer)])
+    at_first = search.bound
+    assert search.stage is generation.Stage.PAIRS
+    search.step(UNLIMITED)
+    assert at_first < search.bound <= layer.cost_of(start_of(layer))
 
 
 def test_without_the_native_half_the_search_ends_as_well(monkeypatch: pytest.MonkeyPatch) -> None:

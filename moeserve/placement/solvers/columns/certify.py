@@ -43,19 +43,28 @@ class PlanBounds:
         seconds: float | None,
         nodes: int,
         threads: int = 1,
+        cpu: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Searches until all are done, or ``seconds`` are over (None: no clock is looked at).
 
-        ``nodes`` limits each single search.
+        ``nodes`` limits each single search. With ``cpu``, seconds are CPU time of this process.
         """
         searches = [search for levels in self._levels for _, search in levels]
-        _Turns(searches, seconds, nodes, progress).run(threads)
+        _Turns(searches, seconds, nodes, progress, cpu).run(threads)
 
     def bound_L(self) -> F64:
         """[L]: priced copies per token-layer that no plan within the limits goes below."""
         found = [
             sum(max(0.0, v.price * s.certified().bound - v.spared) for v, s in levels)
+            for levels in self._levels
+        ]
+        return np.array(found, np.float64)
+
+    def objective_L(self) -> F64:
+        """[L]: priced copies per token-layer of the best cover of each level that is known."""
+        found = [
+            sum(max(0.0, v.price * v.layer.in_tokens(s.cost()) - v.spared) for v, s in levels)
             for levels in self._levels
         ]
         return np.array(found, np.float64)
@@ -76,11 +85,12 @@ class _Turns:
 
     def __init__(
         self, searches: Sequence[ColumnSearch], seconds: float | None, nodes: int,
-        progress: Callable[[int, int], None],
+        progress: Callable[[int, int], None], cpu: bool,
     ) -> None:  # fmt: skip
         self._open = list(searches)
         self._total, self._nodes, self._progress = len(searches), nodes, progress
-        self._ends = math.inf if seconds is None else time.monotonic() + seconds
+        self._cpu, self._clock = cpu, time.process_time if cpu else time.monotonic
+        self._ends = math.inf if seconds is None else self._clock() + seconds
         self._busy: list[ColumnSearch] = []
         self._changed = Condition()
         self._threads = 1
@@ -108,7 +118,7 @@ class _Turns:
 
     def _next(self) -> ColumnSearch | None:
         with self._changed:
-            while time.monotonic() < self._ends:
+            while self._clock() < self._ends:
                 self._open.sort(key=lambda search: search.progress)
                 if self._open:
                     search = self._open.pop(0)
@@ -117,15 +127,15 @@ class _Turns:
                 if not self._busy:
                     return None
                 # Steps end by themselves, at the latest with the time for all.
-                left = self._ends - time.monotonic()
+                left = self._ends - self._clock()
                 self._changed.wait(timeout=1.0 if math.isinf(left) else max(0.0, left))
             return None
 
     def _effort(self) -> Effort:
-        left = self._ends - time.monotonic()
+        left = self._ends - self._clock()
         if math.isinf(left):
             return Effort(nodes=self._nodes)
         with self._changed:
             waiting = len(self._open) + len(self._busy)
         share = _SHARES * left * self._threads / max(1, waiting)
-        return Effort(self._nodes, max(0.0, min(left, share)))
+        return Effort(self._nodes, max(0.0, min(left, share)), self._cpu)

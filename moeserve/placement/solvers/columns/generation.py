@@ -1,9 +1,10 @@
 """A bound on one layer and a better cover of it, in steps, to be stopped after any of them.
 
-For any prices u of items, a cover of D columns costs at least sum(u) + D * floor, where no allowed
-column has a reduced cost (its cost less the prices of its items) below ``floor``. So every exact
-search for columns gives a bound, finished or not, whatever the prices are. Good prices are the dual
-values of a master problem over the columns found so far.
+Where groups are large, a bound on pairs of items comes first (``pairs``). Then, for any prices u of
+items, a cover of D columns costs at least sum(u) + D * floor, where no allowed column has a reduced
+cost (its cost less the prices of its items) below ``floor``. So every exact search for columns
+gives a bound, finished or not, whatever the prices are. Good prices are the dual values of a master
+problem over the columns found so far.
 
 1. Columns by descent from the best covers, until they change the master's value no more.
 2. Exact searches for columns that are cheaper than their items by more than a slack; what they find
@@ -13,7 +14,8 @@ values of a master problem over the columns found so far.
    such a cover are in the list. The budget grows until a cover is found (it is the best there is)
    or reaches the best cover known (which then is).
 4. Where that is too much work but few columns are as dear as the gap, an integer program over these
-   (``ilp``) finds the best cover. Only where time is limited by the clock.
+   (``ilp``) finds the best cover; else step 3 goes on where it gave up, with more nodes. Only where
+   time is limited by the clock.
 
 Pure: the time that a step may take comes with the call.
 """
@@ -31,6 +33,7 @@ from moeserve.placement.solvers import ilp
 from moeserve.placement.solvers.columns import pricing
 from moeserve.placement.solvers.columns.layer import TOKEN, CertifiedLayer, ColumnLayer
 from moeserve.placement.solvers.columns.master import Master, MasterSolution, master_of
+from moeserve.placement.solvers.columns.pairs import PairBound
 from moeserve.placement.solvers.columns.pricing import Effort
 
 F64 = NDArray[np.float64]
@@ -39,13 +42,18 @@ I64 = NDArray[np.int64]
 
 # The slacks, and how far above them columns are collected too: the search takes hardly longer,
 # and the master needs them soon. In parts of a place's share of the value.
-_SLACKS = ((0.1, 0.02), (0.05, 0.02), (0.02, 0.01), (0.0, 0.002))
+_SLACKS = ((0.1, 0.02), (0.05, 0.02), (0.02, 0.01), (0.01, 0.005), (0.0, 0.002))
+_QUICK = 50_000  # nodes: after a search with fewer, the last slack but one is left out
 _BUDGETS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)  # of the gap
-_PROVEN = 1_000_000  # nodes of one search for covers of a budget
+_PROVEN = 1_000_000  # nodes of one search for covers of a budget, at first
+_MOST_AGAIN = 5
 _MOST_PROGRAMMED = 8000  # columns of an integer program
 _EXPLORED = 300_000  # nodes of the search for a better cover that is no proof
+_LARGE = 17  # items of a column, from which on pairs are bounded first
+_PAIR_STEPS, _MOST_PAIR_STEPS = 100, 800  # of one turn, of all
 _OUTSIDE = 1.1  # of its share of the first cover, what an item outside of columns costs at first
 _DEARER = 1.5  # times that, while items are left outside
+_CLOSE = 0.2  # of the slack: descents end where the estimate is so near to the master's value
 _SMOOTH = 0.5  # of the prices that gave the best estimate so far, against the newest
 _INSIDE = 0.02  # items that the master may leave outside
 _ROUNDS = 100  # of descents, before an exact search at the latest
@@ -59,6 +67,7 @@ _EPSILON = TOKEN // 1024  # a reduced cost this close to 0 is none
 
 class Stage(Enum):
     DESCEND = "descend"
+    PAIRS = "pairs"
     SEARCH = "search"
     COVER = "cover"
     PROGRAM = "program"
@@ -74,7 +83,9 @@ class ColumnSearch:
 
     def __init__(self, layer: ColumnLayer, covers_XE: Sequence[I32], *, branch: bool = True):
         self.layer = layer
-        self.stage = Stage.DESCEND
+        large = layer.size >= _LARGE and PairBound.fits(layer)
+        self._pairs = PairBound(layer) if large else None
+        self.stage = Stage.PAIRS if large else Stage.DESCEND
         self.bound = _at_least(layer)
         self.best: int | None = None
         self.block_E: I32 | None = None
@@ -87,11 +98,14 @@ class ColumnSearch:
         self._known: set[bytes] = set()
         self._fresh_CM = np.zeros((0, layer.size), np.int32)  # from the last exact search
         self._columns_CM = np.zeros((0, layer.size), np.int32)
+        self._first_cost = layer.cost_of(covers_XE[0])
         for block_E in covers_XE:
             self._begin_with(block_E)
         self._prices_E: I64 | None = None  # those of the bound, no column cheaper than its items
         self._rung = 0
         self._round = 0
+        self._again = 0  # times that step 3 was begun anew, with 8 times the nodes each
+        self._left_at: int | None = None  # the budget whose covers were not all looked at
         self._margin = 1.0  # of what an exact search collects above its slack
         self._centre_E: F64 | None = begins_E
         self._estimate = -np.inf
@@ -105,7 +119,11 @@ class ColumnSearch:
     def progress(self) -> int:
         """How far the search is: those with less should go first."""
         behind = {Stage.COVER: len(_SLACKS), Stage.PROGRAM: len(_SLACKS) + len(_BUDGETS)}
-        return self._rung + behind.get(self.stage, 0)
+        return self._rung + behind.get(self.stage, 0) + self._again * (len(_BUDGETS) + 1)
+
+    def cost(self) -> int:
+        """Of the best cover known, allowed or not where none is."""
+        return self._first_cost if self.best is None else self.best
 
     def certified(self) -> CertifiedLayer:
         tokens = self.layer.in_tokens
@@ -119,6 +137,8 @@ class ColumnSearch:
             return
         if self.stage is Stage.DESCEND:
             self._descend_once()
+        elif self.stage is Stage.PAIRS:
+            self._bound_pairs()
         elif self.stage is Stage.SEARCH:
             self._search(effort)
         elif self.stage is Stage.COVER:
@@ -160,6 +180,12 @@ class ColumnSearch:
         self._solution = self._master.solve()
         return self._solution
 
+    def _bound_pairs(self) -> None:
+        assert self._pairs is not None
+        self.bound = max(self.bound, self._pairs.run(_PAIR_STEPS))
+        if self._pairs.steps >= _MOST_PAIR_STEPS:
+            self._pairs, self.stage = None, Stage.DESCEND
+
     def _descend_once(self) -> None:
         """One round of step 1: smoothed prices first, the master's own when those give nothing."""
         solution = self._solution or self._solve()
@@ -169,6 +195,8 @@ class ColumnSearch:
         found = self._descents(_whole(smooth_E), solution)
         if found > 0:
             self._solve()
+            if self._is_close():
+                self.stage = Stage.SEARCH
         elif self._descents(_whole(solution.price_E), solution) > 0:
             self._centre_E = solution.price_E
             self._solve()
@@ -180,6 +208,12 @@ class ColumnSearch:
         self._round += 1
         if self._round % _ROUNDS == 0:
             self.stage = Stage.SEARCH
+
+    def _is_close(self) -> bool:
+        """Whether the estimate is near the master's value, for the slack of the next search."""
+        assert self._solution is not None
+        value = self._solution.value * TOKEN
+        return value - self._estimate < _CLOSE * _SLACKS[self._rung][0] * value
 
     def _left_outside(self, solution: MasterSolution) -> bool:
         """Whether the master still leaves items outside of all columns, but for rounding."""
@@ -229,6 +263,8 @@ class ColumnSearch:
             self.stage = Stage.DESCEND
         elif found.complete:
             self._rung += 1
+            if found.nodes < _QUICK and self._rung == len(_SLACKS) - 2:
+                self._rung += 1
         full = len(found.reduced_C) >= _MOST_SEARCHED
         if full:
             self._margin *= _FEWER
@@ -258,29 +294,39 @@ class ColumnSearch:
         budget = gap if _BUDGETS[self._rung] == 1.0 else int(gap * _BUDGETS[self._rung])
         whole = budget // 2
         listed = pricing.price(layer, price_E, whole + 1, most=_MOST_LISTED, effort=effort)
-        proof = Effort(min(_PROVEN, effort.nodes), effort.seconds)
+        proof = Effort(min(_PROVEN << 3 * self._again, effort.nodes), effort.seconds, effort.cpu)
         found = pricing.cover(layer, price_E, listed, whole=whole, budget=budget, effort=proof)
         proof_ended = found.complete
         if listed.complete and found.complete:
             self.bound = max(self.bound, -(-(base + found.value) // TOKEN) * TOKEN)
         if found.block_E is None and budget < gap:
-            few = Effort(min(_EXPLORED, effort.nodes), effort.seconds)
+            few = Effort(
+                min(_EXPLORED << 3 * self._again, effort.nodes), effort.seconds, effort.cpu
+            )
             found = pricing.cover(layer, price_E, listed, whole=whole, budget=gap, effort=few)
         if found.block_E is not None:
             self.best, self.block_E = base + found.value, found.block_E
         self._rung += 1
         if not (listed.complete and proof_ended) or self._rung == len(_BUDGETS):
+            self._left_at = self._rung - 1 if listed.complete and not proof_ended else None
             self.stage, self._rung = Stage.PROGRAM, 0
 
     def _program(self, effort: Effort) -> None:
-        """Step 4."""
+        """Step 4; then step 3 again with more nodes, where time is limited by the clock."""
+        self._program_once(effort)
+        if self._left_at is None or math.isinf(effort.seconds) or self._again == _MOST_AGAIN:
+            self.stage = Stage.DONE
+        else:
+            self.stage, self._rung = Stage.COVER, self._left_at
+            self._again += 1
+
+    def _program_once(self, effort: Effort) -> None:
         layer, price_E, best = self.layer, self._prices_E, self.best
-        self.stage = Stage.DONE
         if price_E is None or best is None or math.isinf(effort.seconds) or effort.seconds < 1:
             return
         gap = best - int(price_E.sum())
         half_s = effort.seconds / 2  # for each of both
-        half = Effort(effort.nodes, half_s)
+        half = Effort(effort.nodes, half_s, effort.cpu)
         listed = pricing.price(layer, price_E, gap + 1, most=_MOST_PROGRAMMED, effort=half)
         if not listed.complete:
             return

@@ -23,10 +23,11 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long one search may take: nodes of its tree, and seconds."""
+    """How long one search may take: nodes of its tree, and seconds; with ``cpu``, of CPU time."""
 
     nodes: int = 1 << 60
     seconds: float = float("inf")
+    cpu: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +65,7 @@ def price(
 ) -> PricedColumns:
     """Columns with a reduced cost below ``threshold``, at most ``most``, depth first."""
     assert price_E.shape == (layer.items,)
-    loops, limits = core(), (threshold, most, effort.nodes, effort.seconds)
+    loops, limits = core(), (threshold, most, effort.nodes, effort.seconds, effort.cpu)
     if loops is twin:
         return PricedColumns(*twin.price(layer, price_E, *limits))
     item_CM, reduced_C, floor, complete, nodes = loops.price(
@@ -109,7 +110,7 @@ def cover(
     item_CM = np.ascontiguousarray(columns.item_CM[order])
     reduced_C = np.ascontiguousarray(columns.reduced_C[order])
     assert not len(reduced_C) or reduced_C[0] >= 0
-    loops, limits = core(), (whole, budget, effort.nodes, effort.seconds)
+    loops, limits = core(), (whole, budget, effort.nodes, effort.seconds, effort.cpu)
     if loops is twin:
         found = twin.cover(layer, price_E, (item_CM, reduced_C), *limits)
     else:

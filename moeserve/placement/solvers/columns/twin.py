@@ -1,4 +1,4 @@
-"""The pricing problems of ``placement/columns.cc`` in Python: the same answers, slowly.
+"""The pricing problems of ``placement/columns.h`` in Python: the same answers, slowly.
 
 The oracle for the native half and the fallback where it is not built. ``price`` and ``cover`` find
 the same columns and value where they are complete, and limits that hold where they are not;
@@ -57,9 +57,10 @@ class _Pricing:
         self.found = _Columns(layer.size)
         self.nodes = 0
 
-    def run(self, most: int, nodes: int, seconds: float) -> bool:
+    def run(self, most: int, nodes: int, seconds: float, cpu: bool) -> bool:
         self.most, self.most_nodes = most, nodes
-        self.ends = time.monotonic() + min(seconds, 1e9)
+        self.clock = time.thread_time if cpu else time.monotonic
+        self.ends = self.clock() + min(seconds, 1e9)
         self.stopped = False
         everyone = np.arange(len(self.load_E), dtype=np.int64)
         self._visit([], 0, everyone, np.zeros(len(self.weight_P), np.bool_), -_MOST)
@@ -90,7 +91,7 @@ class _Pricing:
         self, chosen: list[int], value: int, candidates: I64, touched_P: Bits, lower: int
     ) -> None:
         self.nodes += 1
-        self.stopped = self.stopped or self.nodes > self.most_nodes or time.monotonic() > self.ends
+        self.stopped = self.stopped or self.nodes > self.most_nodes or self.clock() > self.ends
         rest = self.size - len(chosen)
         if self.stopped:
             self.floor = min(self.floor, lower)
@@ -117,10 +118,16 @@ class _Pricing:
 
 
 def price(
-    layer: ColumnLayer, price_E: I64, threshold: int, most: int, nodes: int, seconds: float
+    layer: ColumnLayer,
+    price_E: I64,
+    threshold: int,
+    most: int,
+    nodes: int,
+    seconds: float,
+    cpu: bool = False,
 ) -> tuple[I32, I64, int, bool, int]:
     search = _Pricing(layer, price_E, threshold)
-    complete = search.run(most, nodes, seconds)
+    complete = search.run(most, nodes, seconds, cpu)
     item_CM, reduced_C = search.found.arrays()
     return item_CM, reduced_C, search.floor, complete, search.nodes
 
@@ -231,8 +238,9 @@ class _Covering:
         self.blocks: list[frozenset[int]] = []
         self.nodes = 0
 
-    def run(self, nodes: int, seconds: float) -> bool:
-        self.most_nodes, self.ends = nodes, time.monotonic() + min(seconds, 1e9)
+    def run(self, nodes: int, seconds: float, cpu: bool) -> bool:
+        self.clock = time.thread_time if cpu else time.monotonic
+        self.most_nodes, self.ends = nodes, self.clock() + min(seconds, 1e9)
         self.stopped = False
         everyone = frozenset(range(len(self.layer.load_E)))
         self._visit([], 0, everyone, frozenset(), list(range(len(self.columns))))
@@ -243,7 +251,7 @@ class _Covering:
         listed: list[int],
     ) -> None:  # fmt: skip
         self.nodes += 1
-        self.stopped = self.stopped or self.nodes > self.most_nodes or time.monotonic() > self.ends
+        self.stopped = self.stopped or self.nodes > self.most_nodes or self.clock() > self.ends
         if self.stopped:
             return
         if len(chosen) == self.places - 1:
@@ -269,10 +277,10 @@ class _Covering:
 
 def cover(
     layer: ColumnLayer, price_E: I64, columns: Found, whole: int, budget: int, nodes: int,
-    seconds: float,
+    seconds: float, cpu: bool = False,
 ) -> tuple[I32, int, bool, int]:  # fmt: skip
     search = _Covering(_Descent(layer, price_E), *columns, whole, budget)
-    complete = search.run(nodes, seconds)
+    complete = search.run(nodes, seconds, cpu)
     block_E = np.zeros(layer.items if search.blocks else 0, np.int32)
     for d, block in enumerate(search.blocks):
         block_E[list(block)] = d

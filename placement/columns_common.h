@@ -1,0 +1,69 @@
+// What the searches of columns.h share: limits, the patterns of each item, columns found.
+#pragma once
+
+#include <time.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "columns.h"
+
+namespace moeserve {
+
+constexpr int64_t kToken = 720720;  // divisible by 1..16, and by s (s + 1) up to s = 15
+constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 4;
+
+class Allowance {
+ public:
+  explicit Allowance(Limits limits) : limits_(limits), began_(now()) {}
+
+  // Counts a node; false once a limit is reached.
+  bool spend() {
+    ++nodes;
+    if (nodes > limits_.nodes) over_ = true;
+    if ((nodes & 15) == 0 && limits_.seconds < 1e9 && now() - began_ > limits_.seconds)
+      over_ = true;
+    return !over_;
+  }
+  bool over() const { return over_; }
+
+  int64_t nodes = 0;
+
+ private:
+  double now() const {
+    timespec time{};
+    clock_gettime(limits_.cpu ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &time);
+    return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
+  }
+
+  Limits limits_;
+  double began_;
+  bool over_ = false;
+};
+
+// Patterns of each item, as one array with offsets.
+struct Patterns {
+  std::vector<int32_t> start, pattern;
+  explicit Patterns(const ColumnProblem& in) : start(in.items + 1, 0) {
+    const int64_t cells = in.patterns * in.width;
+    for (int64_t i = 0; i < cells; ++i)
+      if (in.item_PK[i] >= 0) ++start[in.item_PK[i] + 1];
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    pattern.resize(start.back());
+    std::vector<int32_t> fill(start.begin(), start.end() - 1);
+    for (int64_t i = 0; i < cells; ++i)
+      if (in.item_PK[i] >= 0) pattern[fill[in.item_PK[i]]++] = int32_t(i / in.width);
+  }
+};
+
+inline void keep(Priced& found, std::vector<int32_t> items, int64_t size, int64_t reduced) {
+  std::sort(items.begin(), items.end());
+  items.resize(size, -1);
+  found.item_CM.insert(found.item_CM.end(), items.begin(), items.end());
+  found.reduced_C.push_back(reduced);
+}
+
+}  // namespace moeserve
