@@ -9,7 +9,9 @@
     split                      which copy of a replicated expert a token uses: the runtime's rule
     layer_use  migration       where the tokens of a layer go; where a migrating token is after it
     cost                       balance and copies of a plan in each dataflow
-    report  pictures           the figures of a plan with its bound and gap; heat maps
+    report                     the figures of a plan with its bound and gap
+    plot  page                 the report of a plan: put together; as one HTML page
+    pictures  heat_map         what there is to see; heat maps as HTML
     fitted  baselines          what a plan was fitted on; contiguous and EPLB beside it
     cli  cluster_arguments     ``moeserve place``: the arguments; those of the cluster
     commands  tables           its verbs; what they print

@@ -22,7 +22,7 @@ import numpy as np
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing, Workload, split
 
-FITTED, HELD_OUT, BOTH, UNKNOWN = "fitted", "held out", "both", "unknown"
+FITTED, HELD_OUT, BOTH, UNKNOWN = "fitted", "held_out", "both", "unknown"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,5 +1,8 @@
 """The result of a verb for people: tables that fit 80 columns, and what their columns mean.
 
+A result with a ``frontier`` has ``points`` of ``name``, ``imbalance``, ``copies``, ``step`` and
+``admissible``, the name that was ``chosen``, and the parts of the routing ``judged_on``.
+
 Piped, lines are at most 80 columns wide, or as many as ``COLUMNS`` says. Every row says on what it
 was judged: what the plan was fitted on, what was held out, or both.
 """
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 JUDGED = {BOTH: "both", FITTED: "fitted", HELD_OUT: "held out", UNKNOWN: "unknown"}
+OURS = "this plan"
 _COLUMNS = ("plan", "judged on", "balance", "worst", "copies", "across", "priced", "bound", "gap")
 _TABLES = ("solve", "evaluate", "compare")
 
@@ -30,9 +34,11 @@ def show(verb: str, result: Mapping[str, Any]) -> None:
         return
     if "plan" in result:
         console.print(outline(result["plan"]))
-    rows = list(_rows(verb, result))
+    rows = list(table_rows(verb, result))
     _print_table(console, rows)
     console.print(_legend([figures for _, _, figures in rows]), style="dim")
+    if result.get("frontier"):
+        _print_frontier(console, result["frontier"])
     for name, why in _refused(result):
         console.print(f"{name} could not run: {why}")
     if verb == "solve":
@@ -55,7 +61,7 @@ def outline(plan: Mapping[str, Any]) -> str:
 Row = tuple[str, str, Mapping[str, Any]]
 
 
-def _rows(verb: str, result: Mapping[str, Any]) -> Iterator[Row]:
+def table_rows(verb: str, result: Mapping[str, Any]) -> Iterator[Row]:
     """Name, what it is judged on, figures."""
     for name, parts in result.get("baselines", {}).items():
         yield from _parts(name, parts)
@@ -64,16 +70,16 @@ def _rows(verb: str, result: Mapping[str, Any]) -> Iterator[Row]:
             yield from _parts(name, row)
             yield name, result["judged_on"], row
         return
-    name = "this plan"
-    if result["judged_on"] != FITTED or "fitted" not in result:
+    name = OURS
+    if verb != "plot" and (result["judged_on"] != FITTED or "fitted" not in result):
         yield name, result["judged_on"], result
     yield from _parts(name, result)
 
 
 def _parts(name: str, parts: Mapping[str, Any]) -> Iterator[Row]:
-    for key, kind in (("fitted", FITTED), ("held_out", HELD_OUT)):
-        if key in parts:
-            yield name, kind, parts[key]
+    for kind in (FITTED, HELD_OUT, UNKNOWN):
+        if kind in parts:
+            yield name, kind, parts[kind]
 
 
 def _print_table(console: Console, rows: list[Row]) -> None:
@@ -84,6 +90,23 @@ def _print_table(console: Console, rows: list[Row]) -> None:
         table.add_column(heading, justify="left" if heading in _COLUMNS[:2] else "right")
     for name, kind, row in rows:
         table.add_row(name, JUDGED[kind], *_cells(row))
+    console.print(table)
+
+
+def _print_frontier(console: Console, frontier: Mapping[str, Any]) -> None:
+    """What could be had instead, judged on parts that were left out, and what was picked."""
+    from rich.table import Table
+
+    parts = ", ".join(frontier["judged_on"])
+    console.print(f"copies against balance, each part left out in turn ({parts}), mean over them:")
+    table = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False, header_style="bold")
+    for heading in ("plan", "balance", "copies", "step", ""):
+        table.add_column(heading, justify="right" if heading in _COLUMNS[2:] else "left")
+    for point in frontier["points"]:
+        picked = point["name"] == frontier["chosen"]
+        note = "picked: fastest" if picked else "" if point["admissible"] else "too uneven"
+        cells = (point["imbalance"], point["copies"], point["step"])
+        table.add_row(point["name"], *(f"{cell:.3f}" for cell in cells), note)
     console.print(table)
 
 
