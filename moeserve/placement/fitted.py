@@ -33,6 +33,12 @@ class JudgedRouting:
     fitted: Routing | None = None
     held_out: Routing | None = None
 
+    def parts(self, routing: Routing) -> dict[str, Routing]:
+        """By kind: what there is; the ``routing`` that was judged, where its kind is unknown."""
+        both = {FITTED: self.fitted, HELD_OUT: self.held_out}
+        found = {kind: part for kind, part in both.items() if part is not None}
+        return found or {self.kind: routing}
+
 
 def digest(workload: Workload) -> str:
     """Of what was routed, and in which sequences; not of names and weights."""

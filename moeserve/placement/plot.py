@@ -2,7 +2,8 @@
 
 EPLB is made from what the plan was fitted on; where the plan does not say, or was fitted on other
 routing, from the very routing it is judged on, which the page then says. ``frontier`` is read from
-the plan's figures: ``{"points": [{"name", "copies", "imbalance"}], "chosen": name}``.
+the plan's figures, ``{"points": [{"name", "copies", "imbalance"}]}``, with the name that was
+``chosen`` beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from moeserve.errors import PlacementError
 from moeserve.placement import pictures
 from moeserve.placement.baselines import baselines
 from moeserve.placement.cluster import Cluster
-from moeserve.placement.fitted import FITTED, HELD_OUT, JudgedRouting, judge
+from moeserve.placement.fitted import judge
 from moeserve.placement.page import DrawnPoint, PlacementReport, judged_first, page
 from moeserve.placement.plan import Plan, write_whole
 from moeserve.placement.problem import Problem
@@ -45,7 +46,7 @@ def report_of(
     """Everything that the page shows of ``plan``."""
     pictures.require_layer(plan, options.layer)
     judged = judge(plan, routing)
-    parts = _parts(judged, routing)
+    parts = judged.parts(routing)
     problem = Problem(cluster, plan.num_slots, plan.dataflow, plan.phase, batch=options.batch)
     made = baselines(problem, judged.fitted or routing)
     beside = {n: p for n, p in made.items() if isinstance(p, Plan)}
@@ -85,13 +86,6 @@ def write(out: Path, report: PlacementReport) -> Path:
         raise PlacementError(f"cannot write into {out}: {cause.strerror}") from cause
     write_whole(file, page(report))
     return file
-
-
-def _parts(judged: JudgedRouting, routing: Routing) -> dict[str, Routing]:
-    """By the keys of figures."""
-    parts = {FITTED: judged.fitted, HELD_OUT: judged.held_out}
-    found = {key: part for key, part in parts.items() if part is not None}
-    return found or {judged.kind: routing}
 
 
 def _judged(
@@ -139,7 +133,7 @@ def _frontier(said: Mapping[str, Any]) -> list[DrawnPoint]:
         imbalance: Any = point.get("imbalance")
         if _is_number(copies) and _is_number(imbalance):
             name = str(point.get("name", ""))[:MOST_NAME]
-            chosen = point.get("name") == frontier.get("chosen")
+            chosen = point.get("name") == said.get("chosen")
             points.append(DrawnPoint(name, float(copies), float(imbalance), chosen))
     return points
 

@@ -1,7 +1,8 @@
 """The result of a verb for people: tables that fit 80 columns, and what their columns mean.
 
 A result with a ``frontier`` has ``points`` of ``name``, ``imbalance``, ``copies``, ``step`` and
-``admissible``, the name that was ``chosen``, and the parts of the routing ``judged_on``.
+``admissible``, and the parts of the routing ``judged_on``; ``chosen`` is the name of one, or of
+what was made after it.
 
 Piped, lines are at most 80 columns wide, or as many as ``COLUMNS`` says. Every row says on what it
 was judged: what the plan was fitted on, what was held out, or both.
@@ -38,7 +39,7 @@ def show(verb: str, result: Mapping[str, Any]) -> None:
     _print_table(console, rows)
     console.print(_legend([figures for _, _, figures in rows]), style="dim")
     if result.get("frontier"):
-        _print_frontier(console, result["frontier"])
+        _print_frontier(console, result["frontier"], result.get("chosen"))
     for name, why in _refused(result):
         console.print(f"{name} could not run: {why}")
     if verb == "solve":
@@ -93,7 +94,7 @@ def _print_table(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
-def _print_frontier(console: Console, frontier: Mapping[str, Any]) -> None:
+def _print_frontier(console: Console, frontier: Mapping[str, Any], chosen: str | None) -> None:
     """What could be had instead, judged on parts that were left out, and what was picked."""
     from rich.table import Table
 
@@ -101,10 +102,10 @@ def _print_frontier(console: Console, frontier: Mapping[str, Any]) -> None:
     console.print(f"copies against balance, each part left out in turn ({parts}), mean over them:")
     table = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False, header_style="bold")
     for heading in ("plan", "balance", "copies", "step", ""):
-        table.add_column(heading, justify="right" if heading in _COLUMNS[2:] else "left")
+        table.add_column(heading, justify="left" if heading in ("plan", "") else "right")
     for point in frontier["points"]:
-        picked = point["name"] == frontier["chosen"]
-        note = "picked: fastest" if picked else "" if point["admissible"] else "too uneven"
+        picked = point["name"] == chosen
+        note = "picked" if picked else "" if point["admissible"] else "too uneven"
         cells = (point["imbalance"], point["copies"], point["step"])
         table.add_row(point["name"], *(f"{cell:.3f}" for cell in cells), note)
     console.print(table)
@@ -131,7 +132,7 @@ def _legend(rows: list[Mapping[str, Any]]) -> str:
     gap = (
         f"gap: no plan within the same limits is better by more, by a certified bound ({bounds})."
         if bounds
-        else "gap: no bound was looked for that says anything (--bound-limit SECONDS)."
+        else "gap: no bound that says anything was certified in the time (--bound-limit SECONDS)."
     )
     return (
         "balance, worst: load of the fullest device over the mean, mean and worst layer. copies, "

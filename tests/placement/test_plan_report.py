@@ -138,7 +138,7 @@ def test_a_frontier_is_drawn(tmp_path: Path, plan: Path, trace: Path) -> None:
         {"name": HOSTILE, "copies": 3.5, "imbalance": 1.4},
         {"name": "even", "copies": 4.5, "imbalance": 1.1},
     ]
-    document["figures"]["frontier"] = {"points": points, "chosen": "even"}
+    document["figures"] |= {"frontier": {"points": points}, "chosen": "even"}
     plan.write_text(json.dumps(document))
     page = plotted(tmp_path / "a.html", plan, "--routing", trace)
     assert page.count("<circle") == 2
@@ -150,10 +150,10 @@ def test_a_frontier_is_printed(plan: Path, capsys: pytest.CaptureFixture[str]) -
     figures = json.loads(plan.read_text())["figures"]
     point = {"imbalance": 1.2, "copies": 3.5, "step": 7.25, "admissible": True}
     points = [{**point, "name": "eplb"}, {**point, "name": "other", "admissible": False}]
-    frontier = {"points": points, "chosen": "eplb", "judged_on": ["a", "b"]}
-    show("solve", figures | {"out": "p.json", "frontier": frontier})
+    frontier = {"points": points, "judged_on": ["a", "b"]}
+    show("solve", figures | {"out": "p.json", "frontier": frontier, "chosen": "eplb"})
     said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "eplb 1.200 3.500 7.250 picked: fastest" in said
+    assert "eplb 1.200 3.500 7.250 picked" in said
     assert "other 1.200 3.500 7.250 too uneven" in said
 
 
