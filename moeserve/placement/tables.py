@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 JUDGED = {BOTH: "both", FITTED: "fitted", HELD_OUT: "held out", UNKNOWN: "unknown"}
 OURS = "this plan"
 _COLUMNS = ("plan", "judged on", "balance", "worst", "copies", "across", "priced", "bound", "gap")
+MOST_GAP = 1.0  # more says nothing
 _TABLES = ("solve", "evaluate", "compare")
 
 
@@ -118,7 +119,8 @@ def _cells(row: Mapping[str, Any]) -> Iterator[str]:
         yield "-" if row[key] is None else f"{row[key]:.3f}"
     yield f"{row['objective']:.4f}"[:7]
     loose = row["gap"] is None or _is_loose(row)
-    yield from ("-", "-") if loose else (f"{row['bound']:.4f}"[:7], f"{row['gap']:.1%}")
+    gap = "-" if loose else f"{row['gap']:.1%}" if row["gap"] < MOST_GAP else f">{MOST_GAP:.0%}"
+    yield from ("-" if loose else f"{row['bound']:.4f}"[:7], gap)
 
 
 def _is_loose(row: Mapping[str, Any]) -> bool:

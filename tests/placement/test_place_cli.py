@@ -220,7 +220,7 @@ nodes = [{count = 1, devices = 2}, {count = 1, devices = 2, rails = 1, speed = 0
 def test_a_topology_stands_for_the_flags(capsys, tmp_path, trace) -> None:
     plan, cluster = tmp_path / "plan.json", tmp_path / "cluster.toml"
     cluster.write_text(TOPOLOGY)
-    words = ("solve", "--routing", trace, "--out", plan, *SMALL)
+    words = ("solve", "--routing", trace, "--out", plan, "--solver", "eplb", *SMALL)
     status, solved = place(capsys, *words, "--topology", cluster)
     assert status == 0
     flags = ("--devices", 4, "--nodes", 2, "--node-ratio", 13.5, "--speeds", 1, 1, 0.5, 0.5)

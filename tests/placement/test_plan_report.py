@@ -102,6 +102,23 @@ def test_a_page_has_everything_and_loads_nothing(tmp_path: Path, plan: Path, tra
     assert "certified" in page
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("--dataflow", "migrate"),
+        ("--dataflow", "replicated", "--phase", "decode"),
+        ("--dataflow", "home-dedup", "--slots", "20"),
+    ],
+)
+def test_any_plan_has_a_page(tmp_path: Path, trace: Path, kind: tuple[str, ...]) -> None:
+    path = tmp_path / "plan.json"
+    words = ("--devices", "4", "--time-limit", "1", "--threads", "1", "--bound-limit", "0", *kind)
+    assert cli.main(["place", "solve", "--routing", str(trace), "--out", str(path), *words]) == 0
+    page = plotted(tmp_path / "a.html", path, "--routing", trace, "--layer", 1)
+    assert f"{kind[1]}, " in page
+    assert len(Texts(page).links) == 7  # the last layer has none after it
+
+
 def test_counts_and_plans_that_do_not_say_what_they_were_fitted_on(
     tmp_path: Path, plan: Path
 ) -> None:
