@@ -26,7 +26,6 @@ EXAMPLES = {
     "compare": "moeserve place compare --routing chat.npz --topology h200.toml",
     "export": "moeserve place export --plan plan.json --format vllm --out map.json",
     "plot": "moeserve place plot --plan plan.json --routing chat.npz --out plan.html",
-    "replay": "moeserve place replay --routing chat.npz code.npz --devices 8",
 }
 BAD_INPUT = 1
 INTERRUPTED = 130
