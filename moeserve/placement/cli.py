@@ -25,8 +25,7 @@ EXAMPLES = {
     "evaluate": "moeserve place evaluate --plan plan.json --routing tomorrow.npz",
     "compare": "moeserve place compare --routing chat.npz --topology h200.toml",
     "export": "moeserve place export --plan plan.json --format vllm --out map.json",
-    "plot": "moeserve place plot --plan plan.json --routing chat.npz --out report/",
-    "replay": "moeserve place replay --routing chat.npz code.npz --devices 8",
+    "plot": "moeserve place plot --plan plan.json --routing chat.npz --out plan.html",
 }
 BAD_INPUT = 1
 INTERRUPTED = 130
@@ -209,6 +208,11 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _weigh(parser: argparse.ArgumentParser) -> None:
+    _effort(parser)
+    _copies(parser)
+
+
+def _effort(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=2, help="to search with (default %(default)s)"
     )
@@ -219,6 +223,9 @@ def _weigh(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time for a bound on each plan's copies (default %(default)s)",
     )
+
+
+def _copies(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dispatch-bytes", type=int, default=0, help="bytes of a copy going out")
     parser.add_argument("--combine-bytes", type=int, default=0, help="bytes of a copy coming back")
     parser.add_argument(
@@ -308,13 +315,19 @@ def _export(verbs: Subparsers) -> None:
 
 
 def _plot(verbs: Subparsers) -> None:
-    parser = _verb(verbs, "plot", "heat maps as PNG and a self-contained HTML report")
+    parser = _verb(verbs, "plot", "a report of a plan: one HTML page, against contiguous and EPLB")
     _plan(parser)
     _routing(parser)
     _topology(parser)
     _link(parser)
-    parser.add_argument("--layer", type=int, default=0, help="layer whose experts are shown")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write")
+    _copies(parser)
+    _batch(parser)
+    parser.add_argument(
+        "--layer", type=int, default=0, help="layer whose experts are shown (default %(default)s)"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", help="FILE.html, or a folder for report.html"
+    )
 
 
 if __name__ == "__main__":

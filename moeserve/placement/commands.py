@@ -16,6 +16,7 @@ import numpy as np
 from moeserve.errors import PlacementError
 from moeserve.placement import fitted as known
 from moeserve.placement import plan as plans
+from moeserve.placement import plot as drawn
 from moeserve.placement import tables
 from moeserve.placement.baselines import baselines
 from moeserve.placement.cluster import Cluster, Dataflow, Phase
@@ -80,7 +81,7 @@ def solve(arguments: argparse.Namespace) -> dict[str, Any]:
     result["seconds"] = seconds
     result["solver"] = arguments.solver
     result["time_limit"] = arguments.time_limit
-    result["plan"] = _outline(plan)
+    result["plan"] = plan.outline()
     result["judged_on"] = known.BOTH if held is not None else known.FITTED
     result["fitted_on"] = known.record(routing, arguments.held_out)
     if solved.bound_L is not None:
@@ -104,7 +105,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     result = _figures(plan, routing, cluster, arguments)
     result["seconds"] = time.monotonic() - began
-    result["plan"] = _outline(plan)
+    result["plan"] = plan.outline()
     judged = known.judge(plan, routing)
     result["judged_on"] = judged.kind
     if judged.kind == known.BOTH:
@@ -161,14 +162,17 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(arguments: argparse.Namespace) -> dict[str, Any]:
-    from moeserve.placement import pictures
-
     plan = plans.load(Path(arguments.plan))
-    arguments.experts = arguments.experts or plan.num_experts
-    routing = _read(arguments)
-    result = figures(plan, routing, plan_cluster(plan, arguments))
-    files = pictures.write(Path(arguments.out), plan, routing, result, arguments.layer)
-    return {"out": arguments.out, "files": files}
+    routing = _read_for(plan, arguments)
+    options = drawn.PlotOptions(
+        arguments.layer,
+        arguments.batch,
+        arguments.homes,
+        CopyBytes(arguments.dispatch_bytes, arguments.combine_bytes),
+    )
+    cluster = plan_cluster(plan, arguments)
+    report = drawn.report_of(plan, Path(arguments.plan).name, routing, cluster, options)
+    return {"out": str(drawn.write(Path(arguments.out), report))}
 
 
 def show(verb: str, result: dict[str, Any]) -> None:
@@ -190,14 +194,6 @@ def _read_for(plan: Plan, arguments: argparse.Namespace) -> Routing:
     return routing
 
 
-def _outline(plan: Plan) -> dict[str, Any]:
-    return {
-        "layers": plan.num_layers, "experts": plan.num_experts, "slots": plan.num_slots,
-        "devices": plan.num_devices, "nodes": plan.num_nodes, "dataflow": str(plan.dataflow),
-        "phase": str(plan.phase),
-    }  # fmt: skip
-
-
 def _parts(
     plan: Plan,
     fitted: Routing | dict[str, Any] | None,
@@ -208,7 +204,7 @@ def _parts(
     """Figures on what was fitted (or those, where they are known) and on what was held out."""
     quick = replace(_effort(arguments), seconds=0.0)
     parts = {}
-    for name, part in (("fitted", fitted), ("held_out", held)):
+    for name, part in ((known.FITTED, fitted), (known.HELD_OUT, held)):
         if isinstance(part, Routing):
             parts[name] = _figures(plan, part, cluster, arguments, quick)
         elif part is not None:

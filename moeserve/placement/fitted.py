@@ -22,7 +22,7 @@ import numpy as np
 from moeserve.placement.plan import Plan
 from moeserve.placement.routing import Routing, Workload, split
 
-FITTED, HELD_OUT, BOTH, UNKNOWN = "fitted", "held out", "both", "unknown"
+FITTED, HELD_OUT, BOTH, UNKNOWN = "fitted", "held_out", "both", "unknown"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +32,12 @@ class JudgedRouting:
     kind: str
     fitted: Routing | None = None
     held_out: Routing | None = None
+
+    def parts(self, routing: Routing) -> dict[str, Routing]:
+        """By kind: what there is; the ``routing`` that was judged, where its kind is unknown."""
+        both = {FITTED: self.fitted, HELD_OUT: self.held_out}
+        found = {kind: part for kind, part in both.items() if part is not None}
+        return found or {self.kind: routing}
 
 
 def digest(workload: Workload) -> str:

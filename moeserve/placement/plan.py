@@ -143,6 +143,14 @@ class Plan:
         devices = np.arange(self.num_devices, dtype=np.int32)
         return devices // np.int32(self.num_devices // self.num_nodes)
 
+    def outline(self) -> dict[str, Any]:
+        """Its size and kind, for figures."""
+        return {
+            "layers": self.num_layers, "experts": self.num_experts, "slots": self.num_slots,
+            "devices": self.num_devices, "nodes": self.num_nodes, "dataflow": str(self.dataflow),
+            "phase": str(self.phase),
+        }  # fmt: skip
+
     def sorted(self) -> Plan:
         """The same plan with each device's experts in ascending order."""
         return with_slots(self, tidy(self.expert_LS, self.num_devices))

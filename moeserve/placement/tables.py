@@ -1,5 +1,9 @@
 """The result of a verb for people: tables that fit 80 columns, and what their columns mean.
 
+A result with a ``frontier`` has ``points`` of ``name``, ``imbalance``, ``copies``, ``step`` and
+``admissible``, and the parts of the routing ``judged_on``; ``chosen`` is the name of one, or of
+what was made after it.
+
 Piped, lines are at most 80 columns wide, or as many as ``COLUMNS`` says. Every row says on what it
 was judged: what the plan was fitted on, what was held out, or both.
 """
@@ -15,7 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 JUDGED = {BOTH: "both", FITTED: "fitted", HELD_OUT: "held out", UNKNOWN: "unknown"}
+OURS = "this plan"
 _COLUMNS = ("plan", "judged on", "balance", "worst", "copies", "across", "priced", "bound", "gap")
+MOST_GAP = 1.0  # more says nothing
 _TABLES = ("solve", "evaluate", "compare")
 
 
@@ -30,9 +36,11 @@ def show(verb: str, result: Mapping[str, Any]) -> None:
         return
     if "plan" in result:
         console.print(outline(result["plan"]))
-    rows = list(_rows(verb, result))
+    rows = list(table_rows(verb, result))
     _print_table(console, rows)
     console.print(_legend([figures for _, _, figures in rows]), style="dim")
+    if result.get("frontier"):
+        _print_frontier(console, result["frontier"], result.get("chosen"))
     for name, why in _refused(result):
         console.print(f"{name} could not run: {why}")
     if verb == "solve":
@@ -55,7 +63,7 @@ def outline(plan: Mapping[str, Any]) -> str:
 Row = tuple[str, str, Mapping[str, Any]]
 
 
-def _rows(verb: str, result: Mapping[str, Any]) -> Iterator[Row]:
+def table_rows(verb: str, result: Mapping[str, Any]) -> Iterator[Row]:
     """Name, what it is judged on, figures."""
     for name, parts in result.get("baselines", {}).items():
         yield from _parts(name, parts)
@@ -64,16 +72,16 @@ def _rows(verb: str, result: Mapping[str, Any]) -> Iterator[Row]:
             yield from _parts(name, row)
             yield name, result["judged_on"], row
         return
-    name = "this plan"
-    if result["judged_on"] != FITTED or "fitted" not in result:
+    name = OURS
+    if verb != "plot" and (result["judged_on"] != FITTED or "fitted" not in result):
         yield name, result["judged_on"], result
     yield from _parts(name, result)
 
 
 def _parts(name: str, parts: Mapping[str, Any]) -> Iterator[Row]:
-    for key, kind in (("fitted", FITTED), ("held_out", HELD_OUT)):
-        if key in parts:
-            yield name, kind, parts[key]
+    for kind in (FITTED, HELD_OUT, UNKNOWN):
+        if kind in parts:
+            yield name, kind, parts[kind]
 
 
 def _print_table(console: Console, rows: list[Row]) -> None:
@@ -87,6 +95,23 @@ def _print_table(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
+def _print_frontier(console: Console, frontier: Mapping[str, Any], chosen: str | None) -> None:
+    """What could be had instead, judged on parts that were left out, and what was picked."""
+    from rich.table import Table
+
+    parts = ", ".join(frontier["judged_on"])
+    console.print(f"copies against balance, each part left out in turn ({parts}), mean over them:")
+    table = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False, header_style="bold")
+    for heading in ("plan", "balance", "copies", "step", ""):
+        table.add_column(heading, justify="left" if heading in ("plan", "") else "right")
+    for point in frontier["points"]:
+        picked = point["name"] == chosen
+        note = "picked" if picked else "" if point["admissible"] else "too uneven"
+        cells = (point["imbalance"], point["copies"], point["step"])
+        table.add_row(point["name"], *(f"{cell:.3f}" for cell in cells), note)
+    console.print(table)
+
+
 def _cells(row: Mapping[str, Any]) -> Iterator[str]:
     balance = row["imbalance"]
     yield from (f"{balance['mean']:.4f}", f"{balance['worst']:.3f}")
@@ -94,7 +119,8 @@ def _cells(row: Mapping[str, Any]) -> Iterator[str]:
         yield "-" if row[key] is None else f"{row[key]:.3f}"
     yield f"{row['objective']:.4f}"[:7]
     loose = row["gap"] is None or _is_loose(row)
-    yield from ("-", "-") if loose else (f"{row['bound']:.4f}"[:7], f"{row['gap']:.1%}")
+    gap = "-" if loose else f"{row['gap']:.1%}" if row["gap"] < MOST_GAP else f">{MOST_GAP:.0%}"
+    yield from ("-" if loose else f"{row['bound']:.4f}"[:7], gap)
 
 
 def _is_loose(row: Mapping[str, Any]) -> bool:
@@ -108,7 +134,7 @@ def _legend(rows: list[Mapping[str, Any]]) -> str:
     gap = (
         f"gap: no plan within the same limits is better by more, by a certified bound ({bounds})."
         if bounds
-        else "gap: no bound was looked for that says anything (--bound-limit SECONDS)."
+        else "gap: no bound that says anything was certified in the time (--bound-limit SECONDS)."
     )
     return (
         "balance, worst: load of the fullest device over the mean, mean and worst layer. copies, "
