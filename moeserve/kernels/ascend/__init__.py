@@ -9,6 +9,7 @@
     kv                         the paged cache in device memory, attention over it
     grid                       units and exact sums of contributions, elementwise
     dispatch  wire             dispatch and combine over records in host memory
+    buffers                    what HCCL's buffer must hold, and the environment of ranks
     records                    packed weights over memory: refused
     schemas                    the operators' signatures (schemas.txt), as the wheel has them
     twin                       each operator in plain torch by its documentation, for machines

@@ -251,6 +251,9 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
                 return f"this torch_npu has no {name}"
         return attention_lacks(shape)
 
+    def kv_in_host(self, shape: KvShape) -> bool:
+        return bool(self._attention_lacks(shape))
+
     def kv_bytes_per_block(self, shape: KvShape) -> int:
         if self._attention_lacks(shape):
             return self.host.kv_bytes_per_block(shape)
