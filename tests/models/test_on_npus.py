@@ -26,6 +26,7 @@ from moeserve.kernels.ops import Ops
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
+from moeserve.models.npu_fallbacks import npu_fallbacks
 from moeserve.models.spec import MoeSpec
 from moeserve.observe.progress import Progress
 
@@ -78,8 +79,10 @@ def greedy(decoder: Decoder, block_size: int = 16) -> list[int]:
 def test_greedy_tokens_are_the_reference_s(
     npu: AscendOps, tiny_checkpoint: Tiny, family: str
 ) -> None:
-    folder = tiny_checkpoint(family)
-    assert greedy(load_decoder(folder, npu)) == greedy(load_decoder(folder, ReferenceOps()))
+    folder, own = tiny_checkpoint(family), AscendOps(npu.device)
+    decoder = load_decoder(folder, own)
+    assert greedy(decoder) == greedy(load_decoder(folder, ReferenceOps()))
+    assert own.fallbacks == npu_fallbacks(decoder.spec, torch.float32, 16)
 
 
 # By the greatest logit: products of bf16 are rounded once more, and so is what fused attention
@@ -103,7 +106,8 @@ def test_logits_are_near_and_neither_batch_nor_chunks_change_a_bit(
     folder, own = tiny_checkpoint(family), AscendOps(npu.device)
     decoder = load_decoder(folder, own, options(kind))
     (alone,) = Served(decoder, block_size).run((0, PROMPT, 0))
-    assert "attention" not in own.fallbacks
+    assert own.fallbacks == {}
+    assert npu_fallbacks(decoder.spec, torch.bfloat16, block_size) == {}
     theirs = load_decoder(folder, ReferenceOps(), options(kind))
     (wanted,) = Served(theirs, block_size).run((0, PROMPT, 0))
     assert (alone - wanted).abs().max() <= NEAR[kind] * wanted.abs().max()

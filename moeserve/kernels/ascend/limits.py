@@ -10,6 +10,12 @@ import torch
 
 from moeserve.kernels.ops import KvShape, RouterSpec
 
+# What falls back, and why where that is one reason.
+INT4 = ("int4 products", "no operator keeps the sums of a group exact")
+ATTENTION, KV_COPIES, ROUTING = "attention", "attention over a copy of KV", "routing"
+WINDOWS = "windows and sinks are not among what fused attention is used for"
+GATED_LOGITS = "gating has no bias on logits of which the chosen make a softmax"
+
 # npu_quant_matmul and npu_grouped_matmul: the last dimension of either side.
 MOST_INNER = 65535
 # npu_moe_gating_top_k: experts, and experts of all groups once each is padded to a multiple of 32.

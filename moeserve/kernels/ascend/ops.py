@@ -23,7 +23,18 @@ from torch import Tensor
 
 from moeserve.kernels.ascend import calls, grid, kv, matrices
 from moeserve.kernels.ascend.dispatch import AscendDispatch
-from moeserve.kernels.ascend.limits import MASK, attention_lacks, heads_lack, routing_lacks
+from moeserve.kernels.ascend.limits import (
+    ATTENTION,
+    GATED_LOGITS,
+    INT4,
+    KV_COPIES,
+    MASK,
+    ROUTING,
+    WINDOWS,
+    attention_lacks,
+    heads_lack,
+    routing_lacks,
+)
 from moeserve.kernels.ascend.matrices import DeviceExperts, Matrices
 from moeserve.kernels.ascend.records import WithoutRecords
 from moeserve.kernels.fused import Composed, attend, head
@@ -51,8 +62,6 @@ from moeserve.kernels.ops import (
 from moeserve.kernels.sampling import SampledRow, SamplingRow
 from moeserve.kernels.select import cpu_ops
 
-INT4 = ("int4 products", "no operator keeps the sums of a group exact")
-WINDOWS = "windows and sinks are not among what fused attention is used for"
 # Fields of parts' weights that are plain vectors.
 VECTORS = ("norm_H", "q_norm", "k_norm", "latent_norm", "sinks_A", "bias_E")
 
@@ -169,7 +178,7 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
     ) -> tuple[Tensor, Tensor]:
         if (why := self._routing_lacks(spec, bias_E)) or not len(logits_TE):
             if why:
-                self.fall_back("routing", why)
+                self.fall_back(ROUTING, why)
             bias = None if bias_E is None else bias_E.cpu()
             ids_TC, weights_TC = self.host.route_topk(logits_TE.cpu(), spec, bias)
             return ids_TC.to(self.device), weights_TC.to(self.device)
@@ -194,7 +203,7 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
         if not calls.has("npu_moe_gating_top_k"):
             return "this torch_npu has no npu_moe_gating_top_k"
         if spec.scoring == "topk_softmax" and bias_E is not None:
-            return "gating has no bias on logits of which the chosen make a softmax"
+            return GATED_LOGITS
         return routing_lacks(spec)
 
     def moe_ffn(
@@ -241,7 +250,7 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
 
     def new_kv(self, shape: KvShape) -> KvCache:
         if why := self._attention_lacks(shape):
-            self.fall_back("attention", why)
+            self.fall_back(ATTENTION, why)
             return kv.host_cache(self.host, shape)
         return kv.new_cache(shape, self.device)
 
@@ -317,7 +326,7 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
             why = heads_lack(shape, q_TAD.shape[1]) if plain else WINDOWS
             if not why:
                 return kv.attend(q_TAD, cache, batch, scale, self._mask_MM)
-            self.fall_back("attention over a copy of KV", why)
+            self.fall_back(KV_COPIES, why)
             hosted, batch = kv.copy_to_host(cache, batch, self.host)
         sinks = None if sinks_A is None else sinks_A.cpu()
         out_TAV = self.host.paged_attention(
