@@ -7,6 +7,8 @@ nothing beyond the operators' documentation.
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +33,7 @@ from moeserve.kernels.ops import (
 )
 from moeserve.kernels.reference.combine import exact_sum
 from moeserve.kernels.reference.ops import ReferenceOps
+from moeserve.kernels.select import TABLES
 
 REFERENCE = ReferenceOps()
 FEW = settings(max_examples=15, deadline=None)
@@ -222,6 +225,31 @@ def test_what_falls_back_is_named_once(npu: AscendOps, caplog: pytest.LogCapture
         "routing": "1 experts in a group: gating takes more than 2",
     }
     assert len(caplog.records) == 3
+
+
+def test_a_torch_npu_with_the_least_operators_serves_and_names_what_it_lacks(
+    npu: AscendOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "has", lambda name: name in calls.NEEDED)
+    ops, x = AscendOps(npu.device), draw(1, 3, 16)
+    spec, pair = RouterSpec(16, 4), (Activation.CLAMPED, Activation.SWIGLU)
+    assert torch.equal(ops.route_topk(x, spec)[0], REFERENCE.route_topk(x, spec)[0])
+    for activation in pair:
+        assert near(ops.glu(x, activation), REFERENCE.glu(x, activation), 2e-6)
+    cache = filled(ops, GQA, torch.arange(256))
+    batch = AttentionBatch(*(torch.tensor(n, dtype=torch.int32) for n in ([0, 1], [9], [[0]])))
+    assert ops.paged_attention(draw(2, 1, 4, 128), cache, batch, scale=0.1).isfinite().all()
+    assert ops.fallbacks == {
+        "routing": "this torch_npu has no npu_moe_gating_top_k",
+        "clamped activation": "this torch_npu has no npu_clipped_swiglu",
+        "attention": "this torch_npu has no npu_fused_infer_attention_score_v2",
+    }
+    assert device_table("npu") is AscendOps
+
+
+def device_table(kind: str) -> object:
+    module, name = TABLES[kind]
+    return getattr(importlib.import_module(module), name)
 
 
 def test_limits_are_those_of_the_documentation() -> None:

@@ -21,6 +21,11 @@ from moeserve.comm.exchange.base import Exchange
 from moeserve.comm.group import Topology
 from moeserve.comm.layout import LayerLayout
 from moeserve.config.options import LoadOptions
+from moeserve.core import Counters, Request, RequestId, SamplingParams
+from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
+from moeserve.engine.model_runner import ModelRunner
+from moeserve.engine.scheduler import Scheduler
 from moeserve.kernels.ascend.ops import AscendOps
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.reference.ops import ReferenceOps
@@ -128,6 +133,34 @@ def test_int8_products_are_the_reference_s(
         decoder = load_decoder(tiny_checkpoint(family), ops, LoadOptions(quantization="int8"))
         logits += Served(decoder).run((0, PROMPT, 0))
     assert (logits[0] - logits[1]).abs().max() <= 0.02 * logits[1].abs().max()
+
+
+def served_by_steps(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Sampled and greedy answers in turn, in steps that a scheduler plans: chunks of 4 tokens, and
+    decodes that come again with the same tensors."""
+    counters, tokens = Counters(), [list[int]() for _ in prompts]
+    config = SchedulerConfig(max_model_len=64, max_num_seqs=4, max_num_batched_tokens=4)
+    scheduler = Scheduler(config, BlockPool(24, 16, counters), counters)
+    runner = ModelRunner(decoder, 24, 16)
+    for n, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=n % 2, max_tokens=6, ignore_eos=True, seed=n)
+        scheduler.add(Request(RequestId(str(n)), tuple(prompt), params))
+    while scheduler.has_work:
+        for out in scheduler.apply(runner.run(scheduler.plan(0.0))):
+            tokens[int(out.request_id)].append(out.token_id)
+    return tokens
+
+
+def test_an_engine_s_steps_give_the_tokens_of_each_request_alone(
+    npu: AscendOps, tiny_checkpoint: Tiny
+) -> None:
+    decoder = load_decoder(tiny_checkpoint("deepseek_v3_wide"), npu, LoadOptions(dtype="bfloat16"))
+    prompts = [PROMPT, PROMPT[::-1], PROMPT[2:7]]
+    together = served_by_steps(decoder, prompts)
+    assert [len(tokens) for tokens in together] == [6, 6, 6]
+    assert together[0] == served_by_steps(decoder, prompts[:1])[0]
+    # The same seed and place, so that it draws the same numbers.
+    assert together[:2] == served_by_steps(decoder, prompts[:2])
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen2_moe"])
