@@ -39,7 +39,7 @@ def experts_of(part: Part[MoeWeights]) -> DeviceExperts:
     return cast("DeviceExperts", part.weights.experts.data)
 
 
-def to_host(routed: Routed) -> Routed:
+def routed_on_host(routed: Routed) -> Routed:
     return Routed(routed.normed_TH.cpu(), routed.ids_TC.cpu(), routed.weights_TC.cpu())
 
 
@@ -71,7 +71,7 @@ class AscendDispatch:
         areas_R: Sequence[Tensor],
     ) -> None:
         if (there := host_of(part)) is not None:
-            self.host.pack_tokens(x_TH.cpu(), there, to_host(routed), copies, areas_R)
+            self.host.pack_tokens(x_TH.cpu(), there, routed_on_host(routed), copies, areas_R)
             return
         experts, rows = part.weights.experts, len(x_TH)
         form = Wire(experts_of(part).ups.data_EKN.dtype, experts.hidden, copies.slot_NC.shape[1])
@@ -174,7 +174,9 @@ class AscendDispatch:
         if (there := host_of(part)) is not None:
             x_host = x_TH.cpu().clone()
             shared_host = None if shared_TH is None else shared_TH.cpu()
-            self.host.combine(x_host, there, to_host(routed), copies, segments_R, shared_host)
+            self.host.combine(
+                x_host, there, routed_on_host(routed), copies, segments_R, shared_host
+            )
             x_TH.copy_(x_host)
             return
         combine, experts, rows = part.weights.combine, part.weights.experts, len(x_TH)
