@@ -15,7 +15,7 @@ TORCH := torch==2.13.0
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-all fuzz clients check sanitize bench docs proto lock hooks clean
-.PHONY: distclean
+.PHONY: distclean ascend-schemas
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,12 @@ CLIENTS := build/clients
 clients: $(STAMP) ## run real clients against a server, each in an environment of its own
 	mkdir -p $(CLIENTS)
 	CLIENT_ENVIRONMENTS=$(CLIENTS) $(BIN)/pytest tests/clients $(ARGS)
+
+ASCEND := build/ascend
+TORCH_NPU := torch_npu==2.13.0
+ascend-schemas: $(STAMP) ## compare the Ascend backend with the wheel of torch_npu, without CANN (44 MB)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: -d $(ASCEND) '$(TORCH_NPU)'
+	ASCEND_WHEEL=$$(ls $(CURDIR)/$(ASCEND)/torch_npu-*.whl) $(BIN)/pytest tests/kernels/wheel $(ARGS)
 
 DOCS = README.md CONTRIBUTING.md SECURITY.md bench/README.md launch/README.md kernels/cpu/README.md \
   $(filter-out docs/settings.md,$(wildcard docs/*.md))  # which is generated

@@ -168,6 +168,10 @@ def run_doctor(
     if model is not None and software.torch is not None:
         try:
             report = examine_model(model, host, notes)
+            if device.chosen == "npu":
+                from moeserve.models.npu_fallbacks import would_fall_back
+
+                notes += map(Advice, would_fall_back(report.path, config_of(os.environ)))
             if asked is not None:
                 from moeserve.forecast.command import forecast_here
 

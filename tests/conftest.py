@@ -22,6 +22,8 @@ from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 from moeserve.comm.exchange.base import Exchange, ExchangeStats
+from moeserve.kernels.ascend import twin
+from moeserve.kernels.ascend.ops import AscendOps
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
@@ -135,6 +137,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": _YARN,
         },
     ),
+    # Heads and latents as wide as fused attention of accelerators asks for.
+    "qwen3_moe_wide": (
+        "Qwen3Moe",
+        {
+            **_GQA,
+            "head_dim": 128,
+            "moe_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+    ),
+    "deepseek_v3_wide": (
+        "DeepseekV3",
+        {**_MLA, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "routed_scaling_factor": 2.5},
+    ),
     "mixtral": (
         "Mixtral",
         {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24},
@@ -236,6 +254,15 @@ def hf_model(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
 def ops() -> Ops:
     """The fastest backend here; tests of the models run on the reference as well."""
     return choose_ops()
+
+
+@pytest.fixture(scope="session")
+def npu() -> Iterator[AscendOps]:
+    """The table of NPUs over the twin of their operators, which stays for the session: names of
+    ``torch.ops`` cannot be defined twice."""
+    library = twin.register()
+    yield AscendOps(torch.device("cpu"))
+    assert library
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from moeserve import doctor
 from moeserve.doctor import DoctorReport, HostReport, Port
 from moeserve.errors import CheckpointError
 from moeserve.host import read_memory
+from moeserve.kernels.device import DeviceReport, Devices
 from moeserve.kernels.probe import Machine, Rate
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.decoder import load_decoder
@@ -259,3 +260,27 @@ def test_an_absent_mpi4py_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "extra_version", lambda module: None)
     monkeypatch.setattr(doctor, "which_mpi", lambda: pytest.fail("asked"))
     assert set(doctor.examine_extras().values()) == {None}
+
+
+@pytest.mark.usefixtures("own_ports")
+def test_what_would_not_run_on_an_npu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = DeviceReport("auto", "npu", "1 x Ascend910B3 found", Devices())
+    monkeypatch.setattr(doctor, "examine_device", lambda asked: chosen)
+    report = doctor.run_doctor("demo")
+    said = [note.found for note in report.notes if "falls back" in note.found]
+    assert said == [
+        "attention falls back to the host's CPU: a latent of 64 + 16: fused attention takes "
+        "512 + 64"
+    ]
+    assert "npu: 1 x Ascend910B3 found" in shown(report)
+
+
+@pytest.mark.usefixtures("own_ports")
+def test_a_device_that_cannot_be_had_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = "device='npu': CANN is missing"
+    found = DeviceReport("npu", "", refused, Devices(), problem=refused)
+    monkeypatch.setattr(doctor, "examine_device", lambda asked: found)
+    report = doctor.run_doctor()
+    assert report.exit_status == 1
+    assert report.problems == (doctor.Advice(refused),)
+    assert json.loads(json.dumps(report.to_json()))["device"]["problem"] == refused

@@ -173,7 +173,7 @@ class FlatDispatcher:
         self._progress.begin("dispatch")
         self.stats.rounds += 1
         self.stats.tokens += len(x_TH)
-        sent = sharded.table.assign(routed.ids_TC, hop.rank)
+        sent = sharded.table.assign(routed.ids_TC.cpu(), hop.rank)
         hop.send_tokens(
             lane, wire, sent, lambda at: ops.pack_tokens(x_TH, part, routed, sent.copies, at)
         )
@@ -226,7 +226,7 @@ class HierarchicalDispatcher:
         self._progress.begin("dispatch")
         self.stats.rounds += 1
         self.stats.tokens += len(x_TH)
-        sent = sharded.table.assign(routed.ids_TC, self._rank, ranks_per_unit=size)
+        sent = sharded.table.assign(routed.ids_TC.cpu(), self._rank, ranks_per_unit=size)
         outer.send_tokens(
             lane, wire, sent, lambda at: ops.pack_tokens(x_TH, part, routed, sent.copies, at)
         )

@@ -13,13 +13,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from moeserve.config.options import LoadOptions, RankModelOptions
 from moeserve.errors import ConfigError
+from moeserve.host import read_memory
 from moeserve.kernels.device import Card, free_memory
-from moeserve.kernels.ops import Ops
+from moeserve.kernels.ops import KvShape, Ops
+from moeserve.models.attention import kv_shape
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import Decoder, assemble
 from moeserve.models.library import resolve_model
@@ -87,15 +90,32 @@ def per_token(layer: LayerSpec, hidden: int) -> int:
     return FP32 * max(attention + 2 * hidden, other)
 
 
+@runtime_checkable
+class MayKeepKvInHost(Protocol):
+    """A table that keeps the KV of layers in host memory whose attention it leaves to the host."""
+
+    def kv_in_host(self, shape: KvShape) -> bool: ...
+
+
+def host_keeps_kv(decoder: Decoder, block_size: int) -> bool:
+    """Of any layer."""
+    ops = decoder.ops
+    if not isinstance(ops, MayKeepKvInHost):
+        return False
+    layers = (layer.attention for layer in decoder.spec.layers)
+    return any(ops.kv_in_host(kv_shape(a, 1, block_size, decoder.kv_dtype)) for a in layers)
+
+
 def load_on_device(
     checkpoint: Checkpoint,
     ops: Ops,
     options: RankModelOptions,
     own: Mapping[int, Sequence[int]] | None,
     progress: Callable[[int, int], None] | None,
-    ranks: int,
+    ranks: tuple[int, int],
 ) -> tuple[Decoder, int]:
-    """The decoder on the device of ``ops``, and the bytes that KV may take there."""
+    """The decoder on the device of ``ops``, and the bytes that KV may take, there or in the host's
+    memory. ``ranks`` are all, and those of this node."""
     if options.memory is not None:
         raise ConfigError(
             f"memory={options.memory}: experts are read from disk as steps need them on the CPU "
@@ -106,7 +126,7 @@ def load_on_device(
     workspace = workspace_of(known.spec, options.max_num_batched_tokens, options.max_num_seqs)
     block = known.kv_bytes_per_token * options.block_size
     card = free_memory(ops.device)
-    least = least_weights(known.weight_bytes, options, ranks)
+    least = least_weights(known.weight_bytes, options, ranks[0])
     plan_device(card, least, workspace, graphs, block)
     try:
         decoder = assemble(checkpoint, ops, options, experts=own, progress=progress)
@@ -129,4 +149,6 @@ def load_on_device(
         plan.graphs,
         plan.kv,
     )
+    if host_keeps_kv(decoder, options.block_size):
+        return decoder, min(plan.kv, read_memory().available // ranks[1])
     return decoder, plan.kv

@@ -230,7 +230,7 @@ def _load_weights(
 ) -> tuple[Decoder, KvSize]:
     """The decoder of this rank's experts, and the KV that there is room for beside it."""
     if ops.device.type != "cpu":
-        ranks = 1 if context is None else context.group.world
+        ranks = (1, 1) if context is None else (context.group.world, context.neighbours)
         decoder, room = load_on_device(checkpoint, ops, options, own, progress, ranks)
         per_token = decoder.kv_bytes_per_token
         return decoder, size_kv(per_token, decoder.spec.max_positions, options, room)

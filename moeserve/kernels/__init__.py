@@ -13,4 +13,5 @@
     kv_layout  kv_runs         KV blocks as bytes, once they have left a cache; runs with digests
     reference/                 the backend in plain torch
     cpu/                       the native backend
+    ascend/                    the backend of Ascend NPUs
 """

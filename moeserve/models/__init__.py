@@ -5,6 +5,7 @@
     library  hub               where a model's name leads: the demo, a folder, or the hub's cache
     checkpoint  fields  files  ``config.json`` and memory-mapped safetensors, every read checked
     fingerprint  survey        is it the same checkpoint; what serving it would take
+    npu_fallbacks              what of it the operators of Ascend NPUs do not take
     spec  names                what a model is, and what its tensors are called: plain data
     families/                  ``config.json`` to a spec: a short file per architecture
     formats/                   stored codes to the matrices of the op table

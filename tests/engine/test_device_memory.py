@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.config.options import LoadOptions
-from moeserve.engine.device_memory import least_weights, plan_device, workspace_of
+from moeserve.config.options import LoadOptions, RankModelOptions
+from moeserve.engine import device_memory
+from moeserve.engine.device_memory import (
+    host_keeps_kv,
+    least_weights,
+    load_on_device,
+    plan_device,
+    workspace_of,
+)
 from moeserve.errors import ConfigError
+from moeserve.kernels.ascend.ops import AscendOps
 from moeserve.kernels.device import Card
+from moeserve.kernels.ops import Linear
+from moeserve.kernels.reference.ops import ReferenceOps
+from moeserve.models.decoder import Decoder, load_decoder
+from moeserve.models.packed.checkpoint import open_checkpoint
 from moeserve.models.survey import survey
 
 SIZES = st.integers(0, 1 << 40)
@@ -54,3 +67,58 @@ def test_weights_are_never_thought_greater_than_they_become() -> None:
     assert least_weights(1000, LoadOptions(), 1) == 1000
     assert least_weights(1000, LoadOptions(quantization="int8"), 1) == 250
     assert least_weights(1000, LoadOptions(dtype="bfloat16"), 2) == 250
+
+
+Tiny = Callable[[str], Path]
+
+
+class FullOps(ReferenceOps):
+    """Of a device on which there is no room for a matrix."""
+
+    def pack_linear(self, *args: Any) -> Linear:
+        raise RuntimeError("NPU out of memory. Tried to allocate 20.00 MiB")
+
+
+def load(
+    folder: Path, ops: ReferenceOps, monkeypatch: pytest.MonkeyPatch, *free: int, **given: Any
+) -> tuple[Decoder, int]:
+    """On a card that has so many bytes free before and after weights are loaded."""
+    left = iter(free)
+    monkeypatch.setattr(device_memory, "free_memory", lambda _: Card("a card", 1 << 40, next(left)))
+    options = RankModelOptions(model=str(folder), **given)
+    return load_on_device(open_checkpoint(folder), ops, options, None, None, (1, 1))
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
+    tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint("qwen3_moe")
+    with pytest.raises(ConfigError, match=r"a card has 1000 of .* leave 0 for KV, whose least is"):
+        load(folder, FullOps(), monkeypatch, 1000)
+    with pytest.raises(ConfigError, match="leave out --memory, or give --device cpu"):
+        load(folder, FullOps(), monkeypatch, memory=1 << 30)
+
+
+def test_a_device_that_is_full_while_weights_are_loaded_is_one_line(
+    tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="and the weights need more: quantize") as refused:
+        load(tiny_checkpoint("qwen3_moe"), FullOps(), monkeypatch, 1 << 34)
+    assert "\n" not in refused.value.message
+
+
+def test_kv_gets_what_weights_workspace_and_graphs_leave(
+    tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, free = tiny_checkpoint("qwen3_moe"), 1 << 30
+    decoder, room = load(folder, ReferenceOps(), monkeypatch, free, free - 5000)
+    workspace = workspace_of(decoder.spec, 512, 64)
+    assert room == free - 5000 - workspace
+
+
+def test_kv_that_attention_leaves_to_the_host_is_counted_there(
+    tiny_checkpoint: Tiny, npu: AscendOps
+) -> None:
+    decoder = load_decoder(tiny_checkpoint("qwen3_moe_wide"), npu, LoadOptions(kv_dtype="bfloat16"))
+    assert host_keeps_kv(decoder, 16)
+    assert not host_keeps_kv(decoder, 128)

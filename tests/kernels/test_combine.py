@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.errors import InternalError
+from moeserve.kernels.ascend.ops import AscendOps
 from moeserve.kernels.cpu.ops import CpuOps, _cpu
 from moeserve.kernels.matrix import Matrix, part_of, stack, to_int4, to_int8
 from moeserve.kernels.ops import (
@@ -33,7 +34,7 @@ KINDS = ["float32", "bfloat16", "int8", "int4"]
 
 seeds = st.integers(0, 2**31)
 kinds = st.sampled_from(KINDS)
-NativeOrTwin = CpuOps | ReferenceOps
+NativeOrTwin = CpuOps | ReferenceOps | AscendOps
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -352,6 +353,12 @@ def test_any_partition_of_the_twin_gives_its_bits(case: Case) -> None:
     holds(REFERENCE, case)
 
 
+@FEWER
+@given(cases)
+def test_any_partition_over_npus_gives_its_bits(npu: AscendOps, case: Case) -> None:
+    holds(npu, case)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("two_threads")
 def test_many_rows_are_shared_among_threads_and_still_the_same(native: CpuOps, kind: str) -> None:
@@ -369,10 +376,13 @@ def over_everything(m: Mixture) -> list[Tensor]:
     return found
 
 
-@pytest.fixture(params=[*_cpu.isas(), "twin"], scope="module")
+@pytest.fixture(params=[*_cpu.isas(), "twin", "ascend"], scope="module")
 def ops(request: pytest.FixtureRequest) -> Iterator[NativeOrTwin]:
     if request.param == "twin":
         yield REFERENCE
+        return
+    if request.param == "ascend":
+        yield request.getfixturevalue("npu")
         return
     before = _cpu.isa()
     _cpu.set_isa(request.param)
