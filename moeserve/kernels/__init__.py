@@ -12,4 +12,5 @@
     kv_layout  kv_runs         KV blocks as bytes, once they have left a cache; runs with digests
     reference/                 the backend in plain torch
     cpu/                       the native backend
+    triton/                    the backend of CUDA devices, in Triton
 """
