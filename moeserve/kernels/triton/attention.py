@@ -32,6 +32,8 @@ from moeserve.kernels.triton.launch import launch, power_at_least
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 QUERIES = {torch.float32: 16, torch.bfloat16: 64, torch.int8: 64}  # of a tile
 LEAST_SIZE = {torch.float32: 16, torch.bfloat16: 16, torch.int8: 32}  # of a product
+# Over fp32 nothing is rounded by steps: they are as long as registers allow.
+STEPS = {torch.float32: 16, torch.bfloat16: ATTENTION_STEP, torch.int8: ATTENTION_STEP}
 MOST_PARTIAL = 1 << 28
 
 
@@ -226,10 +228,14 @@ def run_tiles(
         R=power_at_least(sizes[1], least) if sizes[1] else 0,
         V=power_at_least(sizes[0] if shape.latent else shape.value_size, least),
         SEGMENT=ATTENTION_SEGMENT,
-        STEP=ATTENTION_STEP,
-        num_warps=8 if shape.value_size > 128 else 4,
+        STEP=STEPS[shape.dtype],
+        num_warps=warps_for(shape.dtype, shape.value_size),
         num_stages=2,
     )
+
+
+def warps_for(dtype: torch.dtype, value_size: int) -> int:
+    return 8 if value_size > 128 or dtype is torch.float32 else 4
 
 
 def of_part(part: KvPart | None) -> tuple[Tensor | None, Tensor | None]:

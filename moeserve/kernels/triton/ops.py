@@ -265,7 +265,7 @@ class TritonOps(Composed, ReferenceRecords, TritonWire):
         assert is_dataclass(weights)
         found: dict[str, Any] = {f.name: getattr(weights, f.name) for f in fields(weights)}
         moved = {n: self.fp32(t) for n, t in found.items() if isinstance(t, Tensor)}
-        return replace(weights, **moved)
+        return cast("W", replace(cast("Any", weights), **moved))
 
     def new_step(
         self, rope: Rope, position_T: Tensor, slot_T: Tensor, attention: AttentionBatch

@@ -27,7 +27,8 @@ def multiply(x_TAK: Tensor, first: Arrays, offsets: Tensor | None, out_features:
         out.device,
         *(features.x_TK, features.scale_T, *first.given),
         *(offsets, out),
-        *(rows, heads, out_features, into, first.group),
+        *(rows, heads, out_features, into),
+        GROUP=first.group,
         KIND=KINDS[first.kind],
         **sizes(tile),
     )

@@ -31,18 +31,18 @@ TILES: dict[WeightKind, tuple[tuple[int, Tile], ...]] = {
     ),
     WeightKind.INT4: (
         (16, Tile(16, 64, 128, 4, 3)),
-        (0, Tile(64, 64, 128, 4, 3)),
+        (0, Tile(64, 64, 128, 8, 3)),
     ),
     WeightKind.BF16: ((0, Tile(64, 64, 64, 4, 3)),),
     WeightKind.FP32: ((0, Tile(16, 32, 32, 4, 2)),),
 }
-LEAST_DOT = 32  # features of one product of int8
+LEAST_INTO = 64  # two products of 32 features, of low and of high halves
 
 
 def tile_of(kind: WeightKind, rows: int, group: int = 0) -> Tile:
     """For so many rows; ``group`` is int4's, and a tile takes no more features than it has."""
     found = next(tile for most, tile in TILES[kind] if not most or rows <= most)
     if kind is WeightKind.INT4:
-        group = 1 << (max(group, LEAST_DOT) - 1).bit_length()
+        group = 1 << (max(group, LEAST_INTO) - 1).bit_length()
         return found._replace(into=min(found.into, group))
     return found

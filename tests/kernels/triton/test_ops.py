@@ -15,7 +15,7 @@ from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.wire import Combine
 
 REFERENCE = ReferenceOps()
-FEW = settings(max_examples=12, deadline=None)
+FEW = settings(max_examples=8, deadline=None)
 KINDS = ["float32", "bfloat16", "int8", "int4"]
 CODES = ("int8", "int4")
 
@@ -112,7 +112,7 @@ def router_specs(draw: st.DrawFn) -> RouterSpec:
 
 
 # Always the same examples: two random scores may differ by less than roundings of them.
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(seeds, router_specs(), st.booleans(), st.booleans())
 def test_routing_chooses_the_same_experts_also_among_equals(
     ops: Ops, seed: int, spec: RouterSpec, has_bias: bool, has_ties: bool
@@ -206,14 +206,15 @@ def a_row_alone(ops: Ops, kind: str, combine: Combine) -> None:
         mixed = ops.moe_ffn(normed, packed, ids, weights, units)
         return torch.cat((ops.linear(normed, linear), mixed), 1)
 
-    x = torch.randn(37, 34)
-    together, order = run(x), torch.randperm(37)
+    x = torch.randn(19, 34)
+    together, order = run(x), torch.randperm(19)
     assert same_bits(run(x[order]), together[order])
-    assert same_bits(torch.cat((run(x[:20]), run(x[20:]))), together)
     assert same_bits(run(x[5:6]), together[5:6])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("combine", [Combine.EXACT, Combine.ORDERED])
+@pytest.mark.parametrize(
+    ("kind", "combine"), [*((kind, Combine.EXACT) for kind in KINDS), ("int8", Combine.ORDERED)]
+)
 def test_a_row_alone_is_the_row_in_any_batch(ops: Ops, kind: str, combine: Combine) -> None:
+    """Of 19 rows some are in another tile, or in one of another size."""
     a_row_alone(ops, kind, combine)

@@ -50,8 +50,8 @@ def order_kernel(
 @triton.jit
 def up_kernel(
     x, x_scale, w, scale, zero, levels, bias, offsets, order, expert, out,
-    experts, chosen, inner, K, GROUP,
-    KIND: tl.constexpr, CLAMPED: tl.constexpr,
+    experts, chosen, inner, K,
+    GROUP: tl.constexpr, KIND: tl.constexpr, CLAMPED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out [P, I] of pairs: GLU of gate and up, which are rows i and I + i of w [2I, K]."""
@@ -62,17 +62,17 @@ def up_kernel(
         here = p >= 0
         row = (tl.where(here, p, 0) // chosen).to(tl.int64)
         n = tl.program_id(1) * BN + tl.arange(0, BN)
-        w += tl.load(offsets + e)
+        w += products.offset_of(offsets, e)
         up_w = w + inner.to(tl.int64) * (K // 2 if KIND == products.INT4 else K)
         up_scale, up_zero, up_bias = scale, zero, bias
         if scale is not None:
-            scale += tl.load(offsets + experts + e)
+            scale += products.offset_of(offsets, experts + e)
             up_scale = scale + inner * (tl.cdiv(K, GROUP) if KIND == products.INT4 else 1)
         if bias is not None:
-            bias += tl.load(offsets + 2 * experts + e)
+            bias += products.offset_of(offsets, 2 * experts + e)
             up_bias = bias + inner
         if zero is not None:
-            zero += tl.load(offsets + 3 * experts + e)
+            zero += products.offset_of(offsets, 3 * experts + e)
             up_zero = zero + inner * tl.cdiv(K, GROUP)
         gate = products.tile(
             x, x_scale, row, here, w, scale, zero, levels, bias, n, inner, K, GROUP,
@@ -89,8 +89,8 @@ def up_kernel(
 
 @triton.jit
 def down_kernel(
-    x, x_scale, w, scale, zero, levels, bias, offsets, order, expert, out, experts, N, K, GROUP,
-    KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, x_scale, w, scale, zero, levels, bias, offsets, order, expert, out, experts, N, K,
+    GROUP: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out [P, N] of x [P, K]."""
     t = tl.program_id(0)
@@ -100,13 +100,13 @@ def down_kernel(
         here = p >= 0
         row = tl.where(here, p, 0).to(tl.int64)
         n = tl.program_id(1) * BN + tl.arange(0, BN)
-        w += tl.load(offsets + e)
+        w += products.offset_of(offsets, e)
         if scale is not None:
-            scale += tl.load(offsets + experts + e)
+            scale += products.offset_of(offsets, experts + e)
         if bias is not None:
-            bias += tl.load(offsets + 2 * experts + e)
+            bias += products.offset_of(offsets, 2 * experts + e)
         if zero is not None:
-            zero += tl.load(offsets + 3 * experts + e)
+            zero += products.offset_of(offsets, 3 * experts + e)
         y = products.tile(
             x, x_scale, row, here, w, scale, zero, levels, bias, n, N, K, GROUP, KIND, BM, BN, BK
         )  # fmt: skip

@@ -64,9 +64,19 @@ def int8_tile(
 
 
 @triton.jit
+def level_of(code, levels):
+    """int8: the number of a code, or what ``levels`` has in its place."""
+    if levels is not None:
+        value = tl.load(levels + code.to(tl.int32))
+    else:
+        value = code.to(tl.int8)
+    return value
+
+
+@triton.jit
 def int4_tile(
-    x, row, here, w, scale, zero, levels, n, N, K, GROUP,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, row, here, w, scale, zero, levels, n, N, K,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BM, BN] of codes, without the rows' scales: groups ascending, each one fused addition.
     A code of w is its number, or that of ``levels`` (int8 [16])."""
@@ -74,27 +84,25 @@ def int4_tile(
     groups = tl.cdiv(K, GROUP)
     there = n < N
     for g in range(groups):
-        end = tl.minimum((g + 1) * GROUP, K)
         inner = tl.zeros([BM, BN], tl.int32)
         codes = tl.zeros([BM], tl.int32)
-        for start in range(g * GROUP, end, BK):
-            k = start + tl.arange(0, BK)
+        for start in range(0, GROUP, BK):
+            k = g * GROUP + start + tl.arange(0, BK)
+            inside = (k < K) & (k < (g + 1) * GROUP)
             a = tl.load(
-                x + row[:, None] * K + k[None, :], mask=here[:, None] & (k < end)[None, :], other=0
+                x + row[:, None] * K + k[None, :], mask=here[:, None] & inside[None, :], other=0
             )
-            packed = start // 2 + tl.arange(0, BK // 2)
+            codes += tl.sum(a.to(tl.int32), 1)
+            # Features 2i lie in the low halves of bytes, 2i + 1 in the high ones.
+            even, odd = tl.split(tl.reshape(a, [BM, BK // 2, 2]))
+            byte = (g * GROUP + start) // 2 + tl.arange(0, BK // 2)
             b = tl.load(
-                w + n[:, None].to(tl.int64) * (K // 2) + packed[None, :],
-                mask=there[:, None] & (packed < (end + 1) // 2)[None, :],
+                w + n[None, :].to(tl.int64) * (K // 2) + byte[:, None],
+                mask=there[None, :] & (byte < K // 2)[:, None],
                 other=0,
             )
-            pair = tl.reshape(tl.join(b & 15, b >> 4), [BN, BK])
-            if levels is not None:
-                value = tl.load(levels + pair.to(tl.int32))
-            else:
-                value = pair.to(tl.int8)
-            inner = tl.dot(a, tl.trans(value), inner, out_dtype=tl.int32)
-            codes += tl.sum(a.to(tl.int32), 1)
+            inner = tl.dot(even, level_of(b & 15, levels), inner, out_dtype=tl.int32)
+            inner = tl.dot(odd, level_of(b >> 4, levels), inner, out_dtype=tl.int32)
         place = n.to(tl.int64) * groups + g
         offset = tl.load(zero + place, mask=there, other=0).to(tl.int32)
         step = tl.load(scale + place, mask=there, other=0.0)
@@ -104,9 +112,15 @@ def int4_tile(
 
 
 @triton.jit
+def offset_of(offsets, i):
+    """Of an array of one matrix among several; all begin on lines, so that reads can be wide."""
+    return tl.multiple_of(tl.load(offsets + i), 16)
+
+
+@triton.jit
 def tile(
-    x, x_scale, row, here, w, scale, zero, levels, bias, n, N, K, GROUP,
-    KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, x_scale, row, here, w, scale, zero, levels, bias, n, N, K,
+    GROUP: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BM, BN] of rows ``row`` where ``here``, and features ``n`` below N."""
     if KIND == INT8:
@@ -127,8 +141,8 @@ def tile(
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
-    x, x_scale, w, scale, zero, levels, bias, offsets, out, rows, heads, N, K, GROUP,
-    KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, x_scale, w, scale, zero, levels, bias, offsets, out, rows, heads, N, K,
+    GROUP: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out [rows, heads, N]: head a of every row times matrix a, whose arrays begin ``offsets``
     [4, heads] (w, scale, bias, zero) beyond the first one's, in elements."""
@@ -138,11 +152,11 @@ def linear_kernel(
     here = m < rows
     row = m.to(tl.int64) * heads + head
     if offsets is not None:
-        w += tl.load(offsets + head)
+        w += offset_of(offsets, head)
         if scale is not None:
-            scale += tl.load(offsets + heads + head)
+            scale += offset_of(offsets, heads + head)
         if zero is not None:
-            zero += tl.load(offsets + 3 * heads + head)
+            zero += offset_of(offsets, 3 * heads + head)
     y = tile(
         x, x_scale, row, here, w, scale, zero, levels, bias, n, N, K, GROUP, KIND, BM, BN, BK
     )  # fmt: skip
