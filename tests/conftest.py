@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import queue
 import shutil
 import threading
@@ -27,6 +28,9 @@ from moeserve.kernels.ascend.ops import AscendOps
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
+
+# Kernels of Triton run in its interpreter, if this is set before anything imports it.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # How long an example takes says nothing here: the machine may be busy. Explaining a failure traces
 # every line, which takes longer than a test may.

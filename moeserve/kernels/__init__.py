@@ -14,4 +14,5 @@
     reference/                 the backend in plain torch
     cpu/                       the native backend
     ascend/                    the backend of Ascend NPUs
+    triton/                    the backend of CUDA devices, in Triton
 """

@@ -1,0 +1,215 @@
+"""The op table on a GPU: right, the same bits in any batch, how fast; or what to expect of it.
+
+On a machine with one: ``python bench/device.py --json out.json`` compares every operation with the
+reference, a row alone with the row among 2..2,048, and times the experts and paged attention beside
+their rooflines. Without one: ``--predict`` gives the same tables from bytes and operations alone,
+each row marked as a prediction. It takes the memory and the multipliers of an H200 as they were
+read once (4.3 TB/s copied) or are stated (1,979 TOP/s of int8, 989 TFLOP/s of bf16), and knows
+nothing of latencies: what it says is a bound, not a hope.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeserve.kernels.matrix import to_int4, to_int8
+from moeserve.kernels.ops import AttentionBatch, KvShape, Ops, RouterSpec
+from moeserve.kernels.reference.ops import ReferenceOps
+
+BANDWIDTH, INT8, BF16 = 4.3e12, 1.979e15, 0.989e15
+HIDDEN, INNER, EXPERTS, CHOSEN = 7168, 2048, 32, 8  # DeepSeek-V3, a rank of eight
+TOKENS = (1, 16, 256, 4096)
+BATCHES = (1, 32, 128)
+CONTEXT = 4096
+RUNS = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. ``nbytes`` and ``operations`` are what there is to do at least, and
+    ``bound_s`` their time; ``seconds`` was measured, or is None in a prediction."""
+
+    table: str
+    name: str
+    nbytes: float
+    operations: float
+    bound_s: float
+    bound_by: str
+    seconds: float | None = None
+
+    @property
+    def text(self) -> str:
+        took = "predicted" if self.seconds is None else f"{1e6 * self.seconds:10.1f} us measured"
+        return (
+            f"{self.table:10} {self.name:28} {self.nbytes / 1e6:10.1f} MB "
+            f"{self.operations / 1e9:10.1f} Gop  at least {1e6 * self.bound_s:9.1f} us by "
+            f"{self.bound_by:8} {took}"
+        )
+
+
+def row(table: str, name: str, nbytes: float, operations: float, peak: float) -> Row:
+    memory, compute = nbytes / BANDWIDTH, operations / peak
+    by = "memory" if memory >= compute else "products"
+    return Row(table, name, nbytes, operations, max(memory, compute), by)
+
+
+def expert_rows() -> Iterator[tuple[Row, int]]:
+    """INT8 experts of one rank: the weights touched, read once, and pairs written and read."""
+    for tokens in TOKENS:
+        touched = EXPERTS * (1 - (1 - CHOSEN / EXPERTS) ** tokens)
+        pairs = tokens * CHOSEN
+        weights = touched * 3 * HIDDEN * INNER
+        moved = tokens * HIDDEN * 9 + pairs * (INNER * 13 + HIDDEN * 8)
+        work = 2 * 3 * HIDDEN * INNER * pairs
+        yield row("experts", f"int8, {tokens} tokens", weights + moved, work, INT8), tokens
+
+
+def attention_shapes(blocks: int, dtype: torch.dtype) -> dict[str, tuple[int, KvShape]]:
+    """Query heads, and the cache."""
+    return {
+        "MLA": (128, KvShape(blocks, 64, 1, 576, 512, dtype, True)),
+        "GQA": (64, KvShape(blocks, 64, 8, 128, 128, dtype)),
+    }
+
+
+def attention_rows() -> Iterator[tuple[Row, int, int, KvShape]]:
+    """A decode step of one layer at ``CONTEXT`` positions each, bf16."""
+    for batch in BATCHES:
+        shapes = attention_shapes(batch * CONTEXT // 64, torch.bfloat16)
+        for name, (heads, shape) in shapes.items():
+            width = shape.head_size + (0 if shape.latent else shape.value_size)
+            nbytes = batch * CONTEXT * shape.kv_heads * width * 2
+            work = 2 * batch * CONTEXT * heads * (shape.head_size + shape.value_size)
+            found = row("attention", f"{name} decode, {batch} sequences", nbytes, work, BF16)
+            yield found, batch, heads, shape
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of one run: the median of many, each between two events of the device."""
+    run()
+    taken = []
+    for _ in range(RUNS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / 1e3)
+    return sorted(taken)[len(taken) // 2]
+
+
+def measured(ops: Ops) -> Iterator[Row]:
+    device = ops.device
+    gate_up = torch.randn(EXPERTS, 2 * INNER, HIDDEN) * HIDDEN**-0.5
+    down = torch.randn(EXPERTS, HIDDEN, INNER) * INNER**-0.5
+    experts = ops.pack_experts(to_int8(gate_up), to_int8(down))
+    for found, tokens in expert_rows():
+        x = torch.randn(tokens, HIDDEN, device=device)
+        ids = torch.rand(tokens, EXPERTS, device=device).topk(CHOSEN).indices.int()
+        weights, units = torch.rand(tokens, CHOSEN, device=device), ops.units(x, experts)
+        yield with_time(found, timed(lambda: ops.moe_ffn(x, experts, ids, weights, units)))  # noqa: B023
+    for found, batch, heads, shape in attention_rows():
+        cache, q = ops.new_kv(shape), torch.randn(batch, heads, shape.head_size, device=device)
+        step = ops.new_step(no_rope(), *one_token_each(batch)).attention
+        yield with_time(found, timed(lambda: ops.paged_attention(q, cache, step, scale=0.1)))  # noqa: B023
+
+
+def no_rope() -> object:
+    from moeserve.kernels.ops import Rope
+
+    return Rope(torch.ones(1, 1), torch.zeros(1, 1), False)
+
+
+def one_token_each(batch: int) -> tuple[Tensor, Tensor, AttentionBatch]:
+    starts = torch.arange(batch + 1, dtype=torch.int32)
+    contexts = torch.full((batch,), CONTEXT, dtype=torch.int32)
+    blocks = torch.arange(batch * CONTEXT // 64, dtype=torch.int32).view(batch, -1)
+    zeros = torch.zeros(batch, dtype=torch.int64)
+    return zeros, zeros, AttentionBatch(starts, contexts, blocks)
+
+
+def with_time(found: Row, seconds: float) -> Row:
+    return Row(**{**asdict(found), "seconds": seconds})
+
+
+def outputs(ops: Ops, kind: str, x: Tensor) -> dict[str, Tensor]:
+    """What the row operations make of ``x`` [T, 512], by name, on the host."""
+    torch.manual_seed(5)
+    make = {"int8": to_int8, "int4": to_int4, "bf16": lambda w: w.bfloat16()}.get(kind, lambda w: w)
+    linear = ops.pack_linear(make(torch.randn(384, 512) / 23))
+    experts = ops.pack_experts(
+        make(torch.randn(8, 512, 512) / 23), make(torch.randn(8, 512, 256) / 16)
+    )
+    x = x.to(ops.device)
+    ids, weights = ops.route_topk(x[:, :8].contiguous(), RouterSpec(8, 2))
+    codes, scale = ops.quantize_per_token(x)
+    found = {
+        "codes": codes.float(),
+        "scale": scale,
+        "ids": ids.float(),
+        "weights": weights,
+        "linear": ops.linear(x, linear),
+        "experts": ops.moe_ffn(x, experts, ids, weights, ops.units(x, experts)),
+        "norm": ops.rms_norm(x, torch.ones(512), 1e-6),
+    }
+    return {name: value.cpu() for name, value in found.items()}
+
+
+def checks(ops: Ops) -> Iterator[tuple[str, bool]]:
+    """(what, whether it holds)."""
+    exact = {"codes", "scale", "ids"}
+    for kind in ("fp32", "bf16", "int8", "int4"):
+        x = torch.randn(2048, 512, generator=torch.Generator().manual_seed(3))
+        whole = outputs(ops, kind, x)
+        few = outputs(ReferenceOps(), kind, x[:8])
+        for name, theirs in few.items():
+            ours = whole[name][:8]
+            whole_numbers = name in exact or (name == "linear" and kind in ("int8", "int4"))
+            near = torch.allclose(ours, theirs, rtol=1e-3, atol=0.03)
+            same = torch.equal(ours, theirs) if whole_numbers else near
+            yield f"{kind} {name} is the reference's", same
+        for rows in (1, 2, 16, 17, 64, 65, 256, 1024):
+            part = outputs(ops, kind, x[:rows])
+            same = all(torch.equal(part[name], whole[name][:rows]) for name in part)
+            yield f"{kind} {rows} rows are those among 2,048, to the bit", same
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--predict", action="store_true", help="no device: bytes and operations")
+    parser.add_argument("--json", type=Path, help="write rows and checks there")
+    given = parser.parse_args(arguments)
+    held: list[tuple[str, bool]] = []
+    if given.predict:
+        rows = [found[0] for found in (*expert_rows(), *attention_rows())]
+    else:
+        from moeserve.kernels.triton.ops import TritonOps
+
+        ops = TritonOps(torch.device("cuda"))
+        held = list(checks(ops))
+        for what, holds in held:
+            print(f"{'holds' if holds else 'FAILS'}  {what}")
+        rows = list(measured(ops))
+    for found in rows:
+        print(found.text)
+    if given.json:
+        said = {
+            "device": "none: predicted" if given.predict else torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "checks": [{"what": what, "holds": holds} for what, holds in held],
+            "rows": [asdict(found) for found in rows],
+        }
+        given.json.write_text(json.dumps(said, indent=1) + "\n")
+    if not all(holds for _, holds in held):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

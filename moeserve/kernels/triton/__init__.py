@@ -1,0 +1,13 @@
+"""The backend in Triton: CUDA devices, and any CPU in Triton's interpreter. Needs the extra
+``cuda``.
+
+::
+
+    ops                        the op table
+    packing  tiles             weights on the device; which tile a product takes
+    products  route  experts   products and other operations on rows; routing; the experts
+    attention                  the paged cache, and attention over it
+    sums  wire                 contributions become rows; dispatch and combine
+    launch                     the one way to a kernel
+    device/                    the kernels
+"""

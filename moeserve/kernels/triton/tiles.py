@@ -1,0 +1,48 @@
+"""Which tile a product takes. Letters: see ``ops``.
+
+Integer sums are exact, so a product of codes may take another tile for more rows. A product of
+floats has one tile whatever the rows are: another one could add in another order, and a row's bits
+would depend on its batch. ``TILES`` is all there is, for compiling ahead and for naming in results.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moeserve.kernels.records import WeightKind
+
+
+class Tile(NamedTuple):
+    """Rows, features out and features in of a program, its warps, and stages of its pipeline."""
+
+    rows: int
+    out: int
+    into: int
+    warps: int
+    stages: int
+
+
+# By kind, then for at most so many rows each; the last is for any number.
+TILES: dict[WeightKind, tuple[tuple[int, Tile], ...]] = {
+    WeightKind.INT8: (
+        (16, Tile(16, 64, 128, 4, 4)),
+        (64, Tile(64, 64, 128, 4, 3)),
+        (0, Tile(128, 64, 128, 8, 3)),
+    ),
+    WeightKind.INT4: (
+        (16, Tile(16, 64, 128, 4, 3)),
+        (0, Tile(64, 64, 128, 8, 3)),
+    ),
+    WeightKind.BF16: ((0, Tile(64, 64, 64, 4, 3)),),
+    WeightKind.FP32: ((0, Tile(16, 32, 32, 4, 2)),),
+}
+LEAST_INTO = 64  # two products of 32 features, of low and of high halves
+
+
+def tile_of(kind: WeightKind, rows: int, group: int = 0) -> Tile:
+    """For so many rows; ``group`` is int4's, and a tile takes no more features than it has."""
+    found = next(tile for most, tile in TILES[kind] if not most or rows <= most)
+    if kind is WeightKind.INT4:
+        group = 1 << (max(group, LEAST_INTO) - 1).bit_length()
+        return found._replace(into=min(found.into, group))
+    return found
