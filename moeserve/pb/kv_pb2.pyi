@@ -76,7 +76,7 @@ class Done(_message.Message):
     def __init__(self) -> None: ...
 
 class FromSource(_message.Message):
-    __slots__ = ("begun", "spans", "news", "beat", "handed", "ended", "made")
+    __slots__ = ("begun", "spans", "news", "beat", "handed", "ended", "made", "flow")
     BEGUN_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
     NEWS_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,7 @@ class FromSource(_message.Message):
     HANDED_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     MADE_FIELD_NUMBER: _ClassVar[int]
+    FLOW_FIELD_NUMBER: _ClassVar[int]
     begun: Begun
     spans: Spans
     news: _rank_pb2.News
@@ -91,7 +92,8 @@ class FromSource(_message.Message):
     handed: Handed
     ended: Ended
     made: Made
-    def __init__(self, begun: _Optional[_Union[Begun, _Mapping]] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ..., news: _Optional[_Union[_rank_pb2.News, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., made: _Optional[_Union[Made, _Mapping]] = ...) -> None: ...
+    flow: Flow
+    def __init__(self, begun: _Optional[_Union[Begun, _Mapping]] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ..., news: _Optional[_Union[_rank_pb2.News, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., made: _Optional[_Union[Made, _Mapping]] = ..., flow: _Optional[_Union[Flow, _Mapping]] = ...) -> None: ...
 
 class Begun(_message.Message):
     __slots__ = ("run_size", "memory")
@@ -110,6 +112,16 @@ class Spans(_message.Message):
     slot: int
     last: bool
     def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., slot: _Optional[int] = ..., last: _Optional[bool] = ...) -> None: ...
+
+class Flow(_message.Message):
+    __slots__ = ("first", "frames", "last")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    frames: _containers.RepeatedCompositeFieldContainer[Spans]
+    last: bool
+    def __init__(self, first: _Optional[int] = ..., frames: _Optional[_Iterable[_Union[Spans, _Mapping]]] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("layer", "start", "stop", "digests")

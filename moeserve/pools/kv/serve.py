@@ -30,6 +30,7 @@ from moeserve.pb import kv_pb2 as pb
 from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.digests import RunDigests, geometry_of
 from moeserve.pools.kv.exporter import KvExporter
+from moeserve.pools.kv.flow import flow_bytes
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.limits import FetchLimits
 from moeserve.pools.kv.memory import OpenedMemories
@@ -158,6 +159,7 @@ class KvServer:
         if wanted.HasField("memory"):
             shared = self._memories.open(wanted.memory, largest, limits.stalled_s)
             if shared is not None:
+                shared.frame_bytes = flow_bytes(self._house.layouts, shared.slot_bytes)
                 return shared
         return MessageOutlet(self._frames, max(limits.frame_bytes, largest), limits.stalled_s)
 
