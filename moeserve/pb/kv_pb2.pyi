@@ -22,20 +22,34 @@ class ToSource(_message.Message):
     def __init__(self, wanted: _Optional[_Union[Wanted, _Mapping]] = ..., again: _Optional[_Union[Again, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., freed: _Optional[_Union[Freed, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
 
 class Wanted(_message.Message):
-    __slots__ = ("compute_id", "geometry", "submission", "have", "running", "memory")
+    __slots__ = ("compute_id", "geometry", "submission", "have", "running", "memory", "registered")
     COMPUTE_ID_FIELD_NUMBER: _ClassVar[int]
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
     SUBMISSION_FIELD_NUMBER: _ClassVar[int]
     HAVE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
+    REGISTERED_FIELD_NUMBER: _ClassVar[int]
     compute_id: str
     geometry: bytes
     submission: _rank_pb2.Submission
     have: int
     running: str
     memory: Memory
-    def __init__(self, compute_id: _Optional[str] = ..., geometry: _Optional[bytes] = ..., submission: _Optional[_Union[_rank_pb2.Submission, _Mapping]] = ..., have: _Optional[int] = ..., running: _Optional[str] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
+    registered: Registered
+    def __init__(self, compute_id: _Optional[str] = ..., geometry: _Optional[bytes] = ..., submission: _Optional[_Union[_rank_pb2.Submission, _Mapping]] = ..., have: _Optional[int] = ..., running: _Optional[str] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., registered: _Optional[_Union[Registered, _Mapping]] = ...) -> None: ...
+
+class Registered(_message.Message):
+    __slots__ = ("session", "address", "slots", "slot_bytes")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    address: int
+    slots: int
+    slot_bytes: int
+    def __init__(self, session: _Optional[str] = ..., address: _Optional[int] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("pid", "fd", "cookie", "slots", "slot_bytes")
@@ -96,12 +110,14 @@ class FromSource(_message.Message):
     def __init__(self, begun: _Optional[_Union[Begun, _Mapping]] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ..., news: _Optional[_Union[_rank_pb2.News, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., made: _Optional[_Union[Made, _Mapping]] = ..., flow: _Optional[_Union[Flow, _Mapping]] = ...) -> None: ...
 
 class Begun(_message.Message):
-    __slots__ = ("run_size", "memory")
+    __slots__ = ("run_size", "memory", "registered")
     RUN_SIZE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
+    REGISTERED_FIELD_NUMBER: _ClassVar[int]
     run_size: int
     memory: bool
-    def __init__(self, run_size: _Optional[int] = ..., memory: _Optional[bool] = ...) -> None: ...
+    registered: bool
+    def __init__(self, run_size: _Optional[int] = ..., memory: _Optional[bool] = ..., registered: _Optional[bool] = ...) -> None: ...
 
 class Spans(_message.Message):
     __slots__ = ("spans", "slot", "last")

@@ -51,21 +51,36 @@ _NAME = "moeserve-kv"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class SlotMemory:
+class SlotViews:
+    """``slots`` of ``slot_bytes`` in a map, from the byte ``first`` on."""
+
+    def __init__(self, mapped: mmap.mmap, first: int, slots: int, slot_bytes: int) -> None:
+        self.slots, self.slot_bytes = slots, slot_bytes
+        self._map = mapped
+        self._first = first
+
+    def slot(self, number: int) -> memoryview:
+        """To be read before the map is closed. InvalidRequestError where there is no such slot."""
+        if not 0 <= number < self.slots:
+            raise InvalidRequestError(f"slot {number}: there are {self.slots}")
+        return memoryview(_place(self._map, number, self.slot_bytes, self._first)).cast("B")
+
+
+class SlotMemory(SlotViews):
     """Of whoever fetches: ``slots`` of ``slot_bytes`` each. OSError where there is no memory."""
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
-        self.slots, self.slot_bytes = slots, slot_bytes
         self._cookie = secrets.token_bytes(COOKIE_BYTES)
         size = HEADER_BYTES + slots * slot_bytes
         self._fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self._fd, size)
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._map = mmap.mmap(self._fd, size)
+            mapped = mmap.mmap(self._fd, size)
         except BaseException:
             os.close(self._fd)
             raise
+        super().__init__(mapped, HEADER_BYTES, slots, slot_bytes)
         self._map[:COOKIE_BYTES] = self._cookie
         self._filled, self._freed = _word(self._map, FILLED_AT), _word(self._map, FREED_AT)
         self.frames = 0  # of flows, that were read
@@ -87,12 +102,6 @@ class SlotMemory:
             slots=self.slots,
             slot_bytes=self.slot_bytes,
         )
-
-    def slot(self, number: int) -> memoryview:
-        """To be read before ``close``. InvalidRequestError where there is no such slot."""
-        if not 0 <= number < self.slots:
-            raise InvalidRequestError(f"slot {number}: there are {self.slots}")
-        return memoryview(_place(self._map, number, self.slot_bytes)).cast("B")
 
     def close(self) -> None:
         self._map.close()
@@ -199,6 +208,9 @@ class MemoryOutlet:
         place = _place(self._map, slot, self.slot_bytes)
         return FrameRoom(torch.frombuffer(place, dtype=torch.uint8)[:size], slot)
 
+    async def deliver(self, room: FrameRoom) -> None:
+        """It is there already."""
+
     def give(self, room: FrameRoom) -> None:
         """It is free when whoever fetches says so."""
 
@@ -269,10 +281,12 @@ def _word(mapped: mmap.mmap, at: int) -> ctypes.c_uint64:
     return ctypes.c_uint64.from_address(np.frombuffer(mapped, np.uint8).ctypes.data + at)
 
 
-def _place(mapped: mmap.mmap, slot: int, slot_bytes: int) -> ctypes.Array[ctypes.c_ubyte]:
+def _place(
+    mapped: mmap.mmap, slot: int, slot_bytes: int, first: int = HEADER_BYTES
+) -> ctypes.Array[ctypes.c_ubyte]:
     """Not bound to the map, which could not be closed as long as somebody refers to it: the mover
     closes it behind all that uses it."""
-    start = np.frombuffer(mapped, np.uint8).ctypes.data + HEADER_BYTES
+    start = np.frombuffer(mapped, np.uint8).ctypes.data + first
     return (ctypes.c_ubyte * slot_bytes).from_address(start + slot * slot_bytes)
 
 

@@ -28,7 +28,7 @@ from moeserve.pools.kv.flow import REST_S, TURN, reaches
 from moeserve.pools.kv.frames import Side, seal
 from moeserve.pools.kv.importer import KvImporter
 from moeserve.pools.kv.limits import FetchLimits
-from moeserve.pools.kv.memory import SlotMemory
+from moeserve.pools.kv.memory import SlotMemory, SlotViews
 from moeserve.pools.kv.messages import SourceReader
 from moeserve.pools.kv.mover import Mover, look_at_error
 from moeserve.pools.kv.runs import Stretch, count_runs, stretch_bytes
@@ -78,8 +78,8 @@ class _Taken:
 
 
 class ReceiverCall:
-    """Reads and writes ``call``, which whoever made it ends. ``memory`` was offered to the source,
-    which has no more use for it when the call ``ended_well``."""
+    """Reads and writes ``call``, which whoever made it ends. ``memory`` and ``registered`` were
+    offered to the source, which has no more use for them when the call ``ended_well``."""
 
     def __init__(
         self,
@@ -90,9 +90,12 @@ class ReceiverCall:
         counters: KvCounters,
         limits: FetchLimits,
         memory: SlotMemory | None,
+        registered: SlotViews | None = None,
     ) -> None:
         self.ended_well = False
         self._memory = memory
+        self._registered = registered
+        self._slots: tuple[str, SlotViews] | None = None  # what the source writes to
         self._order = order
         self._importer = order.importer
         self._call = call
@@ -117,6 +120,10 @@ class ReceiverCall:
         if begun[0].WhichOneof("what") != "begun" or not 0 < begun[0].begun.run_size < 1 << 20:
             raise InvalidRequestError(f"a first message that says {begun[0].WhichOneof('what')}")
         self._run_size = begun[0].begun.run_size
+        if begun[0].begun.memory and self._memory is not None:
+            self._slots = "memory", self._memory
+        elif begun[0].begun.registered and self._registered is not None:
+            self._slots = "mooncake", self._registered
         await self._stop_when_near()
         self._reading = self._read_on()
         try:
@@ -278,9 +285,10 @@ class ReceiverCall:
         """On the mover's thread; the runs that are to come again."""
         view, transport = memoryview(data), "grpc"
         if spans.HasField("slot"):
-            if self._memory is None or data:
+            if self._slots is None or data:
                 raise InvalidRequestError(f"slot {spans.slot} of a memory that is not there")
-            view, transport = self._memory.slot(spans.slot), "memory"
+            transport, slots = self._slots
+            view = slots.slot(spans.slot)
         stretches, size = self._stretches(spans)
         if not stretches or (size != len(view) if transport == "grpc" else size > len(view)):
             raise InvalidRequestError(f"{len(view)} bytes of runs that have {size}")

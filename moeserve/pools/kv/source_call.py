@@ -98,7 +98,9 @@ class SourceCall:
             await self._writer.send(
                 pb.FromSource(
                     begun=pb.Begun(
-                        run_size=self._house.block_size, memory=self._outlet.name == "memory"
+                        run_size=self._house.block_size,
+                        memory=self._outlet.name == "memory",
+                        registered=self._outlet.name == "mooncake",
                     )
                 )
             )
@@ -348,6 +350,7 @@ class SourceCall:
             digests = await asyncio.shield(one.filled)
             if step is not None and self._house.layers_done(step) < len(self._sent_L):
                 self._counters.add("sent_within", len(one.room.data_X))
+            await self._outlet.deliver(one.room)
             message = spans_of(one.frame, digests, one.room.slot, one.ending)
             await self._writer.send(message, one.room.place)
         finally:
