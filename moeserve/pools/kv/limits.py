@@ -37,7 +37,7 @@ class FetchLimits:
     frames: int = 16
     slots: int = 4
     registered: int = 4
-    slot_bytes: int = 4 << 20
+    slot_bytes: int = (4 << 20) + (64 << 10)  # 4 MiB, and digests
     memory_from: int = 1 << 20
     memories: int = 8
     calls: int = 64
