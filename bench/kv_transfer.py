@@ -1,5 +1,6 @@
 """How fast KV goes from one process to another of this host: by shared memory beside a memcpy, by
-gRPC beside a bare gRPC stream of messages of the same size, in one run.
+gRPC beside a bare gRPC stream of messages of the same size, in one run; where the package of
+Mooncake's transfer engine is installed, by it over TCP beside its bare writes.
 
     python bench/kv_transfer.py [--tokens 2048] [--layers 16] [--rounds 5] [--out FILE]
 
@@ -37,10 +38,12 @@ from moeserve.core import (
     SamplingParams,
 )
 from moeserve.engine.sequence import NEW, HeldKv, History, KvSource
+from moeserve.errors import ConfigError
 from moeserve.kernels.kv_layout import KvBlockLayout
 from moeserve.kernels.kv_runs import export_by_blocks, import_by_blocks
 from moeserve.kernels.ops import KvRuns, KvShape
 from moeserve.kernels.select import choose_ops
+from moeserve.pb import kv_pb2
 from moeserve.pools.kv.channels import ChannelPool
 from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.digests import RunDigests
@@ -48,6 +51,7 @@ from moeserve.pools.kv.exporter import KvExporter
 from moeserve.pools.kv.fetch import Fetcher
 from moeserve.pools.kv.importer import KvImporter
 from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.mooncake import Mooncake, RegisteredSlots
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.receiver_call import FetchOrder
 from moeserve.pools.kv.runs import Stretch, stretch_bytes
@@ -56,6 +60,7 @@ from moeserve.pools.members import ServedTerms
 
 RUN, HOST, VOCAB, BLOCK = b"bench", "127.0.0.1", 1000, 16
 BARE = "moeserve.bench.Bare"
+PATIENCE_S = 60.0
 TERMS = ServedTerms("bench", "bench", VOCAB, 1 << 20)
 
 
@@ -174,12 +179,33 @@ def serve(tokens: int, layers: int, native: bool, ports: Any) -> None:
         for _ in range(count):
             yield data
 
+    async def write(request: bytes, context: Any) -> bytes:
+        assert engine is not None
+        offered = kv_pb2.Registered.FromString(request)
+        outlet = engine.outlet(offered, 1, PATIENCE_S)
+        assert outlet is not None
+        for n in range(-(-nbytes // offered.slot_bytes)):
+            room = await outlet.take(0, offered.slot_bytes)
+            await outlet.deliver(room)
+            assert room.slot is not None, n
+            outlet.freed(room.slot)
+        outlet.close()
+        return b""
+
+    engine, nbytes = mooncake(), 0
+
     async def run() -> None:
+        nonlocal nbytes
         house = FullHouse(tokens, layers, native)
         house.fill()
-        kv = KvServer(house, TERMS, KvCounters())
+        nbytes = house.nbytes
+        kv = KvServer(house, TERMS, KvCounters(), mooncake=engine)
         bare = grpc.method_handlers_generic_handler(
-            BARE, {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
+            BARE,
+            {
+                "Stream": grpc.unary_stream_rpc_method_handler(stream),
+                "Write": grpc.unary_unary_rpc_method_handler(write),
+            },
         )
         server, port = open_server(HOST, Trust(), RUN, [kv.handlers(), bare])
         await server.start()
@@ -192,12 +218,25 @@ def serve(tokens: int, layers: int, native: bool, ports: Any) -> None:
 class Receiver:
     """Fetches a whole prompt, again and again."""
 
-    def __init__(self, house: FullHouse, port: int, tokens: int, limits: FetchLimits) -> None:
+    def __init__(
+        self,
+        house: FullHouse,
+        port: int,
+        tokens: int,
+        limits: FetchLimits,
+        engine: Mooncake | None = None,
+    ) -> None:
         self.house, self.port, self.tokens = house, port, tokens
         self.mover, self.counters = Mover("bench"), KvCounters()
         self.channels = ChannelPool(Trust(), RUN)
         self.fetcher = Fetcher(
-            house, TERMS.compute_id, self.channels, self.mover, self.counters, limits
+            house,
+            TERMS.compute_id,
+            self.channels,
+            self.mover,
+            self.counters,
+            limits,
+            mooncake=engine,
         )
         ids = tuple(i % VOCAB for i in range(tokens))
         self.request = Request(RequestId("bench"), ids, SamplingParams(2))
@@ -245,6 +284,40 @@ async def bare(port: int, total: int, size: int) -> None:
         came += len(data)
     assert came == count * size
     await channel.close()
+
+
+def mooncake() -> Mooncake | None:
+    try:
+        return Mooncake(HOST)
+    except ConfigError:
+        return None
+
+
+async def bare_writes(port: int, slots: RegisteredSlots) -> None:
+    channel = open_channel(HOST, port, Trust(), "")
+    begin: Any = channel.unary_unary(f"/{BARE}/Write")
+    offered = slots.offer().SerializeToString()
+    await begin(offered, metadata=proof_metadata(Trust(), RUN))
+    await channel.close()
+
+
+async def by_mooncake(
+    port: int, house: FullHouse, tokens: int, rounds: int, limits: FetchLimits
+) -> list[dict[str, Any]]:
+    engine = mooncake()
+    if engine is None:
+        return []
+    receiver = Receiver(house, port, tokens, replace(limits, slots=0), engine)
+    found = [await rates("mooncake", rounds, house.nbytes, receiver.fetch)]
+    assert set(receiver.counters.bytes) == {"mooncake"}
+    await receiver.close()
+    slots = engine.take(limits.registered, limits.slot_bytes)
+    assert slots is not None
+    job = lambda: bare_writes(port, slots)  # noqa: E731
+    found.append(await rates("bare mooncake", rounds, house.nbytes, job))
+    engine.give(slots, again=True)
+    engine.close()
+    return found
 
 
 async def rates(
@@ -301,9 +374,13 @@ async def measure(port: int, house: FullHouse, tokens: int, rounds: int) -> list
     found.append(
         await rates("bare grpc", rounds, house.nbytes, lambda: bare(port, house.nbytes, size))
     )
+    found += await by_mooncake(port, house, tokens, rounds, limits)
     found.append(digest_share(house, tokens))
     by_name = {one["what"]: one for one in found}
-    for name, other in (("memory", "memcpy"), ("grpc", "bare grpc")):
+    pairs = ("memory", "memcpy"), ("grpc", "bare grpc"), ("mooncake", "bare mooncake")
+    for name, other in pairs:
+        if name not in by_name:
+            continue
         ratio = by_name[name]["median"] / by_name[other]["median"]
         found.append({"what": f"{name} / {other}", "ratio": ratio})
     return found

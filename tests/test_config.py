@@ -357,6 +357,7 @@ OF_CLUSTERS: dict[str, Any] = {
     "cluster_tls": "tls",
     "role": "decode",
     "name": "d0",
+    "kv_transport": "mooncake",
     "weights": "pool",
     "weights_folder": "weights",
     "cache_memory": 1 << 20,

@@ -94,6 +94,11 @@ class MemberOptions(Options):
         max_length=64,
         description="what it is called where members are shown; default: role and process",
     )
+    kv_transport: Literal["grpc", "mooncake"] = Field(
+        default="grpc",
+        description="how KV goes between hosts: gRPC, or Mooncake's transfer engine over TCP where "
+        "both members have it, whose port has neither TLS nor a secret; on one host by memory",
+    )
     weights: Literal["disk", "auto", "pool"] = Field(
         default="disk",
         description="where they come from: this host's disk, other members and the cache pool, or "

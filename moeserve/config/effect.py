@@ -88,7 +88,7 @@ RULES = (
         "`--role cache`",
     ),
     Rule(
-        frozenset({"weights", "weights_folder"}),
+        frozenset({"weights", "weights_folder", "kv_transport"}),
         lambda options, ranks: options.role == "cache",
         "it serves no model",
         "another `--role`",

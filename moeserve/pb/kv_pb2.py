@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from moeserve.pb import rank_pb2 as moeserve_dot_pb_dot_rank__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14moeserve/pb/kv.proto\x12\x0bmoeserve.kv\x1a\x16moeserve/pb/rank.proto\"\xc9\x01\n\x08ToSource\x12%\n\x06wanted\x18\x01 \x01(\x0b\x32\x13.moeserve.kv.WantedH\x00\x12#\n\x05\x61gain\x18\x02 \x01(\x0b\x32\x12.moeserve.kv.AgainH\x00\x12!\n\x04stop\x18\x03 \x01(\x0b\x32\x11.moeserve.kv.StopH\x00\x12#\n\x05\x66reed\x18\x04 \x01(\x0b\x32\x12.moeserve.kv.FreedH\x00\x12!\n\x04\x64one\x18\x05 \x01(\x0b\x32\x11.moeserve.kv.DoneH\x00\x42\x06\n\x04what\"\xa1\x01\n\x06Wanted\x12\x12\n\ncompute_id\x18\x01 \x01(\t\x12\x10\n\x08geometry\x18\x02 \x01(\x0c\x12-\n\nsubmission\x18\x03 \x01(\x0b\x32\x19.moeserve.rank.Submission\x12\x0c\n\x04have\x18\x04 \x01(\x04\x12\x0f\n\x07running\x18\x05 \x01(\t\x12#\n\x06memory\x18\x06 \x01(\x0b\x32\x13.moeserve.kv.Memory\"T\n\x06Memory\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x0e\n\x06\x63ookie\x18\x03 \x01(\x0c\x12\r\n\x05slots\x18\x04 \x01(\r\x12\x12\n\nslot_bytes\x18\x05 \x01(\x04\"4\n\x05\x41gain\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x06\n\x04Stop\"\x15\n\x05\x46reed\x12\x0c\n\x04slot\x18\x01 \x01(\r\"\x06\n\x04\x44one\"\x95\x02\n\nFromSource\x12#\n\x05\x62\x65gun\x18\x01 \x01(\x0b\x32\x12.moeserve.kv.BegunH\x00\x12#\n\x05spans\x18\x02 \x01(\x0b\x32\x12.moeserve.kv.SpansH\x00\x12#\n\x04news\x18\x03 \x01(\x0b\x32\x13.moeserve.rank.NewsH\x00\x12!\n\x04\x62\x65\x61t\x18\x04 \x01(\x0b\x32\x11.moeserve.kv.BeatH\x00\x12%\n\x06handed\x18\x05 \x01(\x0b\x32\x13.moeserve.kv.HandedH\x00\x12#\n\x05\x65nded\x18\x06 \x01(\x0b\x32\x12.moeserve.kv.EndedH\x00\x12!\n\x04made\x18\x07 \x01(\x0b\x32\x11.moeserve.kv.MadeH\x00\x42\x06\n\x04what\")\n\x05\x42\x65gun\x12\x10\n\x08run_size\x18\x01 \x01(\r\x12\x0e\n\x06memory\x18\x02 \x01(\x08\"S\n\x05Spans\x12 \n\x05spans\x18\x01 \x03(\x0b\x32\x11.moeserve.kv.Span\x12\x11\n\x04slot\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04last\x18\x03 \x01(\x08\x42\x07\n\x05_slot\"C\n\x04Span\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x0c\n\x04stop\x18\x03 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\"\x17\n\x04\x42\x65\x61t\x12\x0f\n\x07waiting\x18\x01 \x01(\x08\"N\n\x06Handed\x12\x0f\n\x07outputs\x18\x01 \x03(\r\x12\x10\n\x08\x63omputed\x18\x02 \x01(\x04\x12!\n\x05spans\x18\x03 \x01(\x0b\x32\x12.moeserve.kv.Spans\"\x07\n\x05\x45nded\"\x17\n\x04Made\x12\x0f\n\x07outputs\x18\x01 \x03(\r2H\n\tKvService\x12;\n\x05\x46\x65tch\x12\x15.moeserve.kv.ToSource\x1a\x17.moeserve.kv.FromSource(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14moeserve/pb/kv.proto\x12\x0bmoeserve.kv\x1a\x16moeserve/pb/rank.proto\"\xc9\x01\n\x08ToSource\x12%\n\x06wanted\x18\x01 \x01(\x0b\x32\x13.moeserve.kv.WantedH\x00\x12#\n\x05\x61gain\x18\x02 \x01(\x0b\x32\x12.moeserve.kv.AgainH\x00\x12!\n\x04stop\x18\x03 \x01(\x0b\x32\x11.moeserve.kv.StopH\x00\x12#\n\x05\x66reed\x18\x04 \x01(\x0b\x32\x12.moeserve.kv.FreedH\x00\x12!\n\x04\x64one\x18\x05 \x01(\x0b\x32\x11.moeserve.kv.DoneH\x00\x42\x06\n\x04what\"\xce\x01\n\x06Wanted\x12\x12\n\ncompute_id\x18\x01 \x01(\t\x12\x10\n\x08geometry\x18\x02 \x01(\x0c\x12-\n\nsubmission\x18\x03 \x01(\x0b\x32\x19.moeserve.rank.Submission\x12\x0c\n\x04have\x18\x04 \x01(\x04\x12\x0f\n\x07running\x18\x05 \x01(\t\x12#\n\x06memory\x18\x06 \x01(\x0b\x32\x13.moeserve.kv.Memory\x12+\n\nregistered\x18\x07 \x01(\x0b\x32\x17.moeserve.kv.Registered\"Q\n\nRegistered\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x06\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x12\n\nslot_bytes\x18\x04 \x01(\x04\"T\n\x06Memory\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x0e\n\x06\x63ookie\x18\x03 \x01(\x0c\x12\r\n\x05slots\x18\x04 \x01(\r\x12\x12\n\nslot_bytes\x18\x05 \x01(\x04\"4\n\x05\x41gain\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x06\n\x04Stop\"\x15\n\x05\x46reed\x12\x0c\n\x04slot\x18\x01 \x01(\r\"\x06\n\x04\x44one\"\xb8\x02\n\nFromSource\x12#\n\x05\x62\x65gun\x18\x01 \x01(\x0b\x32\x12.moeserve.kv.BegunH\x00\x12#\n\x05spans\x18\x02 \x01(\x0b\x32\x12.moeserve.kv.SpansH\x00\x12#\n\x04news\x18\x03 \x01(\x0b\x32\x13.moeserve.rank.NewsH\x00\x12!\n\x04\x62\x65\x61t\x18\x04 \x01(\x0b\x32\x11.moeserve.kv.BeatH\x00\x12%\n\x06handed\x18\x05 \x01(\x0b\x32\x13.moeserve.kv.HandedH\x00\x12#\n\x05\x65nded\x18\x06 \x01(\x0b\x32\x12.moeserve.kv.EndedH\x00\x12!\n\x04made\x18\x07 \x01(\x0b\x32\x11.moeserve.kv.MadeH\x00\x12!\n\x04\x66low\x18\x08 \x01(\x0b\x32\x11.moeserve.kv.FlowH\x00\x42\x06\n\x04what\"=\n\x05\x42\x65gun\x12\x10\n\x08run_size\x18\x01 \x01(\r\x12\x0e\n\x06memory\x18\x02 \x01(\x08\x12\x12\n\nregistered\x18\x03 \x01(\x08\"S\n\x05Spans\x12 \n\x05spans\x18\x01 \x03(\x0b\x32\x11.moeserve.kv.Span\x12\x11\n\x04slot\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04last\x18\x03 \x01(\x08\x42\x07\n\x05_slot\"G\n\x04\x46low\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\"\n\x06\x66rames\x18\x02 \x03(\x0b\x32\x12.moeserve.kv.Spans\x12\x0c\n\x04last\x18\x03 \x01(\x08\"C\n\x04Span\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x0c\n\x04stop\x18\x03 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\"\x17\n\x04\x42\x65\x61t\x12\x0f\n\x07waiting\x18\x01 \x01(\x08\"N\n\x06Handed\x12\x0f\n\x07outputs\x18\x01 \x03(\r\x12\x10\n\x08\x63omputed\x18\x02 \x01(\x04\x12!\n\x05spans\x18\x03 \x01(\x0b\x32\x12.moeserve.kv.Spans\"\x07\n\x05\x45nded\"\x17\n\x04Made\x12\x0f\n\x07outputs\x18\x01 \x03(\r2H\n\tKvService\x12;\n\x05\x46\x65tch\x12\x15.moeserve.kv.ToSource\x1a\x17.moeserve.kv.FromSource(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOSOURCE']._serialized_start=62
   _globals['_TOSOURCE']._serialized_end=263
   _globals['_WANTED']._serialized_start=266
-  _globals['_WANTED']._serialized_end=427
-  _globals['_MEMORY']._serialized_start=429
-  _globals['_MEMORY']._serialized_end=513
-  _globals['_AGAIN']._serialized_start=515
-  _globals['_AGAIN']._serialized_end=567
-  _globals['_STOP']._serialized_start=569
-  _globals['_STOP']._serialized_end=575
-  _globals['_FREED']._serialized_start=577
-  _globals['_FREED']._serialized_end=598
-  _globals['_DONE']._serialized_start=600
-  _globals['_DONE']._serialized_end=606
-  _globals['_FROMSOURCE']._serialized_start=609
-  _globals['_FROMSOURCE']._serialized_end=886
-  _globals['_BEGUN']._serialized_start=888
-  _globals['_BEGUN']._serialized_end=929
-  _globals['_SPANS']._serialized_start=931
-  _globals['_SPANS']._serialized_end=1014
-  _globals['_SPAN']._serialized_start=1016
-  _globals['_SPAN']._serialized_end=1083
-  _globals['_BEAT']._serialized_start=1085
-  _globals['_BEAT']._serialized_end=1108
-  _globals['_HANDED']._serialized_start=1110
-  _globals['_HANDED']._serialized_end=1188
-  _globals['_ENDED']._serialized_start=1190
-  _globals['_ENDED']._serialized_end=1197
-  _globals['_MADE']._serialized_start=1199
-  _globals['_MADE']._serialized_end=1222
-  _globals['_KVSERVICE']._serialized_start=1224
-  _globals['_KVSERVICE']._serialized_end=1296
+  _globals['_WANTED']._serialized_end=472
+  _globals['_REGISTERED']._serialized_start=474
+  _globals['_REGISTERED']._serialized_end=555
+  _globals['_MEMORY']._serialized_start=557
+  _globals['_MEMORY']._serialized_end=641
+  _globals['_AGAIN']._serialized_start=643
+  _globals['_AGAIN']._serialized_end=695
+  _globals['_STOP']._serialized_start=697
+  _globals['_STOP']._serialized_end=703
+  _globals['_FREED']._serialized_start=705
+  _globals['_FREED']._serialized_end=726
+  _globals['_DONE']._serialized_start=728
+  _globals['_DONE']._serialized_end=734
+  _globals['_FROMSOURCE']._serialized_start=737
+  _globals['_FROMSOURCE']._serialized_end=1049
+  _globals['_BEGUN']._serialized_start=1051
+  _globals['_BEGUN']._serialized_end=1112
+  _globals['_SPANS']._serialized_start=1114
+  _globals['_SPANS']._serialized_end=1197
+  _globals['_FLOW']._serialized_start=1199
+  _globals['_FLOW']._serialized_end=1270
+  _globals['_SPAN']._serialized_start=1272
+  _globals['_SPAN']._serialized_end=1339
+  _globals['_BEAT']._serialized_start=1341
+  _globals['_BEAT']._serialized_end=1364
+  _globals['_HANDED']._serialized_start=1366
+  _globals['_HANDED']._serialized_end=1444
+  _globals['_ENDED']._serialized_start=1446
+  _globals['_ENDED']._serialized_end=1453
+  _globals['_MADE']._serialized_start=1455
+  _globals['_MADE']._serialized_end=1478
+  _globals['_KVSERVICE']._serialized_start=1480
+  _globals['_KVSERVICE']._serialized_end=1552
 # @@protoc_insertion_point(module_scope)

@@ -35,6 +35,7 @@ from moeserve.pools.kv.arrivals import Arrivals
 from moeserve.pools.kv.channels import ChannelPool
 from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.house import KvHouse
+from moeserve.pools.kv.mooncake import Mooncake
 from moeserve.pools.kv.serve import KvServer
 from moeserve.pools.members import Member, MemberLoad, Role, ServedTerms
 from moeserve.pools.registry.base import EVERYTHING, HEARTBEAT_S, Interest
@@ -42,7 +43,7 @@ from moeserve.pools.registry.follow import Follower
 from moeserve.pools.registry.view import ClusterView
 from moeserve.pools.routing.role_shift import RoleShift, ShiftMarks
 from moeserve.pools.weights.counts import WeightCounts
-from moeserve.worker.cluster_trust import RUN
+from moeserve.worker.cluster_trust import RUN, place_to_reach
 from moeserve.worker.place_in_cluster import PlaceInCluster, ServedToCluster
 from moeserve.worker.weights import OfferedWeights
 
@@ -83,8 +84,11 @@ class MemberServer:
             house = self._pooled.house
         self._weight_counts = weights
         self._weights = OfferedWeights(config, loaded.path, loaded.name, weights)
-        self._arrivals = Arrivals(house, terms, self._channels, self.kv_counters, spans=spans)
-        self._kv = KvServer(house, terms, self.kv_counters)
+        self._mooncake = _mooncake(config)
+        self._arrivals = Arrivals(
+            house, terms, self._channels, self.kv_counters, spans=spans, mooncake=self._mooncake
+        )
+        self._kv = KvServer(house, terms, self.kv_counters, mooncake=self._mooncake)
         self._ranks = RankServer(
             self._arrivals,
             lambda: 0,
@@ -168,6 +172,8 @@ class MemberServer:
         await self._ranks.wait_vacant(LEAVING_S)
         await self._place.close()
         await asyncio.to_thread(self._kv.close)
+        if self._mooncake is not None:
+            await asyncio.to_thread(self._mooncake.close)
         await self._channels.close()
 
     def _counted(self) -> pb.CountedReply:
@@ -237,6 +243,13 @@ def kernels_of(ops: Ops) -> str:
     from moeserve.kernels.cpu import _cpu
 
     return f"{ops.name} {_cpu.isa()}"
+
+
+def _mooncake(config: PeerConfig) -> Mooncake | None:
+    """The engine of this process, where KV goes by it."""
+    if config.kv_transport == "grpc":
+        return None
+    return Mooncake(place_to_reach(config, 0).rpartition(":")[0].strip("[]"))
 
 
 def _no_replan(content: bytes) -> Future[bytes]:

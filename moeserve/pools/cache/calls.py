@@ -86,10 +86,14 @@ class CacheCalls:
         return leading(reply.held), reply.nbytes
 
     async def get(
-        self, member: Member, keys: Sequence[PageKey], deadline: float
+        self,
+        member: Member,
+        keys: Sequence[PageKey],
+        deadline: float,
+        room: bytearray | None = None,
     ) -> AsyncGenerator[StoredPage, None]:
         """Pages in the order of their keys, until it lacks one; not checked. The deadline is of
-        ``time.monotonic``."""
+        ``time.monotonic``. Those that fit lie in ``room``, each until the next is asked for."""
         with _failures_of(member):
             async with self._channels.use(member.address, member.server_name) as channel:
                 asked: Any = channel.unary_stream(f"/{SERVICE}/Get")
@@ -97,7 +101,7 @@ class CacheCalls:
                 call = asked(request, metadata=self._channels.metadata)
                 try:
                     for key in keys:
-                        page = await self._receive(call, key, deadline)
+                        page = await self._receive(call, key, deadline, room)
                         if page is None:
                             return
                         yield page
@@ -140,7 +144,9 @@ class CacheCalls:
                     raise InvalidRequestError(f"no answer to {method}")
         return content
 
-    async def _receive(self, call: Any, key: PageKey, deadline: float) -> StoredPage | None:
+    async def _receive(
+        self, call: Any, key: PageKey, deadline: float, room: bytearray | None
+    ) -> StoredPage | None:
         gathering: PageGathering | None = None
         while True:
             left = min(self._progress_s, deadline - time.monotonic())
@@ -155,7 +161,7 @@ class CacheCalls:
                 found, namespace, nbytes = read_head(part.head)
                 if found != key:
                     raise InvalidRequestError("another page was sent than was asked for")
-                gathering = PageGathering(found, namespace, nbytes)
+                gathering = PageGathering(found, namespace, nbytes, room)
             page = gathering.add(part.digest, data)
             if page is not None:
                 return page

@@ -83,9 +83,12 @@ def read_head(head: pb.PageHead) -> tuple[PageKey, Namespace, int]:
 
 class PageGathering:
     """One page whose parts come one after the other. Takes memory for what has come, not for what
-    was claimed."""
+    was claimed; or none where it fits into ``room``, in which the page then lies."""
 
-    def __init__(self, key: PageKey, namespace: Namespace, nbytes: int) -> None:
+    def __init__(
+        self, key: PageKey, namespace: Namespace, nbytes: int, room: bytearray | None = None
+    ) -> None:
+        self._room = None if room is None or len(room) < nbytes else memoryview(room)
         self._key = key
         self._namespace = namespace
         self._nbytes = nbytes
@@ -101,13 +104,17 @@ class PageGathering:
             self._digest = digest
         if not self._digest or not data.nbytes:
             raise InvalidRequestError("a part of a page without digest or bytes")
-        self._came += data.nbytes
+        start, self._came = self._came, self._came + data.nbytes
         if self._came > self._nbytes:
             raise InvalidRequestError(f"a page has more than its {self._nbytes} bytes")
-        self._parts.append(data)
+        if self._room is None:
+            self._parts.append(data)
+        else:
+            self._room[start : self._came] = data
         if self._came < self._nbytes:
             return None
-        return StoredPage(self._key, self._namespace, self._digest, b"".join(self._parts))
+        body = b"".join(self._parts) if self._room is None else self._room[: self._nbytes]
+        return StoredPage(self._key, self._namespace, self._digest, body)
 
 
 def parts_of(page: StoredPage) -> Iterator[tuple[bytes, memoryview]]:

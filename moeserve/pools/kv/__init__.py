@@ -13,6 +13,8 @@
     mover          the thread on which bytes are moved
     outlet         how the bytes of a frame leave a source
     memory         the same by memory that two processes of a host share
+    mooncake       the same by Mooncake's transfer engine, between hosts that have it
+    flow           many frames through that memory, without a message for each
     supply         whose KV a source has: a request that it prefills, or that it runs
     source_call    one call, from the side of the source
     source_messages  what a source says of the KV that it sends

@@ -29,6 +29,7 @@ from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.fetch import Fetcher
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.mooncake import Mooncake
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.members import ServedTerms
 
@@ -46,13 +47,14 @@ class Arrivals:
         limits: FetchLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
         spans: RequestSpans | None = None,
+        mooncake: Mooncake | None = None,
     ) -> None:
         self._limits = limits or FetchLimits()
         self._house = house
         self._counters = counters
         self._mover = Mover("kv-arrivals")
         self._fetcher = fetcher = Fetcher(
-            house, terms.compute_id, channels, self._mover, counters, self._limits, clock
+            house, terms.compute_id, channels, self._mover, counters, self._limits, clock, mooncake
         )
         self._room = ArrivalRoom(
             house, terms, fetcher, self._mover, counters, self._limits, clock, spans

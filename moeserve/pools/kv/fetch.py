@@ -24,6 +24,7 @@ from moeserve.pools.kv.digests import geometry_of
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.limits import FetchLimits
 from moeserve.pools.kv.memory import SlotMemories, SlotMemory
+from moeserve.pools.kv.mooncake import Mooncake, RegisteredSlots
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.receiver_call import FetchOrder, ReceiverCall, SourceLostError
 from moeserve.pools.kv.serve import SERVICE
@@ -41,7 +42,9 @@ class Fetcher:
         counters: KvCounters,
         limits: FetchLimits,
         clock: Callable[[], float] = time.monotonic,
+        mooncake: Mooncake | None = None,
     ) -> None:
+        self._mooncake = mooncake
         self._layouts = house.layouts
         self._geometry = geometry_of(house.layouts)
         self._compute_id = compute_id
@@ -83,14 +86,15 @@ class Fetcher:
         async with self._channels.use(source.address, source.server_name) as channel:
             begin: Any = channel.stream_stream(f"/{SERVICE}/Fetch")
             have = order.importer.restart()
-            memory = self._memory(order.importer.length - have)
+            memory, registered = self._memories_for(order.importer.length - have)
             call = begin(metadata=self._channels.metadata, timeout=self._limits.whole_s)
             receiver = ReceiverCall(
-                order, call, self._layouts, self._mover, self._counters, self._limits, memory
-            )
+                order, call, self._layouts, self._mover, self._counters, self._limits, memory,
+                registered,
+            )  # fmt: skip
             asked = _cancels()
             try:
-                await receiver.run(self._wanted(order, have, memory))
+                await receiver.run(self._wanted(order, have, memory, registered))
             except asyncio.CancelledError:
                 if _cancels() > asked:
                     raise
@@ -101,15 +105,27 @@ class Fetcher:
                 call.cancel()
                 if memory is not None:  # behind what still reads it
                     self._mover.later(self._memories.give, memory, again=receiver.ended_well)
+                if registered is not None and self._mooncake is not None:
+                    self._mover.later(self._mooncake.give, registered, again=receiver.ended_well)
 
-    def _memory(self, positions: int) -> SlotMemory | None:
+    def _memories_for(self, positions: int) -> tuple[SlotMemory | None, RegisteredSlots | None]:
         """For what is worth it."""
         size = sum(layout.nbytes // layout.block_size for layout in self._layouts) * positions
-        if not self._limits.slots or size < self._limits.memory_from:
-            return None
-        return self._memories.take()
+        limits = self._limits
+        if size < limits.memory_from:
+            return None, None
+        shared = self._memories.take() if limits.slots else None
+        if self._mooncake is None:
+            return shared, None
+        return shared, self._mooncake.take(limits.registered, limits.slot_bytes)
 
-    def _wanted(self, order: FetchOrder, have: int, memory: SlotMemory | None) -> pb.ToSource:
+    def _wanted(
+        self,
+        order: FetchOrder,
+        have: int,
+        memory: SlotMemory | None,
+        registered: RegisteredSlots | None,
+    ) -> pb.ToSource:
         """The first message."""
         wanted = pb.Wanted(
             compute_id=self._compute_id,
@@ -117,6 +133,7 @@ class Fetcher:
             have=have,
             running=order.source.running,
             memory=None if memory is None else memory.offer(),
+            registered=None if registered is None else registered.offer(),
         )
         history = replace(order.history, sources=())
         write_submission(wanted.submission, order.request, history, self._clock())

@@ -18,7 +18,8 @@ class FetchLimits:
     to take a message or free a slot. ``layers_s``: between two looks at how far a step is.
 
     ``frame_bytes`` are in one message; ``frames`` are made at a time, of all calls together. Shared
-    memory has ``slots`` per call, 0 for none, of ``slot_bytes``; it is offered where as much as
+    memory has ``slots`` per call, 0 for none, of ``slot_bytes``, and memory for Mooncake's engine
+    ``registered``; it is offered where as much as
     ``memory_from`` is to come, and by ``memories`` calls at a time. ``calls`` are served or made at
     a time, ``arriving`` requests wait or fetch. ``window`` runs of a layer come before the next
     layer's.
@@ -35,7 +36,8 @@ class FetchLimits:
     frame_bytes: int = 2 << 20
     frames: int = 16
     slots: int = 4
-    slot_bytes: int = 4 << 20
+    registered: int = 4
+    slot_bytes: int = (4 << 20) + (64 << 10)  # 4 MiB, and digests
     memory_from: int = 1 << 20
     memories: int = 8
     calls: int = 64

@@ -12,7 +12,9 @@ to it.
 
 ::
 
-    cookie 32 B, up to HEADER_BYTES; slot 0; slot 1; ...
+    cookie 32 B, 0; filled u64, 0; freed u64, 0, up to HEADER_BYTES; slot 0; slot 1; ...
+
+The two words count frames of ``flow``, and begin at 64 and 128.
 """
 
 from __future__ import annotations
@@ -37,8 +39,11 @@ from moeserve.pools.kv.outlet import FrameRoom
 
 HEADER_BYTES = mmap.PAGESIZE
 COOKIE_BYTES = 32
+FILLED_AT, FREED_AT = 64, 128
 MOST_SLOTS = 64
 MOST_SLOT_BYTES = 64 << 20
+# Between two looks for frames that are not read yet.
+SETTLE_S = 0.0005
 # Memory up to this is mapped whole when it is opened.
 MOST_POPULATED = 64 << 20
 
@@ -46,22 +51,48 @@ _NAME = "moeserve-kv"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class SlotMemory:
+class SlotViews:
+    """``slots`` of ``slot_bytes`` in a map, from the byte ``first`` on."""
+
+    def __init__(self, mapped: mmap.mmap, first: int, slots: int, slot_bytes: int) -> None:
+        self.slots, self.slot_bytes = slots, slot_bytes
+        self._map = mapped
+        self._first = first
+
+    def slot(self, number: int) -> memoryview:
+        """To be read before the map is closed. InvalidRequestError where there is no such slot."""
+        if not 0 <= number < self.slots:
+            raise InvalidRequestError(f"slot {number}: there are {self.slots}")
+        return memoryview(_place(self._map, number, self.slot_bytes, self._first)).cast("B")
+
+
+class SlotMemory(SlotViews):
     """Of whoever fetches: ``slots`` of ``slot_bytes`` each. OSError where there is no memory."""
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
-        self.slots, self.slot_bytes = slots, slot_bytes
         self._cookie = secrets.token_bytes(COOKIE_BYTES)
         size = HEADER_BYTES + slots * slot_bytes
         self._fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self._fd, size)
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._map = mmap.mmap(self._fd, size)
+            mapped = mmap.mmap(self._fd, size)
         except BaseException:
             os.close(self._fd)
             raise
+        super().__init__(mapped, HEADER_BYTES, slots, slot_bytes)
         self._map[:COOKIE_BYTES] = self._cookie
+        self._filled, self._freed = _word(self._map, FILLED_AT), _word(self._map, FREED_AT)
+        self.frames = 0  # of flows, that were read
+
+    def filled_frames(self) -> int:
+        """As the source says."""
+        return int(self._filled.value)
+
+    def free_frame(self) -> None:
+        """The next is read."""
+        self.frames += 1
+        self._freed.value = self.frames
 
     def offer(self) -> pb.Memory:
         return pb.Memory(
@@ -71,12 +102,6 @@ class SlotMemory:
             slots=self.slots,
             slot_bytes=self.slot_bytes,
         )
-
-    def slot(self, number: int) -> memoryview:
-        """To be read before ``close``. InvalidRequestError where there is no such slot."""
-        if not 0 <= number < self.slots:
-            raise InvalidRequestError(f"slot {number}: there are {self.slots}")
-        return memoryview(_place(self._map, number, self.slot_bytes)).cast("B")
 
     def close(self) -> None:
         self._map.close()
@@ -129,7 +154,10 @@ class MemoryOutlet:
         wait_s: float,
         give: Callable[[], None] | None = None,
     ) -> None:
-        self.frame_bytes = slot_bytes
+        self.frame_bytes = self.slot_bytes = slot_bytes
+        self.slots = slots
+        self._filled, self._freed = _word(mapped, FILLED_AT), _word(mapped, FREED_AT)
+        self._flowed = self._freed.value  # frames of flows, those before this call among them
         self._give = give
         self._map = mapped
         self._free = deque(range(slots))
@@ -141,15 +169,47 @@ class MemoryOutlet:
     def full(self) -> bool:
         return not self._free
 
+    def freed_frames(self) -> int:
+        """As whoever fetches says."""
+        return int(self._freed.value)
+
+    def fill(self, frames: int) -> None:
+        """So many are filled in all."""
+        self._filled.value = frames
+
+    def slot_of(self, frame: int) -> torch.Tensor:
+        """uint8 [``slot_bytes``]: where a frame of a flow belongs."""
+        place = _place(self._map, frame % self.slots, self.slot_bytes)
+        return torch.frombuffer(place, dtype=torch.uint8)
+
+    async def begin_flow(self, frames: int) -> int:
+        """The number of its first frame, when nothing else is in a slot."""
+        async with asyncio.timeout(self._wait_s):
+            while self._taken:
+                self._some.clear()
+                await self._some.wait()
+            await self._settle()
+        first, self._flowed = self._flowed, self._flowed + frames
+        return first
+
+    async def _settle(self) -> None:
+        """Until all frames of flows are read."""
+        while self.freed_frames() < self._flowed:  # noqa: ASYNC110 - a word of another process
+            await asyncio.sleep(SETTLE_S)
+
     async def take(self, head_size: int, size: int) -> FrameRoom:
-        while not self._free:
-            self._some.clear()
-            async with asyncio.timeout(self._wait_s):
+        async with asyncio.timeout(self._wait_s):
+            await self._settle()
+            while not self._free:
+                self._some.clear()
                 await self._some.wait()
         slot = self._free.popleft()
         self._taken.add(slot)
-        place = _place(self._map, slot, self.frame_bytes)
+        place = _place(self._map, slot, self.slot_bytes)
         return FrameRoom(torch.frombuffer(place, dtype=torch.uint8)[:size], slot)
+
+    async def deliver(self, room: FrameRoom) -> None:
+        """It is there already."""
 
     def give(self, room: FrameRoom) -> None:
         """It is free when whoever fetches says so."""
@@ -216,10 +276,17 @@ class OpenedMemories:
             one.close()
 
 
-def _place(mapped: mmap.mmap, slot: int, slot_bytes: int) -> ctypes.Array[ctypes.c_ubyte]:
+def _word(mapped: mmap.mmap, at: int) -> ctypes.c_uint64:
+    """As ``_place``, a word of the header."""
+    return ctypes.c_uint64.from_address(np.frombuffer(mapped, np.uint8).ctypes.data + at)
+
+
+def _place(
+    mapped: mmap.mmap, slot: int, slot_bytes: int, first: int = HEADER_BYTES
+) -> ctypes.Array[ctypes.c_ubyte]:
     """Not bound to the map, which could not be closed as long as somebody refers to it: the mover
     closes it behind all that uses it."""
-    start = np.frombuffer(mapped, np.uint8).ctypes.data + HEADER_BYTES
+    start = np.frombuffer(mapped, np.uint8).ctypes.data + first
     return (ctypes.c_ubyte * slot_bytes).from_address(start + slot * slot_bytes)
 
 

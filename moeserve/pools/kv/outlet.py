@@ -41,6 +41,10 @@ class Outlet(Protocol):
         head of ``head_size`` bytes is sent with it."""
         ...
 
+    async def deliver(self, room: FrameRoom) -> None:
+        """It is written, and its message will be sent. TimeoutError, UnavailableError."""
+        ...
+
     def give(self, room: FrameRoom) -> None:
         """It is sent, or will never be."""
         ...
@@ -71,6 +75,9 @@ class MessageOutlet:
             await self._frames.acquire()
         place = FramePlace(head_size, size)
         return FrameRoom(place.data_X, place=place)
+
+    async def deliver(self, room: FrameRoom) -> None:
+        """With the message."""
 
     def give(self, room: FrameRoom) -> None:
         self._frames.release()

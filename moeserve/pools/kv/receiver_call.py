@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import grpc
@@ -22,14 +23,15 @@ from moeserve.errors import InvalidRequestError, UnavailableError
 from moeserve.kernels.kv_layout import KvBlockLayout
 from moeserve.pb import kv_pb2 as pb
 from moeserve.pools.kv.counters import KvCounters
-from moeserve.pools.kv.digests import Data
+from moeserve.pools.kv.digests import DIGEST_BYTES, Data
+from moeserve.pools.kv.flow import REST_S, TURN, reaches
 from moeserve.pools.kv.frames import Side, seal
 from moeserve.pools.kv.importer import KvImporter
 from moeserve.pools.kv.limits import FetchLimits
-from moeserve.pools.kv.memory import SlotMemory
+from moeserve.pools.kv.memory import SlotMemory, SlotViews
 from moeserve.pools.kv.messages import SourceReader
 from moeserve.pools.kv.mover import Mover, look_at_error
-from moeserve.pools.kv.runs import Stretch, stretch_bytes
+from moeserve.pools.kv.runs import Stretch, count_runs, stretch_bytes
 
 # Messages that wait to be imported, or are.
 MOST_TAKEN = 2
@@ -76,8 +78,8 @@ class _Taken:
 
 
 class ReceiverCall:
-    """Reads and writes ``call``, which whoever made it ends. ``memory`` was offered to the source,
-    which has no more use for it when the call ``ended_well``."""
+    """Reads and writes ``call``, which whoever made it ends. ``memory`` and ``registered`` were
+    offered to the source, which has no more use for them when the call ``ended_well``."""
 
     def __init__(
         self,
@@ -88,9 +90,12 @@ class ReceiverCall:
         counters: KvCounters,
         limits: FetchLimits,
         memory: SlotMemory | None,
+        registered: SlotViews | None = None,
     ) -> None:
         self.ended_well = False
         self._memory = memory
+        self._registered = registered
+        self._slots: tuple[str, SlotViews] | None = None  # what the source writes to
         self._order = order
         self._importer = order.importer
         self._call = call
@@ -105,6 +110,7 @@ class ReceiverCall:
         self._stopped = self._ended = self._enough = False
         self._heard = time.monotonic()
         self._taking: deque[_Taken] = deque()
+        self._reading: asyncio.Task[tuple[pb.FromSource, Data]]
 
     async def run(self, wanted: pb.ToSource) -> None:
         """Until all is imported. SourceLostError where the source is late; errors of gRPC, and of
@@ -114,13 +120,17 @@ class ReceiverCall:
         if begun[0].WhichOneof("what") != "begun" or not 0 < begun[0].begun.run_size < 1 << 20:
             raise InvalidRequestError(f"a first message that says {begun[0].WhichOneof('what')}")
         self._run_size = begun[0].begun.run_size
+        if begun[0].begun.memory and self._memory is not None:
+            self._slots = "memory", self._memory
+        elif begun[0].begun.registered and self._registered is not None:
+            self._slots = "mooncake", self._registered
         await self._stop_when_near()
-        reading = asyncio.create_task(self._read(self._limits.progress_s))
+        self._reading = self._read_on()
         try:
             while not (self._ended and self._importer.complete) and not self._enough:
-                await self._finish_until(reading)
-                message, data = await reading
-                reading = asyncio.create_task(self._read(self._limits.progress_s))
+                await self._finish_until(self._reading)
+                message, data = await self._reading
+                self._reading = self._read_on()
                 await self._hear(message, data)
             self.ended_well = not self._enough
             if not self._enough:
@@ -128,8 +138,11 @@ class ReceiverCall:
             await self._send(pb.ToSource(done=pb.Done()))
         finally:
             # A read that is cancelled cancels the call, and with it whatever else waits there.
-            reading.add_done_callback(look_at_error)
-            reading.cancel()
+            self._reading.add_done_callback(look_at_error)
+            self._reading.cancel()
+
+    def _read_on(self) -> asyncio.Task[tuple[pb.FromSource, Data]]:
+        return asyncio.create_task(self._read(self._limits.progress_s))
 
     async def _finish_until(self, reading: asyncio.Future[Any]) -> None:
         """What is imported is answered until there is a message, and room for what it brings."""
@@ -156,6 +169,8 @@ class ReceiverCall:
             return
         await self._finish_all()
         match what:
+            case "flow" if not self._ended:
+                await self._take_flow(message.flow)
             case "news":
                 self._enough = not self._order.on_event(read_news(message.news))
             case "made" if self._stopped:
@@ -186,6 +201,66 @@ class ReceiverCall:
             await self._finish_all()
             self._end()
 
+    async def _take_flow(self, flow: pb.Flow) -> None:
+        """Its frames, as the source fills them."""
+        memory, frames, at = self._memory, flow.frames, 0
+        if memory is None or flow.first != memory.frames:
+            raise InvalidRequestError(f"frames from {flow.first} on in memory that has none")
+        while at < len(frames):
+            wrong, done = await self._mover.run(self._import_flow, memory, frames[at : at + TURN])
+            for stretch in wrong:
+                await self._ask_again(stretch)
+            if done:
+                at, self._heard = at + done, time.monotonic()
+            elif time.monotonic() - self._heard > self._limits.progress_s:
+                raise self._late(f"has filled nothing for {self._limits.progress_s:.0f} s")
+            elif self._reading.done() and memory.filled_frames() <= memory.frames:
+                message, _ = await self._reading  # raises, where the call has failed
+                if message.WhichOneof("what") != "beat":
+                    raise InvalidRequestError(f"{at} of {len(frames)} frames that were announced")
+                self._reading = self._read_on()
+            else:
+                await asyncio.sleep(REST_S)
+        if flow.last:
+            self._end()
+        await self._stop_when_near()
+
+    def _import_flow(
+        self, memory: SlotMemory, frames: Sequence[pb.Spans]
+    ) -> tuple[list[Stretch], int]:
+        """On the mover's thread: runs that are to come again, and how many frames were there."""
+        wrong: list[Stretch] = []
+        for done, frame in enumerate(frames):
+            if not reaches(memory.filled_frames, memory.frames + 1):
+                return wrong, done
+            stretches, size = self._stretches(frame)
+            slot = memory.slot(memory.frames % memory.slots)
+            counts = [DIGEST_BYTES * count_runs(s, self._run_size) for s in stretches]
+            begin = len(slot) - sum(counts)
+            if not stretches or size > begin:
+                raise InvalidRequestError(f"a frame of {size} bytes and {sum(counts)} of digests")
+            ends = accumulate(counts, initial=begin)
+            digests = [bytes(slot[start:end]) for start, end in pairwise(ends)]
+            wrong += self._importer.take(stretches, digests, self._run_size, slot[:size], "memory")
+            memory.free_frame()
+        return wrong, len(frames)
+
+    def _stretches(self, spans: pb.Spans) -> tuple[list[Stretch], int]:
+        """And how many bytes they have."""
+        stretches = [Stretch(span.layer, span.start, span.stop) for span in spans.spans]
+        size = 0
+        for one in stretches:
+            if not (one.layer < len(self._layouts) and one.start < one.stop):
+                raise InvalidRequestError(f"runs of layer {one.layer}, {one.start}..{one.stop}")
+            size += stretch_bytes(self._layouts[one.layer], one)
+        return stretches, size
+
+    async def _ask_again(self, stretch: Stretch) -> None:
+        self._counters.add("retries")
+        count = stretch.stop - stretch.start
+        again = pb.Again(layer=stretch.layer, start=stretch.start, count=count)
+        await self._send(pb.ToSource(again=again))
+
     def _end(self) -> None:
         self._ended = True
         if not (self._importer.complete or self._importer.awaits_again):
@@ -202,11 +277,7 @@ class ReceiverCall:
         if taken.slot is not None:
             await self._send(pb.ToSource(freed=pb.Freed(slot=taken.slot)))
         for stretch in wrong:
-            self._counters.add("retries")
-            again = pb.Again(
-                layer=stretch.layer, start=stretch.start, count=stretch.stop - stretch.start
-            )
-            await self._send(pb.ToSource(again=again))
+            await self._ask_again(stretch)
         if not self._taking:  # nobody else looks at what has come
             await self._stop_when_near()
 
@@ -214,15 +285,11 @@ class ReceiverCall:
         """On the mover's thread; the runs that are to come again."""
         view, transport = memoryview(data), "grpc"
         if spans.HasField("slot"):
-            if self._memory is None or data:
+            if self._slots is None or data:
                 raise InvalidRequestError(f"slot {spans.slot} of a memory that is not there")
-            view, transport = self._memory.slot(spans.slot), "memory"
-        stretches = [Stretch(span.layer, span.start, span.stop) for span in spans.spans]
-        size = 0
-        for one in stretches:
-            if not (one.layer < len(self._layouts) and one.start < one.stop):
-                raise InvalidRequestError(f"runs of layer {one.layer}, {one.start}..{one.stop}")
-            size += stretch_bytes(self._layouts[one.layer], one)
+            transport, slots = self._slots
+            view = slots.slot(spans.slot)
+        stretches, size = self._stretches(spans)
         if not stretches or (size != len(view) if transport == "grpc" else size > len(view)):
             raise InvalidRequestError(f"{len(view)} bytes of runs that have {size}")
         digests = [span.digests for span in spans.spans]

@@ -121,12 +121,16 @@ def fill_frames(
     layouts: Sequence[KvBlockLayout], stretches: Iterator[Stretch], run_size: int, most: int
 ) -> Iterator[tuple[Stretch, ...]]:
     """The stretches in the same order, cut between runs, in frames of at most ``most`` bytes,
-    which hold one run at least each."""
+    which hold one run at least each. A stretch that fits into a frame is not cut: those with equal
+    bounds cost less than others (``frame_runs``)."""
     frame: list[Stretch] = []
     room = most
     for stretch in stretches:
         layer, begin = stretch.layer, stretch.start
         width = run_bytes(layouts[layer], 1)
+        if frame and room < stretch_bytes(layouts[layer], stretch) <= most:
+            yield tuple(frame)
+            frame, room = [], most
         while begin < stretch.stop:
             fits = begin + room // ALIGNMENT * ALIGNMENT // width
             end = min(stretch.stop, max(begin, fits // run_size * run_size))

@@ -30,10 +30,12 @@ from moeserve.pb import kv_pb2 as pb
 from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.digests import RunDigests, geometry_of
 from moeserve.pools.kv.exporter import KvExporter
+from moeserve.pools.kv.flow import flow_bytes
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.limits import FetchLimits
 from moeserve.pools.kv.memory import OpenedMemories
 from moeserve.pools.kv.messages import Reader
+from moeserve.pools.kv.mooncake import Mooncake
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.outlet import MessageOutlet, Outlet
 from moeserve.pools.kv.runs import ALIGNMENT
@@ -47,7 +49,8 @@ SERVICE = "moeserve.kv.KvService"
 
 class KvServer:
     """Answers calls of ``kv.proto`` on the event loop that runs when it is made. ``terms`` are
-    those of the model that ``house`` has the KV of. Close it when its server has stopped."""
+    those of the model that ``house`` has the KV of. Close it when its server has stopped, and
+    before ``mooncake``."""
 
     def __init__(
         self,
@@ -56,7 +59,9 @@ class KvServer:
         counters: KvCounters,
         limits: FetchLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        mooncake: Mooncake | None = None,
     ) -> None:
+        self._mooncake = mooncake
         self._house = house
         self._terms = terms
         self._counters = counters
@@ -158,7 +163,12 @@ class KvServer:
         if wanted.HasField("memory"):
             shared = self._memories.open(wanted.memory, largest, limits.stalled_s)
             if shared is not None:
+                shared.frame_bytes = flow_bytes(self._house.layouts, shared.slot_bytes)
                 return shared
+        if wanted.HasField("registered") and self._mooncake is not None:
+            written = self._mooncake.outlet(wanted.registered, largest, limits.stalled_s)
+            if written is not None:
+                return written
         return MessageOutlet(self._frames, max(limits.frame_bytes, largest), limits.stalled_s)
 
     def _require_same(self, wanted: pb.Wanted) -> None:

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from moeserve.engine.ranks.messages import write_news
 from moeserve.engine.sequence import HeldKv, StepKv
@@ -20,13 +21,15 @@ from moeserve.pb import kv_pb2 as pb
 from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.digests import DIGEST_BYTES
 from moeserve.pools.kv.exporter import KvExporter
+from moeserve.pools.kv.flow import FlowSource
 from moeserve.pools.kv.house import KvHouse
 from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.memory import MemoryOutlet
 from moeserve.pools.kv.messages import Reader
 from moeserve.pools.kv.mover import Mover
 from moeserve.pools.kv.order import MOST_MISSING
 from moeserve.pools.kv.outlet import FrameRoom, Outlet
-from moeserve.pools.kv.runs import Stretch, count_runs, fill_frames, plan_stretches, stretch_bytes
+from moeserve.pools.kv.runs import Stretch, count_runs, fill_frames, plan_stretches
 from moeserve.pools.kv.source_messages import MORE, Ending, FrameWriter, spans_of, with_last
 from moeserve.pools.kv.supply import KvSupply, RunningSupply
 
@@ -78,6 +81,10 @@ class SourceCall:
         self._again: deque[Stretch] = deque()
         self._left = False
         self._broken: BaseException | None = None
+        self._flow: FlowSource | None = None
+        if isinstance(outlet, MemoryOutlet):
+            gone = lambda: self._left or self._broken is not None  # noqa: E731
+            self._flow = FlowSource(outlet, exporter, mover, writer, limits, gone)
 
     def tell(self) -> None:
         """There is something to look at. On the event loop's thread."""
@@ -91,7 +98,9 @@ class SourceCall:
             await self._writer.send(
                 pb.FromSource(
                     begun=pb.Begun(
-                        run_size=self._house.block_size, memory=self._outlet.name == "memory"
+                        run_size=self._house.block_size,
+                        memory=self._outlet.name == "memory",
+                        registered=self._outlet.name == "mooncake",
                     )
                 )
             )
@@ -263,8 +272,10 @@ class SourceCall:
         self._until = max(self._until, stop)
         stretches = plan_stretches(starts, stop, size, self._limits.window)
         making: deque[_Making] = deque()
+        frames = list(fill_frames(layouts, stretches, size, self._outlet.frame_bytes))
+        if step is None and await self._send_flow(held, frames, ending):
+            return
         try:
-            frames = fill_frames(layouts, stretches, size, self._outlet.frame_bytes)
             handed = ending.handed
             for frame, last in with_last(frames):
                 while len(making) >= MOST_MADE or (making and self._outlet.full):
@@ -282,6 +293,25 @@ class SourceCall:
         finally:
             for one in making:
                 self._outlet.give(one.room)
+
+    async def _send_flow(
+        self, held: HeldKv, frames: Sequence[tuple[Stretch, ...]], ending: Ending
+    ) -> bool:
+        """All of them, where it can be done so."""
+        flow, size = self._flow, self._house.block_size
+        if flow is None or ending.handed is not None or not flow.takes(frames, size):
+            return False
+        await flow.send(held.blocks, frames, last=ending.last)
+        for stretch in chain.from_iterable(frames):
+            self._count_sent(stretch)
+        self._counters.add_to(
+            "sent_bytes", self._outlet.name, sum(map(self._exporter.size_of, frames))
+        )
+        return True
+
+    def _count_sent(self, stretch: Stretch) -> None:
+        self._sent_L[stretch.layer] = max(self._sent_L[stretch.layer], stretch.stop)
+        self._counters.add("sent_runs", count_runs(stretch, self._house.block_size))
 
     async def _send_again(self, held: HeldKv) -> None:
         """What was asked for, less what was preempted since and is not computed again."""
@@ -301,8 +331,8 @@ class SourceCall:
         alone: bool = True,
     ) -> _Making:
         """Room for it, which is then filled; ``alone``, if no other frame is filled meanwhile."""
-        layouts, block = self._house.layouts, self._house.block_size
-        size = sum(stretch_bytes(layouts[stretch.layer], stretch) for stretch in frame)
+        block = self._house.block_size
+        size = self._exporter.size_of(frame)
         empty = [bytes(DIGEST_BYTES * count_runs(s, block)) for s in frame]
         head_size = spans_of(frame, empty, None, ending).ByteSize()
         room = await self._outlet.take(head_size, size)
@@ -320,13 +350,13 @@ class SourceCall:
             digests = await asyncio.shield(one.filled)
             if step is not None and self._house.layers_done(step) < len(self._sent_L):
                 self._counters.add("sent_within", len(one.room.data_X))
+            await self._outlet.deliver(one.room)
             message = spans_of(one.frame, digests, one.room.slot, one.ending)
             await self._writer.send(message, one.room.place)
         finally:
             self._outlet.give(one.room)
         for stretch in one.frame:
-            self._sent_L[stretch.layer] = max(self._sent_L[stretch.layer], stretch.stop)
-        self._counters.add("sent_runs", sum(len(d) // DIGEST_BYTES for d in digests))
+            self._count_sent(stretch)
         self._counters.add_to("sent_bytes", self._outlet.name, len(one.room.data_X))
 
     async def _read(self, requests: AsyncIterator[bytes], reader: Reader) -> None:

@@ -81,6 +81,7 @@ class WeightFetch:
         self._batches: dict[int, Batch] = {
             at: chunks[at : at + batch] for at in range(0, len(chunks), batch)
         }
+        self._largest = max((chunk.nbytes for chunk in chunks), default=0)
         self._heads = {at: batch[0].key for at, batch in self._batches.items()}
         self._pending = list(self._batches)
         self._free = asyncio.Semaphore(MOST_CALLS)
@@ -117,13 +118,14 @@ class WeightFetch:
                 raise UnavailableError(f"{missing} chunks of the weights are missing: {self.why}")
 
     async def _work(self, source: WeightSource, goal: int) -> None:
+        room = bytearray(self._largest)
         while not source.lost and len(self._batches) > goal:
             at = self._take(source)
             if at is None:
                 return
             try:
                 async with self._free:
-                    await self._get(source, at)
+                    await self._get(source, at, room)
             finally:
                 if at in self._batches:
                     self._pending.insert(0, at)
@@ -135,13 +137,13 @@ class WeightFetch:
                 return at
         return None
 
-    async def _get(self, source: WeightSource, at: int) -> None:
+    async def _get(self, source: WeightSource, at: int, room: bytearray) -> None:
         """What ``source`` has of a batch, as far as it is whole."""
         batch = self._batches[at]
         keys = [chunk.key for chunk in batch]
         deadline = time.monotonic() + BATCH_S
         try:
-            async with aclosing(self._calls.get(source.member, keys, deadline)) as pages:
+            async with aclosing(self._calls.get(source.member, keys, deadline, room)) as pages:
                 async for page in pages:
                     if not await self._keep(source, self._batches[at][0], page):
                         break

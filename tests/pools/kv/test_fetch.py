@@ -294,9 +294,10 @@ async def test_the_engine_has_a_request_before_its_source_is_told(
         await send(call, message)
 
     monkeypatch.setattr(ReceiverCall, "_send", late)
-    async with peer() as a, peer(step_s=0.02, blocks=200) as b:
+    limits = replace(QUICK, first_s=10.0, progress_s=10.0, whole_s=20.0)
+    async with peer(limits=limits) as a, peer(limits=limits, step_s=0.02, blocks=200) as b:
         sink = b.ask(request(max_tokens=500), a.source)
-        await said.wait()
+        await asyncio.wait_for(said.wait(), WAIT_S)
         await until(lambda: len(sink.tokens) > 2)
         b.arrivals.abort(RequestId("a"))
         await ended(sink)

@@ -246,6 +246,12 @@ def changed(t: Transfer) -> dict[str, list[Message]]:
             setattr(copy.spans.spans[0], name, value)
         return copy, message[1]
 
+    def last(message: Message) -> pb.FromSource:
+        copy = pb.FromSource()
+        copy.CopyFrom(message[0])
+        copy.spans.last = True
+        return copy
+
     return {
         "twice": [begun, first, first],
         "out of order": [begun, t.spans(Stretch(0, 8, 12)), first],
@@ -271,6 +277,8 @@ def changed(t: Transfer) -> dict[str, list[Message]]:
         "a slot of no memory": [begun, (pb.FromSource(spans=pb.Spans(slot=0)), b"")],
         "made": [begun, (pb.FromSource(made=pb.Made(outputs=[1])), b"")],
         "handed": [begun, (pb.FromSource(handed=pb.Handed(outputs=[1], computed=18)), b"")],
+        "last, and more is left": [begun, (last(first), first[1])],
+        "a flow in no memory": [begun, (pb.FromSource(flow=pb.Flow()), b"")],
         "nothing": [begun, (pb.FromSource(), b"")],
         "silent": [begun, first],
         "silent from the start": [],

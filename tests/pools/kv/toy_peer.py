@@ -18,6 +18,7 @@ from moeserve.pools.kv.arrivals import Arrivals
 from moeserve.pools.kv.channels import ChannelPool
 from moeserve.pools.kv.counters import KvCounters
 from moeserve.pools.kv.limits import FetchLimits
+from moeserve.pools.kv.mooncake import Mooncake
 from moeserve.pools.kv.serve import KvServer
 from moeserve.pools.members import ServedTerms
 
@@ -79,16 +80,19 @@ class Peer:
 
 @contextlib.asynccontextmanager
 async def peer(
-    compute_id: str = "model", limits: FetchLimits = QUICK, **house: Any
+    compute_id: str = "model",
+    limits: FetchLimits = QUICK,
+    mooncake: Mooncake | None = None,
+    **house: Any,
 ) -> AsyncIterator[Peer]:
     toy = ToyHouse(**house)
     terms = ServedTerms("m", compute_id, VOCAB, toy.max_model_len, block_size=toy.block_size)
     counters = KvCounters()
-    kv = KvServer(toy, terms, counters, limits)
+    kv = KvServer(toy, terms, counters, limits, mooncake=mooncake)
     server, port = open_server("127.0.0.1", Trust(), RUN, [kv.handlers()])
     await server.start()
     channels = ChannelPool(Trust(), RUN)
-    arrivals = Arrivals(toy, terms, channels, counters, limits)
+    arrivals = Arrivals(toy, terms, channels, counters, limits, mooncake=mooncake)
     found = Peer(toy, terms, counters, kv, server, port, channels, arrivals)
     try:
         yield found
