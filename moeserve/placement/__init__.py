@@ -8,6 +8,7 @@
     split                      which copy of a replicated expert a token uses: the runtime's rule
     layer_use  migration       where the tokens of a layer go; where a migrating token is after it
     cost                       balance and copies of a plan in each dataflow
+    step_time                  balance and copies as one figure, by rates of experts and links
     report  pictures           the figures of a plan with its bound and gap; heat maps
     cli  commands              ``moeserve place``: the arguments; the verbs
     aside                      a plan solved in a process of low priority, beside one that serves
