@@ -31,7 +31,7 @@ from moeserve.placement.problem import Problem
 from moeserve.placement.routing import Routing
 from moeserve.placement.solvers.folds import Fold, folds_of, in_parts, thinned
 from moeserve.placement.solvers.portfolio import Budget, Progress, Solver, solve, solve_bounded
-from moeserve.placement.step_time import StepFigures, PlacementRates, step_figures
+from moeserve.placement.step_time import PlacementRates, StepFigures, step_figures
 
 F64 = NDArray[np.float64]
 
