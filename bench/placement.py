@@ -1,6 +1,6 @@
 """Placement, measured: half of the sequences fit a plan, the other half evaluate it.
 
-    python bench/placement.py --data FOLDER [--only balance drift copies exact scale table bounds]
+    python bench/placement.py --data FOLDER [--only balance drift copies exact scale table ...]
 
 FOLDER holds ``deepseek_v3_loads/*.json`` (``logical_count``), ``deepseek_v2_lite/*.npz`` and
 ``gpt_oss_20b/*.npz`` (``topk_ids`` [tokens, layers, k], ``seq_lens``); what is absent is left out.
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from placement_shift import DEVICES, ShiftRow, shift_rows, write_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -325,7 +327,26 @@ def bench_bounds(data: Path, limit: float) -> None:
     )
 
 
-BENCHES = {
+def bench_shift(data: Path, limit: float, out: Path | None = None) -> None:
+    del limit
+    rows: list[ShiftRow] = []
+    for name, whole in traces(data):
+        for devices in DEVICES:
+            rows += shift_rows(name, whole, devices)
+            if out is not None:
+                write_rows(rows, out)
+    table(
+        "8. A domain that nobody fitted",
+        "trace devices left_out plan imbalance copies beside_in_order saving_kept cpu_s caution",
+        [
+            (r.trace, r.devices, r.left_out, r.plan, r.imbalance, r.copies, r.unevenness, r.kept,
+             r.cpu_s, r.chosen)
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+BENCHES: dict[str, Callable[[Path, float], None]] = {
     "balance": bench_balance,
     "drift": bench_drift,
     "copies": bench_copies,
@@ -333,6 +354,7 @@ BENCHES = {
     "scale": bench_scale,
     "table": bench_table,
     "bounds": bench_bounds,
+    "shift": bench_shift,
 }
 
 
@@ -341,7 +363,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of routing data")
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=tuple(BENCHES))
     parser.add_argument("--time-limit", type=float, default=50.0, help="seconds per plan")
+    parser.add_argument("--shift-json", type=Path, metavar="FILE", help="rows of shift go there")
     arguments = parser.parse_args()
+    BENCHES["shift"] = partial(bench_shift, out=arguments.shift_json)
     for name in arguments.only:
         BENCHES[name](arguments.data, arguments.time_limit)
 
