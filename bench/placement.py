@@ -1,7 +1,7 @@
 """Placement, measured: half of the sequences fit a plan, the other half evaluate it.
 
     python bench/placement.py --data FOLDER [--only balance drift copies exact scale table
-        bounds plans] [--json bench/results/placement_bounds.json]
+        bounds plans shift] [--json bench/results/placement_bounds.json]
 
 FOLDER holds ``deepseek_v3_loads/*.json`` (``logical_count``), ``deepseek_v2_lite/*.npz`` and
 ``gpt_oss_20b/*.npz`` (``topk_ids`` [tokens, layers, k], ``seq_lens``); what is absent is left out.
@@ -15,10 +15,12 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from placement_shift import DEVICES, ShiftRow, shift_rows, write_rows
 from planner.bounds import (
     BOUND_HEADINGS,
     PLAN_HEADINGS,
@@ -289,6 +291,25 @@ def bench_plans(data: Path, limit: float, only: str, json: Path | None) -> None:
     )
 
 
+def bench_shift(data: Path, limit: float, out: Path | None = None) -> None:
+    del limit
+    rows: list[ShiftRow] = []
+    for name, whole in traces(data):
+        for devices in DEVICES:
+            rows += shift_rows(name, whole, devices)
+            if out is not None:
+                write_rows(rows, out)
+    table(
+        "8. A domain that nobody fitted",
+        "trace devices left_out plan imbalance copies beside_in_order saving_kept cpu_s caution",
+        [
+            (r.trace, r.devices, r.left_out, r.plan, r.imbalance, r.copies, r.unevenness, r.kept,
+             r.cpu_s, r.chosen)
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
 BENCHES: dict[str, Callable[[Path, float], None]] = {
     "balance": bench_balance,
     "drift": bench_drift,
@@ -296,6 +317,7 @@ BENCHES: dict[str, Callable[[Path, float], None]] = {
     "exact": bench_exact,
     "scale": bench_scale,
     "table": bench_table,
+    "shift": bench_shift,
 }
 BY_COLUMNS = {"bounds": bench_bounds, "plans": bench_plans}
 
@@ -309,7 +331,9 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=50.0, help="seconds per plan")
     parser.add_argument("--case", default="", help="part of the names of bounds and plans")
     parser.add_argument("--json", type=Path, help="file that takes what bounds and plans measured")
+    parser.add_argument("--shift-json", type=Path, metavar="FILE", help="rows of shift go there")
     arguments = parser.parse_args()
+    BENCHES["shift"] = partial(bench_shift, out=arguments.shift_json)
     for name in arguments.only:
         if name in BY_COLUMNS:
             limit, case = arguments.time_limit, arguments.case

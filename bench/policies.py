@@ -10,7 +10,7 @@ is sampled at temperature 0.8 hardly does. Schedules run in turn, round after ro
 medians of tokens a second beside those without drafts (least and most of the rounds' ratios), the
 tokens a request makes in a step, and how many drafts were right. All must make equal tokens.
 
-admission: who starts when KV is short, without a model (``bench/policy/admission.py``): as blocks are
+admission: who starts when KV is short, without a model (``policy/admission.py``): as blocks are
 free, with room for the longest answer, and as answers were lately (the default). Lengths are drawn
 (lognormal), or those of a trace: CSV with the columns ContextTokens and GeneratedTokens (Azure's)
 or `Request tokens` and `Response tokens` (BurstGPT's). Counters are exact; seconds are modelled.

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import moeserve
+from moeserve.engine.replan.replay_command import add_place
 from moeserve.errors import ConfigError, MoeserveError
-from moeserve.placement.cli import add_parser as add_place
 
 if TYPE_CHECKING:
     # argparse has no public name for what ``add_subparsers`` gives.

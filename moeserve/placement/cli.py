@@ -33,8 +33,9 @@ INTERRUPTED = 130
 Subparsers = Any  # argparse's own type for these is private
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add ``place`` and its verbs; each sets ``run``, a function of the parsed arguments."""
+def add_parser(subparsers: Subparsers) -> Subparsers:
+    """Add ``place`` and its verbs, to which others may be added; each sets ``run``, a function of
+    the parsed arguments."""
     place = subparsers.add_parser(
         "place",
         help="decide which device holds which expert",
@@ -49,6 +50,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _compare(verbs)
     _export(verbs)
     _plot(verbs)
+    return verbs
 
 
 def run(arguments: argparse.Namespace) -> int:

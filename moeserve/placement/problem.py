@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from moeserve.errors import PlacementError
 from moeserve.placement.cluster import Cluster, Dataflow, Phase
 from moeserve.placement.plan import Plan
@@ -43,7 +45,10 @@ class Moves:
 @dataclass(frozen=True, slots=True)
 class Problem:
     """``max_imbalance`` bounds max/mean load where grouping trades balance for copies:
-    that of the mixture; ``max_workload_imbalance`` that of each workload in it.
+    that of the mixture; ``max_workload_imbalance`` that of each workload in it. ``variance_price``
+    v makes grouping pay v k / 2 copies a token-layer (k experts a token) for each unit of variance,
+    mean over devices, that the experts of a device add to its load, in fair shares, by rising and
+    falling together (``solvers.covariance``).
 
     ``apart`` and ``together`` are pairs of experts that must not, or must, share a device in
     every layer. ``batch`` is the tokens of a decode step, read only in that phase.
@@ -61,6 +66,7 @@ class Problem:
     together: tuple[tuple[int, int], ...] = ()
     moves: Moves | None = None
     groups: int = 1
+    variance_price: float = 0.0
 
     @property
     def slots_per_device(self) -> int:
@@ -84,6 +90,10 @@ def check(problem: Problem, routing: Routing) -> None:
         limit = getattr(problem, name)
         if not math.isfinite(limit) or limit < 1:
             raise PlacementError(f"{name}={limit}: must be finite and at least 1")
+    if not math.isfinite(problem.variance_price) or problem.variance_price < 0:
+        raise PlacementError(
+            f"variance_price={problem.variance_price}: must be finite and at least 0"
+        )
     if problem.batch < 1:
         raise PlacementError(f"batch={problem.batch}: must be at least 1 token")
     needed = problem.expert_bytes * problem.slots_per_device * routing.num_layers
@@ -129,3 +139,17 @@ def _check_previous(problem: Problem, previous: Plan, routing: Routing) -> None:
             f"the existing plan has (layers, experts, devices, slots) = {was}, asked is {now}; "
             "a plan can only be changed into one of the same size"
         )
+
+
+def require_pairs(problem: Problem, plan: Plan) -> None:
+    """A plan that breaks a pair is refused."""
+    rows = plan.expert_LS.reshape(plan.num_layers, plan.num_devices, -1)
+    for wanted, pairs in ((False, problem.apart), (True, problem.together)):
+        for a, b in pairs:
+            both_L = ((rows == a).any(axis=2) & (rows == b).any(axis=2)).any(axis=1)
+            if (both_L != wanted).any():
+                what = "together" if wanted else "apart"
+                raise PlacementError(
+                    f"experts {a} and {b} could not be kept {what} in layer "
+                    f"{int(np.flatnonzero(both_L != wanted)[0])}; ask for fewer pairs"
+                )

@@ -10,5 +10,7 @@
     routing_counts.py   every rank: what its tokens' routing was
     benefit.py          whether a new plan pays
     replanner.py        every so often: count, solve, propose what pays
+    replay.py           recorded traffic through that policy, beside doing nothing and hindsight
+    replay_command.py   ``moeserve place replay``; replay_plot: the same over time, as SVG
     live.py             these put together on rank 0, and a plan file read again
 """

@@ -135,6 +135,24 @@ def layers_that_differ(current: Plan, candidate: Plan) -> int:
     return int((current.expert_LS != candidate.expert_LS).any(axis=1).sum())
 
 
+def judge(
+    policy: ReplanPolicy,
+    now: Conditions,
+    weights: StepCostModel | None,
+    plans: tuple[Plan, Plan],
+    judged_TLK: NDArray[np.int32],
+    expert_bytes: int,
+    moving: MoveCost,
+) -> ReplanDecision:
+    """``decide`` of the current plan and a candidate, by tokens that it was not made from."""
+    current, candidate = plans
+    batch = max(1, round(now.tokens_per_step / current.num_devices))
+    loads = plan_load(current, judged_TLK, batch), plan_load(candidate, judged_TLK, batch)
+    read = bytes_to_read(current, candidate, expert_bytes)
+    moves = read, layers_that_differ(current, candidate)
+    return decide(policy, now, weights, loads, moves, moving)
+
+
 def decide(
     policy: ReplanPolicy,
     now: Conditions,

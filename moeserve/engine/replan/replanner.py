@@ -21,11 +21,8 @@ from moeserve.engine.replan.benefit import (
     ReplanDecision,
     ReplanPolicy,
     StepSample,
-    bytes_to_read,
-    decide,
     fit,
-    layers_that_differ,
-    plan_load,
+    judge,
 )
 from moeserve.engine.replan.coordinator import PlanCoordinator
 from moeserve.engine.replan.routing_counts import read_routing
@@ -133,16 +130,13 @@ class Replanner:
         candidate = self._solve(plan, topk_TLK[::2])
         steps = self.history.steps
         per_step = sum(s.tokens for s in steps) / max(1, len(steps))
-        batch = max(1, round(per_step / plan.num_devices))
-        judged = topk_TLK[1::2]
-        read = bytes_to_read(plan, candidate, settings.expert_bytes)
-        moves = read, layers_that_differ(plan, candidate)
-        found = decide(
+        found = judge(
             self._policy,
             Conditions(self._clock(), self._changed_s, tokens / max(1e-9, elapsed_s), per_step),
             fit(steps),
-            (plan_load(plan, judged, batch), plan_load(candidate, judged, batch)),
-            moves,
+            (plan, candidate),
+            topk_TLK[1::2],
+            settings.expert_bytes,
             self._moving(steps),
         )
         if found.apply:

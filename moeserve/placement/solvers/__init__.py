@@ -2,6 +2,8 @@
 
 ::
 
+    robust                     how cautious to be, chosen on parts that were left out; falls back
+    folds  covariance          these parts; how experts' loads rise and fall together
     portfolio                  chooses and runs the solvers below, within a time limit
     balance  grouping          one layer at a time: even load; co-activated experts together
     annealing  search  twin    the annealed search of grouping as data; its loops, native or numpy

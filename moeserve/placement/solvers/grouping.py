@@ -18,6 +18,7 @@ from moeserve.placement.layer_use import slots_of_tokens
 from moeserve.placement.plan import held
 from moeserve.placement.problem import Problem
 from moeserve.placement.solvers.annealing import AnnealingSchedule, LayerGrouping
+from moeserve.placement.solvers.covariance import load_covariance
 from moeserve.placement.solvers.search import improve
 
 F64 = NDArray[np.float64]
@@ -40,14 +41,28 @@ def prices(problem: Problem) -> tuple[int, int]:
     return max(1, round(unit * device)), round(unit * node)
 
 
-def bonds(problem: Problem, expert_S: I32) -> I64:
-    """Price of two slots sharing a device: copies of one expert and ``apart`` pairs must not."""
+def variance_prices(problem: Problem, expert_S: I32, topk_TK: I32, copies_E: I64) -> I64 | int:
+    """[S, S]: what two slots on one device add to the variance of its load, in prices; 0 for
+    nothing. In relative loads, and per token as copies are."""
+    if problem.variance_price == 0:
+        return 0
+    cov_EE = load_covariance(topk_TK, len(copies_E)) / np.outer(copies_E, copies_E)
+    unit = problem.variance_price * sum(prices(problem)) * problem.cluster.devices * topk_TK.size
+    price_SS = np.round(unit * cov_EE[np.ix_(expert_S, expert_S)])
+    np.fill_diagonal(price_SS, 0)
+    return price_SS.astype(np.int64)
+
+
+def bonds(problem: Problem, expert_S: I32, varying_SS: I64 | int = 0) -> I64:
+    """Price of two slots sharing a device: copies of one expert and ``apart`` pairs must not, and
+    others cost what they vary together."""
     slots = len(expert_S)
     twin_SS = expert_S[:, None] == expert_S[None, :]
     np.fill_diagonal(twin_SS, False)
-    if not (twin_SS.any() or problem.apart or problem.together):
+    free = isinstance(varying_SS, int)
+    if free and not (twin_SS.any() or problem.apart or problem.together):
         return _NONE
-    bond_SS = np.where(twin_SS, _FORBIDDEN, 0).astype(np.int64)
+    bond_SS = np.where(twin_SS, _FORBIDDEN, varying_SS).astype(np.int64)
     for pairs, price in ((problem.apart, _FORBIDDEN), (problem.together, -_FORBIDDEN)):
         for a, b in pairs:
             both_SS = (expert_S == a)[:, None] & (expert_S == b)[None, :]
@@ -77,7 +92,7 @@ def caps(problem: Problem, load_SW: I64, device_S: I32) -> I64:
     np.add.at(start_DW, device_S, load_SW)
     fair_W = load_SW.sum(axis=0) / cluster.devices
     peak_W = (start_DW / cluster.speed_D[:, None]).max(axis=0) / fair_W
-    limit_W = np.full(load_SW.shape[1], problem.max_workload_imbalance)
+    limit_W = np.full(load_SW.shape[1], problem.max_workload_imbalance, np.float64)
     limit_W[0] = problem.max_imbalance
     limit_W = np.maximum(limit_W, peak_W)
     cap_DW: I64 = np.ceil(cluster.speed_D[:, None] * limit_W * fair_W).astype(np.int64)
@@ -117,7 +132,7 @@ def layer_problem(
         load_SW,
         caps(problem, load_SW, device_S),
         _PENALTY * (device + node),
-        bonds(problem, expert_S),
+        bonds(problem, expert_S, variance_prices(problem, expert_S, topk_TK, copies_E)),
         moving_prices(problem, expert_S, layer, len(topk_TK)),
     )
 

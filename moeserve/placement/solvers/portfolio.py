@@ -21,7 +21,7 @@ from moeserve.placement.cluster import Dataflow
 from moeserve.placement.cost import imbalance, priced, traffic
 from moeserve.placement.formats.runtimes import lightllm_rows
 from moeserve.placement.plan import Plan, contiguous, tidy, with_slots
-from moeserve.placement.problem import Problem, check
+from moeserve.placement.problem import Problem, check, require_pairs
 from moeserve.placement.report import loads, worst_imbalance
 from moeserve.placement.routing import Routing
 from moeserve.placement.solvers import align, dp, moetuner
@@ -62,13 +62,14 @@ class Budget:
     """``seconds`` None: as deep as is sensible, without looking at the clock (reproducible).
 
     ``branch``: what grouping leaves of the time goes into bounds by columns and the better layers
-    that they lead to.
+    that they lead to. ``swaps``: so many are tried per slot when grouping, neither more nor fewer.
     """
 
     seconds: float | None = 60.0
     threads: int = 2
     seed: int = 1
     branch: bool = False
+    swaps: int | None = None
 
     def __post_init__(self) -> None:
         if self.seconds is not None and not self.seconds > 0:
@@ -103,8 +104,11 @@ class _Work:
 
     @property
     def alternatives(self) -> F64:
-        """The loads to balance: traces are served together, counts are alternatives."""
-        return self.load_LEW[:, :, :1] if self.topk_TLK is not None else self.load_LEW
+        """The loads to balance: traces are served together, counts are alternatives, and so are
+        traces where copies of experts are to insure against a shift."""
+        spare = self.problem.slots > self.routing.num_experts
+        insured = self.problem.variance_price > 0 and spare
+        return self.load_LEW if insured or self.topk_TLK is None else self.load_LEW[:, :, :1]
 
     def plan(self, expert_LS: I32) -> Plan:
         return with_slots(self.blank, tidy(expert_LS, self.problem.cluster.devices))
@@ -149,7 +153,7 @@ def solve_bounded(
         plan = align.nearest(plan, problem.moves.previous)
     if plan.dataflow is Dataflow.MIGRATE and work.topk_TLK is not None:
         plan = align.with_guide(plan, work.topk_TLK)
-    _check_pairs(problem, plan)
+    require_pairs(problem, plan)
     return SolvedPlacement(plan, bound_L)
 
 
@@ -317,9 +321,9 @@ def _group_with(
 def _grouped(work: _Work) -> Plan:
     start_LS = balance_layers(work.problem, work.alternatives)
     began = time.monotonic()
-    probe = AnnealingSchedule(_PROBE, 2, _HEAT, work.budget.seed)
+    probe = AnnealingSchedule(work.budget.swaps or _PROBE, 2, _HEAT, work.budget.seed)
     best_LS, whole = _group_with(work, start_LS, probe, "grouping")
-    if not whole:
+    if not whole or work.budget.swaps:
         return work.plan(best_LS)
     depth = _DEEPEST
     if work.budget.seconds is not None:
@@ -417,20 +421,6 @@ def _lightllm(work: _Work) -> Plan:
 def _random(work: _Work) -> Plan:
     random = np.random.default_rng(work.budget.seed)
     return work.plan(np.stack([random.permutation(row_S) for row_S in work.blank.expert_LS]))
-
-
-def _check_pairs(problem: Problem, plan: Plan) -> None:
-    """A plan that breaks a pair is not returned."""
-    rows = plan.expert_LS.reshape(plan.num_layers, plan.num_devices, -1)
-    for wanted, pairs in ((False, problem.apart), (True, problem.together)):
-        for a, b in pairs:
-            both_L = ((rows == a).any(axis=2) & (rows == b).any(axis=2)).any(axis=1)
-            if (both_L != wanted).any():
-                what = "together" if wanted else "apart"
-                raise PlacementError(
-                    f"experts {a} and {b} could not be kept {what} in layer "
-                    f"{int(np.flatnonzero(both_L != wanted)[0])}; ask for fewer pairs"
-                )
 
 
 _SOLVERS: dict[Solver, Callable[[_Work], Plan]] = {
