@@ -56,7 +56,6 @@ class PairBound:
         cell_PQ = layer.item_PK[:, a].astype(np.int64) * E + layer.item_PK[:, b]
         self._cell_PQ = np.where(both_PQ, cell_PQ, E * E)
         self._base_PG, self._slope_PG = _pieces_of(layer)
-        self._one_E = np.ones(E)
         self._mean_EE: F64 = np.full((E, E), (m - 1) / max(1, E - 1))
         np.fill_diagonal(self._mean_EE, 1.0)
         self._priced_EE: F64 | None = None  # averaged slopes of patterns, on their pairs
