@@ -154,7 +154,8 @@ def _problem(parser: argparse.ArgumentParser) -> None:
         "--max-imbalance",
         type=float,
         default=1.03,
-        help="max/mean load that grouping may cause (default %(default)s)",
+        help="max/mean load that grouping may cause; also the factor by which a plan may be worse "
+        "balanced than experts in order on what is held out (default %(default)s)",
     )
     parser.add_argument(
         "--max-workload-imbalance",

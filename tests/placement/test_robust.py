@@ -18,7 +18,7 @@ from moeserve.placement.routing import Routing, counted, split, workload_of_toke
 from moeserve.placement.solvers.covariance import WINDOW, load_covariance
 from moeserve.placement.solvers.folds import PARTS, folds_of, in_parts, thinned
 from moeserve.placement.solvers.portfolio import Budget, Solver, solve
-from moeserve.placement.solvers.robust import BASELINES, frontier, solve_robust
+from moeserve.placement.solvers.robust import BASELINES, NEAR, frontier, solve_robust
 from moeserve.placement.step_time import PlacementRates, step_figures
 
 few = settings(max_examples=5, deadline=None)
@@ -74,7 +74,7 @@ def test_the_same_routing_gives_the_same_plan() -> None:
     assert (first.plan.expert_LS == second.plan.expert_LS).all()
 
 
-def test_the_choice_is_the_fastest_of_those_that_are_balanced_enough() -> None:
+def test_the_choice_has_the_fewest_copies_of_the_fast_and_balanced() -> None:
     problem = Problem(Cluster(4), 16)
     found = frontier(problem, drawn(5, domains=3), RATES, QUICK)
     assert found is not None
@@ -82,7 +82,12 @@ def test_the_choice_is_the_fastest_of_those_that_are_balanced_enough() -> None:
     limit = problem.max_imbalance * found.points[0].imbalance
     assert [p.name for p in found.points[:2]] == ["contiguous", "eplb"]
     assert all(p.admissible == (p.imbalance <= limit) for p in found.points[1:])
-    assert found.chosen.step == min(p.step for p in found.points if p.admissible)
+    standing = [p for p in found.points if p.admissible]
+    fastest = min(p.step for p in standing)
+    assert found.chosen.step <= min(p.step for p in standing if p.caution is None)
+    assert found.chosen.step <= NEAR * fastest
+    near = [p for p in standing if p.step <= found.chosen.step]
+    assert found.chosen.copies == min(p.copies for p in near)
 
 
 def test_experts_in_order_stay_where_neighbours_are_what_a_router_picks() -> None:

@@ -9,7 +9,8 @@ more slots than experts, copies then go to what is heavy in any part.
    copies, max/mean load and the predicted step (``step_time``), beside experts in order and EPLB.
    That is the frontier.
 2. What is worse balanced than experts in order by more than ``max_imbalance`` allows (a factor) is
-   out; of the rest, the fastest predicted step is chosen.
+   out, and so is what is slower than a baseline or not near the fastest predicted step; of the
+   rest, the fewest copies are chosen.
 3. The chosen caution is fitted on everything, and judged once more on sequences held apart, where
    there are any. Where it does not stand there, more cautious plans, EPLB and experts in order are
    tried on them, under the same rule; experts in order always stand.
@@ -39,6 +40,7 @@ BASELINES = (Solver.CONTIGUOUS, Solver.EPLB)
 _JUDGED_TOKENS, _JUDGED_LAYERS = 8192, 24
 _SWAPS, _MORE_SWAPS = 100, 400  # per slot: of a fit on folds; of one that replaces the chosen
 _JUDGING = 0.35  # of the time limit
+NEAR = 1.03  # predictions are no better than that
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,15 @@ class Frontier:
 
     @property
     def chosen(self) -> FrontierPoint:
-        """The fastest of the admissible; the earliest of equals."""
-        return min((p for p in self.points if p.admissible), key=lambda p: p.step)
+        """The fewest copies of those that are admissible, not slower than a baseline that is, and
+        within ``NEAR`` of the fastest; the faster of equals."""
+        standing = [p for p in self.points if p.admissible]
+        limit = min(NEAR * min(p.step for p in standing), self._baseline)
+        return min((p for p in standing if p.step <= limit), key=lambda p: (p.copies, p.step))
+
+    @property
+    def _baseline(self) -> float:
+        return min(p.step for p in self.points if p.admissible and p.caution is None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
