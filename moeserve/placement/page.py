@@ -187,27 +187,28 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _frontier(points: Sequence[DrawnPoint]) -> str:
-    """Copies against balance, as a drawing."""
-    across = _axis([p.imbalance for p in points], 60, 600)
-    up = _axis([p.copies for p in points], 300, 20)
+    """Copies against balance, as a drawing whose numbers are those of the list below it."""
+    across = _axis([p.imbalance for p in points], 80, 640)
+    up = _axis([p.copies for p in points], 280, 50)
     ordered = sorted(points, key=lambda p: p.imbalance)
     line = "L".join(f"{across(p.imbalance):.1f} {up(p.copies):.1f}" for p in ordered)
     dots = "".join(
         f'<circle class="{"ours" if p.chosen else "other"}" cx="{across(p.imbalance):.1f}" '
-        f'cy="{up(p.copies):.1f}" r="{6 if p.chosen else 4}"><title>{html.escape(p.name)}: '
-        f"{p.copies:.3f} copies, {p.imbalance:.3f}</title></circle>"
-        f'<text x="{across(p.imbalance) + 8:.1f}" y="{up(p.copies) - 6:.1f}">'
-        f"{html.escape(p.name)}</text>"
-        for p in points
+        f'cy="{up(p.copies):.1f}" r="{7 if p.chosen else 4}"/>'
+        f'<text x="{across(p.imbalance):.1f}" y="{up(p.copies) - 11:.1f}" text-anchor="middle">'
+        f"{number}</text>"
+        for number, p in enumerate(ordered, 1)
+    )
+    listed = "".join(
+        f"<li{' class=ours' if p.chosen else ''}>{html.escape(p.name)}: fullest {p.imbalance:.3f} "
+        f"of the mean, {p.copies:.3f} copies{', chosen' if p.chosen else ''}</li>"
+        for p in ordered
     )
     return (
-        "<p>Copies per token and layer against the fullest device over the mean, held out. Filled "
-        'in colour: what was chosen.</p><svg class="frontier" role="img" viewBox="0 0 700 340" '
-        'aria-label="Copies against balance, held out"><path d="M60 20V300H680"/>'
-        f'<path d="M{line}"/>{dots}<text x="680" y="325" text-anchor="end">fullest over mean, '
-        f"{min(p.imbalance for p in points):.3f} to {max(p.imbalance for p in points):.3f}</text>"
-        f'<text x="8" y="14">copies, {min(p.copies for p in points):.3f} to '
-        f"{max(p.copies for p in points):.3f}</text></svg>"
+        "<p>Priced copies per token and layer (upwards) against the fullest device over the mean "
+        '(to the right), held out. In colour: what was chosen.</p><svg class="frontier" role="img" '
+        'viewBox="0 0 700 310" aria-label="Copies against balance, held out">'
+        f'<path d="M50 20V300H680"/><path d="M{line}"/>{dots}</svg><ol>{listed}</ol>'
     )
 
 
