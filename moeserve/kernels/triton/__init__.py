@@ -8,6 +8,6 @@
     products  route  experts   products and other operations on rows; routing; the experts
     attention                  the paged cache, and attention over it
     sums  wire                 contributions become rows; dispatch and combine
-    launch                     the one way to a kernel
+    launch  aot                the one way to a kernel; kernels compiled for a device elsewhere
     device/                    the kernels
 """

@@ -235,7 +235,7 @@ def run_tiles(
 
 
 def warps_for(dtype: torch.dtype, value_size: int) -> int:
-    return 8 if value_size > 128 or dtype is torch.float32 else 4
+    return 16 if value_size > 128 and dtype is not torch.float32 else 8
 
 
 def of_part(part: KvPart | None) -> tuple[Tensor | None, Tensor | None]:

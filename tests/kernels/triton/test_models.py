@@ -49,11 +49,9 @@ def gives_the_tokens(ops: Ops, folder: Path, dtype: str, count: int) -> None:
     assert error <= BOUNDS[dtype] * theirs[1][first].abs().max()
 
 
-def test_a_model_of_each_kind_of_attention_gives_the_references_tokens(
-    ops: Ops, tiny_checkpoint: Load
-) -> None:
-    for family in ("deepseek_v3", "gpt_oss"):
-        gives_the_tokens(ops, tiny_checkpoint(family), "float32", 2)
+@pytest.mark.timeout(1200)
+def test_a_model_gives_the_references_tokens(ops: Ops, tiny_checkpoint: Load) -> None:
+    gives_the_tokens(ops, tiny_checkpoint("deepseek_v3"), "float32", 2)
 
 
 @pytest.mark.long

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.errors import InternalError
-from moeserve.kernels.matrix import Matrix, to_int4, to_int8
+from moeserve.kernels.matrix import Int4Matrix, Matrix, to_int4, to_int8
 from moeserve.kernels.ops import Activation, Ops, RouterSpec
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.wire import Combine
@@ -69,6 +71,16 @@ def test_products_of_codes_are_the_oracles_and_others_are_close(
     theirs = REFERENCE.linear(x, REFERENCE.pack_linear(weight, bias))
     close(ours, theirs)
     assert kind not in CODES or same_bits(ours, theirs)
+
+
+def test_codes_may_stand_for_levels(ops: Ops) -> None:
+    """MXFP4, whose groups are narrower than a product."""
+    levels = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+    packed = torch.randint(256, (20, 32), dtype=torch.uint8)
+    zero = torch.zeros(20, 2, dtype=torch.uint8)
+    weight, x = Int4Matrix(packed, torch.rand(20, 2), zero, 32, levels), torch.randn(3, 64)
+    ours, theirs = (t.linear(x, t.pack_linear(weight)) for t in (ops, REFERENCE))
+    assert same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,3 +230,18 @@ def a_row_alone(ops: Ops, kind: str, combine: Combine) -> None:
 def test_a_row_alone_is_the_row_in_any_batch(ops: Ops, kind: str, combine: Combine) -> None:
     """Of 19 rows some are in another tile, or in one of another size."""
     a_row_alone(ops, kind, combine)
+
+
+def test_the_order_of_programs_does_not_show(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    packed = ops.pack_experts(to_int8(torch.randn(5, 52, 34)), to_int8(torch.randn(5, 34, 26)))
+    x, ids = torch.randn(9, 34), torch.randint(5, (9, 2), dtype=torch.int32)
+    weights, units = torch.rand(9, 2), ops.units(x, packed)
+    forwards = ops.moe_ffn(x, packed, ids, weights, units)
+
+    def backwards(self: Any, *place: int) -> None:
+        self.grid_idx = tuple(n - 1 - i for n, i in zip(self.grid_dim, place, strict=True))
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", backwards)
+    assert same_bits(ops.moe_ffn(x, packed, ids, weights, units), forwards)

@@ -131,6 +131,19 @@ def add_values(
 
 
 @triton.jit
+def store_rows(to, x, here, size, D: tl.constexpr):
+    """x [BM, D], of which ``size`` features count, to rows at ``to`` [BM, 1] where ``here``."""
+    d = tl.arange(0, D)
+    tl.store(to + d[None, :], x, mask=here[:, None] & (d < size)[None, :])
+
+
+@triton.jit
+def first_seen(end, window):
+    """The first position that a row sees which sees those below ``end``."""
+    return tl.where(window > 0, tl.maximum(end - window, 0), 0)
+
+
+@triton.jit
 def slots_of(blocks, p, there, page):
     """Of positions ``p`` of a sequence whose blocks are listed at ``blocks``."""
     block = tl.load(blocks + p // page, mask=there, other=0)
@@ -162,18 +175,16 @@ def attend_kernel(
     the second part of a latent's keys (R is 0 where there is none), ``v`` its first.
     """
     entry = tiles + tl.program_id(0) * 4
-    sequence, first, count = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
-    position = tl.load(entry + 3)
+    sequence, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
+    count, position = tl.load(entry + 2), tl.load(entry + 3)
     over = tl.cdiv(group, HEADS)
-    g, part = tl.program_id(1) // over, tl.program_id(1) % over
-    segment = tl.program_id(2)
+    g, part, segment = tl.program_id(1) // over, tl.program_id(1) % over, tl.program_id(2)
     m = tl.arange(0, BM)
     own = part * HEADS + m % HEADS
     here = (m // HEADS < count) & (own < group)
     row, head = (first + m // HEADS).to(tl.int64), g * group + own
     end = position + m // HEADS + 1
-    begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
-    least = tl.where(window > 0, tl.maximum(position + 1 - window, 0), 0)
+    begin, least = first_seen(end, window), first_seen(position + 1, window)
     low = tl.maximum(segment * SEGMENT, least // STEP * STEP)
     high = tl.minimum((segment + 1) * SEGMENT, position + count)
     if (count > 0) & (low < high):
@@ -209,9 +220,7 @@ def attend_kernel(
         place = ((row - base_row) * heads + head) * segments + segment
         tl.store(highs + place, highest, mask=here)
         tl.store(totals + place, total, mask=here)
-        d = tl.arange(0, V)
-        to = means + place[:, None] * v_size + d[None, :]
-        tl.store(to, mean, mask=here[:, None] & (d < v_size)[None, :])
+        store_rows(means + place[:, None] * v_size, mean, here, v_size, V)
 
 
 @triton.jit
@@ -222,7 +231,7 @@ def merge_kernel(
     """[rows, A, V] of one row and head: its segments in ascending order, then its sink."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     end = tl.load(ends + row)
-    begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
+    begin = first_seen(end, window)
     d = tl.arange(0, V)
     highest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
