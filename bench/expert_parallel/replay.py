@@ -37,6 +37,7 @@ from expert_parallel.schemes import LoadCase, Repetitions, Scheme, fill, link_by
 from rich.console import Console
 
 from moeserve.errors import ConfigError, MoeserveError
+from moeserve.placement.cluster import Cluster
 from moeserve.testbed.links import parse_rate
 from moeserve.testbed.network import Bed, refusal
 
@@ -45,7 +46,8 @@ def replay_on(
     recording: Recording, shape: BedShape, model: Path, args: argparse.Namespace, say: Say
 ) -> list[ReplayRow]:
     repetitions = Repetitions(args.length, args.length // 2, args.steps, args.rounds, untimed=1)
-    plans = solve_plans(recording, shape.ranks, shape.hosts, args.solve_s, say)
+    cluster = Cluster(shape.ranks, shape.hosts)
+    plans = solve_plans(recording, cluster, args.max_imbalance, args.solve_s, say)
     # Windows follow one another in the recording: each goes to another rank.
     ids_RSWLK = np.stack([recording.ids_CWLK[r :: shape.ranks] for r in range(shape.ranks)])
     load = LoadCase("decode", args.tokens)
@@ -93,6 +95,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="of a round [2]")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="[3]")
     parser.add_argument("--solve-s", type=float, default=4.0, metavar="S", help="for a plan [4]")
+    parser.add_argument("--max-imbalance", type=float, default=1.03, metavar="X", help="[1.03]")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a rank [1]")
     parser.add_argument("--backend", default="auto", help="auto, tcp, torch [auto]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the raw figures")

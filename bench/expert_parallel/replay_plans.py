@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from expert_parallel.inputs import SLACK
 from expert_parallel.recorded import Recording
 
 from moeserve.placement.cluster import Cluster
@@ -42,15 +41,20 @@ RECIPES: Mapping[str, PlanRecipe] = {
 
 
 def solve_plans(
-    recording: Recording, ranks: int, nodes: int, seconds: float, say: Callable[[str], None]
+    recording: Recording,
+    cluster: Cluster,
+    balance: float,
+    seconds: float,
+    say: Callable[[str], None],
 ) -> dict[str, Plan]:
-    """By name, for ``nodes`` that have as many of the ``ranks`` each; ``seconds`` for each."""
-    experts = recording.num_experts
+    """By name; ``balance`` is the most that max over mean load may be where it is traded for
+    copies, ``seconds`` are for each."""
+    experts, ranks = recording.num_experts, cluster.devices
     plans = {}
     for name, recipe in RECIPES.items():
         say(f"{recording.source.name}: plan {name}")
         wanted = experts + experts // 4 if recipe.replicas else experts
-        problem = Problem(Cluster(ranks, nodes), -(-wanted // ranks) * ranks, max_imbalance=SLACK)
+        problem = Problem(cluster, -(-wanted // ranks) * ranks, max_imbalance=balance)
         tokens = recipe.solver is Solver.MOETUNER
         routing = recording.fitted_tokens if tokens else recording.fitted
         plans[name] = solve(problem, routing, recipe.solver, Budget(seconds))
