@@ -279,6 +279,8 @@ class ColumnSearch:
             floor = min(0, floor)
         bound = int(price_E.sum()) + layer.places * floor
         bound = -(-bound // TOKEN) * TOKEN  # costs are whole tokens
+        if bound <= 0:  # a search that was stopped early: prices of 0 are as good, and no number
+            bound, price_E, floor = 0, np.zeros_like(price_E), 0  # grows beyond what 64 bits hold
         if bound > self.bound or self._prices_E is None:
             self.bound = max(self.bound, bound)
             self._prices_E = price_E + floor // layer.size
