@@ -7,9 +7,9 @@ PACKED is FOLDER's copy in int8 (`moeserve quantize --packed --scheme int8`), FO
 with ``gguf/q8_0.gguf`` beside it (`bench/models/to_gguf.py`). Each runs by itself in a control
 group whose limit is the budget, page cache included: ours with ``--memory``, llama.cpp with its
 file mapped, transformers with what accelerate keeps on disk. Pages that the system holds of these
-files are dropped before each, for they would be charged to nobody. The same prompts, greedy; the best of
-so many rounds counts, each after a few tokens to warm up. A peer that is not installed, or that the
-kernel ends for want of memory, is a row that says so.
+files are dropped before each, for they would be charged to nobody. The same prompts, greedy; the
+best of so many rounds counts, each after a few tokens to warm up. A peer that is not installed, or
+that the kernel ends for want of memory, is a row that says so.
 """
 
 from __future__ import annotations
