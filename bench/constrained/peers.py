@@ -6,15 +6,17 @@
 PACKED is FOLDER's copy in int8 (`moeserve quantize --packed --scheme int8`), FOLDER a checkpoint
 with ``gguf/q8_0.gguf`` beside it (`bench/models/to_gguf.py`). Each runs by itself in a control
 group whose limit is the budget, page cache included: ours with ``--memory``, llama.cpp with its
-file mapped, transformers with what accelerate keeps on disk. The same prompts, greedy; the best of
-so many rounds counts, each after a few tokens to warm up. A peer that is not installed, or that the
-kernel ends for want of memory, is a row that says so.
+file mapped, transformers with what accelerate keeps on disk. Pages that the system holds of these
+files are dropped before each, for they would be charged to nobody. The same prompts, greedy; the
+best of so many rounds counts, each after a few tokens to warm up. A peer that is not installed, or
+that the kernel ends for want of memory, is a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -83,10 +85,17 @@ def contenders(args: argparse.Namespace, batch: int, scratch: Path) -> Iterator[
     yield Contender("transformers bf16", words, python)
 
 
+def drop_pages(*folders: Path) -> None:
+    for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure(args: argparse.Namespace, one: Contender, batch: int, log: Path) -> Row:
     if not one.needs.exists():
         return Row(one.name, batch, 0.0, 0, 0, f"absent: no {one.needs}")
     asked = [list(p) for p in prompts(Case(batch, args.prompt, args.tokens), args.vocab)]
+    drop_pages(args.packed, args.model)
     with ExitStack() as stack:
         cap = MemoryCap.open(args.memory, "peer")
         if cap is None:
