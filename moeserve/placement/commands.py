@@ -26,9 +26,15 @@ from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Moves, Problem, check
 from moeserve.placement.report import BoundEffort, CopyBytes, check_fits, figures
 from moeserve.placement.routing import Routing, split
-from moeserve.placement.solvers.portfolio import Budget, Progress, Solver
+from moeserve.placement.solvers.portfolio import (
+    Budget,
+    Progress,
+    SolvedPlacement,
+    Solver,
+    solve_bounded,
+)
 from moeserve.placement.solvers.portfolio import solve as find
-from moeserve.placement.solvers.robust import solve_asked
+from moeserve.placement.solvers.robust import RobustPlacement, solve_robust
 
 SHOW_AFTER = 2.0  # seconds of silence before a progress bar appears
 
@@ -75,9 +81,12 @@ def solve(arguments: argparse.Namespace) -> dict[str, Any]:
     fitted, held = split(routing, arguments.held_out)
     budget = Budget(arguments.time_limit, arguments.threads, arguments.seed, branch=True)
     began = time.monotonic()
-    solver = Solver(arguments.solver)
+    solved: RobustPlacement | SolvedPlacement
     with _progress(arguments.json) as progress:
-        solved = solve_asked(problem, fitted, held, solver, budget, progress)
+        if arguments.solver == Solver.AUTO:
+            solved = solve_robust(problem, fitted, held, budget=budget, progress=progress)
+        else:
+            solved = solve_bounded(problem, fitted, Solver(arguments.solver), budget, progress)
     plan, seconds = solved.plan, time.monotonic() - began
     result = _figures(plan, routing, problem.cluster, arguments)
     result["seconds"] = seconds
@@ -92,9 +101,10 @@ def solve(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     result |= _parts(plan, result.get("fitted") or fitted, held, problem.cluster, arguments)
     result["baselines"] = _baselines(problem, fitted, held, arguments)
-    result["chosen"] = solved.chosen
-    if solved.frontier is not None:
-        result["frontier"] = asdict(solved.frontier)
+    if isinstance(solved, RobustPlacement):
+        result["chosen"] = solved.chosen
+        if solved.frontier is not None:
+            result["frontier"] = asdict(solved.frontier)
     if problem.moves is not None:
         result["moved_experts"] = plans.moved_slots(problem.moves.previous, plan)
     plans.write_whole(Path(arguments.out), plans.dump(replace(plan, figures=result)))

@@ -23,8 +23,7 @@ from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.report import CopyBytes, check_fits, figures
 from moeserve.placement.routing import Routing, split
-from moeserve.placement.solvers.portfolio import Budget, Solver
-from moeserve.placement.solvers.robust import solve_asked
+from moeserve.placement.solvers.portfolio import Budget, Solver, solve_bounded
 
 File = str | PathLike[str]
 OWN_FORMAT = "moeserve"
@@ -63,9 +62,9 @@ def solve(
         _choice(Dataflow, dataflow),
         _choice(Phase, phase),
     )
-    seen, held = split(routing, held_out)
+    seen, _ = split(routing, held_out)
     budget = replace(budget or Budget(), branch=True)
-    solved = solve_asked(problem, seen, held, _choice(Solver, solver), budget)
+    solved = solve_bounded(problem, seen, _choice(Solver, solver), budget)
     said: dict[str, Any] = {"fitted_on": known.record(routing, held_out)}
     said["fitted"] = figures(solved.plan, seen, cluster, bound_L=solved.bound_L)
     return replace(solved.plan, figures=said)

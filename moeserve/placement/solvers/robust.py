@@ -204,21 +204,6 @@ def solve_robust(
     return found if held is None else _standing(problem, fitted, held, rates, budget, found)
 
 
-def solve_asked(
-    problem: Problem,
-    fitted: Routing,
-    held: Routing | None,
-    solver: Solver,
-    budget: Budget,
-    progress: Progress = _silent,
-) -> RobustPlacement:
-    """``solve_robust`` where no solver is named (``auto``), else that solver's plan."""
-    if solver is Solver.AUTO:
-        return solve_robust(problem, fitted, held, budget=budget, progress=progress)
-    solved = solve_bounded(problem, fitted, solver, budget, progress)
-    return RobustPlacement(solved.plan, solver.value, None, solved.bound_L)
-
-
 def _standing(
     problem: Problem, fitted: Routing, held: Routing, rates: PlacementRates, budget: Budget,
     found: RobustPlacement,
