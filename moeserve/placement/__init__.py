@@ -9,7 +9,7 @@
     split                      which copy of a replicated expert a token uses: the runtime's rule
     layer_use  migration       where the tokens of a layer go; where a migrating token is after it
     cost                       balance and copies of a plan in each dataflow
-    step_time                  balance and copies as one figure, by rates of experts and links
+    step_time  judged          balance and copies as one figure, by rates; figures with that step
     report                     the figures of a plan with its bound and gap
     plot  page                 the report of a plan: put together; as one HTML page
     pictures  heat_map         what there is to see; heat maps as HTML

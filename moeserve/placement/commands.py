@@ -22,19 +22,14 @@ from moeserve.placement.baselines import baselines
 from moeserve.placement.cluster import Cluster, Dataflow, Phase
 from moeserve.placement.cluster_arguments import plan_cluster
 from moeserve.placement.formats import routing_files, runtimes
+from moeserve.placement.judged import judged
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Moves, Problem, check
-from moeserve.placement.report import BoundEffort, CopyBytes, check_fits, figures
+from moeserve.placement.report import BoundEffort, CopyBytes, check_fits
 from moeserve.placement.routing import Routing, split
-from moeserve.placement.solvers.portfolio import (
-    Budget,
-    Progress,
-    SolvedPlacement,
-    Solver,
-    solve_bounded,
-)
+from moeserve.placement.solvers.portfolio import Budget, Progress, Solver
 from moeserve.placement.solvers.portfolio import solve as find
-from moeserve.placement.solvers.robust import RobustPlacement, solve_robust
+from moeserve.placement.solvers.robust import solve_asked
 
 SHOW_AFTER = 2.0  # seconds of silence before a progress bar appears
 
@@ -81,12 +76,9 @@ def solve(arguments: argparse.Namespace) -> dict[str, Any]:
     fitted, held = split(routing, arguments.held_out)
     budget = Budget(arguments.time_limit, arguments.threads, arguments.seed, branch=True)
     began = time.monotonic()
-    solved: RobustPlacement | SolvedPlacement
+    solver = Solver(arguments.solver)
     with _progress(arguments.json) as progress:
-        if arguments.solver == Solver.AUTO:
-            solved = solve_robust(problem, fitted, held, budget=budget, progress=progress)
-        else:
-            solved = solve_bounded(problem, fitted, Solver(arguments.solver), budget, progress)
+        solved = solve_asked(problem, fitted, held, solver, budget, progress)
     plan, seconds = solved.plan, time.monotonic() - began
     result = _figures(plan, routing, problem.cluster, arguments)
     result["seconds"] = seconds
@@ -96,15 +88,14 @@ def solve(arguments: argparse.Namespace) -> dict[str, Any]:
     result["judged_on"] = known.BOTH if held is not None else known.FITTED
     result["fitted_on"] = known.record(routing, arguments.held_out)
     if solved.bound_L is not None:
-        result["fitted"] = figures(
+        result["fitted"] = judged(
             plan, fitted, problem.cluster, batch=arguments.batch, bound_L=solved.bound_L
         )
     result |= _parts(plan, result.get("fitted") or fitted, held, problem.cluster, arguments)
     result["baselines"] = _baselines(problem, fitted, held, arguments)
-    if isinstance(solved, RobustPlacement):
-        result["chosen"] = solved.chosen
-        if solved.frontier is not None:
-            result["frontier"] = asdict(solved.frontier)
+    result["chosen"] = solved.chosen
+    if solved.frontier is not None:
+        result["frontier"] = asdict(solved.frontier)
     if problem.moves is not None:
         result["moved_experts"] = plans.moved_slots(problem.moves.previous, plan)
     plans.write_whole(Path(arguments.out), plans.dump(replace(plan, figures=result)))
@@ -121,10 +112,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     result = _figures(plan, routing, cluster, arguments)
     result["seconds"] = time.monotonic() - began
     result["plan"] = plan.outline()
-    judged = known.judge(plan, routing)
-    result["judged_on"] = judged.kind
-    if judged.kind == known.BOTH:
-        result |= _parts(plan, judged.fitted, judged.held_out, cluster, arguments)
+    parts = known.judge(plan, routing)
+    result["judged_on"] = parts.kind
+    if parts.kind == known.BOTH:
+        result |= _parts(plan, parts.fitted, parts.held_out, cluster, arguments)
     return result
 
 
@@ -297,7 +288,7 @@ def _figures(
     arguments: argparse.Namespace,
     effort: BoundEffort | None = None,
 ) -> dict[str, Any]:
-    return figures(
+    return judged(
         plan,
         routing,
         cluster,

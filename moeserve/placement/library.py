@@ -8,7 +8,7 @@ on the command line. Figures are those of ``report``, by the kind of routing the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import StrEnum
 from os import PathLike
 from pathlib import Path
@@ -19,11 +19,13 @@ from moeserve.placement import fitted as known
 from moeserve.placement import plan as plans
 from moeserve.placement.cluster import Cluster, Dataflow, Phase
 from moeserve.placement.formats import routing_files, runtimes
+from moeserve.placement.judged import judged
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.report import CopyBytes, check_fits, figures
 from moeserve.placement.routing import Routing, split
-from moeserve.placement.solvers.portfolio import Budget, Solver, solve_bounded
+from moeserve.placement.solvers.portfolio import Budget, Solver
+from moeserve.placement.solvers.robust import solve_asked
 
 File = str | PathLike[str]
 OWN_FORMAT = "moeserve"
@@ -62,10 +64,13 @@ def solve(
         _choice(Dataflow, dataflow),
         _choice(Phase, phase),
     )
-    seen, _ = split(routing, held_out)
+    seen, held = split(routing, held_out)
     budget = replace(budget or Budget(), branch=True)
-    solved = solve_bounded(problem, seen, _choice(Solver, solver), budget)
     said: dict[str, Any] = {"fitted_on": known.record(routing, held_out)}
+    solved = solve_asked(problem, seen, held, _choice(Solver, solver), budget)
+    said["chosen"] = solved.chosen
+    if solved.frontier is not None:
+        said["frontier"] = asdict(solved.frontier)
     said["fitted"] = figures(solved.plan, seen, cluster, bound_L=solved.bound_L)
     return replace(solved.plan, figures=said)
 
@@ -87,10 +92,10 @@ def evaluate(
     plan = plan if isinstance(plan, Plan) else plans.load(Path(plan))
     check_fits(plan, routing)
     cluster = cluster or Cluster(plan.num_devices, plan.num_nodes)
-    judged = known.judge(plan, routing)
+    parts = known.judge(plan, routing).parts(routing)
     return {
-        kind: figures(plan, part, cluster, batch=batch, copy_bytes=copy_bytes)
-        for kind, part in judged.parts(routing).items()
+        kind: judged(plan, part, cluster, batch=batch, copy_bytes=copy_bytes)
+        for kind, part in parts.items()
     }
 
 

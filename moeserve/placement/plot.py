@@ -19,10 +19,11 @@ from moeserve.placement import pictures
 from moeserve.placement.baselines import baselines
 from moeserve.placement.cluster import Cluster
 from moeserve.placement.fitted import judge
+from moeserve.placement.judged import judged
 from moeserve.placement.page import DrawnPoint, PlacementReport, judged_first, page
 from moeserve.placement.plan import Plan, write_whole
 from moeserve.placement.problem import Problem
-from moeserve.placement.report import CopyBytes, figures
+from moeserve.placement.report import CopyBytes
 from moeserve.placement.routing import Routing
 from moeserve.placement.tables import OURS, outline, table_rows
 
@@ -32,7 +33,7 @@ MOST_NAME = 80
 
 @dataclass(frozen=True, slots=True)
 class PlotOptions:
-    """``layer`` is the plan's row whose experts are shown; the others as in ``figures``."""
+    """``layer`` is the plan's row whose experts are shown; the others as in ``judged``."""
 
     layer: int = 0
     batch: int = 256
@@ -45,13 +46,13 @@ def report_of(
 ) -> PlacementReport:
     """Everything that the page shows of ``plan``."""
     pictures.require_layer(plan, options.layer)
-    judged = judge(plan, routing)
-    parts = judged.parts(routing)
+    known = judge(plan, routing)
+    parts = known.parts(routing)
     problem = Problem(cluster, plan.num_slots, plan.dataflow, plan.phase, batch=options.batch)
-    made = baselines(problem, judged.fitted or routing)
+    made = baselines(problem, known.fitted or routing)
     beside = {n: p for n, p in made.items() if isinstance(p, Plan)}
     result = {
-        "judged_on": judged.kind,
+        "judged_on": known.kind,
         "plan": plan.outline(),
         **_judged(plan, parts, cluster, options),
         "baselines": {n: _judged(p, parts, cluster, options) for n, p in beside.items()},
@@ -59,7 +60,7 @@ def report_of(
     rows = list(table_rows("plot", result))
     shown = parts[judged_first(rows)]
     notes = [f"{n} could not run: {why}" for n, why in made.items() if isinstance(why, str)]
-    if judged.fitted is None:
+    if known.fitted is None:
         notes.append("EPLB was made from the very routing that it is judged on here.")
     return PlacementReport(
         name,
@@ -92,7 +93,7 @@ def _judged(
     plan: Plan, parts: Mapping[str, Routing], cluster: Cluster, options: PlotOptions
 ) -> dict[str, Any]:
     return {
-        key: figures(
+        key: judged(
             plan,
             part,
             cluster,

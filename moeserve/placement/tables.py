@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
 JUDGED = {BOTH: "both", FITTED: "fitted", HELD_OUT: "held out", UNKNOWN: "unknown"}
 OURS = "this plan"
-_COLUMNS = ("plan", "judged on", "balance", "worst", "copies", "across", "priced", "bound", "gap")
+_COLUMNS = (
+    "plan",
+    "judged on",
+    "balance",
+    "worst",
+    "copies",
+    "across",
+    "priced",
+    "step",
+    "bound",
+    "gap",
+)
 MOST_GAP = 1.0  # more says nothing
 _TABLES = ("solve", "evaluate", "compare")
 
@@ -118,6 +129,7 @@ def _cells(row: Mapping[str, Any]) -> Iterator[str]:
     for key in ("copies_per_token_layer", "cross_node_copies_per_token_layer"):
         yield "-" if row[key] is None else f"{row[key]:.3f}"
     yield f"{row['objective']:.4f}"[:7]
+    yield f"{row['step']:.3f}"[:7] if "step" in row else "-"
     loose = row["gap"] is None or _is_loose(row)
     gap = "-" if loose else f"{row['gap']:.1%}" if row["gap"] < MOST_GAP else f">{MOST_GAP:.0%}"
     yield from ("-" if loose else f"{row['bound']:.4f}"[:7], gap)
@@ -138,7 +150,8 @@ def _legend(rows: list[Mapping[str, Any]]) -> str:
     )
     return (
         "balance, worst: load of the fullest device over the mean, mean and worst layer. copies, "
-        f"across: per token and layer, in all and across nodes. priced: {priced}.\n{gap}"
+        f"across: per token and layer, in all and across nodes. priced: {priced}. step: predicted "
+        f"time of a layer, in that of a copy inside a node.\n{gap}"
     )
 
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moeserve.placement.baselines import BASELINES
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.routing import Routing
@@ -36,7 +37,6 @@ from moeserve.placement.step_time import PlacementRates, StepFigures, step_figur
 
 F64 = NDArray[np.float64]
 
-BASELINES = (Solver.CONTIGUOUS, Solver.EPLB)
 _JUDGED_TOKENS, _JUDGED_LAYERS = 8192, 24
 _SWAPS, _MORE_SWAPS = 100, 400  # per slot: of a fit on folds; of one that replaces the chosen
 _JUDGING = 0.35  # of the time limit
@@ -202,6 +202,21 @@ def solve_robust(
         solved = solve_bounded(asked, in_parts(fitted), Solver.AUTO, budget, progress)
         found = RobustPlacement(solved.plan, caution.name, front, solved.bound_L)
     return found if held is None else _standing(problem, fitted, held, rates, budget, found)
+
+
+def solve_asked(
+    problem: Problem,
+    fitted: Routing,
+    held: Routing | None,
+    solver: Solver,
+    budget: Budget,
+    progress: Progress = _silent,
+) -> RobustPlacement:
+    """``solve_robust`` where no solver is named (``auto``), else that solver's plan."""
+    if solver is Solver.AUTO:
+        return solve_robust(problem, fitted, held, budget=budget, progress=progress)
+    solved = solve_bounded(problem, fitted, solver, budget, progress)
+    return RobustPlacement(solved.plan, solver.value, None, solved.bound_L)
 
 
 def _standing(
