@@ -141,8 +141,14 @@ class BatchRun:
             tries += 1
 
     async def _write(self, line: bytes, *, failed: bool) -> None:
+        """An answer that is there is written, though the run may be ending."""
         file = self._outputs.errors if failed else self._outputs.answers
-        await asyncio.to_thread(file.append, line)
+        writing = asyncio.ensure_future(asyncio.to_thread(file.append, line))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await writing
+            raise
         self._ended += 1
         self._watcher.on_answer(failed=failed)
 
