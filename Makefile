@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all fuzz clients check sanitize bench docs proto lock hooks clean
+.PHONY: help setup demo test test-all test-rare fuzz clients check sanitize bench docs proto lock hooks clean
 .PHONY: distclean ascend-schemas
 
 help: ## list the targets
@@ -27,11 +27,14 @@ demo: $(STAMP) ## serve the shipped model, ask it over gRPC, print a story and a
 	$(BIN)/python examples/cluster_demo.py
 
 test: $(STAMP) ## run the tests but the long ones (ARGS="tests/comm -k name" to choose from all)
-	$(BIN)/pytest $(if $(ARGS),$(ARGS),-m "not long")
+	$(BIN)/pytest $(if $(ARGS),$(ARGS),-m "not long and not rare")
 
 # Two at a time, each file of tests in one of them: most of what is long waits for processes.
-test-all: $(STAMP) ## run every test, as continuous integration does
-	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+test-all: $(STAMP) ## run every test but rare ones, as continuous integration does
+	$(BIN)/pytest -n 2 --dist loadfile -m "not rare" $(ARGS)
+
+test-rare: $(STAMP) ## run what repeats at length what other tests show (minutes)
+	$(BIN)/pytest -m rare $(ARGS)
 
 TIMES := 50
 fuzz: $(STAMP) ## look for inputs that break something, TIMES=50 as many as continuous integration
