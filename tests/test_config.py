@@ -84,7 +84,7 @@ OTHER: dict[str, Any] = {
     "max_queue": 5,
     "prefix_cache": False,
     "chat_template": "chat.jinja",
-    "device": "cpu",
+    "device": "auto",
     "threads": 2,
     "ep": 4,
     "ep_backend": "shm",

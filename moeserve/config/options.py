@@ -188,9 +188,9 @@ class ProcessOptions(Options):
     """The process of a rank, and what it writes beside its answers."""
 
     device: Device = Field(
-        default="auto",
+        default="cpu",
         description="what a rank computes on; auto takes an accelerator that can be used, else the "
-        "CPU",
+        "CPU; the default until kernels of accelerators have run on hardware",
     )
     threads: Count | None = Field(
         default=None,
