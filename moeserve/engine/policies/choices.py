@@ -68,6 +68,14 @@ def most_tokens(seq: SequenceState, limit: int) -> int:
     return min(seq.request.params.max_tokens, limit - len(seq.request.prompt_ids))
 
 
+def room_of(running: Collection[SequenceState], pool: BlockPool) -> tuple[int, int]:
+    """Blocks that those that run have or can have, and tokens of each that it shares: what several
+    share is there once; blocks that are lent are in use by others."""
+    named, used = sum(len(seq.blocks) for seq in running), pool.num_blocks - pool.num_free
+    shared = max(0, named - used) * pool.block_size // max(1, len(running))
+    return pool.num_free + min(named, used), shared
+
+
 class Drafter(Protocol):
     """Guesses how sequences go on."""
 

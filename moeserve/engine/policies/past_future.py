@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from moeserve.core import FinishReason, RequestId
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.policies.choices import most_tokens
+from moeserve.engine.policies.choices import most_tokens, room_of
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
 
@@ -149,14 +149,11 @@ class PastFuture:
 
     def _fits(self, seqs: Sequence[SequenceState], pool: BlockPool) -> bool:
         """The last one beside the others, which run."""
-        # What several share is there once; blocks that are lent are in use by others.
-        named = sum(len(seq.blocks) for seq in seqs[:-1])
-        used, size = pool.num_blocks - pool.num_free, pool.block_size
-        room = (pool.num_free + min(named, used)) * size
-        shared = max(0, named - used) * size // max(1, len(seqs) - 1)
+        blocks, shared = room_of(seqs[:-1], pool)
         held_N = np.array([max(1, seq.length - shared) for seq in seqs])
         held_N[-1] = seqs[-1].length
-        return bool((worst_moment(held_N, self._left(seqs), size // 2) <= room).all())
+        worst_D = worst_moment(held_N, self._left(seqs), pool.block_size // 2)
+        return bool((worst_D <= blocks * pool.block_size).all())
 
     def _left(self, seqs: Sequence[SequenceState]) -> Ints:
         """[N, D]: tokens that they will still make, one at least."""

@@ -19,7 +19,7 @@ from itertools import islice
 
 from moeserve.core import FinishReason, RequestId
 from moeserve.engine.blocks import BlockPool
-from moeserve.engine.policies.choices import last_admitted, most_tokens
+from moeserve.engine.policies.choices import last_admitted, most_tokens, room_of
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
 from moeserve.engine.step_cost import StepCost, worthwhile_tokens
@@ -188,10 +188,7 @@ class ThroughputAdmission:
     ) -> None:
         self._outlook = Outlook(pool.block_size)
         self._behind, self._prefill = 0, max(1, builder.budget)
-        # What several share is there once; blocks that are lent are in use by others.
-        named, used = sum(len(seq.blocks) for seq in running), pool.num_blocks - pool.num_free
-        self._room = pool.num_free + min(named, used)
-        shared = max(0, named - used) * pool.block_size // max(1, len(running))
+        self._room, shared = room_of(running, pool)
         for seq in running:
             self._outlook.add(max(1, seq.length - shared), self._left(seq))
         sample = list(islice(waiting.values(), SAMPLE))

@@ -172,6 +172,38 @@ def import_runs(
     return import_by_blocks(by_blocks, blocks, runs, digests_RD, data_X)
 
 
+class ReferenceKv:
+    """What of an op table its caches are asked for, where they are ``ReferenceCache``: blocks as
+    bytes, on whichever device they lie."""
+
+    def kv_bytes_per_block(self, shape: KvShape) -> int:
+        return bytes_per_block(shape)
+
+    def export_kv(self, cache: KvCache, blocks_N: Tensor, out_NX: Tensor | None = None) -> Tensor:
+        return export_blocks(cache, blocks_N, out_NX)
+
+    def import_kv(self, cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
+        import_blocks(cache, blocks_N, data_NX)
+
+    def export_runs(
+        self, caches: Sequence[KvCache], blocks_B: Tensor, runs: KvRuns, out_X: Tensor
+    ) -> Tensor:
+        return export_runs(caches, blocks_B, runs, out_X)
+
+    def import_runs(
+        self,
+        caches: Sequence[KvCache],
+        blocks_B: Tensor,
+        runs: KvRuns,
+        digests_RD: Tensor,
+        data_X: Tensor,
+    ) -> Tensor:
+        return import_runs(caches, blocks_B, runs, digests_RD, data_X)
+
+    def kv_passes(self, cache: KvCache) -> int:
+        return passes_of(cache).done
+
+
 def _checked(
     caches: Sequence[KvCache], blocks_B: Tensor, runs: KvRuns, data_X: Tensor
 ) -> tuple[CachesByBlocks, list[BlockId]]:

@@ -21,7 +21,6 @@ from moeserve.kernels.ops import (
     Experts,
     GqaWeights,
     KvCache,
-    KvRuns,
     KvShape,
     Linear,
     MlaWeights,
@@ -31,6 +30,7 @@ from moeserve.kernels.ops import (
 )
 from moeserve.kernels.reference import kv as reference_kv
 from moeserve.kernels.reference.combine import exact_sum, limbs_of, sum_to_float
+from moeserve.kernels.reference.kv import ReferenceKv
 from moeserve.kernels.reference.products import product
 from moeserve.kernels.reference.records import ReferenceRecords
 from moeserve.kernels.reference.sampling import sample_rows
@@ -38,7 +38,7 @@ from moeserve.kernels.reference.wire import ReferenceWire
 from moeserve.kernels.sampling import SampledRow, SamplingRow
 
 
-class ReferenceOps(Composed, ReferenceRecords, ReferenceWire):
+class ReferenceOps(Composed, ReferenceKv, ReferenceRecords, ReferenceWire):
     """Plain torch, one row at a time."""
 
     name = "reference"
@@ -157,41 +157,14 @@ class ReferenceOps(Composed, ReferenceRecords, ReferenceWire):
     def new_kv(self, shape: KvShape) -> KvCache:
         return reference_kv.new_cache(shape)
 
-    def kv_bytes_per_block(self, shape: KvShape) -> int:
-        return reference_kv.bytes_per_block(shape)
-
     def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
         reference_kv.write(cache, k_TGD, v_TGV, slot_T)
-
-    def export_kv(self, cache: KvCache, blocks_N: Tensor, out_NX: Tensor | None = None) -> Tensor:
-        return reference_kv.export_blocks(cache, blocks_N, out_NX)
-
-    def import_kv(self, cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
-        reference_kv.import_blocks(cache, blocks_N, data_NX)
 
     def attend(
         self, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache
     ) -> None:
         attend(self, x_TH, part.weights, step, cache)
         reference_kv.passes_of(cache).done += 1
-
-    def export_runs(
-        self, caches: Sequence[KvCache], blocks_B: Tensor, runs: KvRuns, out_X: Tensor
-    ) -> Tensor:
-        return reference_kv.export_runs(caches, blocks_B, runs, out_X)
-
-    def import_runs(
-        self,
-        caches: Sequence[KvCache],
-        blocks_B: Tensor,
-        runs: KvRuns,
-        digests_RD: Tensor,
-        data_X: Tensor,
-    ) -> Tensor:
-        return reference_kv.import_runs(caches, blocks_B, runs, digests_RD, data_X)
-
-    def kv_passes(self, cache: KvCache) -> int:
-        return reference_kv.passes_of(cache).done
 
     def paged_attention(
         self,

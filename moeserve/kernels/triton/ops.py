@@ -32,7 +32,6 @@ from moeserve.kernels.ops import (
     GqaWeights,
     HeadWeights,
     KvCache,
-    KvRuns,
     KvShape,
     Linear,
     MlaWeights,
@@ -45,6 +44,7 @@ from moeserve.kernels.ops import (
 )
 from moeserve.kernels.records import MatrixForm
 from moeserve.kernels.reference import kv as reference_kv
+from moeserve.kernels.reference.kv import ReferenceKv
 from moeserve.kernels.reference.records import ReferenceRecords
 from moeserve.kernels.reference.sampling import sample_rows
 from moeserve.kernels.sampling import SampledRow, SamplingRow
@@ -71,7 +71,7 @@ class StepData:
     most_slot: int
 
 
-class TritonOps(Composed, ReferenceRecords, TritonWire):
+class TritonOps(Composed, ReferenceKv, ReferenceRecords, TritonWire):
     """The backend of a CUDA device. ConfigError for a CPU where Triton does not interpret."""
 
     name = "triton"
@@ -211,36 +211,9 @@ class TritonOps(Composed, ReferenceRecords, TritonWire):
         with self.device:
             return reference_kv.new_cache(shape)
 
-    def kv_bytes_per_block(self, shape: KvShape) -> int:
-        return reference_kv.bytes_per_block(shape)
-
     def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
         value = None if v_TGV is None else self.fp32(v_TGV)
         attention.write(cache, self.fp32(k_TGD), value, self.here(slot_T))
-
-    def export_kv(self, cache: KvCache, blocks_N: Tensor, out_NX: Tensor | None = None) -> Tensor:
-        return reference_kv.export_blocks(cache, blocks_N, out_NX)
-
-    def import_kv(self, cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
-        reference_kv.import_blocks(cache, blocks_N, data_NX)
-
-    def export_runs(
-        self, caches: Sequence[KvCache], blocks_B: Tensor, runs: KvRuns, out_X: Tensor
-    ) -> Tensor:
-        return reference_kv.export_runs(caches, blocks_B, runs, out_X)
-
-    def import_runs(
-        self,
-        caches: Sequence[KvCache],
-        blocks_B: Tensor,
-        runs: KvRuns,
-        digests_RD: Tensor,
-        data_X: Tensor,
-    ) -> Tensor:
-        return reference_kv.import_runs(caches, blocks_B, runs, digests_RD, data_X)
-
-    def kv_passes(self, cache: KvCache) -> int:
-        return reference_kv.passes_of(cache).done
 
     def paged_attention(
         self,
