@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -56,6 +57,7 @@ class Computing:
         self.memory = torch.zeros(LAYERS, num_blocks, layout.nbytes, dtype=torch.uint8)
         self.computed = 0
         self.submitted: list[Request] = []
+        self.told = 0  # requests whose sinks have heard all
         self.aborted: list[RequestId] = []
         self.refuses = False
 
@@ -107,6 +109,7 @@ class Computing:
         self.pool.release(blocks)
         sink.deliver([Event(request.id, (7,))])
         sink.deliver([Event(request.id, (8,), finish=FinishReason.LENGTH)])
+        self.told += 1
 
     def _place(self, position: int, blocks: Sequence[BlockId]) -> tuple[BlockId, int, int]:
         block, inside = divmod(position, self.block_size)
@@ -200,9 +203,12 @@ async def make_rank(channels: Any) -> AsyncIterator[MakeRank]:
 
 async def serve(rank: PooledHouse, request: Request, until: Any) -> Listening:
     """All events of it, and what it leaves put."""
-    sink = Listening()
+    sink, house = Listening(), rank._house
+    assert isinstance(house, Computing)
+    told = house.told
     rank.submit(request, sink, NEW)
-    await until(lambda: sink.ends)
+    await until(lambda: house.told > told)
+    await asyncio.sleep(0)  # what its thread has left to this loop begins
     await until(lambda: not rank._leaving and not rank.arriving)
     assert await rank._pool.puts.flush(60)
     assert [event.token_ids for event in sink.events] == [(7,), (8,)]
