@@ -44,6 +44,7 @@ PURE = (
     "engine/step_cost.py",
     "engine/blocks.py",
     "engine/kv_manager.py",
+    "engine/preemption.py",
     "engine/waiting.py",
     "engine/deadlines.py",
     "engine/ranks/microbatches.py",

@@ -14,8 +14,8 @@ Pure: time is an argument, tokens are numbers. Knows nothing of text, tensors or
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 
 from moeserve.core import (
@@ -41,6 +41,7 @@ from moeserve.engine.foresight import NextStep, foresee_step
 from moeserve.engine.kv_manager import KvManager
 from moeserve.engine.policies.choices import Admission, Drafter, FirstComeFirstServed
 from moeserve.engine.policies.drafts import add_with_drafts, propose_for
+from moeserve.engine.preemption import Preemption, RunningSequences
 from moeserve.engine.sequence import NEW, History, SequenceState
 from moeserve.engine.step_builder import StepBuilder
 from moeserve.engine.waiting import WaitingQueue
@@ -71,10 +72,10 @@ class Scheduler:
         self._admission = admission or FirstComeFirstServed()
         self._drafter = drafter
         self._waiting = WaitingQueue()
-        self._running: OrderedDict[RequestId, SequenceState] = OrderedDict()  # as admitted
-        # Of the running ones, those whose next token is their last.
-        self._leaving: dict[RequestId, SequenceState] = {}
-        self._num_tokens = 0
+        self._running = RunningSequences()
+        self._preemption = Preemption(
+            self.kv, self._running, self._waiting, self._admission, counters
+        )
         self._in_flight = StepBuilder(0, rank)
         self._ahead: StepBuilder | None = None
         self._deadlines = Deadlines()
@@ -100,7 +101,7 @@ class Scheduler:
     @property
     def num_tokens(self) -> int:
         """Of the running requests, whether or not their KV is there yet."""
-        return self._num_tokens
+        return self._running.num_tokens
 
     def foresee(self) -> NextStep:
         """What the step after the one just planned will likely be here."""
@@ -178,7 +179,8 @@ class Scheduler:
         """Choose the next step's chunks. Its result goes to ``apply``, or its requests abort."""
         builder = self.begin(now)
         while (seq := self._admission.pick(self._waiting, now)) and (
-            self.has_room(builder, seq) or self._make_room(builder, seq)
+            self.has_room(builder, seq)
+            or self._preemption.make_room(builder, seq, partial(self.has_room, builder, seq))
         ):
             self.admit(builder, seq)
         self._stuck = self._still_stuck = seq is not None
@@ -207,12 +209,13 @@ class Scheduler:
     def begin(self, now: float) -> StepBuilder:
         """What running requests need of the next step."""
         builder = StepBuilder(self.config.max_num_batched_tokens, self.rank, self._expire(now))
-        generating = self._grow_generating(builder.preempted)
+        generating = self._preemption.grow_generating(builder.preempted)
         drafts = propose_for(self._drafter, generating, self._running.values(), self.config)
         if drafts:
             add_with_drafts(builder, generating, drafts, self.pool, self.config)
         else:
-            builder.add_newest(generating, sum(seq.generating for seq in self._leaving.values()))
+            leaving = self._running.leaving.values()
+            builder.add_newest(generating, sum(seq.generating for seq in leaving))
         self._admission.begin(builder, self._running.values(), self._waiting, self.pool)
         if len(builder.chunks) < len(self._running):
             for seq in self._running.values():
@@ -249,10 +252,7 @@ class Scheduler:
         seq.reached = max(seq.reached, seq.computed)
         seq.set_bounds(self.config.eos_ids, self.config.max_model_len)
         self._waiting.pop(seq.request.id, None)
-        self._running[seq.request.id] = seq
-        self._num_tokens += seq.length
-        if seq.leaving:
-            self._leaving[seq.request.id] = seq
+        self._running.start(seq)
         self._deadlines.note(seq)
         builder.add(seq)
 
@@ -295,7 +295,7 @@ class Scheduler:
                 self._accept(seq, chunk, sampled[seq.request.id], outs)
             else:
                 self._advance(seq, len(chunk.token_ids))
-        self._num_tokens += len(outs)
+        self._running.num_tokens += len(outs)
         self.counters.generated_tokens += len(outs)
         return outs
 
@@ -337,21 +337,6 @@ class Scheduler:
                 self._finish(seq, finish)
         self.counters.computed_tokens += advanced
 
-    def _grow_generating(self, preempted: list[RequestId]) -> list[SequenceState]:
-        """Those that generate, each with room for its newest token; who has none is preempted."""
-        size = self.pool.block_size
-        generating = [
-            seq
-            for seq in self._running.values()
-            if seq.computed + 1 == seq.length and seq.output_ids
-        ]
-        for seq in [seq for seq in generating if len(seq.blocks) * size < seq.length]:
-            if not preempted or seq.request.id in self._running:
-                self._grow(seq, preempted)
-        if preempted:
-            generating = [seq for seq in generating if seq.request.id in self._running]
-        return generating
-
     def _accept(
         self, seq: SequenceState, chunk: Chunk, sampled: Sampled, outs: list[TokenOut]
     ) -> None:
@@ -379,7 +364,7 @@ class Scheduler:
         """Whether a request's newest token is its last; notes if the next one will be."""
         finish = seq.reason_to_end()
         if finish is None and seq.leaving:
-            self._leaving[seq.request.id] = seq
+            self._running.leaving[seq.request.id] = seq
         return finish
 
     def _expire(self, now: float) -> list[RequestId]:
@@ -390,44 +375,6 @@ class Scheduler:
         for seq in late:
             self._finish(seq, FinishReason.DEADLINE)
         return [seq.request.id for seq in late]
-
-    def _grow(self, seq: SequenceState, preempted: list[RequestId]) -> None:
-        """Give a generating sequence room for its newest token, or preempt it if it is last."""
-        while len(seq.blocks) * self.pool.block_size < len(seq):
-            if self.pool.num_free:
-                seq.blocks += tuple(self.pool.allocate(1))
-                continue
-            if self._take_back():
-                continue
-            victim = self._admission.victim(self._running.values())
-            self._stop_running(victim)
-            self.kv.free(victim)
-            self._waiting.put_first(victim)
-            self.counters.preemptions += 1
-            preempted.append(victim.request.id)
-            if victim is seq:
-                return
-
-    def _make_room(self, builder: StepBuilder, seq: SequenceState) -> bool:
-        """Where nobody runs, those that wait with blocks must give them up to the first one."""
-        while not (self._running or builder.preempted) and self._take_back(seq):
-            if self.has_room(builder, seq):
-                return True
-        return False
-
-    def _take_back(self, first: SequenceState | None = None) -> bool:
-        """The last that waits with blocks, but for ``first``, gives them up; False: none does."""
-        seq = self._waiting.last_with_blocks(but=first)
-        if seq is not None:
-            self.kv.free(seq)
-            self.counters.preemptions += 1
-        return seq is not None
-
-    def _stop_running(self, seq: SequenceState) -> None:
-        del self._running[seq.request.id]
-        self._still_stuck = False
-        self._leaving.pop(seq.request.id, None)
-        self._num_tokens -= seq.length
 
     def _advance(self, seq: SequenceState, count: int) -> None:
         """So many more tokens are computed; blocks that this fills can be shared."""
@@ -446,4 +393,5 @@ class Scheduler:
         seq.finish = reason
         self._ended.append(seq.request.id)
         if self._waiting.pop(seq.request.id, None) is None:
-            self._stop_running(seq)
+            self._running.stop(seq)
+            self._still_stuck = False

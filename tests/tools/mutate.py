@@ -50,6 +50,7 @@ KERNEL_TESTS = ("tests/kernels/test_cpu_equals_reference.py",)
 # Arguments of pytest. One instruction set of the native twin is enough where all take minutes.
 TESTS: dict[str, tuple[str, ...]] = {
     "engine/scheduler.py": SCHEDULER_TESTS,
+    "engine/preemption.py": SCHEDULER_TESTS,
     "engine/sequence.py": SCHEDULER_TESTS,
     "engine/step_builder.py": SCHEDULER_TESTS,
     "engine/foresight.py": ("tests/engine/test_scheduler.py",),
