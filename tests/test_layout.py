@@ -35,6 +35,7 @@ POLICIES = "choices drafts ngrams speculation throughput".split()
 PURE = (
     "core.py",
     "engine/executor.py",
+    "engine/acceptance.py",
     "engine/scheduler.py",
     "engine/sequence.py",
     "engine/step_builder.py",

@@ -5,6 +5,7 @@
     scheduler.py      which tokens run in the next step (bounds: what it takes and refuses;
                       policies/: whom it asks; step_cost: what steps cost;
                       sequence: a request under way; step_builder: the step under construction;
+                      acceptance: what a step that is over means for its requests;
                       foresight: the step after it; blocks: who holds which KV block; kv_manager:
                       which of them a request has; preemption: who gives up its blocks; waiting,
                       deadlines: who is next, who is late)

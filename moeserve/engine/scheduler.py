@@ -14,7 +14,7 @@ Pure: time is an argument, tokens are numbers. Knows nothing of text, tensors or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 
@@ -30,6 +30,7 @@ from moeserve.core import (
     StepResult,
     TokenOut,
 )
+from moeserve.engine.acceptance import Acceptance
 from moeserve.engine.blocks import BlockCounts, BlockPool
 from moeserve.engine.bounds import (
     SchedulerConfig,
@@ -76,6 +77,7 @@ class Scheduler:
         self._preemption = Preemption(
             self.kv, self._running, self._waiting, self._admission, counters
         )
+        self._acceptance = Acceptance(self.kv, counters, self._running.leaving, self._finish)
         self._in_flight = StepBuilder(0, rank)
         self._ahead: StepBuilder | None = None
         self._deadlines = Deadlines()
@@ -285,16 +287,7 @@ class Scheduler:
 
     def settle(self, sampled: Mapping[RequestId, Sampled]) -> list[TokenOut]:
         """``apply`` of a step that is counted elsewhere."""
-        outs: list[TokenOut] = []
-        seqs, chunks, newest = self.drop()
-        self._settle_newest(seqs[:newest], sampled, outs)
-        for seq, chunk in zip(seqs[newest:], chunks[newest:], strict=True):
-            if seq.finish is not None:
-                continue  # ended while the step ran
-            if chunk.samples:
-                self._accept(seq, chunk, sampled[seq.request.id], outs)
-            else:
-                self._advance(seq, len(chunk.token_ids))
+        outs = self._acceptance.settle(*self.drop(), sampled)
         self._running.num_tokens += len(outs)
         self.counters.generated_tokens += len(outs)
         return outs
@@ -306,67 +299,6 @@ class Scheduler:
             self._in_flight, self._ahead = self._ahead, None
         return taken
 
-    def _settle_newest(
-        self,
-        seqs: Sequence[SequenceState],
-        sampled: Mapping[RequestId, Sampled],
-        outs: list[TokenOut],
-    ) -> None:
-        """``_accept`` for those of whom only the newest token was computed, without drafts: all
-        that nearly every step has, so nothing is looked at twice."""
-        new, size, advanced = tuple.__new__, self.pool.block_size, 0
-        for seq in seqs:
-            if seq.finish is not None:
-                continue
-            request_id, (token_id,), logprobs = sampled[seq.request.id]
-            seq.output_ids.append(token_id)
-            computed = seq.length
-            seq.length = length = computed + 1
-            finish = None
-            if token_id in seq.end_ids or length + 1 >= seq.end_length:
-                finish = self._check_end(seq)
-            outs.append(
-                new(TokenOut, (request_id, token_id, logprobs[0] if logprobs else None, finish))
-            )
-            if computed % size and seq.reached < computed:
-                seq.computed = seq.reached = computed
-                advanced += 1
-            else:
-                self._advance(seq, 1)
-            if finish is not None:
-                self._finish(seq, finish)
-        self.counters.computed_tokens += advanced
-
-    def _accept(
-        self, seq: SequenceState, chunk: Chunk, sampled: Sampled, outs: list[TokenOut]
-    ) -> None:
-        """Take the tokens that followed a chunk, in order, up to the first that ends the request.
-        Only drafts that were right stay computed."""
-        assert 1 <= len(sampled.token_ids) <= chunk.samples, (sampled, chunk.samples)
-        before = seq.length
-        finish: FinishReason | None = None
-        for i, token_id in enumerate(sampled.token_ids):
-            seq.append(token_id)
-            finish = self._check_end(seq)
-            logprobs = sampled.logprobs[i] if sampled.logprobs else None
-            outs.append(TokenOut(seq.request.id, token_id, logprobs, finish))
-            if finish is not None:
-                break
-        made = seq.length - before
-        self.counters.drafts += chunk.samples > 1
-        self.counters.drafted_tokens += chunk.samples - 1
-        self.counters.accepted_tokens += made - 1
-        self._advance(seq, chunk.kept(made))
-        if finish is not None:
-            self._finish(seq, finish)
-
-    def _check_end(self, seq: SequenceState) -> FinishReason | None:
-        """Whether a request's newest token is its last; notes if the next one will be."""
-        finish = seq.reason_to_end()
-        if finish is None and seq.leaving:
-            self._running.leaving[seq.request.id] = seq
-        return finish
-
     def _expire(self, now: float) -> list[RequestId]:
         """End those whose deadline has come."""
         if now < self._deadlines.earliest:
@@ -375,14 +307,6 @@ class Scheduler:
         for seq in late:
             self._finish(seq, FinishReason.DEADLINE)
         return [seq.request.id for seq in late]
-
-    def _advance(self, seq: SequenceState, count: int) -> None:
-        """So many more tokens are computed; blocks that this fills can be shared."""
-        self.counters.computed_tokens += count
-        self.counters.recomputed_tokens += min(seq.reached - seq.computed, count)
-        seq.computed += count
-        seq.reached = max(seq.reached, seq.computed)
-        self.kv.publish(seq, seq.computed - count)
 
     def _finish(self, seq: SequenceState, reason: FinishReason) -> None:
         self._remove(seq, reason)
