@@ -181,9 +181,62 @@ class Chunk(NamedTuple):
         return len(self.token_ids) + min(0, accepted - self.samples)
 
 
+class BudgetBy(StrEnum):
+    """Who set a step's budget of tokens: ``MOST`` the bound of every step
+    (``max_num_batched_tokens``), ``PAYS`` what larger steps bring (``--objective throughput``),
+    ``TPOT`` and ``TTFT`` the targets of latency."""
+
+    MOST = "most"
+    PAYS = "pays"
+    TPOT = "tpot"
+    TTFT = "ttft"
+
+
+class Refusal(StrEnum):
+    """Why the one that is next did not start in a step: ``NONE`` waited; all ``TOKENS`` of the step
+    were taken; as many ``SEQUENCES`` run as may; there are too few free ``BLOCKS``; KV would not
+    hold out, as is ``FORESEEN``; or the step had ``PREEMPTED`` others."""
+
+    NONE = "none"
+    TOKENS = "tokens"
+    SEQUENCES = "sequences"
+    BLOCKS = "blocks"
+    FORESEEN = "foreseen"
+    PREEMPTED = "preempted"
+
+
+class StepChoice(NamedTuple):
+    """Why a step has the shape that it has, said once by whoever planned it.
+
+    Of ``budget`` tokens at most, which ``budget_by`` set, it has the newest token of ``decodes``
+    requests, ``drafted`` guesses behind them, at most ``most_drafts`` of one request, and
+    ``prefill_tokens`` of prompts. ``admitted`` requests start in it; ``refused`` is why the next
+    one did not. ``preempted`` gave up their blocks, of which ``swapped_out`` keep a copy of their
+    KV; ``swapped_in`` came back from theirs. Prompts cross the layers from ``group[0]`` to
+    ``group[1]`` - 1 only, one of so many ``groups``; None where they cross all.
+    """
+
+    decodes: int = 0
+    prefill_tokens: int = 0
+    budget: int = 0
+    budget_by: BudgetBy = BudgetBy.MOST
+    admitted: int = 0
+    refused: Refusal = Refusal.NONE
+    preempted: int = 0
+    drafted: int = 0
+    most_drafts: int = 0
+    group: tuple[int, int] | None = None
+    groups: int = 1
+    swapped_out: int = 0
+    swapped_in: int = 0
+
+
+UNSAID = StepChoice()
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one forward pass runs. ``expired`` hit their deadline and are already freed.
+    """What one forward pass runs, and why. ``expired`` hit their deadline and are already freed.
 
     ``ended`` are all requests that ended, for whatever reason, since the last plan that had
     chunks, and those that a plan without any preempted: an executor forgets them before it
@@ -199,6 +252,7 @@ class StepPlan:
     preempted: tuple[RequestId, ...] = ()
     ended: tuple[RequestId, ...] = ()
     ahead: bool = False
+    choice: StepChoice = UNSAID
 
     @property
     def num_tokens(self) -> int:

@@ -23,6 +23,7 @@ from moeserve.core import (
     Chunk,
     Counters,
     FinishReason,
+    Refusal,
     Request,
     RequestId,
     Sampled,
@@ -42,6 +43,7 @@ from moeserve.engine.foresight import NextStep, foresee_step
 from moeserve.engine.kv_manager import KvManager
 from moeserve.engine.policies.choices import Admission, Drafter, FirstComeFirstServed
 from moeserve.engine.policies.drafts import add_with_drafts, propose_for
+from moeserve.engine.policies.shape import what_lacks, why_none
 from moeserve.engine.preemption import Preemption, RunningSequences
 from moeserve.engine.sequence import NEW, History, SequenceState
 from moeserve.engine.step_builder import StepBuilder
@@ -186,6 +188,8 @@ class Scheduler:
         ):
             self.admit(builder, seq)
         self._stuck = self._still_stuck = seq is not None
+        if seq is None:
+            builder.refused = why_none(builder, len(self._waiting))
         if builder.chunks:
             return self.commit(builder, self.take_ended())
         self._ended += builder.preempted  # told with the next step that is run
@@ -210,7 +214,8 @@ class Scheduler:
 
     def begin(self, now: float) -> StepBuilder:
         """What running requests need of the next step."""
-        builder = StepBuilder(self.config.max_num_batched_tokens, self.rank, self._expire(now))
+        most = self.config.max_num_batched_tokens
+        builder = StepBuilder(most, self.rank, self._expire(now), now)
         generating = self._preemption.grow_generating(builder.preempted)
         drafts = propose_for(self._drafter, generating, self._running.values(), self.config)
         if drafts:
@@ -228,16 +233,10 @@ class Scheduler:
     def has_room(self, builder: StepBuilder, seq: SequenceState) -> bool:
         """Whether a request can start: its tokens fit and all running ones can still grow, as the
         admission wants it (``spare``). Not in a step that had to preempt."""
-        running = len(self._running)
-        free = self.pool.num_free - running * self._admission.spare
-        if (
-            not builder.budget
-            or builder.preempted
-            or running >= self.config.max_num_seqs
-            or (free <= 0 and not seq.blocks)  # one block at least is never shared
-        ):
-            return False
-        return self.kv.blocks_to_start(seq) <= free
+        builder.refused = what_lacks(
+            builder, seq, self.kv, len(self._running), self._admission.spare, self.config
+        )
+        return builder.refused is Refusal.NONE
 
     def cached_tokens(self, seq: SequenceState) -> int:
         """Of a request's beginning, those whose KV is here."""
@@ -256,6 +255,7 @@ class Scheduler:
         self._waiting.pop(seq.request.id, None)
         self._running.start(seq)
         self._deadlines.note(seq)
+        builder.admitted += 1
         builder.add(seq)
 
     def commit(self, builder: StepBuilder, ended: tuple[RequestId, ...]) -> StepPlan:

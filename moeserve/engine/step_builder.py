@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from moeserve.core import UNKNOWN, BlockId, Chunk, RequestId, StepPlan
+from moeserve.core import (
+    UNKNOWN,
+    BlockId,
+    BudgetBy,
+    Chunk,
+    Refusal,
+    RequestId,
+    StepChoice,
+    StepPlan,
+)
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.sequence import SequenceState
 
@@ -26,10 +35,17 @@ class StepBuilder:
     Of what the step leaves: ``staying`` requests are generating after it, ``leaving`` ones get
     their last token from it, as far as that is known before, and ``left`` tokens of running
     requests had no room in it.
+
+    What ``StepChoice`` says of the step is gathered here by whoever decides it: ``admitted``,
+    ``refused``, ``swapped_out``, ``swapped_in``, ``group`` and ``groups`` as there; its budget by
+    ``limit``. ``now`` is when it is planned.
     """
 
-    def __init__(self, budget: int, rank: int, expired: Iterable[RequestId] = ()) -> None:
+    def __init__(
+        self, budget: int, rank: int, expired: Iterable[RequestId] = (), now: float = 0.0
+    ) -> None:
         self.budget = budget
+        self.now = now
         self.scores = MOST_SCORED
         self.seqs: list[SequenceState] = []
         self.chunks: list[Chunk] = []
@@ -39,7 +55,26 @@ class StepBuilder:
         self.staying = 0
         self.leaving = 0
         self.left = 0
+        self.decodes = 0
+        self.prefill_tokens = 0
+        self.drafted = 0
+        self.most_drafts = 0
+        self.admitted = 0
+        self.refused = Refusal.NONE
+        self.swapped_out = 0
+        self.swapped_in = 0
+        self.group: tuple[int, int] | None = None
+        self.groups = 1
+        self._most = budget
+        self._most_by = BudgetBy.MOST
         self._rank = rank
+
+    def limit(self, tokens: int, by: BudgetBy) -> None:
+        """No more than so many tokens beside those that are there."""
+        if tokens < self.budget:
+            self._most -= self.budget - tokens
+            self._most_by = by
+            self.budget = tokens
 
     def add_newest(self, seqs: Sequence[SequenceState], leaving: int) -> None:
         """First of all, the newest token of each, which must be the only one to be computed.
@@ -65,7 +100,7 @@ class StepBuilder:
             for seq in seqs
         ]
         self.seqs += seqs
-        self.newest = len(seqs)
+        self.newest = self.decodes = len(seqs)
         self.staying += len(seqs) - leaving
         self.leaving += leaving
         self.budget -= len(seqs)
@@ -89,7 +124,7 @@ class StepBuilder:
             for seq in seqs
         ]
         self.seqs += seqs
-        self.newest = len(seqs)
+        self.newest = self.decodes = len(seqs)
         self.leaving = sum(seq.length + 2 >= seq.end_length for seq in seqs)
         self.staying = len(seqs) - self.leaving
         self.budget -= len(seqs)
@@ -122,9 +157,14 @@ class StepBuilder:
         if stop == seq.computed:
             return
         token_ids = seq.tokens(seq.computed, stop)
-        if draft_ids:
-            assert seq.generating, seq.request.id
+        if seq.generating:
+            self.decodes += 1
+            self.drafted += len(draft_ids)
+            self.most_drafts = max(self.most_drafts, len(draft_ids))
             token_ids += draft_ids
+        else:
+            assert not draft_ids, seq.request.id
+            self.prefill_tokens += len(token_ids)
         ends = stop == seq.length
         chunk = Chunk(
             request=seq.request,
@@ -167,4 +207,20 @@ class StepBuilder:
 
     def plan(self, ended: tuple[RequestId, ...], *, ahead: bool = False) -> StepPlan:
         """The step as it will run."""
-        return StepPlan(tuple(self.chunks), self.expired, tuple(self.preempted), ended, ahead)
+        choice = StepChoice(
+            self.decodes,
+            self.prefill_tokens,
+            self._most,
+            self._most_by,
+            self.admitted,
+            self.refused,
+            len(self.preempted),
+            self.drafted,
+            self.most_drafts,
+            self.group,
+            self.groups,
+            self.swapped_out,
+            self.swapped_in,
+        )
+        chunks, preempted = tuple(self.chunks), tuple(self.preempted)
+        return StepPlan(chunks, self.expired, preempted, ended, ahead, choice)

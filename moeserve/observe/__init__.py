@@ -4,6 +4,7 @@
 
     metrics                    counters and distributions as Prometheus reads them
     families                   how they are written: our names, and vLLM's beside them
+    choices                    why steps had their shape, counted
     counted                    what parts of the program count, each field a metric
     requests                   one record for each client's request, and its line in the log
     spans                      spans of requests, as OpenTelemetry has them

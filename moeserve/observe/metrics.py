@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from moeserve.core import Counters, FinishReason, StepPlan, Timing
+from moeserve.observe.choices import StepChoices
 from moeserve.observe.counted import CountedParts
 from moeserve.observe.families import (
     ALIASES,
@@ -105,6 +106,7 @@ class Metrics:
         # Of steps.
         self._step = self._kept("step_seconds", "one forward pass", _FAST)
         self._step_tokens = self._kept("step_tokens", "tokens in a forward pass", _STEP_TOKENS)
+        self._choices = StepChoices()
         # Of clients' requests, which may be several sequences.
         self._longest = self._kept("request_longest_tokens", "of its longest sequence", _TOKENS)
         self._n = self._kept("request_n", "sequences asked for", _SEQUENCES)
@@ -146,6 +148,7 @@ class Metrics:
     def on_step(self, plan: StepPlan, seconds: float) -> None:
         self._step.add(seconds)
         self._step_tokens.add(plan.num_tokens)
+        self._choices.note(plan.choice)
 
     def on_first_token(self, timing: Timing) -> None:
         if timing.first_token_s is None:
@@ -209,6 +212,7 @@ class Metrics:
         )
         if self._ranks is not None:
             yield from of_ranks(model, self._ranks)
+        yield from self._choices.families(model)
         for distribution in self._distributions:
             yield distribution.family(model)
 

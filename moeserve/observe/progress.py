@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
+from moeserve.core import StepPlan
+from moeserve.observe.choices import kind_of, said
 from moeserve.observe.timeline import Timeline
 
 
@@ -53,3 +55,13 @@ class Progress:
         """The step is over."""
         self.pause()
         self._now = ("between steps", -1, self._now[2])
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a timeline."""
+        return self._timeline is not None
+
+    def on_step(self, plan: StepPlan, seconds: float) -> None:
+        """One is over: it is drawn, with why it had its shape."""
+        if self._timeline is not None:
+            self._timeline.step(kind_of(plan.choice), seconds, said(plan.choice))

@@ -1,14 +1,15 @@
 """What a rank did when, as a trace that Perfetto and chrome://tracing open.
 
 Times are of the monotonic clock, which all processes of a host share, so that files of several
-ranks can be opened together. A rank is a process, a microbatch a track in it. A file whose end is
-missing opens too.
+ranks can be opened together. A rank is a process, a microbatch a track in it, and its steps are one
+more (``STEPS``). A file whose end is missing opens too.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -16,6 +17,8 @@ from typing import IO, Self
 from moeserve.errors import ConfigError
 
 MOST_EVENTS = 1_000_000
+# The track of whole steps, behind those of all microbatches.
+STEPS = 1000
 
 
 class Timeline:
@@ -32,7 +35,10 @@ class Timeline:
         self._open: tuple[str, int, int, int] | None = None
         self._file: IO[str] | None = (folder / f"rank-{rank}.json").open("w", encoding="utf-8")
         named = {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
-        self._file.write("[" + json.dumps(named))
+        steps = {"name": "thread_name", "ph": "M", "pid": rank, "tid": STEPS}
+        self._file.write(
+            f"[{json.dumps(named)},\n{json.dumps(steps | {'args': {'name': 'steps'}})}"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -54,6 +60,11 @@ class Timeline:
     def end(self) -> None:
         self._finish(time.monotonic_ns())
 
+    def step(self, kind: str, seconds: float, said: Mapping[str, object]) -> None:
+        """A whole step of this kind is over, and what was said of it when it was planned."""
+        now = time.monotonic_ns()
+        self._write(kind, STEPS, now - int(seconds * 1e9), now, json.dumps(said))
+
     def close(self) -> None:
         self.end()
         if self._file is not None:
@@ -66,11 +77,15 @@ class Timeline:
             return
         activity, layer, lane, begun = self._open
         self._open = None
+        self._write(activity, lane, begun, now, f'{{"layer":{layer}}}')
+
+    def _write(self, name: str, track: int, begun: int, ended: int, args: str) -> None:
+        """``args`` is JSON."""
         self._events += 1
         if self._events > MOST_EVENTS:
             self.close()
-            return
-        self._file.write(
-            f',\n{{"name":"{activity}","ph":"X","pid":{self._rank},"tid":{lane},'
-            f'"ts":{begun / 1000:.3f},"dur":{(now - begun) / 1000:.3f},"args":{{"layer":{layer}}}}}'
-        )
+        if self._file is not None:
+            self._file.write(
+                f',\n{{"name":"{name}","ph":"X","pid":{self._rank},"tid":{track},'
+                f'"ts":{begun / 1000:.3f},"dur":{(ended - begun) / 1000:.3f},"args":{args}}}'
+            )

@@ -17,6 +17,7 @@ from moeserve.core import (
     FinishReason,
     Grammar,
     GrammarKind,
+    Refusal,
     Request,
     RequestId,
     SamplingParams,
@@ -91,7 +92,9 @@ class House:
 
     def step(self) -> StepPlan:
         self.now += 1
+        waited = self.scheduler.num_waiting
         plan = self.scheduler.plan(self.now)
+        self.assert_choice_holds(plan, waited)
         for request_id in plan.expired:
             self.finish[request_id] = FinishReason.DEADLINE
         if plan.chunks:
@@ -101,6 +104,16 @@ class House:
         self.running = self.running - {*plan.preempted} | {c.request.id for c in plan.chunks}
         self.assert_counts_hold()
         return plan
+
+    def assert_choice_holds(self, plan: StepPlan, waited: int) -> None:
+        """What a plan says of itself is what a look at it finds."""
+        said = plan.choice
+        assert said.decodes + said.prefill_tokens + said.drafted == plan.num_tokens <= said.budget
+        assert said.budget == self.config.max_num_batched_tokens
+        assert said.most_drafts == max((len(c.draft_ids) for c in plan.chunks), default=0)
+        assert said.preempted == len(plan.preempted)
+        assert (said.refused is Refusal.NONE) == (self.scheduler.num_waiting == 0)
+        assert said.admitted <= waited
 
     def assert_counts_hold(self) -> None:
         """What the scheduler counts on the way is what a look at all would find."""
@@ -425,7 +438,10 @@ def test_a_request_starts_where_its_blocks_and_one_for_each_running_one_are_free
     for num_blocks, started in ((5, ["a", "b"]), (4, ["a"])):
         house = House(num_blocks)
         house.add(request("a", range(8), 2), request("b", range(20, 28), 2))
-        assert ran(house.step()) == started
+        plan = house.step()
+        assert ran(plan) == started
+        assert plan.choice.admitted == len(started)
+        assert plan.choice.refused is (Refusal.NONE if len(started) == 2 else Refusal.BLOCKS)
 
 
 def test_blocks_that_are_shared_again_are_not_free_any_more() -> None:
@@ -441,7 +457,9 @@ def test_blocks_that_are_shared_again_are_not_free_any_more() -> None:
 def test_as_many_run_as_may_and_no_more() -> None:
     house = House(config=SchedulerConfig(64, max_num_seqs=2, max_num_batched_tokens=16))
     house.add(*(request(name, [1, 2], 4, ignore_eos=True) for name in "abc"))
-    assert ran(house.step()) == ["a", "b"]
+    plan = house.step()
+    assert ran(plan) == ["a", "b"]
+    assert plan.choice.refused is Refusal.SEQUENCES
     assert (house.scheduler.num_running, house.scheduler.num_waiting) == (2, 1)
 
 

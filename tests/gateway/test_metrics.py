@@ -11,7 +11,15 @@ from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeserve.comm.dispatcher import DispatchStats
-from moeserve.core import Counters, FinishReason, StepPlan, Timing
+from moeserve.core import (
+    BudgetBy,
+    Counters,
+    FinishReason,
+    Refusal,
+    StepChoice,
+    StepPlan,
+    Timing,
+)
 from moeserve.observe.families import ALIASES, CacheInfo
 from moeserve.observe.metrics import _FAST as ITL_BUCKETS
 from moeserve.observe.metrics import Metrics
@@ -121,6 +129,29 @@ def test_every_alias_is_served_with_the_value_of_ours() -> None:
             ]
             assert pairs, ours
             assert all(a == b for a, b in pairs)
+
+
+def test_why_steps_had_their_shape_is_counted() -> None:
+    metrics, _ = bound()
+    mixed = StepChoice(2, 30, 40, BudgetBy.TPOT, admitted=1, refused=Refusal.TOKENS)
+    for choice in (StepChoice(2, budget=64), mixed, mixed._replace(group=(0, 2), swapped_in=1)):
+        metrics.on_step(StepPlan((), choice=choice), 0.01)
+    found = {
+        (name.removeprefix("moeserve_"), *(value for _, value in labels)): count
+        for (name, labels), count in samples(metrics).items()
+        if name.startswith("moeserve_step") and count
+    }
+    assert found["steps_by_kind_total", "decode"] == 1
+    assert found["steps_by_kind_total", "mixed"] == 2
+    assert found["steps_by_budget_total", "most"] == 1
+    assert found["steps_by_budget_total", "tpot"] == 2
+    assert found["steps_by_refusal_total", "none"] == 1
+    assert found["steps_by_refusal_total", "tokens"] == 2
+    assert found["steps_layered_total",] == 1
+    assert found["step_budget_tokens",] == 40
+    assert found["step_prefill_tokens_total",] == 60
+    assert found["step_admitted_requests_total",] == 2
+    assert found["step_swapped_in_requests_total",] == 1
 
 
 def test_two_of_them_share_nothing() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from moeserve.core import FinishReason, RequestId
+from moeserve.core import BudgetBy, FinishReason, RequestId
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.policies.choices import last_admitted, most_tokens, room_of
 from moeserve.engine.sequence import SequenceState
@@ -150,7 +150,7 @@ class ThroughputAdmission:
         most = newest + builder.budget
         paid = worthwhile_tokens(self._cost, newest, context, most)
         self.step_tokens = min(most, max(paid, LEAST_TOKENS))
-        builder.budget = max(0, self.step_tokens - newest)
+        builder.limit(max(0, self.step_tokens - newest), BudgetBy.PAYS)
         self._picked = None
         if waiting:
             self._look_ahead(builder, running, waiting, pool)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import grpc
 import numpy as np
@@ -59,10 +60,16 @@ LEAVING_S = 3.0
 CLOSING_S = 1.0
 
 
+class StepsSeen(Protocol):
+    """The part of an ``EngineObserver`` that is about steps."""
+
+    def on_step(self, plan: StepPlan, seconds: float) -> None: ...
+
+
 class StepsAlone(Unobserved):
     """Passes on what concerns a rank's steps; of requests a door knows more (``instance``)."""
 
-    def __init__(self, inner: EngineObserver) -> None:
+    def __init__(self, inner: StepsSeen) -> None:
         self._inner = inner
 
     def on_step(self, plan: StepPlan, seconds: float) -> None:
@@ -112,8 +119,8 @@ def build_rank(
     eos_ids = tokenizer.eos_ids if tokenizer else ()
     own = load_rank_model(options, tokenizer_eos=eos_ids, context=context, progress=progress)
     # 2. What decides for the requests that are at home here, and runs their part of every step.
-    steps = StepsAlone(observer or Unobserved())
-    parts = rank_parts(own, options, context, mesh, beside(steps, spans))
+    steps = beside(StepsAlone(observer or Unobserved()), spans)
+    parts = rank_parts(own, options, context, mesh, steps)
     # 3. The way to the other ranks, and theirs to this one.
     links = LinkTable(context.rank, meeting.link)
     service = rank_server(parts)
@@ -179,6 +186,8 @@ def rank_parts(
         turns=own.swapper,
     )
     rates = StepRates()
+    if context.progress.drawn:
+        observer = beside(observer, StepsAlone(context.progress))
     watched = RatedSteps(observer, rates, cost, decodes)
     engine = Engine(scheduler, lock_step, watched, pace=lock_step, lock=lock)
     house = KvExchange(engine, scheduler, lock, own.kv, rates)
