@@ -29,9 +29,10 @@ demo: $(STAMP) ## serve the shipped model, ask it over gRPC, print a story and a
 test: $(STAMP) ## run the tests but the long ones (ARGS="tests/comm -k name" to choose from all)
 	$(BIN)/pytest $(if $(ARGS),$(ARGS),-m "not long and not rare")
 
-# Two at a time, each file of tests in one of them: most of what is long waits for processes.
+# Two for each core, each file of tests in one of them: most of what is long waits for processes.
+WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? 2 * n : 16)))
 test-all: $(STAMP) ## run every test but rare ones, as continuous integration does
-	$(BIN)/pytest -n 2 --dist loadfile -m "not rare" $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not rare" $(ARGS)
 
 test-rare: $(STAMP) ## run what repeats at length what other tests show (minutes)
 	$(BIN)/pytest -m rare $(ARGS)
