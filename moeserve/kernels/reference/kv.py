@@ -115,10 +115,11 @@ def export_blocks(cache: KvCache, blocks_N: Tensor, out_NX: Tensor | None = None
     layout, pages = KvBlockLayout.of(cache.shape), cast("ReferenceCache", cache.data)
     check_inside("export_kv", cache, blocks_N)
     data_NX = layout.room_for(len(blocks_N), out_NX)
-    scales = [part.scale_BPG[blocks_N] for part in pages.parts if part.scale_BPG is not None]
-    sections = {"keys": torch.cat([key.x_BPGD[blocks_N] for key in pages.keys], -1)}
+    chosen_N = blocks_N.to(pages.values.x_BPGD.device)
+    scales = [part.scale_BPG[chosen_N] for part in pages.parts if part.scale_BPG is not None]
+    sections = {"keys": torch.cat([key.x_BPGD[chosen_N] for key in pages.keys], -1)}
     if not cache.shape.latent:
-        sections["values"] = pages.values.x_BPGD[blocks_N]
+        sections["values"] = pages.values.x_BPGD[chosen_N]
     if scales:
         sections["scales"] = torch.stack(scales, -1)
     return data_NX.copy_(layout.join(sections))
@@ -128,15 +129,16 @@ def import_blocks(cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
     layout, pages = KvBlockLayout.of(cache.shape), cast("ReferenceCache", cache.data)
     check_inside("import_kv", cache, blocks_N)
     layout.check_blocks(data_NX, len(blocks_N))
-    sections = layout.split(data_NX)
+    device = pages.values.x_BPGD.device
+    sections, chosen_N = layout.split(data_NX.to(device)), blocks_N.to(device)
     widths = [key.x_BPGD.shape[-1] for key in pages.keys]
     for key, x_NPGD in zip(pages.keys, torch.split(sections["keys"], widths, -1), strict=True):
-        key.x_BPGD[blocks_N] = x_NPGD
+        key.x_BPGD[chosen_N] = x_NPGD
     if not cache.shape.latent:
-        pages.values.x_BPGD[blocks_N] = sections["values"]
+        pages.values.x_BPGD[chosen_N] = sections["values"]
     for s, part in enumerate(pages.parts):
         if part.scale_BPG is not None:
-            part.scale_BPG[blocks_N] = sections["scales"][..., s]
+            part.scale_BPG[chosen_N] = sections["scales"][..., s]
 
 
 @dataclass(frozen=True, slots=True)

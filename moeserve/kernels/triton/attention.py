@@ -27,10 +27,10 @@ from moeserve.kernels.ops import (
 )
 from moeserve.kernels.reference.kv import KvPart, ReferenceCache, parts_of
 from moeserve.kernels.triton.device import pages as kernels
-from moeserve.kernels.triton.launch import launch, power_at_least
+from moeserve.kernels.triton.launch import BACKEND, launch, power_at_least
+from moeserve.kernels.triton.tiles import query_tile
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-QUERIES = {torch.float32: 16, torch.bfloat16: 64, torch.int8: 64}  # of a tile
 LEAST_SIZE = {torch.float32: 16, torch.bfloat16: 16, torch.int8: 32}  # of a product
 # Over fp32 nothing is rounded by steps: they are as long as registers allow.
 STEPS = {torch.float32: 16, torch.bfloat16: ATTENTION_STEP, torch.int8: ATTENTION_STEP}
@@ -156,8 +156,9 @@ def attend(
     segments = -(-batch.most // ATTENTION_SEGMENT)
     together = heads * segments * (shape.value_size + 2) * 4
     group = heads // shape.kv_heads
-    each = min(QUERIES[shape.dtype], power_at_least(group))
-    tiles = batch.shared_by(QUERIES[shape.dtype] // each)
+    queries = query_tile(shape.dtype, shape.latent, BACKEND).queries
+    each = min(queries, power_at_least(group))
+    tiles = batch.shared_by(queries // each)
     at, end = 0, len(tiles.rows) - 1
     while at < end:
         last = int(np.searchsorted(tiles.rows, tiles.rows[at] + MOST_PARTIAL // together, "right"))
@@ -208,7 +209,7 @@ def run_tiles(
     """``how``: scale, window (0: none), and heads of a row in a tile."""
     pages, shape, (scale, window, each) = cast("ReferenceCache", cache.data), cache.shape, how
     heads, least = q_TAD.shape[1], LEAST_SIZE[shape.dtype]
-    group = heads // shape.kv_heads
+    tile, group = query_tile(shape.dtype, shape.latent, BACKEND), heads // shape.kv_heads
     rest = pages.keys[1] if len(pages.keys) > 1 else None
     sizes = [part.x_BPGD.shape[-1] for part in pages.keys] + [0]
     launch(
@@ -217,25 +218,27 @@ def run_tiles(
         q_TAD.device,
         *(q_TAD, *of_part(pages.keys[0]), *of_part(rest), *of_part(pages.values)),
         *(batch.blocks, tiles, partial.highs, partial.totals, partial.means),
-        *(scale, window, heads, shape.kv_heads, group, sizes[0], sizes[1], shape.value_size),
-        *(shape.block_size, batch.blocks.shape[1], partial.segments, partial.first),
+        *(scale, window, batch.blocks.shape[1], partial.segments, partial.first),
+        heads=heads,
+        kv_heads=shape.kv_heads,
+        group=group,
+        d_size=sizes[0],
+        r_size=sizes[1],
+        v_size=shape.value_size,
+        page=shape.block_size,
         KIND=KINDS[shape.dtype],
         LATENT=shape.latent,
-        SHARED=each < QUERIES[shape.dtype],
-        BM=QUERIES[shape.dtype],
+        SHARED=each < tile.queries,
+        BM=tile.queries,
         HEADS=each,
         D=power_at_least(sizes[0], least),
         R=power_at_least(sizes[1], least) if sizes[1] else 0,
         V=power_at_least(sizes[0] if shape.latent else shape.value_size, least),
         SEGMENT=ATTENTION_SEGMENT,
         STEP=STEPS[shape.dtype],
-        num_warps=warps_for(shape.dtype, shape.value_size),
-        num_stages=2,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-
-
-def warps_for(dtype: torch.dtype, value_size: int) -> int:
-    return 16 if value_size > 128 and dtype is not torch.float32 else 8
 
 
 def of_part(part: KvPart | None) -> tuple[Tensor | None, Tensor | None]:

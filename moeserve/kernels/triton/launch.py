@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from moeserve.kernels.triton.device.lang import INTERPRETED
+from moeserve.kernels.triton.tiles import MOST_WARPS
 
 Kernel = Any  # of ``triton.jit``, which has no types
+BACKEND = "cuda" if torch.version.hip is None else "hip"
 
 
 def launch(
@@ -23,6 +25,8 @@ def launch(
     """
     if 0 in grid:
         return
+    if "num_warps" in options:
+        options["num_warps"] = min(options["num_warps"], MOST_WARPS[BACKEND])
     with around(device):
         kernel[grid](*args, **options, enable_fp_fusion=False)
 

@@ -84,6 +84,8 @@ class TritonOps(Composed, ReferenceKv, ReferenceRecords, TritonWire):
                 f"device={str(device)!r}: Triton's kernels run on a CUDA device; on a CPU only "
                 "in its interpreter, for tests (TRITON_INTERPRET=1)"
             )
+        if device.type == "cuda" and device.index is None:  # as tensors there say
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

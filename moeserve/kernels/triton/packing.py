@@ -67,7 +67,7 @@ class Packed(tuple[Matrix, Tensor | None]):
             data, scale, zero = arrays
             group = min(matrix.group, max(1, matrix.shape[-1]))
             if matrix.levels is not None:
-                levels = torch.tensor(matrix.levels, dtype=torch.int8, device=device)
+                levels = torch.tensor(matrix.levels, dtype=torch.int8).to(device)
         else:
             data = matrix = there(matrix, device)
         packed = Packed((matrix, bias))
@@ -95,7 +95,7 @@ class MatrixGroup(list[Linear]):
         starts = [starts_of(linear.data.arrays) for linear in group]
         rows = [[at - starts[0][i] for at in (s[i] for s in starts)] for i in range(4)]
         assert all(at % ALIGNED == 0 for row in rows for at in row), "an array is not aligned"
-        group.offsets = torch.tensor(rows, dtype=torch.int64, device=group.first.data.device)
+        group.offsets = torch.tensor(rows, dtype=torch.int64).to(group.first.data.device)
         return group
 
 

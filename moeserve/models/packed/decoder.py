@@ -113,9 +113,17 @@ class Laid:
             raise PlacementError(f"layer {number}: experts {picked} wanted of 0..{num - 1}")
         slots = num if picked is None else len(picked)
         self.checkpoint.bytes_read += layout.nbytes * len(range(num) if own is None else set(own))
-        return self.ops.experts_over(
-            records_memory(self.checkpoint, records), layout, slots, picked
-        )
+        memory = records_memory(self.checkpoint, records)
+        if self.ops.device.type == "cpu":
+            return self.ops.experts_over(memory, layout, slots, picked)
+        rows = memory.view(num, -1)
+        own_rows = rows if picked is None else rows[torch.tensor(picked)]
+        return self.ops.experts_over(on_device(self.ops, own_rows.flatten()), layout, slots)
+
+
+def on_device(ops: Ops, memory: Tensor) -> Tensor:
+    """Mapped bytes where the table reads them: on an accelerator, a copy."""
+    return memory if ops.device.type == "cpu" else memory.to(ops.device)
 
 
 def records_memory(checkpoint: PackedCheckpoint, records: PackedRecords) -> Tensor:
@@ -143,7 +151,7 @@ def map_decoder(
             f"{len(spec.layers)}; pack the model again"
         )
     parts = {"embedding": skeleton.embedding_WH, "head": skeleton.head.weights}
-    memory = checkpoint.memory(header.ends.region)
+    memory = on_device(ops, checkpoint.memory(header.ends.region))
     ends = laid.leaves("embedding and head", header.ends, leaves_of(parts), memory)
 
     def layer(number: int, of: Layer) -> Layer:
@@ -151,7 +159,8 @@ def map_decoder(
         routed = None
         if isinstance(mlp, MoeSpec):
             routed = laid.experts(number, mlp, spec.hidden, own.get(number))
-        made = laid.layer(number, of, checkpoint.memory(header.layers[number].trunk.region), routed)
+        trunk = on_device(ops, checkpoint.memory(header.layers[number].trunk.region))
+        made = laid.layer(number, of, trunk, routed)
         if progress is not None:
             progress(checkpoint.bytes_read, checkpoint.total_bytes)
         return made
@@ -199,7 +208,7 @@ def _mtp(
         raise CheckpointError(
             f"{laid.checkpoint.path}: multi-token prediction was not packed; pack the model again"
         )
-    memory = laid.checkpoint.memory(header.mtp.region)
+    memory = on_device(laid.ops, laid.checkpoint.memory(header.mtp.region))
     expected = leaves_of(mtp_parts(skeleton.embedding_WH, skeleton.head.weights.head, mtp))
     found = laid.leaves("multi-token prediction", header.mtp, expected, memory)
     of = layer(len(header.layers) - 1, mtp.stack.layers[0])

@@ -35,6 +35,13 @@ def power_of_two(e):
 
 
 @triton.jit
+def reciprocal(x):
+    """Of fp32 2^e, -126 <= e <= 126, exactly; NaN of NaN."""
+    inverse = (0x7F000000 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return tl.where(x == x, inverse, x)
+
+
+@triton.jit
 def exp(x):
     """fp32, within two units in the last place; 0 below -104, infinity above 89, NaN of NaN."""
     x = tl.where(x < -104.0, -104.0, x)

@@ -96,9 +96,10 @@ def add_codes(prob, seen, v, v_scale, mean, total, rescale):
     unit = tl.div_rn(tl.max(scaled, 1), 255.0)
     some = unit > 0.0
     codes = tl.div_rn(scaled, tl.where(some, unit, 1.0)[:, None] + tl.zeros_like(scaled))
-    codes = tl.where(some[:, None] & (codes == codes), lang.rint(codes), 0.0)
-    # 0..255 do not fit int8: 128 less, and 128 times the values' sum more.
-    whole = tl.dot((codes - 128.0).to(tl.int8), v) + 128 * tl.sum(v.to(tl.int32), 0)[None, :]
+    codes = tl.where(some[:, None] & (codes == codes), lang.rint(codes), 0.0).to(tl.int32)
+    # 0..255 do not fit int8: twice the product of their halves, and that of what halving lost.
+    whole = tl.dot((codes >> 1).to(tl.int8), v)
+    whole = tl.dot((codes & 1).to(tl.int8), v, whole + whole, out_dtype=tl.int32)
     bad = tl.sum(scaled * 0.0, 1)  # NaN where one is no number
     mean = mean * rescale[:, None] + whole.to(tl.float32) * (unit + bad)[:, None]
     return mean, total * rescale + (tl.sum(prob, 1) + bad)
@@ -144,10 +145,15 @@ def first_seen(end, window):
 
 
 @triton.jit
-def slots_of(blocks, p, there, page):
-    """Of positions ``p`` of a sequence whose blocks are listed at ``blocks``."""
-    block = tl.load(blocks + p // page, mask=there, other=0)
-    return block.to(tl.int64) * page + p % page
+def slots_of(blocks, start, p, there, page: tl.constexpr, STEP: tl.constexpr):
+    """Of positions ``p`` from ``start`` on, a multiple of STEP, of a sequence whose blocks are
+    listed at ``blocks``. Where they all lie in one block, that takes one address."""
+    if page % STEP == 0:
+        block = tl.load(blocks + start // page).to(tl.int64)
+        slot = block * page + start % page + tl.arange(0, STEP)
+    else:
+        slot = tl.load(blocks + p // page, mask=there, other=0).to(tl.int64) * page + p % page
+    return slot
 
 
 @triton.jit
@@ -163,10 +169,11 @@ def probabilities(score, seen, highest):
 @triton.jit
 def attend_kernel(
     q, k, k_scale, r, r_scale, v, v_scale, blocks, tiles, highs, totals, means,
-    scale, window, heads, kv_heads, group, d_size, r_size, v_size, page, table, segments,
-    base_row, KIND: tl.constexpr, LATENT: tl.constexpr, SHARED: tl.constexpr, BM: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-    SEGMENT: tl.constexpr, STEP: tl.constexpr,
+    scale, window, table, segments, base_row,
+    heads: tl.constexpr, kv_heads: tl.constexpr, group: tl.constexpr, d_size: tl.constexpr,
+    r_size: tl.constexpr, v_size: tl.constexpr, page: tl.constexpr, KIND: tl.constexpr,
+    LATENT: tl.constexpr, SHARED: tl.constexpr, BM: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, V: tl.constexpr, SEGMENT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One segment of one tile: its highest score and total [rows, A, segments], and mean
     [rows, A, segments, V].
@@ -200,7 +207,7 @@ def attend_kernel(
         for start in range(low, high, STEP):
             p = start + tl.arange(0, STEP)
             there = (p >= least) & (p < high)
-            slot = slots_of(blocks + sequence * table, p, there, page)
+            slot = slots_of(blocks + sequence * table, start, p, there, page, STEP)
             key, key_scale = load_part(k, k_scale, slot, there, g, kv_heads, d_size, D, KIND)
             score = scores_of(query, q_scale, key, key_scale, KIND)
             if R > 0:

@@ -39,7 +39,7 @@ def exact_kernel(
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     unit = tl.load(units + t)
-    per_unit = tl.div_rn(1.0, unit)
+    per_unit = lang.reciprocal(unit)
     high = tl.zeros([BLOCK], tl.int32)
     low = tl.zeros([BLOCK], tl.int32)
     lost = tl.zeros([BLOCK], tl.int32)

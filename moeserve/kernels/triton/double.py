@@ -1,0 +1,141 @@
+"""A device in name, for tests: its tensors lie in host memory, and are the device's all the same.
+
+Within ``device_double`` whatever is made on ``DEVICE`` is an ``OnDevice``, and every operation of
+torch, and every kernel in Triton's interpreter, is checked as CUDA would check it: tensors of the
+host and of the device do not mix, but where ``to`` or ``copy_`` says so. What is copied, and what
+makes the host wait, is counted in ``Crossings``. Its kernels run in the interpreter.
+
+Stricter than CUDA in one point: indices must be on the device too, for where they are not they are
+copied, and the host waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from moeserve.errors import InternalError
+
+DEVICE = torch.device("meta")
+# Whose results the host looks at, or whose sizes follow from numbers on the device.
+WAITS = {
+    "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select",
+    "aten::unique_consecutive", "aten::_unique2", "aten::bincount",
+    "aten::repeat_interleave.Tensor", "aten::is_nonzero",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Crossings:
+    """Copies from the device, copies to it, and operations that wait for it without a copy."""
+
+    to_host: int = 0
+    to_device: int = 0
+    waits: int = 0
+
+
+class OnDevice(Tensor):
+    """``held`` has the numbers, in host memory."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> OnDevice:
+        made: OnDevice = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, held.size(), strides=held.stride(), dtype=held.dtype, device=DEVICE
+        )
+        made.held = held
+        return made
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def tolist(self) -> list[Any]:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return dispatched(func, args, kwargs or {}, Crossings())
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.crossings = Crossings()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return dispatched(func, args, kwargs or {}, self.crossings)
+
+
+def dispatched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Crossings) -> Any:
+    """One operation, by what holds the numbers."""
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    there = [t for t in tensors if isinstance(t, OnDevice)]
+    here = [t for t in tensors if not isinstance(t, OnDevice) and t.dim()]
+    name, asked = func.name(), kwargs.get("device")
+    if asked is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+        kwargs.pop("pin_memory", None)
+    crosses = name in ("aten::_to_copy", "aten::copy_")
+    if there and here and not crosses:
+        raise InternalError(f"{name}: tensors of the host among those of the device")
+    if name in WAITS and there:
+        seen.waits += 1
+    on_device = bool(there) if asked is None else torch.device(asked).type == DEVICE.type
+    if crosses:
+        source = args[1] if name == "aten::copy_" else args[0]
+        on_device = isinstance(args[0], OnDevice) if name == "aten::copy_" else on_device
+        seen.to_host += isinstance(source, OnDevice) and not on_device
+        seen.to_device += not isinstance(source, OnDevice) and on_device
+    elif any(is_mask(t) for t in tree_leaves(args[1:2])) and name.startswith("aten::index"):
+        seen.waits += bool(there)
+    bare = tree_map(lambda t: t.held if isinstance(t, OnDevice) else t, (args, kwargs))
+    found = func(*bare[0], **bare[1])
+    if not on_device or name in ("aten::_local_scalar_dense", "aten::equal"):
+        return found
+    own = {id(t.held): t for t in there}
+
+    def marked(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return own[id(value)] if id(value) in own else OnDevice(value)
+
+    return tree_map(marked, found)
+
+
+def is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype is torch.bool
+
+
+@contextmanager
+def device_double() -> Iterator[Crossings]:
+    """For the calling thread. InternalError where tensors of host and device meet."""
+    from triton.runtime.interpreter import GridExecutor
+
+    run: Callable[..., Any] = GridExecutor.__call__
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        strangers = [t for t in args if isinstance(t, Tensor) and not isinstance(t, OnDevice)]
+        if strangers:
+            raise InternalError(f"a kernel is given {len(strangers)} tensors of the host")
+        with _disable_current_modes():
+            run(self, *(a.held if isinstance(a, OnDevice) else a for a in args), **kwargs)
+
+    mode = _Mode()
+    GridExecutor.__call__ = launched
+    try:
+        with mode:
+            yield mode.crossings
+    finally:
+        GridExecutor.__call__ = run

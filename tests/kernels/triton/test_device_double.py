@@ -1,0 +1,134 @@
+"""An engine's path over Triton's kernels, on a device in name: no tensor of the host is given where
+one of the device is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeserve.config.options import RankModelOptions
+from moeserve.core import BlockId, Counters, Request, RequestId, SamplingParams
+from moeserve.engine import device_memory, rank_model
+from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
+from moeserve.engine.drive import drive
+from moeserve.engine.rank_model import RankModel, load_rank_model
+from moeserve.engine.scheduler import Scheduler
+from moeserve.errors import InternalError
+from moeserve.kernels.device import Card
+from moeserve.kernels.ops import KvShape, Ops
+from moeserve.kernels.reference.ops import ReferenceOps
+from moeserve.kernels.triton.double import DEVICE, Crossings, OnDevice, device_double
+
+Load = Callable[[str], Path]
+
+
+@pytest.fixture
+def crossings() -> Iterator[Crossings]:
+    with device_double() as seen:
+        yield seen
+
+
+@pytest.fixture
+def there(crossings: Crossings) -> Any:
+    """The op table of the device."""
+    from moeserve.kernels.triton.ops import TritonOps
+
+    return TritonOps(DEVICE)
+
+
+def test_tensors_of_host_and_device_do_not_mix(crossings: Crossings) -> None:
+    far = torch.ones(3, device=DEVICE)
+    near = torch.ones(3)
+    assert isinstance(far, OnDevice)
+    assert torch.equal((far + far.view(3) * 2.0).cpu(), 3 * near)
+    with pytest.raises(InternalError, match="aten::add"):
+        far + near
+    with pytest.raises(InternalError, match="aten::index"):
+        far[torch.tensor([0])]
+    far[torch.tensor([0]).to(DEVICE)] = 5.0
+    assert far.tolist() == [5.0, 1.0, 1.0]
+    assert float(far.sum()) == 7.0
+    assert (crossings.to_host, crossings.to_device, crossings.waits) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_blocks_leave_the_device_and_enter_it(there: Ops, dtype: torch.dtype) -> None:
+    shape = KvShape(4, 2, 1, 8, 8, dtype)
+    ours, theirs = there.new_kv(shape), ReferenceOps().new_kv(shape)
+    reference = ReferenceOps()
+    k, v, slots = torch.randn(4, 1, 8), torch.randn(4, 1, 8), torch.tensor([2, 3, 6, 7])
+    reference.write_kv(theirs, k, v, slots)
+    bytes_NX = reference.export_kv(theirs, torch.tensor([1, 3]))
+    there.import_kv(ours, torch.tensor([2, 0]), bytes_NX)
+    assert torch.equal(there.export_kv(ours, torch.tensor([2, 0])), bytes_NX)
+
+
+PROMPT = (17, 300, 5, 88)
+ASKED = {
+    "greedy": SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True),
+    "drawn": SamplingParams(max_tokens=2, seed=7, top_p=0.9, logprobs=1, ignore_eos=True),
+}
+
+
+def tokens_of(own: RankModel) -> dict[str, list[int]]:
+    """By a scheduler and the runner, without an engine's thread."""
+    counters = Counters()
+    config = SchedulerConfig(max_model_len=64, max_num_seqs=4, max_num_batched_tokens=16)
+    scheduler = Scheduler(config, BlockPool(own.size.num_blocks, 8, counters), counters)
+    for name, params in ASKED.items():
+        scheduler.add(Request(RequestId(name), PROMPT, params))
+    made: dict[str, list[int]] = {name: [] for name in ASKED}
+    for outcome in drive(scheduler, own.executor):
+        outcome.raise_failure()
+        for out in outcome.outs:
+            made[out.request_id].append(out.token_id)
+    return made
+
+
+def loaded(folder: Path, table: Ops, trace: Path, patch: pytest.MonkeyPatch) -> RankModel:
+    card = Card("a card", 1 << 33, 1 << 33)
+    patch.setattr(device_memory, "free_memory", lambda _: card)
+    patch.setattr(rank_model, "choose_table", lambda *_: table)
+    options = RankModelOptions(
+        model=str(folder),
+        device="cuda",
+        block_size=8,
+        num_blocks=16,
+        dtype="float32",
+        max_num_batched_tokens=16,
+        max_num_seqs=4,
+        record_routing=trace,
+    )
+    return load_rank_model(options)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_an_engines_steps_give_a_device_what_is_its_own(
+    there: Ops, crossings: Crossings, tiny_checkpoint: Load, tmp_path: Path
+) -> None:
+    """Weights, prompts, decodes of two requests, their sampling, their routing, their KV."""
+    folder = tiny_checkpoint("qwen3_moe")
+    with pytest.MonkeyPatch.context() as patch:
+        reference = loaded(folder, ReferenceOps(), tmp_path / "a.jsonl", patch)
+        own = loaded(folder, there, tmp_path / "b.jsonl", patch)
+    with closing(reference), closing(own):
+        check_steps_and_blocks(own, tokens_of(reference))
+    assert crossings.to_host
+
+
+def check_steps_and_blocks(own: RankModel, theirs: dict[str, list[int]]) -> None:
+    assert tokens_of(own) == theirs
+    blocks = [BlockId(1), BlockId(2)]
+    rows_NX = torch.zeros(2, own.kv.layouts[0].nbytes, dtype=torch.uint8)
+    own.kv.export_kv(0, blocks, rows_NX)
+    own.kv.import_kv(1, blocks, rows_NX)
+    again_NX = torch.zeros_like(rows_NX)
+    own.kv.export_kv(1, blocks, again_NX)
+    assert torch.equal(again_NX, rows_NX)
