@@ -2,15 +2,17 @@
 
     python bench/predict.py [--model demo] [--batch 1 4 16 64] [--prompt 32 256] [--output 32]
                             [--quantization auto] [--kv-dtype auto int8] [--share 1] [--rounds N]
-                            [--threads N] [--cpu-time] [--json] [--plot FILE]
+                            [--seconds N] [--threads N] [--cpu-time] [--json FILE] [--plot FILE]
 
-The host is calibrated before the cases and after each round of them: what is compared are figures
-of one machine in one state, the better of each. Cases run through the real scheduler and runner,
-and the shortest of a case counts. How often each expert is chosen is counted on
+Rounds, each between two calibrations of the host: what is compared are figures of one machine in
+one state. In a round every case runs through the real scheduler and runner, short ones again and
+again; its error is that of the median run against the mean of what both calibrations predict, and
+the median round counts. No case is used to calibrate. How often each expert is chosen is counted on
 other prompts than those measured, or taken to be equal (--use equal). ``--cpu-time`` with
 ``--threads 1`` takes the thread's CPU time for both sides, where others use the machine; what waits
 for a disk has none. ``--share`` below 1 is of a packed model's experts that fit in memory: the
-others are read as steps need them.
+others are read as steps need them. After ``--seconds`` no case is begun any more; ``--json`` is
+written anew after every case.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ from moeserve.offload.checkpoint_demand import demand_of, stored_sizes
 from moeserve.offload.model.bound import throughput_bound
 from moeserve.offload.model.demand import ModelDemand
 from moeserve.offload.model.distinct import use_of
-from moeserve.offload.model.machine import MachineModel, faster_of
+from moeserve.offload.model.machine import MachineModel
 from moeserve.offload.model.predict import StepPredictor
 from moeserve.offload.model.residency import WeightsInMemory
 from moeserve.offload.model.schedule import predict_batch
@@ -58,7 +60,10 @@ from moeserve.offload.runner import StreamedLayerRunner
 from offload import with_share
 
 BLOCK, STEP_TOKENS = 16, 512
+# A case runs again until so many seconds are over, or it has run so often.
+ENOUGH_S, MOST_RUNS = 0.4, 9
 COUNTED = Case(8, 96, 8)
+KIND_OF_KV = {"int8": "int8", "bfloat16": "bf16", "float32": "fp32"}
 Clock = Callable[[], float]
 
 
@@ -78,7 +83,9 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Of one case; generated tokens per second. ``predicted`` is stage 2's, ``bound`` stage 1's."""
+    """Of one case in one round, or the median of rounds; generated tokens per second. ``predicted``
+    is stage 2's, ``bound`` stage 1's; ``error`` is that of the prediction, ``of_bound`` what was
+    reached of the bound."""
 
     quantization: str
     kv_dtype: str
@@ -89,11 +96,11 @@ class Compared:
     measured: float
     predicted: float
     bound: float
+    error: float
+    of_predicted: float
+    of_bound: float
     busy: dict[str, float]
-
-    @property
-    def error(self) -> float:
-        return self.predicted / self.measured - 1
+    rounds: int = 1
 
 
 def bounds_of(case: Case) -> ServerBounds:
@@ -139,29 +146,39 @@ def counted_use(decoder: Decoder) -> list[tuple[float, ...]]:
 
 
 class Measured:
-    """The shortest seconds of each case so far, and what each setting asks for. A setting's model
-    is loaded for its cases and let go of."""
+    """What each setting asks for, and the seconds of cases. A setting's model is loaded for its
+    cases and let go of."""
 
     def __init__(self, model: Path, args: argparse.Namespace) -> None:
-        self.best: dict[tuple[Setting, Case], float] = {}
         self.demands: dict[Setting, ModelDemand] = {}
         self.weights: dict[Setting, WeightsInMemory] = {}
         self._model, self._args = model, args
         self._ops = choose_ops(threads=args.threads)
         self._clock = time.thread_time if args.cpu_time else time.perf_counter
 
-    def measure(self, settings: Sequence[Setting], cases: Sequence[Case]) -> None:
-        """One round."""
+    def round(
+        self, settings: Sequence[Setting], cases: Sequence[Case], end: float
+    ) -> Iterator[tuple[Setting, Case, float]]:
+        """The median seconds of every case that begins before ``end``."""
         for setting in settings:
+            if time.monotonic() > end:
+                return
             decoder, share = self._load(setting)
             if setting not in self.demands:
                 self.demands[setting] = self._demand(setting, decoder)
                 self.weights[setting] = WeightsInMemory(share, None, 0.0, 1.0)
             for case in cases:
-                took = seconds(decoder, case, self._clock)
-                self.best[setting, case] = min(took, self.best.get((setting, case), took))
+                if time.monotonic() > end:
+                    break
+                yield setting, case, statistics.median(self._runs(decoder, case))
             if isinstance(decoder.runner, StreamedLayerRunner):
                 decoder.runner.close()
+
+    def _runs(self, decoder: Decoder, case: Case) -> list[float]:
+        took = [seconds(decoder, case, self._clock)]
+        while sum(took) < ENOUGH_S and len(took) < MOST_RUNS:
+            took.append(seconds(decoder, case, self._clock))
+        return took
 
     def _load(self, setting: Setting) -> tuple[Decoder, float]:
         """And how many of its experts are in memory."""
@@ -181,35 +198,52 @@ class Measured:
 
 
 def compare(
-    machine: MachineModel,
-    measured: Measured,
-) -> Iterator[Compared]:
-    for (setting, case), took in measured.best.items():
-        work = UniformWorkload(case.streams, case.prompt, case.answer)
-        demand, weights = measured.demands[setting], measured.weights[setting]
-        bounds = bounds_of(case)
-        found = predict_batch(StepPredictor(machine, demand, weights), work, bounds)
-        bound = throughput_bound(
+    machines: Sequence[MachineModel],
+    demand: ModelDemand,
+    weights: WeightsInMemory,
+    setting: Setting,
+    case: Case,
+    took: float,
+) -> Compared:
+    """The mean of what each of ``machines`` predicts beside what was measured."""
+    work, bounds = UniformWorkload(case.streams, case.prompt, case.answer), bounds_of(case)
+    found = [predict_batch(StepPredictor(m, demand, weights), work, bounds) for m in machines]
+    bound = statistics.mean(
+        throughput_bound(
             machine,
             demand,
             case.prompt,
             case.answer,
             kv_tokens=bounds.kv_tokens,
-            concurrency=found.concurrent,
+            concurrency=one.concurrent,
             weights=weights,
-        )
-        yield Compared(
-            setting.quantization,
-            setting.kv_dtype,
-            setting.share,
-            case.streams,
-            case.prompt,
-            case.answer,
-            case.streams * case.answer / took,
-            found.generated_per_s,
-            bound.generated_per_s,
-            {name: found.busy.share(name) for name in ("memory", "compute", "disk", "fixed")},
-        )
+        ).generated_per_s
+        for machine, one in zip(machines, found, strict=True)
+    )
+    measured = case.streams * case.answer / took
+    predicted = case.streams * case.answer / statistics.mean(one.seconds for one in found)
+    return Compared(
+        setting.quantization,
+        setting.kv_dtype,
+        setting.share,
+        case.streams,
+        case.prompt,
+        case.answer,
+        measured,
+        predicted,
+        bound,
+        predicted / measured - 1,
+        measured / predicted,
+        measured / bound,
+        {name: found[-1].busy.share(name) for name in ("memory", "compute", "disk", "fixed")},
+    )
+
+
+def over_rounds(found: Sequence[Compared]) -> Compared:
+    """The median of each figure."""
+    names = ("measured", "predicted", "bound", "error", "of_predicted", "of_bound")
+    middle = {name: statistics.median(getattr(one, name) for one in found) for name in names}
+    return replace(found[-1], **middle, rounds=len(found))
 
 
 def draw(rows: Sequence[Compared], file: Path) -> None:
@@ -240,11 +274,11 @@ def report(machine: MachineModel, rows: Sequence[Compared]) -> dict[str, Any]:
         "machine": machine.to_json(),
         "mean_error": statistics.mean(errors),
         "worst_error": max(errors),
-        "rows": [asdict(row) | {"error": row.error} for row in rows],
+        "rows": [asdict(row) for row in rows],
     }
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
         epilog="example: python bench/predict.py --batch 1 16 --prompt 64 --output 16 --rounds 3",
@@ -258,19 +292,56 @@ def main() -> None:
     parser.add_argument("--share", type=float, nargs="+", default=[1.0], help="of a packed model")
     parser.add_argument("--use", choices=("counted", "equal"), default="counted")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=400.0, help="begin no case after these")
     parser.add_argument("--threads", type=int, help="default: all allowed cores")
     parser.add_argument("--cpu-time", action="store_true", help="with --threads 1")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep everything here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="needs moeserve[figures]")
     args = parser.parse_args()
     if args.cpu_time and args.threads != 1:
         raise ConfigError("--cpu-time is of one thread: give --threads 1")
-    model = resolve_model(args.model)
+    return args
+
+
+def rounds_of(
+    args: argparse.Namespace, look: Callable[[], MachineModel], measured: Measured
+) -> Iterator[tuple[MachineModel, list[Compared]]]:
+    """The rows so far: after each case with the calibration before it, after each round with those
+    on both sides."""
     kinds = itertools.product(args.quantization, args.kv_dtype, args.share)
     settings = [Setting(*kind) for kind in kinds]
     cases = [Case(*c) for c in itertools.product(args.batch, args.prompt, args.output)]
+    end = time.monotonic() + args.seconds
+    seen: dict[tuple[Setting, Case], list[Compared]] = {}
+
+    def row(machines: Sequence[MachineModel], one: Setting, case: Case, took: float) -> Compared:
+        demand, weights = measured.demands[one], measured.weights[one]
+        return compare(machines, demand, weights, one, case, took)
+
+    before = look()
+    for _ in range(args.rounds):
+        taken = []
+        for setting, case, took in measured.round(settings, cases, end):
+            taken.append((setting, case, took))
+            early = [row([before], *one) for one in taken if one[:2] not in seen]
+            yield before, [over_rounds(found) for found in seen.values()] + early
+        after = look()
+        for setting, case, took in taken:
+            both = row([before, after], setting, case, took)
+            seen.setdefault((setting, case), []).append(both)
+        yield after, [over_rounds(found) for found in seen.values()]
+        before = after
+        if time.monotonic() > end:
+            return
+
+
+def main() -> None:
+    args = read_arguments()
+    model = resolve_model(args.model)
     timer = CallTimer(time.thread_time) if args.cpu_time else CallTimer()
-    errors = Console(stderr=True)
+    options = Setting(args.quantization[0], args.kv_dtype[0]).options
+    kinds = [KIND_OF_KV[kind] for kind in args.kv_dtype if kind in KIND_OF_KV]
+    errors, rows = Console(stderr=True), list[Compared]()
     with tempfile.TemporaryDirectory() as scratch, errors.status("calibrating") as status:
 
         def look() -> MachineModel:
@@ -278,32 +349,47 @@ def main() -> None:
                 model,
                 Path(scratch),
                 threads=args.threads,
-                options=settings[0].options,
+                options=options,
+                kinds=(*kinds, *(k for k in args.quantization if k in ("int8", "int4"))),
                 seconds=60.0,
                 timer=timer,
                 report=lambda what: status.update(f"calibrating: {what}"),
             )
 
-        machine, measured = look(), Measured(model, args)
-        for n in range(args.rounds):
-            status.update(f"measuring, round {n + 1}")
-            measured.measure(settings, cases)
-            machine = faster_of(machine, look())
-    rows = list(compare(machine, measured))
-    found = report(machine, rows)
+        for machine, rows in rounds_of(args, look, Measured(model, args)):
+            last = rows[-1]
+            status.update(
+                f"{len(rows)} rows, last: batch {last.batch}, prompt {last.prompt}, "
+                f"{last.error:+.1%}"
+            )
+            if args.json is not None:
+                args.json.write_text(json.dumps(report(machine, rows), indent=1) + "\n")
     if args.plot is not None:
         draw(rows, args.plot)
-    if args.json:
-        print(json.dumps(found))
-        return
-    table = Table(
-        "weights", "KV", "share", "batch", "prompt", "output", "measured", "predicted", "error"
-    )
+    show(machine, rows)
+
+
+def show(machine: MachineModel, rows: Sequence[Compared]) -> None:
+    table = Table("weights", "KV", "share", "batch", "prompt", "output", "measured", "predicted")
+    for name in ("error", "of stage 2", "stage 1", "of stage 1", "busy"):
+        table.add_column(name)
     for r in rows:
         sizes = (str(n) for n in (r.batch, r.prompt, r.output))
-        rates = (f"{r.measured:,.1f}", f"{r.predicted:,.1f}", f"{r.error:+.1%}", f"{r.bound:,.1f}")
-        table.add_row(r.quantization, r.kv_dtype, f"{r.share:g}", *sizes, *rates)
-    console = Console()
+        busy = ", ".join(f"{name} {share:.0%}" for name, share in r.busy.items() if share >= 0.01)
+        table.add_row(
+            r.quantization,
+            r.kv_dtype,
+            f"{r.share:g}",
+            *sizes,
+            f"{r.measured:,.1f}",
+            f"{r.predicted:,.1f}",
+            f"{r.error:+.1%}",
+            f"{r.of_predicted:.0%}",
+            f"{r.bound:,.1f}",
+            f"{r.of_bound:.0%}",
+            busy,
+        )
+    console, found = Console(width=140), report(machine, rows)
     console.print(table)
     console.print(f"mean {found['mean_error']:.1%}, worst {found['worst_error']:.1%}")
     console.print(f"with: {machine.name}", soft_wrap=True)

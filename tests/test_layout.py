@@ -28,7 +28,7 @@ ROUTING = (
     "role_shift".split()
 )
 PERFORMANCE_MODEL = (
-    "machine distinct demand residency predict workload schedule steady bound".split()
+    "machine overheads distinct demand residency predict workload schedule steady bound".split()
 )
 POLICIES = "choices drafts ngrams shape speculation throughput".split()
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.

@@ -7,7 +7,8 @@
     shapes        the sizes that kernels are measured at
     kernels       what products and attention cost here
     disk          how fast a file is read
-    steps         what a step costs beside products and attention
+    steps         real steps, timed, and Python's part of them
+    rest          what steps cost beside products and attention
     first_layers  a few layers of the model, to see what one costs
     timing        one call, timed
     predictions   what fits, what binds, how fast, and what would give more

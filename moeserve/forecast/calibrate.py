@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,13 +20,9 @@ from moeserve.forecast.command import threads_and_isa
 from moeserve.forecast.disk import disk_rates
 from moeserve.forecast.first_layers import cut, first_layers, load_first_layers
 from moeserve.forecast.kernels import KernelProbe
+from moeserve.forecast.rest import with_what_is_left
 from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
-from moeserve.forecast.steps import (
-    TimedStep,
-    python_overheads,
-    timed_steps,
-    with_what_is_left,
-)
+from moeserve.forecast.steps import python_overheads, timed_steps, with_counted_use
 from moeserve.forecast.timing import CallTimer
 from moeserve.host import read_cache, read_memory
 from moeserve.kernels.ops import Ops
@@ -36,7 +32,8 @@ from moeserve.models.fingerprint import served_files
 from moeserve.models.library import DEMO, resolve_model
 from moeserve.offload.calibrations import host_name
 from moeserve.offload.checkpoint_demand import StoredSizes, demand_of, stored_sizes
-from moeserve.offload.model.machine import AttentionCost, MachineModel, Overheads, ProductCurve
+from moeserve.offload.model.machine import AttentionCost, MachineModel, ProductCurve
+from moeserve.offload.model.overheads import Overheads
 from moeserve.offload.model.predict import StepPredictor
 
 SECONDS = 9.0
@@ -60,11 +57,13 @@ def calibrate(
     *,
     threads: int | None = None,
     options: LoadOptions = AS_STORED,
+    kinds: Sequence[str] = USUAL_KINDS,
     seconds: float = SECONDS,
     timer: CallTimer = BY_THE_CLOCK,
     report: Report = lambda _: None,
 ) -> MachineModel:
-    """For the model in ``folder``, or any; ``scratch`` is where a file to read may be made."""
+    """For the model in ``folder``, or any; ``scratch`` is where a file to read may be made.
+    ``kinds`` are measured beside those that the model is held in."""
     ops, end = choose_ops(threads=threads), time.monotonic() + seconds
     torch.set_num_threads(1)
     sizes = None if folder is None else stored_sizes(folder, options)
@@ -78,8 +77,7 @@ def calibrate(
     files = [] if folder is None else served_files(folder)
     disk = disk_rates(files, scratch)
     costs = KernelCosts()
-    kinds = kinds_of(sizes, options, ops)
-    for n, kind in enumerate(kinds):
+    for n, kind in enumerate(kinds_of(sizes, options, ops, kinds)):
         if n and time.monotonic() > end - 1.0:
             break
         report(f"products in {kind}")
@@ -101,15 +99,17 @@ def calibrate(
     return replace(machine, overheads=overheads_of(machine, folder, sizes, options, ops, timer))
 
 
-def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[str]:
-    """What the model is held in, then what it could be held in."""
+def kinds_of(
+    sizes: StoredSizes | None, options: LoadOptions, ops: Ops, more: Sequence[str]
+) -> list[str]:
+    """What the model is held in, then ``more``, in which it could be held."""
     own: list[str] = []
     if sizes is not None:
         for _, layer in demand_of(sizes, options, ops).layers:
             own += [matrix.kind for matrix in layer.always]
             own += [layer.experts.each.kind] if layer.experts else []
             own.append(layer.attention.kind.removesuffix("-latent"))
-    return list(dict.fromkeys((*own, *USUAL_KINDS)))
+    return list(dict.fromkeys((*own, *more)))
 
 
 def measure_kind(probe: KernelProbe, kind: str, costs: KernelCosts) -> None:
@@ -147,8 +147,10 @@ def overheads_of(
         )
     python = python_overheads(ops, timer.clock)
     there = replace(there, overheads=python)
-    decoder, steps = load_first_layers(folder, depths[-1].spec, ops, options), list[TimedStep]()
+    decoder, decoders = load_first_layers(folder, depths[-1].spec, ops, options), []
     for depth in depths:
-        predictor = StepPredictor(there, demand_of(depth, options, ops))
-        steps += timed_steps(cut(decoder, depth.spec), predictor, timer.clock)
-    return with_what_is_left(python, steps)
+        shallow = cut(decoder, depth.spec)
+        demand = with_counted_use(shallow, demand_of(depth, options, ops))
+        decoders.append((shallow, StepPredictor(there, demand)))
+    steps = timed_steps(decoders, timer.clock)
+    return with_what_is_left(python, steps, [predictor for _, predictor in decoders])

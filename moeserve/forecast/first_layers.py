@@ -22,7 +22,7 @@ from moeserve.offload.checkpoint_demand import StoredSizes
 
 # What the layers and both ends may take, as they are stored.
 MOST_BYTES = 1 << 31
-MORE = 3
+MORE = 7
 LAYERS = "num_hidden_layers"
 
 

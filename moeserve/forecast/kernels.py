@@ -1,8 +1,8 @@
 """What products and attention cost on this machine, measured with the kernels that serve.
 
 Weights are random codes; values do not change the time. "Cold" weights are more than the last cache
-holds, taken in turn; "warm" ones are the same few again and again. A figure is the shortest of
-several calls: what the machine does when nothing disturbs it. Memory is bounded by ``MOST_BYTES``.
+holds, taken in turn; "warm" ones are the same few again and again. A figure is the median of
+several calls, as it is of steps. Memory is bounded by ``MOST_BYTES``.
 Letters as in ``kernels.ops``.
 """
 
@@ -133,13 +133,13 @@ class KernelProbe:
 
     def _attend(self, held: KvCache, batch: AttentionBatch, rows: int) -> float:
         q_TAD = torch.randn(rows, self.shapes.heads, self.shapes.head_size)
-        return self.timer.shortest(lambda: self.ops.paged_attention(q_TAD, held, batch, scale=0.1))
+        return self.timer.typical(lambda: self.ops.paged_attention(q_TAD, held, batch, scale=0.1))
 
     def _measured(self, call_with: Callable[[int], Callable[[], object]]) -> Points:
         """Seconds of a call by its size, up to the first one that takes too long."""
         found: Points = []
         for size in ROWS:
-            found.append((size, self.timer.shortest(call_with(size))))
+            found.append((size, self.timer.typical(call_with(size))))
             if found[-1][1] > LONGEST_CALL:
                 break
         return found

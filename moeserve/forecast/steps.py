@@ -1,44 +1,77 @@
-"""What a step costs beside products and attention: Python's part, and what layers do in between.
+"""Real steps, timed, and Python's part of them; what they cost beside kernels is found in ``rest``.
 
 Python's part is measured with a decoder that does nothing, by the real scheduler and runner. The
-rest is what is left of real steps once products and attention are taken off: norms, rotations,
-routing, rounding, the combine, and what Python takes more where caches are full of weights. The
 steps are of two depths of the model's first layers where these are small enough, else of the model
-that is shipped; of one to many requests that decode, and of prompts.
+that is shipped; of one to many requests that decode, after short prompts and long ones, and of
+prompts. All of them are looked at in turn, several times, and the median counts: what disturbs a
+machine for a moment is in none of them, what it always does is in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.core import Counters, Request, RequestId, SamplingParams, StepPlan
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
-from moeserve.engine.model_runner import Forward, ModelRunner
+from moeserve.engine.model_runner import Forward, ModelRunner, StepObserver
 from moeserve.engine.scheduler import Scheduler
 from moeserve.kernels.ops import Ops
 from moeserve.models.batch import StepBatch
-from moeserve.offload.model.machine import Overheads
+from moeserve.offload.model.demand import ModelDemand
+from moeserve.offload.model.distinct import use_of
+from moeserve.offload.model.overheads import Overheads
 from moeserve.offload.model.predict import StepPredictor, StepWork
 
 BLOCK = 16
-PROMPT = 8
+PROMPT, LONG = 8, 256
 STEPS = 12
 BUDGET = 4096
 VOCAB = 4096
 FEW, MANY = 1, 128
-SIZES = (1, 8, 32, 128)
-LENGTHS = (32, 128, 512)
-PROMPTS = 6
+PROMPTS = 4
+PASSES = 3
+SECONDS = 6.0
 Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedStep:
+    """Either ``decoding`` requests whose prompts were of ``prompt`` tokens, or, where there are 0,
+    one prompt of so many."""
+
+    decoding: int
+    prompt: int
+
+    @property
+    def rows(self) -> int:
+        return max(1, self.decoding)
+
+    @property
+    def work(self) -> StepWork:
+        if not self.decoding:
+            return StepWork(self.prompt, 0, 0.0, self.prompt * (self.prompt + 1) / 2, 1)
+        context = self.decoding * (self.prompt + STEPS / 2)
+        return StepWork(0, self.decoding, context, 0.0, self.decoding)
+
+
+# Of the deepest decoder, and of the shallower one.
+KINDS = (
+    *(ProbedStep(size, PROMPT) for size in (1, 2, 6, 12, 24, 48, 128)),
+    *(ProbedStep(size, LONG) for size in (2, 12)),
+    *(ProbedStep(0, length) for length in (16, 64, 192, 512)),
+)
+SHALLOW_KINDS = (*(ProbedStep(size, PROMPT) for size in (1, 12, 48)), ProbedStep(0, 64))
 
 
 class AnsweringDecoder:
@@ -57,24 +90,35 @@ class AnsweringDecoder:
         return [self._logits_RV[: len(step.logit_rows_R)] for step in steps]
 
 
+class UseCounter:
+    """A ``StepObserver`` that counts how often each expert of each layer is chosen."""
+
+    def __init__(self) -> None:
+        self.chosen: dict[int, NDArray[np.int64]] = {}
+
+    def begin(self, plan: StepPlan) -> None: ...
+
+    def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
+        more = np.bincount(ids_TC.ravel())
+        before = self.chosen.get(layer, np.zeros(0, np.int64))
+        total = np.zeros(max(len(before), len(more)), np.int64)
+        total[: len(before)] += before
+        total[: len(more)] += more
+        self.chosen[layer] = total
+
+    def end(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TimedStep:
-    """A step of so many tokens of a prompt, or of so many decoding requests; what it took beside
-    products and attention is ``left`` of ``seconds``."""
+    """A step of a decoder of so many layers of ``hidden`` size; what it took beside what was known
+    of it is ``left`` of ``seconds``."""
 
+    kind: ProbedStep
     layers: int
     hidden: int
-    prompt: int
-    decoding: int
     seconds: float
     left: float
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """How many times it has each of the fields of ``Overheads``, in their order."""
-        rows = self.decoding + (self.prompt > 0)
-        passed = self.layers * self.hidden
-        return 1.0, rows, self.layers, passed * self.decoding, passed * self.prompt
 
 
 def step_seconds(
@@ -85,6 +129,8 @@ def step_seconds(
     clock: Clock,
     *,
     budget: int = BUDGET,
+    vocab: int = VOCAB,
+    observer: StepObserver | None = None,
 ) -> list[tuple[StepPlan, float]]:
     """All steps of so many requests that come at once, and what each took."""
     counters = Counters()
@@ -92,10 +138,11 @@ def step_seconds(
     blocks = requests * (length // BLOCK + 1)
     config = SchedulerConfig(length, min(requests, budget), budget, prefix_cache=False)
     scheduler = Scheduler(config, BlockPool(blocks, BLOCK, counters), counters)
-    runner = ModelRunner(decoder, blocks, BLOCK)
+    runner = ModelRunner(decoder, blocks, BLOCK, observer=observer)
+    draw = random.Random(length)
     params = SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
     for r in range(requests):
-        ids = tuple((7 * r + 13 * i) % 1000 + 1 for i in range(prompt))
+        ids = tuple(draw.choices(range(1, vocab), k=prompt))
         scheduler.add(Request(RequestId(str(r)), ids, params))
     found = []
     while scheduler.has_work:
@@ -106,71 +153,66 @@ def step_seconds(
     return found
 
 
-def decode_step_seconds(decoder: Forward[Any], batch: int, clock: Clock) -> float:
-    """The median of several steps in which ``batch`` requests decode."""
-    steps = step_seconds(decoder, batch, PROMPT, STEPS, clock)
-    return median(took for plan, took in steps if plan.num_tokens == batch)
-
-
-def prompt_step_seconds(decoder: Forward[Any], tokens: int, clock: Clock) -> float:
-    """The median of several steps of one prompt of so many tokens each."""
-    steps = step_seconds(decoder, PROMPTS, tokens, 1, clock, budget=tokens)
-    return median(took for _, took in steps[1:])
+def seconds_of(decoder: Forward[Any], kind: ProbedStep, clock: Clock, vocab: int) -> list[float]:
+    """Of several steps of the kind."""
+    if kind.decoding:
+        steps = step_seconds(decoder, kind.decoding, kind.prompt, STEPS, clock, vocab=vocab)
+        return [took for plan, took in steps if plan.num_tokens == kind.decoding]
+    steps = step_seconds(decoder, PROMPTS, kind.prompt, 1, clock, budget=kind.prompt, vocab=vocab)
+    return [took for _, took in steps[1:]]
 
 
 def python_overheads(ops: Ops, clock: Clock) -> Overheads:
     """``step`` and ``row``, from two sizes of steps that do nothing else."""
-    few = decode_step_seconds(AnsweringDecoder(ops, FEW), FEW, clock)
-    many = decode_step_seconds(AnsweringDecoder(ops, MANY), MANY, clock)
+
+    def of(size: int) -> float:
+        decoder = AnsweringDecoder(ops, size)
+        return median(seconds_of(decoder, ProbedStep(size, PROMPT), clock, VOCAB))
+
+    few, many = of(FEW), of(MANY)
     row = max(0.0, many - few) / (MANY - FEW)
     return Overheads(step=max(0.0, few - row * FEW), row=row)
 
 
+def with_counted_use(decoder: Forward[Any], model: ModelDemand) -> ModelDemand:
+    """The same with the use of experts that steps like those that are timed have."""
+    counter = UseCounter()
+    step_seconds(decoder, 8, 64, STEPS, lambda: 0.0, vocab=model.vocab, observer=counter)
+    top_k = [layer.experts.top_k for n, layer in model.layers for _ in range(n) if layer.experts]
+    count = [layer.experts.count for n, layer in model.layers for _ in range(n) if layer.experts]
+    chosen = [counter.chosen[layer] for layer in sorted(counter.chosen)]
+    use = [
+        use_of([*seen.tolist(), *[0] * (experts - len(seen))], k)
+        for seen, experts, k in zip(chosen, count, top_k, strict=True)
+    ]
+    return model.with_use(use)
+
+
 def timed_steps(
-    decoder: Forward[Any], predictor: StepPredictor, clock: Clock
-) -> Iterator[TimedStep]:
-    """Of both kinds and of several sizes; ``predictor`` says what they would take without what is
-    to be found."""
-    model = predictor.model
-    for decoding, prompt in (*((size, 0) for size in SIZES), *((0, size) for size in LENGTHS)):
-        if decoding:
-            took = decode_step_seconds(decoder, decoding, clock)
-            work = StepWork(0, decoding, decoding * (PROMPT + STEPS / 2), 0.0, decoding)
-        else:
-            took = prompt_step_seconds(decoder, prompt, clock)
-            work = StepWork(prompt, 0, 0.0, prompt * (prompt + 1) / 2, 1)
-        left = took - predictor.step(work).total
-        yield TimedStep(model.num_layers, model.hidden, prompt, decoding, took, left)
-
-
-def with_what_is_left(python: Overheads, steps: Sequence[TimedStep]) -> Overheads:
-    """``python`` and what ``steps`` took beyond it, in the shares that fit them best."""
-    found = nonnegative_fit(
-        [step.shares for step in steps],
-        [step.left for step in steps],
-        [1.0 / step.seconds for step in steps],
-    )
-    more = Overheads(*found)
-    return replace(more, step=python.step + more.step, row=python.row + more.row)
-
-
-def nonnegative_fit(
-    rows: Sequence[Sequence[float]], ys: Sequence[float], weights: Sequence[float]
-) -> tuple[float, ...]:
-    """What to multiply each column with so that rows add up to ``ys``, as nearly as can be with
-    nothing below 0: least squares, weighted. Every choice of columns is tried, so there are to be
-    few."""
-    weight_N = np.array(weights)
-    a_NC, y_N = np.array(rows) * weight_N[:, None], np.array(ys) * weight_N
-    width, size_C = a_NC.shape[1], np.maximum(np.abs(a_NC).max(axis=0), 1e-300)
-    a_NC /= size_C
-    best: tuple[float, ...] = (0.0,) * width
-    least = float(y_N @ y_N)
-    for count in range(1, width + 1):
-        for chosen in combinations(range(width), count):
-            x_C, *_ = np.linalg.lstsq(a_NC[:, chosen], y_N, rcond=None)
-            off = y_N - a_NC[:, chosen] @ x_C
-            if (x_C >= 0).all() and (score := float(off @ off)) < least * (1 - 1e-9):
-                found = dict(zip(chosen, (x_C / size_C[list(chosen)]).tolist(), strict=True))
-                best, least = tuple(found.get(c, 0.0) for c in range(width)), score
-    return best
+    decoders: Sequence[tuple[Forward[Any], StepPredictor]],
+    clock: Clock,
+    seconds: float = SECONDS,
+) -> list[TimedStep]:
+    """Of each decoder, the deepest last; its predictor says what a step would take without what is
+    to be found. At least one look at each, and no more after so many ``seconds``."""
+    kinds = [
+        (n, kind)
+        for n, (_, predictor) in enumerate(decoders)
+        for kind in (KINDS if n == len(decoders) - 1 else SHALLOW_KINDS)
+        if kind.prompt + STEPS < predictor.model.max_positions
+    ]
+    seen: dict[tuple[int, ProbedStep], list[float]] = {key: [] for key in kinds}
+    end = time.monotonic() + seconds
+    for turn in range(PASSES):
+        for n, kind in kinds:
+            if turn and time.monotonic() > end:
+                break
+            decoder, predictor = decoders[n]
+            seen[n, kind] += seconds_of(decoder, kind, clock, predictor.model.vocab)
+    found = []
+    for (n, kind), took in seen.items():
+        predictor, typical = decoders[n][1], median(took)
+        left = typical - predictor.step(kind.work).total
+        model = predictor.model
+        found.append(TimedStep(kind, model.num_layers, model.hidden, typical, left))
+    return found

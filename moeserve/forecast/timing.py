@@ -1,4 +1,4 @@
-"""Time one call again and again; the shortest counts, for whatever disturbs a call makes it longer.
+"""Time one call again and again; the median counts, as it does where whole steps are timed.
 
 The clock is an argument: where everything runs on one thread, that thread's CPU time leaves out who
 else uses the machine.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 LEAST, MOST = 3, 400
 LEAST_SECONDS = 1e-9
@@ -21,16 +22,13 @@ class CallTimer:
     clock: Callable[[], float] = time.perf_counter
     seconds: float = 0.012
 
-    def shortest(self, call: Callable[[], object]) -> float:
+    def typical(self, call: Callable[[], object]) -> float:
         """Seconds, after one call to warm up."""
         call()
-        best, count = float("inf"), 0
-        end = self.clock() + self.seconds
-        while count < LEAST or (count < MOST and self.clock() < end):
+        took, end = list[float](), self.clock() + self.seconds
+        while len(took) < LEAST or (len(took) < MOST and self.clock() < end):
             begin = self.clock()
             call()
-            took = self.clock() - begin
-            # A clock of CPU time may stand still for a moment.
-            best = min(best, took) if took > 0 else best
-            count += 1
-        return best if best < float("inf") else LEAST_SECONDS
+            took.append(self.clock() - begin)
+        # A clock of CPU time may stand still for a moment.
+        return max(LEAST_SECONDS, median(took))

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.config.options import LoadOptions, RankModelOptions
@@ -22,14 +23,19 @@ from moeserve.forecast.disk import disk_rates, rates_of
 from moeserve.forecast.first_layers import cut, first_layers, load_first_layers
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.predictions import ForecastQuestion, ForecastReport, forecast
+from moeserve.forecast.rest import not_falling, with_what_is_left
 from moeserve.forecast.shapes import ANY_MODEL, KernelShapes, shapes_of
 from moeserve.forecast.shown import tables
 from moeserve.forecast.steps import (
+    KINDS,
+    LONG,
+    SHALLOW_KINDS,
+    STEPS,
     AnsweringDecoder,
+    ProbedStep,
     TimedStep,
-    decode_step_seconds,
-    nonnegative_fit,
-    prompt_step_seconds,
+    seconds_of,
+    with_counted_use,
 )
 from moeserve.forecast.timing import CallTimer
 from moeserve.host import read_cache
@@ -40,7 +46,10 @@ from moeserve.models.packed.writer import pack_model
 from moeserve.models.survey import survey
 from moeserve.offload.calibrations import file_of, find, host_name, keep, read_calibration
 from moeserve.offload.checkpoint_demand import demand_of, stored_sizes
-from moeserve.offload.model.machine import AttentionCost, MachineModel, Overheads, ProductCurve
+from moeserve.offload.model.demand import ModelDemand
+from moeserve.offload.model.machine import AttentionCost, MachineModel, ProductCurve
+from moeserve.offload.model.overheads import Overheads, RestCurve
+from moeserve.offload.model.predict import StepPredictor
 
 Tiny = Callable[[str], Path]
 MIB = 1 << 20
@@ -328,29 +337,64 @@ def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
 def test_steps_are_those_of_the_scheduler(ops: Ops) -> None:
     ticks = iter(range(1_000_000))
     # One tick between two looks at the clock, whatever the machine does meanwhile.
-    assert decode_step_seconds(AnsweringDecoder(ops, 4), 4, lambda: float(next(ticks))) == 1.0
+    took = seconds_of(AnsweringDecoder(ops, 4), ProbedStep(4, 8), lambda: float(next(ticks)), 64)
+    assert took == [1.0] * (STEPS - 1)
 
 
+@cache
+def demo_depths() -> tuple[ModelDemand, ModelDemand]:
+    """What the first layers of the shipped model ask for, of both depths."""
+    sizes, ops = stored_sizes(resolve_model("demo")), choose_ops(threads=1)
+    few, more = (demand_of(one, LoadOptions(), ops) for one in first_layers(sizes))
+    return few, more
+
+
+@settings(max_examples=25)
 @given(
-    st.tuples(*[st.just(0.0) | st.floats(1e-7, 1e-3)] * 5),
-    st.integers(1, 4),
+    st.tuples(*[st.just(0.0) | st.floats(1e-7, 1e-3)] * 4),
+    st.sampled_from([0.5, 1.0, 1.5]),
+    st.booleans(),
 )
-def test_what_steps_cost_is_found_again(parts: tuple[float, ...], more: int) -> None:
-    steps = [
-        TimedStep(layers, 64, prompt, decoding, 1.0, 0.0)
-        for layers in (1, 1 + more)
-        for prompt, decoding in ((0, 1), (0, 8), (0, 32), (32, 0), (128, 0))
-    ]
-    left = [sum(n * part for n, part in zip(s.shares, parts, strict=True)) for s in steps]
-    found = nonnegative_fit([s.shares for s in steps], left, [1.0] * len(steps))
-    assert min(found) >= 0
-    for step, expected in zip(steps, left, strict=True):
-        again = sum(n * part for n, part in zip(step.shares, found, strict=True))
-        assert again == pytest.approx(expected, rel=1e-3, abs=1e-9)
+def test_what_steps_cost_is_found_again(
+    parts: tuple[float, ...], attention: float, two_depths: bool
+) -> None:
+    """Steps that take just what some overheads say are predicted to take that."""
+    step, row, layer, each = parts
+    decode = RestCurve((256.0, 12288.0, 32768.0), (each, 2 * each, 9 * each))
+    prompt = RestCurve((4096.0, 131072.0), (each, 40 * each))
+    real = a_machine(overheads=Overheads(step, row, layer, decode, prompt, attention))
+    bare = a_machine(overheads=Overheads())
+    few, more = demo_depths()
+    steps = []
+    for model, kinds in ((few, SHALLOW_KINDS), (more, KINDS))[not two_depths :]:
+        for kind in kinds:
+            took = StepPredictor(real, model).step(kind.work).total
+            left = took - StepPredictor(bare, model).step(kind.work).total
+            steps.append(TimedStep(kind, model.num_layers, model.hidden, took, left))
+    found = with_what_is_left(
+        Overheads(), steps, [StepPredictor(bare, few), StepPredictor(bare, more)]
+    )
+    assert found.attention == pytest.approx(attention, rel=0.02)
+    again = StepPredictor(a_machine(overheads=found), more)
+    for one in steps:
+        if one.layers == more.num_layers:
+            assert again.step(one.kind.work).total == pytest.approx(one.seconds, rel=0.02)
 
 
 def test_steps_that_took_less_than_was_predicted_cost_nothing_beside() -> None:
-    assert nonnegative_fit([(1.0, 1.0), (1.0, 9.0)], [-1.0, -2.0], [1.0, 1.0]) == (0.0, 0.0)
+    _, model = demo_depths()
+    steps = [TimedStep(kind, 8, 256, 1e-3, -1e-4) for kind in KINDS if kind.prompt != LONG]
+    found = with_what_is_left(Overheads(), steps, [StepPredictor(a_machine(), model)])
+    assert (found.step, found.row, found.layer, found.attention) == (0.0, 0.0, 0.0, 1.0)
+    assert set(found.decode.seconds + found.prompt.seconds) == {0.0}
+
+
+@given(st.lists(st.floats(-1.0, 1.0), max_size=12))
+def test_the_nearest_values_that_do_not_fall(values: list[float]) -> None:
+    found = not_falling(values)
+    assert list(found) == sorted(found)
+    assert sum(found) == pytest.approx(sum(values))
+    assert not_falling(found) == pytest.approx(found)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
@@ -367,8 +411,10 @@ def test_the_first_layers_of_a_model_run_by_themselves(
     for source in (folder, packed):
         decoder = load_first_layers(source, more.spec, ops, LoadOptions())
         assert decoder.spec.layers == sizes.spec.layers[: len(more.layers)]
-        assert decode_step_seconds(cut(decoder, few.spec), 2, time.perf_counter) > 0
-        assert prompt_step_seconds(decoder, 8, time.perf_counter) > 0
+        for of, kind in ((cut(decoder, few.spec), ProbedStep(2, 8)), (decoder, ProbedStep(0, 8))):
+            assert min(seconds_of(of, kind, time.perf_counter, 64)) > 0
+        counted = with_counted_use(decoder, demand_of(more, LoadOptions(), ops))
+        assert all(x.experts.use for _, x in counted.layers if x.experts)
 
 
 def test_a_cache_is_read_from_the_system(tmp_path: Path) -> None:

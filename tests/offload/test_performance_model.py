@@ -36,10 +36,10 @@ from moeserve.offload.model.distinct import equal_use, expected_distinct, least_
 from moeserve.offload.model.machine import (
     AttentionCost,
     MachineModel,
-    Overheads,
     ProductCurve,
     rising,
 )
+from moeserve.offload.model.overheads import Overheads, RestCurve
 from moeserve.offload.model.predict import StepPredictor, StepWork
 from moeserve.offload.model.residency import WeightsInMemory, fit_memory
 from moeserve.offload.model.schedule import predict_batch, steps_of
@@ -71,7 +71,9 @@ def a_machine(**changes: Any) -> MachineModel:
         products={"bf16": curve, "fp32": curve},
         experts={"bf16": curve},
         attention={"bf16": AttentionCost(2e-11, 1e-11, 1e-11)},
-        overheads=Overheads(step=1e-4, row=1e-6, layer=1e-5, value=1e-10, prompt=5e-11),
+        overheads=Overheads(
+            1e-4, 1e-6, 1e-5, RestCurve((1024.0,), (1e-7,)), RestCurve((1024.0,), (5e-8,))
+        ),
     )
     return dataclasses.replace(machine, **changes)
 

@@ -10,17 +10,16 @@ All figures are of ``threads`` threads together.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from moeserve.errors import ConfigError
+from moeserve.offload.model.overheads import MOST_POINTS, Overheads, RestCurve, between
 
-VERSION = 2
+VERSION = 3
 KINDS = ("fp32", "bf16", "int8", "int4")
-MOST_POINTS = 64
 T = TypeVar("T")
 
 
@@ -72,23 +71,6 @@ class AttentionCost:
             min(self.decode_cold, self.decode_warm, self.prefill) > 0,
             f"costs of attention {self} are not all above 0",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Overheads:
-    """What a step costs beside products and attention: ``step`` seconds in any case, ``row`` for
-    each token that is sampled, ``layer`` for each layer, and for each number of the residual stream
-    that passes through a layer ``value``, or ``prompt`` where its token is one of a prompt."""
-
-    step: float = 0.0
-    row: float = 0.0
-    layer: float = 0.0
-    value: float = 0.0
-    prompt: float = 0.0
-
-    def __post_init__(self) -> None:
-        least = min(self.step, self.row, self.layer, self.value, self.prompt)
-        _require(least >= 0, f"overheads {self} are not all at least 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,45 +153,6 @@ class MachineModel:
             raise ConfigError(f"not a calibration: {error!r}; calibrate again") from error
 
 
-def faster_of(one: MachineModel, other: MachineModel) -> MachineModel:
-    """Of two looks at the same machine, what it could do in the better moment of each figure.
-    What steps take beside kernels is what was left of them, and the mean of both. Only what both
-    measured is there."""
-
-    def curves(a: Mapping[str, ProductCurve], b: Mapping[str, ProductCurve]) -> dict[str, Any]:
-        return {kind: _faster_curve(a[kind], b[kind]) for kind in a if kind in b}
-
-    o, p = one.overheads, other.overheads
-    return replace(
-        one,
-        memory={n: max(rate, other.memory.get(n, 0.0)) for n, rate in one.memory.items()},
-        disk={n: max(rate, other.disk.get(n, 0.0)) for n, rate in one.disk.items()},
-        products=curves(one.products, other.products),
-        experts=curves(one.experts, other.experts),
-        attention={
-            kind: AttentionCost(
-                min(a.decode_cold, b.decode_cold),
-                min(a.decode_warm, b.decode_warm),
-                min(a.prefill, b.prefill),
-            )
-            for kind, a in one.attention.items()
-            if (b := other.attention.get(kind)) is not None
-        },
-        overheads=Overheads(
-            *((getattr(o, f.name) + getattr(p, f.name)) / 2 for f in fields(Overheads))
-        ),
-    )
-
-
-def _faster_curve(one: ProductCurve, other: ProductCurve) -> ProductCurve:
-    """On the rows of the first."""
-
-    def least(coldness: float) -> tuple[float, ...]:
-        return rising([min(one.at(r, coldness), other.at(r, coldness)) for r in one.rows])
-
-    return ProductCurve(one.rows, least(1.0), least(0.0))
-
-
 def rising(seconds: Sequence[float]) -> tuple[float, ...]:
     """Measured seconds as a curve may have them. Whatever disturbs a measurement makes it longer,
     so none is taken to be more than one that comes after it."""
@@ -224,9 +167,7 @@ def _between(xs: tuple[float, ...], ys: tuple[float, ...], x: float) -> float:
         return ys[0]
     if x >= xs[-1]:
         return ys[-1] * x / xs[-1]
-    i = bisect_left(xs, x)
-    share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
-    return ys[i - 1] + share * (ys[i] - ys[i - 1])
+    return between(xs, ys, x)
 
 
 def _known(found: Mapping[str, T], kind: str, what: str, machine: MachineModel) -> T:
@@ -258,18 +199,28 @@ def _read(said: Any) -> MachineModel:
             )
             for kind, c in said["attention"].items()
         },
-        overheads=Overheads(
-            **{f.name: _number(said["overheads"][f.name]) for f in fields(Overheads)}
-        ),
+        overheads=_overheads(said["overheads"]),
     )
+
+
+def _overheads(said: Any) -> Overheads:
+    decode, prompt = (
+        RestCurve(*(_numbers(said[name][of]) for of in ("numbers", "seconds")))
+        for name in ("decode", "prompt")
+    )
+    step, row, layer, attention = (
+        _number(said[name]) for name in ("step", "row", "layer", "attention")
+    )
+    return Overheads(step, row, layer, decode, prompt, attention)
 
 
 def _curve(said: Any) -> ProductCurve:
-    rows, cold, warm = (
-        tuple(_number(n) for n in said[name][: MOST_POINTS + 1])
-        for name in ("rows", "cold", "warm")
-    )
-    return ProductCurve(rows, cold, warm)
+    return ProductCurve(*(_numbers(said[name]) for name in ("rows", "cold", "warm")))
+
+
+def _numbers(said: Any) -> tuple[float, ...]:
+    """One more than there may be are enough to refuse them."""
+    return tuple(_number(n) for n in said[: MOST_POINTS + 1])
 
 
 def _number(said: Any) -> float:

@@ -179,9 +179,9 @@ class StepPredictor:
         self, layer: LayerDemand, work: StepWork, product: StepSeconds, coldness: float
     ) -> StepSeconds:
         overheads, a = self.machine.overheads, layer.attention
-        values = overheads.value * work.decode_tokens + overheads.prompt * work.prefill_tokens
-        values *= self.model.hidden
-        total = product + StepSeconds(total=values, fixed=values)
+        hidden = self.model.hidden
+        rest = overheads.of_layer(work.decode_tokens * hidden, work.prefill_tokens * hidden)
+        total = product + StepSeconds(total=rest, fixed=rest)
         if work.decode_tokens:
             context = work.decode_tokens * a.seen(work.decode_context / work.decode_tokens)
             total += self._attention(a, context, context * a.kv_bytes, coldness)
@@ -198,6 +198,7 @@ class StepPredictor:
         cost = self.machine.attend(a.kind)
         warm = min(cost.decode_warm, cost.decode_cold)
         per_operation = warm + coldness * (cost.decode_cold - warm)
+        per_operation *= self.machine.overheads.attention
         operations = pairs * a.operations
         reads = nbytes * coldness * self.machine.slower_memory / self._memory_rate
         return self._charged(operations * per_operation, reads, operations * cost.prefill)
