@@ -27,11 +27,13 @@ from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.cost import traffic
 from moeserve.placement.plan import Plan, contiguous
 from moeserve.placement.problem import Problem
-from moeserve.placement.routing import Routing, workload_of_tokens
-from moeserve.placement.solvers.portfolio import Budget, Solver, solve
+from moeserve.placement.routing import Routing, split, workload_of_tokens
+from moeserve.placement.solvers.portfolio import Budget, Solver
+from moeserve.placement.solvers.robust import solve_asked
 
 BLOCK = 16
 SLACK = 1.1  # how much a solved plan may be out of balance
+HELD_OUT = 0.1  # as `moeserve place solve` does
 
 I32 = NDArray[np.int32]
 Say = Callable[[str], None]
@@ -154,7 +156,8 @@ def _plan(
     lens = np.array([len(topk_TLK) for topk_TLK in fitting], np.int64)
     work = workload_of_tokens(model, np.concatenate(fitting), lens, num_experts=experts)
     problem = Problem(Cluster(ranks, ranks), experts, max_imbalance=SLACK)
-    return solve(problem, Routing((work,), layers), PLANS[name], Budget(seconds))
+    fitted, held = split(Routing((work,), layers), HELD_OUT)
+    return solve_asked(problem, fitted, held, PLANS[name], Budget(seconds)).plan
 
 
 def _sequences(decoder: Decoder, model: str, count: int, tokens: int) -> list[list[int]]:

@@ -1,4 +1,5 @@
-"""Plans for the ranks that replay a recording, each from the half that is not replayed.
+"""Plans for the ranks that replay a recording, each from the half that is not replayed, as
+`moeserve place solve` makes them.
 
 Counts know no token: what needs some (MoETuner) gets drawn ones, all others the counts.
 """
@@ -13,9 +14,12 @@ from expert_parallel.recorded import Recording
 from moeserve.placement.cluster import Cluster
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
-from moeserve.placement.solvers.portfolio import Budget, Solver, solve
+from moeserve.placement.routing import split
+from moeserve.placement.solvers.portfolio import Budget, Solver
+from moeserve.placement.solvers.robust import solve_asked
 
 BASE = "contiguous"
+HELD_OUT = 0.1  # of the half, as `moeserve place solve` does
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,5 +61,6 @@ def solve_plans(
         problem = Problem(cluster, -(-wanted // ranks) * ranks, max_imbalance=balance)
         tokens = recipe.solver is Solver.MOETUNER
         routing = recording.fitted_tokens if tokens else recording.fitted
-        plans[name] = solve(problem, routing, recipe.solver, Budget(seconds))
+        fitted, held = split(routing, HELD_OUT)
+        plans[name] = solve_asked(problem, fitted, held, recipe.solver, Budget(seconds)).plan
     return plans

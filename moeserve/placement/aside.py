@@ -1,8 +1,10 @@
 """A plan solved in a process of its own, of low priority, beside one that serves.
 
 ``solve_aside`` sends the present plan and sampled tokens as JSON and gets slots back; the child
-(``main``) calls the portfolio of solvers on one thread. Letters: T tokens, L layers, K choices per
-token, S slots.
+(``main``) does what ``moeserve place solve`` does, on one thread: how cautious a plan is, and
+whether any is better than the present one, is judged on parts of the sample that were left out. It
+ends at its limit of seconds, and takes no more of a CPU than serving leaves it (``niceness``).
+Letters: T tokens, L layers, K choices per token, S slots.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from moeserve.placement.cluster import Cluster
 from moeserve.placement.plan import Plan, slot_table
 from moeserve.placement.problem import Moves, Problem
 from moeserve.placement.routing import Routing, workload_of_tokens
-from moeserve.placement.solvers.portfolio import Budget, Solver, solve
+from moeserve.placement.solvers.portfolio import Budget, Solver
+from moeserve.placement.solvers.robust import solve_asked
 from moeserve.process.answer import Channel
 from moeserve.process.ask import ask_once
 
@@ -84,6 +87,22 @@ def solve_aside(
     return replace(plan, expert_LS=expert_LS, guide_LED=None, figures={})
 
 
+def replanned(
+    problem: Problem,
+    previous: Plan,
+    topk_TLK: NDArray[np.int32],
+    weights: MoveWeights | None,
+    budget: Budget,
+) -> Plan:
+    """What the child finds for ``problem``, in place of a plan of its size."""
+    if weights is not None:
+        moves = Moves(previous, weights.expert_bytes, weights.copy_bytes, weights.horizon_tokens)
+        problem = replace(problem, moves=moves)
+    workload = workload_of_tokens("sampled now", topk_TLK, None, num_experts=previous.num_experts)
+    routing = Routing((workload,), previous.moe_layers)
+    return solve_asked(problem, routing, None, Solver.AUTO, budget).plan
+
+
 def packed(ids: NDArray[np.int32]) -> dict[str, Any]:
     """An array as JSON that takes little time to write."""
     raw = np.ascontiguousarray(ids, dtype="<i4").tobytes()
@@ -106,18 +125,14 @@ def answer(
 ) -> dict[str, Any]:
     """The child's side: slots, or why there are none."""
     try:
-        previous = slot_table(expert_of_slot)
-        layers = tuple(range(len(previous)))
-        workload = workload_of_tokens("sampled now", unpacked(topk_ids), None, num_experts=experts)
-        moves = None
-        if weights is not None:
-            moves = Moves(Plan(previous, experts, devices, nodes, layers), *weights)
-        problem = Problem(Cluster(devices, nodes), previous.shape[1], moves=moves)
-        routing = Routing((workload,), layers)
-        found = solve(problem, routing, Solver.AUTO, Budget(seconds, threads=1))
+        rows = slot_table(expert_of_slot)
+        previous = Plan(rows, experts, devices, nodes, tuple(range(len(rows))))
+        problem = Problem(Cluster(devices, nodes), rows.shape[1])
+        moving = None if weights is None else MoveWeights(*weights)
+        plan = replanned(problem, previous, unpacked(topk_ids), moving, Budget(seconds, threads=1))
     except PlacementError as error:
         return {"error": error.message}
-    return {"expert_of_slot": found.expert_LS.tolist()}
+    return {"expert_of_slot": plan.expert_LS.tolist()}
 
 
 def main() -> None:

@@ -229,8 +229,21 @@ def _effort(parser: argparse.ArgumentParser) -> None:
 
 
 def _copies(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dispatch-bytes", type=int, default=0, help="bytes of a copy going out")
-    parser.add_argument("--combine-bytes", type=int, default=0, help="bytes of a copy coming back")
+    for name, way in (("dispatch", "going out"), ("combine", "coming back")):
+        parser.add_argument(
+            f"--{name}-bytes",
+            type=int,
+            default=0,
+            help=f"bytes of a copy {way}: for bytes by class of link, and for the predicted step "
+            "with --topology (there by default DeepSeek-V3's)",
+        )
+    parser.add_argument(
+        "--expert-flops",
+        type=float,
+        metavar="OPERATIONS",
+        help="of one expert on one token: for the predicted step with --topology (default 88e6, "
+        "DeepSeek-V3's); without, an expert on a token takes as long as 0.7 copies",
+    )
     parser.add_argument(
         "--homes",
         choices=("uniform", "histogram"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -76,9 +76,11 @@ def solve(arguments: argparse.Namespace) -> dict[str, Any]:
     fitted, held = split(routing, arguments.held_out)
     budget = Budget(arguments.time_limit, arguments.threads, arguments.seed, branch=True)
     began = time.monotonic()
-    solver = Solver(arguments.solver)
+    solver, beside = Solver(arguments.solver), baselines(problem, fitted)
     with _progress(arguments.json) as progress:
-        solved = solve_asked(problem, fitted, held, solver, budget, progress)
+        solved = solve_asked(
+            problem, fitted, held, solver, budget, progress, rates=arguments.rates, beside=beside
+        )
     plan, seconds = solved.plan, time.monotonic() - began
     result = _figures(plan, routing, problem.cluster, arguments)
     result["seconds"] = seconds
@@ -89,10 +91,11 @@ def solve(arguments: argparse.Namespace) -> dict[str, Any]:
     result["fitted_on"] = known.record(routing, arguments.held_out)
     if solved.bound_L is not None:
         result["fitted"] = judged(
-            plan, fitted, problem.cluster, batch=arguments.batch, bound_L=solved.bound_L
-        )
+            plan, fitted, problem.cluster, batch=arguments.batch, bound_L=solved.bound_L,
+            rates=arguments.rates,
+        )  # fmt: skip
     result |= _parts(plan, result.get("fitted") or fitted, held, problem.cluster, arguments)
-    result["baselines"] = _baselines(problem, fitted, held, arguments)
+    result["baselines"] = _beside(beside, fitted, held, problem.cluster, arguments)
     result["chosen"] = solved.chosen
     if solved.frontier is not None:
         result["frontier"] = asdict(solved.frontier)
@@ -175,6 +178,7 @@ def plot(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.batch,
         arguments.homes,
         CopyBytes(arguments.dispatch_bytes, arguments.combine_bytes),
+        arguments.rates,
     )
     cluster = plan_cluster(plan, arguments)
     report = drawn.report_of(plan, Path(arguments.plan).name, routing, cluster, options)
@@ -218,14 +222,18 @@ def _parts(
     return parts
 
 
-def _baselines(
-    problem: Problem, fitted: Routing, held: Routing | None, arguments: argparse.Namespace
+def _beside(
+    plans: Mapping[str, Plan | str],
+    fitted: Routing,
+    held: Routing | None,
+    cluster: Cluster,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     return {
         name: {"refused": plan}
         if isinstance(plan, str)
-        else _parts(plan, fitted, held, problem.cluster, arguments)
-        for name, plan in baselines(problem, fitted).items()
+        else _parts(plan, fitted, held, cluster, arguments)
+        for name, plan in plans.items()
     }
 
 
@@ -296,6 +304,7 @@ def _figures(
         homes=arguments.homes,
         copy_bytes=CopyBytes(arguments.dispatch_bytes, arguments.combine_bytes),
         effort=effort or _effort(arguments),
+        rates=arguments.rates,
     )
 
 

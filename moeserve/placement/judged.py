@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,10 @@ def judged(
     copy_bytes: CopyBytes | None = None,
     effort: BoundEffort | None = None,
     bound_L: NDArray[np.float64] | None = None,
+    rates: PlacementRates | None = None,
 ) -> dict[str, Any]:
-    """``figures``, and ``step``: a layer's time by the usual rates, in that of a copy inside a
-    node."""
+    """``figures``, and ``step``: a layer's time by ``rates`` (beside it; or the usual ones),
+    in that of a copy inside a node."""
     found = figures(
         plan,
         routing,
@@ -37,4 +39,6 @@ def judged(
         effort=effort,
         bound_L=bound_L,
     )
-    return found | {"step": step_figures(plan, routing, cluster, PlacementRates(), batch).step}
+    rates = rates or PlacementRates()
+    step = step_figures(plan, routing, cluster, rates, batch).step
+    return found | {"step": step, "rates": asdict(rates)}

@@ -26,6 +26,7 @@ from moeserve.placement.report import CopyBytes, check_fits, figures
 from moeserve.placement.routing import Routing, split
 from moeserve.placement.solvers.portfolio import Budget, Solver
 from moeserve.placement.solvers.robust import solve_asked
+from moeserve.placement.step_time import PlacementRates
 
 File = str | PathLike[str]
 OWN_FORMAT = "moeserve"
@@ -51,12 +52,14 @@ def solve(
     solver: str = "auto",
     held_out: float = 0.1,
     budget: Budget | None = None,
+    rates: PlacementRates | None = None,
 ) -> Plan:
     """Find a plan for ``routing`` on ``cluster``.
 
     ``slots`` above the number of experts (the default) adds copies. A share ``held_out`` of each
     trace's sequences is not fitted on; the plan remembers which, for ``evaluate``. ``budget`` is
     seconds, threads and seed (60 s on two threads; ``Budget(seconds=None)`` looks at no clock).
+    Copies are traded against balance by ``rates``; ``step_time.rates_of`` makes them of a topology.
     """
     problem = Problem(
         cluster,
@@ -67,7 +70,7 @@ def solve(
     seen, held = split(routing, held_out)
     budget = replace(budget or Budget(), branch=True)
     said: dict[str, Any] = {"fitted_on": known.record(routing, held_out)}
-    solved = solve_asked(problem, seen, held, _choice(Solver, solver), budget)
+    solved = solve_asked(problem, seen, held, _choice(Solver, solver), budget, rates=rates)
     said["chosen"] = solved.chosen
     if solved.frontier is not None:
         said["frontier"] = asdict(solved.frontier)
@@ -82,19 +85,20 @@ def evaluate(
     *,
     batch: int = 256,
     copy_bytes: CopyBytes | None = None,
+    rates: PlacementRates | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Figures of a plan, or of the file that holds one, on each kind of ``routing``.
 
     ``cluster`` gives rates and speeds (default: alike devices, nine times dearer across nodes),
     ``batch`` the tokens of a decode step, ``copy_bytes`` what a copy weighs, for bytes by class of
-    link.
+    link, ``rates`` what the predicted step is made of.
     """
     plan = plan if isinstance(plan, Plan) else plans.load(Path(plan))
     check_fits(plan, routing)
     cluster = cluster or Cluster(plan.num_devices, plan.num_nodes)
     parts = known.judge(plan, routing).parts(routing)
     return {
-        kind: judged(plan, part, cluster, batch=batch, copy_bytes=copy_bytes)
+        kind: judged(plan, part, cluster, batch=batch, copy_bytes=copy_bytes, rates=rates)
         for kind, part in parts.items()
     }
 

@@ -25,6 +25,7 @@ from moeserve.placement.plan import Plan, write_whole
 from moeserve.placement.problem import Problem
 from moeserve.placement.report import CopyBytes
 from moeserve.placement.routing import Routing
+from moeserve.placement.step_time import PlacementRates
 from moeserve.placement.tables import OURS, outline, table_rows
 
 MOST_POINTS = 200
@@ -39,6 +40,7 @@ class PlotOptions:
     batch: int = 256
     homes: str = "uniform"
     copy_bytes: CopyBytes = field(default_factory=CopyBytes)
+    rates: PlacementRates = field(default_factory=PlacementRates)
 
 
 def report_of(
@@ -100,6 +102,7 @@ def _judged(
             batch=options.batch,
             homes=options.homes,
             copy_bytes=options.copy_bytes,
+            rates=options.rates,
         )
         for key, part in parts.items()
     }

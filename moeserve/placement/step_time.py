@@ -9,6 +9,9 @@ in the time that one token takes, devices being equally busy with tokens of thei
 number of experts of a token. Evenly spread copies give the priced copies of ``cost``. Where only
 counts are known, or the dataflow gives every link the same, the second maximum is the mean, or is
 left out. Pure; a prediction to compare plans by, not a clock.
+
+What one expert takes beside one copy follows from a cluster's topology and the model's sizes
+(``rates_of``).
 """
 
 from __future__ import annotations
@@ -26,16 +29,19 @@ from moeserve.placement.layer_use import LayerUse, layer_uses, round_robin_homes
 from moeserve.placement.plan import Plan
 from moeserve.placement.report import loads, traffic_of
 from moeserve.placement.routing import Routing
+from moeserve.placement.topology import ClusterTopology
 
 F64 = NDArray[np.float64]
+
+USUAL_FLOPS_PER_S = 500e12  # of devices whose topology does not say
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementRates:
     """Times in any unit: of one expert on one token, and of one copy inside a node, one way.
 
-    The default is DeepSeek-V3 on H800: 88 MFLOP an expert at 500 TFLOP/s, 10.9 kB a copy (the mean
-    of out and back) at the 43 GB/s that DeepEP publishes over RDMA.
+    The default, where no topology is given, is DeepSeek-V3 on H800: ``ModelSizes()`` at 500 TFLOP/s
+    and the 43 GB/s that DeepEP publishes over RDMA.
     """
 
     expert: float = 0.7
@@ -48,6 +54,30 @@ class PlacementRates:
                 raise PlacementError(f"rate {name}={value}: must be finite and at least 0")
         if self.expert == self.copy == 0:
             raise PlacementError("rates: experts and copies cannot both take no time")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Operations of one expert on one token; bytes of a copy, the mean of out and back. The default
+    is DeepSeek-V3."""
+
+    expert_flops: float = 88e6
+    copy_bytes: float = 10.9e3
+
+    def __post_init__(self) -> None:
+        for name in ("expert_flops", "copy_bytes"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value <= 0:
+                raise PlacementError(f"{name}={value}: must be finite and positive")
+
+
+def rates_of(topology: ClusterTopology, sizes: ModelSizes | None = None) -> PlacementRates:
+    """Of a device of mean speed, in the time of a copy inside a node; what copies across nodes cost
+    beside that is the cluster's ``node_ratio``."""
+    sizes = sizes or ModelSizes()
+    flops_per_s = topology.mean_speed * (topology.flops_per_s or USUAL_FLOPS_PER_S)
+    copy_s = sizes.copy_bytes / topology.inside.bandwidth_bytes_per_s
+    return PlacementRates(sizes.expert_flops / flops_per_s / copy_s, 1.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -151,7 +151,15 @@ def _legend(rows: list[Mapping[str, Any]]) -> str:
     return (
         "balance, worst: load of the fullest device over the mean, mean and worst layer. copies, "
         f"across: per token and layer, in all and across nodes. priced: {priced}. step: predicted "
-        f"time of a layer, in that of a copy inside a node.\n{gap}"
+        f"time of a layer, in that of a copy inside a node{_rate(rows)}.\n{gap}"
+    )
+
+
+def _rate(rows: list[Mapping[str, Any]]) -> str:
+    """What an expert takes in it; the same in every row."""
+    found = next((row["rates"] for row in rows if "rates" in row), None)
+    return (
+        "" if found is None else f" (an expert on a token: {found['expert'] / found['copy']:.3g})"
     )
 
 

@@ -14,6 +14,9 @@ TOML, or JSON with the same keys (by the file's ending)::
     bandwidth_bytes_per_s = 50e9        of each rail, one direction
     latency_s = 5e-6
 
+    [devices]                           what experts are computed at (optional)
+    flops_per_s = 500e12                of a device of speed 1, as reached by large matrix products
+
     [[nodes]]                           groups of nodes that are alike, in the devices' order
     count = 8
     devices = 8                         in each node; the same in every group
@@ -43,11 +46,12 @@ FORMAT = "moeserve-topology"
 VERSION = 1
 MOST_TOPOLOGY_BYTES = 1 << 20
 MOST_NAME = 200
-# Bytes per second, bytes, and speeds: more is a slip of the unit.
-MOST_RATE, MOST_MEMORY, MOST_SPEED = 1e15, 1e15, 1e6
+# Bytes per second, bytes, speeds, and operations per second: more is a slip of the unit.
+MOST_RATE, MOST_MEMORY, MOST_SPEED, MOST_FLOPS = 1e15, 1e15, 1e6, 1e21
 MOST_LATENCY_S = 10.0
 
 _TOP = {"format", "version", "name", "links", "nodes"}
+_DEVICES = {"flops_per_s"}
 _CLASSES = {"inside", "across"}
 _LINK = {"bandwidth_bytes_per_s", "latency_s"}
 _GROUP = {"count", "devices", "rails", "speed", "memory_bytes"}
@@ -74,12 +78,14 @@ class NodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class ClusterTopology:
-    """``inside`` is of each device, ``across`` of each rail."""
+    """``inside`` is of each device, ``across`` of each rail. ``flops_per_s`` are of a device of
+    speed 1; 0 where the file does not say."""
 
     name: str
     inside: LinkClass
     across: LinkClass
     groups: tuple[NodeGroup, ...]
+    flops_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -109,6 +115,10 @@ class ClusterTopology:
             group.count * group.devices * group.devices / group.rails for group in self.groups
         )
         return self.across.bandwidth_bytes_per_s * self.devices / seconds
+
+    @property
+    def mean_speed(self) -> float:
+        return sum(g.count * g.devices * g.speed for g in self.groups) / self.devices
 
     @property
     def node_ratio(self) -> float:
@@ -144,7 +154,7 @@ def load(path: Path) -> ClusterTopology:
 
 
 def _topology(document: Any) -> ClusterTopology:
-    top = _table(document, "the file", _TOP, required=_TOP)
+    top = _table(document, "the file", _TOP | {"devices"}, required=_TOP)
     if top["format"] != FORMAT:
         raise PlacementError(f'format={shown(top["format"])}: must be "{FORMAT}"')
     if top["version"] != VERSION:
@@ -161,7 +171,15 @@ def _topology(document: Any) -> ClusterTopology:
         _link(links["inside"], "links.inside"),
         _link(links["across"], "links.across"),
         tuple(_group(group, f"nodes[{i}]") for i, group in enumerate(groups)),
+        _flops_per_s(top),
     )
+
+
+def _flops_per_s(top: Mapping[str, Any]) -> float:
+    if "devices" not in top:
+        return 0.0
+    table = _table(top["devices"], "devices", _DEVICES, required=_DEVICES)
+    return _number(table, "flops_per_s", "devices", 1.0, MOST_FLOPS)
 
 
 def _link(value: Any, where: str) -> LinkClass:

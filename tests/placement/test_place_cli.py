@@ -230,6 +230,15 @@ def test_a_topology_stands_for_the_flags(capsys, tmp_path, trace) -> None:
     ways = (("--topology", cluster), ("--node-ratio", 13.5, "--speeds", 1, 1, 0.5, 0.5))
     judged = [place(capsys, "evaluate", "--plan", plan, "--routing", trace, *w)[1] for w in ways]
     assert judged[0]["objective"] == judged[1]["objective"] == same["objective"]
+    # 88 MFLOP at three quarters (the mean speed) of 500 TFLOP/s, 10.9 kB at 9 GB/s.
+    assert solved["rates"]["expert"] == pytest.approx(88e6 / 375e12 * 9e9 / 10.9e3)
+    assert same["rates"]["expert"] == 0.7
+    sizes = ("--expert-flops", 375e12, "--dispatch-bytes", 6e9, "--combine-bytes", 12e9)
+    words_of_size = [str(int(word)) if isinstance(word, float) else word for word in sizes]
+    evaluated = place(
+        capsys, "evaluate", "--plan", plan, "--routing", trace, *ways[0], *words_of_size
+    )[1]
+    assert evaluated["rates"] == {"expert": 1.0, "copy": 1.0}
     status, said = place(capsys, *words, "--topology", cluster, "--nodes", 2)
     assert (status, "--nodes beside --topology" in said["error"]) == (cli.BAD_INPUT, True)
     place(capsys, *words, "--devices", 2)

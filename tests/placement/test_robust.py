@@ -13,12 +13,18 @@ from moeserve.errors import PlacementError
 from moeserve.placement.cluster import Cluster, Dataflow
 from moeserve.placement.cost import traffic
 from moeserve.placement.plan import Plan
-from moeserve.placement.problem import Problem
+from moeserve.placement.problem import Moves, Problem
 from moeserve.placement.routing import Routing, counted, split, workload_of_tokens
 from moeserve.placement.solvers.covariance import WINDOW, load_covariance
 from moeserve.placement.solvers.folds import PARTS, folds_of, in_parts, thinned
 from moeserve.placement.solvers.portfolio import Budget, Solver, solve
-from moeserve.placement.solvers.robust import BASELINES, NEAR, frontier, solve_robust
+from moeserve.placement.solvers.robust import (
+    BASELINES,
+    NEAR,
+    PREVIOUS,
+    frontier,
+    solve_robust,
+)
 from moeserve.placement.step_time import PlacementRates, step_figures
 
 few = settings(max_examples=5, deadline=None)
@@ -131,6 +137,36 @@ def test_counts_and_pairs_are_planned_as_before() -> None:
     found = solve_robust(apart, *split(whole, 0.25), budget=QUICK)
     rows = found.plan.expert_LS.reshape(2, 4, -1)
     assert not ((rows == 0).any(axis=2) & (rows == 1).any(axis=2)).any()
+
+
+def test_rates_decide_what_is_fast() -> None:
+    problem, whole = Problem(Cluster(4), 16), drawn(5, domains=2)
+    found = frontier(problem, whole, PlacementRates(1.0, 0.0), QUICK)
+    assert found is not None
+    for point in found.points:
+        assert point.step == pytest.approx(3 * point.imbalance)  # of three experts a token
+    slow_links = frontier(problem, whole, PlacementRates(0.0, 1.0), QUICK)
+    assert slow_links is not None
+    assert slow_links.chosen.copies <= found.chosen.copies
+    assert found.chosen.imbalance <= NEAR * min(p.imbalance for p in found.points)
+
+
+@few
+@given(seeds, st.booleans())
+def test_a_previous_plan_stays_unless_another_is_faster(seed: int, dear: bool) -> None:
+    fitted, held = split(drawn(seed, domains=2), 0.25)
+    problem = Problem(Cluster(4), 16)
+    previous = solve(problem, fitted, Solver.BALANCE, QUICK)
+    horizon = 1 if dear else 10**9
+    moving = replace(problem, moves=Moves(previous, 1000, 100, horizon))
+    found = solve_robust(moving, fitted, held, budget=QUICK)
+    assert found.frontier is not None
+    assert [p.name for p in found.frontier.points if p.caution is None] == [PREVIOUS]
+    same = (found.plan.expert_LS == previous.expert_LS).all()
+    assert same or not dear
+    assert held is not None
+    ours, before = (step_figures(p, held, problem.cluster, RATES) for p in (found.plan, previous))
+    assert ours.step <= before.step
 
 
 def slow_covariance(topk_TK: np.ndarray, experts: int) -> np.ndarray:

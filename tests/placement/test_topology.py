@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from moeserve.errors import PlacementError
 from moeserve.placement.cluster import Cluster
+from moeserve.placement.step_time import ModelSizes, rates_of
 from moeserve.placement.topology import MOST_TOPOLOGY_BYTES, load
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "topologies"
@@ -65,6 +66,8 @@ BASE: dict[str, Any] = tomllib.loads((EXAMPLES / "mixed.toml").read_text())
         (("nodes", 1, "rails"), 2.5, "nodes[1].rails=2.5: must be a whole number"),
         (("nodes", 1, "speed"), 0, "nodes[1].speed=0"),
         (("nodes", 1, "memory_bytes"), "100 GB", "nodes[1].memory_bytes='100 GB'"),
+        (("devices",), {}, "devices: lacks flops_per_s"),
+        (("devices",), {"flops_per_s": 0}, "devices.flops_per_s=0: must be a number from 1"),
         (("nodes", 1, "count"), 60000, "devices in all, at most"),
         (("nodes", 1, "count"), 10**400, "an integer of more than 128 bits"),
     ],
@@ -81,6 +84,17 @@ def test_what_is_wrong_is_named(tmp_path: Path, path: tuple, value: Any, said: s
         load(file)
     assert said in caught.value.message
     assert str(file) in caught.value.message
+
+
+def test_rates_follow_from_links_and_devices() -> None:
+    """An expert's operations over a device's rate, beside a copy's bytes over a link's."""
+    h200, mixed = (load(EXAMPLES / f"{name}.toml") for name in ("h200", "mixed"))
+    assert rates_of(h200).expert == pytest.approx(88e6 / 500e12 * 450e9 / 10.9e3)
+    assert rates_of(mixed).expert == pytest.approx(rates_of(h200).expert / 0.85)  # mean speed
+    sizes = ModelSizes(expert_flops=2 * 88e6, copy_bytes=4 * 10.9e3)
+    assert rates_of(h200, sizes).expert == pytest.approx(rates_of(h200).expert / 2)
+    with pytest.raises(PlacementError, match="copy_bytes=0"):
+        ModelSizes(copy_bytes=0)
 
 
 def test_files_that_are_no_topology_are_refused(tmp_path: Path) -> None:

@@ -15,19 +15,21 @@ more slots than experts, copies then go to what is heavy in any part.
    there are any. Where it does not stand there, more cautious plans, EPLB and experts in order are
    tried on them, under the same rule; experts in order always stand.
 
-So the plan is never predicted slower than either baseline on what it was judged on last.
+So the plan is never predicted slower than either baseline on what it was judged on last. Where
+moves from a previous plan are weighed, that plan is in the place of both baselines: it always
+stands, and is kept where no other is predicted to be faster.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.placement.baselines import BASELINES
+from moeserve.placement.baselines import BASELINES, baselines
 from moeserve.placement.plan import Plan
 from moeserve.placement.problem import Problem
 from moeserve.placement.routing import Routing
@@ -41,6 +43,8 @@ _JUDGED_TOKENS, _JUDGED_LAYERS = 8192, 24
 _SWAPS, _MORE_SWAPS = 100, 400  # per slot: of a fit on folds; of one that replaces the chosen
 _JUDGING = 0.35  # of the time limit
 NEAR = 1.03  # predictions are no better than that
+PREVIOUS = "previous"
+_ALWAYS = (Solver.CONTIGUOUS.value, PREVIOUS)  # stand, however they are balanced
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +132,14 @@ def ladder(problem: Problem) -> tuple[Caution, ...]:
 
 def can_be_judged(problem: Problem, routing: Routing) -> bool:
     """Whether parts can be left out and plans be chosen freely."""
-    free = not (problem.apart or problem.together or problem.moves)
-    return free and problem.dataflow.moved_by_grouping and routing.has_tokens
+    return _free(problem) and problem.dataflow.moved_by_grouping and routing.has_tokens
+
+
+def _free(problem: Problem) -> bool:
+    """Whether the baselines, or the previous plan in their place, do what is asked."""
+    moves = problem.moves
+    kept = moves is None or moves.previous.dataflow is problem.dataflow
+    return kept and not (problem.apart or problem.together)
 
 
 def frontier(
@@ -150,7 +160,13 @@ def frontier(
     if not folds:
         return None
     ends = float("inf") if budget.seconds is None else time.monotonic() + budget.seconds
-    baselines = [(s.value, None, _judged(problem, folds, s, budget, rates)) for s in BASELINES]
+    kept_L = np.searchsorted(routing.moe_layers, small.moe_layers)
+    problem = _on_layers(problem, kept_L)
+    beside = {s.value: _judged(problem, folds, s, budget, rates) for s in BASELINES}
+    limit = problem.max_imbalance * _mean([f.imbalance for f in beside[Solver.CONTIGUOUS.value]])
+    if problem.moves is not None:
+        previous = [problem.moves.previous] * len(folds)
+        beside = {PREVIOUS: _figures(problem, folds, previous, rates)}
     cautions = ladder(problem)
     found: dict[int, list[StepFigures]] = {}
     took = 0.0
@@ -162,13 +178,19 @@ def frontier(
         found[at] = _judged(asked, folds, Solver.AUTO, replace(budget, swaps=_SWAPS), rates)
         took = time.monotonic() - began
         progress("judging", done + 1, len(cautions))
-    careful = [(cautions[at].name, cautions[at], found[at]) for at in sorted(found)]
-    limit = problem.max_imbalance * _mean([f.imbalance for f in baselines[0][2]])
-    return Frontier(
-        tuple(_point(name, caution, figures, limit) for name, caution, figures in
-              [*baselines, *careful]),
-        tuple(fold.name for fold in folds),
-    )  # fmt: skip
+    points = [_point(name, None, figures, limit) for name, figures in beside.items()]
+    points += [_point(cautions[at].name, cautions[at], found[at], limit) for at in sorted(found)]
+    return Frontier(tuple(points), tuple(fold.name for fold in folds))
+
+
+def _on_layers(problem: Problem, kept_L: NDArray[np.intp]) -> Problem:
+    """With the previous plan, if any, on some layers."""
+    if problem.moves is None:
+        return problem
+    whole = problem.moves.previous
+    layers = tuple(whole.moe_layers[l] for l in kept_L)
+    some = replace(whole, expert_LS=whole.expert_LS[kept_L], moe_layers=layers, guide_LED=None)
+    return replace(problem, moves=replace(problem.moves, previous=some))
 
 
 def solve_robust(
@@ -179,8 +201,10 @@ def solve_robust(
     rates: PlacementRates | None = None,
     budget: Budget | None = None,
     progress: Progress = _silent,
+    beside: Mapping[str, Plan | str] | None = None,
 ) -> RobustPlacement:
-    """Steps 1 to 3. ``held`` are sequences of the same workloads that nothing is fitted on."""
+    """Steps 1 to 3. ``held`` are sequences of the same workloads that nothing is fitted on,
+    ``beside`` the ``baselines`` of ``fitted`` where they are known already."""
     rates, budget = rates or PlacementRates(), budget or Budget()
     began = time.monotonic()
     judging = replace(
@@ -195,13 +219,23 @@ def solve_robust(
         solved = solve_bounded(problem, fitted, Solver.AUTO, budget, progress)
         found = RobustPlacement(solved.plan, Solver.AUTO.value, None, solved.bound_L)
     elif (caution := front.chosen.caution) is None:
-        plan = solve(problem, fitted, Solver(front.chosen.name), budget)
+        plan = _fallbacks(problem, beside or baselines(problem, fitted))[front.chosen.name]
         found = RobustPlacement(plan, front.chosen.name, front)
     else:
         asked = caution.applied(problem)
         solved = solve_bounded(asked, in_parts(fitted), Solver.AUTO, budget, progress)
         found = RobustPlacement(solved.plan, caution.name, front, solved.bound_L)
-    return found if held is None else _standing(problem, fitted, held, rates, budget, found)
+    if held is None or not _free(problem):
+        return found
+    plans = _fallbacks(problem, beside or baselines(problem, fitted))
+    return _standing(problem, fitted, held, rates, budget, found, plans)
+
+
+def _fallbacks(problem: Problem, beside: Mapping[str, Plan | str]) -> dict[str, Plan]:
+    """Plans that are there in any case, by name: the baselines, or the previous plan."""
+    if problem.moves is not None:
+        return {PREVIOUS: replace(problem.moves.previous, figures={})}
+    return {name: plan for name, plan in beside.items() if isinstance(plan, Plan)}
 
 
 def solve_asked(
@@ -211,35 +245,41 @@ def solve_asked(
     solver: Solver,
     budget: Budget,
     progress: Progress = _silent,
+    *,
+    rates: PlacementRates | None = None,
+    beside: Mapping[str, Plan | str] | None = None,
 ) -> RobustPlacement:
     """``solve_robust`` where no solver is named (``auto``), else that solver's plan."""
     if solver is Solver.AUTO:
-        return solve_robust(problem, fitted, held, budget=budget, progress=progress)
+        return solve_robust(
+            problem, fitted, held, rates=rates, budget=budget, progress=progress, beside=beside
+        )
     solved = solve_bounded(problem, fitted, solver, budget, progress)
     return RobustPlacement(solved.plan, solver.value, None, solved.bound_L)
 
 
 def _standing(
     problem: Problem, fitted: Routing, held: Routing, rates: PlacementRates, budget: Budget,
-    found: RobustPlacement,
+    found: RobustPlacement, plans: dict[str, Plan],
 ) -> RobustPlacement:  # fmt: skip
-    """Step 3: the plan where it stands on ``held``, else the best of what is tried then."""
-    if problem.apart or problem.together or problem.moves:
-        return found  # the others may not do what was asked
+    """Step 3: the plan where it stands on ``held``, else the best of ``plans`` and what is tried
+    then."""
 
     def judged(plan: Plan) -> StepFigures:
         return step_figures(plan, held, problem.cluster, rates, problem.batch)
 
-    plans = {s.value: solve(problem, fitted, s, budget) for s in BASELINES}
     figures = {name: judged(plan) for name, plan in plans.items()}
-    limit = problem.max_imbalance * figures[Solver.CONTIGUOUS.value].imbalance
+    in_order = plans.get(Solver.CONTIGUOUS.value) or solve(
+        replace(problem, moves=None), fitted, Solver.CONTIGUOUS
+    )
+    limit = problem.max_imbalance * judged(in_order).imbalance
 
-    def admissible(f: StepFigures) -> bool:
-        return f.imbalance <= limit
+    def stands(name: str, f: StepFigures) -> bool:
+        return f.imbalance <= limit or name in _ALWAYS
 
     own = judged(found.plan)
-    best = min((f.step for f in figures.values() if admissible(f)), default=float("inf"))
-    if admissible(own) and own.step <= best:
+    best = min(f.step for name, f in figures.items() if stands(name, f))
+    if stands(found.chosen, own) and own.step <= best:
         return found
     front, more = found.frontier, replace(budget, branch=False, swaps=_MORE_SWAPS)
     used = None if front is None else front.chosen.caution
@@ -247,7 +287,7 @@ def _standing(
     for caution in () if used is None else ladder(problem)[ladder(problem).index(used) + 1 :]:
         plans[caution.name] = solve(caution.applied(problem), parts, Solver.AUTO, more)
         figures[caution.name] = judged(plans[caution.name])
-    standing = [name for name in plans if admissible(figures[name])]
+    standing = [name for name in plans if stands(name, figures[name])]
     name = min(standing, key=lambda n: figures[n].step)
     return RobustPlacement(plans[name], name, front)
 
@@ -256,11 +296,17 @@ def _judged(
     problem: Problem, folds: Sequence[Fold], solver: Solver, budget: Budget, rates: PlacementRates
 ) -> list[StepFigures]:
     """A plan for each fold's seen part, on the part that is left out."""
-    found = []
-    for fold in folds:
-        plan = solve(problem, fold.seen, solver, budget)
-        found.append(step_figures(plan, fold.unseen, problem.cluster, rates, problem.batch))
-    return found
+    plans = [solve(problem, fold.seen, solver, budget) for fold in folds]
+    return _figures(problem, folds, plans, rates)
+
+
+def _figures(
+    problem: Problem, folds: Sequence[Fold], plans: Sequence[Plan], rates: PlacementRates
+) -> list[StepFigures]:
+    return [
+        step_figures(plan, fold.unseen, problem.cluster, rates, problem.batch)
+        for plan, fold in zip(plans, folds, strict=True)
+    ]
 
 
 def _point(
@@ -269,7 +315,7 @@ def _point(
     uneven = _mean([f.imbalance for f in figures])
     copies = _mean([f.copies for f in figures if f.copies is not None])
     step = _mean([f.step for f in figures])
-    admissible = uneven <= limit or name == Solver.CONTIGUOUS.value
+    admissible = uneven <= limit or name in _ALWAYS
     return FrontierPoint(name, uneven, copies, step, admissible, caution)
 
 
