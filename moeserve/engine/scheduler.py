@@ -184,6 +184,7 @@ class Scheduler:
         ):
             self.admit(builder, seq)
         self._stuck = self._still_stuck = seq is not None
+        builder.add_all(builder.later)
         if seq is None:
             builder.refused = why_none(builder, len(self._waiting))
         if builder.chunks:
@@ -218,11 +219,10 @@ class Scheduler:
             add_with_drafts(builder, generating, drafts, self.pool, self.config)
         else:
             builder.add_newest(generating, sum(seq.generating for seq in self._leaving.values()))
-        self._admission.begin(builder, self._running.values(), self._waiting, self.pool)
         if len(builder.chunks) < len(self._running):
-            for seq in self._running.values():
-                if not seq.generating:
-                    builder.add(seq)
+            builder.prompts = [seq for seq in self._running.values() if not seq.generating]
+        self._admission.begin(builder, self._running.values(), self._waiting, self.pool)
+        builder.add_all(builder.prompts)
         return builder
 
     def has_room(self, builder: StepBuilder, seq: SequenceState) -> bool:
