@@ -3,6 +3,7 @@
     python bench/policies.py speculation [--model demo] [--batch 1 4 16] [--requests N]
                                          [--answer N] [--rounds N] [--threads N] [--json]
     python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
+    python bench/policies.py targets [--lengths FILE.csv ...] [--requests N] [--json] [--out FILE]
 
 speculation: looked-up drafts, none to five for everybody or as many as pay (`--speculation
 ngram`), at each number of requests at once. Stories repeat what others told, sums less so, and what
@@ -14,6 +15,10 @@ admission: who starts when KV is short, without a model (``policy/admission.py``
 free, with room for the longest answer, and as answers were lately (the default). Lengths are drawn
 (lognormal), or those of a trace: CSV with the columns ContextTokens and GeneratedTokens (Azure's)
 or `Request tokens` and `Response tokens` (BurstGPT's). Counters are exact; seconds are modelled.
+
+targets: the first token sooner at gaps between tokens that are no longer, under a simulated clock
+(``policy/targets.py``): first come, first served with chunks of each size, and targets of latency.
+Arrivals are drawn, or those of a trace, pressed to loads of a half to 85 %.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from policy.admission import admission, show_admitted
+from policy.targets import show_targets, targets
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
@@ -205,21 +211,31 @@ def show(rows: Sequence[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Policies of the scheduler, beside none.")
-    parser.add_argument("policy", choices=["speculation", "admission"])
+    parser.add_argument("policy", choices=["speculation", "admission", "targets"])
     parser.add_argument("--lengths", type=Path, nargs="+", default=[])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--requests", type=int, help="48 to speculate, 800 to admit")
+    parser.add_argument(
+        "--requests", type=int, help="48 to speculate, 800 to admit, 400 for targets"
+    )
     parser.add_argument("--answer", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="targets: the figures as JSON")
     args = parser.parse_args()
     if args.policy == "admission":
         found = admission(args.lengths, args.requests or 800)
         print(json.dumps([asdict(row) for row in found], indent=1)) if args.json else show_admitted(
             found
         )
+        return
+    if args.policy == "targets":
+        served = targets(args.lengths, args.requests or 400)
+        text = json.dumps([asdict(row) for row in served], indent=1)
+        if args.out is not None:
+            args.out.write_text(text + "\n", encoding="utf-8")
+        print(text) if args.json else show_targets(served)
         return
     rows = speculation(args)
     if args.json:

@@ -184,12 +184,11 @@ class Chunk(NamedTuple):
 class BudgetBy(StrEnum):
     """Who set a step's budget of tokens: ``MOST`` the bound of every step
     (``max_num_batched_tokens``), ``PAYS`` what larger steps bring (``--objective throughput``),
-    ``TPOT`` and ``TTFT`` the targets of latency."""
+    ``TPOT`` the target of latency between tokens (``--tpot-target``)."""
 
     MOST = "most"
     PAYS = "pays"
     TPOT = "tpot"
-    TTFT = "ttft"
 
 
 class Refusal(StrEnum):

@@ -75,6 +75,8 @@ OTHER: dict[str, Any] = {
     "host_share": 0.25,
     "objective": "throughput",
     "speculation": "ngram",
+    "ttft_target": 900.0,
+    "tpot_target": 45.5,
     "memory": 2**33,
     "weights_prediction": "on",
     "weights_window": 4,

@@ -37,6 +37,7 @@ WITHOUT: list[tuple[dict[str, str], str]] = [
     ({"quantize_attention": "false", "quantization": "none"}, "--quantization rounds nothing"),
     ({"reflection": "true", "grpc_port": "none"}, "grpc_port is none: .* give a --grpc-port"),
     ({"chat_template": "x", "http_port": "none"}, "http_port is none: .* give an --http-port"),
+    ({"tpot_target": "50", "objective": "throughput"}, "for throughput: .* --objective latency"),
     ({"strict": "true", "http_port": "none"}, "http_port is none: .* give an --http-port"),
 ]
 

@@ -64,6 +64,12 @@ RULES = (
         "an `--http-port`",
     ),
     Rule(
+        frozenset({"ttft_target", "tpot_target"}),
+        lambda options, ranks: options.objective == "throughput",
+        "steps are made for throughput",
+        "`--objective latency`",
+    ),
+    Rule(
         frozenset({"slo_ttft", "slo_tpot"}),
         lambda options, ranks: options.http_port is None,
         "the dashboard comes over HTTP, and http_port is none",

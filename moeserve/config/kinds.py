@@ -1,4 +1,4 @@
-"""Kinds of values that settings have: sizes in bytes, ports, counts, secrets."""
+"""Kinds of values that settings have: sizes in bytes, ports, counts, times, secrets."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def _reveal(secret: SecretStr | None) -> str | None:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
 Count = Annotated[int, Field(ge=1)]
 # Hidden wherever it is shown, and written out where settings are handed on.
 Secret = Annotated[SecretStr | None, PlainSerializer(_reveal)]

@@ -28,7 +28,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moeserve.config.kinds import Bytes, Count, Port, Secret
+from moeserve.config.kinds import Bytes, Count, Milliseconds, Port, Secret
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 KvDtype = Literal["auto", "float32", "bfloat16", "int8"]
@@ -155,7 +155,16 @@ class StepOptions(Options):
     max_num_batched_tokens: Count = Field(
         default=512, description="tokens in one step; for throughput 4096, as far as that pays"
     )
-
+    ttft_target: Milliseconds | None = Field(
+        default=None,
+        description="milliseconds to a request's first token: short prompts go first, and those "
+        "that can still be in time before those that cannot; default: first come, first served",
+    )
+    tpot_target: Milliseconds | None = Field(
+        default=None,
+        description="milliseconds between two tokens of an answer: steps take no more tokens of "
+        "prompts than keep it, and short prompts go first; default: as many as steps may have",
+    )
     speculation: Literal["off", "ngram"] = Field(
         default="off",
         description="guess tokens that follow and check them in the same step, as many as make "

@@ -21,13 +21,14 @@ from moeserve.engine.policies.choices import Admission, Drafter
 from moeserve.engine.policies.ngrams import NgramDrafts
 from moeserve.engine.policies.past_future import PastFuture
 from moeserve.engine.policies.speculation import Speculation
+from moeserve.engine.policies.targets import LatencyTargets, TargetAdmission
 from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.rank_model import RankModel, load_rank_model
 from moeserve.engine.ranks.counted import GatheredCounts
 from moeserve.engine.rates import RatedSteps, StepRates
 from moeserve.engine.replan.live import LivePlan
 from moeserve.engine.scheduler import Scheduler
-from moeserve.engine.step_cost import DecodeCost, FittedStepCost, StepCost, StepLine
+from moeserve.engine.step_cost import DecodeCost, FittedStepCost, MixedCost, StepCost, StepLine
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.checked_tokenizer import load_checked
 from moeserve.models.library import resolve_model
@@ -121,11 +122,12 @@ def build_engine(
     config, counters = scheduler_config(options, own), Counters()
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
     fitted, decodes = FittedStepCost(), DecodeCost()
-    admission = admission_of(options, config, cost or fitted)
+    mixed = MixedCost(decodes)
+    admission = admission_of(options, config, cost or fitted, mixed)
     drafter = drafter_of(options, decodes, fitted)
     scheduler, lock = Scheduler(config, pool, counters, admission, drafter), EngineLock()
     rates = StepRates()
-    watched = RatedSteps(observer or Unobserved(), rates, fitted, decodes)
+    watched = RatedSteps(observer or Unobserved(), rates, fitted, decodes, mixed)
     engine = Engine(scheduler, own.executor, watched, lock=lock)
     house = KvExchange(engine, scheduler, lock, own.kv, rates)
     engine.start()
@@ -155,11 +157,21 @@ def scheduler_config(options: EngineOptions, own: RankModel) -> SchedulerConfig:
     )
 
 
-def admission_of(options: StepOptions, config: SchedulerConfig, cost: StepCost) -> Admission:
-    """Who is admitted when, by ``--objective``."""
+def admission_of(
+    options: StepOptions, config: SchedulerConfig, cost: StepCost, mixed: MixedCost
+) -> Admission:
+    """Who is admitted when, by ``--objective`` and the targets of latency."""
     if options.objective == "throughput":
         return ThroughputAdmission(cost, config.max_model_len)
-    return PastFuture(config.max_model_len)
+    room = PastFuture(config.max_model_len)
+    if options.ttft_target is None and options.tpot_target is None:
+        return room
+    targets = LatencyTargets(seconds(options.ttft_target), seconds(options.tpot_target))
+    return TargetAdmission(room, targets, mixed, config.max_model_len)
+
+
+def seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
 
 
 def drafter_of(options: StepOptions, decodes: DecodeCost, steps: StepLine) -> Drafter | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moeserve.core import Chunk, FinishReason, StepPlan, Timing
 from moeserve.engine.loop import EngineObserver
-from moeserve.engine.step_cost import DecodeCost, FittedStepCost
+from moeserve.engine.step_cost import DecodeCost, FittedStepCost, MixedCost
 
 # A step counts a third of what it did after so many seconds of such steps.
 MEMORY_S = 5.0
@@ -72,7 +72,7 @@ def is_decode(chunk: Chunk) -> bool:
 
 class RatedSteps:
     """An ``EngineObserver`` that notes every step's rate, and what steps cost where somebody asks
-    (``decodes``: those without prompts), and passes all on."""
+    (``decodes``: those without prompts; ``mixed``: those with some), and passes all on."""
 
     def __init__(
         self,
@@ -80,11 +80,13 @@ class RatedSteps:
         rates: StepRates,
         cost: FittedStepCost | None = None,
         decodes: DecodeCost | None = None,
+        mixed: MixedCost | None = None,
     ) -> None:
         self._inner = inner
         self._rates = rates
         self._cost = cost
         self._decodes = decodes
+        self._mixed = mixed
 
     def on_step(self, plan: StepPlan, seconds: float) -> None:
         self._rates.note(plan, seconds)
@@ -92,6 +94,9 @@ class RatedSteps:
             self._cost.note(plan.num_tokens, seconds)
         if self._decodes is not None and plan.chunks and all(map(is_decode, plan.chunks)):
             self._decodes.note(plan.num_tokens, seconds)
+        if self._mixed is not None and (choice := plan.choice).prefill_tokens:
+            decode_tokens = choice.decodes + choice.drafted
+            self._mixed.note(choice.prefill_tokens, decode_tokens, seconds)
         self._inner.on_step(plan, seconds)
 
     def on_gaps(self, gaps: Mapping[float, int]) -> None:

@@ -188,6 +188,7 @@ class Scheduler:
         ):
             self.admit(builder, seq)
         self._stuck = self._still_stuck = seq is not None
+        builder.add_all(builder.later)
         if seq is None:
             builder.refused = why_none(builder, len(self._waiting))
         if builder.chunks:
@@ -223,11 +224,10 @@ class Scheduler:
         else:
             leaving = self._running.leaving.values()
             builder.add_newest(generating, sum(seq.generating for seq in leaving))
-        self._admission.begin(builder, self._running.values(), self._waiting, self.pool)
         if len(builder.chunks) < len(self._running):
-            for seq in self._running.values():
-                if not seq.generating:
-                    builder.add(seq)
+            builder.prompts = [seq for seq in self._running.values() if not seq.generating]
+        self._admission.begin(builder, self._running.values(), self._waiting, self.pool)
+        builder.add_all(builder.prompts)
         return builder
 
     def has_room(self, builder: StepBuilder, seq: SequenceState) -> bool:

@@ -36,6 +36,9 @@ class StepBuilder:
     their last token from it, as far as that is known before, and ``left`` tokens of running
     requests had no room in it.
 
+    ``prompts`` are those whose KV is on its way: they get their chunks before others start, in this
+    order, but those of ``later`` after them: an ``Admission`` may set both.
+
     What ``StepChoice`` says of the step is gathered here by whoever decides it: ``admitted``,
     ``refused``, ``swapped_out``, ``swapped_in``, ``group`` and ``groups`` as there; its budget by
     ``limit``. ``now`` is when it is planned.
@@ -51,6 +54,8 @@ class StepBuilder:
         self.chunks: list[Chunk] = []
         self.expired = tuple(expired)
         self.preempted: list[RequestId] = []
+        self.prompts: list[SequenceState] = []
+        self.later: list[SequenceState] = []
         self.newest = 0
         self.staying = 0
         self.leaving = 0
@@ -184,6 +189,10 @@ class StepBuilder:
             self.staying += 1
         self.budget -= len(token_ids)
         assert self.budget >= 0, self.budget
+
+    def add_all(self, seqs: Iterable[SequenceState]) -> None:
+        for seq in seqs:
+            self.add(seq)
 
     def _score(self, seq: SequenceState, stop: int) -> int:
         """Where a chunk that would end at ``stop`` ends, so that what it scores fits."""

@@ -1,11 +1,13 @@
 """How long a step takes, as it is predicted or was measured; and how large one is worth making.
 
-``StepCost`` is what a model of performance gives, ``FittedStepCost`` what the steps so far say.
-Seconds and tokens; times are arguments. Pure.
+``StepCost`` is what a model of performance gives, ``FittedStepCost`` what the steps so far say of
+all their tokens alike, ``MixedCost`` of newest tokens and of prompts beside them. Seconds and
+tokens; times are arguments. Pure.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from typing import Protocol
 
@@ -53,6 +55,14 @@ class FittedStepCost:
     def line(self) -> tuple[float, float] | None:
         """Seconds of a step and of a token in it; None before two sizes were measured."""
         return self._line
+
+    @property
+    def share(self) -> tuple[float, float] | None:
+        """0, and seconds of a token if a step by itself took none; None before the first."""
+        if not self._means:
+            return None
+        tokens = sum(count * tokens for tokens, _, count in self._means.values())
+        return 0.0, sum(count * taken for _, taken, count in self._means.values()) / tokens
 
     def note(self, tokens: int, seconds: float) -> None:
         """A step that is over and took so long."""
@@ -121,6 +131,50 @@ class DecodeCost:
     def _forget(self, step: int) -> None:
         self._means = {size: found for size, found in self._means.items() if found[2] > step}
         self._sizes = sorted(self._means)
+
+
+class MixedCost:
+    """What prompts cost beside newest tokens: a step takes what ``decodes`` says of those, and a
+    line more, by the tokens of prompts. Until such steps were measured, a token of a prompt takes
+    as long as in steps of prompts alone. One thread notes and asks."""
+
+    def __init__(self, decodes: DecodeCost) -> None:
+        self._decodes = decodes
+        self._beside, self._alone = FittedStepCost(), FittedStepCost()
+
+    @property
+    def known(self) -> bool:
+        return self._prompts is not None
+
+    def note(self, prefill_tokens: int, decode_tokens: int, seconds: float) -> None:
+        """A step that had prompts is over, and took so long."""
+        if not decode_tokens:
+            self._alone.note(prefill_tokens, seconds)
+        else:
+            self._beside.note(prefill_tokens, max(0.0, seconds - self._alone_s(decode_tokens)))
+
+    def gap(self, prefill_tokens: int, decode_tokens: int) -> float:
+        """Seconds of a step of both, if that is ``known``: the gap between two newest tokens."""
+        line = self._prompts
+        assert line is not None, "asked before anything was measured"
+        beside_s, token_s = line
+        more = beside_s + token_s * prefill_tokens if prefill_tokens else 0.0
+        return self._alone_s(decode_tokens) + more
+
+    def _alone_s(self, decode_tokens: int) -> float:
+        return self._decodes.seconds(decode_tokens) if self._decodes.known else 0.0
+
+    def prompts_within(self, seconds: float, decode_tokens: int) -> float:
+        """The most tokens of prompts of a step that takes no longer; below 0 where none do."""
+        less, more = self.gap(1, decode_tokens), self.gap(2, decode_tokens)
+        if more <= less:
+            return math.inf if less <= seconds else -math.inf
+        return 1 + (seconds - less) / (more - less)
+
+    @property
+    def _prompts(self) -> tuple[float, float] | None:
+        """Seconds that prompts cost more, and each of their tokens."""
+        return self._beside.line or self._beside.share or self._alone.share
 
 
 def _rounded(tokens: int) -> int:

@@ -33,6 +33,13 @@ def test_admission_is_shown_for_drawn_and_recorded_lengths(tmp_path: Path) -> No
     assert [row["preemptions"] for row in rows if row["policy"] == "longest answers fit"] == [0] * 3
 
 
+def test_targets_are_shown_beside_chunks_of_each_size(tmp_path: Path) -> None:
+    rows = rows_of("targets", "--requests", "6", "--out", str(tmp_path / "found.json"))
+    assert len(rows) == 3 * (4 + 4)
+    assert rows == json.loads((tmp_path / "found.json").read_text())
+    assert {row["budgets"] for row in rows if row["policy"].startswith("chunks")} == {1}
+
+
 @pytest.mark.long
 def test_speculation_is_shown_by_domain_and_number_of_drafts() -> None:
     found = rows_of(

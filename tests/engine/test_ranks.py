@@ -1,11 +1,13 @@
 """Requests served by several ranks: tokens, log-probabilities and ends are those of one process.
 
-Ranks are threads of this process, with decoders, exchanges and homes of their own.
+Ranks are threads of this process, with decoders, exchanges and homes of their own. At the end every
+pair of policies that may be set together is (``FACTORS``: a policy is added by a line).
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -395,3 +397,79 @@ def test_a_rank_of_two_and_a_process_alone_go_on_from_each_others_kv(
         figures = [loaded.house.load_figures() for loaded in (*group.ranks, single)]
         assert {(f.free_blocks, f.running, f.waiting) for f in figures} == {(64, 0, 0)}
         assert single.close()
+
+
+# What may be set together, by factor: the settings of each choice. Ranks and cancels are no
+# settings; the first choice of each is the plain one.
+FACTORS: dict[str, dict[str, Any]] = {
+    "admission": {
+        "past-future": {},
+        "throughput": {"objective": "throughput"},
+        "targets": {"ttft_target": 40, "tpot_target": 5},
+    },
+    "speculation": {"off": {}, "ngram": {"speculation": "ngram"}},
+    "prefixes": {"cached": {}, "anew": {"prefix_cache": False}},
+    "blocks": {"enough": {}, "few": {"num_blocks": 10, "max_model_len": 40}},
+    "ranks": {"1": {}, "2": {}, "2, cut": {"microbatches": 2}},
+    "cancels": {"none": {}, "some": {}},
+}
+Combination = dict[str, str]
+
+
+def combinations() -> list[Combination]:
+    """So few of them that every pair of choices of two factors is in one: each next one has most of
+    the pairs that are missing."""
+    every = [dict(zip(FACTORS, one, strict=True)) for one in itertools.product(*FACTORS.values())]
+    missing = {pair for one in every for pair in pairs(one)}
+    found = []
+    while missing:
+        found.append(max(every, key=lambda one: len(missing & pairs(one))))
+        missing -= pairs(found[-1])
+    return found
+
+
+def pairs(one: Combination) -> set[tuple[tuple[str, str], ...]]:
+    return set(itertools.combinations(one.items(), 2))
+
+
+def ask_with_cancels(
+    group: ServedRanks | LoadedModel, cancels: bool
+) -> list[tuple[list[int], list[Logprobs]]]:
+    """``ask_all``, twice, so that prefixes are there; beside others that are cancelled."""
+    loaded = group if isinstance(group, LoadedModel) else group.loaded
+    others = [Client() for _ in range(3 * cancels)]
+    long = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+
+    def start(i: int) -> None:
+        loaded.engine.submit(Request(RequestId(f"x{i}"), (1, 2, 3 + i), long), others[i])
+
+    call = (lambda do: do()) if isinstance(group, LoadedModel) else group.call
+    for i in range(len(others)):
+        call(partial(start, i))
+    first = ask_all(group, PROMPTS[:2], MIXED[:2])
+    for i in range(len(others)):
+        call(partial(loaded.engine.abort, RequestId(f"x{i}")))
+    answers = ask_all(group, PROMPTS, MIXED)
+    assert all(client.wait() in (FinishReason.ABORT, FinishReason.LENGTH) for client in others)
+    assert answers[:2] == first
+    return answers
+
+
+@pytest.mark.parametrize("one", combinations(), ids=lambda one: "-".join(one.values()))
+def test_policies_that_are_set_together_change_no_token(
+    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], one: Combination
+) -> None:
+    path, cancels = tiny_checkpoint("qwen3_moe"), one["cancels"] == "some"
+    chosen = [FACTORS[factor][choice] for factor, choice in one.items()]
+    settings = SMALL | dict(itertools.chain.from_iterable(each.items() for each in chosen))
+    if one["ranks"] == "1":
+        loaded = build_engine(EngineOptions(model=str(path), threads=1, **settings))
+        answers = ask_with_cancels(loaded, cancels)
+        assert loaded.engine.load().free_blocks == settings["num_blocks"]
+        assert loaded.close()
+    else:
+        with serving(path, (0, 0), **settings) as group:
+            answers = ask_with_cancels(group, cancels)
+            group.refresh()
+            assert group.loaded.engine.load().free_blocks == 2 * settings["num_blocks"]
+    assert answers == alone("qwen3_moe")

@@ -5,6 +5,7 @@
     choices.py      what it asks, as protocols; first come, first served
     past_future.py  requests as the memory lasts that their answers are foreseen to take
     shape.py        why a step has its shape
+    targets.py      short prompts first, as many as a gap between tokens allows
     throughput.py   prompts as they pay, and requests as KV holds out (``--objective throughput``)
     drafts.py       guesses behind the newest tokens of a step, as many as fit
     ngrams.py       guesses of what follows, from all that was written before

@@ -50,7 +50,7 @@ from moeserve.engine.replan.coordinator import PlanCoordinator
 from moeserve.engine.replan.live import LivePlan, build_replanner
 from moeserve.engine.replan.replanner import ReplanSettings, StepHistory
 from moeserve.engine.scheduler import Scheduler
-from moeserve.engine.step_cost import DecodeCost, FittedStepCost
+from moeserve.engine.step_cost import DecodeCost, FittedStepCost, MixedCost
 from moeserve.models.library import resolve_model
 
 # Block keys of sent prompts that a door remembers.
@@ -171,7 +171,9 @@ def rank_parts(
     config, counters = scheduler_config(options, own), Counters()
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
     cost, decodes = FittedStepCost(), DecodeCost()
-    admission, drafter = admission_of(options, config, cost), drafter_of(options, decodes, cost)
+    mixed = MixedCost(decodes)
+    admission = admission_of(options, config, cost, mixed)
+    drafter = drafter_of(options, decodes, cost)
     scheduler = Scheduler(config, pool, counters, admission, drafter, rank=context.rank)
     lock = EngineLock()
     load = SchedulerLoad(scheduler, lock, has_requests=context.has_requests)
@@ -188,7 +190,7 @@ def rank_parts(
     rates = StepRates()
     if context.progress.drawn:
         observer = beside(observer, StepsAlone(context.progress))
-    watched = RatedSteps(observer, rates, cost, decodes)
+    watched = RatedSteps(observer, rates, cost, decodes, mixed)
     engine = Engine(scheduler, lock_step, watched, pace=lock_step, lock=lock)
     house = KvExchange(engine, scheduler, lock, own.kv, rates)
 
