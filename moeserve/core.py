@@ -298,7 +298,8 @@ class Counters:
 
     ``computed_tokens`` are those whose KV was kept, so without drafts that were not right;
     ``accepted_tokens`` are those of the ``drafted_tokens`` that were, ``drafts`` are the
-    chunks that carried some.
+    chunks that carried some. Of ``swaps`` (``engine.swapping``) ``swap_copies`` are runs of one
+    cache that were copied, out or in; ``swap_spared_bytes`` did not go out, since they were there.
     """
 
     steps: int = 0
@@ -313,6 +314,12 @@ class Counters:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     evicted_blocks: int = 0
+    swaps: int = 0
+    swap_out_bytes: int = 0
+    swap_in_bytes: int = 0
+    swap_copies: int = 0
+    swap_spared_bytes: int = 0
+    swap_recomputed: int = 0
     plan_changes: int = 0
     plan_layers_switched: int = 0
     plan_bytes_read: int = 0

@@ -72,6 +72,7 @@ OTHER: dict[str, Any] = {
     "block_size": 8,
     "num_blocks": 77,
     "kv_memory": 2**31,
+    "swap_memory": 2**30,
     "host_share": 0.25,
     "objective": "throughput",
     "speculation": "ngram",

@@ -30,7 +30,7 @@ ROUTING = (
 PERFORMANCE_MODEL = (
     "machine distinct demand residency predict workload schedule steady bound".split()
 )
-POLICIES = "choices drafts ngrams speculation throughput".split()
+POLICIES = "choices drafts ngrams speculation swap throughput".split()
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (
     "core.py",
@@ -45,6 +45,8 @@ PURE = (
     "engine/blocks.py",
     "engine/kv_manager.py",
     "engine/preemption.py",
+    "engine/swap_space.py",
+    "engine/swapping.py",
     "engine/waiting.py",
     "engine/deadlines.py",
     "engine/ranks/microbatches.py",

@@ -102,6 +102,12 @@ class CacheOptions(Options):
     kv_memory: Bytes | None = Field(
         default=None, ge=1, description="memory for KV, such as 2GiB; instead of --num-blocks"
     )
+    swap_memory: Bytes = Field(
+        default=0,
+        ge=0,
+        description="host memory beside KV, such as 4GiB, where the KV of preempted requests waits "
+        "rather than being computed again, whichever takes less time; 0: always computed again",
+    )
     host_share: float = Field(
         default=1.0,
         gt=0,

@@ -6,7 +6,8 @@
                       policies/: whom it asks; step_cost: what steps cost;
                       sequence: a request under way; step_builder: the step under construction;
                       foresight: the step after it; blocks: who holds which KV block; kv_manager:
-                      which of them a request has; preemption: who gives up its blocks; waiting,
+                      which of them a request has; preemption: who gives up its blocks; swapping,
+                      swap_space, swap_memory: their KV in host memory meanwhile; waiting,
                       deadlines: who is next, who is late)
     executor.py       what runs a step: the seam between decisions and tensors
     model_runner.py   runs it on this process's decoder (input_batch: what it keeps from step to

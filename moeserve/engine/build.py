@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeserve.config.options import EngineOptions, StepOptions
+from moeserve.config.options import CacheOptions, EngineOptions, StepOptions
 from moeserve.core import Counters
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
@@ -21,6 +21,7 @@ from moeserve.engine.policies.choices import Admission, Drafter
 from moeserve.engine.policies.ngrams import NgramDrafts
 from moeserve.engine.policies.past_future import PastFuture
 from moeserve.engine.policies.speculation import Speculation
+from moeserve.engine.policies.swap import SwapOrCompute
 from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.rank_model import RankModel, load_rank_model
 from moeserve.engine.ranks.counted import GatheredCounts
@@ -28,6 +29,8 @@ from moeserve.engine.rates import RatedSteps, StepRates
 from moeserve.engine.replan.live import LivePlan
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.step_cost import DecodeCost, FittedStepCost, StepCost, StepLine
+from moeserve.engine.swap_memory import HostSwapMemory
+from moeserve.engine.swapping import Swapping
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.checked_tokenizer import load_checked
 from moeserve.models.library import resolve_model
@@ -123,7 +126,8 @@ def build_engine(
     fitted, decodes = FittedStepCost(), DecodeCost()
     admission = admission_of(options, config, cost or fitted)
     drafter = drafter_of(options, decodes, fitted)
-    scheduler, lock = Scheduler(config, pool, counters, admission, drafter), EngineLock()
+    swapping, lock = swapping_of(options, own, fitted), EngineLock()
+    scheduler = Scheduler(config, pool, counters, admission, drafter, swapping=swapping)
     rates = StepRates()
     watched = RatedSteps(observer or Unobserved(), rates, fitted, decodes)
     engine = Engine(scheduler, own.executor, watched, lock=lock)
@@ -160,6 +164,13 @@ def admission_of(options: StepOptions, config: SchedulerConfig, cost: StepCost) 
     if options.objective == "throughput":
         return ThroughputAdmission(cost, config.max_model_len)
     return PastFuture(config.max_model_len)
+
+
+def swapping_of(options: CacheOptions, own: RankModel, steps: StepLine) -> Swapping | None:
+    """Where the KV of preempted requests goes, by ``--swap-memory``."""
+    if not options.swap_memory:
+        return None
+    return Swapping(HostSwapMemory(own.kv, options.swap_memory), SwapOrCompute(steps))
 
 
 def drafter_of(options: StepOptions, decodes: DecodeCost, steps: StepLine) -> Drafter | None:

@@ -8,6 +8,7 @@ KV, as they came; then those that never ran, as they came. Pure.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import islice, takewhile
 
 from moeserve.core import RequestId
@@ -46,9 +47,13 @@ class WaitingQueue(OrderedDict[RequestId, SequenceState]):
         movable = (request_id for request_id, seq in self.items() if not seq.stays)
         return [self.pop(request_id) for request_id in tuple(islice(movable, count))]
 
-    def last_with_blocks(self, but: SequenceState | None = None) -> SequenceState | None:
-        """The last one that has some."""
-        found = (s for s in reversed(self.values()) if s.blocks and s is not but)
+    def last_with_blocks(
+        self,
+        but: SequenceState | None = None,
+        gains: Callable[[SequenceState], bool] = lambda seq: True,
+    ) -> SequenceState | None:
+        """The last one that has some, of those that ``gains`` is true of."""
+        found = (s for s in reversed(self.values()) if s.blocks and s is not but and gains(s))
         return next(found, None)
 
 

@@ -24,6 +24,7 @@ from moeserve.engine.build import (
     drafter_of,
     load_tokenizer,
     scheduler_config,
+    swapping_of,
 )
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, Unobserved
@@ -165,7 +166,10 @@ def rank_parts(
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
     cost, decodes = FittedStepCost(), DecodeCost()
     admission, drafter = admission_of(options, config, cost), drafter_of(options, decodes, cost)
-    scheduler = Scheduler(config, pool, counters, admission, drafter, rank=context.rank)
+    swapping = swapping_of(options, own, cost) if context.has_requests else None
+    scheduler = Scheduler(
+        config, pool, counters, admission, drafter, rank=context.rank, swapping=swapping
+    )
     lock = EngineLock()
     load = SchedulerLoad(scheduler, lock, has_requests=context.has_requests)
     count = context.microbatches
