@@ -3,6 +3,8 @@
     python bench/policies.py speculation [--model demo] [--batch 1 4 16] [--requests N]
                                          [--answer N] [--rounds N] [--threads N] [--json]
     python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
+    python bench/policies.py swap [--lengths FILE.csv ...] [--requests N] [--json]
+    python bench/policies.py fairness [--json]
 
 speculation: looked-up drafts, none to five for everybody or as many as pay (`--speculation
 ngram`), at each number of requests at once. Stories repeat what others told, sums less so, and what
@@ -14,6 +16,11 @@ admission: who starts when KV is short, without a model (``policy/admission.py``
 free, with room for the longest answer, and as answers were lately (the default). Lengths are drawn
 (lognormal), or those of a trace: CSV with the columns ContextTokens and GeneratedTokens (Azure's)
 or `Request tokens` and `Response tokens` (BurstGPT's). Counters are exact; seconds are modelled.
+
+swap: what comes of the KV of preempted requests (``policy/swap.py``): computed again, or copied to
+host memory, block by block or in long runs and only what is new. Likewise modelled.
+
+fairness: service between tenants, of whom one floods (``policy/fairness.py``). Likewise modelled.
 """
 
 from __future__ import annotations
@@ -27,7 +34,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from policy.admission import admission, show_admitted
+from policy.admission import admission, cases_of, show_admitted
+from policy.fairness import fairness, show_shared
+from policy.swap import show_given, swap
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
@@ -205,7 +214,7 @@ def show(rows: Sequence[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Policies of the scheduler, beside none.")
-    parser.add_argument("policy", choices=["speculation", "admission"])
+    parser.add_argument("policy", choices=["speculation", "admission", "swap", "fairness"])
     parser.add_argument("--lengths", type=Path, nargs="+", default=[])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
@@ -219,6 +228,18 @@ def main() -> None:
         found = admission(args.lengths, args.requests or 800)
         print(json.dumps([asdict(row) for row in found], indent=1)) if args.json else show_admitted(
             found
+        )
+        return
+    if args.policy == "swap":
+        given = swap(cases_of(args.lengths, args.requests or 400))
+        print(json.dumps([asdict(row) for row in given], indent=1)) if args.json else show_given(
+            given
+        )
+        return
+    if args.policy == "fairness":
+        shared = fairness()
+        print(json.dumps([asdict(row) for row in shared], indent=1)) if args.json else show_shared(
+            shared
         )
         return
     rows = speculation(args)

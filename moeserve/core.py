@@ -124,6 +124,7 @@ class Request:
     ``domain`` labels recorded routing, and may choose a home. ``trace`` is the span that it belongs
     to, as W3C's ``traceparent``; empty where nobody traces it. Of those that wait, who has the
     lowest ``priority`` is first, and who has the highest yields first where memory is short.
+    ``tenant`` is whose it is: the name of the key that it came with, empty where there are none.
     """
 
     id: RequestId
@@ -135,6 +136,7 @@ class Request:
     domain: str = ""
     trace: str = ""
     priority: int = 0
+    tenant: str = ""
 
 
 class Chunk(NamedTuple):

@@ -76,6 +76,7 @@ OTHER: dict[str, Any] = {
     "host_share": 0.25,
     "objective": "throughput",
     "speculation": "ngram",
+    "fairness": "off",
     "memory": 2**33,
     "weights_prediction": "on",
     "weights_window": 4,

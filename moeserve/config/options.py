@@ -155,6 +155,11 @@ class StepOptions(Options):
         description="what steps are made for: latency runs whoever comes at once, throughput lets "
         "requests start as their KV will find room, in steps as large as pays",
     )
+    fairness: Literal["off", "tenants"] = Field(
+        default="tenants",
+        description="who is next of those that wait: tenants takes, of a priority, the tenant (the "
+        "name of its key) that was served fewest tokens; off takes them in order of arrival",
+    )
     max_num_seqs: Count = Field(
         default=64, description="sequences in one step; for throughput 1024, as far as KV holds"
     )

@@ -18,6 +18,7 @@ from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
 from moeserve.engine.policies.choices import Admission, Drafter
+from moeserve.engine.policies.fairness import FairTenants
 from moeserve.engine.policies.ngrams import NgramDrafts
 from moeserve.engine.policies.past_future import PastFuture
 from moeserve.engine.policies.speculation import Speculation
@@ -160,10 +161,11 @@ def scheduler_config(options: EngineOptions, own: RankModel) -> SchedulerConfig:
 
 
 def admission_of(options: StepOptions, config: SchedulerConfig, cost: StepCost) -> Admission:
-    """Who is admitted when, by ``--objective``."""
+    """Who is admitted when, by ``--objective`` and ``--fairness``."""
+    inner: Admission = PastFuture(config.max_model_len)
     if options.objective == "throughput":
-        return ThroughputAdmission(cost, config.max_model_len)
-    return PastFuture(config.max_model_len)
+        inner = ThroughputAdmission(cost, config.max_model_len)
+    return FairTenants(inner) if options.fairness == "tenants" else inner
 
 
 def swapping_of(options: CacheOptions, own: RankModel, steps: StepLine) -> Swapping | None:

@@ -260,7 +260,7 @@ class Scheduler:
         self._preemption.resume(seq)
         seq.reached = max(seq.reached, seq.computed)
         seq.set_bounds(self.config.eos_ids, self.config.max_model_len)
-        self._waiting.pop(seq.request.id, None)
+        self._waiting.take(seq.request.id)
         self._running.start(seq)
         self._deadlines.note(seq)
         builder.add(seq)
@@ -402,6 +402,6 @@ class Scheduler:
         seq.finish = reason
         self._preemption.forget(seq)
         self._ended.append(seq.request.id)
-        if self._waiting.pop(seq.request.id, None) is None:
+        if self._waiting.take(seq.request.id) is None:
             self._running.stop(seq)
             self._still_stuck = False

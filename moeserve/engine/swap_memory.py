@@ -60,7 +60,7 @@ class HostSwapMemory:
         began = self._clock()
         digests_RD = self._tensors.export_runs(blocks, self._laid(runs, keys), self._memory_X)
         self._note(runs, began)
-        for run, digests in zip(runs, digests_RD.split(self.caches), strict=True):
+        for run, digests in zip(runs, torch.split(digests_RD, self.caches), strict=True):
             self._digests_RD[run.at] = digests
 
     def copy_in(
