@@ -4,6 +4,8 @@
                                          [--answer N] [--rounds N] [--threads N] [--json]
     python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py targets [--lengths FILE.csv ...] [--requests N] [--json] [--out FILE]
+    python bench/policies.py swap [--lengths FILE.csv ...] [--requests N] [--json]
+    python bench/policies.py fairness [--json]
 
 speculation: looked-up drafts, none to five for everybody or as many as pay (`--speculation
 ngram`), at each number of requests at once. Stories repeat what others told, sums less so, and what
@@ -19,6 +21,11 @@ or `Request tokens` and `Response tokens` (BurstGPT's). Counters are exact; seco
 targets: the first token sooner at gaps between tokens that are no longer, under a simulated clock
 (``policy/targets.py``): first come, first served with chunks of each size, and targets of latency.
 Arrivals are drawn, or those of a trace, pressed to loads of a half to 85 %.
+
+swap: what comes of the KV of preempted requests (``policy/swap.py``): computed again, or copied to
+host memory, block by block or in long runs and only what is new. Likewise modelled.
+
+fairness: service between tenants, of whom one floods (``policy/fairness.py``). Likewise modelled.
 """
 
 from __future__ import annotations
@@ -32,7 +39,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from policy.admission import admission, show_admitted
+from policy.admission import admission, cases_of, show_admitted
+from policy.fairness import fairness, show_shared
+from policy.swap import show_given, swap
 from policy.targets import show_targets, targets
 from rich.box import SIMPLE
 from rich.console import Console
@@ -211,7 +220,8 @@ def show(rows: Sequence[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Policies of the scheduler, beside none.")
-    parser.add_argument("policy", choices=["speculation", "admission", "targets"])
+    choices = "speculation admission targets swap fairness".split()
+    parser.add_argument("policy", choices=choices)
     parser.add_argument("--lengths", type=Path, nargs="+", default=[])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
@@ -236,6 +246,18 @@ def main() -> None:
         if args.out is not None:
             args.out.write_text(text + "\n", encoding="utf-8")
         print(text) if args.json else show_targets(served)
+        return
+    if args.policy == "swap":
+        given = swap(cases_of(args.lengths, args.requests or 400))
+        print(json.dumps([asdict(row) for row in given], indent=1)) if args.json else show_given(
+            given
+        )
+        return
+    if args.policy == "fairness":
+        shared = fairness()
+        print(json.dumps([asdict(row) for row in shared], indent=1)) if args.json else show_shared(
+            shared
+        )
         return
     rows = speculation(args)
     if args.json:

@@ -124,6 +124,7 @@ class Request:
     ``domain`` labels recorded routing, and may choose a home. ``trace`` is the span that it belongs
     to, as W3C's ``traceparent``; empty where nobody traces it. Of those that wait, who has the
     lowest ``priority`` is first, and who has the highest yields first where memory is short.
+    ``tenant`` is whose it is: the name of the key that it came with, empty where there are none.
     """
 
     id: RequestId
@@ -135,6 +136,7 @@ class Request:
     domain: str = ""
     trace: str = ""
     priority: int = 0
+    tenant: str = ""
 
 
 class Chunk(NamedTuple):
@@ -351,7 +353,8 @@ class Counters:
 
     ``computed_tokens`` are those whose KV was kept, so without drafts that were not right;
     ``accepted_tokens`` are those of the ``drafted_tokens`` that were, ``drafts`` are the
-    chunks that carried some.
+    chunks that carried some. Of ``swaps`` (``engine.swapping``) ``swap_copies`` are runs of one
+    cache that were copied, out or in; ``swap_spared_bytes`` did not go out, since they were there.
     """
 
     steps: int = 0
@@ -366,6 +369,12 @@ class Counters:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     evicted_blocks: int = 0
+    swaps: int = 0
+    swap_out_bytes: int = 0
+    swap_in_bytes: int = 0
+    swap_copies: int = 0
+    swap_spared_bytes: int = 0
+    swap_recomputed: int = 0
     plan_changes: int = 0
     plan_layers_switched: int = 0
     plan_bytes_read: int = 0

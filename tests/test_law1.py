@@ -20,10 +20,14 @@ from moeserve.config.options import LoadOptions
 from moeserve.core import Chunk, Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
+from moeserve.engine.kv_tensors import watch_kv
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.policies.choices import Drafter
+from moeserve.engine.policies.swap import SwapOrCompute
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState
+from moeserve.engine.swap_memory import HostSwapMemory
+from moeserve.engine.swapping import Swapping
 from moeserve.kernels.ops import Linear
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
@@ -61,6 +65,7 @@ def run(
     max_num_seqs: int = 8,
     prefix_cache: bool = True,
     drafter: Drafter | None = None,
+    swap_memory: int = 0,
 ) -> Ran:
     """Each wave is added when the one before has ended."""
     counters = Counters()
@@ -77,8 +82,12 @@ def run(
         prefix_cache=prefix_cache,
     )
     pool = BlockPool(num_blocks, block_size, counters)
-    scheduler = Scheduler(config, pool, counters, drafter=drafter)
     executor = ModelRunner(decoder, num_blocks, block_size, on_logits=keep)
+    swapping = None
+    if swap_memory:
+        host = HostSwapMemory(watch_kv(executor, decoder.ops), swap_memory)
+        swapping = Swapping(host, SwapOrCompute())
+    scheduler = Scheduler(config, pool, counters, drafter=drafter, swapping=swapping)
     for wave in waves:
         for request in wave:
             scheduler.add(request)
@@ -185,6 +194,16 @@ def test_a_preemption_changes_nothing(alone: Alone) -> None:
         assert ran.counters.preemptions > 0
         assert ran.counters.recomputed_tokens > 0
         alone.assert_same(requests, ran)
+        ran = run(
+            alone.decoder,
+            [requests],
+            num_blocks=13,
+            prefix_cache=prefix_cache,
+            swap_memory=1 << 20,
+        )
+        assert ran.counters.swaps == ran.counters.preemptions > 0
+        assert ran.counters.recomputed_tokens == 0
+        alone.assert_same(requests, ran)
 
 
 class Known:
@@ -230,6 +249,7 @@ def test_several_tokens_a_step_change_nothing(alone: Alone) -> None:
     max_num_seqs=st.integers(1, 6),
     prefix_cache=st.booleans(),
     second_wave=st.integers(0, 6),
+    swap_memory=st.sampled_from([0, 1 << 14, 1 << 20]),
 )
 def test_nothing_the_scheduler_may_do_changes_anything(
     alone: Alone,
@@ -240,6 +260,7 @@ def test_nothing_the_scheduler_may_do_changes_anything(
     max_num_seqs: int,
     prefix_cache: bool,
     second_wave: int,
+    swap_memory: int,
 ) -> None:
     requests = [
         ask(f"r{i}", prompt(seed, length), params) for i, (seed, length, params) in enumerate(drawn)
@@ -252,5 +273,6 @@ def test_nothing_the_scheduler_may_do_changes_anything(
         chunk=chunk,
         max_num_seqs=max_num_seqs,
         prefix_cache=prefix_cache,
+        swap_memory=swap_memory,
     )
     alone.assert_same(requests, ran)

@@ -30,7 +30,9 @@ ROUTING = (
 PERFORMANCE_MODEL = (
     "machine overheads distinct demand residency predict workload schedule steady bound".split()
 )
-POLICIES = "choices drafts ngrams shape speculation targets throughput".split()
+POLICIES = (
+    "choices drafts fairness ngrams shape speculation swap targets throughput".split()
+)
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (
     "core.py",
@@ -46,6 +48,8 @@ PURE = (
     "engine/blocks.py",
     "engine/kv_manager.py",
     "engine/preemption.py",
+    "engine/swap_space.py",
+    "engine/swapping.py",
     "engine/waiting.py",
     "engine/deadlines.py",
     "engine/ranks/microbatches.py",

@@ -173,8 +173,12 @@ def admit(lengths: Lengths, policy: str) -> Admitted:
 
 
 def admission(files: Sequence[Path], count: int) -> list[Admitted]:
-    cases = [drawn(count), changed(count), *(recorded(path, count) for path in files)]
+    cases = cases_of(files, count)
     return [admit(lengths, policy) for lengths in cases for policy in POLICIES]
+
+
+def cases_of(files: Sequence[Path], count: int) -> list[Lengths]:
+    return [drawn(count), changed(count), *(recorded(path, count) for path in files)]
 
 
 def show_admitted(rows: Sequence[Admitted]) -> None:

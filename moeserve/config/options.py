@@ -102,6 +102,12 @@ class CacheOptions(Options):
     kv_memory: Bytes | None = Field(
         default=None, ge=1, description="memory for KV, such as 2GiB; instead of --num-blocks"
     )
+    swap_memory: Bytes = Field(
+        default=0,
+        ge=0,
+        description="host memory beside KV, such as 4GiB, where the KV of preempted requests waits "
+        "rather than being computed again, whichever takes less time; 0: always computed again",
+    )
     host_share: float = Field(
         default=1.0,
         gt=0,
@@ -148,6 +154,11 @@ class StepOptions(Options):
         default="latency",
         description="what steps are made for: latency runs whoever comes at once, throughput lets "
         "requests start as their KV will find room, in steps as large as pays",
+    )
+    fairness: Literal["off", "tenants"] = Field(
+        default="tenants",
+        description="who is next of those that wait: tenants takes, of a priority, the tenant (the "
+        "name of its key) that was served fewest tokens; off takes them in order of arrival",
     )
     max_num_seqs: Count = Field(
         default=64, description="sequences in one step; for throughput 1024, as far as KV holds"

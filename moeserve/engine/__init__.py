@@ -7,7 +7,8 @@
                       sequence: a request under way; step_builder: the step under construction;
                       acceptance: what a step that is over means for its requests;
                       foresight: the step after it; blocks: who holds which KV block; kv_manager:
-                      which of them a request has; preemption: who gives up its blocks; waiting,
+                      which of them a request has; preemption: who gives up its blocks; swapping,
+                      swap_space, swap_memory: their KV in host memory meanwhile; waiting,
                       deadlines: who is next, who is late)
     executor.py       what runs a step: the seam between decisions and tensors
     model_runner.py   runs it on this process's decoder (input_batch: what it keeps from step to

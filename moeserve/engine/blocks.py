@@ -86,6 +86,10 @@ class BlockPool:
     def is_free(self, block: BlockId) -> bool:
         return self._refs[block] == 0
 
+    def num_holders(self, block: BlockId) -> int:
+        """References to it."""
+        return self._refs[block]
+
     def find(self, keys: Iterable[BlockKey]) -> list[BlockId]:
         """The blocks of the longest prefix of ``keys`` that is cached. Takes no reference."""
         found = []

@@ -11,16 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeserve.config.options import EngineOptions, StepOptions
+from moeserve.config.options import CacheOptions, EngineOptions, StepOptions
 from moeserve.core import Counters
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
 from moeserve.engine.policies.choices import Admission, Drafter
+from moeserve.engine.policies.fairness import FairTenants
 from moeserve.engine.policies.ngrams import NgramDrafts
 from moeserve.engine.policies.past_future import PastFuture
 from moeserve.engine.policies.speculation import Speculation
+from moeserve.engine.policies.swap import SwapOrCompute
 from moeserve.engine.policies.targets import LatencyTargets, TargetAdmission
 from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.rank_model import RankModel, load_rank_model
@@ -29,6 +31,8 @@ from moeserve.engine.rates import RatedSteps, StepRates
 from moeserve.engine.replan.live import LivePlan
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.step_cost import DecodeCost, FittedStepCost, MixedCost, StepCost, StepLine
+from moeserve.engine.swap_memory import HostSwapMemory
+from moeserve.engine.swapping import Swapping
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.checked_tokenizer import load_checked
 from moeserve.models.library import resolve_model
@@ -125,7 +129,8 @@ def build_engine(
     mixed = MixedCost(decodes)
     admission = admission_of(options, config, cost or fitted, mixed)
     drafter = drafter_of(options, decodes, fitted)
-    scheduler, lock = Scheduler(config, pool, counters, admission, drafter), EngineLock()
+    swapping, lock = swapping_of(options, own, fitted), EngineLock()
+    scheduler = Scheduler(config, pool, counters, admission, drafter, swapping=swapping)
     rates = StepRates()
     watched = RatedSteps(observer or Unobserved(), rates, fitted, decodes, mixed)
     engine = Engine(scheduler, own.executor, watched, lock=lock)
@@ -160,18 +165,25 @@ def scheduler_config(options: EngineOptions, own: RankModel) -> SchedulerConfig:
 def admission_of(
     options: StepOptions, config: SchedulerConfig, cost: StepCost, mixed: MixedCost
 ) -> Admission:
-    """Who is admitted when, by ``--objective`` and the targets of latency."""
+    """Who is admitted when, by ``--objective``, the targets of latency and ``--fairness``."""
+    inner: Admission = PastFuture(config.max_model_len)
     if options.objective == "throughput":
-        return ThroughputAdmission(cost, config.max_model_len)
-    room = PastFuture(config.max_model_len)
-    if options.ttft_target is None and options.tpot_target is None:
-        return room
-    targets = LatencyTargets(seconds(options.ttft_target), seconds(options.tpot_target))
-    return TargetAdmission(room, targets, mixed, config.max_model_len)
+        inner = ThroughputAdmission(cost, config.max_model_len)
+    elif options.ttft_target is not None or options.tpot_target is not None:
+        targets = LatencyTargets(seconds(options.ttft_target), seconds(options.tpot_target))
+        inner = TargetAdmission(inner, targets, mixed, config.max_model_len)
+    return FairTenants(inner) if options.fairness == "tenants" else inner
 
 
 def seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
+
+
+def swapping_of(options: CacheOptions, own: RankModel, steps: StepLine) -> Swapping | None:
+    """Where the KV of preempted requests goes, by ``--swap-memory``."""
+    if not options.swap_memory:
+        return None
+    return Swapping(HostSwapMemory(own.kv, options.swap_memory), SwapOrCompute(steps))
 
 
 def drafter_of(options: StepOptions, decodes: DecodeCost, steps: StepLine) -> Drafter | None:

@@ -224,13 +224,13 @@ def spare_blocks(scheduler: Scheduler) -> int:
     request that runs, or will as soon as it can because it has its KV."""
     waiting = tuple(islice(scheduler.sequences, scheduler.num_running, None))
     first = scheduler.kv.blocks_to_start(waiting[0]) if waiting else 0
-    return first + scheduler.num_running + sum(bool(seq.blocks) for seq in waiting)
+    return first + scheduler.num_running + sum(bool(seq.blocks or seq.swapped) for seq in waiting)
 
 
 def uncomputed_tokens(scheduler: Scheduler) -> int:
     """Of prompts, and of what is computed anew after a preemption."""
     seqs = (seq for seq in scheduler.sequences if not seq.generating)
-    return sum(seq.length - seq.computed for seq in seqs)
+    return sum(seq.uncomputed for seq in seqs)
 
 
 def running_urgent(scheduler: Scheduler) -> int:

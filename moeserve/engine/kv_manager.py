@@ -33,7 +33,10 @@ class KvManager:
         if seq.request.params.prompt_logprobs is not None:
             # A token's log-probability is known only where the one before it was computed.
             usable = min(usable, seq.reached // self.pool.block_size)
-        return self.pool.find(seq.full_keys(self.pool.block_size)[:usable])
+        found = self.pool.find(seq.full_keys(self.pool.block_size)[:usable])
+        # What was swapped comes back whole, unless nearly all of it is here.
+        whole = seq.swapped - len(found) * self.pool.block_size >= self.pool.block_size
+        return [] if whole else found
 
     def blocks_to_start(self, seq: SequenceState) -> int:
         """How many of the free blocks are held once it has started."""
@@ -71,6 +74,17 @@ class KvManager:
         keys = seq.full_keys(size)
         for block, key in zip(seq.blocks[first:last], keys[first:last], strict=True):
             self.pool.publish(block, key)
+
+    def held_beside(self, seq: SequenceState) -> int:
+        """How many of its leading blocks others hold, too."""
+        mine = (self.pool.num_holders(block) == 1 for block in seq.blocks)
+        return next((i for i, own in enumerate(mine) if own), len(seq.blocks))
+
+    def keep_first(self, seq: SequenceState, tokens: int) -> None:
+        """It gives up all blocks but those of so many tokens, which fill them."""
+        count = tokens // self.pool.block_size
+        self.pool.release(seq.blocks[count:])
+        seq.blocks, seq.computed = seq.blocks[:count], tokens
 
     def free(self, seq: SequenceState, *, forget: bool = False) -> None:
         self.pool.release(seq.blocks, forget=forget)

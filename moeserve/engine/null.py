@@ -5,6 +5,7 @@ assigns and read back through the block table in later steps, just as attention 
 token is drawn from the digest of the last position. So tokens depend on the request alone, as
 long as blocks are shared, freed and preempted correctly; a wrong slot changes them or is found
 here at once. It also asserts that a request's positions come in order and none is left out.
+``NullSwapMemory`` is host memory beside it (``swapping``), whose KV are these digests.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 
-from moeserve.core import Chunk, Logprobs, RequestId, Sampled, Scored, StepPlan, StepResult
+from moeserve.core import BlockId, Chunk, Logprobs, RequestId, Sampled, Scored, StepPlan, StepResult
 from moeserve.engine.executor import count_accepted
+from moeserve.engine.swap_space import SwapRun
 
 
 class NullExecutor:
@@ -53,6 +55,18 @@ class NullExecutor:
             self._next_position[chunk.request.id] = chunk.start + chunk.kept(len(made))
         return StepResult(tuple(sampled), scored=tuple(scored))
 
+    def slots_of(self, blocks: Sequence[BlockId], start: int, count: int) -> list[int]:
+        """Where so many positions from ``start`` on lie, of a sequence in ``blocks``."""
+        size, positions = self._block_size, range(start, start + count)
+        return [blocks[p // size] * size + p % size for p in positions]
+
+    def read(self, slots: Sequence[int]) -> list[bytes | None]:
+        return [self._slots[slot] for slot in slots]
+
+    def write(self, slots: Sequence[int], digests: Sequence[bytes | None]) -> None:
+        for slot, digest in zip(slots, digests, strict=True):
+            self._slots[slot] = digest
+
     def _score(self, digest: bytes) -> Logprobs:
         """What is said of the token behind this digest."""
         return Logprobs(-float(draw(digest, 0, self._vocab_size)))
@@ -86,6 +100,37 @@ class NullExecutor:
     def _slot(self, chunk: Chunk, position: int) -> int:
         block = chunk.blocks[position // self._block_size]
         return block * self._block_size + position % self._block_size
+
+
+class NullSwapMemory:
+    """A ``SwapMemory`` of one cache, and a byte to the position; copies take no time."""
+
+    place_bytes = caches = 1
+    byte_s = 0.0
+
+    def __init__(self, executor: NullExecutor, places: int) -> None:
+        self.places = places
+        self._executor = executor
+        self._held: list[bytes | None] = [None] * places
+        self._keys: dict[int, bytes] = {}
+
+    def copy_out(
+        self, blocks: Sequence[BlockId], runs: Sequence[SwapRun], keys: Sequence[bytes]
+    ) -> None:
+        for run, key in zip(runs, keys, strict=True):
+            found = self._executor.read(self._executor.slots_of(blocks, run.start, run.count))
+            self._held[run.at : run.at + run.count] = found
+            self._keys[run.at] = key
+
+    def copy_in(
+        self, blocks: Sequence[BlockId], runs: Sequence[SwapRun], keys: Sequence[bytes]
+    ) -> bool:
+        if [self._keys[run.at] for run in runs] != [*keys]:
+            return False
+        for run in runs:
+            slots = self._executor.slots_of(blocks, run.start, run.count)
+            self._executor.write(slots, self._held[run.at : run.at + run.count])
+        return True
 
 
 def extend(digest: bytes, token: int) -> bytes:

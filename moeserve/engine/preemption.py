@@ -2,7 +2,7 @@
 
 First, of those that wait with blocks, the last one in the queue; then, of those that run, whoever
 the admission names (``Admission.victim``): it waits again before its like. What a request gave up
-is computed anew when it runs again. Pure.
+is computed anew when it runs again, or comes back from host memory (``swapping``). Pure.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from moeserve.engine.kv_manager import KvManager
 from moeserve.engine.policies.choices import Admission
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
+from moeserve.engine.swapping import KvSwap, Swapping
 from moeserve.engine.waiting import WaitingQueue
 
 
@@ -49,7 +50,9 @@ class Preemption:
         waiting: WaitingQueue,
         admission: Admission,
         counters: Counters,
+        swapping: Swapping | None = None,
     ) -> None:
+        self.swap = None if swapping is None else KvSwap(swapping, kv, counters)
         self._kv = kv
         self._running = running
         self._waiting = waiting
@@ -81,6 +84,16 @@ class Preemption:
                 return True
         return False
 
+    def resume(self, seq: SequenceState) -> None:
+        """It runs again, and has its blocks."""
+        if self.swap is not None:
+            self.swap.back(seq)
+
+    def forget(self, seq: SequenceState) -> None:
+        """It has left."""
+        if self.swap is not None:
+            self.swap.forget(seq.request.id)
+
     def _grow(self, seq: SequenceState, preempted: list[RequestId]) -> None:
         """Give a generating sequence room for its newest token, or preempt it if it is last."""
         pool = self._kv.pool
@@ -88,21 +101,39 @@ class Preemption:
             if pool.num_free:
                 seq.blocks += tuple(pool.allocate(1))
                 continue
-            if self._take_back():
+            if self._take_back(gains=self._frees_some):
                 continue
             victim = self._admission.victim(self._running.values())
+            if victim is seq and self._take_back():
+                continue
             self._running.stop(victim)
-            self._kv.free(victim)
+            self._give_up(victim)
             self._waiting.put_first(victim)
             self._counters.preemptions += 1
             preempted.append(victim.request.id)
             if victim is seq:
                 return
 
-    def _take_back(self, first: SequenceState | None = None) -> bool:
+    def _take_back(
+        self,
+        first: SequenceState | None = None,
+        gains: Callable[[SequenceState], bool] = lambda seq: True,
+    ) -> bool:
         """The last that waits with blocks, but for ``first``, gives them up; False: none does."""
-        seq = self._waiting.last_with_blocks(but=first)
+        seq = self._waiting.last_with_blocks(first, gains)
         if seq is not None:
-            self._kv.free(seq)
-            self._counters.preemptions += 1
+            self._counters.preemptions += not seq.swapped  # that one was counted
+            self._give_up(seq, hold=False)
         return seq is not None
+
+    def _frees_some(self, seq: SequenceState) -> bool:
+        """Not what a swapped request merely shares."""
+        pool = self._kv.pool
+        return not seq.swapped or any(pool.num_holders(block) == 1 for block in seq.blocks)
+
+    def _give_up(self, seq: SequenceState, *, hold: bool = True) -> None:
+        """Its blocks; their KV may go to host memory."""
+        if self.swap is None:
+            self._kv.free(seq)
+        else:
+            self.swap.out(seq, hold=hold)

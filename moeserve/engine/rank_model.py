@@ -237,7 +237,7 @@ def _load_weights(
     if options.memory is None:
         decoder = assemble(checkpoint, ops, options, experts=own, progress=progress)
         available = read_memory().available // (1 if context is None else context.neighbours)
-        available = max(0, available - checkpoint.mapped_bytes)
+        available = max(0, available - checkpoint.mapped_bytes - options.swap_memory)
         per_token = decoder.kv_bytes_per_token
         return decoder, size_kv(per_token, decoder.spec.max_positions, options, available)
     if context is not None and options.weights_window is not None:
@@ -245,6 +245,8 @@ def _load_weights(
             f"weights_window={options.weights_window}: one rank alone has a window of layers: "
             "leave it out, or serve without --ep"
         )
+    budget = max(1, options.memory - options.swap_memory)
+    options = options.model_copy(update={"memory": budget})
     streaming = Streaming.open(resolve_model(options.model), ops, options, own)
     per_token, spec = streaming.decoder.kv_bytes_per_token, streaming.decoder.spec
     modest = options.model_copy(update={"host_share": KV_SHARE_OF_BUDGET})

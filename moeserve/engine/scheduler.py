@@ -47,6 +47,7 @@ from moeserve.engine.policies.shape import what_lacks, why_none
 from moeserve.engine.preemption import Preemption, RunningSequences
 from moeserve.engine.sequence import NEW, History, SequenceState
 from moeserve.engine.step_builder import StepBuilder
+from moeserve.engine.swapping import KvSwap, Swapping
 from moeserve.engine.waiting import WaitingQueue
 
 
@@ -56,6 +57,7 @@ class Scheduler:
     ``plan`` is ``begin``, ``admit`` as often as there is room, and ``commit``; where several ranks
     share a queue (``fleet``) its owner calls these, and ``settle`` instead of ``apply``. ``rank``
     is the home of whatever runs here. Without a ``drafter`` every chunk samples one token at most.
+    With ``swapping`` the KV of preempted requests may go to host memory.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Scheduler:
         admission: Admission | None = None,
         drafter: Drafter | None = None,
         rank: int = 0,
+        swapping: Swapping | None = None,
     ) -> None:
         self.rank = rank
         self.config = config
@@ -77,7 +80,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running = RunningSequences()
         self._preemption = Preemption(
-            self.kv, self._running, self._waiting, self._admission, counters
+            self.kv, self._running, self._waiting, self._admission, counters, swapping
         )
         self._acceptance = Acceptance(self.kv, counters, self._running.leaving, self._finish)
         self._in_flight = StepBuilder(0, rank)
@@ -103,6 +106,11 @@ class Scheduler:
         return self.pool.counts
 
     @property
+    def swap(self) -> KvSwap | None:
+        """Who has copies of preempted requests' KV, if any are made."""
+        return self._preemption.swap
+
+    @property
     def num_tokens(self) -> int:
         """Of the running requests, whether or not their KV is there yet."""
         return self._running.num_tokens
@@ -117,7 +125,7 @@ class Scheduler:
         return foresee_step(
             generating=min(last.staying, self.num_running),
             left=last.left,
-            waiting=(seq.length - seq.computed for seq in waiting),
+            waiting=(seq.uncomputed for seq in waiting),
             budget=self.config.max_num_batched_tokens,
         )
 
@@ -250,9 +258,10 @@ class Scheduler:
         if new:
             self.counters.prefix_queried_tokens += len(seq)
             self.counters.prefix_hit_tokens += seq.computed
+        self._preemption.resume(seq)
         seq.reached = max(seq.reached, seq.computed)
         seq.set_bounds(self.config.eos_ids, self.config.max_model_len)
-        self._waiting.pop(seq.request.id, None)
+        self._waiting.take(seq.request.id)
         self._running.start(seq)
         self._deadlines.note(seq)
         builder.admitted += 1
@@ -315,7 +324,8 @@ class Scheduler:
 
     def _remove(self, seq: SequenceState, reason: FinishReason) -> None:
         seq.finish = reason
+        self._preemption.forget(seq)
         self._ended.append(seq.request.id)
-        if self._waiting.pop(seq.request.id, None) is None:
+        if self._waiting.take(seq.request.id) is None:
             self._running.stop(seq)
             self._still_stuck = False

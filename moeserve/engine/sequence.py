@@ -69,7 +69,9 @@ NEW = History()
 @dataclass(slots=True)
 class SequenceState:
     """The KV of the first ``computed`` tokens lies in ``blocks``, which one that waits has only if
-    it came with them (``History.kv``). With ``keep`` they outlast it (``kv_manager``).
+    it came with them (``History.kv``) or shares them. While it waits, host memory has the rest of
+    the first ``swapped`` tokens' KV (``swapping``). With ``keep`` blocks outlast it
+    (``kv_manager``).
 
     ``reached`` is the most it ever had computed: below it, work is done again. ``length`` is that
     of prompt and outputs together, which ``append`` keeps; ``end_ids`` and ``end_length`` are what
@@ -90,6 +92,7 @@ class SequenceState:
     end_ids: frozenset[int] = frozenset()
     end_length: int = 0
     keep: bool = False
+    swapped: int = 0
 
     @staticmethod
     def of(request: Request, history: History) -> SequenceState:
@@ -139,7 +142,12 @@ class SequenceState:
     @property
     def stays(self) -> bool:
         """While it waits, it waits here: its KV is here, or will be asked for here."""
-        return bool(self.blocks) or self.keep
+        return bool(self.blocks or self.swapped) or self.keep
+
+    @property
+    def uncomputed(self) -> int:
+        """Tokens whose KV is neither here nor in host memory."""
+        return self.length - max(self.computed, self.swapped)
 
     def late(self, now: float) -> bool:
         """Whether its deadline has come."""

@@ -230,6 +230,7 @@ class InferenceService:
                         domain=domain,
                         trace=span.trace,
                         priority=wanted.priority,
+                        tenant=tenant(),
                     )
                 )
         _require_resumable(wanted, requests)

@@ -15,7 +15,7 @@ class ToRank(_message.Message):
     def __init__(self, submit: _Optional[_Iterable[_Union[Submission, _Mapping]]] = ..., end: _Optional[_Iterable[_Union[Ending, _Mapping]]] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("id", "prompt", "outputs", "sampling", "salt", "domain", "adapter", "timeout_s", "moved", "reached", "sources", "trace", "priority")
+    __slots__ = ("id", "prompt", "outputs", "sampling", "salt", "domain", "adapter", "timeout_s", "moved", "reached", "sources", "trace", "priority", "tenant")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class Submission(_message.Message):
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     outputs: _containers.RepeatedScalarFieldContainer[int]
@@ -42,7 +43,8 @@ class Submission(_message.Message):
     sources: _containers.RepeatedCompositeFieldContainer[KvSource]
     trace: str
     priority: int
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[str] = ..., domain: _Optional[str] = ..., adapter: _Optional[str] = ..., timeout_s: _Optional[float] = ..., moved: _Optional[bool] = ..., reached: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[KvSource, _Mapping]]] = ..., trace: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    tenant: str
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[str] = ..., domain: _Optional[str] = ..., adapter: _Optional[str] = ..., timeout_s: _Optional[float] = ..., moved: _Optional[bool] = ..., reached: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[KvSource, _Mapping]]] = ..., trace: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class KvSource(_message.Message):
     __slots__ = ("address", "server_name", "running")

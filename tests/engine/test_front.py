@@ -23,6 +23,7 @@ from moeserve.engine.blocks import BlockKey, BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.drive import drive
 from moeserve.engine.null import NullExecutor
+from moeserve.engine.policies.fairness import ServiceCounters
 from moeserve.engine.ranks.front import Front, Placement
 from moeserve.engine.ranks.homes import GivenHome, HomePolicy, LeastWork, RandomHomes
 from moeserve.engine.ranks.loads import RankLoads, surplus
@@ -637,3 +638,26 @@ def test_a_preempted_request_moves_where_a_rank_is_free_and_stays_where_none_is(
 
     assert run(2).moved == 1
     assert run(1).moved == 0
+
+
+def test_of_several_tenants_the_one_that_was_served_least_is_next() -> None:
+    front = front_of(table(running=[2, 2]), service=ServiceCounters())
+    add(front, *(ask(f"flood{i}", most=20, tenant="flood") for i in range(6)))
+    add(front, *(ask(f"b{i}", tenant="b") for i in range(3)))
+    add(front, ask("urgent", tenant="flood", priority=-1))
+    assert front.place() == []
+    front.publish(table(2, running=[0, 2]))
+    assert [p.request.id for p in front.place()] == ["urgent", "b0"]
+    front.made(RequestId("b0"), 20)
+    front.publish(table(3, running=[2, 0]))
+    assert [p.request.id for p in front.place()] == ["flood0", "flood1"]
+    for name in ("urgent", "flood0", "flood1"):
+        front.made(RequestId(name), 20)
+        front.finished(RequestId(name))
+    front.publish(table(4, running=[2, 1]))
+    assert [p.request.id for p in front.place()] == ["b1"]
+    for name in ("b0", "b1"):
+        front.finished(RequestId(name))
+    assert front.abort(RequestId("b2")) is None
+    front.publish(table(5, running=[2, 1]))
+    assert [p.request.id for p in front.place()] == ["flood2"]

@@ -83,6 +83,7 @@ requests = st.builds(
     scope=st.builds(CacheScope, texts, texts),
     domain=texts,
     priority=st.integers(-(2**31), 2**31 - 1),
+    tenant=st.text(max_size=64),
 )
 sources = st.lists(st.builds(KvSource, st.text(max_size=9), st.text(max_size=9)), max_size=3)
 histories = st.builds(History, token_lists, counts, st.booleans(), sources.map(tuple))

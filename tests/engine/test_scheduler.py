@@ -27,10 +27,12 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.foresight import NextStep, foresee_step
 from moeserve.engine.kv_exchange import running_urgent
-from moeserve.engine.null import NullExecutor
+from moeserve.engine.null import NullExecutor, NullSwapMemory
 from moeserve.engine.policies.choices import Drafter
+from moeserve.engine.policies.swap import SwapOrCompute
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import History, SequenceState
+from moeserve.engine.swapping import KvSwap, Swapping
 from moeserve.engine.waiting import WaitingQueue
 from moeserve.errors import ConfigError, ExhaustedError, InvalidRequestError
 
@@ -68,17 +70,28 @@ class House:
         )
     )
     drafter: Drafter | None = None
+    swap_places: int = 0
 
     def __post_init__(self) -> None:
         self.counters = Counters()
         self.pool = BlockPool(self.num_blocks, BLOCK, self.counters)
-        self.scheduler = Scheduler(self.config, self.pool, self.counters, drafter=self.drafter)
         self.executor = NullExecutor(self.num_blocks, BLOCK, VOCAB)
+        swapping = None
+        if self.swap_places:
+            host = NullSwapMemory(self.executor, self.swap_places)
+            swapping = Swapping(host, SwapOrCompute())
+        self.scheduler = Scheduler(
+            self.config, self.pool, self.counters, drafter=self.drafter, swapping=swapping
+        )
         self.tokens: dict[RequestId, list[int]] = {}
         self.finish: dict[RequestId, FinishReason | None] = {}
         self.prompts: dict[RequestId, int] = {}
         self.running: set[RequestId] = set()
         self.now = 0.0
+
+    @property
+    def swap(self) -> KvSwap | None:
+        return self.scheduler.swap
 
     def add(self, *requests: Request) -> None:
         for r in requests:
@@ -141,6 +154,9 @@ class House:
         assert self.pool.num_free == self.pool.num_blocks
         assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
         assert self.scheduler.num_tokens == 0
+        if self.swap is not None:
+            self.swap.check()
+            assert self.swap.space.num_free == self.swap_places
 
 
 def alone(r: Request, config: SchedulerConfig) -> list[int]:
@@ -644,6 +660,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
     prefix_cache=st.booleans(),
     drafts=st.sampled_from([0, 0, 1, 2, 5, -4]),
     errs=st.integers(0, 4),
+    swap_places=st.sampled_from([0, 20, 50, 1000]),
 )
 def test_scheduling_never_changes_tokens(
     arrivals: list[Arrival],
@@ -653,9 +670,11 @@ def test_scheduling_never_changes_tokens(
     prefix_cache: bool,
     drafts: int,
     errs: int,
+    swap_places: int,
     guessers: Guessers,
 ) -> None:
-    """Nor does sampling several at a time, under preemption, stops and bounds of the answer."""
+    """Nor does sampling several at a time, under preemption, stops and bounds of the answer; nor
+    does KV that is swapped."""
     config = SchedulerConfig(
         max_model_len=40,
         max_num_seqs=max_num_seqs,
@@ -663,7 +682,8 @@ def test_scheduling_never_changes_tokens(
         eos_ids=frozenset({EOS}),
         prefix_cache=prefix_cache,
     )
-    house = House(num_blocks, config, guessers(VOCAB, drafts, errs) if drafts else None)
+    drafter = guessers(VOCAB, drafts, errs) if drafts else None
+    house = House(num_blocks, config, drafter, swap_places)
     last = max(max(a.step, a.abort_at or 0) for a in arrivals)
     for now in range(2000):
         house.add(*(a.request for a in arrivals if a.step == now))
@@ -677,6 +697,8 @@ def test_scheduling_never_changes_tokens(
         assert len(plan.chunks) <= max_num_seqs
         assert plan.chunks or not house.scheduler.has_work, "work is left and nothing is planned"
         house.pool.check()
+        if house.swap is not None:
+            house.swap.check()
     house.assert_nothing_leaked()
     for a in arrivals:
         expected, got = alone(a.request, config), house.tokens[a.request.id]

@@ -8,6 +8,8 @@
     targets.py      short prompts first, as many as a gap between tokens allows
     throughput.py   prompts as they pay, and requests as KV holds out (``--objective throughput``)
     drafts.py       guesses behind the newest tokens of a step, as many as fit
+    fairness.py     of several tenants the one that was served least
+    swap.py         a preempted request's KV copied to host memory, or computed again
     ngrams.py       guesses of what follows, from all that was written before
     speculation.py  how many of them a step checks: as many as make tokens come sooner
 """

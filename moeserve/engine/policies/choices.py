@@ -9,6 +9,7 @@ from moeserve.core import RequestId
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
+from moeserve.engine.waiting import WaitingQueue
 
 
 class Admission(Protocol):
@@ -28,9 +29,7 @@ class Admission(Protocol):
         """A step has its newest tokens, and nothing else yet: its budget may be lowered."""
         ...
 
-    def pick(
-        self, waiting: Mapping[RequestId, SequenceState], now: float
-    ) -> SequenceState | None: ...
+    def pick(self, waiting: WaitingQueue, now: float) -> SequenceState | None: ...
 
     def victim(self, running: Collection[SequenceState]) -> SequenceState:
         """Which of those that run, in order of admission, gives up its blocks for the others: one

@@ -27,6 +27,7 @@ from moeserve.engine.policies.choices import Admission
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
 from moeserve.engine.step_cost import MixedCost
+from moeserve.engine.waiting import WaitingQueue
 
 # Of prompts in a step, whatever the targets are.
 LEAST_TOKENS = 16
@@ -113,18 +114,20 @@ class TargetAdmission:
         builder.later = prompts[len(builder.prompts) :]
         self._queue = queue[::-1]
 
-    def pick(self, waiting: Mapping[RequestId, SequenceState], now: float) -> SequenceState | None:
+    def pick(self, waiting: WaitingQueue, now: float) -> SequenceState | None:
         """The shortest, by what is left of it and since when it waits, if there is room."""
-        queue, builder = self._queue, self._builder
-        while queue and queue[-1].request.id not in waiting:
-            queue.pop()
-        if not queue:
+        builder = self._builder
+        seq = next((seq for seq in reversed(self._queue) if seq.request.id in waiting), None)
+        if seq is None:
             return None
         assert builder is not None, "begin comes first"
-        seq = queue[-1]
         while builder.later and self._place(builder.later[0]) <= self._place(seq):
             builder.add(builder.later.pop(0))
-        return self._room.pick({seq.request.id: seq}, now) if builder.budget else seq
+        if not builder.budget:
+            return seq
+        one = WaitingQueue()
+        one.put(seq)
+        return self._room.pick(one, now)
 
     def victim(self, running: Collection[SequenceState]) -> SequenceState:
         return self._room.victim(running)

@@ -210,7 +210,7 @@ class ThroughputAdmission:
     def _may_start(self, seq: SequenceState) -> bool:
         if self._staggers and self._credit < 1:
             return False
-        waits = (self._behind + seq.length - seq.computed) // self._prefill
+        waits = (self._behind + seq.uncomputed) // self._prefill
         left = waits + self.lengths.left(seq, self._limit)
         return self._outlook.has_room(seq.length, left, self._room)
 

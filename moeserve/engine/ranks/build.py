@@ -25,10 +25,12 @@ from moeserve.engine.build import (
     drafter_of,
     load_tokenizer,
     scheduler_config,
+    swapping_of,
 )
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, Unobserved
 from moeserve.engine.observers import beside
+from moeserve.engine.policies.fairness import ServiceCounters
 from moeserve.engine.rank_model import EpContext, RankModel, load_rank_model, widest
 from moeserve.engine.ranks.counted import GatheredCounts, RankCounts, with_experts, write_counts
 from moeserve.engine.ranks.front import Front
@@ -87,6 +89,7 @@ class RankParts:
     engine: Engine
     house: KvExchange
     has_requests: bool = True
+    fair: bool = False
 
     def counts(self) -> RankCounts:
         """Requests that wait at this process's door wait here."""
@@ -174,7 +177,10 @@ def rank_parts(
     mixed = MixedCost(decodes)
     admission = admission_of(options, config, cost, mixed)
     drafter = drafter_of(options, decodes, cost)
-    scheduler = Scheduler(config, pool, counters, admission, drafter, rank=context.rank)
+    swapping = swapping_of(options, own, cost) if context.has_requests else None
+    scheduler = Scheduler(
+        config, pool, counters, admission, drafter, rank=context.rank, swapping=swapping
+    )
     lock = EngineLock()
     load = SchedulerLoad(scheduler, lock, has_requests=context.has_requests)
     count = context.microbatches
@@ -199,7 +205,8 @@ def rank_parts(
             engine.give_back(count)
 
     lock_step.on_loads = give_back
-    return RankParts(own, scheduler, load, lock_step, engine, house, context.has_requests)
+    fair = options.fairness == "tenants"
+    return RankParts(own, scheduler, load, lock_step, engine, house, context.has_requests, fair)
 
 
 def rank_server(parts: RankParts) -> RankServer:
@@ -240,6 +247,7 @@ async def _open_door(
         homes=policy,
         doors=Doors(doors, context.rank),
         prefix_keys=PREFIX_KEYS if scheduler.config.prefix_cache else 0,
+        service=ServiceCounters() if parts.fair else None,
     )
     learn = None if near is None else near.learn
     suffix = f" at door {context.rank}" if len(doors) > 1 else ""

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -35,6 +36,7 @@ from numpy.typing import NDArray
 from moeserve.core import Request, RequestId
 from moeserve.engine.blocks import BlockKey
 from moeserve.engine.bounds import SchedulerConfig, refuse_duplicate, refuse_when_full
+from moeserve.engine.policies.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, ServiceCounters
 from moeserve.engine.ranks.homes import Candidates, HomePolicy, LeastWork
 from moeserve.engine.ranks.loads import RankLoads
 from moeserve.engine.ranks.prefixes import PrefixIndex
@@ -67,6 +69,8 @@ class Front:
 
     ``check`` refuses what no rank could ever run (``Scheduler.check`` of any of them).
     ``prefix_keys`` bounds what is remembered of prompts that were sent (``prefixes``); 0 for none.
+    With ``service`` the next request of a priority is of the tenant that this door has served
+    least (``policies.fairness``).
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Front:
         doors: Doors | None = None,
         ahead: int = 1,
         prefix_keys: int = 0,
+        service: ServiceCounters | None = None,
     ) -> None:
         self.config = config
         self._block_size = block_size
@@ -91,6 +96,8 @@ class Front:
         self._prefixes = PrefixIndex(ranks, prefix_keys) if prefix_keys else None
         self._nothing_R = np.zeros(ranks, np.int64)
         self._requests: dict[RequestId, _Entry] = {}
+        self._service = service
+        self._tenants: Counter[str] = Counter()  # of the requests
         self._again: list[SequenceState] = []  # given back, by priority and arrival
         self._fresh = WaitingQueue()
         self._deadlines: list[tuple[float, int, RequestId]] = []
@@ -115,6 +122,8 @@ class Front:
         self._arrivals += 1
         seq = SequenceState(request, arrival=self._arrivals)
         self._requests[request.id] = _Entry(seq)
+        self._tenants[request.tenant] += 1
+        self._tell_tenants(changed=self._tenants[request.tenant] == 1)
         self._fresh.put(seq)
         self._watch_deadline(seq)
 
@@ -133,8 +142,16 @@ class Front:
                 break
             self._unqueue(seq)
             self._requests[seq.request.id].rank = rank
+            if self._service is not None and not seq.output_ids:
+                self._service.charge(seq.request.tenant, PROMPT_WEIGHT * len(seq))
             placed.append(Placement(seq.request, tuple(seq.output_ids), rank))
         return placed
+
+    def made(self, request_id: RequestId, tokens: int) -> None:
+        """Its home has made so many more."""
+        if self._service is not None and len(self._tenants) > 1:
+            tenant = self._requests[request_id].seq.request.tenant
+            self._service.charge(tenant, OUTPUT_WEIGHT * tokens)
 
     def taken(self, request_id: RequestId, step: int) -> None:
         """Its home has it: tables of this step and later ones count it."""
@@ -149,7 +166,7 @@ class Front:
         assert entry.rank is not None, f"request {request_id} is returned but waits here"
         self._view.forget(request_id)
         if entry.ending:
-            del self._requests[request_id]
+            self._drop(request_id)
             return False
         entry.rank = None
         entry.seq.output_ids[:] = output_ids
@@ -159,7 +176,7 @@ class Front:
 
     def finished(self, request_id: RequestId) -> None:
         """It ended at its home, or could not be sent there."""
-        entry = self._requests.pop(request_id)
+        entry = self._drop(request_id)
         assert entry.rank is not None, f"request {request_id} finished but waits here"
         self._view.forget(request_id, only_untaken=True)
 
@@ -174,7 +191,7 @@ class Front:
             entry.ending = True
             return entry.rank
         self._unqueue(entry.seq)
-        del self._requests[request_id]
+        self._drop(request_id)
         return None
 
     def expire(self, now: float) -> list[RequestId]:
@@ -217,11 +234,36 @@ class Front:
         return keys, self._prefixes.cached_blocks(keys[:usable]) * self._block_size
 
     def _next(self) -> SequenceState | None:
-        heads = (*self._again[:1], *islice(self._fresh.values(), 1))
-        return min(heads, key=lambda seq: seq.request.priority, default=None)
+        heads = [*self._again[:1], *islice(self._fresh.values(), 1)]
+        service = self._service
+        if service is None or len(self._tenants) < 2 or not self._fresh:
+            return min(heads, key=lambda seq: seq.request.priority, default=None)
+        heads[-1] = min(
+            self._fresh.heads(),
+            key=lambda seq: (
+                seq.request.priority,
+                service.service.get(seq.request.tenant, 0),
+                seq.arrival,
+            ),
+        )
+        return min(heads, key=lambda seq: seq.request.priority)
+
+    def _drop(self, request_id: RequestId) -> _Entry:
+        """It is this door's no longer."""
+        entry = self._requests.pop(request_id)
+        tenant = entry.seq.request.tenant
+        self._tenants[tenant] -= 1
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
+            self._tell_tenants(changed=True)
+        return entry
+
+    def _tell_tenants(self, *, changed: bool) -> None:
+        if changed and self._service is not None:
+            self._service.come(frozenset(self._tenants))
 
     def _unqueue(self, seq: SequenceState) -> None:
-        if self._fresh.pop(seq.request.id, None) is None:
+        if self._fresh.take(seq.request.id) is None:
             self._again.remove(seq)
 
     def _watch_deadline(self, seq: SequenceState) -> None:

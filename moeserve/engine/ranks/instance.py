@@ -148,6 +148,7 @@ class Instance:
             state = held.state
             if event.token_ids:
                 held.output_ids += event.token_ids
+                self._front.made(event.request_id, len(event.token_ids))
                 if gaps.count(state, event):
                     self._observer.on_first_token(state.timing(now))
             if event.finish is not None:

@@ -38,6 +38,8 @@ M = TypeVar("M", bound=Message)
 _LEAST_DIVISOR = 1e-200
 # Where the KV of a request can be had; more are never asked.
 MOST_SOURCES = 8
+# Of the name of a tenant.
+TENANT_CHARS = 64
 
 
 def parse(kind: type[M], content: bytes) -> M:
@@ -61,6 +63,7 @@ def write_submission(out: pb.Submission, request: Request, history: History, now
     out.prompt.extend(request.prompt_ids)
     out.salt, out.adapter = request.scope.salt, request.scope.adapter
     out.domain, out.trace, out.priority = request.domain, request.trace, request.priority
+    out.tenant = request.tenant
     if request.deadline is not None:
         out.timeout_s = max(0.0, request.deadline - now)
     _write_sampling(out.sampling, request.params)
@@ -84,6 +87,7 @@ def read_submission(
         domain=submission.domain,
         trace=submission.trace[:TRACE_CHARS],
         priority=submission.priority,
+        tenant=submission.tenant[:TENANT_CHARS],
     )
     made = tuple(submission.outputs)
     if len(submission.sources) > MOST_SOURCES:
