@@ -156,10 +156,11 @@ class StepOptions(Options):
         default=512, description="tokens in one step; for throughput 4096, as far as that pays"
     )
 
-    speculation: Literal["off", "ngram"] = Field(
+    speculation: Literal["off", "ngram", "mtp", "auto"] = Field(
         default="off",
         description="guess tokens that follow and check them in the same step, as many as make "
-        "tokens come sooner: ngram looks up what followed the same few tokens before",
+        "tokens come sooner: ngram looks up what followed the same few tokens before, mtp asks the "
+        "model's multi-token prediction module, auto does both, as far as the model has one",
     )
 
     @model_validator(mode="before")

@@ -18,6 +18,7 @@ from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
 from moeserve.engine.policies.choices import Admission, Drafter
+from moeserve.engine.policies.made import MadeDrafts
 from moeserve.engine.policies.ngrams import NgramDrafts
 from moeserve.engine.policies.past_future import PastFuture
 from moeserve.engine.policies.speculation import Speculation
@@ -122,7 +123,7 @@ def build_engine(
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
     fitted, decodes = FittedStepCost(), DecodeCost()
     admission = admission_of(options, config, cost or fitted)
-    drafter = drafter_of(options, decodes, fitted)
+    drafter = drafter_of(options, decodes, fitted, makes=own.executor.makes_drafts)
     scheduler, lock = Scheduler(config, pool, counters, admission, drafter), EngineLock()
     rates = StepRates()
     watched = RatedSteps(observer or Unobserved(), rates, fitted, decodes)
@@ -162,9 +163,14 @@ def admission_of(options: StepOptions, config: SchedulerConfig, cost: StepCost) 
     return PastFuture(config.max_model_len)
 
 
-def drafter_of(options: StepOptions, decodes: DecodeCost, steps: StepLine) -> Drafter | None:
-    """Who guesses what follows, by ``--speculation``."""
-    return Speculation(NgramDrafts(), decodes, steps) if options.speculation == "ngram" else None
+def drafter_of(
+    options: StepOptions, decodes: DecodeCost, steps: StepLine, *, makes: bool
+) -> Drafter | None:
+    """Who guesses what follows, by ``--speculation``; ``makes`` where steps can do so."""
+    if options.speculation == "off":
+        return None
+    found = NgramDrafts() if options.speculation in ("ngram", "auto") else None
+    return Speculation(found, decodes, steps, made=MadeDrafts() if makes else None)
 
 
 def load_tokenizer(path: Path, chat_template: Path | None = None) -> tuple[Tokenizer | None, str]:

@@ -39,6 +39,7 @@ class StepBuilder:
         self.staying = 0
         self.leaving = 0
         self.left = 0
+        self.draft_next = 0  # see ``StepPlan``
         self._rank = rank
 
     def add_newest(self, seqs: Sequence[SequenceState], leaving: int) -> None:
@@ -167,4 +168,11 @@ class StepBuilder:
 
     def plan(self, ended: tuple[RequestId, ...], *, ahead: bool = False) -> StepPlan:
         """The step as it will run."""
-        return StepPlan(tuple(self.chunks), self.expired, tuple(self.preempted), ended, ahead)
+        return StepPlan(
+            tuple(self.chunks),
+            self.expired,
+            tuple(self.preempted),
+            ended,
+            ahead,
+            self.draft_next,
+        )

@@ -7,5 +7,6 @@
     throughput.py   prompts as they pay, and requests as KV holds out (``--objective throughput``)
     drafts.py       guesses behind the newest tokens of a step, as many as fit
     ngrams.py       guesses of what follows, from all that was written before
+    made.py         guesses that steps made themselves, and how often they are right
     speculation.py  how many of them a step checks: as many as make tokens come sooner
 """
