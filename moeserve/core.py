@@ -246,6 +246,9 @@ class StepPlan:
     One that is made ``ahead``, while the step before runs, has the newest token of each of that
     step's requests, which is ``UNKNOWN`` until that step is over. Some of these may have ended by
     then: what comes of their rows is nobody's.
+
+    Behind the tokens that it samples, ``draft_next`` more of each request are guessed, if its
+    executor can, for the step after it to check.
     """
 
     chunks: tuple[Chunk, ...]
@@ -253,6 +256,7 @@ class StepPlan:
     preempted: tuple[RequestId, ...] = ()
     ended: tuple[RequestId, ...] = ()
     ahead: bool = False
+    draft_next: int = 0
     choice: StepChoice = UNSAID
 
     @property
@@ -287,6 +291,13 @@ class Scored(NamedTuple):
     logprobs: tuple[Logprobs, ...]
 
 
+class Drafted(NamedTuple):
+    """What a step guessed to follow the newest token that it sampled for a request, in order."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One entry per chunk with ``samples``, in the plan's order, less those that ``failed``.
@@ -294,12 +305,16 @@ class StepResult:
     A failure belongs to one request alone (its logits are not numbers): id and explanation.
     ``scored`` has an entry for each chunk that scored something.
     ``told`` are those whose clients are told it, since what they asked for is the cause.
+    ``drafted`` are the guesses that were asked for (``StepPlan.draft_next``), which took
+    ``draft_s`` seconds of the step.
     """
 
     sampled: tuple[Sampled, ...]
     failed: tuple[tuple[RequestId, str], ...] = ()
     scored: tuple[Scored, ...] = ()
     told: frozenset[RequestId] = frozenset()
+    drafted: tuple[Drafted, ...] = ()
+    draft_s: float = 0.0
 
 
 class TokenOut(NamedTuple):

@@ -206,7 +206,7 @@ def test_a_preemption_changes_nothing(alone: Alone) -> None:
         alone.assert_same(requests, ran)
 
 
-class Known:
+class Known(Drafter):
     """Drafts what a request is going to answer; every ``errs``-th token is another, if not 0."""
 
     def __init__(self, answers: dict[str, list[int]], errs: int = 0) -> None:

@@ -30,9 +30,7 @@ ROUTING = (
 PERFORMANCE_MODEL = (
     "machine overheads distinct demand residency predict workload schedule steady bound".split()
 )
-POLICIES = (
-    "choices drafts fairness ngrams shape speculation swap targets throughput".split()
-)
+POLICIES = "choices drafts fairness made ngrams shape speculation swap targets throughput".split()
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (
     "core.py",
@@ -83,7 +81,9 @@ BARE = (
     "__init__.py",
     "errors.py",
     "host.py",
+    "config/group.py",
     "config/options.py",
+    "config/steps.py",
     "config/cluster.py",
     "config/commands.py",
     "config/sources.py",

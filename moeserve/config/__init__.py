@@ -1,6 +1,8 @@
 """What can be set: groups of options, where their values come from, whether they have an effect.
 
     options    every setting, declared once, in the group of those who use it
+    steps      those of steps
+    group      what a group is
     kinds      sizes, ports, counts, secrets: what settings are made of
     cluster    the settings of members and gateways, which find one another
     commands   all groups, and which command takes which

@@ -17,13 +17,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from moeserve.config.group import Options
 from moeserve.config.kinds import Bytes, Port, Secret
 from moeserve.config.options import (
     AnswerOptions,
     DoorOptions,
     LogOptions,
     ModelOptions,
-    Options,
     RankOptions,
     RequestOptions,
     ServeConfig,

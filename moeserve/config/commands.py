@@ -12,6 +12,7 @@ from moeserve.config.cluster import (
     MemberOptions,
     PeerConfig,
 )
+from moeserve.config.group import Options
 from moeserve.config.options import (
     AnswerOptions,
     BatchConfig,
@@ -22,13 +23,12 @@ from moeserve.config.options import (
     LogOptions,
     ModelOptions,
     OffloadOptions,
-    Options,
     ProcessOptions,
     RankModelOptions,
     RequestOptions,
     ServeConfig,
-    StepOptions,
 )
+from moeserve.config.steps import StepOptions
 
 GROUPS: tuple[type[Options], ...] = (
     ModelOptions,

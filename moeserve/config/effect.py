@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeserve.config.cluster import EMBEDDED
-from moeserve.config.options import DoorOptions, EpOptions, OffloadOptions, Options
+from moeserve.config.group import Options
+from moeserve.config.options import DoorOptions, EpOptions, OffloadOptions
 from moeserve.config.sources import Setting, shown
 from moeserve.errors import ConfigError
 

@@ -1,4 +1,5 @@
-"""Every setting, declared once in the group of those who use it; defaults and bounds are here.
+"""Every setting, declared once in the group of those who use it; defaults and bounds are here, and
+in ``steps``.
 
     group           used by                                       taken by
     ModelOptions    every rank, as it loads                       serve, worker, generate, batch
@@ -24,32 +25,18 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from moeserve.config.kinds import Bytes, Count, Milliseconds, Port, Secret
+from moeserve.config.group import Options
+from moeserve.config.kinds import Bytes, Count, Port, Secret
+from moeserve.config.steps import StepOptions
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 KvDtype = Literal["auto", "float32", "bfloat16", "int8"]
 Quantization = Literal["auto", "none", "int8", "int4"]
 Device = Literal["auto", "cpu", "cuda", "npu"]
-
-# Bounds of a step for throughput, unless others are given: they are what memory has to be there
-# for. What binds is KV, and what larger steps bring.
-THROUGHPUT_TOKENS = 4096
-THROUGHPUT_SEQS = 1024
-
-
-class Options(BaseModel):
-    """Settings that belong together."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @classmethod
-    def described(cls, name: str) -> str:
-        """What a field is, for a group that has another default for it."""
-        return cls.model_fields[name].description or ""
 
 
 class ModelOptions(Options):
@@ -145,63 +132,6 @@ class OffloadOptions(Options):
         default=False,
         description="compare the digest of experts whenever they are read, not only at first",
     )
-
-
-class StepOptions(Options):
-    """What a rank runs in one step at most."""
-
-    objective: Literal["latency", "throughput"] = Field(
-        default="latency",
-        description="what steps are made for: latency runs whoever comes at once, throughput lets "
-        "requests start as their KV will find room, in steps as large as pays",
-    )
-    fairness: Literal["off", "tenants"] = Field(
-        default="tenants",
-        description="who is next of those that wait: tenants takes, of a priority, the tenant (the "
-        "name of its key) that was served fewest tokens; off takes them in order of arrival",
-    )
-    max_num_seqs: Count = Field(
-        default=64, description="sequences in one step; for throughput 1024, as far as KV holds"
-    )
-    max_num_batched_tokens: Count = Field(
-        default=512, description="tokens in one step; for throughput 4096, as far as that pays"
-    )
-    ttft_target: Milliseconds | None = Field(
-        default=None,
-        description="milliseconds to a request's first token: short prompts go first, and those "
-        "that can still be in time before those that cannot; default: first come, first served",
-    )
-    tpot_target: Milliseconds | None = Field(
-        default=None,
-        description="milliseconds between two tokens of an answer: steps take no more tokens of "
-        "prompts than keep it, and short prompts go first; default: as many as steps may have",
-    )
-    speculation: Literal["off", "ngram"] = Field(
-        default="off",
-        description="guess tokens that follow and check them in the same step, as many as make "
-        "tokens come sooner: ngram looks up what followed the same few tokens before",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sized_for_the_objective(cls, given: Any) -> Any:
-        """Bounds that were not given are those of the objective."""
-        wanted = cls.model_fields["objective"].default
-        if not isinstance(given, dict) or given.get("objective", wanted) != "throughput":
-            return given
-        tokens = given.get("max_num_batched_tokens", THROUGHPUT_TOKENS)
-        most = int(tokens) if str(tokens).isdecimal() else THROUGHPUT_TOKENS
-        seqs = max(1, min(THROUGHPUT_SEQS, most))
-        return {"max_num_batched_tokens": tokens, "max_num_seqs": seqs} | given
-
-    @model_validator(mode="after")
-    def _every_sequence_has_a_token(self) -> Self:
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs="
-                f"{self.max_num_seqs}: every running sequence needs a token in a step"
-            )
-        return self
 
 
 class ProcessOptions(Options):

@@ -17,7 +17,8 @@ from pydantic.fields import FieldInfo
 from moeserve.config.cluster import ClusterOptions, GatewayOptions
 from moeserve.config.commands import COMMANDS, GROUPS
 from moeserve.config.effect import RULES
-from moeserve.config.options import AnswerOptions, DoorOptions, Options
+from moeserve.config.group import Options
+from moeserve.config.options import AnswerOptions, DoorOptions
 from moeserve.config.sources import ENV_PREFIX, SECRETS, choices, flag_of
 from moeserve.config.variables import MEANING
 

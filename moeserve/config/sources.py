@@ -27,7 +27,8 @@ from pydantic.fields import FieldInfo
 
 from moeserve.config.cluster import EverySetting
 from moeserve.config.commands import COMMANDS, GROUPS
-from moeserve.config.options import Options, ServeConfig
+from moeserve.config.group import Options
+from moeserve.config.options import ServeConfig
 from moeserve.config.variables import is_no_setting
 from moeserve.errors import ConfigError
 

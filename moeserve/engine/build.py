@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeserve.config.options import CacheOptions, EngineOptions, StepOptions
+from moeserve.config.options import CacheOptions, EngineOptions
+from moeserve.config.steps import StepOptions
 from moeserve.core import Counters
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
@@ -19,6 +20,7 @@ from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
 from moeserve.engine.policies.choices import Admission, Drafter
 from moeserve.engine.policies.fairness import FairTenants
+from moeserve.engine.policies.made import MadeDrafts
 from moeserve.engine.policies.ngrams import NgramDrafts
 from moeserve.engine.policies.past_future import PastFuture
 from moeserve.engine.policies.speculation import Speculation
@@ -128,7 +130,7 @@ def build_engine(
     fitted, decodes = FittedStepCost(), DecodeCost()
     mixed = MixedCost(decodes)
     admission = admission_of(options, config, cost or fitted, mixed)
-    drafter = drafter_of(options, decodes, fitted)
+    drafter = drafter_of(options, decodes, fitted, makes=own.executor.makes_drafts)
     swapping, lock = swapping_of(options, own, fitted), EngineLock()
     scheduler = Scheduler(config, pool, counters, admission, drafter, swapping=swapping)
     rates = StepRates()
@@ -186,9 +188,14 @@ def swapping_of(options: CacheOptions, own: RankModel, steps: StepLine) -> Swapp
     return Swapping(HostSwapMemory(own.kv, options.swap_memory), SwapOrCompute(steps))
 
 
-def drafter_of(options: StepOptions, decodes: DecodeCost, steps: StepLine) -> Drafter | None:
-    """Who guesses what follows, by ``--speculation``."""
-    return Speculation(NgramDrafts(), decodes, steps) if options.speculation == "ngram" else None
+def drafter_of(
+    options: StepOptions, decodes: DecodeCost, steps: StepLine, *, makes: bool
+) -> Drafter | None:
+    """Who guesses what follows, by ``--speculation``; ``makes`` where steps can do so."""
+    if options.speculation == "off":
+        return None
+    found = NgramDrafts() if options.speculation in ("ngram", "auto") else None
+    return Speculation(found, decodes, steps, made=MadeDrafts() if makes else None)
 
 
 def load_tokenizer(path: Path, chat_template: Path | None = None) -> tuple[Tokenizer | None, str]:

@@ -9,7 +9,8 @@ the op table choose these, all at once. What grammars allow is found out meanwhi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeserve.core import Chunk, RequestId, Sampled, Scored, StepPlan, StepResult
+from moeserve.core import Chunk, Drafted, RequestId, Sampled, Scored, StepPlan, StepResult
 from moeserve.engine.executor import count_accepted
 from moeserve.engine.input_batch import InputBatch
 from moeserve.grammar.masks import GrammarMasks, MaskWanted, StepMasks
@@ -59,6 +60,30 @@ class Unwatched:
     def end(self, *, ok: bool) -> None: ...
 
 
+class DraftMaker(Protocol):
+    """Guesses what follows the tokens that a step has sampled (``mtp_drafts``)."""
+
+    def forget(self, request_ids: Iterable[RequestId]) -> None: ...
+
+    def forward_micro(
+        self,
+        steps: Sequence[StepBatch],
+        cache: Any,
+        observer: StepObserver | None,
+        states: list[Tensor],
+    ) -> list[Tensor]:
+        """The runner's decoder, and the states that ``make`` is to have."""
+        ...
+
+    def make(
+        self,
+        chunks: Sequence[Chunk],
+        states: Sequence[Tensor],
+        sampled: Collection[Sampled],
+        count: int,
+    ) -> tuple[Drafted, ...]: ...
+
+
 class Forward(Protocol[Cache]):
     """The part of a decoder that is needed here."""
 
@@ -89,6 +114,7 @@ class ModelRunner(Generic[Cache]):
         observer: StepObserver | None = None,
         on_logits: Callable[[Chunk, Tensor], None] | None = None,
         masks: GrammarMasks | None = None,
+        drafts: DraftMaker | None = None,
     ) -> None:
         self.masks = masks or GrammarMasks()
         self.watcher: StepWatcher = Unwatched()
@@ -97,8 +123,14 @@ class ModelRunner(Generic[Cache]):
         self._eos_ids = eos_ids
         self._observer = observer
         self._on_logits = on_logits
+        self._drafts = drafts
         self._cache = decoder.new_cache(num_blocks, block_size)
         self._log = logging.getLogger("moeserve.engine")
+
+    @property
+    def makes_drafts(self) -> bool:
+        """Whether a step does so that is asked to."""
+        return self._drafts is not None
 
     @property
     def cache(self) -> Cache:
@@ -112,6 +144,8 @@ class ModelRunner(Generic[Cache]):
             self._batch.forget(plan.preempted)
             self._batch.forget(plan.ended)
             self.masks.forget((*plan.preempted, *plan.ended))
+            if self._drafts is not None:
+                self._drafts.forget((*plan.preempted, *plan.ended))
             step = self._batch.pack(plan.chunks, again=True)
             steps = split_step(step, microbatches)
             self.masks.begin(masks_wanted(plan.chunks))
@@ -119,8 +153,24 @@ class ModelRunner(Generic[Cache]):
             self._log.exception("a step of %d tokens cannot be packed", plan.num_tokens)
             self._decoder.forward_micro(split_step(self._batch.pack(()), microbatches), self._cache)
             return StepResult((), tuple((c.request.id, "its step failed") for c in plan.chunks))
-        logits = self._forward(plan, steps)
-        return self._sample(plan.chunks, logits[0] if len(logits) == 1 else torch.cat(logits))
+        states: list[Tensor] | None = [] if plan.draft_next and self._drafts else None
+        logits = self._forward(plan, steps, states)
+        result = self._sample(plan.chunks, logits[0] if len(logits) == 1 else torch.cat(logits))
+        return result if states is None else self._with_drafts(plan, states, result)
+
+    def _with_drafts(
+        self, plan: StepPlan, states: Sequence[Tensor], result: StepResult
+    ) -> StepResult:
+        """The result, and guesses of what follows it: a step is as good without them."""
+        assert self._drafts is not None, "asked for before"
+        began = time.perf_counter()
+        try:
+            made = self._drafts.make(plan.chunks, states, result.sampled, plan.draft_next)
+        except Exception:  # noqa: BLE001 - whatever it is, the tokens are there
+            self._log.exception("nothing could be guessed behind a step")
+            self._drafts.forget(chunk.request.id for chunk in plan.chunks)
+            return result
+        return replace(result, drafted=made, draft_s=time.perf_counter() - began)
 
     def _sample(self, chunks: Sequence[Chunk], logits_RV: Tensor) -> StepResult:
         masks = self.masks.take()
@@ -137,24 +187,39 @@ class ModelRunner(Generic[Cache]):
         result = accept_all(chunks, sampled_R, masks)
         return replace(result, failed=(*failed, *result.failed), scored=scored)
 
-    def _forward(self, plan: StepPlan, steps: Sequence[StepBatch]) -> list[Tensor]:
+    def _forward(
+        self, plan: StepPlan, steps: Sequence[StepBatch], states: list[Tensor] | None
+    ) -> list[Tensor]:
         ok, sizes = False, [len(step.token_ids_T) for step in steps]
         long = plan.chunks if sum(sizes) > len(plan.chunks) else ()
         self.watcher.begin(long, sum(size > 0 for size in sizes))
         try:
-            rows = self._run_layers(plan, steps)
+            rows = self._run_layers(plan, steps, states)
             ok = True
         finally:
             self.watcher.end(ok=ok)
         return rows
 
-    def _run_layers(self, plan: StepPlan, steps: Sequence[StepBatch]) -> list[Tensor]:
+    def _run_layers(
+        self, plan: StepPlan, steps: Sequence[StepBatch], states: list[Tensor] | None
+    ) -> list[Tensor]:
         if self._observer is None:
-            return self._decoder.forward_micro(steps, self._cache)
+            return self._forward_micro(steps, None, states)
         self._observer.begin(plan)
-        rows = self._decoder.forward_micro(steps, self._cache, self._observer)
+        rows = self._forward_micro(steps, self._observer, states)
         self._observer.end()
         return rows
+
+    def _forward_micro(
+        self,
+        steps: Sequence[StepBatch],
+        observer: StepObserver | None,
+        states: list[Tensor] | None,
+    ) -> list[Tensor]:
+        if states is None:
+            return self._decoder.forward_micro(steps, self._cache, observer)
+        assert self._drafts is not None, "who else wants states"
+        return self._drafts.forward_micro(steps, self._cache, observer, states)
 
 
 def masks_wanted(chunks: Iterable[Chunk]) -> list[MaskWanted]:

@@ -24,6 +24,7 @@ from moeserve.engine.device_memory import load_on_device
 from moeserve.engine.kv_size import KvSize, least_of_all, size_kv
 from moeserve.engine.kv_tensors import KvTensors, watch_kv
 from moeserve.engine.model_runner import ModelRunner, StepObserver
+from moeserve.engine.mtp_drafts import MtpDrafts
 from moeserve.engine.ranks.expert_use import ExpertUseCounter
 from moeserve.engine.ranks.microbatches import LARGEST
 from moeserve.engine.replan.routing_counts import RoutingCounts, chain_observers
@@ -199,8 +200,7 @@ def load_rank_model(
     eos_ids = frozenset(i for i in ends if i < decoder.spec.vocab)
     vocabulary = _vocabulary(options, decoder, eos_ids)
     num_blocks = size.num_blocks if context is None or context.has_requests else 1
-    masks = GrammarMasks(vocabulary)
-    executor = ModelRunner(decoder, num_blocks, options.block_size, eos_ids, observer, masks=masks)
+    executor = _runner(options, decoder, num_blocks, eos_ids, observer, GrammarMasks(vocabulary))
     return RankModel(
         decoder=decoder,
         executor=executor,
@@ -218,6 +218,22 @@ def load_rank_model(
         read_bytes_per_s=read_bytes_per_s,
         streamed=streamed,
     )
+
+
+def _runner(
+    options: RankModelOptions,
+    decoder: Decoder,
+    num_blocks: int,
+    eos_ids: frozenset[int],
+    observer: StepObserver | None,
+    masks: GrammarMasks,
+) -> ModelRunner[ModelKvCache]:
+    """With guesses by the model itself, where they are wanted and it has the module."""
+    wanted, drafts = options.speculation, None
+    if wanted == "mtp" or (wanted == "auto" and decoder.mtp is not None):
+        drafts = MtpDrafts(decoder, options.max_num_seqs)
+    size = options.block_size
+    return ModelRunner(decoder, num_blocks, size, eos_ids, observer, masks=masks, drafts=drafts)
 
 
 def _load_weights(

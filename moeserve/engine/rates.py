@@ -90,13 +90,14 @@ class RatedSteps:
 
     def on_step(self, plan: StepPlan, seconds: float) -> None:
         self._rates.note(plan, seconds)
+        alone = seconds - (0.0 if self._decodes is None else self._decodes.drafting_s)
         if self._cost is not None:
-            self._cost.note(plan.num_tokens, seconds)
+            self._cost.note(plan.num_tokens, alone)
         if self._decodes is not None and plan.chunks and all(map(is_decode, plan.chunks)):
-            self._decodes.note(plan.num_tokens, seconds)
+            self._decodes.note(plan.num_tokens, alone)
         if self._mixed is not None and (choice := plan.choice).prefill_tokens:
             decode_tokens = choice.decodes + choice.drafted
-            self._mixed.note(choice.prefill_tokens, decode_tokens, seconds)
+            self._mixed.note(choice.prefill_tokens, decode_tokens, alone)
         self._inner.on_step(plan, seconds)
 
     def on_gaps(self, gaps: Mapping[float, int]) -> None:

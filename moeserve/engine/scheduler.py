@@ -212,10 +212,10 @@ class Scheduler:
         is given away a step later.
         """
         if (
-            self._drafter is not None
-            or self._in_flight.newest != len(self._running)
+            self._in_flight.newest != len(self._running)
             or (self._waiting and not self._still_stuck)
             or now >= self._deadlines.earliest
+            or (self._drafter is not None and self._drafter.awake(len(self._running)))
         ):
             return None
         self._ahead = self._in_flight.following(self.pool, self.config.max_num_batched_tokens)
@@ -227,6 +227,7 @@ class Scheduler:
         builder = StepBuilder(most, self.rank, self._expire(now), now)
         generating = self._preemption.grow_generating(builder.preempted)
         drafts = propose_for(self._drafter, generating, self._running.values(), self.config)
+        builder.draft_next = 0 if self._drafter is None else self._drafter.to_make
         if drafts:
             add_with_drafts(builder, generating, drafts, self.pool, self.config)
         else:
@@ -292,6 +293,8 @@ class Scheduler:
     def apply(self, result: StepResult) -> list[TokenOut]:
         """Take note of what the planned step computed and sampled."""
         self.counters.steps += 1
+        if self._drafter is not None:
+            self._drafter.take(result.drafted, result.draft_s)
         return self.settle({s.request_id: s for s in result.sampled})
 
     def settle(self, sampled: Mapping[RequestId, Sampled]) -> list[TokenOut]:

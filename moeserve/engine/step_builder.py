@@ -72,6 +72,7 @@ class StepBuilder:
         self.groups = 1
         self._most = budget
         self._most_by = BudgetBy.MOST
+        self.draft_next = 0  # see ``StepPlan``
         self._rank = rank
 
     def limit(self, tokens: int, by: BudgetBy) -> None:
@@ -232,4 +233,4 @@ class StepBuilder:
             self.swapped_in,
         )
         chunks, preempted = tuple(self.chunks), tuple(self.preempted)
-        return StepPlan(chunks, self.expired, preempted, ended, ahead, choice)
+        return StepPlan(chunks, self.expired, preempted, ended, ahead, self.draft_next, choice)

@@ -21,6 +21,8 @@ OWN_MEANS = 16
 DECODE_FADE = 0.05
 # A size that did not come for so many steps is forgotten: it may cost something else by now.
 FORGOTTEN = 2048
+# One that was measured less than so often, after so many: that may have been chance.
+TRIES, DOUBTED = 3, 128
 # What a size that was never measured costs more, per token more, as a share of the step.
 FIRST_SLOPE = 0.15
 
@@ -92,6 +94,9 @@ class DecodeCost:
     more, until it has been tried. One thread notes and asks."""
 
     def __init__(self) -> None:
+        # Of the newest step, seconds that went to guesses for the next one: whoever notes a step
+        # leaves them out.
+        self.drafting_s = 0.0
         # Seconds, how many, and the step when it came last.
         self._means: dict[int, tuple[float, int, int]] = {}
         self._sizes: list[int] = []
@@ -111,8 +116,8 @@ class DecodeCost:
         # Once in a while the machine does something else: that is not what a step costs.
         mean += max(DECODE_FADE, 1 / (count + 1)) * (min(seconds, 2 * mean) - mean)
         self._means[size] = (mean, count + 1, self._steps)
-        if self._steps % FORGOTTEN == 0:
-            self._forget(self._steps - FORGOTTEN)
+        if self._steps % DOUBTED == 0:
+            self._forget()
 
     def seconds(self, tokens: int) -> float:
         """Of a step of so many tokens; some step must have been noted."""
@@ -128,8 +133,12 @@ class DecodeCost:
         high = self._means[above][0]
         return low + (high - low) * (tokens - below) / (above - below)
 
-    def _forget(self, step: int) -> None:
-        self._means = {size: found for size, found in self._means.items() if found[2] > step}
+    def _forget(self) -> None:
+        self._means = {
+            size: (mean, count, step)
+            for size, (mean, count, step) in self._means.items()
+            if self._steps - step < (FORGOTTEN if count >= TRIES else DOUBTED)
+        }
         self._sizes = sorted(self._means)
 
 

@@ -121,16 +121,20 @@ class Decoder:
         steps: Sequence[StepBatch],
         cache: ModelKvCache,
         observer: RoutingObserver | None = None,
+        states: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        """``forward`` of microbatches.
+        """``forward`` of microbatches; ``trunk`` of each is appended to ``states``.
 
         Where there are several ranks, all come with the same number of microbatches, some of which
         may be empty. Where a sequence is in several, the earlier one has the earlier tokens. The
         logits of a step that comes again (``StepBatch.kept``) are valid until it does.
         """
-        if (kept := steps[0].kept) is not None and observer is None and self._keeps(steps[0]):
+        kept = None if states is not None else steps[0].kept
+        if kept is not None and observer is None and self._keeps(steps[0]):
             return [self._run_again(steps[0], kept, cache)]
         hidden = self._layers(steps, cache, observer)
+        if states is not None:
+            states += hidden
         return [
             self.ops.head(x_TH, step.logit_rows_R, self.head)
             for step, x_TH in zip(steps, hidden, strict=True)
@@ -194,10 +198,17 @@ class Decoder:
         return self.ops.new_step(self.rope, step.positions_T, step.slot_T, step.attention)
 
     def mtp_forward(self, normed_TH: Tensor, step: StepBatch, cache: ModelKvCache) -> Tensor:
-        """Draft logits_RW of the token after next.
+        """Draft logits_RW of the token after next: the head of ``mtp_trunk``."""
+        x_TH = self.mtp_trunk(normed_TH, step, cache)
+        assert self.mtp is not None, "mtp_trunk says so"
+        return self.ops.head(x_TH, step.logit_rows_R, self.mtp.head)
+
+    def mtp_trunk(self, normed_TH: Tensor, step: StepBatch, cache: ModelKvCache) -> Tensor:
+        """The residual stream after the MTP block, before its norm: [T, H].
 
         Row t joins the trunk's state at position p, after the final norm, with the token at p + 1:
         ``step.token_ids_T`` are those next tokens, ``step.positions_T`` their states' positions.
+        The block's KV is the cache's last.
         """
         mtp, eps, ops = self.mtp, self.spec.norm_eps, self.ops
         if mtp is None:
@@ -212,7 +223,13 @@ class Decoder:
         )
         x_TH = ops.linear(pair_T2H, mtp.project)
         ops.forward_layers(x_TH, mtp.stack, self._shared(step), cache.layers[-1:])
-        return ops.head(x_TH, step.logit_rows_R, mtp.head)
+        return x_TH
+
+    def new_mtp_cache(self, num_blocks: int, block_size: int) -> ModelKvCache:
+        """Of the MTP block alone, which the model must have."""
+        assert self.spec.mtp is not None, "asked for before"
+        shape = kv_shape(self.spec.mtp.attention, num_blocks, block_size, self.kv_dtype)
+        return ModelKvCache((self.ops.new_kv(shape),), num_blocks, block_size)
 
 
 def load_decoder(

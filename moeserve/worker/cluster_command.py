@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from moeserve.config.cluster import EMBEDDED, EverySetting, GatewayConfig, PeerConfig
 from moeserve.config.effect import require_effect
-from moeserve.config.options import Options
+from moeserve.config.group import Options
 from moeserve.config.sources import Setting, options_of, read_settings
 from moeserve.errors import ConfigError, MoeserveError
 from moeserve.observe.logs import configure_log

@@ -17,7 +17,8 @@ from moeserve.comm.launch.environment import ALONE, LOOPBACK
 from moeserve.comm.launch.note_store import host_store
 from moeserve.comm.launch.spawn import Children, child_environ
 from moeserve.config.cluster import MemberRankOptions, PeerConfig
-from moeserve.config.options import Options, RankOptions, ServeConfig
+from moeserve.config.group import Options
+from moeserve.config.options import RankOptions, ServeConfig
 from moeserve.config.sources import to_environ
 from moeserve.gateway.server import serve
 from moeserve.worker.peer import run_peer

@@ -33,7 +33,7 @@ from moeserve.config.cluster import (
     MemberRankOptions,
     PeerConfig,
 )
-from moeserve.config.options import Options
+from moeserve.config.group import Options
 from moeserve.config.sources import to_environ
 from moeserve.errors import ConfigError, UnavailableError
 from moeserve.host import read_cpu

@@ -259,7 +259,7 @@ def ranks_of() -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
-class Guesser:
+class Guesser(Drafter):
     """Drafts ``count`` of the tokens that a null executor will make; at every ``errs``-th position
     another one, none if that is 0."""
 

@@ -312,7 +312,7 @@ def test_a_grammar_goes_on_where_it_was(demo: Decoder) -> None:
 
 
 @dataclass(frozen=True)
-class Guess:
+class Guess(Drafter):
     """Drafts of an answer that is known, every third of which is wrong."""
 
     answer: Sequence[int]

@@ -37,7 +37,7 @@ OURS = b"written by whoever borrowed the block"
 
 
 @dataclass(frozen=True)
-class Guess:
+class Guess(Drafter):
     """Two drafts, every third of which is wrong."""
 
     def propose(self, seqs: Sequence[SequenceState], beside: int) -> Sequence[Sequence[int]]:

@@ -127,7 +127,7 @@ def test_a_step_scores_no_more_than_its_bound() -> None:
     assert [len(run.scores[f"r{i}"]) for i in range(3)] == [299, 279, 99]
 
 
-class Drafts:
+class Drafts(Drafter):
     """Proposes the same tokens to everybody."""
 
     def propose(self, seqs: Sequence[SequenceState], beside: int) -> Sequence[Sequence[int]]:

@@ -11,5 +11,6 @@
     fairness.py     of several tenants the one that was served least
     swap.py         a preempted request's KV copied to host memory, or computed again
     ngrams.py       guesses of what follows, from all that was written before
+    made.py         guesses that steps made themselves, and how often they are right
     speculation.py  how many of them a step checks: as many as make tokens come sooner
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from moeserve.core import RequestId
+from moeserve.core import Drafted, RequestId
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
@@ -76,7 +76,21 @@ def room_of(running: Collection[SequenceState], pool: BlockPool) -> tuple[int, i
 
 
 class Drafter(Protocol):
-    """Guesses how sequences go on."""
+    """Guesses how sequences go on.
+
+    Of a step that is to be run, ``to_make`` says how many guesses it shall make itself behind the
+    tokens that it samples (``StepPlan.draft_next``); ``take`` gets them when it is over.
+    """
+
+    to_make: int = 0
+
+    def awake(self, generating: int) -> bool:
+        """Whether it is to be asked for the next step, in which so many generate; asked once for
+        each. Where not, the step is one without drafts at no cost, and may be planned ahead."""
+        return True
+
+    def take(self, drafted: Sequence[Drafted], seconds: float) -> None:
+        """A step is over; its guesses took so long. Called for each."""
 
     def propose(self, seqs: Sequence[SequenceState], beside: int) -> Sequence[Sequence[int]]:
         """For each that is generating: tokens that may follow its newest one, in order; any number

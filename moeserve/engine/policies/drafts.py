@@ -18,7 +18,7 @@ def propose_for(
     config: SchedulerConfig,
 ) -> Sequence[Sequence[int]]:
     """Guesses for each that generates, of all that run; nothing where there are none."""
-    if drafter is None or not generating:
+    if drafter is None or not drafter.awake(len(generating)) or not generating:
         return ()
     beside = 0
     if len(generating) < len(running):

@@ -51,8 +51,9 @@ NOTHING = Guess((), ())
 class DraftSource(Protocol):
     """Guesses how sequences go on."""
 
-    def learn(self, seqs: Collection[SequenceState]) -> None:
-        """What these have made since they were seen last. Of others nothing need be kept."""
+    def learn(self, seqs: Collection[SequenceState], most: int | None = None) -> None:
+        """What these have made since they were seen last, of all together the newest ``most``
+        tokens if that is said. Of others nothing need be kept."""
         ...
 
     def guess(self, seq: SequenceState, most: int) -> Guess:
@@ -124,15 +125,21 @@ class NgramDrafts:
         share, count = self._right.get((greedy, order, sure), (0.5, 0))
         return (share * count + 1.0) / (count + 2)
 
-    def learn(self, seqs: Collection[SequenceState]) -> None:
-        seen = self._seen
+    def learn(self, seqs: Collection[SequenceState], most: int | None = None) -> None:
+        seen, room = self._seen, MOST_PROMPT if most is None else most
         for seq in seqs:
             state = seen.get(seq.request.id)
             if state is None or state.outputs is not seq.output_ids:
-                state = seen[seq.request.id] = self._begin(seq)
+                state = seen[seq.request.id] = self._begin(seq, min(room, MOST_PROMPT))
+                room -= 0 if most is None else min(room, len(seq.request.prompt_ids))
             new = seq.output_ids[state.learned :]
+            if most is not None and len(new) > room:
+                state.learned = len(seq.output_ids) - room
+                state.context = seq.tokens(max(0, seq.length - room - LONGEST), seq.length - room)
+                new = seq.output_ids[state.learned :]
             if new:
                 self._read(seq, state, new)
+                room -= 0 if most is None else len(new)
         if len(seen) > 2 * len(seqs) + 16:
             here = {seq.request.id for seq in seqs}
             self._seen = {id_: state for id_, state in seen.items() if id_ in here}
@@ -153,11 +160,13 @@ class NgramDrafts:
             context = (*context[1 - LONGEST :], token_id)
         return Guess(tuple(token_ids), tuple(chances)) if token_ids else NOTHING
 
-    def _begin(self, seq: SequenceState) -> _Seen:
-        """A request that is new here: its prompt is read, which says nothing of chances."""
-        table = self._table(seq)
-        context: tuple[int, ...] = ()
-        for token_id in seq.request.prompt_ids[-MOST_PROMPT:]:
+    def _begin(self, seq: SequenceState, room: int) -> _Seen:
+        """A request that is new here: the end of its prompt is read, which says nothing of
+        chances."""
+        table, prompt_ids = self._table(seq), seq.request.prompt_ids
+        first = len(prompt_ids) - min(room, len(prompt_ids))
+        context = prompt_ids[max(0, first - LONGEST) : first]
+        for token_id in prompt_ids[first:]:
             table.put(context, token_id)
             context = (*context[1 - LONGEST :], token_id)
         return _Seen(seq.output_ids, 0, context)

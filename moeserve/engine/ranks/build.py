@@ -176,7 +176,7 @@ def rank_parts(
     cost, decodes = FittedStepCost(), DecodeCost()
     mixed = MixedCost(decodes)
     admission = admission_of(options, config, cost, mixed)
-    drafter = drafter_of(options, decodes, cost)
+    drafter = drafter_of(options, decodes, cost, makes=own.executor.makes_drafts)
     swapping = swapping_of(options, own, cost) if context.has_requests else None
     scheduler = Scheduler(
         config, pool, counters, admission, drafter, rank=context.rank, swapping=swapping
