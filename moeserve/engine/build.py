@@ -21,7 +21,7 @@ from moeserve.engine.policies.choices import Admission, Drafter
 from moeserve.engine.policies.ngrams import NgramDrafts
 from moeserve.engine.policies.past_future import PastFuture
 from moeserve.engine.policies.speculation import Speculation
-from moeserve.engine.policies.targets import LatencyTargets, TargetAdmission
+from moeserve.engine.policies.targets import NO_TARGETS, LatencyTargets, TargetAdmission
 from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.rank_model import RankModel, load_rank_model
 from moeserve.engine.ranks.counted import GatheredCounts
@@ -163,15 +163,16 @@ def admission_of(
     """Who is admitted when, by ``--objective`` and the targets of latency."""
     if options.objective == "throughput":
         return ThroughputAdmission(cost, config.max_model_len)
-    room = PastFuture(config.max_model_len)
-    if options.ttft_target is None and options.tpot_target is None:
+    room, targets = PastFuture(config.max_model_len), targets_of(options)
+    if targets == NO_TARGETS:
         return room
-    targets = LatencyTargets(seconds(options.ttft_target), seconds(options.tpot_target))
     return TargetAdmission(room, targets, mixed, config.max_model_len)
 
 
-def seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1000
+def targets_of(options: StepOptions) -> LatencyTargets:
+    """In seconds; options have milliseconds."""
+    given = (options.ttft_target, options.tpot_target)
+    return LatencyTargets(*(None if target is None else target / 1e3 for target in given))
 
 
 def drafter_of(options: StepOptions, decodes: DecodeCost, steps: StepLine) -> Drafter | None:

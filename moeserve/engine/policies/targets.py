@@ -49,6 +49,9 @@ class LatencyTargets:
     tpot_s: float | None = None
 
 
+NO_TARGETS = LatencyTargets()
+
+
 class StepBudget:
     """How many tokens of prompts a step may have beside newest tokens, to take ``seconds``."""
 
