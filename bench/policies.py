@@ -4,6 +4,7 @@
                                          [--answer N] [--rounds N] [--threads N] [--json]
     python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py targets [--lengths FILE.csv ...] [--requests N] [--json] [--out FILE]
+                                     [--wall [--model demo] [--threads N]]
 
 speculation: looked-up drafts, none to five for everybody or as many as pay (`--speculation
 ngram`), at each number of requests at once. Stories repeat what others told, sums less so, and what
@@ -33,7 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from policy.admission import admission, show_admitted
-from policy.targets import show_targets, targets
+from policy.targets import LatencyRow, show_targets, targets, targets_by_the_clock
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
@@ -209,6 +210,13 @@ def show(rows: Sequence[Row]) -> None:
     Console().print(table)
 
 
+def targets_of(args: argparse.Namespace) -> list[LatencyRow]:
+    if not args.wall:
+        return targets(args.lengths, args.requests or 400)
+    decoder = load_decoder(resolve_model(args.model), choose_ops(threads=args.threads))
+    return targets_by_the_clock(decoder, args.requests or 60)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Policies of the scheduler, beside none.")
     parser.add_argument("policy", choices=["speculation", "admission", "targets"])
@@ -222,6 +230,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--wall", action="store_true", help="targets: on a model, by the clock")
     parser.add_argument("--out", type=Path, metavar="FILE", help="targets: the figures as JSON")
     args = parser.parse_args()
     if args.policy == "admission":
@@ -231,7 +240,7 @@ def main() -> None:
         )
         return
     if args.policy == "targets":
-        served = targets(args.lengths, args.requests or 400)
+        served = targets_of(args)
         text = json.dumps([asdict(row) for row in served], indent=1)
         if args.out is not None:
             args.out.write_text(text + "\n", encoding="utf-8")
