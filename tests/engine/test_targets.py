@@ -31,6 +31,8 @@ from moeserve.engine.policies.targets import (
     TargetAdmission,
 )
 from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.sequence import NEW, SequenceState
+from moeserve.engine.step_builder import StepBuilder
 from moeserve.engine.step_cost import DecodeCost, FittedStepCost, MixedCost
 
 VOCAB, BLOCK, LIMIT = 97, 4, 512
@@ -179,6 +181,16 @@ def test_who_is_short_goes_first_and_also_overtakes_who_is_in_the_middle() -> No
     while one.scheduler.has_work:
         one.step()
     assert one.order == ["2", "1", "0"]
+
+
+def test_another_admission_may_have_chosen_who_is_next() -> None:
+    one = Simulated(SchedulerConfig(LIMIT, 8, 32), LatencyTargets(tpot_s=1.0))
+    seqs = {r.id: SequenceState.of(r, NEW) for r in (request(0, 300, 2), request(1, 5, 2))}
+    for _ in range(2):
+        one.policy.begin(StepBuilder(32, 0), (), seqs, one.pool)
+        assert [one.policy.pick({i: seq}, 0.0) for i, seq in seqs.items()] == [*seqs.values()]
+        assert one.policy.pick(seqs, 0.0) is seqs[RequestId("1")]
+    assert one.policy.pick({}, 0.0) is None
 
 
 def test_who_has_waited_is_overtaken_by_nobody_who_comes_then() -> None:

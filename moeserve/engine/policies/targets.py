@@ -27,6 +27,7 @@ from moeserve.engine.policies.choices import Admission
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
 from moeserve.engine.step_cost import MixedCost
+from moeserve.engine.waiting import WaitingQueue
 
 # Of prompts in a step, whatever the targets are.
 LEAST_TOKENS = 16
@@ -117,20 +118,29 @@ class TargetAdmission:
         self._queue = queue[::-1]
 
     def pick(self, waiting: Mapping[RequestId, SequenceState], now: float) -> SequenceState | None:
-        """The shortest, by what is left of it and since when it waits, if there is room."""
-        queue, builder = self._queue, self._builder
-        while queue and queue[-1].request.id not in waiting:
-            queue.pop()
-        if not queue:
+        """The shortest, by what is left of it and since when it waits, if there is room; of those
+        that are asked about, which may be one that another admission has chosen."""
+        builder, seq = self._builder, self._next(waiting)
+        if seq is None:
             return None
         assert builder is not None, "begin comes first"
-        seq = queue[-1]
         while builder.later and self._place(builder.later[0]) <= self._place(seq):
             builder.add(builder.later.pop(0))
-        return self._room.pick({seq.request.id: seq}, now) if builder.budget else seq
+        if not builder.budget:
+            return seq  # the scheduler says so
+        one = WaitingQueue()
+        one.put(seq)
+        return self._room.pick(one, now)
 
     def victim(self, running: Collection[SequenceState]) -> SequenceState:
         return self._room.victim(running)
+
+    def _next(self, waiting: Mapping[RequestId, SequenceState]) -> SequenceState | None:
+        if len(waiting) == 1:
+            return next(iter(waiting.values()))
+        while self._queue and self._queue[-1].request.id not in waiting:
+            self._queue.pop()
+        return self._queue[-1] if self._queue else None
 
     def _place(self, seq: SequenceState) -> tuple[int, bool, bool, float]:
         left, come = seq.length - seq.computed, seq.request.arrival
