@@ -4,6 +4,7 @@
                                          [--answer N] [--rounds N] [--threads N] [--json]
     python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py targets [--lengths FILE.csv ...] [--requests N] [--json] [--out FILE]
+                                     [--wall [--model demo] [--threads N]]
     python bench/policies.py swap [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py fairness [--json]
 
@@ -42,7 +43,7 @@ from pathlib import Path
 from policy.admission import admission, cases_of, show_admitted
 from policy.fairness import fairness, show_shared
 from policy.swap import show_given, swap
-from policy.targets import show_targets, targets
+from policy.targets import LatencyRow, show_targets, targets, targets_by_the_clock
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
@@ -218,6 +219,13 @@ def show(rows: Sequence[Row]) -> None:
     Console().print(table)
 
 
+def targets_of(args: argparse.Namespace) -> list[LatencyRow]:
+    if not args.wall:
+        return targets(args.lengths, args.requests or 400)
+    decoder = load_decoder(resolve_model(args.model), choose_ops(threads=args.threads))
+    return targets_by_the_clock(decoder, args.requests or 60)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Policies of the scheduler, beside none.")
     choices = "speculation admission targets swap fairness".split()
@@ -232,6 +240,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--wall", action="store_true", help="targets: on a model, by the clock")
     parser.add_argument("--out", type=Path, metavar="FILE", help="targets: the figures as JSON")
     args = parser.parse_args()
     if args.policy == "admission":
@@ -241,7 +250,7 @@ def main() -> None:
         )
         return
     if args.policy == "targets":
-        served = targets(args.lengths, args.requests or 400)
+        served = targets_of(args)
         text = json.dumps([asdict(row) for row in served], indent=1)
         if args.out is not None:
             args.out.write_text(text + "\n", encoding="utf-8")

@@ -174,9 +174,11 @@ def run_doctor(
                 notes += map(Advice, would_fall_back(report.path, config_of(os.environ)))
             if asked is not None:
                 from moeserve.forecast.command import forecast_here
+                from moeserve.forecast.targets import missed_targets
 
                 forecast, broken = forecast_here(model, asked, threads, host.memory_available)
                 notes += [Advice(broken)] if broken else []
+                notes += map(Advice, missed_targets(forecast, asked.options))
         except MoeserveError as refused:
             problems.append(Advice(refused.message))
     if forecast is not None and not forecast.fits:

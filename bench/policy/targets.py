@@ -10,11 +10,14 @@ sizes that others would choose: the frontier.
 from __future__ import annotations
 
 import csv
+import math
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from policy.admission import BLOCK, COLUMNS, EOS, Scripted
@@ -22,28 +25,28 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from moeserve.core import Counters, Request, RequestId, SamplingParams, StepPlan
+from moeserve.core import Counters, Request, RequestId, SamplingParams, StepChoice, StepPlan
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
+from moeserve.engine.executor import Executor
+from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.policies.choices import Admission
 from moeserve.engine.policies.past_future import PastFuture
-from moeserve.engine.policies.targets import LatencyTargets, TargetAdmission
+from moeserve.engine.policies.targets import NO_TARGETS, LatencyTargets, TargetAdmission
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.step_cost import DecodeCost, MixedCost
+from moeserve.models.decoder import Decoder
 
 SEQS, STEP_TOKENS = 64, 512
 MOST_ANSWER, MOST_PROMPT = 1024, 4200
 STEP_S, TOKEN_S, CONTEXT_S, NOISE = 0.004, 0.0002, 2e-8, 0.05
 BLOCKS = 12000
-LATE_S = 2.0
 LOADS = (0.5, 0.7, 0.85)
+WALL_LOAD, WALL_BLOCKS = 0.7, 3000
 CHUNKS = (128, 256, 512, 1024)
-TARGETS = (
-    LatencyTargets(tpot_s=0.1),
-    LatencyTargets(tpot_s=0.05),
-    LatencyTargets(ttft_s=2.0),
-    LatencyTargets(ttft_s=2.0, tpot_s=0.1),
-)
+# Between tokens, seconds; and to the first one, of what nineteen in twenty get without targets.
+TPOT_S = (0.1, 0.05)
+TTFT_SHARE = 0.65
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +66,9 @@ class Arrivals:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """Simulated seconds. ``budgets`` is how often the budget changed; ``over`` the share of the
-    gaps that are more than 5 % above the target, ``late`` of the first tokens after ``LATE_S``."""
+class LatencyRow:
+    """Seconds. ``over`` is the share of gaps more than 5 % above the target, ``late`` that of first
+    tokens after theirs; ``budgets`` is how often the budget of steps with prompts changed."""
 
     arrivals: str
     load: float
@@ -80,7 +83,6 @@ class Served:
     late: float
     budgets: int
     steps: int
-    preemptions: int
 
 
 def drawn(count: int) -> Arrivals:
@@ -121,15 +123,29 @@ def _seconds(row: Mapping[str, str]) -> float:
     return datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
 
 
-class Clock:
-    """What steps take."""
+class Clock(Protocol):
+    """``end`` says what a step took since ``begin``; ``wait`` is idle until then."""
+
+    @property
+    def now(self) -> float: ...
+    def wait(self, until: float) -> None: ...
+    def begin(self) -> None: ...
+    def end(self, plan: StepPlan) -> float: ...
+
+
+class SimulatedClock:
+    """Steps take what the constants above say."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self._draw = random.Random(5)
 
-    def run(self, plan: StepPlan) -> float:
-        """Seconds of the step, which pass."""
+    def wait(self, until: float) -> None:
+        self.now = max(self.now, until)
+
+    def begin(self) -> None: ...
+
+    def end(self, plan: StepPlan) -> float:
         context = sum(c.start * len(c.token_ids) for c in plan.chunks if len(c.token_ids) > 1)
         seconds = STEP_S + TOKEN_S * plan.num_tokens + CONTEXT_S * context
         seconds *= self._draw.uniform(1 - NOISE, 1 + NOISE)
@@ -137,76 +153,171 @@ class Clock:
         return seconds
 
 
+class WallClock:
+    """Steps take what they take."""
+
+    def __init__(self) -> None:
+        self._start = self._begun = time.perf_counter()
+
+    @property
+    def now(self) -> float:
+        return time.perf_counter() - self._start
+
+    def wait(self, until: float) -> None:
+        time.sleep(max(0.0, until - self.now))
+
+    def begin(self) -> None:
+        self._begun = time.perf_counter()
+
+    def end(self, plan: StepPlan) -> float:
+        return time.perf_counter() - self._begun
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Chunks of at most so many tokens, and targets, if there are some."""
+
+    name: str
+    chunk: int = STEP_TOKENS
+    targets: LatencyTargets = NO_TARGETS
+
+    @staticmethod
+    def keeping(targets: LatencyTargets, chunk: int = STEP_TOKENS) -> Policy:
+        pairs = (("TTFT", targets.ttft_s), ("TPOT", targets.tpot_s))
+        name = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in pairs if s is not None)
+        return Policy(name, chunk, targets)
+
+
+class Served:
+    """What came when, as it is served."""
+
+    def __init__(self) -> None:
+        self.ttft_s: list[float] = []
+        self.gaps_s: list[float] = []
+        self.budgets = self.steps = 0
+        self._newest: dict[RequestId, float] = {}
+        self._budget = 0
+
+    def step(self, choice: StepChoice) -> None:
+        self.steps += 1
+        if choice.prefill_tokens:
+            self.budgets += self._budget != choice.budget
+            self._budget = choice.budget
+
+    def token(self, request: RequestId, arrival: float, now: float) -> None:
+        if request in self._newest:
+            self.gaps_s.append(now - self._newest[request])
+        else:
+            self.ttft_s.append(now - arrival)
+        self._newest[request] = now
+
+    def row(self, arrivals: str, load: float, policy: Policy) -> LatencyRow:
+        first, between = np.array(self.ttft_s), np.array(self.gaps_s)
+        tpot_s = policy.targets.tpot_s or math.inf
+        return LatencyRow(
+            arrivals,
+            load,
+            policy.name,
+            first.mean(),
+            *np.quantile(first, (0.5, 0.95)),
+            *np.quantile(between, (0.5, 0.95, 0.99)),
+            (between > 1.05 * tpot_s).mean(),
+            (first > (policy.targets.ttft_s or math.inf)).mean(),
+            self.budgets,
+            self.steps,
+        )
+
+
 def serve(
-    arrivals: Arrivals, load: float, name: str, chunk: int, targets: LatencyTargets | None
+    rows: Sequence[tuple[float, int, int]],
+    policy: Policy,
+    executor: Executor,
+    clock: Clock,
+    blocks: int,
 ) -> Served:
-    rows = arrivals.at(load).rows
     limit = MOST_PROMPT + MOST_ANSWER + 1
-    counters, decodes = Counters(), DecodeCost()
+    counters, decodes, served = Counters(), DecodeCost(), Served()
     mixed = MixedCost(decodes)
     admission: Admission = PastFuture(limit)
-    if targets is not None:
-        admission = TargetAdmission(admission, targets, mixed, limit)
-    config = SchedulerConfig(limit, SEQS, chunk, 1 << 20, frozenset({EOS}), prefix_cache=False)
-    scheduler = Scheduler(config, BlockPool(BLOCKS, BLOCK, counters), counters, admission)
-    executor = Scripted({RequestId(str(i)): answer for i, (_, _, answer) in enumerate(rows)})
-    clock, coming, budgets, budget = Clock(), 0, 0, 0
-    newest: dict[RequestId, float] = {}
-    ttft, gaps = [], []
+    if policy.targets != NO_TARGETS:
+        admission = TargetAdmission(admission, policy.targets, mixed, limit)
+    eos = frozenset({EOS})
+    config = SchedulerConfig(limit, SEQS, policy.chunk, 1 << 20, eos, prefix_cache=False)
+    scheduler = Scheduler(config, BlockPool(blocks, BLOCK, counters), counters, admission)
+    coming = 0
     while coming < len(rows) or scheduler.has_work:
         if not scheduler.has_work:
-            clock.now = max(clock.now, rows[coming][0])
+            clock.wait(rows[coming][0])
         while coming < len(rows) and rows[coming][0] <= clock.now:
-            at, prompt, _ = rows[coming]
-            params = SamplingParams(max_tokens=MOST_ANSWER)
-            scheduler.add(Request(RequestId(str(coming)), (1,) * prompt, params, arrival=at))
+            scheduler.add(asked(coming, *rows[coming]))
             coming += 1
+        clock.begin()
         plan = scheduler.plan(clock.now)
-        seconds, choice = clock.run(plan), plan.choice
+        result = executor.run(plan)
+        assert result is not None
+        seconds, choice = clock.end(plan), plan.choice
+        served.step(choice)
         if choice.prefill_tokens:
             mixed.note(choice.prefill_tokens, choice.decodes, seconds)
-            budgets, budget = budgets + (budget != choice.budget), choice.budget
         else:
             decodes.note(choice.decodes, seconds)
-        for out in scheduler.apply(executor.run(plan)):
-            if out.request_id in newest:
-                gaps.append(clock.now - newest[out.request_id])
-            else:
-                ttft.append(clock.now - rows[int(out.request_id)][0])
-            newest[out.request_id] = clock.now
-    first, between = np.array(ttft), np.array(gaps)
-    most = np.inf if targets is None or targets.tpot_s is None else targets.tpot_s
-    return Served(
-        arrivals.name,
-        load,
-        name,
-        first.mean(),
-        *np.quantile(first, (0.5, 0.95)),
-        *np.quantile(between, (0.5, 0.95, 0.99)),
-        (between > 1.05 * most).mean(),
-        (first > LATE_S).mean(),
-        budgets,
-        counters.steps,
-        counters.preemptions,
-    )
+        for out in scheduler.apply(result):
+            served.token(out.request_id, rows[int(out.request_id)][0], clock.now)
+    return served
 
 
-def targets(files: Sequence[Path], count: int) -> list[Served]:
+def asked(i: int, arrival: float, prompt: int, answer: int) -> Request:
+    tokens = tuple((7 * i + 13 * j) % 200 + 1 for j in range(prompt))
+    params = SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
+    return Request(RequestId(str(i)), tokens, params, arrival=arrival)
+
+
+def simulated(arrivals: Arrivals, load: float, policy: Policy) -> LatencyRow:
+    rows = arrivals.at(load).rows
+    executor = Scripted({RequestId(str(i)): answer for i, (_, _, answer) in enumerate(rows)})
+    served = serve(rows, policy, executor, SimulatedClock(), BLOCKS)
+    return served.row(arrivals.name, load, policy)
+
+
+def targets(files: Sequence[Path], count: int) -> list[LatencyRow]:
     found = []
     for arrivals in (drawn(count), *(recorded(path, count) for path in files)):
         for load in LOADS:
-            found += [serve(arrivals, load, f"chunks of {n}", n, None) for n in CHUNKS]
-            for kept in TARGETS:
-                found.append(serve(arrivals, load, named(kept), STEP_TOKENS, kept))
+            fixed = [simulated(arrivals, load, Policy(f"chunks of {n}", n)) for n in CHUNKS]
+            ttft_s = TTFT_SHARE * fixed[CHUNKS.index(STEP_TOKENS)].ttft_p95
+            found += fixed
+            for kept in (
+                *(LatencyTargets(tpot_s=tpot_s) for tpot_s in TPOT_S),
+                LatencyTargets(ttft_s=ttft_s),
+                LatencyTargets(ttft_s=ttft_s, tpot_s=TPOT_S[0]),
+            ):
+                found.append(simulated(arrivals, load, Policy.keeping(kept)))
     return found
 
 
-def named(targets: LatencyTargets) -> str:
-    pairs = (("TTFT", targets.ttft_s), ("TPOT", targets.tpot_s))
-    return ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in pairs if s is not None)
+def targets_by_the_clock(decoder: Decoder, count: int) -> list[LatencyRow]:
+    """The same arrivals, a quarter as long, on a model. How fast it is is measured first, by all
+    requests at once."""
+    rows = [(at, max(1, p // 4), max(1, a // 4)) for at, p, a in drawn(count).rows]
+
+    def on_model(policy: Policy, rows: Sequence[tuple[float, int, int]]) -> Served:
+        runner = ModelRunner(decoder, WALL_BLOCKS, BLOCK)
+        return serve(rows, policy, runner, WallClock(), WALL_BLOCKS)
+
+    clock = WallClock()
+    on_model(Policy("all at once"), [(0.0, p, a) for _, p, a in rows])
+    pressed = clock.now / WALL_LOAD / (rows[-1][0] - rows[0][0])
+    rows = [((at - rows[0][0]) * pressed, p, a) for at, p, a in rows]
+    plain = Policy(f"chunks of {STEP_TOKENS // 4}", STEP_TOKENS // 4)
+    found = [on_model(plain, rows).row("a quarter", WALL_LOAD, plain)]
+    ttft_s, tpot_s = TTFT_SHARE * found[0].ttft_p95, found[0].itl_p95
+    for kept in (LatencyTargets(ttft_s, tpot_s), LatencyTargets(None, tpot_s)):
+        policy = Policy.keeping(kept, plain.chunk)
+        found.append(on_model(policy, rows).row("a quarter", WALL_LOAD, policy))
+    return found
 
 
-def show_targets(rows: Sequence[Served]) -> None:
+def show_targets(rows: Sequence[LatencyRow]) -> None:
     table = Table(box=SIMPLE)
     names = (
         "arrivals,load,policy,TTFT mean,p50,p95,ITL p50 ms,p95,p99,over,late,budgets,steps".split(

@@ -25,7 +25,7 @@ from moeserve.engine.policies.ngrams import NgramDrafts
 from moeserve.engine.policies.past_future import PastFuture
 from moeserve.engine.policies.speculation import Speculation
 from moeserve.engine.policies.swap import SwapOrCompute
-from moeserve.engine.policies.targets import LatencyTargets, TargetAdmission
+from moeserve.engine.policies.targets import NO_TARGETS, LatencyTargets, TargetAdmission
 from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.rank_model import RankModel, load_rank_model
 from moeserve.engine.ranks.counted import GatheredCounts
@@ -171,14 +171,15 @@ def admission_of(
     inner: Admission = PastFuture(config.max_model_len)
     if options.objective == "throughput":
         inner = ThroughputAdmission(cost, config.max_model_len)
-    elif options.ttft_target is not None or options.tpot_target is not None:
-        targets = LatencyTargets(seconds(options.ttft_target), seconds(options.tpot_target))
+    elif (targets := targets_of(options)) != NO_TARGETS:
         inner = TargetAdmission(inner, targets, mixed, config.max_model_len)
     return FairTenants(inner) if options.fairness == "tenants" else inner
 
 
-def seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1000
+def targets_of(options: StepOptions) -> LatencyTargets:
+    """In seconds; options have milliseconds."""
+    given = (options.ttft_target, options.tpot_target)
+    return LatencyTargets(*(None if target is None else target / 1e3 for target in given))
 
 
 def swapping_of(options: CacheOptions, own: RankModel, steps: StepLine) -> Swapping | None:

@@ -217,7 +217,7 @@ class StepBuilder:
 
     def plan(self, ended: tuple[RequestId, ...], *, ahead: bool = False) -> StepPlan:
         """The step as it will run."""
-        choice = StepChoice(
+        said = (
             self.decodes,
             self.prefill_tokens,
             self._most,
@@ -232,5 +232,6 @@ class StepBuilder:
             self.swapped_out,
             self.swapped_in,
         )
+        choice = tuple.__new__(StepChoice, said)
         chunks, preempted = tuple(self.chunks), tuple(self.preempted)
         return StepPlan(chunks, self.expired, preempted, ended, ahead, self.draft_next, choice)

@@ -12,5 +12,6 @@
     first_layers  a few layers of the model, to see what one costs
     timing        one call, timed
     predictions   what fits, what binds, how fast, and what would give more
+    targets       which targets of latency would be missed
     shown         the same as tables
 """

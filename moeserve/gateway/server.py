@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from moeserve.config.options import AnswerOptions, ServeConfig
-from moeserve.engine.build import LoadedModel, build_engine
+from moeserve.engine.build import LoadedModel, build_engine, targets_of
 from moeserve.engine.observers import beside
 from moeserve.errors import CancelledError
 from moeserve.gateway.dashboard.history import SloTargets
@@ -301,6 +301,8 @@ class Server:
         cache = cache_info(loaded)
         for name, counts in loaded.own.counted.items():
             self.metrics.parts.add(name, counts)
+        targets = targets_of(self.config)
+        self.metrics.parts.add("target", lambda: targets, now=("ttft_s", "tpot_s"))
         if loaded.ranks is None:
             own = loaded.own_engine or loaded.engine
             self.metrics.bind(loaded.name, lambda: own.counters, own.load, cache=cache)

@@ -6,9 +6,7 @@ what another reads meanwhile may lack the newest step.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from prometheus_client.metrics_core import Metric
 
@@ -26,25 +24,29 @@ _SUMMED = {
 }
 
 
-class _Reason(NamedTuple):
-    kind: str
-    budget_by: BudgetBy
-    refused: Refusal
-    layered: bool
+# Whether it has tokens of prompts and newest tokens, who set its budget, who was refused, and
+# whether its prompts cross some of the layers only.
+_Reason = tuple[bool, bool, BudgetBy, Refusal, bool]
 
 
 class StepChoices:
     """How often each choice was made."""
 
     def __init__(self) -> None:
-        self._reasons: Counter[_Reason] = Counter()
+        self._reasons: dict[_Reason, int] = {}
         self._sums = dict.fromkeys(_SUMMED, 0)
         self._budget = 0
 
     def note(self, choice: StepChoice) -> None:
         """Of a step that is over."""
-        layered = choice.group is not None
-        self._reasons[_Reason(kind_of(choice), choice.budget_by, choice.refused, layered)] += 1
+        reason = (
+            choice.prefill_tokens > 0,
+            choice.decodes > 0,
+            choice.budget_by,
+            choice.refused,
+            choice.group is not None,
+        )
+        self._reasons[reason] = self._reasons.get(reason, 0) + 1
         self._budget = choice.budget
         if choice.prefill_tokens or choice.admitted or choice.preempted:
             for name in self._sums:
@@ -55,11 +57,11 @@ class StepChoices:
         by_budget = {by.value: 0 for by in BudgetBy}
         by_refusal = {why.value: 0 for why in Refusal}
         layered = 0
-        for reason, count in self._reasons.copy().items():
-            by_kind[reason.kind] += count
-            by_budget[reason.budget_by] += count
-            by_refusal[reason.refused] += count
-            layered += count * reason.layered
+        for (prompts, decodes, budget_by, refused, some), count in self._reasons.copy().items():
+            by_kind[_kind(prompts, decodes)] += count
+            by_budget[budget_by] += count
+            by_refusal[refused] += count
+            layered += count * some
         kinds, budgets = "of newest tokens, of prompts, or of both", "by who set their most tokens"
         refusals = "by why the request that was next did not start"
         yield by_label(model, "steps_by_kind", f"steps {kinds}", "kind", by_kind)
@@ -73,9 +75,13 @@ class StepChoices:
 
 def kind_of(choice: StepChoice) -> str:
     """One of ``KINDS``."""
-    if choice.prefill_tokens:
-        return "mixed" if choice.decodes else "prefill"
-    return "decode" if choice.decodes else "none"
+    return _kind(choice.prefill_tokens > 0, choice.decodes > 0)
+
+
+def _kind(prompts: bool, decodes: bool) -> str:
+    if prompts:
+        return "mixed" if decodes else "prefill"
+    return "decode" if decodes else "none"
 
 
 def said(choice: StepChoice) -> dict[str, object]:

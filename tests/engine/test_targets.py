@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeserve.config.options import StepOptions
 from moeserve.core import BudgetBy, Counters, Request, RequestId, SamplingParams, StepChoice
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
+from moeserve.engine.build import admission_of, targets_of
 from moeserve.engine.null import NullExecutor
 from moeserve.engine.policies.choices import Admission
 from moeserve.engine.policies.past_future import PastFuture
@@ -29,7 +31,9 @@ from moeserve.engine.policies.targets import (
     TargetAdmission,
 )
 from moeserve.engine.scheduler import Scheduler
-from moeserve.engine.step_cost import DecodeCost, MixedCost
+from moeserve.engine.sequence import NEW, SequenceState
+from moeserve.engine.step_builder import StepBuilder
+from moeserve.engine.step_cost import DecodeCost, FittedStepCost, MixedCost
 
 VOCAB, BLOCK, LIMIT = 97, 4, 512
 STEP_S, TOKEN_S = 0.004, 0.0002
@@ -179,6 +183,16 @@ def test_who_is_short_goes_first_and_also_overtakes_who_is_in_the_middle() -> No
     assert one.order == ["2", "1", "0"]
 
 
+def test_another_admission_may_have_chosen_who_is_next() -> None:
+    one = Simulated(SchedulerConfig(LIMIT, 8, 32), LatencyTargets(tpot_s=1.0))
+    seqs = {r.id: SequenceState.of(r, NEW) for r in (request(0, 300, 2), request(1, 5, 2))}
+    for _ in range(2):
+        one.policy.begin(StepBuilder(32, 0), (), seqs, one.pool)
+        assert [one.policy.pick({i: seq}, 0.0) for i, seq in seqs.items()] == [*seqs.values()]
+        assert one.policy.pick(seqs, 0.0) is seqs[RequestId("1")]
+    assert one.policy.pick({}, 0.0) is None
+
+
 def test_who_has_waited_is_overtaken_by_nobody_who_comes_then() -> None:
     """A long prompt, and more short ones than can be served: it goes first when it has waited."""
     one = Simulated(SchedulerConfig(LIMIT, 2, 5), LatencyTargets(tpot_s=1.0))
@@ -242,3 +256,12 @@ def test_a_budget_that_cannot_be_kept_leaves_the_least() -> None:
     cost = learned(0.0, random.Random(1))
     assert StepBudget(0.0001, cost).tokens(4, 512) == LEAST_TOKENS
     assert StepBudget(10.0, cost).tokens(4, 512) == 512
+
+
+def test_targets_are_given_in_milliseconds() -> None:
+    config, mixed = SchedulerConfig(LIMIT), MixedCost(DecodeCost())
+    options = StepOptions(ttft_target=700, tpot_target=45)
+    assert targets_of(options) == LatencyTargets(0.7, 0.045)
+    assert isinstance(admission_of(options, config, FittedStepCost(), mixed), TargetAdmission)
+    plain = admission_of(StepOptions(), config, FittedStepCost(), mixed)
+    assert isinstance(plain, PastFuture)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.config.options import LoadOptions, RankModelOptions
+from moeserve.config.options import LoadOptions, RankModelOptions, StepOptions
 from moeserve.errors import ConfigError
 from moeserve.forecast.disk import disk_rates, rates_of
 from moeserve.forecast.first_layers import cut, first_layers, load_first_layers
@@ -37,6 +37,7 @@ from moeserve.forecast.steps import (
     seconds_of,
     with_counted_use,
 )
+from moeserve.forecast.targets import missed_targets
 from moeserve.forecast.timing import CallTimer
 from moeserve.host import read_cache
 from moeserve.kernels.ops import Ops
@@ -175,6 +176,17 @@ def test_a_forecast_says_what_fits_and_how_fast(ops: Ops) -> None:
     told = json.loads(json.dumps(report.to_json()))
     assert told["workloads"][1]["generated_per_s"] == report.workloads[1].generated_per_s
     assert told["total"] == report.parts.total
+
+
+def test_targets_that_would_be_missed_are_said(ops: Ops) -> None:
+    report = predicted(ops, asked(), a_machine())
+    none = StepOptions(ttft_target=3_600_000, tpot_target=3_600_000)
+    assert list(missed_targets(report, none)) == list(missed_targets(report, StepOptions())) == []
+    one, many = report.workloads
+    between = StepOptions(tpot_target=500 * (one.tpot_s + many.tpot_s))
+    (said,) = missed_targets(report, between)
+    assert said.startswith(f"--tpot-target {between.tpot_target:g}: 8 requests at once")
+    assert len(list(missed_targets(report, StepOptions(ttft_target=1e-6)))) == 2
 
 
 def test_without_a_calibration_only_sizes_are_said(ops: Ops) -> None:

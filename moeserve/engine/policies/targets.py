@@ -50,6 +50,9 @@ class LatencyTargets:
     tpot_s: float | None = None
 
 
+NO_TARGETS = LatencyTargets()
+
+
 class StepBudget:
     """How many tokens of prompts a step may have beside newest tokens, to take ``seconds``."""
 
@@ -115,22 +118,29 @@ class TargetAdmission:
         self._queue = queue[::-1]
 
     def pick(self, waiting: WaitingQueue, now: float) -> SequenceState | None:
-        """The shortest, by what is left of it and since when it waits, if there is room."""
-        builder = self._builder
-        seq = next((seq for seq in reversed(self._queue) if seq.request.id in waiting), None)
+        """The shortest, by what is left of it and since when it waits, if there is room; of those
+        that are asked about, which may be one that another admission has chosen."""
+        builder, seq = self._builder, self._next(waiting)
         if seq is None:
             return None
         assert builder is not None, "begin comes first"
         while builder.later and self._place(builder.later[0]) <= self._place(seq):
             builder.add(builder.later.pop(0))
         if not builder.budget:
-            return seq
+            return seq  # the scheduler says so
         one = WaitingQueue()
         one.put(seq)
         return self._room.pick(one, now)
 
     def victim(self, running: Collection[SequenceState]) -> SequenceState:
         return self._room.victim(running)
+
+    def _next(self, waiting: Mapping[RequestId, SequenceState]) -> SequenceState | None:
+        if len(waiting) == 1:
+            return next(iter(waiting.values()))
+        while self._queue and self._queue[-1].request.id not in waiting:
+            self._queue.pop()
+        return self._queue[-1] if self._queue else None
 
     def _place(self, seq: SequenceState) -> tuple[int, bool, bool, float]:
         left, come = seq.length - seq.computed, seq.request.arrival
