@@ -1,18 +1,22 @@
 """The scheduler's policies, each beside the plain scheduler: the same requests, the same tokens.
 
-    python bench/policies.py speculation [--model demo] [--batch 1 4 16] [--requests N]
-                                         [--answer N] [--rounds N] [--threads N] [--json]
+    python bench/policies.py speculation [--model demo] [--source auto|mtp|ngram] [--batch 1 4 8]
+                                         [--requests N] [--answer N] [--rounds N] [--threads N]
+                                         [--clock wall|cpu] [--json]
     python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py targets [--lengths FILE.csv ...] [--requests N] [--json] [--out FILE]
                                      [--wall [--model demo] [--threads N]]
     python bench/policies.py swap [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py fairness [--json]
 
-speculation: looked-up drafts, none to five for everybody or as many as pay (`--speculation
-ngram`), at each number of requests at once. Stories repeat what others told, sums less so, and what
-is sampled at temperature 0.8 hardly does. Schedules run in turn, round after round; the table shows
-medians of tokens a second beside those without drafts (least and most of the rounds' ratios), the
-tokens a request makes in a step, and how many drafts were right. All must make equal tokens.
+speculation: drafts of the model's own module (mtp), looked up (ngram) or both (auto, of which fixed
+numbers are the module's): "off" is without, "0" with all that chooses and never one, 1, 3 and 5 for
+everybody, or "chosen": as many as pay (`--speculation`), at each number of requests at once.
+Stories repeat what others told, sums less so, and what is sampled at temperature 0.8 hardly does.
+Schedules run in turn, round after round; the table shows medians of tokens a second beside those
+without drafts (least and most of the rounds' ratios), how many times fewer the steps are, and how
+many drafts were right. All must make equal tokens. `--clock cpu` counts seconds that the process
+computed, for a machine that others use too: of one thread (`--threads 1`) these mean the same.
 
 admission: who starts when KV is short, without a model (``policy/admission.py``): as blocks are
 free, with room for the longest answer, and as answers were lately (the default). Lengths are drawn
@@ -36,7 +40,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,7 +57,9 @@ from moeserve.core import Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.model_runner import ModelRunner
+from moeserve.engine.mtp_drafts import MtpDrafts
 from moeserve.engine.policies.choices import Drafter
+from moeserve.engine.policies.made import MadeDrafts
 from moeserve.engine.policies.ngrams import NgramDrafts
 from moeserve.engine.policies.speculation import FixedDrafts, Speculation
 from moeserve.engine.rates import is_decode
@@ -65,7 +71,7 @@ from moeserve.models.library import resolve_model
 from moeserve.models.tokenizer import Tokenizer
 
 BLOCK = 16
-SCHEDULES = ("off", "0", "1", "3", "5", "auto")
+SCHEDULES = ("off", "0", "1", "3", "5", "chosen")
 OPENINGS = (
     "Once upon a time, there was a little {} named",
     "One day, a {} went to the park and saw",
@@ -119,23 +125,39 @@ def domains(tokenizer: Tokenizer, count: int) -> list[Domain]:
     return [Domain("stories", told, 0.0), Domain("sums", asked, 0.0), Domain("sampled", told, 0.8)]
 
 
-def drafter_of(schedule: str, decodes: DecodeCost, steps: FittedStepCost) -> Drafter | None:
+def drafter_of(
+    schedule: str, source: str, decodes: DecodeCost, steps: FittedStepCost
+) -> Drafter | None:
     if schedule == "off":
         return None
-    if schedule == "auto":
-        return Speculation(NgramDrafts(), decodes, steps)
-    return FixedDrafts(NgramDrafts(), int(schedule))
+    found = None if source == "mtp" else NgramDrafts()
+    made = None if source == "ngram" else MadeDrafts()
+    if schedule == "chosen":
+        return Speculation(found, decodes, steps, made=made)
+    if schedule == "0":
+        return Speculation(found, decodes, steps, most=0, made=made)
+    return FixedDrafts(found, int(schedule), made)
 
 
-def run(decoder: Decoder, domain: Domain, batch: int, answer: int, schedule: str) -> Run:
+def run(
+    decoder: Decoder,
+    domain: Domain,
+    batch: int,
+    answer: int,
+    schedule: str,
+    source: str = "ngram",
+    clock: Callable[[], float] = time.perf_counter,
+) -> Run:
     """All requests, so many at once. What steps cost is learnt as the engine does it."""
     counters, decodes, steps = Counters(), DecodeCost(), FittedStepCost()
     longest = max(map(len, domain.prompts)) + answer
     blocks = batch * (longest // BLOCK + 2)
     config = SchedulerConfig(longest, batch, max(512, batch), prefix_cache=False)
-    drafter = drafter_of(schedule, decodes, steps)
+    drafter = drafter_of(schedule, source, decodes, steps)
     scheduler = Scheduler(config, BlockPool(blocks, BLOCK, counters), counters, drafter=drafter)
-    runner = ModelRunner(decoder, blocks, BLOCK)
+    makes = drafter is not None and source != "ngram"
+    drafts = MtpDrafts(decoder, batch) if makes else None
+    runner = ModelRunner(decoder, blocks, BLOCK, drafts=drafts)
     tokens: dict[RequestId, list[int]] = {}
     for i, prompt in enumerate(domain.prompts):
         params = SamplingParams(
@@ -143,14 +165,15 @@ def run(decoder: Decoder, domain: Domain, batch: int, answer: int, schedule: str
         )
         scheduler.add(Request(RequestId(str(i)), prompt, params))
         tokens[RequestId(str(i))] = []
-    began = last = time.perf_counter()
+    began = last = clock()
     while scheduler.has_work:
         plan = scheduler.plan(0.0)
         outs = scheduler.apply(runner.run(plan))
-        now = time.perf_counter()
-        steps.note(plan.num_tokens, now - last)
+        now = clock()
+        alone = now - last - decodes.drafting_s
+        steps.note(plan.num_tokens, alone)
         if all(map(is_decode, plan.chunks)):
-            decodes.note(plan.num_tokens, now - last)
+            decodes.note(plan.num_tokens, alone)
         last = now
         for out in outs:
             tokens[out.request_id].append(out.token_id)
@@ -161,7 +184,9 @@ def rows_of(decoder: Decoder, domain: Domain, batch: int, args: argparse.Namespa
     runs: dict[str, list[Run]] = {schedule: [] for schedule in SCHEDULES}
     for _ in range(args.rounds):
         for schedule in SCHEDULES:
-            runs[schedule].append(run(decoder, domain, batch, args.answer, schedule))
+            clock = time.process_time if args.clock == "cpu" else time.perf_counter
+            one = run(decoder, domain, batch, args.answer, schedule, args.source, clock)
+            runs[schedule].append(one)
     plain = runs["off"]
     rows = []
     for schedule, made in runs.items():
@@ -190,6 +215,8 @@ def rows_of(decoder: Decoder, domain: Domain, batch: int, args: argparse.Namespa
 def speculation(args: argparse.Namespace) -> list[Row]:
     path = resolve_model(args.model)
     decoder = load_decoder(path, choose_ops(threads=args.threads))
+    if args.source is None:
+        args.source = "ngram" if decoder.mtp is None else "auto"
     cases = [
         (domain, batch)
         for domain in domains(Tokenizer.load(path), args.requests or 48)
@@ -232,13 +259,15 @@ def main() -> None:
     parser.add_argument("policy", choices=choices)
     parser.add_argument("--lengths", type=Path, nargs="+", default=[])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 32])
     parser.add_argument(
         "--requests", type=int, help="48 to speculate, 800 to admit, 400 for targets"
     )
     parser.add_argument("--answer", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--source", choices=["auto", "mtp", "ngram"], help="auto if it can")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--wall", action="store_true", help="targets: on a model, by the clock")
     parser.add_argument("--out", type=Path, metavar="FILE", help="targets: the figures as JSON")
@@ -270,7 +299,8 @@ def main() -> None:
         return
     rows = speculation(args)
     if args.json:
-        print(json.dumps({"model": args.model, "rows": [asdict(row) for row in rows]}, indent=1))
+        told = {"model": args.model, "source": args.source, "clock": args.clock}
+        print(json.dumps(told | {"rows": [asdict(row) for row in rows]}, indent=1))
     else:
         show(rows)
 

@@ -8,8 +8,8 @@ hold (see ``Chunk``), so new blocks and an id that returns are noticed without a
 
 Steps that were packed stay as they are: what they share is only ever added to. Whoever is done with
 a step before the next is packed says so (``again``): where the same requests have one token each
-time after time, it gets the same tensors with other numbers in them, of which a decoder keeps what
-it has made (``StepBatch.kept``).
+time after time, or the newest and drafts, as many as some time before, it gets the same tensors
+with other numbers in them, of which a decoder keeps what it has made (``StepBatch.kept``).
 
 Letters: T tokens, S chunks, N rows, M blocks of the longest, R rows whose logits are wanted.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from operator import is_
 from struct import Struct
 from typing import Any
@@ -41,6 +41,8 @@ FIRST_ROWS, FIRST_BLOCKS = 16, 64
 SPARE_BLOCKS = 8
 # Decodes that are packed without arrays.
 FEW = 12
+# Of the same requests: numbers of drafts of each whose tensors are kept.
+MOST_KEPT = 8
 
 
 @dataclass(slots=True)
@@ -74,7 +76,8 @@ class _Composition:
 
     ``rooms_S`` are the tokens that the blocks of each can hold. ``tables`` and ``rows_S`` are the
     tensors of ``tables_SM`` and ``index_S``; ``starts_S1`` is for one token each. ``kept`` is made
-    when they come ``again`` with one token each.
+    when they come ``again`` with one token each, ``checked`` by how many tokens each has whose
+    drafts are checked.
     """
 
     requests: tuple[Request, ...]
@@ -87,6 +90,7 @@ class _Composition:
     tables: Tensor
     rows_S: Tensor
     starts_S1: Tensor
+    checked: dict[tuple[int, ...], _KeptStep]
     again: bool = False
     kept: _KeptStep | None = None
 
@@ -143,6 +147,9 @@ class InputBatch:
             composition.again = True  # requests that come once are not worth it
         if decodes and total <= FEW:
             return self._pack_few(composition, token_ids, starts, blocks)
+        counts = tuple(map(len, token_ids))
+        if not decodes and 0 < total <= FEW and samples == counts and not self.scores:
+            return self._pack_checked(composition, token_ids, starts, blocks, again)
         ids_T = np.fromiter(chain.from_iterable(token_ids), np.int64, total)
         positions_T = np.array(starts, np.int64)
         if decodes:
@@ -210,7 +217,7 @@ class InputBatch:
         """One token each, into tensors that were there before."""
         size, kept = self._block_size, composition.kept
         if kept is None:
-            kept = composition.kept = _new_kept(composition, len(starts))
+            kept = composition.kept = _new_kept(composition, (1,) * len(starts))
         if len(starts) <= FEW:
             slots = self._slots_of_few(composition, starts, blocks)
             contexts = [start + 1 for start in starts]
@@ -227,6 +234,34 @@ class InputBatch:
         slots_S *= size
         slots_S += inner_S
         np.add(positions_S, 1, out=kept.contexts_S, casting="unsafe")
+        return kept.step
+
+    def _pack_checked(
+        self,
+        composition: _Composition,
+        token_ids: Sequence[tuple[int, ...]],
+        starts: Sequence[int],
+        blocks: Sequence[tuple[BlockId, ...]],
+        again: bool,
+    ) -> StepBatch:
+        """Newest tokens with drafts, of so few that array operations take longer."""
+        size, counts = self._block_size, tuple(map(len, token_ids))
+        contexts = [start + count for start, count in zip(starts, counts, strict=True)]
+        positions: list[int] = []
+        slots: list[int] = []
+        for table, start, context in zip(blocks, starts, contexts, strict=True):
+            if len(table) * size < context:
+                raise InternalError(no_room(blocks, contexts, composition.requests, size))
+            positions += range(start, context)
+            slots += [table[p // size] * size + p % size for p in range(start, context)]
+        kept = composition.checked.get(counts) if again else None
+        if kept is None:
+            keeps = again and len(composition.checked) < MOST_KEPT
+            kept = _new_kept(composition, counts, keeps=keeps)
+            if keeps:
+                composition.checked[counts] = kept
+        ids = chain.from_iterable(token_ids)
+        kept.packed.pack_into(kept.memory, 0, *ids, *positions, *slots, *contexts)
         return kept.step
 
     def sampling_rows(self, chunks: Sequence[Chunk]) -> list[SamplingRow]:
@@ -285,6 +320,7 @@ class InputBatch:
             torch.from_numpy(tables_SM),
             torch.from_numpy(index_S),
             torch.arange(len(held) + 1, dtype=torch.int32),
+            {},
         )
 
     def _look_up(self, chunk: Chunk) -> _Held:
@@ -329,22 +365,34 @@ class InputBatch:
 
 
 def _step_of(
-    composition: _Composition, numbers: Tensor, contexts_S: Tensor, kept: KeptPass | None
+    composition: _Composition,
+    numbers: Tensor,
+    contexts_S: Tensor,
+    kept: KeptPass | None,
+    starts_S1: Tensor | None = None,
 ) -> StepBatch:
-    """One token each: ids, positions and slots are ``numbers``, one after the other."""
-    ids_T, positions_T, slot_T = numbers.split_with_sizes([len(contexts_S)] * 3)
-    attention = AttentionBatch(composition.starts_S1, contexts_S, composition.tables)
-    return StepBatch(ids_T, positions_T, slot_T, attention, composition.rows_S, kept)
+    """Ids, positions and slots are ``numbers``, one after the other, of one token each unless
+    ``starts_S1`` says otherwise; the rows of all are wanted."""
+    ids_T, positions_T, slot_T = numbers.split_with_sizes([len(numbers) // 3] * 3)
+    rows_R = composition.rows_S if starts_S1 is None else torch.arange(len(ids_T))
+    starts_S1 = composition.starts_S1 if starts_S1 is None else starts_S1
+    attention = AttentionBatch(starts_S1, contexts_S, composition.tables)
+    return StepBatch(ids_T, positions_T, slot_T, attention, rows_R, kept)
 
 
-def _new_kept(composition: _Composition, count: int) -> _KeptStep:
-    packed = Struct(f"={3 * count}q{count}i")
+def _new_kept(composition: _Composition, counts: Sequence[int], *, keeps: bool = True) -> _KeptStep:
+    """Of a step in which each has so many tokens."""
+    total = sum(counts)
+    packed = Struct(f"={3 * total}q{len(counts)}i")
     memory = bytearray(packed.size)
-    numbers = np.frombuffer(memory, np.int64, 3 * count)
+    numbers = np.frombuffer(memory, np.int64, 3 * total)
     contexts_S = np.frombuffer(memory, np.int32, offset=numbers.nbytes)
+    starts_S1 = None
+    if total > len(counts):
+        starts_S1 = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
     tensors = torch.from_numpy(numbers), torch.from_numpy(contexts_S)
-    step = _step_of(composition, *tensors, KeptPass())
-    ids_S, positions_S, slots_S = numbers.reshape(3, count)
+    step = _step_of(composition, *tensors, KeptPass() if keeps else None, starts_S1)
+    ids_S, positions_S, slots_S = numbers.reshape(3, total)
     return _KeptStep(step, memory, packed, ids_S, positions_S, slots_S, contexts_S)
 
 

@@ -91,7 +91,8 @@ class FittedStepCost:
 class DecodeCost:
     """Seconds of steps that only decode, by their tokens: the mean of every size that came lately,
     and between two sizes what lies between. One that is larger than all is taken to cost little
-    more, until it has been tried. One thread notes and asks."""
+    more, and no more for each token than the largest two do, until it has been tried. One thread
+    notes and asks."""
 
     def __init__(self) -> None:
         # Of the newest step, seconds that went to guesses for the next one: whoever notes a step
@@ -105,6 +106,11 @@ class DecodeCost:
     @property
     def known(self) -> bool:
         return bool(self._sizes)
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest step that is known; 0 before the first."""
+        return self._sizes[-1] if self._sizes else 0
 
     def note(self, tokens: int, seconds: float) -> None:
         """A step without prompts is over, and took so long."""
@@ -129,7 +135,11 @@ class DecodeCost:
         below = sizes[at - 1]
         low = self._means[below][0]
         if not above:
-            return low * (1 + (tokens - below) * min(FIRST_SLOPE, 0.5 / below))
+            more = low * min(FIRST_SLOPE, 0.5 / below)
+            if at > 1:
+                less = sizes[at - 2]
+                more = min(more, max(0.0, low - self._means[less][0]) / (below - less))
+            return low + more * (tokens - below)
         high = self._means[above][0]
         return low + (high - low) * (tokens - below) / (above - below)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moeserve.config.options import StepOptions
+from moeserve.config.steps import StepOptions
 from moeserve.forecast.predictions import ForecastReport
 
 SMALLER = "give a larger target, or fewer sequences at once (--max-num-seqs)"

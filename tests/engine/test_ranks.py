@@ -36,6 +36,7 @@ from moeserve.engine.ranks.counted import GatheredCounts
 from moeserve.engine.ranks.meeting import RankMeeting
 from moeserve.engine.ranks.records import RECORD_BYTES
 from moeserve.engine.sequence import HeldKv, History
+from moeserve.models.library import resolve_model
 from moeserve.models.spec import MoeSpec
 from moeserve.observe.progress import Progress
 from moeserve.placement.plan import Plan, contiguous, dump
@@ -315,6 +316,18 @@ def test_few_blocks_preempt_and_nothing_changes(
             if group.refresh().counters.preemptions:
                 break
         assert group.refresh().counters.preemptions > 0
+
+
+def test_ranks_that_guess_with_the_models_own_module_answer_as_a_process_that_does_not() -> None:
+    """Each for its own requests, with whatever number of guesses it takes to pay."""
+    path = resolve_model("demo")
+    loaded = build_engine(EngineOptions(model=str(path), threads=1, **SMALL))
+    plain = ask_all(loaded, PROMPTS, MIXED)
+    assert loaded.close()
+    with serving(path, (0, 0), speculation="auto", microbatches=2) as group:
+        assert ask_all(group, PROMPTS, MIXED) == plain
+        counters = group.refresh().counters
+    assert counters.drafted_tokens >= counters.drafts > 0
 
 
 def test_more_ranks_than_requests(

@@ -20,7 +20,7 @@ from moeserve.engine.step_cost import DecodeCost
 FIRST_CHANCE, FIRST_WEIGHT = 0.8, 2
 # What the newest of many observations counts, of a kind and of a request; how many of its kind a
 # request begins with.
-FADE, OWN_FADE, OWN_WEIGHT = 0.02, 0.05, 4
+FADE, OWN_FADE, OWN_WEIGHT = 0.01, 0.03, 16
 # Before it was measured: what guesses of one position cost, as a share of the step.
 FIRST_COST = 0.15
 
@@ -64,6 +64,8 @@ class MadeDrafts:
         """How many first guesses, second ones, and so on up to ``most``, would be right if they
         were made for these."""
         right = [0.0] * most
+        if not most:
+            return right
         kinds = [[self._chance(greedy, i) for i in range(1, most)] for greedy in (False, True)]
         for seq in seqs:
             if seq.request.params.grammar is not None:
@@ -109,8 +111,12 @@ class MadeDrafts:
         return Guess(token_ids, tuple(chances))
 
     def _chance(self, greedy: bool, index: int) -> float:
-        share, count = self._right.get((greedy, index), (0.0, 0))
-        return (share * count + FIRST_CHANCE * FIRST_WEIGHT) / (count + FIRST_WEIGHT)
+        """That a guess is right behind so many right ones; that before it, while few were seen."""
+        chance = FIRST_CHANCE
+        for i in range(index + 1):
+            share, count = self._right.get((greedy, i), (0.0, 0))
+            chance = (share * count + chance * FIRST_WEIGHT) / (count + FIRST_WEIGHT)
+        return chance
 
     def _compare(self, seq: SequenceState, state: _Own) -> None:
         """Guesses with what came, as far as those before them were right."""

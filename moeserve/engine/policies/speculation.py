@@ -27,18 +27,21 @@ GIVE_UP = 0.9
 # each time; and where it is tried anew after a long while, so many guesses are made unasked.
 TRIAL = 5
 SHORTEST_REST, LONGEST_REST = 4, 512
+FEW_STEPS = 4
 PROBES = 3
 # Tokens that are read in a step, of all sequences, while nothing pays.
 MOST_READ = 64
 
 
 class Rest:
-    """When to leave off. A rest ends early where half as many generate as when it began."""
+    """When to leave off. A rest ends early where no more than half as many generate as when it
+    began, for ``FEW_STEPS`` in a row: less is others that come and go."""
 
     def __init__(self) -> None:
         self._left = 0
         self._length = SHORTEST_REST
         self._generating = 0
+        self._few = 0
         self._tries = 1
 
     @property
@@ -58,21 +61,24 @@ class Rest:
 
     def over(self, generating: int) -> bool:
         """Whether the next step is one to ask for; asked for each."""
-        if self._left and 2 * generating <= self._generating:
-            self._left, self._length = 0, SHORTEST_REST
         if not self._left:
             return True
         self._left -= 1
+        self._few = self._few + 1 if 2 * generating <= self._generating else 0
+        if self._few == FEW_STEPS:
+            self._left, self._length = 0, SHORTEST_REST
         return False
 
     def note(self, generating: int, *, paid: bool) -> None:
         """Of a step that was asked for."""
         if paid:
-            self._tries, self._length = 0, SHORTEST_REST
+            # What is only tried pays too, as far as is known: one step tells little.
+            self._tries, self._length = 0, max(SHORTEST_REST, self._length // 2)
             return
         self._tries += 1
         if self._tries >= TRIAL:
-            self._left, self._generating, self._tries = self._length, generating, 1
+            self._left, self._generating, self._few = self._length, generating, 0
+            self._tries = 1
             self._length = min(2 * self._length, LONGEST_REST)
 
 
@@ -117,10 +123,9 @@ class Speculation(Drafter):
         found = [self._look_up(seq) for seq in seqs]
         to_make = self._worth_making(seqs, found, seconds)
         guesses = found if self._made is None else list(map(self._likelier, seqs, found))
-        chances = in_order(guesses)
-        count = worthwhile_drafts(
-            self._with_making(seconds, len(seqs), to_make), len(seqs), chances
-        )
+        chances = in_order(guesses)[: self._most_to_try(len(seqs))]
+        costs = self._with_making(seconds, len(seqs), to_make)
+        count = worthwhile_drafts(costs, len(seqs), chances)
         paid = bool(count or to_make)
         probes = self._made is not None and self._rest.probes
         self._rest.note(len(seqs), paid=paid)
@@ -150,11 +155,14 @@ class Speculation(Drafter):
         if self._made is None:
             return 0
         generating = len(seqs)
-        chances = in_order(found)
+        room = self._most_to_try(generating)
+        chances = in_order(found)[:room]
         count = worthwhile_drafts(seconds, generating, chances)
         rate = (generating + sum(chances[:count])) / seconds(generating + count)
         tokens, best, wanted = float(generating), GAIN * rate, 0
         for count, right in enumerate(self._made.expected(seqs, self._most), 1):
+            if generating * count > room:
+                break
             tokens += right
             costs = self._with_making(seconds, generating, count)
             rate = tokens / costs(generating * (1 + count))
@@ -163,6 +171,11 @@ class Speculation(Drafter):
             elif rate < GIVE_UP * best:
                 break
         return wanted
+
+    def _most_to_try(self, generating: int) -> int:
+        """Drafts of all requests: what twice as many tokens cost as were ever measured may be far
+        from what is hoped."""
+        return max(generating, 2 * self._decodes.largest - generating)
 
     def _with_making(
         self, seconds: Callable[[int], float], generating: int, count: int
