@@ -4,7 +4,7 @@
                                          [--answer N] [--rounds N] [--threads N] [--json]
     python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py swap [--lengths FILE.csv ...] [--requests N] [--json]
-    python bench/policies.py fairness [--json]
+    python bench/policies.py fairness [--requests N] [--json]
 
 speculation: looked-up drafts, none to five for everybody or as many as pay (`--speculation
 ngram`), at each number of requests at once. Stories repeat what others told, sums less so, and what
@@ -237,7 +237,7 @@ def main() -> None:
         )
         return
     if args.policy == "fairness":
-        shared = fairness()
+        shared = fairness(args.requests or 200)
         print(json.dumps([asdict(row) for row in shared], indent=1)) if args.json else show_shared(
             shared
         )
