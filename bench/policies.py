@@ -7,7 +7,7 @@
     python bench/policies.py targets [--lengths FILE.csv ...] [--requests N] [--json] [--out FILE]
                                      [--wall [--model demo] [--threads N]]
     python bench/policies.py swap [--lengths FILE.csv ...] [--requests N] [--json]
-    python bench/policies.py fairness [--json]
+    python bench/policies.py fairness [--requests N] [--json]
 
 speculation: drafts of the model's own module (mtp), looked up (ngram) or both (auto, of which fixed
 numbers are the module's): "off" is without, "0" with all that chooses and never one, 1, 3 and 5 for
@@ -292,7 +292,7 @@ def main() -> None:
         )
         return
     if args.policy == "fairness":
-        shared = fairness()
+        shared = fairness(args.requests or 200)
         print(json.dumps([asdict(row) for row in shared], indent=1)) if args.json else show_shared(
             shared
         )

@@ -17,11 +17,24 @@ import pytest
 import torch
 
 from moeserve.config.options import ServeConfig
+from moeserve.core import Counters, Request, RequestId, SamplingParams
+from moeserve.engine.blocks import BlockPool
+from moeserve.engine.bounds import SchedulerConfig
+from moeserve.engine.drive import drive
+from moeserve.engine.kv_tensors import watch_kv
+from moeserve.engine.model_runner import ModelRunner
+from moeserve.engine.policies.swap import SwapOrCompute
+from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.swap_memory import HostSwapMemory
+from moeserve.engine.swapping import Swapping
 from moeserve.gateway.offline import generate
+from moeserve.kernels.select import choose_ops
 from moeserve.models.checkpoint import Checkpoint
+from moeserve.models.decoder import load_decoder
 from moeserve.models.families import read_spec
 from moeserve.models.library import resolve_model
 from moeserve.models.spec import MlaSpec, MoeSpec
+from moeserve.models.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.long
 
@@ -150,3 +163,32 @@ def test_training_resumes_where_it_was_stopped(train: ModuleType, tmp_path: Path
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     steps = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
     assert [json.loads(s)["step"] for s in steps] == [0, 1, 2, 3]
+
+
+def told(num_blocks: int, swap_memory: int) -> tuple[dict[str, list[int]], Counters]:
+    """What it tells six clients at once, and how."""
+    path, counters, tokens = resolve_model("demo"), Counters(), dict[str, list[int]]()
+    decoder = load_decoder(path, choose_ops())
+    runner = ModelRunner(decoder, num_blocks, 16)
+    memory = HostSwapMemory(watch_kv(runner, decoder.ops), swap_memory)
+    config, pool = SchedulerConfig(256, 6), BlockPool(num_blocks, 16, counters)
+    swapping = Swapping(memory, SwapOrCompute())
+    scheduler = Scheduler(config, pool, counters, swapping=swapping)
+    for name in ("girl", "boy", "dog", "cat", "bird", "fish"):
+        prompt = tuple(Tokenizer.load(path).encode(f"Once upon a time, there was a {name} named"))
+        params = SamplingParams(temperature=0.7, max_tokens=40, ignore_eos=True, seed=len(name))
+        scheduler.add(Request(RequestId(name), prompt, params))
+        tokens[name] = []
+    for outcome in drive(scheduler, runner):
+        outcome.raise_failure()
+        for out in outcome.outs:
+            tokens[out.request_id].append(out.token_id)
+    return tokens, counters
+
+
+def test_swapping_changes_no_token() -> None:
+    roomy, _ = told(64, 1 << 22)
+    tokens, counters = told(12, 1 << 22)
+    assert tokens == roomy
+    assert counters.swaps == counters.preemptions > 0
+    assert counters.recomputed_tokens == 0

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeserve.config.options import LoadOptions
-from moeserve.core import Chunk, Counters, Request, RequestId, SamplingParams
+from moeserve.core import BlockId, Chunk, Counters, Request, RequestId, SamplingParams
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_tensors import watch_kv
@@ -27,7 +27,9 @@ from moeserve.engine.policies.swap import SwapOrCompute
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.swap_memory import HostSwapMemory
+from moeserve.engine.swap_space import SwapRun
 from moeserve.engine.swapping import Swapping
+from moeserve.errors import ConfigError
 from moeserve.kernels.ops import Linear
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
@@ -66,6 +68,7 @@ def run(
     prefix_cache: bool = True,
     drafter: Drafter | None = None,
     swap_memory: int = 0,
+    memory: type[HostSwapMemory] = HostSwapMemory,
 ) -> Ran:
     """Each wave is added when the one before has ended."""
     counters = Counters()
@@ -85,7 +88,7 @@ def run(
     executor = ModelRunner(decoder, num_blocks, block_size, on_logits=keep)
     swapping = None
     if swap_memory:
-        host = HostSwapMemory(watch_kv(executor, decoder.ops), swap_memory)
+        host = memory(watch_kv(executor, decoder.ops), swap_memory)
         swapping = Swapping(host, SwapOrCompute())
     scheduler = Scheduler(config, pool, counters, drafter=drafter, swapping=swapping)
     for wave in waves:
@@ -204,6 +207,29 @@ def test_a_preemption_changes_nothing(alone: Alone) -> None:
         assert ran.counters.swaps == ran.counters.preemptions > 0
         assert ran.counters.recomputed_tokens == 0
         alone.assert_same(requests, ran)
+
+
+class Faulty(HostSwapMemory):
+    """A bit of what comes back is another one."""
+
+    def copy_in(
+        self, blocks: Sequence[BlockId], runs: Sequence[SwapRun], keys: Sequence[bytes]
+    ) -> bool:
+        self._memory_X[(runs[-1].at + runs[-1].count) * self.place_bytes - 1] ^= 1
+        return super().copy_in(blocks, runs, keys)
+
+
+def test_a_copy_that_was_changed_in_host_memory_is_noticed(alone: Alone) -> None:
+    requests = [ask(f"r{i}", prompt(10 + i, 12)) for i in range(5)]
+    ran = run(alone.decoder, [requests], num_blocks=13, swap_memory=1 << 20, memory=Faulty)
+    assert ran.counters.swap_recomputed > 0
+    assert ran.counters.swap_in_bytes == 0
+    alone.assert_same(requests, ran)
+
+
+def test_host_memory_for_less_than_a_token_is_refused(alone: Alone) -> None:
+    with pytest.raises(ConfigError, match=r"swap_memory=9: the KV of one token takes \d+ bytes"):
+        run(alone.decoder, [], swap_memory=9)
 
 
 class Known(Drafter):

@@ -1,8 +1,8 @@
 """Service between tenants, by the production scheduler without a model.
 
-Three tenants with requests of three sizes, and one that floods: its ``FLOOD`` requests wait before
-anybody else's. Counted while all of them have requests waiting: what was computed of prompts, and
-twice what was made of answers (``policies.fairness``).
+Three tenants with requests of three sizes, and one that floods: ``FLOOD`` times as many of its own
+wait before anybody else's. Counted while all of them have requests waiting: what was computed of
+prompts, and twice what was made of answers (``policies.fairness``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moeserve.engine.policies.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, Fair
 from moeserve.engine.policies.past_future import PastFuture
 from moeserve.engine.scheduler import Scheduler
 
-FLOOD, OTHERS = 600, 200
+FLOOD = 3
 BLOCKS, SEQS, STEP_TOKENS, LIMIT = 400, 24, 512, 1024
 # Mean tokens of prompt and answer.
 TENANTS = {"flood": (120, 150), "chat": (60, 120), "code": (300, 60), "stories": (30, 300)}
@@ -59,7 +59,7 @@ def requests_of(tenant: str, count: int, draw: random.Random) -> list[tuple[Requ
     return found
 
 
-def share(policy: str) -> Shared:
+def share(policy: str, count: int) -> Shared:
     chosen: dict[str, Admission] = {
         POLICIES[0]: FirstComeFirstServed(),
         POLICIES[1]: FairTenants(FirstComeFirstServed()),
@@ -73,7 +73,8 @@ def share(policy: str) -> Shared:
     waiting: Counter[str] = Counter()
     owners: dict[RequestId, str] = {}
     for tenant in TENANTS:
-        for request, made in requests_of(tenant, FLOOD if tenant == "flood" else OTHERS, draw):
+        number = FLOOD * count if tenant == "flood" else count
+        for request, made in requests_of(tenant, number, draw):
             scheduler.add(request)
             answers[request.id], owners[request.id] = made, tenant
             waiting[tenant] += 1
@@ -96,8 +97,9 @@ def share(policy: str) -> Shared:
     return Shared(policy, dict(service), seconds, counters.steps)
 
 
-def fairness() -> list[Shared]:
-    return [share(policy) for policy in POLICIES]
+def fairness(count: int) -> list[Shared]:
+    """With so many requests of each tenant, and more of the one that floods."""
+    return [share(policy, count) for policy in POLICIES]
 
 
 def show_shared(rows: Sequence[Shared]) -> None:

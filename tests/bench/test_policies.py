@@ -49,3 +49,22 @@ def test_speculation_is_shown_by_domain_and_number_of_drafts() -> None:
     assert len(rows) == 3 * 6
     assert all(row["drafted"] == 0 for row in rows if row["schedule"] in ("off", "0"))
     assert any(row["accepted"] for row in rows if row["schedule"] == "5")
+
+
+def test_what_swapping_saves_is_shown() -> None:
+    rows = rows_of("swap", "--requests", "60")
+    assert len(rows) == 2 * 2 * 3
+    given_up = [row for row in rows if row["lengths"] == "short, long, short"]
+    again, by_blocks, runs = given_up[:3]
+    assert again["preemptions"] > 0 == again["swaps"]
+    assert by_blocks["swaps"] > 0 == by_blocks["recomputed_tokens"]
+    assert by_blocks["calls"] == by_blocks["block_calls"]
+    assert runs["swaps"] > 0 == runs["recomputed_tokens"]
+    assert 5 * runs["calls"] <= runs["block_calls"]
+
+
+def test_service_between_tenants_is_shown() -> None:
+    by_arrival, *fair = rows_of("fairness", "--requests", "40")
+    assert by_arrival["service"]["chat"] == 0
+    for row in fair:
+        assert max(row["service"].values()) <= 1.5 * min(row["service"].values())

@@ -305,17 +305,21 @@ def test_re_planning_looks_at_what_all_ranks_counted(
             assert np.array(said["load"]).sum(axis=1).tolist() == [4 * said["tokens"]] * 2
 
 
+@pytest.mark.parametrize("swap_memory", [0, 1 << 20])
 def test_few_blocks_preempt_and_nothing_changes(
-    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]]
+    tiny_checkpoint: MakeCheckpoint, alone: Callable[[str], list[Any]], swap_memory: int
 ) -> None:
     """Which requests meet on a rank is a matter of moments, and so is who is preempted, if any."""
-    path, small = tiny_checkpoint("deepseek_v3"), {"num_blocks": 10, "max_model_len": 40}
+    path = tiny_checkpoint("deepseek_v3")
+    small = {"num_blocks": 10, "max_model_len": 40, "swap_memory": swap_memory}
     with serving(path, (0, 0), prefix_cache=False, **small) as group:
         for _ in range(30):
             assert ask_all(group, PROMPTS, MIXED) == alone("deepseek_v3")
             if group.refresh().counters.preemptions:
                 break
-        assert group.refresh().counters.preemptions > 0
+        counters = group.refresh().counters
+        assert counters.preemptions > 0
+        assert (counters.swaps > 0) == (swap_memory > 0)
 
 
 def test_ranks_that_guess_with_the_models_own_module_answer_as_a_process_that_does_not() -> None:

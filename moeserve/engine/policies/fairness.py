@@ -97,6 +97,7 @@ class FairTenants:
         """The next one of the tenant that is next, where the inner admission would start it."""
         heads = waiting.heads()
         if len(heads) < 2 and len(self.counters.present) < 2:
+            self._turns.clear()
             return self._inner.pick(waiting, now)
         self._charge(waiting)
         running = {seq.request.tenant for seq in self._running}
@@ -115,7 +116,9 @@ class FairTenants:
 
     def _next(self, heads: Sequence[SequenceState], now: float) -> SequenceState:
         """Of the first ones of each tenant and priority."""
-        self._turns = {p: self._turns.get(p, now) for p in {s.request.priority for s in heads}}
+        there = {seq.request.priority for seq in heads}
+        before = self._turns if len(there) > 1 else {}  # who is alone waits for nobody
+        self._turns = {p: before.get(p, now) for p in there}
         waits = min(self._turns, key=self._turns.__getitem__)
         overdue = now - self._turns[waits] >= TURN_S
         chosen = waits if overdue else min(self._turns)
