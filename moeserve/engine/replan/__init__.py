@@ -9,6 +9,7 @@
     coordinator.py      rank 0: a plan comes into use layer by layer
     routing_counts.py   every rank: what its tokens' routing was
     benefit.py          whether a new plan pays
+    candidates.py       one made and judged on a sample, and made again from all of it
     replanner.py        every so often: count, solve, propose what pays
     replay.py           recorded traffic through that policy, beside doing nothing and hindsight
     replay_command.py   ``moeserve place replay``; replay_plot: the same over time, as SVG

@@ -45,6 +45,14 @@ class StepSample:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanLoad:
+    """What a plan does to a token, on average over recent ones: counts as in ``StepSample``."""
+
+    copies: float
+    busiest: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepCostModel:
     """Seconds per token, per copy, and per copy at the busiest rank; ``fixed`` per step."""
 
@@ -53,13 +61,9 @@ class StepCostModel:
     copy: float
     busiest: float
 
-
-@dataclass(frozen=True, slots=True)
-class PlanLoad:
-    """What a plan does to a token, on average over recent ones: counts as in ``StepSample``."""
-
-    copies: float
-    busiest: float
+    def moved_s(self, load: PlanLoad) -> float:
+        """Seconds per token that a plan decides."""
+        return self.copy * load.copies + self.busiest * load.busiest
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,22 @@ def layers_that_differ(current: Plan, candidate: Plan) -> int:
     return int((current.expert_LS != candidate.expert_LS).any(axis=1).sum())
 
 
+def moving_s(current: Plan, candidate: Plan, expert_bytes: int, moving: MoveCost) -> float:
+    """Seconds of reading and of pauses."""
+    read = bytes_to_read(current, candidate, expert_bytes)
+    return _moving_s((read, layers_that_differ(current, candidate)), moving)
+
+
+def _moving_s(moves: tuple[int, int], moving: MoveCost) -> float:
+    return moves[0] / max(1e-9, moving.bytes_per_s) + moves[1] * moving.pause_s
+
+
+def too_recent(policy: ReplanPolicy, now: Conditions) -> bool:
+    """Whether the last change was made less than ``min_interval_s`` ago."""
+    last_s = now.last_change_s
+    return last_s is not None and now.seconds - last_s < policy.min_interval_s
+
+
 def judge(
     policy: ReplanPolicy,
     now: Conditions,
@@ -164,16 +184,13 @@ def decide(
     """``loads`` of the current plan and the candidate; ``moves`` are bytes to read and layers."""
     if weights is None:
         return ReplanDecision(False, "too few steps were measured")
-    if now.last_change_s is not None and now.seconds - now.last_change_s < policy.min_interval_s:
+    if too_recent(policy, now):
         return ReplanDecision(False, "the last change is too recent")
     current, candidate = loads
-    per_token = weights.copy * (current.copies - candidate.copies)
-    per_token += weights.busiest * (current.busiest - candidate.busiest)
-    step_s = weights.fixed + now.tokens_per_step * (
-        weights.token + weights.copy * current.copies + weights.busiest * current.busiest
-    )
+    per_token = weights.moved_s(current) - weights.moved_s(candidate)
+    step_s = weights.fixed + now.tokens_per_step * (weights.token + weights.moved_s(current))
     gain_s = per_token * now.tokens_per_s * policy.horizon_s
-    cost_s = moves[0] / max(1e-9, moving.bytes_per_s) + moves[1] * moving.pause_s
+    cost_s = _moving_s(moves, moving)
     if per_token * now.tokens_per_step <= policy.min_gain * step_s:
         why = f"it would save {per_token * now.tokens_per_step:.3g} s of steps of {step_s:.3g} s"
         return ReplanDecision(False, why, gain_s, cost_s)

@@ -1,6 +1,6 @@
 """Re-planning by itself, on rank 0: every so often ask all ranks what they counted, have a plan
-solved for it (``placement.aside``, in a process of low priority), and propose it where ``benefit``
-says that it pays.
+solved for it (``placement.aside``, in a process of low priority), and propose it where it pays
+(``candidates``, ``benefit``).
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ from moeserve.engine.replan.benefit import (
     ReplanPolicy,
     StepSample,
     fit,
-    judge,
 )
+from moeserve.engine.replan.candidates import Prices, Solve, consider
 from moeserve.engine.replan.coordinator import PlanCoordinator
 from moeserve.engine.replan.routing_counts import read_routing
 from moeserve.errors import MoeserveError
-from moeserve.placement.plan import Plan
 
 LEAST_TOKENS = 256
 KEPT_STEPS = 1024
-
-Solve = Callable[[Plan, NDArray[np.int32]], Plan]
 
 
 class StepHistory:
@@ -127,17 +124,15 @@ class Replanner:
                 False, f"{len(topk_TLK)} tokens were sampled, {LEAST_TOKENS} are few"
             )
         plan = coordinator.plan
-        candidate = self._solve(plan, topk_TLK[::2])
         steps = self.history.steps
         per_step = sum(s.tokens for s in steps) / max(1, len(steps))
-        found = judge(
+        found, candidate = consider(
             self._policy,
             Conditions(self._clock(), self._changed_s, tokens / max(1e-9, elapsed_s), per_step),
-            fit(steps),
-            (plan, candidate),
-            topk_TLK[1::2],
-            settings.expert_bytes,
-            self._moving(steps),
+            Prices(fit(steps), settings.expert_bytes, self._moving(steps)),
+            plan,
+            topk_TLK,
+            self._solve,
         )
         if found.apply:
             coordinator.propose(candidate)

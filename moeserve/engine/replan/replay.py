@@ -1,8 +1,8 @@
 """A shift of traffic replayed through the re-planning policy, with no runtime: what it costs.
 
 Recorded routing of one domain after the other (and of mixtures) is what ranks would have counted.
-Every ``every_s`` a part of it goes where a running server's sample goes: half to the solver, half
-to ``benefit.judge``, which says whether the candidate pays. Steps take what ``StepCostModel`` says
+Every ``every_s`` a part of it goes where a running server's sample goes, to ``candidates``, which
+says whether a new plan pays. Steps take what ``StepCostModel`` says
 of the plan in use, moving what ``MoveCost`` says; both are given, no clock is read.
 
 Three ways through the same traffic are compared, in seconds of steps and of moving:
@@ -18,7 +18,7 @@ Three ways through the same traffic are compared, in seconds of steps and of mov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,17 +30,17 @@ from moeserve.engine.replan.benefit import (
     ReplanPolicy,
     StepCostModel,
     bytes_to_read,
-    judge,
     layers_that_differ,
+    moving_s,
     plan_load,
 )
+from moeserve.engine.replan.candidates import Prices, Solve, consider
 from moeserve.errors import PlacementError
 from moeserve.placement.plan import Plan
 from moeserve.placement.solvers.covariance import WINDOW
 
 I32 = NDArray[np.int32]
 F64 = NDArray[np.float64]
-Solve = Callable[[Plan, I32], Plan]
 
 LEAST_TOKENS = 16  # of a phase, counted and served each
 
@@ -149,15 +149,13 @@ class _Costs:
             s = self.settings
             batch = max(1, round(s.tokens_per_step / self.plans[p].num_devices))
             load = plan_load(self.plans[p], phase.served_TLK, batch)
-            per_token = s.step.fixed / s.tokens_per_step + s.step.token
-            per_token += s.step.copy * load.copies + s.step.busiest * load.busiest
+            per_token = s.step.fixed / s.tokens_per_step + s.step.token + s.step.moved_s(load)
             self._known[key] = per_token * s.tokens_per_s * s.every_s
         return self._known[key]
 
     def moving_s(self, a: int, b: int) -> float:
-        old, new, moving = self.plans[a], self.plans[b], self.settings.moving
-        read = bytes_to_read(old, new, self.settings.expert_bytes)
-        return read / moving.bytes_per_s + layers_that_differ(old, new) * moving.pause_s
+        s = self.settings
+        return moving_s(self.plans[a], self.plans[b], s.expert_bytes, s.moving)
 
 
 def replay(
@@ -200,30 +198,42 @@ def _policy(
 ) -> tuple[F64, list[ReplayedChange]]:
     """Seconds of each interval, and the changes, as the runtime goes."""
     s, now, changed_s = costs.settings, 0, None
-    solved: dict[tuple[int, str], Plan] = {}
+    solved: dict[tuple[int, str, int], Plan] = {}
     seconds, changes = [], []
+    prices = Prices(s.step, s.expert_bytes, s.moving)
     for i, phase in enumerate(intervals):
         seconds.append(costs.seconds(now, phase))
-        step = -(-len(phase.counted_TLK) // s.sampled)
-        sample_TLK, current, key = phase.counted_TLK[::step], costs.plans[now], (now, phase.name)
-        if key not in solved:
-            solved[key] = solve(current, sample_TLK[::2])
-        at_s = (i + 1) * s.every_s
-        found = judge(
+        current, at_s = costs.plans[now], (i + 1) * s.every_s
+
+        def once(plan: Plan, topk_TLK: I32, of: tuple[int, str] = (now, phase.name)) -> Plan:
+            """The same traffic gives the same plan."""
+            key = (*of, len(topk_TLK))
+            if key not in solved:
+                solved[key] = solve(plan, topk_TLK)
+            return solved[key]
+
+        found, plan = consider(
             policy,
             Conditions(at_s, changed_s, s.tokens_per_s, s.tokens_per_step),
-            s.step,
-            (current, solved[key]),
-            sample_TLK[1::2],
-            s.expert_bytes,
-            s.moving,
+            prices,
+            current,
+            _sample(phase.counted_TLK, s.sampled),
+            once,
         )
         if found.apply:
-            read = bytes_to_read(current, solved[key], s.expert_bytes)
-            layers = layers_that_differ(current, solved[key])
+            read = bytes_to_read(current, plan, s.expert_bytes)
+            layers = layers_that_differ(current, plan)
             changes.append(ReplayedChange(i, found.gain_s, found.cost_s, read, layers))
-            now, changed_s = costs.number(solved[key]), at_s
+            now, changed_s = costs.number(plan), at_s
     return np.array(seconds), changes
+
+
+def _sample(topk_TLK: I32, most: int) -> I32:
+    """Evenly chosen tokens, at most so many."""
+    tokens = len(topk_TLK)
+    picked_N = np.unique(np.linspace(0, tokens - 1, min(tokens, most)).astype(int))
+    found_NLK: I32 = topk_TLK[picked_N]
+    return found_NLK
 
 
 def cheapest_path(cost_IP: F64, move_PP: F64) -> tuple[NDArray[np.intp], float]:

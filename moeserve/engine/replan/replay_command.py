@@ -17,7 +17,8 @@ from moeserve.placement.cli import BAD_INPUT, INTERRUPTED, add_parser
 
 if TYPE_CHECKING:
     from moeserve.engine.replan.benefit import ReplanPolicy
-    from moeserve.engine.replan.replay import Replay, ReplaySettings, Solve, TrafficPhase
+    from moeserve.engine.replan.candidates import Solve
+    from moeserve.engine.replan.replay import Replay, ReplaySettings, TrafficPhase
 
 POLICY_NAMES = {"horizon": "horizon_s", "interval": "min_interval_s", "gain": "min_gain"}
 
