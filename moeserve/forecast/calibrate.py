@@ -23,6 +23,7 @@ from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.rest import with_what_is_left
 from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
 from moeserve.forecast.steps import python_overheads, timed_steps, with_counted_use
+from moeserve.forecast.streaming import streaming_seconds
 from moeserve.forecast.timing import CallTimer
 from moeserve.host import read_cache, read_memory
 from moeserve.kernels.ops import Ops
@@ -96,7 +97,11 @@ def calibrate(
         attention=costs.attention,
     )
     report("steps")
-    return replace(machine, overheads=overheads_of(machine, folder, sizes, options, ops, timer))
+    overheads = overheads_of(machine, folder, sizes, options, ops, timer)
+    if shapes.experts:
+        account = streaming_seconds(shapes.experts, shapes.top_k, scratch, timer)
+        overheads = replace(overheads, streamed=account[0], record=account[1])
+    return replace(machine, overheads=overheads)
 
 
 def kinds_of(
