@@ -62,7 +62,7 @@ from offload import with_share
 BLOCK, STEP_TOKENS = 16, 512
 # A case runs again until so many seconds are over, or it has run so often.
 ENOUGH_S, MOST_RUNS = 0.4, 9
-COUNTED = Case(8, 96, 8)
+COUNTED, WARM = Case(8, 96, 8), Case(8, 16, 4)
 KIND_OF_KV = {"int8": "int8", "bfloat16": "bf16", "float32": "fp32"}
 Clock = Callable[[], float]
 
@@ -164,9 +164,12 @@ class Measured:
             if time.monotonic() > end:
                 return
             decoder, share = self._load(setting)
+            if share < 1:  # until all slots have been used, and all records checked
+                seconds(decoder, WARM, self._clock)
             if setting not in self.demands:
                 self.demands[setting] = self._demand(setting, decoder)
-                self.weights[setting] = WeightsInMemory(share, None, 0.0, 1.0)
+                routed = len(decoder.spec.moe_layers)
+                self.weights[setting] = WeightsInMemory(share, None, 0.0, 1.0, routed)
             for case in cases:
                 if time.monotonic() > end:
                     break

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import moeserve
 from moeserve.engine.replan.replay_command import add_place
 from moeserve.errors import ConfigError, MoeserveError
+from moeserve.offload.interpreter import require_interpreter
 
 if TYPE_CHECKING:
     # argparse has no public name for what ``add_subparsers`` gives.
@@ -94,6 +95,7 @@ def _serve(args: argparse.Namespace) -> int:
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
+    require_interpreter(config.memory)
     # The import takes seconds, and only after it does the server have handlers of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     from moeserve.models.library import with_model_here
@@ -198,6 +200,7 @@ def _generate(args: argparse.Namespace) -> int:
         params["stop"] = args.stop
     if args.ignore_eos:
         params["ignore_eos"] = True
+    require_interpreter(options.memory)
     from moeserve.models.library import with_model_here
 
     options = with_model_here(options)

@@ -23,6 +23,7 @@ from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.rest import with_what_is_left
 from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
 from moeserve.forecast.steps import python_overheads, timed_steps, with_counted_use
+from moeserve.forecast.streaming import streaming_seconds
 from moeserve.forecast.timing import CallTimer
 from moeserve.host import read_cache, read_memory
 from moeserve.kernels.ops import Ops
@@ -63,7 +64,7 @@ def calibrate(
     report: Report = lambda _: None,
 ) -> MachineModel:
     """For the model in ``folder``, or any; ``scratch`` is where a file to read may be made.
-    ``kinds`` are measured beside those that the model is held in."""
+    ``kinds`` are measured beside those that the model is held in, while there is time."""
     ops, end = choose_ops(threads=threads), time.monotonic() + seconds
     torch.set_num_threads(1)
     sizes = None if folder is None else stored_sizes(folder, options)
@@ -77,8 +78,9 @@ def calibrate(
     files = [] if folder is None else served_files(folder)
     disk = disk_rates(files, scratch)
     costs = KernelCosts()
-    for n, kind in enumerate(kinds_of(sizes, options, ops, kinds)):
-        if n and time.monotonic() > end - 1.0:
+    own = kinds_of(sizes, options, ops)
+    for n, kind in enumerate(dict.fromkeys((*own, *kinds))):
+        if n >= max(1, len(own)) and time.monotonic() > end - 1.0:
             break
         report(f"products in {kind}")
         measure_kind(KernelProbe(ops, shapes, cache, timer), kind, costs)
@@ -96,20 +98,22 @@ def calibrate(
         attention=costs.attention,
     )
     report("steps")
-    return replace(machine, overheads=overheads_of(machine, folder, sizes, options, ops, timer))
+    overheads = overheads_of(machine, folder, sizes, options, ops, timer)
+    if shapes.experts:
+        account = streaming_seconds(shapes.experts, shapes.top_k, scratch, timer)
+        overheads = replace(overheads, streamed=account[0], record=account[1])
+    return replace(machine, overheads=overheads)
 
 
-def kinds_of(
-    sizes: StoredSizes | None, options: LoadOptions, ops: Ops, more: Sequence[str]
-) -> list[str]:
-    """What the model is held in, then ``more``, in which it could be held."""
+def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[str]:
+    """What the model's weights and KV are held in."""
     own: list[str] = []
     if sizes is not None:
         for _, layer in demand_of(sizes, options, ops).layers:
             own += [matrix.kind for matrix in layer.always]
             own += [layer.experts.each.kind] if layer.experts else []
             own.append(layer.attention.kind.removesuffix("-latent"))
-    return list(dict.fromkeys((*own, *more)))
+    return list(dict.fromkeys(own))
 
 
 def measure_kind(probe: KernelProbe, kind: str, costs: KernelCosts) -> None:

@@ -13,6 +13,7 @@
     runner       runs the layers of a step over all of this
     rank_experts  the same for one rank of several, in whose turn records come
     budget       what a process takes of a memory budget, and what that leaves to experts
+    interpreter  whether the interpreter fits, before its libraries are imported
     process_memory  what it takes already, and in a step
     load         a packed folder as a decoder within a budget
     model        the performance model, pure: what a machine and a model allow, and what binds

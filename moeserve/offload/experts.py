@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from moeserve.errors import DataLossError, DeadlineError
 from moeserve.offload.arena import Arena
 from moeserve.offload.disk_file import DiskRegion
-from moeserve.offload.model.residency import MOST_WAVES
 from moeserve.offload.mover import DiskMover, Read, Ticket
 from moeserve.offload.residency import EMPTY, Residency
 
 Ids = NDArray[np.int64]
 
+# Parts in which a layer's missing experts are computed with as they come.
+MOST_WAVES = 4
 READ_DEADLINE_S = 30.0
 
 
@@ -82,10 +83,13 @@ class ExpertStream:
         begun = self._read(layer, missing.tolist(), now, ahead=True)
         self._ahead.setdefault(layer, set()).update(begun)
 
-    def waves(self, layer: int, experts: Ids) -> Generator[Ids, None, None]:
+    def waves(
+        self, layer: int, experts: Ids, *, together: bool = False
+    ) -> Generator[Ids, None, None]:
         """The experts that the layer needs now, which are distinct, in parts: what is given can be
         computed with, by ``residency.slot_LE``, until the next part is asked for. To be closed
-        where it is not asked to the end.
+        where it is not asked to the end. ``together`` is an empty part when reading has begun, and
+        then all of them at once, as far as there is room.
 
         Raises as ``DiskMover.wait`` and the checks of ``DiskFile``.
         """
@@ -104,7 +108,7 @@ class ExpertStream:
                 continue
             slots = residency.slot_LE[layer, now].copy()
             try:
-                yield from self._parts(now, slots)
+                yield from self._parts(now, slots, together)
             finally:
                 residency.release(slots)
             left = np.setdiff1d(left, now, assume_unique=True)
@@ -125,9 +129,17 @@ class ExpertStream:
         residency.hold(residency.slot_LE[layer, begun])
         return np.concatenate((experts[there], begun))
 
-    def _parts(self, experts: Ids, slots: NDArray[np.int32]) -> Iterator[Ids]:
-        """Those whose record is there, then the others as they come."""
+    def _parts(self, experts: Ids, slots: NDArray[np.int32], together: bool) -> Iterator[Ids]:
+        """Those whose record is there, then the others as they come, or ``together``."""
         coming = np.array([slot in self._loads for slot in slots.tolist()])
+        if together:
+            if coming.any():
+                yield experts[:0]
+            for slot in slots[coming].tolist():
+                self._finish(slot, needed=True)
+            self.counts.waves += 1
+            yield experts
+            return
         if not coming.all():
             self.counts.waves += 1
             yield experts[~coming]

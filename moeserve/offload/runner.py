@@ -1,8 +1,10 @@
 """Layers run over experts that are read from disk as they are needed.
 
-Layer by layer, all microbatches: attention from the trunk, routing, then the chosen experts, in
-waves as they come (``experts``), while those that the next layer will likely choose are read ahead
-(``foresight``). The results are the bits of a model that is all in memory.
+Layer by layer, all microbatches: attention from the trunk, routing, then the chosen experts, while
+those that the next layer will likely choose are read ahead (``foresight``). Many rows whose experts
+nobody foresaw are computed in waves as records come (``experts``); few rows, which are done sooner
+than a wave begins, and those that were foreseen wait for all of them. The results are the bits of a
+model that is all in memory.
 Letters: see ``kernels.ops``.
 """
 
@@ -37,6 +39,8 @@ from moeserve.offload.rank_experts import RankExperts
 from moeserve.offload.waves import PartedMixture
 from moeserve.offload.window import TrunkWindow
 
+# Choices of a layer's tokens from which on waves gain more than they cost.
+PARTS_FROM = 256
 Moe = tuple[Part[RouterWeights], Part[MoeWeights]]
 
 
@@ -64,6 +68,7 @@ class StreamedLayerRunner:
         self._ops, self._layers, self._on_close = ops, tuple(layers), on_close
         self._next = dict(pairwise(routing))
         self._predicted: int | None = None  # the layer whose experts were
+        self._foreseen: int | None = None  # the layer all of whose experts are read ahead
 
     def run(
         self,
@@ -118,7 +123,7 @@ class StreamedLayerRunner:
         self, l: int, mlp: Moe, rows: Sequence[tuple[Tensor, Step, list[Tensor] | None]]
     ) -> None:
         router, part = mlp
-        predicted = self._predicted == l
+        predicted, whole = self._predicted == l, self._foreseen == l
         foreseen = self._foresee(l, rows)  # before routing: a step has one result of it at a time
         chosen = [self._ops.route(x_TH, router, step) for x_TH, step, _ in rows]
         for (_, _, seen), of in zip(rows, chosen, strict=True):
@@ -126,12 +131,15 @@ class StreamedLayerRunner:
                 seen.append(of.ids_TC.clone())
         ids_TC = [of.ids_TC.numpy() for of in chosen]
         needed = np.unique(np.concatenate([ids.ravel() for ids in ids_TC])).astype(np.int64)
+        few = sum(ids.size for ids in ids_TC) < PARTS_FROM
         before = replace(self.stream.counts)
         mixtures: list[PartedMixture] = []
-        with closing(self.stream.waves(l, needed)) as waves:
+        with closing(self.stream.waves(l, needed, together=few or whole)) as waves:
             for n, wave in enumerate(waves):
                 if n == 0 and foreseen is not None:
                     self.stream.read_ahead(self._next[l], foreseen, l)
+                if not len(wave):
+                    continue
                 slot_E = self._slots_of(l, wave)
                 if len(wave) == len(needed):
                     self._mix_at_once(part, rows, chosen, slot_E)
@@ -173,12 +181,14 @@ class StreamedLayerRunner:
     ) -> Ids | None:
         """What the next layer that routes will need, as far as that can be told."""
         self._predicted, following = None, self._next.get(l)
+        self._foreseen = None
         if following is None:
             return None
         mlp = self._layers[following].mlp
         assert isinstance(mlp, tuple), following
         spec = mlp[0].weights.spec
         if uses_nearly_all(sum(step.rows for _, step, _ in rows), spec.top_k, spec.num_experts):
+            self._foreseen = following
             return np.arange(spec.num_experts)
         if not self.gate.open or not (self.window is None or self.window.has(following)):
             return None

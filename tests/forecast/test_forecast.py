@@ -37,6 +37,7 @@ from moeserve.forecast.steps import (
     seconds_of,
     with_counted_use,
 )
+from moeserve.forecast.streaming import streaming_seconds
 from moeserve.forecast.targets import missed_targets
 from moeserve.forecast.timing import CallTimer
 from moeserve.host import read_cache
@@ -427,6 +428,12 @@ def test_the_first_layers_of_a_model_run_by_themselves(
             assert min(seconds_of(of, kind, time.perf_counter, 64)) > 0
         counted = with_counted_use(decoder, demand_of(more, LoadOptions(), ops))
         assert all(x.experts.use for _, x in counted.layers if x.experts)
+
+
+def test_keeping_account_of_experts_takes_time(tmp_path: Path) -> None:
+    layer, record = streaming_seconds(8, 2, tmp_path, QUICK)
+    assert layer + record > 0 <= min(layer, record)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_cache_is_read_from_the_system(tmp_path: Path) -> None:

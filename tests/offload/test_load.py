@@ -31,6 +31,7 @@ from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.packed.writer import pack_model
 from moeserve.observe.progress import Progress
 from moeserve.offload.budget import MIB
+from moeserve.offload.interpreter import require_interpreter
 from moeserve.offload.load import Streaming
 from moeserve.offload.runner import StreamedLayerRunner
 
@@ -241,3 +242,22 @@ def test_a_request_that_needs_a_file_that_changed_ends_with_an_error_and_no_toke
         assert ask(loaded, [[1, 2, 3], [4]]) == [["error"], ["error"]]
     finally:
         assert loaded.close()
+
+
+def test_a_limit_below_the_interpreter_is_refused(tmp_path: Path) -> None:
+    """Before anything large is imported: the kernel would end the process."""
+    files = {
+        "proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable: 8000000 kB\n",
+        "proc/self/cgroup": "0::/\n",
+        "proc/self/mountinfo": "1 1 0:1 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+        "sys/fs/cgroup/memory.max": f"{300 << 20}\n",
+        "sys/fs/cgroup/memory.current": "0\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    require_interpreter(1 << 30, tmp_path)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text(f"{100 << 20}\n")
+    require_interpreter(None, tmp_path)
+    with pytest.raises(ConfigError, match=r"100\.0MiB are left .* takes 208\.0MiB"):
+        require_interpreter(1 << 30, tmp_path)

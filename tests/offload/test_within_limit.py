@@ -166,6 +166,18 @@ def test_a_process_stays_within_its_budget_and_says_the_same(
         assert "oom_kill 0" in (group / "memory.oom_control").read_text()
 
 
+def test_a_limit_below_the_interpreter_is_refused_before_it_kills(
+    folder: Path, limited: Callable[[int], Path | None]
+) -> None:
+    group = limited(100 << 20)
+    if group is None:
+        pytest.skip("no limit can be set here")
+    refused = generate(folder, "--memory", "100MiB", group=group)
+    assert refused.returncode == 2
+    assert "takes 208.0MiB before any weights" in refused.stderr
+    assert "oom_kill 0" in (group / "memory.oom_control").read_text()
+
+
 def soak(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SOAK), str(folder), "--kv-memory", "4MiB", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)

@@ -17,6 +17,7 @@ from moeserve.errors import ConfigError
 from moeserve.gateway.batch.answers import AnswerFile
 from moeserve.gateway.batch.outputs import Outputs, count_lines
 from moeserve.gateway.batch.progress import BatchProgress, Done
+from moeserve.offload.interpreter import require_interpreter
 
 INTERRUPTED = 130
 
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
+    require_interpreter(config.memory)
     _require_files(args.input, args.output, args.errors)
     with contextlib.ExitStack() as files:
         answers = files.enter_context(AnswerFile(args.output))

@@ -208,10 +208,9 @@ def _overheads(said: Any) -> Overheads:
         RestCurve(*(_numbers(said[name][of]) for of in ("numbers", "seconds")))
         for name in ("decode", "prompt")
     )
-    step, row, layer, attention = (
-        _number(said[name]) for name in ("step", "row", "layer", "attention")
-    )
-    return Overheads(step, row, layer, decode, prompt, attention)
+    names = ("step", "row", "layer", "attention", "streamed", "record")
+    step, row, layer, attention, streamed, record = (_number(said[name]) for name in names)
+    return Overheads(step, row, layer, decode, prompt, attention, streamed, record)
 
 
 def _curve(said: Any) -> ProductCurve:

@@ -48,7 +48,8 @@ class Overheads:
     """``step`` seconds in any case, ``row`` for each token that is sampled, ``layer`` for each
     layer, and for each layer ``decode`` by the numbers of tokens that generate and ``prompt`` by
     those of prompts. ``attention`` is how many times as long as by itself attention of decoding
-    tokens takes in a step."""
+    tokens takes in a step. ``streamed`` is of a layer whose experts are read from disk, ``record``
+    of each that is read."""
 
     step: float = 0.0
     row: float = 0.0
@@ -56,9 +57,11 @@ class Overheads:
     decode: RestCurve = field(default_factory=RestCurve)
     prompt: RestCurve = field(default_factory=RestCurve)
     attention: float = 1.0
+    streamed: float = 0.0
+    record: float = 0.0
 
     def __post_init__(self) -> None:
-        least = min(self.step, self.row, self.layer)
+        least = min(self.step, self.row, self.layer, self.streamed, self.record)
         if not (least >= 0 and LEAST_FACTOR <= self.attention <= MOST_FACTOR):
             raise ConfigError(
                 f"overheads {self} are below 0, or attention not within {LEAST_FACTOR:g} to "

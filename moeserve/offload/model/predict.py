@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moeserve.offload.model.demand import AttentionDemand, LayerDemand, MatrixDemand, ModelDemand
 from moeserve.offload.model.machine import MachineModel, ProductCurve
-from moeserve.offload.model.residency import MOST_WAVES, WeightsInMemory
+from moeserve.offload.model.residency import WeightsInMemory
 
 ALL_IN_MEMORY = WeightsInMemory()
 # Steps whose layers are remembered, so that a scheduler asks cheaply.
@@ -138,39 +138,34 @@ class StepPredictor:
         return found
 
     def _layer_products(self, layer: LayerDemand, tokens: float, coldness: float) -> StepSeconds:
-        fixed = self.machine.overheads.layer
-        total = StepSeconds(total=fixed, fixed=fixed)
+        overheads = self.machine.overheads
+        total = StepSeconds(total=overheads.layer, fixed=overheads.layer)
         for matrix in layer.always:
             total += self._matrix(matrix, tokens, coldness)
-        missing, late, mixture = self.weights.missing_trunk(layer, self.model.num_layers), 0.0, 0.0
+        missing = self.weights.missing_trunk(layer, self.model.num_layers)
         if layer.experts is not None:
             experts = layer.experts
             touched = experts.touched(tokens)
             curve = self.machine.expert(experts.each.kind)
             rows = tokens * experts.top_k / touched
-            products = self._product(experts.each, curve, rows, coldness).times(touched)
+            total += self._product(experts.each, curve, rows, coldness).times(touched)
             absent = self.weights.missing_experts(experts, tokens)
             missing += absent * experts.each.nbytes
-            total, mixture = total + products, products.total
-            late = mixture * absent / touched / MOST_WAVES
-        return self._with_reads(
-            total, mixture, late, missing, self.weights.foreseen_by(layer.experts, tokens)
-        )
+            if self.weights.share < 1:
+                account = overheads.streamed + overheads.record * absent
+                total += StepSeconds(total=account, fixed=account)
+        return self._with_reads(total, missing, self.weights.foreseen_by(layer.experts, tokens))
 
-    def _with_reads(
-        self, layer: StepSeconds, mixture: float, late: float, missing: float, foreseen: float
-    ) -> StepSeconds:
+    def _with_reads(self, layer: StepSeconds, missing: float, foreseen: float) -> StepSeconds:
         """What is read for a layer: its memory's bandwidth is shared by what the disk writes and
-        the products read; ``foreseen`` reads take place while the layer before computes, the others
-        while those experts do that are there, in ``mixture`` seconds all of them. The last part of
-        those that were read is computed with when it is there: ``late`` seconds."""
+        the products read; ``foreseen`` reads take place while the layer before computes, for the
+        others the layer waits."""
         if missing <= 0:
             return layer
         rate = self.machine.disk_bytes_per_s
         disk = missing / rate if rate else float("inf")
         memory = layer.memory + missing / self.machine.memory_bytes_per_s
-        behind = disk * (1 - foreseen)
-        own = layer.total - mixture + max(mixture, behind + late * (foreseen < 1))
+        own = layer.total + disk * (1 - foreseen)
         return StepSeconds(
             max(own, memory, disk), memory, layer.compute, disk, layer.fixed, missing
         )

@@ -13,21 +13,23 @@ from moeserve.errors import ConfigError
 from moeserve.offload.model.demand import ExpertsDemand, LayerDemand, ModelDemand
 from moeserve.offload.model.distinct import expected_distinct, least_used, uses_nearly_all
 
-# Parts in which a layer's missing experts are computed with as they come.
-MOST_WAVES = 4
+# Layers whose chosen experts take slots while a step runs: one that is computed, one that is read.
+BUFFERED_LAYERS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsInMemory:
-    """``share`` of the routed experts' bytes are in memory, and ``window`` of the layers' trunks
-    where not all are. ``foreseen`` of the missing experts' bytes are read while the layer before
-    computes, the rest while the layer itself computes with those that are there, and waits;
-    ``foreseen_whole`` where a step needs nearly all experts of a layer."""
+    """There is room for ``share`` of the routed experts' bytes, and for ``window`` of the layers'
+    trunks where not all are in memory. ``foreseen`` of the missing experts' bytes are read while
+    the layer before computes, for the rest the layer waits; ``foreseen_whole`` where a step needs
+    nearly all experts of a layer. Of the room, which ``routed`` layers share, what a step's experts
+    of two layers take keeps nothing for the next step; 0 is that this is not known."""
 
     share: float = 1.0
     window: int | None = None
     foreseen: float = 0.0
     foreseen_whole: float = 0.0
+    routed: int = 0
 
     def __post_init__(self) -> None:
         shares = (self.share, self.foreseen, self.foreseen_whole)
@@ -48,9 +50,11 @@ class WeightsInMemory:
         """How many experts of a layer a step of so many tokens has to read, on average."""
         if self.share >= 1:
             return 0.0
-        held = self.share * experts.count
+        held, touched = self.share * experts.count, experts.touched(tokens)
+        if self.routed:
+            held = max(0.0, held - BUFFERED_LAYERS * touched / self.routed)
         if not experts.use:
-            return experts.touched(tokens) * (1 - self.share)
+            return touched * (1 - held / experts.count)
         whole = int(held)
         absent = least_used(experts.chosen, whole)
         missed = expected_distinct(absent, tokens)
@@ -140,4 +144,5 @@ def fit_memory(
     full = MemoryParts(
         parts.process, parts.trunk, parts.embedding, parts.head, held, parts.kv, parts.scratch
     )
-    return MemoryFit(budget, full, WeightsInMemory(share, None, foreseen, 1.0), least)
+    routed = sum(count for count, layer in model.layers if layer.experts)
+    return MemoryFit(budget, full, WeightsInMemory(share, None, foreseen, 1.0, routed), least)
