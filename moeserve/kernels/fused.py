@@ -39,6 +39,8 @@ from moeserve.kernels.wire import Combine
 class Composed:
     """The fused half of an op table whose primitives ``self`` has."""
 
+    replays = False
+
     def prepare(self, weights: W) -> Part[W]:
         return Part(weights, None)
 

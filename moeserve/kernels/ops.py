@@ -393,12 +393,14 @@ class Ops(Protocol):
 
     A decoder calls the fused ones at the end, each of which is the composition that ``fused``
     spells out, to the bit. ``packing`` names the layout of packed weights: tables of equal names
-    understand each other's bytes.
+    understand each other's bytes. Where it ``replays``, a pass of ``new_pass`` costs nothing to
+    make, and less to run than its parts.
     """
 
     name: str
     device: torch.device
     packing: str
+    replays: bool
 
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear: ...
 

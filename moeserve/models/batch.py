@@ -58,6 +58,12 @@ class StepBatch:
     logit_rows_R: Tensor
     kept: KeptPass | None = None
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it is one token of each sequence, of which there are some, all with logits."""
+        tokens = len(self.token_ids_T)
+        return 0 < tokens == len(self.attention.context_S) == len(self.logit_rows_R)
+
 
 def split_spans(spans: Sequence[Span], parts: int) -> list[list[Span]]:
     """The same tokens in the same order, cut into as many parts, whose sizes differ by one at most.

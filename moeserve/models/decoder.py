@@ -129,7 +129,11 @@ class Decoder:
         may be empty. Where a sequence is in several, the earlier one has the earlier tokens. The
         logits of a step that comes again (``StepBatch.kept``) are valid until it does.
         """
-        kept = None if states is not None else steps[0].kept
+        kept = steps[0].kept
+        if kept is None and len(steps) == 1 and self.ops.replays and steps[0].decodes:
+            kept = KeptPass()
+        if states is not None:  # what the module that drafts reads
+            kept = None
         if kept is not None and observer is None and self._keeps(steps[0]):
             return [self._run_again(steps[0], kept, cache)]
         hidden = self._layers(steps, cache, observer)
@@ -143,7 +147,7 @@ class Decoder:
     def _keeps(self, step: StepBatch) -> bool:
         """Whether the logits of a step may stay in memory, and its layers are all here."""
         small = len(step.logit_rows_R) * self.spec.vocab <= MOST_KEPT
-        return small and isinstance(self.runner, LocalLayerRunner)
+        return (small or self.ops.replays) and isinstance(self.runner, LocalLayerRunner)
 
     def _run_again(self, step: StepBatch, kept: KeptPass, cache: ModelKvCache) -> Tensor:
         """The one step, with what was made of it when it came first."""

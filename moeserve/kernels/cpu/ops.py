@@ -66,6 +66,7 @@ class CpuOps(NativeRecords, NativeWire):
     name = "cpu"
     device = torch.device("cpu")
     packing = "panels of 32 rows, version 1"
+    replays = False  # its passes are kept, but are made anew where requests change
 
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
         out, into = weight_NK.shape

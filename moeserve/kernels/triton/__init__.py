@@ -8,6 +8,8 @@
     products  route  experts   products and other operations on rows; routing; the experts
     attention                  the paged cache, and attention over it
     sums  wire                 contributions become rows; dispatch and combine
-    launch  aot                the one way to a kernel; kernels compiled for a device elsewhere
+    launch  graphs             the one way to a kernel; decode steps captured and replayed
+    aot  variants              kernels compiled for a device elsewhere: how, and which
+    double                     a device in name, for tests
     device/                    the kernels
 """

@@ -49,7 +49,8 @@ class Tiles:
 @dataclass(frozen=True, slots=True)
 class DeviceBatch(AttentionBatch):
     """An ``AttentionBatch`` with what kernels read of it: blocks, and how many positions each row
-    sees (``ends_T``; ``most`` of them all)."""
+    sees (``ends_T``; ``most`` of them all). Where it is ``checked``, whoever made it answers for
+    its numbers, which are on the device alone."""
 
     blocks: Tensor
     ends_T: Tensor
@@ -57,6 +58,7 @@ class DeviceBatch(AttentionBatch):
     most: int
     shares: dict[int, Tiles] = field(default_factory=dict)
     bounds: dict[int, int] = field(default_factory=dict)
+    checked: bool = False
 
     @staticmethod
     def of(batch: AttentionBatch, device: torch.device) -> DeviceBatch:
@@ -77,6 +79,8 @@ class DeviceBatch(AttentionBatch):
     def blocks_needed(self, page: int) -> int:
         """Where blocks have so many positions, a cache must have more than the greatest number in
         the tables; far too many where no cache can fit."""
+        if self.checked:
+            return 0
         if page not in self.bounds:
             count, contexts = np.diff(self.query_start_S1.numpy()), self.context_S.numpy()
             table, needed = self.blocks_SM.numpy(), -(-contexts // page)

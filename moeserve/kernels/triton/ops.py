@@ -12,8 +12,8 @@ Letters: see ``ops``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from moeserve.errors import ConfigError, InternalError
 from moeserve.kernels.fused import Composed
 from moeserve.kernels.fused import attend as composed_attend
 from moeserve.kernels.fused import head as composed_head
+from moeserve.kernels.fused import route as composed_route
 from moeserve.kernels.matrix import Source, joined, part_of
 from moeserve.kernels.ops import (
     Activation,
@@ -38,8 +39,11 @@ from moeserve.kernels.ops import (
     Part,
     RecordLayout,
     Rope,
+    Routed,
     RouterSpec,
+    RouterWeights,
     Step,
+    Trunk,
     W,
 )
 from moeserve.kernels.records import MatrixForm
@@ -52,6 +56,13 @@ from moeserve.kernels.triton import attention, products
 from moeserve.kernels.triton.attention import DeviceBatch
 from moeserve.kernels.triton.device.lang import INTERPRETED
 from moeserve.kernels.triton.experts import contributions, features_of, quantized
+from moeserve.kernels.triton.graphs import (
+    Capture,
+    CudaCapture,
+    StepData,
+    StepGraphs,
+    one_token_each,
+)
 from moeserve.kernels.triton.packing import MatrixGroup, Packed
 from moeserve.kernels.triton.route import route_topk
 from moeserve.kernels.triton.sums import chain, exact_rows, grid_bits
@@ -63,22 +74,18 @@ FALLBACKS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StepData:
-    """What of a step is known on the host: its least and greatest slot."""
-
-    least_slot: int
-    most_slot: int
-
-
 class TritonOps(Composed, ReferenceKv, ReferenceRecords, TritonWire):
-    """The backend of a CUDA device. ConfigError for a CPU where Triton does not interpret."""
+    """The backend of a CUDA device. ConfigError for a CPU where Triton does not interpret.
+
+    Steps of one token a sequence are captured by ``capture`` and replayed: on a device by CUDA
+    graphs, in the interpreter not unless it is given.
+    """
 
     name = "triton"
     packing = "plain tensors, version 1"
     fallbacks = FALLBACKS
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, capture: Capture | None = None) -> None:
         if device.type != "cuda" and not INTERPRETED:
             raise ConfigError(
                 f"device={str(device)!r}: Triton's kernels run on a CUDA device; on a CPU only "
@@ -88,6 +95,9 @@ class TritonOps(Composed, ReferenceKv, ReferenceRecords, TritonWire):
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._capture = CudaCapture(device) if device.type == "cuda" else capture
+        self.graphs: StepGraphs | None = None
+        self.replays = self._capture is not None
 
     def here(self, tensor: Tensor) -> Tensor:
         """On the device, without gaps."""
@@ -265,6 +275,36 @@ class TritonOps(Composed, ReferenceKv, ReferenceRecords, TritonWire):
             raise InternalError(f"attend: slots of {step.attention} do not fit {cache.shape}")
         composed_attend(self, x_TH, part.weights, step, cache)
         reference_kv.passes_of(cache).done += 1
+
+    def route(self, x_TH: Tensor, part: Part[RouterWeights], step: Step) -> Routed:
+        routed = composed_route(self, x_TH, part.weights)
+        if step.data is None or step.data.live_T is None:
+            return routed
+        return replace(routed, ids_TC=torch.where(step.data.live_T[:, None], routed.ids_TC, -1))
+
+    def new_pass(
+        self,
+        trunk: Trunk,
+        caches: Sequence[KvCache],
+        token_ids_T: Tensor,
+        position_T: Tensor,
+        slot_T: Tensor,
+        attention: AttentionBatch,
+        rows_R: Tensor,
+    ) -> Callable[[], Tensor]:
+        given = token_ids_T, position_T, slot_T, attention
+        once = super().new_pass(trunk, caches, *given, rows_R)
+        if self._capture is None or not one_token_each(attention, len(token_ids_T), rows_R):
+            return once
+        if self.graphs is None or not self.graphs.of(trunk, caches):
+            self.graphs = StepGraphs(self, trunk, caches, self._capture)
+        graphs = self.graphs
+
+        def run() -> Tensor:
+            logits_TN = graphs.run(*given)
+            return once() if logits_TN is None else logits_TN
+
+        return run
 
     def embed(self, table_WH: Tensor, ids_T: Tensor) -> Tensor:
         if (

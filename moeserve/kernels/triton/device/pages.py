@@ -235,7 +235,8 @@ def merge_kernel(
     highs, totals, means, sinks, ends, out, window, heads, v_size, segments,
     V: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """[rows, A, V] of one row and head: its segments in ascending order, then its sink."""
+    """[rows, A, V] of one row and head: its segments in ascending order, then its sink; 0 of a row
+    that sees nothing."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     end = tl.load(ends + row)
     begin = first_seen(end, window)
@@ -259,5 +260,6 @@ def merge_kernel(
         mine = lang.exp(highest - above)
         total = total * mine + lang.exp(sink - above)
         mean = mean * mine
+    total = tl.where(end > 0, total, 1.0)
     value = tl.div_rn(mean, total + tl.zeros([V], tl.float32))
     tl.store(out + (row * heads + head) * v_size + d, value, mask=d < v_size)
