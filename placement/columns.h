@@ -32,18 +32,19 @@ struct Limits {
 struct Priced {
   std::vector<int32_t> item_CM;    // ascending; -1 behind the last
   std::vector<int64_t> reduced_C;  // tokens touched minus the prices of the items
-  int64_t floor;                   // no allowed column has a reduced cost below
+  std::vector<int64_t> floor_E;    // no allowed column with the item has a reduced cost below
   int64_t nodes;
 };
 
-// Columns whose reduced cost is below `threshold`, by depth-first search. `floor` holds even where
-// the search was cut short, after `most` columns or at a limit. It equals `threshold` when there is
-// no such column, and all of them were met when `complete`.
-Priced price(const ColumnProblem& in, int64_t threshold, int64_t most, Limits limits,
+// Columns whose reduced cost is below `threshold`, by depth-first search, all of them when
+// `complete`. After `most` columns it is cut short, or (`fewer`) the threshold falls to the median
+// of these and the search goes on. `floor_E` holds at any limit; without one, it is the cheapest
+// column with the item, or the threshold.
+Priced price(const ColumnProblem& in, int64_t threshold, int64_t most, bool fewer, Limits limits,
              bool* complete);
 
 // Columns below `threshold` met on descents by swaps. Row c of `start_CM` are the items that a
-// descent begins with (-1: none), completed greedily with some noise. `floor` is unused.
+// descent begins with (-1: none), completed greedily with some noise. `floor_E` is unused.
 Priced descend(const ColumnProblem& in, int64_t starts, const int32_t* start_CM,
                int64_t threshold, int64_t most, uint64_t seed);
 

@@ -66,4 +66,21 @@ inline void keep(Priced& found, std::vector<int32_t> items, int64_t size, int64_
   found.reduced_C.push_back(reduced);
 }
 
+// Leaves only the columns below the median, which is returned.
+inline int64_t halve(Priced& found, int64_t size) {
+  std::vector<int64_t>& reduced = found.reduced_C;
+  std::vector<int64_t> sorted(reduced);
+  std::nth_element(sorted.begin(), sorted.begin() + sorted.size() / 2, sorted.end());
+  const int64_t median = sorted[sorted.size() / 2];
+  size_t to = 0;
+  for (size_t c = 0; c < reduced.size(); ++c) {
+    if (reduced[c] >= median) continue;
+    std::copy_n(&found.item_CM[c * size], size, &found.item_CM[to * size]);
+    reduced[to++] = reduced[c];
+  }
+  reduced.resize(to);
+  found.item_CM.resize(to * size);
+  return median;
+}
+
 }  // namespace moeserve

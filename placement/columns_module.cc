@@ -43,7 +43,7 @@ moeserve::ColumnProblem problem(const In<int32_t, 2>& item_PK, const In<int32_t,
 
 nb::tuple price(In<int32_t, 2> item_PK, In<int32_t, 1> weight_P, In<int64_t, 1> load_E,
                 In<int64_t, 1> price_E, int64_t size, bool at_most, int64_t least_load,
-                int64_t most_load, int64_t threshold, int64_t most, int64_t nodes,
+                int64_t most_load, int64_t threshold, int64_t most, bool fewer, int64_t nodes,
                 double seconds, bool cpu) {
   const auto in =
       problem(item_PK, weight_P, load_E, price_E, size, at_most, least_load, most_load);
@@ -51,10 +51,11 @@ nb::tuple price(In<int32_t, 2> item_PK, In<int32_t, 1> weight_P, In<int64_t, 1> 
   bool complete = false;
   {
     nb::gil_scoped_release release;
-    found = moeserve::price(in, threshold, most, {nodes, seconds, cpu}, &complete);
+    found = moeserve::price(in, threshold, most, fewer, {nodes, seconds, cpu}, &complete);
   }
   return nb::make_tuple(owned(std::move(found.item_CM), size_t(size)),
-                        owned(std::move(found.reduced_C), 1), found.floor, complete, found.nodes);
+                        owned(std::move(found.reduced_C), 1), owned(std::move(found.floor_E), 1),
+                        complete, found.nodes);
 }
 
 nb::tuple descend(In<int32_t, 2> item_PK, In<int32_t, 1> weight_P, In<int64_t, 1> load_E,

@@ -23,10 +23,9 @@ struct Level {
 
 class Pricing {
  public:
-  Pricing(const ColumnProblem& in, int64_t threshold, int64_t most, Limits limits)
-      : in_(in), threshold_(threshold), most_(most), allowance_(limits), of_(in),
+  Pricing(const ColumnProblem& in, int64_t threshold, int64_t most, bool fewer, Limits limits)
+      : in_(in), threshold_(threshold), most_(most), fewer_(fewer), allowance_(limits), of_(in),
         touched_(in.patterns, 0), seat_(in.items, -1), level_(in.size + 1) {
-    found_.floor = threshold;
     other_.assign(of_.pattern.size() * (in.width - 1), -1);
     for (int32_t e = 0; e < in.items; ++e)
       for (int32_t x = of_.start[e]; x < of_.start[e + 1]; ++x) {
@@ -62,7 +61,7 @@ class Pricing {
     visit(0, 0, 0, -kMost);
     *complete = !stopped_;
     found_.nodes = allowance_.nodes;
-    for (int64_t reduced : found_.reduced_C) found_.floor = std::min(found_.floor, reduced);
+    set_floors();
     return std::move(found_);
   }
 
@@ -75,7 +74,37 @@ class Pricing {
     if (a >= 0) items.push_back(a);
     if (b >= 0) items.push_back(b);
     keep(found_, std::move(items), in_.size, value);
-    if (int64_t(found_.reduced_C.size()) >= most_) stopped_ = true;
+    if (int64_t(found_.reduced_C.size()) < most_) return;
+    if (fewer_)
+      threshold_ = halve(found_, in_.size);
+    else
+      stopped_ = true;
+  }
+
+  // What was not looked into, with the first item that is being looked into: no column there is
+  // cheaper than that.
+  void leave(int64_t lower) {
+    if (int64_t(left_.size()) <= first_at_) left_.resize(first_at_ + 1, kMost);
+    left_[first_at_] = std::min(left_[first_at_], lower);
+  }
+
+  // Columns that were left unseen begin with an item at some place in the order of the first
+  // level, and have no item from before it.
+  void set_floors() {
+    found_.floor_E.assign(in_.items, threshold_);
+    const Level& all = level_[0];
+    int64_t least = kMost;
+    if (all.order.empty() && !left_.empty())
+      for (int64_t& floor : found_.floor_E) floor = std::min(floor, left_[0]);
+    for (size_t i = 0; i < all.order.size(); ++i) {
+      if (i < left_.size()) least = std::min(least, left_[i]);
+      int64_t& floor = found_.floor_E[all.item[all.order[i]]];
+      floor = std::min(floor, least);
+    }
+    for (size_t c = 0; c < found_.reduced_C.size(); ++c)
+      for (int64_t m = 0; m < in_.size; ++m)
+        if (const int32_t e = found_.item_CM[c * in_.size + m]; e >= 0)
+          found_.floor_E[e] = std::min(found_.floor_E[e], found_.reduced_C[c]);
   }
 
   void last_one(Level& at, int64_t value, int64_t load) {
@@ -257,8 +286,7 @@ class Pricing {
   void visit(int64_t depth, int64_t value, int64_t load, int64_t lower) {
     if (stopped_ || !allowance_.spend()) {
       stopped_ = true;
-      found_.floor = std::min(found_.floor, lower);
-      return;
+      return leave(lower);
     }
     Level& at = level_[depth];
     const int64_t rest = in_.size - depth;
@@ -266,7 +294,7 @@ class Pricing {
     if (rest <= 2) {
       if (rest == 2) last_two(at, value, load);
       if (rest == 1) last_one(at, value, load);
-      if (stopped_) found_.floor = std::min(found_.floor, lower);
+      if (stopped_) leave(lower);
       return;
     }
     if (!in_.at_most && (at.count < rest || !loads_fit(at, load, rest))) return;
@@ -295,8 +323,9 @@ class Pricing {
       const int64_t below =
           value + charge(at.rate, load) + at.least[at.order[i]] + at.behind[i];
       if (below >= threshold_) continue;
+      if (depth == 0) first_at_ = i;
       if (stopped_)
-        found_.floor = std::min(found_.floor, below);
+        leave(below);
       else
         descend_into(depth, i, value, load, below);
     }
@@ -389,6 +418,7 @@ class Pricing {
 
   const ColumnProblem& in_;
   int64_t threshold_, most_;
+  bool fewer_;
   Allowance allowance_;
   Patterns of_;
   std::vector<char> touched_;
@@ -402,13 +432,15 @@ class Pricing {
   Level spare_;
   Priced found_{};
   bool stopped_ = false;
+  int64_t first_at_ = 0;       // the place of the first item in the order of the first level
+  std::vector<int64_t> left_;  // by that place: see `leave`
 };
 
 }  // namespace
 
-Priced price(const ColumnProblem& in, int64_t threshold, int64_t most, Limits limits,
+Priced price(const ColumnProblem& in, int64_t threshold, int64_t most, bool fewer, Limits limits,
              bool* complete) {
-  return Pricing(in, threshold, most, limits).run(complete);
+  return Pricing(in, threshold, most, fewer, limits).run(complete);
 }
 
 }  // namespace moeserve

@@ -12,10 +12,11 @@ def price(
     most_load: int,
     threshold: int,
     most: int,
+    fewer: bool,
     nodes: int,
     seconds: float,
     cpu: bool,
-) -> tuple[NDArray[np.int32], NDArray[np.int64], int, bool, int]: ...
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64], bool, int]: ...
 def descend(
     item_PK: NDArray[np.int32],
     weight_P: NDArray[np.int32],

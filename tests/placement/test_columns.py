@@ -120,6 +120,16 @@ def as_pairs(item_CM: np.ndarray, reduced_C: np.ndarray) -> list[tuple[tuple[int
     return sorted(zip(rows, reduced_C.tolist(), strict=True))
 
 
+def cheapest_with(
+    layer: ColumnLayer, every: dict[tuple[int, ...], int], threshold: int
+) -> np.ndarray:
+    """[E]: the least reduced cost of a column with the item, at most ``threshold``."""
+    least_E = np.full(layer.items, threshold, np.int64)
+    for column, reduced in every.items():
+        least_E[list(column)] = np.minimum(least_E[list(column)], reduced)
+    return least_E
+
+
 @few
 @given(seeds, shapes, st.sampled_from([None, 1.1, 1.4]), st.booleans())
 def test_an_exact_search_finds_what_enumeration_does(
@@ -130,11 +140,24 @@ def test_an_exact_search_finds_what_enumeration_does(
     every = {c: cost_of(layer, c) - int(price_E[list(c)].sum()) for c in columns_of(layer)}
     threshold = int(np.median(list(every.values()))) if every else 0
     expected = sorted((c, x) for c, x in every.items() if x < threshold)
-    floor = min([x for _, x in expected], default=threshold)
+    floor_E = cheapest_with(layer, every, threshold)
     found = pricing.price(layer, price_E, threshold, most=MOST, effort=UNLIMITED)
-    slow = twin.price(layer, price_E, threshold, MOST, 1 << 60, float("inf"))
+    slow = twin.price(layer, price_E, threshold, MOST, False, 1 << 60, float("inf"))
     assert as_pairs(found.item_CM, found.reduced_C) == expected == as_pairs(slow[0], slow[1])
-    assert (found.floor, found.complete) == (floor, True) == (slow[2], slow[3])
+    assert found.complete
+    assert slow[3]
+    assert found.floor_E.tolist() == floor_E.tolist() == slow[2].tolist()
+    fewer = pricing.price(layer, price_E, threshold, most=5, effort=UNLIMITED, fewer=True)
+    slow = twin.price(layer, price_E, threshold, 5, True, 1 << 60, float("inf"))
+    for part in (fewer, PricedColumns(*slow)):
+        met = as_pairs(part.item_CM, part.reduced_C)
+        assert part.complete
+        assert set(met) <= set(expected)
+        cheapest = sorted(x for _, x in expected)[: len(met)]
+        assert sorted(x for _, x in met) == cheapest
+        below = int(part.floor_E.max())
+        assert part.floor_E.tolist() == cheapest_with(layer, dict(met), below).tolist()
+        assert (part.floor_E <= floor_E).all()
 
 
 @few
@@ -144,15 +167,15 @@ def test_a_search_cut_short_still_gives_a_floor(
 ) -> None:
     layer = layer_of(seed, *shape, cap=1.3, at_most=at_most)
     price_E = prices(seed, layer)
-    cheapest = min(
-        (cost_of(layer, c) - int(price_E[list(c)].sum()) for c in columns_of(layer)), default=0
-    )
-    for effort in (Effort(nodes), Effort(seconds=0.0)):
+    every = {c: cost_of(layer, c) - int(price_E[list(c)].sum()) for c in columns_of(layer)}
+    cheapest_E = cheapest_with(layer, every, TOKEN)
+    for effort, fewer in itertools.product((Effort(nodes), Effort(seconds=0.0)), (False, True)):
+        limits = (TOKEN, most, fewer, effort.nodes, effort.seconds)
         for found in (
-            pricing.price(layer, price_E, TOKEN, most=most, effort=effort),
-            PricedColumns(*twin.price(layer, price_E, TOKEN, most, effort.nodes, effort.seconds)),
+            pricing.price(layer, price_E, TOKEN, most=most, effort=effort, fewer=fewer),
+            PricedColumns(*twin.price(layer, price_E, *limits)),
         ):
-            assert found.floor <= min(cheapest, TOKEN)
+            assert (found.floor_E <= cheapest_E).all()
 
 
 @few

@@ -53,14 +53,14 @@ _LARGE = 17  # items of a column, from which on pairs are bounded first
 _PAIR_STEPS, _MOST_PAIR_STEPS = 100, 800  # of one turn, of all
 _OUTSIDE = 1.1  # of its share of the first cover, what an item outside of columns costs at first
 _DEARER = 1.5  # times that, while items are left outside
-_CLOSE = 0.2  # of the slack: descents end where the estimate is so near to the master's value
+_CLOSE = 0.002  # of the master's value: descents end where the estimate is so near to it
 _SMOOTH = 0.5  # of the prices that gave the best estimate so far, against the newest
 _INSIDE = 0.02  # items that the master may leave outside
 _ROUNDS = 100  # of descents, before an exact search at the latest
 _SEEDS, _ACTIVE = 16, 24  # descents of a round: from single items, from columns in use
 _MOST_FOUND = 300  # columns of one round of descents that enter the master
 _MOST_SEARCHED = 2000  # of one exact search
-_FEWER = 0.2  # of the margin, after a search that was full
+_FEWER = 0.2  # of the margin, after a search that found many
 _MOST_LISTED = 200_000  # columns for covers
 _EPSILON = TOKEN // 1024  # a reduced cost this close to 0 is none
 
@@ -102,6 +102,7 @@ class ColumnSearch:
         for block_E in covers_XE:
             self._begin_with(block_E)
         self._prices_E: I64 | None = None  # those of the bound, no column cheaper than its items
+        self._floors: tuple[I64, I64] | None = None  # prices, and floors that are known at them
         self._rung = 0
         self._round = 0
         self._again = 0  # times that step 3 was begun anew, with 8 times the nodes each
@@ -210,10 +211,9 @@ class ColumnSearch:
             self.stage = Stage.SEARCH
 
     def _is_close(self) -> bool:
-        """Whether the estimate is near the master's value, for the slack of the next search."""
         assert self._solution is not None
         value = self._solution.value * TOKEN
-        return value - self._estimate < _CLOSE * _SLACKS[self._rung][0] * value
+        return value - self._estimate < _CLOSE * value
 
     def _left_outside(self, solution: MasterSolution) -> bool:
         """Whether the master still leaves items outside of all columns, but for rounding."""
@@ -252,8 +252,10 @@ class ColumnSearch:
         slack, more = _SLACKS[self._rung]
         closed = _whole_one(solution.place_price - slack * share) - _EPSILON
         threshold = closed + _whole_one(more * self._margin * share)
-        found = pricing.price(self.layer, price_E, threshold, most=_MOST_SEARCHED, effort=effort)
-        self._certify(price_E, found.floor)
+        found = pricing.price(
+            self.layer, price_E, threshold, most=_MOST_SEARCHED, effort=effort, fewer=True
+        )
+        self._certify(price_E, self._known_floors(price_E, found.floor_E))
         self._add(found.item_CM, found.reduced_C + _sums(price_E, found.item_CM))
         below = found.reduced_C < closed
         if below.any():
@@ -265,25 +267,39 @@ class ColumnSearch:
             self._rung += 1
             if found.nodes < _QUICK and self._rung == len(_SLACKS) - 2:
                 self._rung += 1
-        full = len(found.reduced_C) >= _MOST_SEARCHED
-        if full:
+        if len(found.reduced_C) > _MOST_SEARCHED // 2:
             self._margin *= _FEWER
-        if self._rung == len(_SLACKS) or not (found.complete or full or below.any()):
+        if self._rung == len(_SLACKS) or not (found.complete or below.any()):
             self.stage = Stage.COVER if self._branch else Stage.DONE
             self._rung = 0
 
-    def _certify(self, price_E: I64, floor: int) -> None:
-        """``floor`` is one of an exact search at these prices."""
+    def _known_floors(self, price_E: I64, floor_E: I64) -> I64:
+        """With what the last search showed, where it was at the same prices."""
+        if self._floors is not None and (self._floors[0] == price_E).all():
+            floor_E = np.maximum(floor_E, self._floors[1])
+        self._floors = (price_E, floor_E)
+        return floor_E
+
+    def _certify(self, price_E: I64, floor_E: I64) -> None:
+        """``floor_E`` are those of an exact search at these prices.
+
+        A column costs at least the prices of its items and the mean of their floors, so every price
+        rises by its floor divided by ``size``. A column of fewer items has but the least floor.
+        """
         layer = self.layer
+        dear_E = np.maximum(price_E, 0)
+        floor_E = np.maximum(floor_E, -int(np.sort(dear_E)[-layer.size :].sum()))  # costs are >= 0
         if layer.at_most:
-            floor = min(0, floor)
-        bound = int(price_E.sum()) + layer.places * floor
+            bound = int(price_E.sum()) + layer.places * min(0, int(floor_E.min()))
+            certain_E = price_E
+        else:
+            certain_E = price_E + floor_E // layer.size
+            bound = int(certain_E.sum())
         bound = -(-bound // TOKEN) * TOKEN  # costs are whole tokens
-        if bound <= 0:  # a search that was stopped early: prices of 0 are as good, and no number
-            bound, price_E, floor = 0, np.zeros_like(price_E), 0  # grows beyond what 64 bits hold
+        if bound <= 0:  # a search that was stopped early: prices of 0 are as good
+            bound, certain_E = 0, np.zeros_like(price_E)
         if bound > self.bound or self._prices_E is None:
-            self.bound = max(self.bound, bound)
-            self._prices_E = price_E + floor // layer.size
+            self.bound, self._prices_E = max(self.bound, bound), certain_E
 
     def _cover(self, effort: Effort) -> None:
         """One budget of step 3."""

@@ -1,6 +1,6 @@
 """The pricing problems of columns: native where that is built, else the twin.
 
-``price`` is exact: its ``floor`` is a bound on the reduced cost of every allowed column at any
+``price`` is exact: its ``floor_E`` are bounds on the reduced cost of every allowed column at any
 limit. ``descend`` finds columns fast and proves nothing. ``cover`` combines columns.
 """
 
@@ -32,13 +32,21 @@ class Effort:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PricedColumns:
-    """``reduced_C`` is the cost of each column less the prices of its items."""
+    """``reduced_C`` is the cost of each column less the prices of its items.
+
+    No allowed column with an item has a reduced cost below its ``floor_E``.
+    """
 
     item_CM: I32
     reduced_C: I64
-    floor: int
+    floor_E: I64
     complete: bool
     nodes: int
+
+    @property
+    def floor(self) -> int:
+        """No allowed column has a reduced cost below."""
+        return int(self.floor_E.min())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,18 +69,31 @@ def core() -> ModuleType:
 
 
 def price(
-    layer: ColumnLayer, price_E: I64, threshold: int, *, most: int, effort: Effort
+    layer: ColumnLayer,
+    price_E: I64,
+    threshold: int,
+    *,
+    most: int,
+    effort: Effort,
+    fewer: bool = False,
 ) -> PricedColumns:
-    """Columns with a reduced cost below ``threshold``, at most ``most``, depth first."""
+    """Columns with a reduced cost below ``threshold``, depth first, all of them if ``complete``.
+
+    After ``most`` the search is cut short, or (``fewer``) the threshold falls to the median of
+    those and the search goes on.
+    """
     assert price_E.shape == (layer.items,)
-    loops, limits = core(), (threshold, most, effort.nodes, effort.seconds, effort.cpu)
+    loops = core()
+    limits = (threshold, most, fewer, effort.nodes, effort.seconds, effort.cpu)
     if loops is twin:
         return PricedColumns(*twin.price(layer, price_E, *limits))
-    item_CM, reduced_C, floor, complete, nodes = loops.price(
+    item_CM, reduced_C, floor_E, complete, nodes = loops.price(
         *_arrays(layer, price_E), layer.size, layer.at_most, layer.least_load, layer.most_load,
         *limits,
     )  # fmt: skip
-    return PricedColumns(item_CM, reduced_C.reshape(-1), int(floor), bool(complete), int(nodes))
+    return PricedColumns(
+        item_CM, reduced_C.reshape(-1), floor_E.reshape(-1), bool(complete), int(nodes)
+    )
 
 
 def descend(

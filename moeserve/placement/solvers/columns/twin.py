@@ -42,6 +42,14 @@ class _Columns:
         item_CM = np.array(self.items, np.int32).reshape(-1, self.size)
         return item_CM, np.array(self.reduced, np.int64)
 
+    def halve(self) -> int:
+        """Keeps those below the median, which it returns."""
+        median = sorted(self.reduced)[len(self.reduced) // 2]
+        kept = [c for c, reduced in enumerate(self.reduced) if reduced < median]
+        self.items = [self.items[c] for c in kept]
+        self.reduced = [self.reduced[c] for c in kept]
+        return median
+
 
 class _Pricing:
     """Depth first over the candidates, the most promising first."""
@@ -53,25 +61,33 @@ class _Pricing:
         self.limits = (layer.least_load, layer.most_load)
         self.size, self.at_most = layer.size, layer.at_most
         self.width = layer.item_PK.shape[1]
-        self.threshold, self.floor = threshold, threshold
+        self.threshold = threshold
+        self.floor_E = np.full(layer.items, _MOST, np.int64)  # of what was left unseen
         self.found = _Columns(layer.size)
         self.nodes = 0
 
-    def run(self, most: int, nodes: int, seconds: float, cpu: bool) -> bool:
-        self.most, self.most_nodes = most, nodes
+    def run(self, most: int, fewer: bool, nodes: int, seconds: float, cpu: bool) -> bool:
+        self.most, self.fewer, self.most_nodes = most, fewer, nodes
         self.clock = time.thread_time if cpu else time.monotonic
         self.ends = self.clock() + min(seconds, 1e9)
         self.stopped = False
         everyone = np.arange(len(self.load_E), dtype=np.int64)
         self._visit([], 0, everyone, np.zeros(len(self.weight_P), np.bool_), -_MOST)
-        self.floor = min([self.floor, *self.found.reduced])
+        self.floor_E = np.minimum(self.floor_E, self.threshold)
+        for items, reduced in zip(self.found.items, self.found.reduced, strict=True):
+            chosen = [e for e in items if e >= 0]
+            self.floor_E[chosen] = np.minimum(self.floor_E[chosen], reduced)
         return not self.stopped
 
     def _hit(self, chosen: list[int], value: int) -> None:
         load = int(self.load_E[chosen].sum())
         if value < self.threshold and self.limits[0] <= load <= self.limits[1]:
             self.found.keep(chosen, value)
-            self.stopped = self.stopped or len(self.found.items) >= self.most
+            if len(self.found.items) >= self.most:
+                if self.fewer:
+                    self.threshold = self.found.halve()
+                else:
+                    self.stopped = True
 
     def _least(self, candidates: I64, touched_P: Bits, partners: int) -> I64:
         """[candidates]: as ``Pricing::share``."""
@@ -94,7 +110,7 @@ class _Pricing:
         self.stopped = self.stopped or self.nodes > self.most_nodes or self.clock() > self.ends
         rest = self.size - len(chosen)
         if self.stopped:
-            self.floor = min(self.floor, lower)
+            self._leave(chosen, candidates, lower)
             return
         if chosen and (self.at_most or not rest):
             self._hit(chosen, value)
@@ -109,27 +125,27 @@ class _Pricing:
             if below >= self.threshold:
                 break
             if self.stopped:
-                self.floor = min(self.floor, below)
+                self._leave(chosen, candidates[i:], below)
                 break
             e = int(candidates[i])
             fresh_P = self.uses_EP[e] & ~touched_P
             more = int(self.weight_P[fresh_P].sum()) * TOKEN - int(self.price_E[e])
             self._visit([*chosen, e], value + more, candidates[i + 1 :], touched_P | fresh_P, below)
 
+    def _leave(self, chosen: list[int], candidates: I64, lower: int) -> None:
+        """No column of these, of which none was looked into further, is cheaper."""
+        for items in (chosen, candidates):
+            self.floor_E[items] = np.minimum(self.floor_E[items], lower)
+
 
 def price(
-    layer: ColumnLayer,
-    price_E: I64,
-    threshold: int,
-    most: int,
-    nodes: int,
-    seconds: float,
-    cpu: bool = False,
-) -> tuple[I32, I64, int, bool, int]:
+    layer: ColumnLayer, price_E: I64, threshold: int, most: int, fewer: bool, nodes: int,
+    seconds: float, cpu: bool = False,
+) -> tuple[I32, I64, I64, bool, int]:  # fmt: skip
     search = _Pricing(layer, price_E, threshold)
-    complete = search.run(most, nodes, seconds, cpu)
+    complete = search.run(most, fewer, nodes, seconds, cpu)
     item_CM, reduced_C = search.found.arrays()
-    return item_CM, reduced_C, search.floor, complete, search.nodes
+    return item_CM, reduced_C, search.floor_E, complete, search.nodes
 
 
 class _Descent:
