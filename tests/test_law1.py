@@ -22,6 +22,7 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.policies.choices import Drafter
+from moeserve.engine.policies.layered import LayeredPrefill
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState
 from moeserve.kernels.ops import Linear
@@ -61,6 +62,7 @@ def run(
     max_num_seqs: int = 8,
     prefix_cache: bool = True,
     drafter: Drafter | None = None,
+    layered: bool = False,
 ) -> Ran:
     """Each wave is added when the one before has ended."""
     counters = Counters()
@@ -77,7 +79,8 @@ def run(
         prefix_cache=prefix_cache,
     )
     pool = BlockPool(num_blocks, block_size, counters)
-    scheduler = Scheduler(config, pool, counters, drafter=drafter)
+    groups = LayeredPrefill(len(decoder.spec.layers), counters) if layered else None
+    scheduler = Scheduler(config, pool, counters, drafter=drafter, layered=groups)
     executor = ModelRunner(decoder, num_blocks, block_size, on_logits=keep)
     for wave in waves:
         for request in wave:
@@ -85,6 +88,7 @@ def run(
         while scheduler.has_work:
             for out in scheduler.apply(executor.run(scheduler.plan(0.0))):
                 tokens[out.request_id].append(out.token_id)
+    assert executor.states.num_rows == 0
     return Ran(tokens, logits, counters)
 
 
@@ -163,6 +167,17 @@ def test_the_size_of_chunks_changes_nothing(alone: Alone, chunk: int) -> None:
     alone.assert_same(requests, ran)
 
 
+def test_prompts_that_go_through_the_layers_in_groups_change_nothing(alone: Alone) -> None:
+    """Beside others that generate, with a common beginning, and in parts."""
+    common = prompt(6, 30)
+    first = [ask("a", prompt(5, 9)), ask("b", [*common, 7]), ask("c", prompt(2, 60), SAMPLED)]
+    then = [ask("d", [*common, 3, *prompt(4, 40)]), ask("e", prompt(3, 12))]
+    ran = run(alone.decoder, [first, then], chunk=13, layered=True)
+    assert ran.counters.layered_steps > 5
+    assert ran.counters.prefix_hit_tokens == 28
+    alone.assert_same(first + then, ran)
+
+
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])
 def test_the_size_of_blocks_changes_nothing(alone: Alone, block_size: int) -> None:
     requests = [ask("a", prompt(3, 37)), ask("b", prompt(4, 20))]
@@ -230,6 +245,7 @@ def test_several_tokens_a_step_change_nothing(alone: Alone) -> None:
     max_num_seqs=st.integers(1, 6),
     prefix_cache=st.booleans(),
     second_wave=st.integers(0, 6),
+    layered=st.booleans(),
 )
 def test_nothing_the_scheduler_may_do_changes_anything(
     alone: Alone,
@@ -240,6 +256,7 @@ def test_nothing_the_scheduler_may_do_changes_anything(
     max_num_seqs: int,
     prefix_cache: bool,
     second_wave: int,
+    layered: bool,
 ) -> None:
     requests = [
         ask(f"r{i}", prompt(seed, length), params) for i, (seed, length, params) in enumerate(drawn)
@@ -252,5 +269,6 @@ def test_nothing_the_scheduler_may_do_changes_anything(
         chunk=chunk,
         max_num_seqs=max_num_seqs,
         prefix_cache=prefix_cache,
+        layered=layered,
     )
     alone.assert_same(requests, ran)

@@ -30,7 +30,7 @@ ROUTING = (
 PERFORMANCE_MODEL = (
     "machine distinct demand residency predict workload schedule steady bound".split()
 )
-POLICIES = "choices drafts ngrams speculation throughput".split()
+POLICIES = "choices drafts layered ngrams prefill_choice speculation throughput".split()
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (
     "core.py",

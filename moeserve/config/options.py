@@ -156,6 +156,11 @@ class StepOptions(Options):
         default=512, description="tokens in one step; for throughput 4096, as far as that pays"
     )
 
+    prefill: Literal["chunk", "layer", "auto"] = Field(
+        default="chunk",
+        description="how prompts longer than a step are computed: in chunks, or through the layers "
+        "in groups, one a step, which loads experts fewer times; auto goes by expected loads",
+    )
     speculation: Literal["off", "ngram"] = Field(
         default="off",
         description="guess tokens that follow and check them in the same step, as many as make "

@@ -18,8 +18,10 @@ from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
 from moeserve.engine.policies.choices import Admission, Drafter
+from moeserve.engine.policies.layered import LayeredPrefill
 from moeserve.engine.policies.ngrams import NgramDrafts
 from moeserve.engine.policies.past_future import PastFuture
+from moeserve.engine.policies.prefill_choice import FewerLoads, RoutedLayers
 from moeserve.engine.policies.speculation import Speculation
 from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.rank_model import RankModel, load_rank_model
@@ -31,7 +33,7 @@ from moeserve.engine.step_cost import DecodeCost, FittedStepCost, StepCost, Step
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.checked_tokenizer import load_checked
 from moeserve.models.library import resolve_model
-from moeserve.models.spec import ModelSpec
+from moeserve.models.spec import ModelSpec, MoeSpec
 from moeserve.models.tokenizer import Tokenizer
 from moeserve.observe.routing import RoutingRecorder
 
@@ -123,7 +125,9 @@ def build_engine(
     fitted, decodes = FittedStepCost(), DecodeCost()
     admission = admission_of(options, config, cost or fitted)
     drafter = drafter_of(options, decodes, fitted)
-    scheduler, lock = Scheduler(config, pool, counters, admission, drafter), EngineLock()
+    layered = layered_of(options, own.decoder.spec, counters)
+    scheduler = Scheduler(config, pool, counters, admission, drafter, layered=layered)
+    lock = EngineLock()
     rates = StepRates()
     watched = RatedSteps(observer or Unobserved(), rates, fitted, decodes)
     engine = Engine(scheduler, own.executor, watched, lock=lock)
@@ -165,6 +169,18 @@ def admission_of(options: StepOptions, config: SchedulerConfig, cost: StepCost) 
 def drafter_of(options: StepOptions, decodes: DecodeCost, steps: StepLine) -> Drafter | None:
     """Who guesses what follows, by ``--speculation``."""
     return Speculation(NgramDrafts(), decodes, steps) if options.speculation == "ngram" else None
+
+
+def layered_of(options: StepOptions, spec: ModelSpec, counters: Counters) -> LayeredPrefill | None:
+    """Which prompts go through the layers in groups, by ``--prefill``."""
+    layers = len(spec.layers)
+    if options.prefill == "chunk":
+        return None
+    if options.prefill == "layer":
+        return LayeredPrefill(layers, counters)
+    routers = [x.mlp.router for x in spec.layers if isinstance(x.mlp, MoeSpec)]
+    kinds = [RoutedLayers(1, router.num_experts, router.top_k) for router in routers]
+    return LayeredPrefill(layers, counters, FewerLoads(layers, kinds))
 
 
 def load_tokenizer(path: Path, chat_template: Path | None = None) -> tuple[Tokenizer | None, str]:

@@ -41,6 +41,7 @@ from moeserve.engine.foresight import NextStep, foresee_step
 from moeserve.engine.kv_manager import KvManager
 from moeserve.engine.policies.choices import Admission, Drafter, FirstComeFirstServed
 from moeserve.engine.policies.drafts import add_with_drafts, propose_for
+from moeserve.engine.policies.layered import LayeredPrefill
 from moeserve.engine.sequence import NEW, History, SequenceState
 from moeserve.engine.step_builder import StepBuilder
 from moeserve.engine.waiting import WaitingQueue
@@ -62,6 +63,7 @@ class Scheduler:
         admission: Admission | None = None,
         drafter: Drafter | None = None,
         rank: int = 0,
+        layered: LayeredPrefill | None = None,
     ) -> None:
         self.rank = rank
         self.config = config
@@ -69,7 +71,7 @@ class Scheduler:
         self.kv = KvManager(pool, prefix_cache=config.prefix_cache)
         self.counters = counters
         self._admission = admission or FirstComeFirstServed()
-        self._drafter = drafter
+        self._drafter, self._layered = drafter, layered
         self._waiting = WaitingQueue()
         self._running: OrderedDict[RequestId, SequenceState] = OrderedDict()  # as admitted
         # Of the running ones, those whose next token is their last.
@@ -206,7 +208,8 @@ class Scheduler:
 
     def begin(self, now: float) -> StepBuilder:
         """What running requests need of the next step."""
-        builder = StepBuilder(self.config.max_num_batched_tokens, self.rank, self._expire(now))
+        expired, budget = self._expire(now), self.config.max_num_batched_tokens
+        builder = StepBuilder(budget, self.rank, expired, self._layered)
         generating = self._grow_generating(builder.preempted)
         drafts = propose_for(self._drafter, generating, self._running.values(), self.config)
         if drafts:
@@ -214,10 +217,7 @@ class Scheduler:
         else:
             builder.add_newest(generating, sum(seq.generating for seq in self._leaving.values()))
         self._admission.begin(builder, self._running.values(), self._waiting, self.pool)
-        if len(builder.chunks) < len(self._running):
-            for seq in self._running.values():
-                if not seq.generating:
-                    builder.add(seq)
+        builder.add_prompts(self._running.values())
         return builder
 
     def has_room(self, builder: StepBuilder, seq: SequenceState) -> bool:
@@ -294,7 +294,7 @@ class Scheduler:
             if chunk.samples:
                 self._accept(seq, chunk, sampled[seq.request.id], outs)
             else:
-                self._advance(seq, len(chunk.token_ids))
+                self._advance(seq, chunk.computed)
         self._num_tokens += len(outs)
         self.counters.generated_tokens += len(outs)
         return outs

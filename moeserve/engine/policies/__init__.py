@@ -7,5 +7,7 @@
     throughput.py   prompts as they pay, and requests as KV holds out (``--objective throughput``)
     drafts.py       guesses behind the newest tokens of a step, as many as fit
     ngrams.py       guesses of what follows, from all that was written before
+    layered.py      prompts that go through the layers in groups, one a step (``--prefill``)
+    prefill_choice.py  which prompts do, by the experts that are loaded so
     speculation.py  how many of them a step checks: as many as make tokens come sooner
 """

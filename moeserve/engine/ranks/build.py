@@ -22,6 +22,7 @@ from moeserve.engine.build import (
     LoadedModel,
     admission_of,
     drafter_of,
+    layered_of,
     load_tokenizer,
     scheduler_config,
 )
@@ -165,7 +166,8 @@ def rank_parts(
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
     cost, decodes = FittedStepCost(), DecodeCost()
     admission, drafter = admission_of(options, config, cost), drafter_of(options, decodes, cost)
-    scheduler = Scheduler(config, pool, counters, admission, drafter, rank=context.rank)
+    layered = layered_of(options, own.decoder.spec, counters)
+    scheduler = Scheduler(config, pool, counters, admission, drafter, context.rank, layered)
     lock = EngineLock()
     load = SchedulerLoad(scheduler, lock, has_requests=context.has_requests)
     count = context.microbatches
