@@ -74,6 +74,7 @@ OTHER: dict[str, Any] = {
     "kv_memory": 2**31,
     "host_share": 0.25,
     "objective": "throughput",
+    "prefill": "layer",
     "speculation": "ngram",
     "memory": 2**33,
     "weights_prediction": "on",
