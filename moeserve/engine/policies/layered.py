@@ -132,8 +132,8 @@ class LayeredPrefill:
         if self._joins:
             taken = min(left, budget)
             if taken:
-                member = _Member(seq, seq.computed, seq.computed + taken)
-                batch.members[seq.request.id] = member
+                joined = _Member(seq, seq.computed, seq.computed + taken)
+                batch.members[seq.request.id] = joined
             return PrefillPart(seq.computed + taken, batch.group, budget - taken)
         member = batch.members.get(seq.request.id)
         if member is None or member.seq is not seq:
