@@ -3,6 +3,8 @@
     python bench/policies.py speculation [--model demo] [--batch 1 4 16] [--requests N]
                                          [--answer N] [--rounds N] [--threads N] [--json]
     python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
+    python bench/policies.py layered [--model demo] [--prompt N] [--step N] [--batch 1 8 32]
+                                     [--rounds N] [--threads N] [--json]
 
 speculation: looked-up drafts, none to five for everybody or as many as pay (`--speculation
 ngram`), at each number of requests at once. Stories repeat what others told, sums less so, and what
@@ -14,6 +16,10 @@ admission: who starts when KV is short, without a model (``policy/admission.py``
 free, with room for the longest answer, and as answers were lately (the default). Lengths are drawn
 (lognormal), or those of a trace: CSV with the columns ContextTokens and GeneratedTokens (Azure's)
 or `Request tokens` and `Response tokens` (BurstGPT's). Counters are exact; seconds are modelled.
+
+layered: a prompt of N tokens beside requests that generate, in chunks, in groups of layers and as
+`--prefill auto` has it (``policy/layered.py``), with N tokens in a step: experts loaded, beside
+what was predicted, the largest step, the first token's time, and what a model says of energy.
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from policy.admission import admission, show_admitted
+from policy.layered import layered, show_layered
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
@@ -205,10 +212,12 @@ def show(rows: Sequence[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Policies of the scheduler, beside none.")
-    parser.add_argument("policy", choices=["speculation", "admission"])
+    parser.add_argument("policy", choices=["speculation", "admission", "layered"])
     parser.add_argument("--lengths", type=Path, nargs="+", default=[])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt", type=int, default=960)
+    parser.add_argument("--step", type=int, default=256)
     parser.add_argument("--requests", type=int, help="48 to speculate, 800 to admit")
     parser.add_argument("--answer", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
@@ -219,6 +228,13 @@ def main() -> None:
         found = admission(args.lengths, args.requests or 800)
         print(json.dumps([asdict(row) for row in found], indent=1)) if args.json else show_admitted(
             found
+        )
+        return
+    if args.policy == "layered":
+        given = args.model, args.prompt, args.step, args.batch, args.rounds, args.threads
+        ways = layered(*given)
+        print(json.dumps([asdict(row) for row in ways], indent=1)) if args.json else show_layered(
+            ways
         )
         return
     rows = speculation(args)

@@ -42,3 +42,13 @@ def test_speculation_is_shown_by_domain_and_number_of_drafts() -> None:
     assert len(rows) == 3 * 6
     assert all(row["drafted"] == 0 for row in rows if row["schedule"] in ("off", "0"))
     assert any(row["accepted"] for row in rows if row["schedule"] == "5")
+
+
+@pytest.mark.long
+def test_layered_prefill_is_shown_beside_chunks() -> None:
+    words = ("--prompt", "120", "--step", "32", "--batch", "2", "--rounds", "1")
+    chunk, layer, auto = rows_of("layered", *words)
+    assert layer["loads"] < 0.7 * chunk["loads"]
+    assert layer["largest"] <= chunk["largest"]
+    assert layer["steps"] <= chunk["steps"]
+    assert auto["loads"] == min(layer["loads"], chunk["loads"])
