@@ -26,7 +26,7 @@ class StepBuilder:
     ``expired`` hit their deadline when the step began, ``preempted`` gave up their blocks for it.
     Of what the step leaves: ``staying`` requests are generating after it, ``leaving`` ones get
     their last token from it, as far as that is known before, and ``left`` tokens of running
-    requests had no room in it.
+    requests had no room in it, or are not through all layers yet.
     """
 
     def __init__(
@@ -139,14 +139,15 @@ class StepBuilder:
             stop, layers = self._part(self._layered, seq)
         if seq.request.params.prompt_logprobs is not None:
             stop = self._score(seq, stop)
-        self.left += seq.length - stop
+        through = layers is None or layers.last
+        self.left += seq.length - (stop if through else seq.computed)
         if stop == seq.computed:
             return
         token_ids = seq.tokens(seq.computed, stop)
         if draft_ids:
             assert seq.generating, seq.request.id
             token_ids += draft_ids
-        ends = stop == seq.length and (layers is None or layers.last)
+        ends = stop == seq.length and through
         chunk = Chunk(
             request=seq.request,
             token_ids=token_ids,

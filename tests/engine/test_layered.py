@@ -19,6 +19,7 @@ from moeserve.core import (
 )
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
+from moeserve.engine.foresight import NextStep
 from moeserve.engine.null import NullExecutor
 from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.policies.layered import MOST_GROUPS, LayeredPrefill, most_kept
@@ -135,11 +136,13 @@ def test_what_is_longer_than_all_groups_goes_in_parts() -> None:
 def test_no_block_is_found_before_its_tokens_are_through_all_layers() -> None:
     house = House(seqs=1)
     house.scheduler.add(request("long", range(40), 1))
-    cached = []
+    cached, foreseen = [], []
     while house.scheduler.has_work:
         house.step()
         cached.append(house.pool.num_cached)
+        foreseen.append(house.scheduler.foresee())
     assert cached == [0, 0, 10]
+    assert foreseen == [NextStep(16, False), NextStep(16, False), NextStep()]
     house.scheduler.add(request("again", [*range(40), 3], 1))
     assert groups(house.step()) == [("again", 40, 1, None)]
 
