@@ -8,6 +8,8 @@
                                      [--wall [--model demo] [--threads N]]
     python bench/policies.py swap [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py fairness [--requests N] [--json]
+    python bench/policies.py layered [--model demo] [--prompt N] [--step N] [--batch 1 8 32]
+                                     [--rounds N] [--threads N] [--json]
 
 speculation: drafts of the model's own module (mtp), looked up (ngram) or both (auto, of which fixed
 numbers are the module's): "off" is without, "0" with all that chooses and never one, 1, 3 and 5 for
@@ -31,6 +33,10 @@ swap: what comes of the KV of preempted requests (``policy/swap.py``): computed 
 host memory, block by block or in long runs and only what is new. Likewise modelled.
 
 fairness: service between tenants, of whom one floods (``policy/fairness.py``). Likewise modelled.
+
+layered: a prompt of N tokens beside requests that generate, in chunks, in groups of layers and as
+`--prefill auto` has it (``policy/layered.py``), with N tokens in a step: experts loaded, beside
+what was predicted, the largest step, the first token's time, and what a model says of energy.
 """
 
 from __future__ import annotations
@@ -46,6 +52,7 @@ from pathlib import Path
 
 from policy.admission import admission, cases_of, show_admitted
 from policy.fairness import fairness, show_shared
+from policy.layered import layered, show_layered
 from policy.swap import show_given, swap
 from policy.targets import LatencyRow, show_targets, targets, targets_by_the_clock
 from rich.box import SIMPLE
@@ -255,7 +262,7 @@ def targets_of(args: argparse.Namespace) -> list[LatencyRow]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Policies of the scheduler, beside none.")
-    choices = "speculation admission targets swap fairness".split()
+    choices = "speculation admission targets swap fairness layered".split()
     parser.add_argument("policy", choices=choices)
     parser.add_argument("--lengths", type=Path, nargs="+", default=[])
     parser.add_argument("--model", default="demo")
@@ -263,6 +270,8 @@ def main() -> None:
     parser.add_argument(
         "--requests", type=int, help="48 to speculate, 800 to admit, 400 for targets"
     )
+    parser.add_argument("--prompt", type=int, default=960)
+    parser.add_argument("--step", type=int, default=256)
     parser.add_argument("--answer", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
@@ -295,6 +304,13 @@ def main() -> None:
         shared = fairness(args.requests or 200)
         print(json.dumps([asdict(row) for row in shared], indent=1)) if args.json else show_shared(
             shared
+        )
+        return
+    if args.policy == "layered":
+        given = args.model, args.prompt, args.step, args.batch, args.rounds, args.threads
+        ways = layered(*given)
+        print(json.dumps([asdict(row) for row in ways], indent=1)) if args.json else show_layered(
+            ways
         )
         return
     rows = speculation(args)

@@ -139,6 +139,19 @@ class Request:
     tenant: str = ""
 
 
+class LayerGroup(NamedTuple):
+    """Layers ``start .. stop - 1`` of a model that has ``of``."""
+
+    start: int
+    stop: int
+    of: int
+
+    @property
+    def last(self) -> bool:
+        """Whether no layers come after it."""
+        return self.stop == self.of
+
+
 class Chunk(NamedTuple):
     """Consecutive tokens of one request to run in this step.
 
@@ -151,6 +164,10 @@ class Chunk(NamedTuple):
     tuple as in the chunk before, as long as nothing was added or freed. Tokens at positions below
     ``reached`` were computed by an earlier step too, before a preemption. ``rank`` is the request's
     home: it holds the KV, so ``blocks`` are of its pool, and attention runs there.
+
+    With ``layers`` these alone are run: the steps before ran the same tokens in all layers that
+    come before, and only the step with the last layer may sample. All chunks of a step that have
+    ``layers`` have the same ones, and stand behind those that have none.
     """
 
     request: Request
@@ -161,6 +178,22 @@ class Chunk(NamedTuple):
     output_ids: Sequence[int] = ()
     rank: int = 0
     reached: int = 0
+    layers: LayerGroup | None = None
+
+    @property
+    def computed(self) -> int:
+        """How many tokens have their KV in all layers when the step is over, drafts among them."""
+        done = self.layers is None or self.layers.last
+        return len(self.token_ids) if done else 0
+
+    @property
+    def work(self) -> int:
+        """The tokens; those of a group of layers by the share of all layers that it is, rounded
+        up."""
+        if self.layers is None:
+            return len(self.token_ids)
+        start, stop, of = self.layers
+        return -(-len(self.token_ids) * (stop - start) // of)
 
     @property
     def scored(self) -> range:
@@ -261,6 +294,9 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
+        """How much is computed, in tokens through all layers (``Chunk.work``)."""
+        if self.chunks and self.chunks[-1].layers is not None:
+            return sum(chunk.work for chunk in self.chunks)
         return sum(len(c.token_ids) for c in self.chunks)
 
 
@@ -370,6 +406,8 @@ class Counters:
     ``accepted_tokens`` are those of the ``drafted_tokens`` that were, ``drafts`` are the
     chunks that carried some. Of ``swaps`` (``engine.swapping``) ``swap_copies`` are runs of one
     cache that were copied, out or in; ``swap_spared_bytes`` did not go out, since they were there.
+    ``layered_steps`` ran prompts in a group of layers only, and ``layered_tokens`` of the computed
+    ones went through the layers so.
     """
 
     steps: int = 0
@@ -382,6 +420,8 @@ class Counters:
     accepted_tokens: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+    layered_steps: int = 0
+    layered_tokens: int = 0
     preemptions: int = 0
     evicted_blocks: int = 0
     swaps: int = 0

@@ -23,6 +23,7 @@ from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_tensors import watch_kv
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.policies.choices import Drafter
+from moeserve.engine.policies.layered import LayeredPrefill
 from moeserve.engine.policies.swap import SwapOrCompute
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState
@@ -69,6 +70,7 @@ def run(
     drafter: Drafter | None = None,
     swap_memory: int = 0,
     memory: type[HostSwapMemory] = HostSwapMemory,
+    layered: bool = False,
 ) -> Ran:
     """Each wave is added when the one before has ended."""
     counters = Counters()
@@ -85,18 +87,22 @@ def run(
         prefix_cache=prefix_cache,
     )
     pool = BlockPool(num_blocks, block_size, counters)
+    groups = LayeredPrefill(len(decoder.spec.layers), counters) if layered else None
     executor = ModelRunner(decoder, num_blocks, block_size, on_logits=keep)
     swapping = None
     if swap_memory:
         host = memory(watch_kv(executor, decoder.ops), swap_memory)
         swapping = Swapping(host, SwapOrCompute())
-    scheduler = Scheduler(config, pool, counters, drafter=drafter, swapping=swapping)
+    scheduler = Scheduler(
+        config, pool, counters, drafter=drafter, swapping=swapping, layered=groups
+    )
     for wave in waves:
         for request in wave:
             scheduler.add(request)
         while scheduler.has_work:
             for out in scheduler.apply(executor.run(scheduler.plan(0.0))):
                 tokens[out.request_id].append(out.token_id)
+    assert executor.states.num_rows == 0
     return Ran(tokens, logits, counters)
 
 
@@ -173,6 +179,17 @@ def test_the_size_of_chunks_changes_nothing(alone: Alone, chunk: int) -> None:
     ran = run(alone.decoder, [requests], chunk=chunk, max_num_seqs=1)
     assert ran.counters.steps == -(-41 // chunk) + 7
     alone.assert_same(requests, ran)
+
+
+def test_prompts_that_go_through_the_layers_in_groups_change_nothing(alone: Alone) -> None:
+    """Beside others that generate, with a common beginning, and in parts."""
+    common = prompt(6, 30)
+    first = [ask("a", prompt(5, 9)), ask("b", [*common, 7]), ask("c", prompt(2, 60), SAMPLED)]
+    then = [ask("d", [*common, 3, *prompt(4, 40)]), ask("e", prompt(3, 12))]
+    ran = run(alone.decoder, [first, then], chunk=13, layered=True)
+    assert ran.counters.layered_steps > 5
+    assert ran.counters.prefix_hit_tokens == 28
+    alone.assert_same(first + then, ran)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])
@@ -276,6 +293,7 @@ def test_several_tokens_a_step_change_nothing(alone: Alone) -> None:
     prefix_cache=st.booleans(),
     second_wave=st.integers(0, 6),
     swap_memory=st.sampled_from([0, 1 << 14, 1 << 20]),
+    layered=st.booleans(),
 )
 def test_nothing_the_scheduler_may_do_changes_anything(
     alone: Alone,
@@ -287,6 +305,7 @@ def test_nothing_the_scheduler_may_do_changes_anything(
     prefix_cache: bool,
     second_wave: int,
     swap_memory: int,
+    layered: bool,
 ) -> None:
     requests = [
         ask(f"r{i}", prompt(seed, length), params) for i, (seed, length, params) in enumerate(drawn)
@@ -300,5 +319,6 @@ def test_nothing_the_scheduler_may_do_changes_anything(
         max_num_seqs=max_num_seqs,
         prefix_cache=prefix_cache,
         swap_memory=swap_memory,
+        layered=layered,
     )
     alone.assert_same(requests, ran)

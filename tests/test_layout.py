@@ -30,7 +30,10 @@ ROUTING = (
 PERFORMANCE_MODEL = (
     "machine overheads distinct demand residency predict workload schedule steady bound".split()
 )
-POLICIES = "choices drafts fairness made ngrams shape speculation swap targets throughput".split()
+POLICIES = (
+    "choices drafts fairness layered made ngrams prefill_choice shape speculation swap targets "
+    "throughput".split()
+)
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (
     "core.py",

@@ -24,6 +24,7 @@ from moeserve.kernels.ops import (
     RouterWeights,
     Step,
 )
+from moeserve.models.layer_runner import GroupRows, rows_by_layer
 from moeserve.observe.progress import Progress
 
 
@@ -54,10 +55,16 @@ class ParallelLayerRunner:
         steps: Sequence[Step | None],
         caches: Sequence[KvCache],
         routed: Sequence[list[Tensor]] | None = None,
+        group: GroupRows | None = None,
     ) -> None:
         """As ``LayerRunner.run``; ids_TC are appended also where a microbatch has no rows."""
         walks = deque(
-            self._walk(lane, x_TH, steps[lane], caches, None if routed is None else routed[lane])
+            self._walk(
+                lane,
+                rows_by_layer(len(caches), x_TH, steps[lane], None if lane else group),
+                caches,
+                None if routed is None else routed[lane],
+            )
             for lane, x_TH in enumerate(hidden)
         )
         while walks:
@@ -69,14 +76,13 @@ class ParallelLayerRunner:
     def _walk(
         self,
         lane: int,
-        x_TH: Tensor,
-        step: Step | None,
+        rows_L: Sequence[tuple[Tensor, Step | None]],
         caches: Sequence[KvCache],
         routed: list[Tensor] | None,
     ) -> Generator[bool, None, None]:
         ops, progress = self._ops, self._progress
-        for l, ((attention, half), sharded, cache) in enumerate(
-            zip(self._halves, self.sharded, caches, strict=True)
+        for l, ((attention, half), sharded, cache, (x_TH, step)) in enumerate(
+            zip(self._halves, self.sharded, caches, rows_L, strict=True)
         ):
             progress.at(l, lane)
             progress.begin("attention")

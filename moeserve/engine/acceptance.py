@@ -46,7 +46,7 @@ class Acceptance:
             if chunk.samples:
                 self._accept(seq, chunk, sampled[seq.request.id], outs)
             else:
-                self._advance(seq, len(chunk.token_ids))
+                self._advance(seq, chunk.computed)
         return outs
 
     def _settle_newest(

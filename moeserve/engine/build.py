@@ -20,9 +20,11 @@ from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
 from moeserve.engine.policies.choices import Admission, Drafter
 from moeserve.engine.policies.fairness import FairTenants
+from moeserve.engine.policies.layered import LayeredPrefill
 from moeserve.engine.policies.made import MadeDrafts
 from moeserve.engine.policies.ngrams import NgramDrafts
 from moeserve.engine.policies.past_future import PastFuture
+from moeserve.engine.policies.prefill_choice import FewerLoads, RoutedLayers
 from moeserve.engine.policies.speculation import Speculation
 from moeserve.engine.policies.swap import SwapOrCompute
 from moeserve.engine.policies.targets import NO_TARGETS, LatencyTargets, TargetAdmission
@@ -38,7 +40,7 @@ from moeserve.engine.swapping import Swapping
 from moeserve.errors import ConfigError, TokenizerError
 from moeserve.models.checked_tokenizer import load_checked
 from moeserve.models.library import resolve_model
-from moeserve.models.spec import ModelSpec
+from moeserve.models.spec import ModelSpec, MoeSpec
 from moeserve.models.tokenizer import Tokenizer
 from moeserve.observe.routing import RoutingRecorder
 
@@ -132,7 +134,10 @@ def build_engine(
     admission = admission_of(options, config, cost or fitted, mixed)
     drafter = drafter_of(options, decodes, fitted, makes=own.executor.makes_drafts)
     swapping, lock = swapping_of(options, own, fitted), EngineLock()
-    scheduler = Scheduler(config, pool, counters, admission, drafter, swapping=swapping)
+    layered = layered_of(options, own.decoder.spec, counters)
+    scheduler = Scheduler(
+        config, pool, counters, admission, drafter, swapping=swapping, layered=layered
+    )
     rates = StepRates()
     watched = RatedSteps(observer or Unobserved(), rates, fitted, decodes, mixed)
     engine = Engine(scheduler, own.executor, watched, lock=lock)
@@ -197,6 +202,18 @@ def drafter_of(
         return None
     found = NgramDrafts() if options.speculation in ("ngram", "auto") else None
     return Speculation(found, decodes, steps, made=MadeDrafts() if makes else None)
+
+
+def layered_of(options: StepOptions, spec: ModelSpec, counters: Counters) -> LayeredPrefill | None:
+    """Which prompts go through the layers in groups, by ``--prefill``."""
+    layers = len(spec.layers)
+    if options.prefill == "chunk":
+        return None
+    if options.prefill == "layer":
+        return LayeredPrefill(layers, counters)
+    routers = [x.mlp.router for x in spec.layers if isinstance(x.mlp, MoeSpec)]
+    kinds = [RoutedLayers(1, router.num_experts, router.top_k) for router in routers]
+    return LayeredPrefill(layers, counters, FewerLoads(layers, kinds))
 
 
 def load_tokenizer(path: Path, chat_template: Path | None = None) -> tuple[Tokenizer | None, str]:

@@ -18,6 +18,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from moeserve.config.options import LoadOptions, RankModelOptions
+from moeserve.engine.policies.layered import most_kept
 from moeserve.errors import ConfigError
 from moeserve.host import read_memory
 from moeserve.kernels.device import Card, free_memory
@@ -123,7 +124,10 @@ def load_on_device(
         )
     known = survey(resolve_model(options.model))
     graphs = GRAPH_BYTES.get(ops.device.type, 0)
-    workspace = workspace_of(known.spec, options.max_num_batched_tokens, options.max_num_seqs)
+    kept = most_kept(options.max_num_batched_tokens, options.prefill)
+    rows = options.max_num_batched_tokens + kept
+    workspace = workspace_of(known.spec, rows, options.max_num_seqs)
+    workspace += kept * FP32 * known.spec.hidden
     block = known.kv_bytes_per_token * options.block_size
     card = free_memory(ops.device)
     least = least_weights(known.weight_bytes, options, ranks[0])

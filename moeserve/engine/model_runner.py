@@ -21,10 +21,11 @@ from torch import Tensor
 from moeserve.core import Chunk, Drafted, RequestId, Sampled, Scored, StepPlan, StepResult
 from moeserve.engine.executor import count_accepted
 from moeserve.engine.input_batch import InputBatch
+from moeserve.engine.layer_states import LayerStates, as_shown
 from moeserve.grammar.masks import GrammarMasks, MaskWanted, StepMasks
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.sampling import SampledRow, SamplingRow, allowing
-from moeserve.models.batch import StepBatch, split_step
+from moeserve.models.batch import StepBatch, first_rows, split_step
 
 Cache = TypeVar("Cache")
 
@@ -32,8 +33,8 @@ Cache = TypeVar("Cache")
 class StepObserver(Protocol):
     """Sees the routing of a step: ``begin``, then ``record`` for each MoE layer, then ``end``.
 
-    ``ids_TC`` has a row for every token of the plan's chunks, in order. A step that fails has no
-    ``end``.
+    ``ids_TC`` has a row for every token of the plan's chunks, in order. Tokens that run in a group
+    of layers a step are shown with the last one, for all layers. A step that fails has no ``end``.
     """
 
     def begin(self, plan: StepPlan) -> None: ...
@@ -117,6 +118,7 @@ class ModelRunner(Generic[Cache]):
         drafts: DraftMaker | None = None,
     ) -> None:
         self.masks = masks or GrammarMasks()
+        self.states = LayerStates()
         self.watcher: StepWatcher = Unwatched()
         self._decoder = decoder
         self._batch = InputBatch(block_size)
@@ -143,11 +145,11 @@ class ModelRunner(Generic[Cache]):
         try:
             self._batch.forget(plan.preempted)
             self._batch.forget(plan.ended)
+            self.states.forget((*plan.preempted, *plan.ended))
             self.masks.forget((*plan.preempted, *plan.ended))
             if self._drafts is not None:
                 self._drafts.forget((*plan.preempted, *plan.ended))
-            step = self._batch.pack(plan.chunks, again=True)
-            steps = split_step(step, microbatches)
+            steps = self._pack(plan, microbatches)
             self.masks.begin(masks_wanted(plan.chunks))
         except Exception:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
             self._log.exception("a step of %d tokens cannot be packed", plan.num_tokens)
@@ -172,6 +174,15 @@ class ModelRunner(Generic[Cache]):
             return result
         return replace(result, drafted=made, draft_s=time.perf_counter() - began)
 
+    def _pack(self, plan: StepPlan, microbatches: int) -> list[StepBatch]:
+        """A step of which some rows run in a group of layers is not cut: the first microbatch has
+        all rows."""
+        group = self.states.begin(plan.chunks)
+        if group is None:
+            return split_step(self._batch.pack(plan.chunks, again=True), microbatches)
+        step = replace(self._batch.pack(plan.chunks), group=group)
+        return [step, *(first_rows(step, 0) for _ in range(microbatches - 1))]
+
     def _sample(self, chunks: Sequence[Chunk], logits_RV: Tensor) -> StepResult:
         masks = self.masks.take()
         rows = with_masks(self._batch.sampling_rows(chunks), masks)
@@ -191,7 +202,10 @@ class ModelRunner(Generic[Cache]):
         self, plan: StepPlan, steps: Sequence[StepBatch], states: list[Tensor] | None
     ) -> list[Tensor]:
         ok, sizes = False, [len(step.token_ids_T) for step in steps]
+        # KV of a group of layers is nobody's before it is there in all.
         long = plan.chunks if sum(sizes) > len(plan.chunks) else ()
+        if steps[0].group is not None:
+            long = tuple(chunk for chunk in plan.chunks if chunk.layers is None)
         self.watcher.begin(long, sum(size > 0 for size in sizes))
         try:
             rows = self._run_layers(plan, steps, states)
@@ -203,11 +217,13 @@ class ModelRunner(Generic[Cache]):
     def _run_layers(
         self, plan: StepPlan, steps: Sequence[StepBatch], states: list[Tensor] | None
     ) -> list[Tensor]:
-        if self._observer is None:
-            return self._forward_micro(steps, None, states)
-        self._observer.begin(plan)
+        if self._observer is not None:
+            self._observer.begin(as_shown(plan))
         rows = self._forward_micro(steps, self._observer, states)
-        self._observer.end()
+        if self._observer is not None:
+            self._observer.end()
+        if steps[0].group is not None:
+            self.states.end(plan.chunks, steps[0].group)
         return rows
 
     def _forward_micro(

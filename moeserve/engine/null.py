@@ -4,7 +4,8 @@ Its "KV" of a position is a digest of all tokens up to it, written to the slot t
 assigns and read back through the block table in later steps, just as attention would. The next
 token is drawn from the digest of the last position. So tokens depend on the request alone, as
 long as blocks are shared, freed and preempted correctly; a wrong slot changes them or is found
-here at once. It also asserts that a request's positions come in order and none is left out.
+here at once. It also asserts that a request's positions come in order and none is left out, and
+that what runs in a group of layers goes through all of them: before that its slots hold nothing.
 ``NullSwapMemory`` is host memory beside it (``swapping``), whose KV are these digests.
 """
 
@@ -26,10 +27,13 @@ class NullExecutor:
         self._vocab_size = vocab_size
         self._slots: list[bytes | None] = [None] * (num_blocks * block_size)
         self._next_position: dict[RequestId, int] = {}
+        # Whose tokens, from where to where, are on their way before which layer.
+        self._under_way: dict[RequestId, tuple[int, int, int]] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
         for request_id in plan.preempted + plan.ended:
             self._next_position.pop(request_id, None)
+            self._under_way.pop(request_id, None)
         # All reads of a step see what the steps before wrote: attention of one request never
         # depends on what another writes in the same step.
         starts = [self._past(c) for c in plan.chunks]
@@ -44,7 +48,7 @@ class NullExecutor:
                 )
                 written[slot] = chunk.request.id
                 digest = extend(digest, token)
-                self._slots[slot] = digest
+                self._slots[slot] = digest if chunk.computed else None
                 digests.append(digest)
             made = self._draw(chunk, digests)
             if made:
@@ -52,7 +56,8 @@ class NullExecutor:
             if chunk.scored:
                 known = [digests[position - chunk.start] for position in chunk.scored]
                 scored.append(Scored(chunk.request.id, tuple(map(self._score, known))))
-            self._next_position[chunk.request.id] = chunk.start + chunk.kept(len(made))
+            if chunk.computed:
+                self._next_position[chunk.request.id] = chunk.start + chunk.kept(len(made))
         return StepResult(tuple(sampled), scored=tuple(scored))
 
     def slots_of(self, blocks: Sequence[BlockId], start: int, count: int) -> list[int]:
@@ -84,11 +89,13 @@ class NullExecutor:
             f"request {chunk.request.id} stands at {expected}, the chunk starts at {chunk.start}"
         )
         history = chunk.request.prompt_ids + tuple(chunk.output_ids)
+        self._assert_layers_follow(chunk)
         own_ids = chunk.token_ids[: len(chunk.token_ids) - len(chunk.draft_ids)]
         stop = chunk.start + len(own_ids)
         assert own_ids == history[chunk.start : stop], "the chunk's tokens are not its own"
         assert own_ids, "an empty chunk"
-        assert bool(chunk.samples) == (stop == len(history)), "sampled elsewhere than at the end"
+        ends = stop == len(history) and chunk.computed > 0
+        assert bool(chunk.samples) == ends, "sampled elsewhere than at the end"
         assert len(set(chunk.blocks)) == len(chunk.blocks), "a block twice in one table"
         digest = b""
         for position, token in enumerate(history[: chunk.start]):
@@ -96,6 +103,18 @@ class NullExecutor:
             found = self._slots[self._slot(chunk, position)]
             assert found == digest, f"position {position} of {chunk.request.id} is not in its slot"
         return digest
+
+    def _assert_layers_follow(self, chunk: Chunk) -> None:
+        """Tokens that are on their way go on where they are, and nothing else of their request."""
+        where = chunk.start, chunk.start + len(chunk.token_ids)
+        first = 0 if chunk.layers is None else chunk.layers.start
+        before = self._under_way.pop(chunk.request.id, (*where, 0))
+        assert before == (*where, first), (
+            f"{chunk.request.id}: {before} is on its way, and {(*where, first)} comes"
+        )
+        if not chunk.computed:
+            assert chunk.layers is not None
+            self._under_way[chunk.request.id] = (*where, chunk.layers.stop)
 
     def _slot(self, chunk: Chunk, position: int) -> int:
         block = chunk.blocks[position // self._block_size]

@@ -25,6 +25,7 @@ from moeserve.engine.kv_size import KvSize, least_of_all, size_kv
 from moeserve.engine.kv_tensors import KvTensors, watch_kv
 from moeserve.engine.model_runner import ModelRunner, StepObserver
 from moeserve.engine.mtp_drafts import MtpDrafts
+from moeserve.engine.policies.layered import most_kept
 from moeserve.engine.ranks.expert_use import ExpertUseCounter
 from moeserve.engine.ranks.microbatches import LARGEST
 from moeserve.engine.replan.routing_counts import RoutingCounts, chain_observers
@@ -186,7 +187,8 @@ def load_rank_model(
     counts, swapper, streamed = None, None, streamed_by(decoder)
     if context is not None and plan is not None:
         size = least_of_all(context.group, size if context.has_requests else None)
-        parallel = join(context, decoder, plan, options.max_num_batched_tokens)
+        budget = options.max_num_batched_tokens
+        parallel = join(context, decoder, plan, budget + most_kept(budget, options.prefill))
         counts, swapper = _for_plan_changes(context, decoder, parallel, plan, options)
         decoder = decoder.over(parallel)
     # 5. What looks on at every step.
@@ -263,7 +265,8 @@ def _load_weights(
         )
     budget = max(1, options.memory - options.swap_memory)
     options = options.model_copy(update={"memory": budget})
-    streaming = Streaming.open(resolve_model(options.model), ops, options, own)
+    kept = most_kept(options.max_num_batched_tokens, options.prefill)
+    streaming = Streaming.open(resolve_model(options.model), ops, options, own, kept)
     per_token, spec = streaming.decoder.kv_bytes_per_token, streaming.decoder.spec
     modest = options.model_copy(update={"host_share": KV_SHARE_OF_BUDGET})
     size = size_kv(per_token, spec.max_positions, modest, streaming.room_for_kv)
@@ -361,7 +364,7 @@ def num_experts(spec: ModelSpec) -> int:
 
 
 def join(context: EpContext, decoder: Decoder, plan: Plan, tokens: int) -> ParallelLayerRunner:
-    """The way to the others; ``tokens`` is the most that a rank has in a step."""
+    """The way to the others; ``tokens`` is the most that a rank has in a layer of a step."""
     streamed = streamed_by(decoder)
     return open_parallel(
         decoder.ops,

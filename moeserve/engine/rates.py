@@ -47,7 +47,7 @@ class StepRates:
             return
         prompts = 0
         if plan.num_tokens > len(plan.chunks):  # else nobody has more than one token
-            prompts = sum(len(chunk.token_ids) for chunk in plan.chunks if not is_decode(chunk))
+            prompts = sum(chunk.work for chunk in plan.chunks if not is_decode(chunk))
         if prompts:
             self._prefill.note(prompts, seconds)
         else:

@@ -43,6 +43,7 @@ from moeserve.engine.foresight import NextStep, foresee_step
 from moeserve.engine.kv_manager import KvManager
 from moeserve.engine.policies.choices import Admission, Drafter, FirstComeFirstServed
 from moeserve.engine.policies.drafts import add_with_drafts, propose_for
+from moeserve.engine.policies.layered import LayeredPrefill
 from moeserve.engine.policies.shape import what_lacks, why_none
 from moeserve.engine.preemption import Preemption, RunningSequences
 from moeserve.engine.sequence import NEW, History, SequenceState
@@ -69,6 +70,7 @@ class Scheduler:
         drafter: Drafter | None = None,
         rank: int = 0,
         swapping: Swapping | None = None,
+        layered: LayeredPrefill | None = None,
     ) -> None:
         self.rank = rank
         self.config = config
@@ -76,7 +78,7 @@ class Scheduler:
         self.kv = KvManager(pool, prefix_cache=config.prefix_cache)
         self.counters = counters
         self._admission = admission or FirstComeFirstServed()
-        self._drafter = drafter
+        self._drafter, self._layered = drafter, layered
         self._waiting = WaitingQueue()
         self._running = RunningSequences()
         self._preemption = Preemption(
@@ -224,7 +226,7 @@ class Scheduler:
     def begin(self, now: float) -> StepBuilder:
         """What running requests need of the next step."""
         most = self.config.max_num_batched_tokens
-        builder = StepBuilder(most, self.rank, self._expire(now), now)
+        builder = StepBuilder(most, self.rank, self._expire(now), now, self._layered)
         generating = self._preemption.grow_generating(builder.preempted)
         drafts = propose_for(self._drafter, generating, self._running.values(), self.config)
         builder.draft_next = 0 if self._drafter is None else self._drafter.to_make

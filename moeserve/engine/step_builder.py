@@ -5,7 +5,7 @@ The scheduler decides who gets a chunk, in which order; what a chunk holds is de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 
 from moeserve.core import (
@@ -13,12 +13,14 @@ from moeserve.core import (
     BlockId,
     BudgetBy,
     Chunk,
+    LayerGroup,
     Refusal,
     RequestId,
     StepChoice,
     StepPlan,
 )
 from moeserve.engine.blocks import BlockPool
+from moeserve.engine.policies.layered import LayeredPrefill
 from moeserve.engine.sequence import SequenceState
 
 # Of a step's tokens, those that can be scored (``Chunk.scored``): each needs a row of logits, as
@@ -28,13 +30,13 @@ MOST_SCORED = 256
 
 class StepBuilder:
     """``budget`` tokens are left of the step, of which ``scores`` can be scored; ``rank`` is the
-    home of all that run in it.
+    home of all that run in it. With ``layered`` some prompts run in a group of layers only.
 
     ``chunks[i]`` is of ``seqs[i]``; the first ``newest`` of them came by ``add_newest``.
     ``expired`` hit their deadline when the step began, ``preempted`` gave up their blocks for it.
     Of what the step leaves: ``staying`` requests are generating after it, ``leaving`` ones get
     their last token from it, as far as that is known before, and ``left`` tokens of running
-    requests had no room in it.
+    requests had no room in it, or are not through all layers yet.
 
     ``prompts`` are those whose KV is on its way: they get their chunks before others start, in this
     order, but those of ``later`` after them: an ``Admission`` may set both.
@@ -45,7 +47,12 @@ class StepBuilder:
     """
 
     def __init__(
-        self, budget: int, rank: int, expired: Iterable[RequestId] = (), now: float = 0.0
+        self,
+        budget: int,
+        rank: int,
+        expired: Iterable[RequestId] = (),
+        now: float = 0.0,
+        layered: LayeredPrefill | None = None,
     ) -> None:
         self.budget = budget
         self.now = now
@@ -74,6 +81,10 @@ class StepBuilder:
         self._most_by = BudgetBy.MOST
         self.draft_next = 0  # see ``StepPlan``
         self._rank = rank
+        self._layered = layered
+        self._grouped = 0  # of the chunks, those at the end that do not run in all layers
+        if layered is not None:
+            layered.begin()
 
     def limit(self, tokens: int, by: BudgetBy) -> None:
         """No more than so many tokens beside those that are there."""
@@ -101,6 +112,7 @@ class StepBuilder:
                     seq.output_ids,
                     rank,
                     seq.reached,
+                    None,
                 ),
             )
             for seq in seqs
@@ -151,15 +163,25 @@ class StepBuilder:
         builder.add_following(seqs)
         return builder
 
+    def add_prompts(self, running: Collection[SequenceState]) -> None:
+        """Of those that run, the ones that do not generate yet, in order."""
+        if len(self.chunks) < len(running):
+            for seq in running:
+                if not seq.generating:
+                    self.add(seq)
+
     def add(self, seq: SequenceState, draft_ids: tuple[int, ...] = ()) -> None:
         """The sequence's next tokens, as many as the budgets have room for, if any.
 
         ``draft_ids`` follow the newest token, which must then be the only one to be computed.
         """
-        stop = min(seq.length, seq.computed + self.budget)
+        stop, layers = min(seq.length, seq.computed + self.budget), None
+        if self._layered is not None and not seq.generating:
+            stop, layers = self._part(self._layered, seq)
         if seq.request.params.prompt_logprobs is not None:
             stop = self._score(seq, stop)
-        self.left += seq.length - stop
+        through = layers is None or layers.last
+        self.left += seq.length - (stop if through else seq.computed)
         if stop == seq.computed:
             return
         token_ids = seq.tokens(seq.computed, stop)
@@ -170,8 +192,8 @@ class StepBuilder:
             token_ids += draft_ids
         else:
             assert not draft_ids, seq.request.id
-            self.prefill_tokens += len(token_ids)
-        ends = stop == seq.length
+            self._count_prefill(len(token_ids), layers)
+        ends = stop == seq.length and through
         chunk = Chunk(
             request=seq.request,
             token_ids=token_ids,
@@ -181,19 +203,48 @@ class StepBuilder:
             output_ids=seq.output_ids,
             rank=self._rank,
             reached=seq.reached,
+            layers=layers,
         )
-        self.seqs.append(seq)
-        self.chunks.append(chunk)
+        self._put(seq, chunk)
         if ends and seq.leaving:
             self.leaving += 1
         elif ends:
             self.staying += 1
-        self.budget -= len(token_ids)
+        if layers is None:
+            self.budget -= len(token_ids)
         assert self.budget >= 0, self.budget
 
     def add_all(self, seqs: Iterable[SequenceState]) -> None:
         for seq in seqs:
             self.add(seq)
+
+    def _count_prefill(self, tokens: int, layers: LayerGroup | None) -> None:
+        """In a group of layers, as many as would take as much in all."""
+        if layers is not None:
+            run = layers.stop - layers.start
+            self.group, self.groups = (layers.start, layers.stop), -(-layers.of // run)
+            tokens = -(-tokens * run // layers.of)
+        self.prefill_tokens += tokens
+
+    def _part(self, layered: LayeredPrefill, seq: SequenceState) -> tuple[int, LayerGroup | None]:
+        """Where the chunk of a prompt ends, and the layers it runs in."""
+        if seq.request.params.prompt_logprobs is not None:
+            return layered.whole(seq, self.budget), None
+        beside = sum(len(c.token_ids) for c in self.chunks[: len(self.chunks) - self._grouped])
+        part = layered.part(seq, self.budget, beside)
+        if part.layers is not None:
+            self.budget = part.budget
+        return part.stop, part.layers
+
+    def _put(self, seq: SequenceState, chunk: Chunk) -> None:
+        """Behind all others that run in all layers, or in the same ones."""
+        at = len(self.chunks)
+        if chunk.layers is None:
+            at -= self._grouped
+        else:
+            self._grouped += 1
+        self.seqs.insert(at, seq)
+        self.chunks.insert(at, chunk)
 
     def _score(self, seq: SequenceState, stop: int) -> int:
         """Where a chunk that would end at ``stop`` ends, so that what it scores fits."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from moeserve.config.options import RankModelOptions
 from moeserve.engine.kv_size import size_kv
+from moeserve.engine.policies.layered import most_kept
 from moeserve.errors import ConfigError
 from moeserve.kernels.ops import Ops
 from moeserve.models.spec import ModelSpec
@@ -146,7 +147,9 @@ def divide_memory(
     """KV as ``serve`` sizes it, from what the weights leave of the budget; where these do not fit,
     from what the least of them leaves."""
     o = question.options
-    scratch = scratch_of(spec, o.max_num_batched_tokens, o.max_num_seqs)
+    kept = most_kept(o.max_num_batched_tokens, o.prefill)
+    scratch = scratch_of(spec, o.max_num_batched_tokens + kept, o.max_num_seqs)
+    scratch += kept * 4 * spec.hidden
     outside = question.process + LATER
     nothing = fit_memory(model, question.budget, process=outside, kv=0, scratch=scratch)
     whole = nothing.parts.total - nothing.parts.experts + model.expert_bytes

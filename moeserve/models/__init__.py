@@ -14,6 +14,7 @@
     packed/                    folders whose weights lie as the kernels want them: mapped
     decoder                    the one decoder: token ids in, logits out
     layer_runner               who runs its layers: this process; others are in ``comm``
+    group_routing              what rows chose that run in one group of layers a step
     attention  moe  rope       its parts: attention, feed-forward, rotary tables
     batch                      one forward pass as tensors
     tokenizer  chat_template   text to token ids and back; chat messages to a prompt

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,30 @@ class KeptPass:
     run: Callable[[], Tensor] | None = None
 
 
+@dataclass(slots=True)
+class GroupPass:
+    """Of a step the last ``rows`` rows, which run in layers ``start .. stop - 1`` alone; the others
+    run in all. ``last`` where no layers come after.
+
+    ``states_PH`` is the residual stream of these rows: before the pass behind the layers before
+    (None where there are none), after it behind these (None where no layers come after). Where an
+    observer looks on, ``routed`` has the rows' choices so far, ids_PC by layer.
+    """
+
+    start: int
+    stop: int
+    last: bool
+    rows: int
+    states_PH: Tensor | None = None
+    routed: dict[int, Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """All int64, but for those in ``attention``. ``slot`` is block * block_size + offset.
 
-    With ``kept`` it comes again, with other numbers in the same tensors.
+    With ``kept`` it comes again, with other numbers in the same tensors. With ``group`` some of its
+    rows do not run in all layers.
     """
 
     token_ids_T: Tensor
@@ -57,6 +76,7 @@ class StepBatch:
     attention: AttentionBatch
     logit_rows_R: Tensor
     kept: KeptPass | None = None
+    group: GroupPass | None = None
 
     @property
     def decodes(self) -> bool:
@@ -100,6 +120,13 @@ def split_step(step: StepBatch, parts: int) -> list[StepBatch]:
         _slice(step, starts_S1, positions_T, rows_R, begin, end)
         for begin, end in itertools.pairwise(borders)
     ]
+
+
+def first_rows(step: StepBatch, count: int) -> StepBatch:
+    """The step's first ``count`` rows, which are views of it."""
+    starts_S1 = step.attention.query_start_S1.numpy()
+    positions_T, rows_R = step.positions_T.numpy(), step.logit_rows_R.numpy()
+    return _slice(step, starts_S1, positions_T, rows_R, 0, count)
 
 
 def _slice(

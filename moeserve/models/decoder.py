@@ -33,13 +33,14 @@ from moeserve.kernels.ops import (
 )
 from moeserve.kernels.wire import Combine
 from moeserve.models.attention import kv_shape, load_attention
-from moeserve.models.batch import KeptPass, StepBatch
+from moeserve.models.batch import GroupPass, KeptPass, StepBatch, first_rows
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.families import read_spec
 from moeserve.models.fields import Fields
 from moeserve.models.formats.layouts import Stored
 from moeserve.models.formats.method import read_method
-from moeserve.models.layer_runner import LayerRunner, LocalLayerRunner
+from moeserve.models.group_routing import take_routed
+from moeserve.models.layer_runner import GroupRows, LayerRunner, LocalLayerRunner
 from moeserve.models.moe import RoutingObserver, load_mlp
 from moeserve.models.names import TensorNames
 from moeserve.models.packed.checkpoint import PackedCheckpoint, open_checkpoint
@@ -127,13 +128,14 @@ class Decoder:
 
         Where there are several ranks, all come with the same number of microbatches, some of which
         may be empty. Where a sequence is in several, the earlier one has the earlier tokens. The
-        logits of a step that comes again (``StepBatch.kept``) are valid until it does.
+        logits of a step that comes again (``StepBatch.kept``) are valid until it does. Only the
+        first may have a ``StepBatch.group``, which is brought up to date.
         """
         kept = steps[0].kept
         if kept is None and len(steps) == 1 and self.ops.replays and steps[0].decodes:
             kept = KeptPass()
-        if states is not None:  # what the module that drafts reads
-            kept = None
+        if states is not None or steps[0].group is not None:
+            kept = None  # states are read by the module that drafts
         if kept is not None and observer is None and self._keeps(steps[0]):
             return [self._run_again(steps[0], kept, cache)]
         hidden = self._layers(steps, cache, observer)
@@ -175,16 +177,41 @@ class Decoder:
     ) -> list[Tensor]:
         caches = cache.layers[: len(self.spec.layers)]
         hidden = [self.ops.embed(self.embedding_WH, step.token_ids_T) for step in steps]
-        shared = [self._shared(step) if len(step.token_ids_T) else None for step in steps]
         routed: list[list[Tensor]] | None = None if observer is None else [[] for _ in steps]
-        self.runner.run(hidden, shared, caches, routed)
+        if (group := steps[0].group) is not None:
+            self._run_group(group, steps, hidden, caches, routed)
+        else:
+            shared = [self._shared(step) if len(step.token_ids_T) else None for step in steps]
+            self.runner.run(hidden, shared, caches, routed)
         if observer is not None and routed is not None:
+            if group is not None:
+                routed[0] = take_routed(group, routed[0], self.spec)
             self._show_routing(observer, routed)
         return hidden
 
+    def _run_group(
+        self,
+        group: GroupPass,
+        steps: Sequence[StepBatch],
+        hidden: Sequence[Tensor],
+        caches: Sequence[KvCache],
+        routed: Sequence[list[Tensor]] | None,
+    ) -> None:
+        """All layers, of which the last rows of the first step run in the group's alone."""
+        everywhere = len(hidden[0]) - group.rows
+        behind_PH = hidden[0][everywhere:]
+        if group.states_PH is not None:
+            behind_PH.copy_(group.states_PH)
+        parts = (first_rows(steps[0], everywhere), *steps[1:])
+        shared = [self._shared(step) if len(step.token_ids_T) else None for step in parts]
+        rows = GroupRows(group.start, group.stop, self._shared(steps[0]))
+        self.runner.run(hidden, shared, caches, routed, rows)
+        group.states_PH = None if group.last else behind_PH
+
     def _show_routing(self, observer: RoutingObserver, routed: Sequence[list[Tensor]]) -> None:
         """Every MoE layer's choices for the tokens of all microbatches, of which there may be
-        none. Here they are copied to the host."""
+        none. Here they are copied to the host. Those of a group of layers are shown with the last
+        of these, for all layers."""
         for l, layer in enumerate(self.spec.moe_layers):
             parts = [of_layers[l] for of_layers in routed if of_layers]
             if not parts:

@@ -53,6 +53,8 @@ _COUNTED: Mapping[str, tuple[str, str]] = {
     "accepted_tokens": ("accepted_tokens", "of these, those that were right"),
     "prefix_queried_tokens": ("prefix_cache_queries", "tokens looked up"),
     "prefix_hit_tokens": ("prefix_cache_hits", "tokens found"),
+    "layered_steps": ("layered_steps", "forward passes with prompts in some layers only"),
+    "layered_tokens": ("layered_tokens", "tokens that went through the layers so"),
     "preemptions": ("preemptions", "requests put back for room"),
     "evicted_blocks": ("evicted_blocks", "cached KV blocks given up"),
     "swaps": ("swaps", "preempted requests whose KV went to host memory"),

@@ -56,9 +56,11 @@ class Streaming:
         ops: Ops,
         options: RankModelOptions,
         own: Mapping[int, Sequence[int]] | None = None,
+        kept: int = 0,
     ) -> Streaming:
         """With the ``memory`` that ``options`` give. ``own`` are the experts of a rank by layer, in
-        order of its slots; None is all."""
+        order of its slots; None is all. ``kept`` rows rest between two steps, and run in one layer
+        beside those that run in all."""
         assert options.memory is not None, options
         if not is_packed(folder):
             raise ConfigError(
@@ -90,7 +92,8 @@ class Streaming:
             process=resident() + LATER,
             ends=packed.checkpoint.header.ends.region.nbytes,
             trunk=sum(max(trunks[place::places]) for place in range(places)),
-            scratch=scratch_of(spec, options.max_num_batched_tokens, options.max_num_seqs),
+            scratch=kept * 4 * spec.hidden
+            + scratch_of(spec, options.max_num_batched_tokens + kept, options.max_num_seqs),
         )
         kv_dtype = torch_dtype(options.kv_dtype) or packed.skeleton.dtype
         decoder = replace(packed.skeleton, ops=ops, kv_dtype=kv_dtype, mtp=None)

@@ -32,6 +32,7 @@ from moeserve.kernels.ops import (
     Step,
 )
 from moeserve.kernels.wire import Combine
+from moeserve.models.layer_runner import GroupRows, rows_by_layer
 from moeserve.offload.experts import ExpertStream, Ids
 from moeserve.offload.foresight import PredictionGate
 from moeserve.offload.model.distinct import uses_nearly_all
@@ -76,18 +77,25 @@ class StreamedLayerRunner:
         steps: Sequence[Step | None],
         caches: Sequence[KvCache],
         routed: Sequence[list[Tensor]] | None = None,
+        group: GroupRows | None = None,
     ) -> None:
         ops, window = self._ops, self.window
-        rows = [
-            (x_TH, step, None if routed is None else routed[m])
+        rows_ML = [
+            rows_by_layer(len(caches), x_TH, step, None if m else group)
             for m, (x_TH, step) in enumerate(zip(hidden, steps, strict=True))
-            if step is not None
         ]
-        if not rows:
+        if group is None and all(step is None for step in steps):
             return
         self.stream.begin_step()
         self.gate.begin_step()
         for l, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
+            rows = [
+                (rows_L[l][0], step, None if routed is None else routed[m])
+                for m, rows_L in enumerate(rows_ML)
+                if (step := rows_L[l][1]) is not None
+            ]
+            if not rows:
+                continue
             if window is not None:
                 window.need(l)
             for x_TH, step, _ in rows:

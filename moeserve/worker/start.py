@@ -35,6 +35,7 @@ COMMON = (
     "ep_backend",
     "block_size",
     "max_num_batched_tokens",
+    "prefill",
     "microbatches",
     "replan",
     "ep_deadline",

@@ -68,3 +68,13 @@ def test_service_between_tenants_is_shown() -> None:
     assert by_arrival["service"]["chat"] == 0
     for row in fair:
         assert max(row["service"].values()) <= 1.5 * min(row["service"].values())
+
+
+@pytest.mark.long
+def test_layered_prefill_is_shown_beside_chunks() -> None:
+    words = ("--prompt", "120", "--step", "32", "--batch", "2", "--rounds", "1")
+    chunk, layer, auto = rows_of("layered", *words)
+    assert layer["loads"] < 0.7 * chunk["loads"]
+    assert layer["largest"] <= chunk["largest"]
+    assert layer["steps"] <= chunk["steps"]
+    assert auto["loads"] == min(layer["loads"], chunk["loads"])

@@ -208,6 +208,32 @@ def test_ranks_answer_as_one_process_does(
     assert all(stats.copies and stats.came for stats in work)
 
 
+def test_prompts_in_groups_of_layers_are_answered_and_recorded_as_in_chunks(
+    tiny_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """On one rank and on two, whose microbatches the others still take; prompts are longer than a
+    step, and share a beginning."""
+    path, trace = tiny_checkpoint("deepseek_v3"), tmp_path / "trace.safetensors"
+    prompts = [[*range(30)], *([*range(40), *range(7 * i, 16 * i)] for i in range(4))]
+    params = [replace(one, prompt_logprobs=None) for one in MIXED[:5]]
+    how = {"model": str(path), "record_routing": trace, "prefix_cache": False}
+    found, rows = [], []
+    for prefill in ("chunk", "layer"):
+        loaded = build_engine(EngineOptions(threads=1, prefill=prefill, **how, **SMALL))
+        found.append(ask_all(loaded, prompts, params))
+        assert (loaded.engine.counters.layered_steps > 0) == (prefill == "layer")
+        assert loaded.close()
+        recorded = load_file(trace)
+        rows.append((sorted(recorded["seq_lens"].tolist()), sorted(recorded["topk_ids"].tolist())))
+    with serving(path, (0, 0), prefill="layer", microbatches=2) as group:
+        found.append(ask_all(group, prompts, params))
+        assert ask_all(group, prompts[:1], params[:1]) == found[0][:1]  # nobody else runs
+        assert all(rank.own.executor.states.num_rows == 0 for rank in group.ranks)
+        assert sum(rank.engine.counters.layered_steps for rank in group.ranks) > 0
+    assert found[1] == found[2] == found[0]
+    assert rows[1] == rows[0]
+
+
 def test_a_solved_plan_with_replicas_changes_nothing(
     tiny_checkpoint: MakeCheckpoint,
     alone: Callable[[str], list[Any]],

@@ -11,6 +11,7 @@ from torch import Tensor
 from moeserve.kernels.ops import KvCache, Layer, Ops, Step
 from moeserve.models.batch import KeptPass, Span, pack_spans
 from moeserve.models.decoder import Decoder
+from moeserve.models.layer_runner import GroupRows
 
 LoadDecoder = Callable[..., Decoder]
 BLOCK = 4
@@ -29,7 +30,9 @@ class OneLayerAtATime:
         steps: Sequence[Step | None],
         caches: Sequence[KvCache],
         routed: Sequence[list[Tensor]] | None = None,
+        group: GroupRows | None = None,
     ) -> None:
+        assert group is None, group
         for l, layer in enumerate(self._layers):
             stack = self._ops.stack_layers([layer])
             for m, (x_TH, step) in enumerate(zip(hidden, steps, strict=True)):

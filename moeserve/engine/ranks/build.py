@@ -23,6 +23,7 @@ from moeserve.engine.build import (
     LoadedModel,
     admission_of,
     drafter_of,
+    layered_of,
     load_tokenizer,
     scheduler_config,
     swapping_of,
@@ -178,8 +179,9 @@ def rank_parts(
     admission = admission_of(options, config, cost, mixed)
     drafter = drafter_of(options, decodes, cost, makes=own.executor.makes_drafts)
     swapping = swapping_of(options, own, cost) if context.has_requests else None
+    layered = layered_of(options, own.decoder.spec, counters)
     scheduler = Scheduler(
-        config, pool, counters, admission, drafter, rank=context.rank, swapping=swapping
+        config, pool, counters, admission, drafter, context.rank, swapping, layered
     )
     lock = EngineLock()
     load = SchedulerLoad(scheduler, lock, has_requests=context.has_requests)
