@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -397,7 +398,10 @@ def test_requests_that_end_early_leave_the_others_as_they_are(
             client.wait()
         assert [(c.token_ids, c.logprobs) for c in clients] == alone("deepseek_v3")
         group.refresh()
-        assert engine.load().free_blocks == 2 * 64
+        end = time.monotonic() + WAIT_S  # loads of the last round may be on their way
+        while engine.load().free_blocks < 2 * 64:
+            assert time.monotonic() < end, engine.load()
+            time.sleep(0.01)
 
 
 def hand_over(source: KvExchange, target: KvExchange, asked: Request) -> tuple[Client, Client]:

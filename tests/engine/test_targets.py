@@ -260,8 +260,8 @@ def test_a_budget_that_cannot_be_kept_leaves_the_least() -> None:
 
 def test_targets_are_given_in_milliseconds() -> None:
     config, mixed = SchedulerConfig(LIMIT), MixedCost(DecodeCost())
-    options = StepOptions(ttft_target=700, tpot_target=45)
+    options = StepOptions(ttft_target=700, tpot_target=45, fairness="off")
     assert targets_of(options) == LatencyTargets(0.7, 0.045)
     assert isinstance(admission_of(options, config, FittedStepCost(), mixed), TargetAdmission)
-    plain = admission_of(StepOptions(), config, FittedStepCost(), mixed)
+    plain = admission_of(StepOptions(fairness="off"), config, FittedStepCost(), mixed)
     assert isinstance(plain, PastFuture)
