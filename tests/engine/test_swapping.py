@@ -5,7 +5,7 @@ Tokens are compared in ``test_scheduler`` (every schedule) and ``test_law1`` (a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -272,3 +272,64 @@ def test_places_are_taken_once_in_as_few_runs_as_there_can_be(
         assert sum(run.count for run in runs) == n
         held += runs
     assert space.num_free == len(free)
+
+
+Asked = tuple[int, int, int, int, int]  # beginning, own tokens, answer, priority, when it comes
+
+
+def tokens_of(
+    asked: Sequence[Asked], num_blocks: int, places: int, aborts: Mapping[int, int], **options: bool
+) -> tuple[dict[RequestId, list[int]], Rank]:
+    """Of each request, what it was answered up to its end."""
+    rank = Rank(num_blocks, places, **options)
+    tokens: dict[RequestId, list[int]] = {}
+    for now in range(1000):
+        for i, (beginning, own, answer, priority, at) in enumerate(asked):
+            if at == now:
+                prompt = [beginning] * 8 * beginning + [*range(i, i + own)]
+                rank.add(f"r{i}", prompt, answer, priority)
+                tokens[RequestId(f"r{i}")] = []
+            if aborts.get(i) == now:
+                rank.scheduler.abort(RequestId(f"r{i}"), FinishReason.ABORT)
+        if now > 20 and not rank.scheduler.has_work:
+            break
+        plan = rank.scheduler.plan(0.0)
+        if plan.chunks:
+            for out in rank.scheduler.apply(rank.executor.run(plan)):
+                tokens[out.request_id].append(out.token_id)
+        rank.pool.check()
+        rank.swap.check()
+    rank.finish()
+    return tokens, rank
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    asked=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.integers(1, 9),
+            st.integers(8, 40),
+            st.sampled_from([0, 0, 0, -1, 1]),
+            st.integers(0, 20),
+        ),
+        min_size=3,
+        max_size=8,
+    ),
+    num_blocks=st.integers(17, 26),
+    places=st.sampled_from([15, 40, 80, 1000]),
+    aborts=st.dictionaries(st.integers(0, 7), st.integers(5, 60), max_size=2),
+    prefix_cache=st.booleans(),
+)
+def test_tokens_are_the_same_however_short_memory_is(
+    asked: list[Asked], num_blocks: int, places: int, aborts: dict[int, int], prefix_cache: bool
+) -> None:
+    """Swapped as often as blocks are missing; the null executor finds a wrong slot at once."""
+    tokens, rank = tokens_of(asked, num_blocks, places, aborts, prefix_cache=prefix_cache)
+    roomy, _ = tokens_of(asked, 200, 1, {}, prefix_cache=False)
+    for name, made in roomy.items():
+        got = tokens[name]
+        assert got == made[: len(got)]
+        assert len(got) == len(made) or int(name[1:]) in aborts
+    if places == 1000:
+        assert rank.counters.swap_recomputed == 0

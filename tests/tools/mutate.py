@@ -50,7 +50,10 @@ KERNEL_TESTS = ("tests/kernels/test_cpu_equals_reference.py",)
 # Arguments of pytest. One instruction set of the native twin is enough where all take minutes.
 TESTS: dict[str, tuple[str, ...]] = {
     "engine/scheduler.py": SCHEDULER_TESTS,
-    "engine/preemption.py": SCHEDULER_TESTS,
+    "engine/preemption.py": (*SCHEDULER_TESTS, "tests/engine/test_swapping.py"),
+    "engine/swapping.py": ("tests/engine/test_swapping.py", "tests/engine/test_scheduler.py"),
+    "engine/swap_space.py": ("tests/engine/test_swapping.py",),
+    "engine/policies/fairness.py": ("tests/engine/test_fairness.py",),
     "engine/sequence.py": SCHEDULER_TESTS,
     "engine/step_builder.py": SCHEDULER_TESTS,
     "engine/foresight.py": ("tests/engine/test_scheduler.py",),
