@@ -28,7 +28,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from policy.admission import admission, show_admitted
@@ -165,6 +165,8 @@ def run(
 
 
 def rows_of(decoder: Decoder, domain: Domain, batch: int, args: argparse.Namespace) -> list[Row]:
+    asked = max(args.requests or 48, batch)
+    domain = replace(domain, prompts=domain.prompts[:asked])
     runs: dict[str, list[Run]] = {schedule: [] for schedule in SCHEDULES}
     for _ in range(args.rounds):
         for schedule in SCHEDULES:
@@ -203,7 +205,7 @@ def speculation(args: argparse.Namespace) -> list[Row]:
         args.source = "ngram" if decoder.mtp is None else "auto"
     cases = [
         (domain, batch)
-        for domain in domains(Tokenizer.load(path), args.requests or 48)
+        for domain in domains(Tokenizer.load(path), max(args.requests or 48, *args.batch))
         for batch in args.batch
     ]
     rows: list[Row] = []
@@ -236,7 +238,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, nargs="+", default=[])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 32])
-    parser.add_argument("--requests", type=int, help="48 to speculate, 800 to admit")
+    parser.add_argument(
+        "--requests", type=int, help="48 to speculate, or as many as run at once; 800 to admit"
+    )
     parser.add_argument("--answer", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
