@@ -4,12 +4,14 @@
                                          [--requests N] [--answer N] [--rounds N] [--threads N]
                                          [--clock wall|cpu] [--json]
     python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
-    python bench/policies.py targets [--lengths FILE.csv ...] [--requests N] [--json] [--out FILE]
+    python bench/policies.py targets [--lengths FILE.csv ...] [--requests N] [--json]
                                      [--wall [--model demo] [--threads N]]
     python bench/policies.py swap [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py fairness [--requests N] [--json]
     python bench/policies.py layered [--model demo] [--prompt N] [--step N] [--batch 1 8 32]
                                      [--rounds N] [--threads N] [--json]
+
+`--out FILE` keeps the figures of any as JSON.
 
 speculation: drafts of the model's own module (mtp), looked up (ngram) or both (auto, of which fixed
 numbers are the module's): "off" is without, "0" with all that chooses and never one, 1, 3 and 5 for
@@ -47,12 +49,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from policy.admission import admission, cases_of, show_admitted
 from policy.fairness import fairness, show_shared
-from policy.layered import layered, show_layered
+from policy.layered import Layered, layered, show_layered
 from policy.swap import show_given, swap
 from policy.targets import LatencyRow, show_targets, targets, targets_by_the_clock
 from rich.box import SIMPLE
@@ -188,6 +191,8 @@ def run(
 
 
 def rows_of(decoder: Decoder, domain: Domain, batch: int, args: argparse.Namespace) -> list[Row]:
+    asked = max(args.requests or 48, batch)
+    domain = replace(domain, prompts=domain.prompts[:asked])
     runs: dict[str, list[Run]] = {schedule: [] for schedule in SCHEDULES}
     for _ in range(args.rounds):
         for schedule in SCHEDULES:
@@ -226,7 +231,7 @@ def speculation(args: argparse.Namespace) -> list[Row]:
         args.source = "ngram" if decoder.mtp is None else "auto"
     cases = [
         (domain, batch)
-        for domain in domains(Tokenizer.load(path), args.requests or 48)
+        for domain in domains(Tokenizer.load(path), max(args.requests or 48, *args.batch))
         for batch in args.batch
     ]
     rows: list[Row] = []
@@ -260,15 +265,31 @@ def targets_of(args: argparse.Namespace) -> list[LatencyRow]:
     return targets_by_the_clock(decoder, args.requests or 60)
 
 
+def layered_of(args: argparse.Namespace) -> list[Layered]:
+    return layered(args.model, args.prompt, args.step, args.batch, args.rounds, args.threads)
+
+
+# What each policy is measured by, and how that is shown.
+POLICIES: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], None]]] = {
+    "speculation": (speculation, show),
+    "admission": (lambda args: admission(args.lengths, args.requests or 800), show_admitted),
+    "targets": (targets_of, show_targets),
+    "swap": (lambda args: swap(cases_of(args.lengths, args.requests or 400)), show_given),
+    "fairness": (lambda args: fairness(args.requests or 200), show_shared),
+    "layered": (layered_of, show_layered),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Policies of the scheduler, beside none.")
-    choices = "speculation admission targets swap fairness layered".split()
-    parser.add_argument("policy", choices=choices)
+    parser.add_argument("policy", choices=POLICIES)
     parser.add_argument("--lengths", type=Path, nargs="+", default=[])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 32])
     parser.add_argument(
-        "--requests", type=int, help="48 to speculate, 800 to admit, 400 for targets"
+        "--requests",
+        type=int,
+        help="48 to speculate, or as many as run at once; 800 to admit; 400 for targets",
     )
     parser.add_argument("--prompt", type=int, default=960)
     parser.add_argument("--step", type=int, default=256)
@@ -279,46 +300,17 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--wall", action="store_true", help="targets: on a model, by the clock")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="targets: the figures as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
     args = parser.parse_args()
-    if args.policy == "admission":
-        found = admission(args.lengths, args.requests or 800)
-        print(json.dumps([asdict(row) for row in found], indent=1)) if args.json else show_admitted(
-            found
-        )
-        return
-    if args.policy == "targets":
-        served = targets_of(args)
-        text = json.dumps([asdict(row) for row in served], indent=1)
-        if args.out is not None:
-            args.out.write_text(text + "\n", encoding="utf-8")
-        print(text) if args.json else show_targets(served)
-        return
-    if args.policy == "swap":
-        given = swap(cases_of(args.lengths, args.requests or 400))
-        print(json.dumps([asdict(row) for row in given], indent=1)) if args.json else show_given(
-            given
-        )
-        return
-    if args.policy == "fairness":
-        shared = fairness(args.requests or 200)
-        print(json.dumps([asdict(row) for row in shared], indent=1)) if args.json else show_shared(
-            shared
-        )
-        return
-    if args.policy == "layered":
-        given = args.model, args.prompt, args.step, args.batch, args.rounds, args.threads
-        ways = layered(*given)
-        print(json.dumps([asdict(row) for row in ways], indent=1)) if args.json else show_layered(
-            ways
-        )
-        return
-    rows = speculation(args)
-    if args.json:
-        told = {"model": args.model, "source": args.source, "clock": args.clock}
-        print(json.dumps(told | {"rows": [asdict(row) for row in rows]}, indent=1))
-    else:
-        show(rows)
+    make, show_rows = POLICIES[args.policy]
+    rows = make(args)
+    told: Any = [asdict(row) for row in rows]
+    if args.policy == "speculation":
+        told = {"model": args.model, "source": args.source, "clock": args.clock, "rows": told}
+    text = json.dumps(told, indent=1)
+    if args.out is not None:
+        args.out.write_text(text + "\n", encoding="utf-8")
+    print(text) if args.json else show_rows(rows)
 
 
 if __name__ == "__main__":

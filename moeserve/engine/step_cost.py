@@ -91,21 +91,30 @@ class FittedStepCost:
 class DecodeCost:
     """Seconds of steps that only decode, by their tokens: the mean of every size that came lately,
     and between two sizes what lies between. One that is larger than all is taken to cost little
-    more, and no more for each token than the largest two do, until it has been tried. One thread
-    notes and asks."""
+    more, and no more for each token than the largest two do, until it has been tried.
+
+    The first step of a size after one of another costs more than those that follow: something is
+    made for it, and caches hold other things. Such ones count until the size comes twice in a row.
+    One thread notes and asks."""
 
     def __init__(self) -> None:
         # Of the newest step, seconds that went to guesses for the next one: whoever notes a step
         # leaves them out.
         self.drafting_s = 0.0
-        # Seconds, how many, and the step when it came last.
-        self._means: dict[int, tuple[float, int, int]] = {}
+        # Seconds, how many, the step when it came last, and whether it came twice in a row.
+        self._means: dict[int, tuple[float, int, int, bool]] = {}
+        self._last = 0
         self._sizes: list[int] = []
         self._steps = 0
 
     @property
     def known(self) -> bool:
         return bool(self._sizes)
+
+    def steady(self, tokens: int) -> bool:
+        """Whether about so many, a quarter less or more, have come some times in a row."""
+        near = (self._means[n] for n in self._sizes if 3 * tokens <= 4 * n <= 5 * tokens)
+        return any(found[3] and found[1] >= 2 for found in near)
 
     @property
     def largest(self) -> int:
@@ -116,12 +125,16 @@ class DecodeCost:
         """A step without prompts is over, and took so long."""
         self._steps += 1
         size = _rounded(tokens)
-        mean, count, _ = self._means.get(size, (seconds, 0, 0))
+        mean, count, _, steady = self._means.get(size, (seconds, 0, 0, False))
         if not count:
             insort(self._sizes, size)
-        # Once in a while the machine does something else: that is not what a step costs.
-        mean += max(DECODE_FADE, 1 / (count + 1)) * (min(seconds, 2 * mean) - mean)
-        self._means[size] = (mean, count + 1, self._steps)
+        again, self._last = size == self._last, size
+        if again and not steady:
+            count = 0
+        if again or not steady:
+            # Once in a while the machine does something else: that is not what a step costs.
+            mean += max(DECODE_FADE, 1 / (count + 1)) * (min(seconds, 2 * mean) - mean)
+            self._means[size] = (mean, count + 1, self._steps, again or steady)
         if self._steps % DOUBTED == 0:
             self._forget()
 
@@ -145,9 +158,9 @@ class DecodeCost:
 
     def _forget(self) -> None:
         self._means = {
-            size: (mean, count, step)
-            for size, (mean, count, step) in self._means.items()
-            if self._steps - step < (FORGOTTEN if count >= TRIES else DOUBTED)
+            size: found
+            for size, found in self._means.items()
+            if self._steps - found[2] < (FORGOTTEN if found[1] >= TRIES else DOUBTED)
         }
         self._sizes = sorted(self._means)
 

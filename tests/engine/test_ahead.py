@@ -31,7 +31,7 @@ from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.null import NullExecutor
 from moeserve.engine.policies.choices import Drafter
 from moeserve.engine.scheduler import Scheduler
-from moeserve.engine.sequence import History
+from moeserve.engine.sequence import History, SequenceState
 from moeserve.engine.threaded import ThreadedExecutor
 from moeserve.errors import UnavailableError
 from moeserve.kernels.select import choose_ops
@@ -411,3 +411,29 @@ def test_who_is_detached_while_two_steps_are_under_way_has_no_more_tokens() -> N
         run.scheduler.add(one, History(tuple(run.tokens["a"]), seq.reached, moved=True))
         run.to_the_end()
     assert run.tokens == one_by_one([one, other], CONFIG)
+
+
+class Rarely(Drafter):
+    """Is asked for drafts once in some steps."""
+
+    def __init__(self) -> None:
+        self.calls = self.asked = 0
+
+    def awake(self, generating: int) -> bool:
+        self.calls += 1
+        return self.calls % 6 in (0, 1)  # in the plan that is refused ahead, and the one after it
+
+    def propose(self, seqs: Sequence[SequenceState], beside: int) -> Sequence[Sequence[int]]:
+        self.asked += 1
+        return [(1, 2)] * len(seqs)
+
+
+def test_steps_are_planned_ahead_while_nobody_is_to_be_asked_for_drafts() -> None:
+    requests = [ask(name, max_tokens=30, ignore_eos=True, seed=i) for i, name in enumerate("ab")]
+    drafter = Rarely()
+    with threaded(NullExecutor(64, BLOCK, VOCAB)) as executor:
+        run = Run(scheduler_of(drafter=drafter), executor)
+        run.add(*requests)
+        run.to_the_end()
+    assert run.tokens == one_by_one(requests, CONFIG)
+    assert run.steps.planned_ahead > drafter.asked > 1

@@ -48,9 +48,12 @@ class MadeDrafts:
 
     def take(self, drafted: Sequence[Drafted], seconds: float) -> None:
         """What the step that is over has made; those of steps before are of no use any more."""
+        if not drafted:
+            if self._fresh:
+                self._fresh = {}
+            return
         self._fresh = {one.request_id: one.token_ids for one in drafted}
-        longest = max((len(one.token_ids) for one in drafted), default=0)
-        if longest:
+        if longest := max(len(one.token_ids) for one in drafted):
             self._passes.note(len(drafted), seconds / longest)
 
     def seconds(self, count: int, generating: int, step_s: float) -> float:
@@ -82,6 +85,8 @@ class MadeDrafts:
     def learn(self, seqs: Collection[SequenceState], most: int | None = None) -> None:
         """``most`` is of no matter here: guesses are few."""
         own = self._own
+        if not (own or self._fresh):
+            return
         for seq in seqs:
             state = own.get(seq.request.id)
             fresh = self._fresh.get(seq.request.id, ())

@@ -29,8 +29,11 @@ TRIAL = 5
 SHORTEST_REST, LONGEST_REST = 4, 512
 FEW_STEPS = 4
 PROBES = 3
+# Steps with drafts after which it is looked what steps without cost, in so many at most; and until
+# that is looked at again, if it has to.
+CONTROL_AFTER, CONTROL, CONTROL_AGAIN = 8, 5, 64
 # Tokens that are read in a step, of all sequences, while nothing pays.
-MOST_READ = 64
+MOST_READ = 32
 
 
 class Rest:
@@ -82,6 +85,26 @@ class Rest:
             self._length = min(2 * self._length, LONGEST_REST)
 
 
+class Control:
+    """When to leave drafts out although they seem to pay: what a step costs without can only be
+    seen where several come one after the other."""
+
+    def __init__(self) -> None:
+        self._wait = CONTROL_AFTER
+        self._left = 0
+
+    def due(self, *, known: bool) -> bool:
+        """Of a step whose drafts would pay; ``known`` is what it costs without."""
+        if self._left:
+            self._left = 0 if known else self._left - 1
+        elif self._wait:
+            self._wait -= 1
+        elif not known:
+            self._left, self._wait = CONTROL - 1, CONTROL_AGAIN
+            return True
+        return self._left > 0
+
+
 class Speculation(Drafter):
     """Takes what ``source`` guesses, and has steps make what ``made`` then has, as far as it pays.
 
@@ -103,6 +126,7 @@ class Speculation(Drafter):
         self._steps = steps
         self._most = most
         self._rest = Rest()
+        self._control = Control()
 
     def awake(self, generating: int) -> bool:
         return self._rest.over(generating)
@@ -127,6 +151,9 @@ class Speculation(Drafter):
         costs = self._with_making(seconds, len(seqs), to_make)
         count = worthwhile_drafts(costs, len(seqs), chances)
         paid = bool(count or to_make)
+        if paid and self._control.due(known=bool(beside) or self._decodes.steady(len(seqs))):
+            self.to_make = 0
+            return ()
         probes = self._made is not None and self._rest.probes
         self._rest.note(len(seqs), paid=paid)
         self.to_make = 0 if self._rest.begins else to_make or min(int(probes), self._most)
