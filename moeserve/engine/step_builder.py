@@ -160,6 +160,7 @@ class StepBuilder:
         for seq in growing:
             seq.blocks += tuple(pool.allocate(1))
         builder = StepBuilder(budget, self._rank)
+        builder.refused = self.refused  # who waits waits for the same
         builder.add_following(seqs)
         return builder
 

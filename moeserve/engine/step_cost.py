@@ -23,6 +23,9 @@ DECODE_FADE = 0.05
 FORGOTTEN = 2048
 # One that was measured less than so often, after so many: that may have been chance.
 TRIES, DOUBTED = 3, 128
+# How far steps are off what was predicted: what a new one counts, and so many times that is left.
+SPREAD_FADE = 0.05
+SPREADS = 2
 # What a size that was never measured costs more, per token more, as a share of the step.
 FIRST_SLOPE = 0.15
 
@@ -173,6 +176,7 @@ class MixedCost:
     def __init__(self, decodes: DecodeCost) -> None:
         self._decodes = decodes
         self._beside, self._alone = FittedStepCost(), FittedStepCost()
+        self._spread = 0.0
 
     @property
     def known(self) -> bool:
@@ -183,6 +187,9 @@ class MixedCost:
         if not decode_tokens:
             self._alone.note(prefill_tokens, seconds)
         else:
+            if self.known:
+                off = abs(min(seconds / self.gap(prefill_tokens, decode_tokens), 2) - 1)
+                self._spread += SPREAD_FADE * (off - self._spread)
             self._beside.note(prefill_tokens, max(0.0, seconds - self._alone_s(decode_tokens)))
 
     def gap(self, prefill_tokens: int, decode_tokens: int) -> float:
@@ -197,7 +204,9 @@ class MixedCost:
         return self._decodes.seconds(decode_tokens) if self._decodes.known else 0.0
 
     def prompts_within(self, seconds: float, decode_tokens: int) -> float:
-        """The most tokens of prompts of a step that takes no longer; below 0 where none do."""
+        """The most tokens of prompts of a step that takes no longer, but for one in twenty, as far
+        as steps lately were ``SPREADS`` mean deviations off; below 0 where none do."""
+        seconds /= 1 + SPREADS * self._spread
         less, more = self.gap(1, decode_tokens), self.gap(2, decode_tokens)
         if more <= less:
             return math.inf if less <= seconds else -math.inf
