@@ -26,16 +26,19 @@ from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.foresight import NextStep
 from moeserve.engine.layer_states import LayerStates, as_shown
 from moeserve.engine.null import NullExecutor
-from moeserve.engine.policies.choices import Drafter
+from moeserve.engine.policies.choices import Admission, Drafter
 from moeserve.engine.policies.layered import (
     MOST_GROUPS,
     LayeredPrefill,
     PrefillChoice,
     most_kept,
 )
+from moeserve.engine.policies.past_future import PastFuture
 from moeserve.engine.policies.prefill_choice import FewerLoads, RoutedLayers
+from moeserve.engine.policies.throughput import ThroughputAdmission
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import History, SequenceState
+from moeserve.engine.step_cost import FittedStepCost
 from moeserve.errors import InternalError
 
 BLOCK, VOCAB, LAYERS = 4, 50, 6
@@ -56,6 +59,7 @@ class House:
     num_blocks: int = 64
     seqs: int = 4
     drafter: Drafter | None = None
+    admission: Admission | None = None
     plans: list[StepPlan] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -64,7 +68,7 @@ class House:
         layered = None if self.layers is None else LayeredPrefill(self.layers, self.counters)
         config = SchedulerConfig(200, self.seqs, self.budget)
         self.scheduler = Scheduler(
-            config, self.pool, self.counters, drafter=self.drafter, layered=layered
+            config, self.pool, self.counters, self.admission, self.drafter, layered=layered
         )
         self.executor = NullExecutor(self.num_blocks, BLOCK, VOCAB)
         self.tokens: dict[RequestId, list[int]] = {}
@@ -196,6 +200,7 @@ ACTIONS = st.lists(
     budget=st.integers(4, 24),
     num_blocks=st.integers(22, 48),
     drafts=st.sampled_from([None, 0, 1]),
+    admission=st.sampled_from(["plain", "past", "throughput"]),
 )
 @settings(max_examples=150, deadline=None)
 def test_tokens_are_those_of_chunks_whatever_comes_between(
@@ -203,12 +208,14 @@ def test_tokens_are_those_of_chunks_whatever_comes_between(
     budget: int,
     num_blocks: int,
     drafts: int | None,
+    admission: str,
     guessers: Guessers,
 ) -> None:
     """Preempted, cancelled, taken away and come again: the null executor sees whether anything is
     read before it is there, and no step is larger than one in chunks may be."""
     drafter = None if drafts is None else guessers(VOCAB, 2, errs=drafts)
-    house = House(budget, LAYERS, num_blocks, drafter=drafter)
+    starts = {"past": PastFuture(200), "throughput": ThroughputAdmission(FittedStepCost(), 200)}
+    house = House(budget, LAYERS, num_blocks, 4, drafter, starts.get(admission))
     asked: dict[RequestId, Request] = {}
     left: set[RequestId] = set()
     for number, (action, size) in enumerate(actions):
