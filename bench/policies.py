@@ -4,7 +4,7 @@
                                          [--answer N] [--rounds N] [--threads N] [--json]
     python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py layered [--model demo] [--prompt N] [--step N] [--batch 1 8 32]
-                                     [--rounds N] [--threads N] [--json]
+                                     [--temperature X] [--rounds N] [--threads N] [--json]
 
 speculation: looked-up drafts, none to five for everybody or as many as pay (`--speculation
 ngram`), at each number of requests at once. Stories repeat what others told, sums less so, and what
@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=960)
     parser.add_argument("--step", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--requests", type=int, help="48 to speculate, 800 to admit")
     parser.add_argument("--answer", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
@@ -231,8 +232,7 @@ def main() -> None:
         )
         return
     if args.policy == "layered":
-        given = args.model, args.prompt, args.step, args.batch, args.rounds, args.threads
-        ways = layered(*given)
+        ways = layered(args)
         print(json.dumps([asdict(row) for row in ways], indent=1)) if args.json else show_layered(
             ways
         )
