@@ -9,7 +9,7 @@
     python bench/policies.py swap [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py fairness [--requests N] [--json]
     python bench/policies.py layered [--model demo] [--prompt N] [--step N] [--batch 1 8 32]
-                                     [--rounds N] [--threads N] [--json]
+                                     [--temperature X] [--rounds N] [--threads N] [--json]
 
 `--out FILE` keeps the figures of any as JSON.
 
@@ -55,7 +55,7 @@ from typing import Any
 
 from policy.admission import admission, cases_of, show_admitted
 from policy.fairness import fairness, show_shared
-from policy.layered import Layered, layered, show_layered
+from policy.layered import layered, show_layered
 from policy.swap import show_given, swap
 from policy.targets import LatencyRow, show_targets, targets, targets_by_the_clock
 from rich.box import SIMPLE
@@ -265,10 +265,6 @@ def targets_of(args: argparse.Namespace) -> list[LatencyRow]:
     return targets_by_the_clock(decoder, args.requests or 60)
 
 
-def layered_of(args: argparse.Namespace) -> list[Layered]:
-    return layered(args.model, args.prompt, args.step, args.batch, args.rounds, args.threads)
-
-
 # What each policy is measured by, and how that is shown.
 POLICIES: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], None]]] = {
     "speculation": (speculation, show),
@@ -276,7 +272,7 @@ POLICIES: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], N
     "targets": (targets_of, show_targets),
     "swap": (lambda args: swap(cases_of(args.lengths, args.requests or 400)), show_given),
     "fairness": (lambda args: fairness(args.requests or 200), show_shared),
-    "layered": (layered_of, show_layered),
+    "layered": (layered, show_layered),
 }
 
 
@@ -293,6 +289,7 @@ def main() -> None:
     )
     parser.add_argument("--prompt", type=int, default=960)
     parser.add_argument("--step", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--answer", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)

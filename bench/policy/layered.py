@@ -4,7 +4,7 @@ So many requests generate; one comes with a long prompt, and when chunks would b
 another one, ``PROMPTS`` in all. Counted in these steps: experts that their layers load (different
 ones that rows chose, layer by layer), and the largest step in rows x layers, which bounds the gap
 between two tokens. All ways must make equal tokens. Prompts are what the model writes by itself at
-temperature 1, at which the others go on.
+the temperature at which the others go on, too.
 
 Predicted: experts as rows choose them by chance (``offload.model.distinct``), each as often as it
 was chosen here. Energy is a model, not a measurement: bytes of weights that are read (of experts
@@ -14,6 +14,7 @@ for each weight that a row meets.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,7 @@ class Bench:
     prompts: tuple[tuple[int, ...], ...]
     openings: tuple[tuple[int, ...], ...]
     budget: int
+    temperature: float
     trunk_bytes: int
     expert_bytes: int
 
@@ -119,39 +121,48 @@ class Bench:
         return self.decoder.spec
 
 
-def layered(
-    model: str, prompt: int, budget: int, decoding: Sequence[int], rounds: int, threads: int | None
-) -> list[Layered]:
-    bench = open_bench(model, prompt, budget, max(decoding), threads)
+def layered(args: argparse.Namespace) -> list[Layered]:
+    bench = open_bench(args)
     rows: list[Layered] = []
-    for count in decoding:
-        rows += compare(bench, count, rounds)
+    for count in args.batch:
+        rows += compare(bench, count, args.rounds)
     return rows
 
 
-def open_bench(model: str, prompt: int, budget: int, most: int, threads: int | None) -> Bench:
-    path = resolve_model(model)
-    decoder = load_decoder(path, choose_ops(threads=threads))
+def open_bench(args: argparse.Namespace) -> Bench:
+    path, prompt = resolve_model(args.model), args.prompt
+    decoder = load_decoder(path, choose_ops(threads=args.threads))
     mlps = [x.mlp for x in decoder.spec.layers if isinstance(x.mlp, MoeSpec)]
     experts = mlps[0].router.num_experts
     runner = CountedRunner(decoder.runner, np.zeros((len(mlps), experts), np.int64))
     counted = decoder.over(runner)
     starts = [(i % 64 + 1,) for i in range(32)]
     each = -(-prompt // 32)
-    made = write(counted, starts, each)
+    made = write(counted, starts, each, args.temperature)
     text = [token for start, more in zip(starts, made, strict=True) for token in (*start, *more)]
     openings = tuple(tuple(text[at * each : at * each + 8]) for at in range(32))
     expert_bytes = 2 * 3 * decoder.spec.hidden * mlps[0].intermediate
     trunk = survey(path).weight_bytes - len(mlps) * experts * expert_bytes
     turned = [text[at * len(text) // PROMPTS :] + text for at in range(PROMPTS)]
     prompts = tuple(tuple(one[:prompt]) for one in turned)
-    return Bench(counted, runner, prompts, openings[:most], budget, trunk, expert_bytes)
+    return Bench(
+        counted,
+        runner,
+        prompts,
+        openings[: max(args.batch)],
+        args.step,
+        args.temperature,
+        trunk,
+        expert_bytes,
+    )
 
 
-def write(decoder: Decoder, starts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+def write(
+    decoder: Decoder, starts: Sequence[Sequence[int]], length: int, temperature: float
+) -> list[list[int]]:
     """What the model writes behind these tokens."""
     params = [
-        SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, seed=i)
+        SamplingParams(temperature=temperature, max_tokens=length, ignore_eos=True, seed=i)
         for i in range(len(starts))
     ]
     run = Run(decoder, "chunk", length + 8, len(starts), 512)
@@ -223,7 +234,9 @@ def measure(
     answer = WARM + 4 + PROMPTS * most
     run = Run(bench.decoder, way, max(length, 8 + answer) + most + 16, decoding + 1, bench.budget)
     for i, opening in enumerate(bench.openings[:decoding]):
-        params = SamplingParams(temperature=1.0, max_tokens=answer, ignore_eos=True, seed=i)
+        params = SamplingParams(
+            temperature=bench.temperature, max_tokens=answer, ignore_eos=True, seed=i
+        )
         run.scheduler.add(Request(RequestId(str(i)), opening, params))
     while len(run.tokens) < decoding or min(map(len, run.tokens.values())) < WARM:
         run.step()

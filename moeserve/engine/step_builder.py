@@ -231,7 +231,10 @@ class StepBuilder:
         """Where the chunk of a prompt ends, and the layers it runs in."""
         if seq.request.params.prompt_logprobs is not None:
             return layered.whole(seq, self.budget), None
-        beside = sum(len(c.token_ids) for c in self.chunks[: len(self.chunks) - self._grouped])
+        beside = 0
+        if seq.length - seq.computed > self.budget:  # else nobody asks
+            whole = self.chunks[: len(self.chunks) - self._grouped]
+            beside = sum(len(chunk.token_ids) for chunk in whole)
         part = layered.part(seq, self.budget, beside)
         if part.layers is not None:
             self.budget = part.budget

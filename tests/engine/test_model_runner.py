@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moeserve.core import BlockId, Chunk, Request, RequestId, SamplingParams, StepPlan
+from moeserve.core import BlockId, Chunk, LayerGroup, Request, RequestId, SamplingParams, StepPlan
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.batch import StepBatch
@@ -88,6 +88,34 @@ def test_microbatches_sample_the_same_rows() -> None:
     assert [s.token_ids_T.tolist() for s in cut.steps] == [[1, 2], [4, 4]]
     ModelRunner(cut, 8, 4).run(StepPlan(()), microbatches=3)
     assert [s.token_ids_T.tolist() for s in cut.steps[2:]] == [[], [], []]
+
+
+class Told:
+    """Keeps whose chunks others may read while a step runs."""
+
+    def __init__(self) -> None:
+        self.names: list[list[str]] = []
+
+    def begin(self, chunks: Sequence[Chunk], parts: int) -> None:
+        self.names.append([chunk.request.id for chunk in chunks])
+
+    def end(self, *, ok: bool) -> None: ...
+
+
+def test_rows_of_a_group_of_layers_stand_last_and_nobody_reads_them_meanwhile() -> None:
+    decoder, told = Echo(), Told()
+    runner = ModelRunner(decoder, 8, 4)
+    runner.watcher = told
+    chunks = (chunk("d", [5], 2, [4], 1), chunk("long", [1, 2, 4], 0, [0], 0))
+    some = chunk("some", [6, 7], 0, [1], 0)._replace(layers=LayerGroup(0, 1, 2))
+    result = runner.run(StepPlan((*chunks, some)), microbatches=2)
+    whole, empty = decoder.steps
+    assert whole.token_ids_T.tolist() == [5, 1, 2, 4, 6, 7]
+    assert whole.group is not None
+    assert (whole.group.rows, whole.group.last) == (2, False)
+    assert (len(empty.token_ids_T), empty.group) == (0, None)
+    assert [s.request_id for s in result.sampled] == ["d"]
+    assert told.names == [["d", "long"]]
 
 
 def test_a_step_that_cannot_be_packed_fails_its_requests_after_the_decoders_turn() -> None:

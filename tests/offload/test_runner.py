@@ -19,7 +19,7 @@ from moeserve.kernels.ops import Layer, MoeWeights, Ops, Part
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
 from moeserve.kernels.wire import Combine
-from moeserve.models.batch import Span, pack_spans
+from moeserve.models.batch import GroupPass, Span, pack_spans
 from moeserve.models.decoder import Decoder
 from moeserve.offload.arena import Arena
 from moeserve.offload.disk_file import DiskFile, DiskRegion
@@ -130,6 +130,26 @@ def test_the_bits_are_those_of_a_model_in_memory(
                 before = replace(counts)
                 assert serve(decoder) == expected
                 assert counts.misses == before.misses
+
+
+@pytest.mark.parametrize("beside", [[Span([5, 6, 7], 0, [9])], []], ids=["beside others", "alone"])
+def test_rows_that_run_in_one_layer_a_step_have_the_same_bits(
+    tiny_decoder: LoadDecoder, tmp_path: Path, beside: list[Span]
+) -> None:
+    """Also where no other row wants the layers that they are not in."""
+    whole = tiny_decoder("deepseek_v3")
+    prompt = Span(range(20, 31), 0, [0, 1, 2])
+    expected = whole.forward(pack_spans([prompt], BLOCK), whole.new_cache(BLOCKS, BLOCK))
+    records = write_records(whole, tmp_path / "experts.bin")
+    layers = len(whole.spec.layers)
+    with streamed(whole, records, 2 * widest(whole), "on") as (decoder, _):
+        cache, states = decoder.new_cache(BLOCKS, BLOCK), None
+        for layer in range(layers):
+            step = pack_spans([*beside, prompt], BLOCK)
+            group = GroupPass(layer, layer + 1, layer + 1 == layers, len(prompt.token_ids), states)
+            logits = decoder.forward(replace(step, group=group), cache)
+            states = group.states_PH
+        assert torch.equal(logits[-1:], expected)
 
 
 @pytest.mark.parametrize("ops", ["reference"], indirect=True)

@@ -6,11 +6,12 @@ all layers, and the prompt's tokens in the next few layers only. Its rows betwee
 (``engine.layer_states``); its KV counts as computed when it is there in all layers.
 
 How many tokens, through how many layers a step, follows from the prompt and the step's budget B (in
-tokens through all L layers). A prompt of P tokens takes ceil(P / B) steps in chunks; as many groups
-are made of the layers, so n = ceil(L / groups) layers a step, and of the prompt B * L / n tokens at
-most go together: no step is larger than one with a chunk, and there are not more of them. Shorter
-prompts behind it join as far as there is room. What is longer, or more than ``MOST_GROUPS``, goes
-in parts, one after the other. As a step's budget changes, so does the number of its layers.
+tokens through all L layers). With n layers a step there are ceil(L / n) groups, and B * L / n
+tokens can go together, so that no step is larger than one with a chunk; what is left of the prompt
+goes after them, in groups again or in all layers. n is the least with which that takes no more
+steps than the ceil(P / B) chunks of the P tokens; where L divides badly, one more. There are
+``MOST_GROUPS`` at most. Shorter prompts behind the first join as far as there is room. As a step's
+budget changes, so does the number of its layers.
 
 One batch is under way at a time, and nobody else's prompt runs beside it. Pure.
 """
@@ -154,12 +155,19 @@ class LayeredPrefill:
         """How a prompt would go in groups; None where it fits into a step, or there is no room."""
         if budget < 1 or tokens <= budget:
             return None
-        groups = min(-(-tokens // budget), self._most_groups, MOST_TOKENS // budget)
-        if groups < 2:
-            return None
-        layers = -(-self.layers // groups)
-        together = min(budget * self.layers // layers, MOST_TOKENS)
-        return PrefillChoice(tokens, budget, beside, groups, layers, together)
+        found, fewest = None, 0
+        for layers in range(1, self.layers):
+            groups = -(-self.layers // layers)
+            if groups > self._most_groups:
+                continue
+            together = min(budget * self.layers // layers, MOST_TOKENS)
+            steps = groups - (min(together, tokens) - tokens) // budget
+            if together <= budget or (found is not None and steps >= fewest):
+                continue
+            found, fewest = PrefillChoice(tokens, budget, beside, groups, layers, together), steps
+            if steps <= -(-tokens // budget):
+                break
+        return found
 
 
 def most_kept(budget: int, prefill: str) -> int:
