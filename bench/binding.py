@@ -62,18 +62,20 @@ class ThrottledMover:
     def __init__(self, inner: DiskMover, bytes_per_s: float) -> None:
         self._inner, self._rate = inner, bytes_per_s
         self._free = 0.0  # when it would be idle
-        self._over: dict[Ticket, float] = {}
+        self._over: dict[Ticket, tuple[float, float]] = {}  # when, and what of it is its own
 
     def submit(self, reads: Sequence[Read], *, ahead: bool = False) -> list[Ticket]:
         tickets = self._inner.submit(reads, ahead=ahead)
         for read, ticket in zip(reads, tickets, strict=True):
-            self._free = max(self._free, time.perf_counter()) + read.nbytes / self._rate
-            self._over[ticket] = self._free
+            own = read.nbytes / self._rate
+            self._free = max(self._free, time.perf_counter()) + own
+            self._over[ticket] = self._free, own
         return tickets
 
     def wait(self, ticket: Ticket, deadline_s: float) -> None:
         self._inner.wait(ticket, deadline_s)
-        time.sleep(max(0.0, self._over.pop(ticket) - time.perf_counter()))
+        over, _ = self._over.pop(ticket, (0.0, 0.0))  # one from before it was throttled has none
+        time.sleep(max(0.0, over - time.perf_counter()))
 
     def promote(self, ticket: Ticket) -> None:
         self._inner.promote(ticket)
@@ -81,7 +83,7 @@ class ThrottledMover:
     def cancel(self, ticket: Ticket) -> bool:
         if not self._inner.cancel(ticket):
             return False
-        self._over.pop(ticket, None)
+        self._free -= self._over.pop(ticket, (0.0, 0.0))[1]
         return True
 
     def counts(self) -> MoverCounts:
@@ -97,7 +99,9 @@ class Workload:
     def __init__(self, args: argparse.Namespace) -> None:
         self.folder, self.share, self.runs = args.folder, args.share, args.runs
         self.threads = args.threads
-        self.options = RankModelOptions(model=str(args.folder), memory=1 << 50)
+        self.options = RankModelOptions(
+            model=str(args.folder), memory=1 << 50, weights_prediction="off"
+        )
         self.case = Case(args.batch, args.prompt, args.output)
         self.ops = choose_ops(threads=args.threads)
         self.demand = demand_of(stored_sizes(args.folder), self.options, self.ops)
