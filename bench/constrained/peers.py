@@ -1,7 +1,8 @@
 """Decoding where weights are larger than memory: ours, llama.cpp, transformers, under one limit.
 
     python bench/constrained/peers.py PACKED --model FOLDER --memory SIZE [--batch 1 64]
-        [--prompt 32] [--tokens 16] [--seconds 20] [--threads 2] [--home PEERS] [--json FILE]
+        [--prompt 32] [--tokens 16] [--seconds 20] [--late 150] [--threads 2] [--home PEERS]
+        [--json FILE]
 
 PACKED is FOLDER's copy in int8 (`moeserve quantize --packed --scheme int8`), FOLDER a checkpoint
 with ``gguf/q8_0.gguf`` beside it (`bench/models/to_gguf.py`). Each runs by itself in a control
@@ -10,8 +11,8 @@ file mapped, transformers with what accelerate keeps on disk. Pages that the sys
 files are dropped before each, for they would be charged to nobody; where some stay, the row says so
 and counts for nothing. The same prompts, greedy: one token to warm up, then rounds of as many as
 fit into so many seconds, at least two; the best round counts. A peer that is not installed, or that
-the kernel ends for want of memory, is a row that says so. ``--json`` is written anew after every
-row.
+the kernel ends for want of memory, or that is late, is a row that says so. ``--json`` is written
+anew after every row.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cap import MemoryCap
 from soak import size
@@ -39,7 +41,6 @@ from moeserve.errors import ConfigError, MoeserveError
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent / "peers"
 HOME = Path.home() / ".cache" / "moeserve-bench" / "peers"
-LATE_S = 300.0
 KV_BLOCK = 16
 # Of files, what may have stayed in the page cache.
 MOST_CACHED = 16 << 20
@@ -136,10 +137,10 @@ def measure(args: argparse.Namespace, one: Contender, batch: int, log: Path) -> 
         try:
             command, begun = cap.command(one.command), time.monotonic()
             worker = stack.enter_context(
-                Worker(one.name, command, cpus=args.threads, log=log, deadline=LATE_S)
+                Worker(one.name, command, cpus=args.threads, log=log, deadline=args.late)
             )
             loaded = time.monotonic() - begun
-            best, steps = best_round(worker, asked, args.tokens, args.seconds)
+            best, steps = best_round(worker, asked, args)
         except MoeserveError as failed:
             problem = "ended for want of memory" if cap.killed else failed.message[:300]
         found = round(best, 3), cap.peak, cap.reclaims, round(loaded, 1), steps, problem
@@ -147,15 +148,19 @@ def measure(args: argparse.Namespace, one: Contender, batch: int, log: Path) -> 
 
 
 def best_round(
-    worker: Worker, asked: list[list[int]], most: int, seconds: float
+    worker: Worker, asked: list[list[int]], args: argparse.Namespace
 ) -> tuple[float, int]:
     """Tokens per second, and how many steps that round had. A step's prompt counts for nothing."""
+
+    def decode(tokens: int) -> dict[str, Any]:
+        return worker.request("decode", deadline=args.late, prompts=asked, tokens=tokens)
+
     begun = time.monotonic()
-    first = worker.request("decode", deadline=LATE_S, prompts=asked, tokens=1)["seconds"]
-    steps = max(2, min(most, int(seconds / 2 / max(first, 1e-3))))
+    first = decode(1)["seconds"]
+    steps = max(2, min(args.tokens, int(args.seconds / 2 / max(first, 1e-3))))
     best = 0.0
-    while not best or time.monotonic() < begun + seconds:
-        done = worker.request("decode", deadline=LATE_S, prompts=asked, tokens=steps)
+    while not best or time.monotonic() < begun + args.seconds:
+        done = decode(steps)
         best = max(best, done["tokens"] / done["seconds"])
     return best, steps
 
@@ -178,6 +183,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each, once it is loaded")
+    parser.add_argument("--late", type=float, default=150.0, help="seconds to load, or for a round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="those whose names begin so")
     parser.add_argument("--home", type=Path, default=HOME, help=f"of the peers' venvs [{HOME}]")
