@@ -1,7 +1,8 @@
 """Prompts and answers in the same steps, beside one after the other: what of the weights is read.
 
     python bench/overlap.py [--model demo] [--requests N] [--prompt P] [--answer G]
-                            [--kv-tokens M] [--step-tokens N] [--threads N] [--share S] [--json]
+                            [--kv-tokens M] [--step-tokens N] [--threads N] [--share S]
+                            [--schedules NAME ...] [--json] [--keep FILE]
 
 Requests of one shape, more than KV holds, through scheduler and model runner. Of every step the
 experts that its tokens chose are counted, each with the bytes that it has in the files: where
@@ -12,8 +13,9 @@ weights stream, that is what has to be read. Three schedules:
     throughput    answers and prompts in every step, started evenly (`--objective throughput`)
 
 Equation 7 of MoE-Lens says how many times more sequences KV holds where they are not all at their
-longest together, (p + g) / (p + g/2), and so how many times fewer bytes a token costs; a beginning
-and an end where fewer run, and blocks that are half full, take from it. Tokens of all schedules
+longest together, (p + g) / (p + g/2), and so how many times fewer bytes a token costs where every
+step reads all that there is to read; a beginning and an end where fewer run, and blocks that are
+half full, take from it, which ``predicted_steps`` counts. Tokens of all schedules
 must be equal. Seconds are there, too; on a model in memory they show little of it. With ``--share``
 the model is a packed one of whose experts that share is in memory, the others are read from disk as
 steps need them: ``read_bytes_per_token`` and tokens per second are what comes of it.
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,10 +55,13 @@ from moeserve.models.expert_source import expert_bytes
 from moeserve.models.library import resolve_model
 from moeserve.models.packed.checkpoint import open_checkpoint
 from moeserve.models.spec import MoeSpec
+from moeserve.offload.model.steady import begin_per_step
+from moeserve.offload.model.workload import ServerBounds, UniformWorkload
 from moeserve.offload.runner import StreamedLayerRunner
 from offload import with_share
 
 BLOCK = 16
+SCHEDULES = ("alternating", "latency", "throughput")
 
 
 class ReadsDominate:
@@ -149,6 +155,18 @@ class Shape:
         return (self.prompt + self.answer) / (self.prompt + self.answer / 2)
 
     @property
+    def predicted_steps(self) -> float:
+        """How many times fewer steps there are when requests are staggered than in phases, with
+        the beginning and the end of both, and whole blocks of KV."""
+        work = UniformWorkload(self.requests, self.prompt, self.answer)
+        blocks = self.kv_tokens // BLOCK
+        bounds = ServerBounds(self.config.max_num_seqs, self.step_tokens, BLOCK, blocks)
+        together = bounds.concurrent(work)
+        prompts = -(-together * self.prompt // self.step_tokens)
+        phases = -(-self.requests // together) * (prompts + self.answer - 1)
+        return phases / (self.requests / begin_per_step(work, bounds) + self.answer - 1)
+
+    @property
     def config(self) -> SchedulerConfig:
         return SchedulerConfig(
             max_model_len=self.prompt + self.answer + 1,
@@ -221,7 +239,8 @@ def main() -> None:
     path, ops = resolve_model(args.model), choose_ops(threads=args.threads)
     rows: list[Row] = []
     first: Mapping[RequestId, Sequence[int]] = {}
-    for schedule in ("alternating", "latency", "throughput"):
+    for schedule in args.schedules:
+        print(f"{schedule} ...", file=sys.stderr, flush=True)
         decoder = load(path, ops, args.share)
         experts = max(
             layer.mlp.router.num_experts
@@ -236,18 +255,21 @@ def main() -> None:
         if made != first:
             raise SystemExit(f"{schedule}: other tokens than {rows[0].schedule}")
         rows.append(row.beside(rows[0] if rows else row))
+        if args.keep is not None:
+            args.keep.write_text(json.dumps(found(shape, rows), indent=1) + "\n")
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "shape": asdict(shape),
-                    "predicted": shape.predicted,
-                    "rows": [asdict(row) for row in rows],
-                }
-            )
-        )
+        print(json.dumps(found(shape, rows)))
     else:
         show(shape, rows)
+
+
+def found(shape: Shape, rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "shape": asdict(shape),
+        "predicted": shape.predicted,
+        "predicted_steps": shape.predicted_steps,
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 def load(path: Path, ops: Ops, share: float | None) -> Decoder:
@@ -267,7 +289,9 @@ def read_arguments() -> tuple[Shape, argparse.Namespace]:
     parser.add_argument("--step-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--share", type=float, help="of a packed model's experts in memory")
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="written after each schedule")
     args = parser.parse_args()
     shape = Shape(args.requests, args.prompt, args.answer, args.kv_tokens, args.step_tokens)
     return shape, args
@@ -293,7 +317,10 @@ def show(shape: Shape, rows: Sequence[Row]) -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"equation 7 predicts {shape.predicted:.2f}x")
+    console.print(
+        f"equation 7 predicts {shape.predicted:.2f}x, with beginning, end and whole blocks "
+        f"{shape.predicted_steps:.2f}x"
+    )
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ def main() -> None:
                 threads=args.threads,
                 options=options,
                 kinds=(*kinds, *(k for k in args.quantization if k in ("int8", "int4"))),
-                seconds=60.0,
+                seconds=float("inf"),
                 timer=timer,
                 report=lambda what: status.update(f"calibrating: {what}"),
             )

@@ -30,7 +30,7 @@ def first_layers(sizes: StoredSizes) -> tuple[StoredSizes, ...]:
     """The sizes of these layers, of each depth, the deepest last; empty where the shallowest take
     too much."""
     least = (*sizes.spec.moe_layers, 0)[0] + 1
-    counts = sorted({min(len(sizes.layers), least + more) for more in (0, 1, MORE)})
+    counts = sorted({min(len(sizes.layers), least + more) for more in (0, 1, 3, MORE)})
     found = tuple(of_depth(sizes, count) for count in counts)
     fits = [one for one in found if one.total <= MOST_BYTES]
     return tuple(fits[:1] + fits[1:][-1:])
