@@ -49,7 +49,7 @@ TILES: dict[WeightKind, tuple[tuple[int, Tile], ...]] = {
         (16, Tile(16, 64, 128, 4, 3)),
         (0, Tile(64, 32, 128, 8, 3)),
     ),
-    WeightKind.BF16: ((0, Tile(64, 64, 64, 8, 3)),),
+    WeightKind.BF16: ((0, Tile(64, 64, 64, 8, 2)),),
     WeightKind.FP32: ((0, Tile(16, 32, 32, 4, 2)),),
 }
 LEAST_INTO = 64  # two products of 32 features, of low and of high halves
