@@ -2,10 +2,11 @@
 
 On a machine with one: ``python bench/device.py --json out.json`` compares every operation with the
 reference, a row alone with the row among 2..2,048, and times the experts and paged attention beside
-their rooflines. Without one: ``--predict`` gives the same tables from bytes and operations alone,
-each row marked as a prediction. It takes the memory and the multipliers of an H200 as they were
-read once (4.3 TB/s copied) or are stated (1,979 TOP/s of int8, 989 TFLOP/s of bf16), and knows
-nothing of latencies: what it says is a bound, not a hope.
+their rooflines. Without one: ``--predict`` compiles the kernels for an H200 and gives the same
+tables, and whole decode steps, from bytes, multiplications and the instructions of the compiled
+code (``moeserve.kernels.triton.predict`` says how, and what it does not know), each row marked as a
+prediction. Rooflines take the memory as it was read once (4.3 TB/s copied) and the multipliers as
+they are stated (1,979 TOP/s of int8, 989 TFLOP/s of bf16).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,14 +28,15 @@ BANDWIDTH, INT8, BF16 = 4.3e12, 1.979e15, 0.989e15
 HIDDEN, INNER, EXPERTS, CHOSEN = 7168, 2048, 32, 8  # DeepSeek-V3, a rank of eight
 TOKENS = (1, 16, 256, 4096)
 BATCHES = (1, 32, 128)
-CONTEXT = 4096
+CONTEXT, SHORT = 4096, 1024
 RUNS = 20
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of a table. ``nbytes`` and ``operations`` are what there is to do at least, and
-    ``bound_s`` their time; ``seconds`` was measured, or is None in a prediction."""
+    ``bound_s`` their time; ``seconds`` was measured, or is None in a prediction, which is
+    ``predicted_s`` and by what it is bound."""
 
     table: str
     name: str
@@ -43,10 +45,14 @@ class Row:
     bound_s: float
     bound_by: str
     seconds: float | None = None
+    predicted_s: float | None = None
+    predicted_by: str = ""
 
     @property
     def text(self) -> str:
-        took = "predicted" if self.seconds is None else f"{1e6 * self.seconds:10.1f} us measured"
+        took = "" if self.seconds is None else f"{1e6 * self.seconds:10.1f} us measured"
+        if self.predicted_s is not None:
+            took = f"{1e6 * self.predicted_s:10.1f} us predicted, by {self.predicted_by}"
         return (
             f"{self.table:10} {self.name:28} {self.nbytes / 1e6:10.1f} MB "
             f"{self.operations / 1e9:10.1f} Gop  at least {1e6 * self.bound_s:9.1f} us by "
@@ -79,16 +85,41 @@ def attention_shapes(blocks: int, dtype: torch.dtype) -> dict[str, tuple[int, Kv
     }
 
 
-def attention_rows() -> Iterator[tuple[Row, int, int, KvShape]]:
-    """A decode step of one layer at ``CONTEXT`` positions each, bf16."""
+def attention_rows(
+    dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[tuple[Row, int, int, KvShape]]:
+    """A decode step of one layer at ``CONTEXT`` positions each."""
+    kind, peak = ("int8", INT8) if dtype is torch.int8 else ("bf16", BF16)
     for batch in BATCHES:
-        shapes = attention_shapes(batch * CONTEXT // 64, torch.bfloat16)
+        shapes = attention_shapes(batch * CONTEXT // 64, dtype)
         for name, (heads, shape) in shapes.items():
             width = shape.head_size + (0 if shape.latent else shape.value_size)
-            nbytes = batch * CONTEXT * shape.kv_heads * width * 2
+            nbytes = batch * CONTEXT * shape.kv_heads * width * dtype.itemsize
             work = 2 * batch * CONTEXT * heads * (shape.head_size + shape.value_size)
-            found = row("attention", f"{name} decode, {batch} sequences", nbytes, work, BF16)
+            found = row("attention", f"{name} {kind}, {batch} sequences", nbytes, work, peak)
             yield found, batch, heads, shape
+
+
+def predictions() -> Iterator[Row]:
+    """The rows without times, with what the compiled kernels would take."""
+    from moeserve.kernels.triton import predict
+    from moeserve.kernels.triton.variants import SHAPES
+
+    def told(found: Row, taken: predict.Taken) -> Row:
+        return replace(found, predicted_s=taken.seconds, predicted_by=taken.by)
+
+    for found, tokens in expert_rows():
+        yield told(found, predict.experts(tokens, EXPERTS, CHOSEN, HIDDEN, INNER))
+    shapes = {shape.name.upper(): shape for shape in SHAPES}
+    for dtype in (torch.bfloat16, torch.int8):
+        for found, batch, _, kv in attention_rows(dtype):
+            shape = shapes["MLA" if kv.latent else "GQA"]
+            yield told(found, predict.attention(shape, batch, CONTEXT, dtype))
+    for model in predict.MODELS:
+        for batch in BATCHES:
+            taken = predict.step(model, batch, SHORT)
+            found = row("step", f"{model.name}, {batch} at {SHORT}", taken.nbytes, 0.0, INT8)
+            yield told(found, taken)
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -183,12 +214,12 @@ def checks(ops: Ops) -> Iterator[tuple[str, bool]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--predict", action="store_true", help="no device: bytes and operations")
+    parser.add_argument("--predict", action="store_true", help="no device: from compiled kernels")
     parser.add_argument("--json", type=Path, help="write rows and checks there")
     given = parser.parse_args(arguments)
     held: list[tuple[str, bool]] = []
     if given.predict:
-        rows = [found[0] for found in (*expert_rows(), *attention_rows())]
+        rows = list(predictions())
     else:
         from moeserve.kernels.triton.ops import TritonOps
 

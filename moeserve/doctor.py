@@ -160,6 +160,7 @@ def run_doctor(
     try:
         config = config_of(os.environ)
         ports, device = examine_ports(config, problems), examine_device(config.device)
+        device = dataclasses.replace(device, attention=config.attention_device)
     except ConfigError as wrong:
         problems.append(Advice(wrong.message))
     problems += [Advice(device.problem)] if device.problem else []

@@ -142,6 +142,11 @@ class ProcessOptions(Options):
         description="what a rank computes on; auto takes an accelerator that can be used, else the "
         "CPU; the default until kernels of accelerators have run on hardware",
     )
+    attention_device: Literal["device", "cpu"] = Field(
+        default="device",
+        description="where attention runs and KV lies: on the device of the rank, or on the host's "
+        "CPU, beside experts on a CUDA device",
+    )
     threads: Count | None = Field(
         default=None,
         description="CPU threads of a rank; default: its share of the host's allowed cores",

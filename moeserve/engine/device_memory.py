@@ -98,13 +98,14 @@ class MayKeepKvInHost(Protocol):
     def kv_in_host(self, shape: KvShape) -> bool: ...
 
 
-def host_keeps_kv(decoder: Decoder, block_size: int) -> bool:
-    """Of any layer."""
+def host_keeps_kv(decoder: Decoder, block_size: int, *, all_of_it: bool = False) -> bool:
+    """Of any layer, or of all."""
     ops = decoder.ops
     if not isinstance(ops, MayKeepKvInHost):
         return False
-    layers = (layer.attention for layer in decoder.spec.layers)
-    return any(ops.kv_in_host(kv_shape(a, 1, block_size, decoder.kv_dtype)) for a in layers)
+    shapes = (kv_shape(x.attention, 1, block_size, decoder.kv_dtype) for x in decoder.spec.layers)
+    kept = [ops.kv_in_host(shape) for shape in shapes]
+    return all(kept) if all_of_it else any(kept)
 
 
 def load_on_device(
@@ -123,7 +124,7 @@ def load_on_device(
             "alone: leave out --memory, or give --device cpu"
         )
     known = survey(resolve_model(options.model))
-    graphs = GRAPH_BYTES.get(ops.device.type, 0)
+    graphs = GRAPH_BYTES.get(ops.device.type, 0) if ops.replays else 0
     kept = most_kept(options.max_num_batched_tokens, options.prefill)
     rows = options.max_num_batched_tokens + kept
     workspace = workspace_of(known.spec, rows, options.max_num_seqs)
@@ -153,6 +154,9 @@ def load_on_device(
         plan.graphs,
         plan.kv,
     )
+    room = read_memory().available // ranks[1]
+    if host_keeps_kv(decoder, options.block_size, all_of_it=True):
+        return decoder, room
     if host_keeps_kv(decoder, options.block_size):
-        return decoder, min(plan.kv, read_memory().available // ranks[1])
+        return decoder, min(plan.kv, room)
     return decoder, plan.kv

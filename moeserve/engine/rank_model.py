@@ -178,7 +178,8 @@ def load_rank_model(
     plan = None if context is None else plan_of_context(checkpoint, context)
     own = None if context is None or plan is None else own_experts(_layouts(plan), context.rank)
     # 2. Read the weights, and pack them as the op table wants them.
-    ops = choose_table(options.device, options.threads, 0 if context is None else context.place)
+    place, on_host = 0 if context is None else context.place, options.attention_device == "cpu"
+    ops = choose_table(options.device, options.threads, place, host_attention=on_host)
     begun = time.perf_counter()
     # 3. Share what memory is left among the ranks of this node, as KV blocks.
     decoder, size = _load_weights(checkpoint, ops, options, own, context, progress)
@@ -324,9 +325,11 @@ def widest(routers: Mapping[int, Part[RouterWeights]]) -> int:
     return max(router.weights.spec.top_k for router in routers.values())
 
 
-def choose_table(device: str, threads: int | None, place: int = 0) -> Ops:
+def choose_table(
+    device: str, threads: int | None, place: int = 0, *, host_attention: bool = False
+) -> Ops:
     """The op table of the rank in this place of its node, and torch kept out of its way."""
-    ops = choose_ops(device, threads, local_rank=place)
+    ops = choose_ops(device, threads, local_rank=place, host_attention=host_attention)
     if ops.name != ReferenceOps.name:
         torch.set_num_threads(1)  # the native pool has the cores: two pools would fight for them
     elif threads is not None:

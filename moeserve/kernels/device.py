@@ -200,6 +200,7 @@ class DeviceReport:
     found: Devices
     problem: str = ""
     note: str = ""
+    attention: str = "device"
 
     @property
     def line(self) -> str:
@@ -208,7 +209,8 @@ class DeviceReport:
             f"\n{self.chosen}:{i} {c.name}, {c.free >> 20} of {c.total >> 20} MiB free"
             for i, c in enumerate(cards)
         )
-        return f"{self.chosen or 'none'}: {self.why}{sizes}"
+        apart = "; attention and KV on the CPU" if self.attention != "device" else ""
+        return f"{self.chosen or 'none'}: {self.why}{apart}{sizes}"
 
 
 def examine_device(asked: str, root: Path = Path("/")) -> DeviceReport:

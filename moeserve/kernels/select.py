@@ -26,14 +26,19 @@ TABLES = {
 
 
 def choose_ops(
-    device: str | torch.device = "cpu", threads: int | None = None, *, local_rank: int = 0
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    *,
+    local_rank: int = 0,
+    host_attention: bool = False,
 ) -> Ops:
     """The backend of a device, which is then its ``device``.
 
     ``device`` is one of ``device.ASKED``, or names a card as torch does ("cuda:1"); where it names
     none, ranks of one node take one card each, by ``local_rank``. ``threads`` None leaves the
-    number as it is: all cores this process may use. ConfigError where no backend serves the device,
-    or it cannot be had.
+    number as it is: all cores this process may use. With ``host_attention`` an accelerator leaves
+    attention and KV to the CPU. ConfigError where no backend serves the device, or it cannot be
+    had, or has not that.
     """
     asked, _, number = str(device).partition(":")
     if asked not in ASKED or (number and not number.isdecimal()):
@@ -49,7 +54,7 @@ def choose_ops(
         return cpu_ops(threads)
     card = card_of_rank(chosen.kind, found, int(number) if number else local_rank)
     log.info("computes on %s: %s", card, chosen.why)
-    return device_ops(card)
+    return host_attention_ops(card, threads) if host_attention else device_ops(card)
 
 
 def card_of_rank(kind: str, found: Devices, index: int) -> torch.device:
@@ -74,6 +79,19 @@ def device_ops(device: torch.device) -> Ops:
             f"extra {'cuda' if device.type == 'cuda' else 'ascend'}"
         ) from missing
     return cast("Ops", table(device))
+
+
+def host_attention_ops(card: torch.device, threads: int | None) -> Ops:
+    """The table of a CUDA device that leaves attention to the CPU's. ConfigError for others."""
+    if card.type != "cuda":
+        raise ConfigError(
+            f"attention_device='cpu': {card} has no such table, only CUDA devices have: leave out "
+            "--attention-device, or give --device cuda"
+        )
+    device_ops(card)  # is an error where Triton is missing
+    from moeserve.kernels.triton.host_attention import HostAttentionOps
+
+    return cast("Ops", HostAttentionOps(card, cpu_ops(threads)))
 
 
 def cpu_ops(threads: int | None) -> Ops:

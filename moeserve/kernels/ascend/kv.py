@@ -20,6 +20,7 @@ from torch import Tensor
 from moeserve.core import BlockId
 from moeserve.kernels.ascend import calls
 from moeserve.kernels.ascend.limits import MLA_MOST_ROWS, MOST_SEQUENCES
+from moeserve.kernels.host_kv import HostKv
 from moeserve.kernels.kv_layout import KvBlockLayout
 from moeserve.kernels.kv_runs import check_places
 from moeserve.kernels.ops import AttentionBatch, KvCache, KvRuns, KvShape, Ops
@@ -38,14 +39,6 @@ class DeviceKv:
     @property
     def nbytes(self) -> int:
         return self.first.nbytes + self.second.nbytes
-
-
-@dataclass(slots=True)
-class HostKv:
-    """A cache of the host's table."""
-
-    cache: KvCache
-    passes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +64,6 @@ def new_cache(shape: KvShape, device: torch.device) -> KvCache:
     )
     data = DeviceKv(first, second)
     return KvCache(shape, data.nbytes, data)
-
-
-def host_cache(host: Ops, shape: KvShape) -> KvCache:
-    cache = host.new_kv(shape)
-    return KvCache(shape, cache.nbytes, HostKv(cache))
-
-
-def hosted(cache: KvCache) -> KvCache | None:
-    """The host's cache; None where it lies on the device."""
-    return cache.data.cache if isinstance(cache.data, HostKv) else None
 
 
 def data_of(cache: KvCache) -> DeviceKv | HostKv:

@@ -38,6 +38,8 @@ from moeserve.kernels.ascend.limits import (
 from moeserve.kernels.ascend.matrices import DeviceExperts, Matrices
 from moeserve.kernels.ascend.records import WithoutRecords
 from moeserve.kernels.fused import Composed, attend, head
+from moeserve.kernels.host_kv import host_cache
+from moeserve.kernels.host_kv import hosted as hosted_by
 from moeserve.kernels.kv_runs import export_by_blocks, import_by_blocks
 from moeserve.kernels.matrix import Source
 from moeserve.kernels.ops import (
@@ -251,7 +253,7 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
     def new_kv(self, shape: KvShape) -> KvCache:
         if why := self._attention_lacks(shape):
             self.fall_back(ATTENTION, why)
-            return kv.host_cache(self.host, shape)
+            return host_cache(self.host, shape)
         return kv.new_cache(shape, self.device)
 
     def _attention_lacks(self, shape: KvShape) -> str:
@@ -270,19 +272,19 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
         return place * sum(kv.widths(shape))
 
     def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
-        if (hosted := kv.hosted(cache)) is not None:
+        if (hosted := hosted_by(cache)) is not None:
             v = None if v_TGV is None else v_TGV.cpu()
             self.host.write_kv(hosted, k_TGD.cpu(), v, slot_T.cpu())
         elif len(k_TGD):
             kv.write(cache, k_TGD, v_TGV, slot_T.to(self.device))
 
     def export_kv(self, cache: KvCache, blocks_N: Tensor, out_NX: Tensor | None = None) -> Tensor:
-        if (hosted := kv.hosted(cache)) is not None:
+        if (hosted := hosted_by(cache)) is not None:
             return self.host.export_kv(hosted, blocks_N, out_NX)
         return kv.export_blocks(cache, blocks_N, out_NX)
 
     def import_kv(self, cache: KvCache, blocks_N: Tensor, data_NX: Tensor) -> None:
-        if (hosted := kv.hosted(cache)) is not None:
+        if (hosted := hosted_by(cache)) is not None:
             self.host.import_kv(hosted, blocks_N, data_NX)
         else:
             kv.import_blocks(cache, blocks_N, data_NX)
@@ -320,7 +322,7 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
         shape = cache.shape
         if not len(q_TAD):
             return q_TAD.new_empty(0, q_TAD.shape[1], shape.value_size)
-        hosted = kv.hosted(cache)
+        hosted = hosted_by(cache)
         if hosted is None:
             plain = window is None and sinks_A is None
             why = heads_lack(shape, q_TAD.shape[1]) if plain else WINDOWS

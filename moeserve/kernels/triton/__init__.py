@@ -6,10 +6,11 @@
     ops                        the op table
     packing  tiles             weights on the device; which tile a product takes
     products  route  experts   products and other operations on rows; routing; the experts
-    attention                  the paged cache, and attention over it
+    attention  host_attention  the paged cache, and attention over it; or both left to the host
     sums  wire                 contributions become rows; dispatch and combine
     launch  graphs             the one way to a kernel; decode steps captured and replayed
     aot  variants              kernels compiled for a device elsewhere: how, and which
+    instructions  predict      what code asks of a multiprocessor; how long kernels would take
     double                     a device in name, for tests
     device/                    the kernels
 """

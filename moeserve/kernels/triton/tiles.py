@@ -49,7 +49,7 @@ TILES: dict[WeightKind, tuple[tuple[int, Tile], ...]] = {
         (16, Tile(16, 64, 128, 4, 3)),
         (0, Tile(64, 32, 128, 8, 3)),
     ),
-    WeightKind.BF16: ((0, Tile(64, 64, 64, 8, 3)),),
+    WeightKind.BF16: ((0, Tile(64, 64, 64, 8, 2)),),
     WeightKind.FP32: ((0, Tile(16, 32, 32, 4, 2)),),
 }
 LEAST_INTO = 64  # two products of 32 features, of low and of high halves
@@ -65,11 +65,14 @@ def tile_of(kind: WeightKind, rows: int, group: int = 0) -> Tile:
 
 
 def query_tile(dtype: torch.dtype, latent: bool, backend: str = "cuda") -> QueryTile:
-    """Over a cache of ``dtype``. Of a latent, as wide as it is, a program holds fewer queries."""
+    """Over a cache of ``dtype``. A decode of eight heads to a KV head fills half a tile of 16: in
+    larger ones its softmax is mostly of rows that are not there, which takes longer than reading
+    the KV (``predict``); prompts would want larger ones. Of a latent all heads share the KV."""
     if dtype is torch.float32:
         return QueryTile(16, 8, 2)
     if not latent:
-        return QueryTile(64, 8, 2 if backend == "cuda" else 1)
+        stages = 3 if dtype is torch.bfloat16 else 2
+        return QueryTile(16, 4, stages if backend == "cuda" else 1)
     if backend == "hip":
         return QueryTile(16, 8, 1)
     return QueryTile(16 if dtype is torch.int8 else 32, 8, 2)

@@ -30,7 +30,7 @@ POINTERS = {
 }  # fmt: skip
 NUMBERS = {
     "rows": 256, "size": 7168, "heads": 128, "pairs": 2048, "x_row": 24576, "x_head": 192,
-    "inner": 2048, "hidden": 7168, "chosen": 8, "experts": 32, "N": 7168, "K": 7168, "groups": 8,
+    "inner": 2048, "hidden": 7168, "chosen": 8, "experts": 32, "N": 7168, "groups": 8,
     "width": 32, "most_slots": 1 << 20, "v_size": 512, "table": 72, "segments": 8, "base_row": 0,
     "window": 0,
 }  # fmt: skip
@@ -122,13 +122,13 @@ def weights(kind: WeightKind) -> dict[str, str | None]:
 def product(which: str, kind: WeightKind, tile: Tile) -> Variant:
     """``which`` is linear, up or down."""
     kernel, given = getattr(PRODUCTS[which], f"{which}_kernel"), dict[str, Any](weights(kind))
-    base = {"KIND": KINDS[kind], "GROUP": 128} | sizes(tile)
+    base = {"KIND": KINDS[kind], "GROUP": 128, "K": 7168} | sizes(tile)
     if which == "linear":
         given |= {"offsets": None, "heads": 1}
     elif which == "up":
         base["CLAMPED"] = False
     else:
-        given["K"] = NUMBERS["inner"]
+        base["K"] = NUMBERS["inner"]
     name = f"{which}-{kind}-{tile.rows}x{tile.out}x{tile.into}"
     integer = kind in (WeightKind.INT8, WeightKind.INT4)
     return variant(name, kernel, given, base, integer=integer)

@@ -94,7 +94,7 @@ def tokens_of(own: RankModel) -> dict[str, list[int]]:
 def loaded(folder: Path, table: Ops, trace: Path, patch: pytest.MonkeyPatch) -> RankModel:
     card = Card("a card", 1 << 33, 1 << 33)
     patch.setattr(device_memory, "free_memory", lambda _: card)
-    patch.setattr(rank_model, "choose_table", lambda *_: table)
+    patch.setattr(rank_model, "choose_table", lambda *_, **__: table)
     options = RankModelOptions(
         model=str(folder),
         device="cuda",
@@ -132,3 +132,22 @@ def check_steps_and_blocks(own: RankModel, theirs: dict[str, list[int]]) -> None
     again_NX = torch.zeros_like(rows_NX)
     own.kv.export_kv(1, blocks, again_NX)
     assert torch.equal(again_NX, rows_NX)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_attention_on_the_host_leaves_the_rest_to_the_device(
+    crossings: Crossings, tiny_checkpoint: Load, tmp_path: Path
+) -> None:
+    """KV lies in host memory; tokens are the reference's."""
+    from moeserve.kernels.triton.host_attention import HostAttentionOps
+
+    folder, host = tiny_checkpoint("gpt_oss"), ReferenceOps()
+    table = HostAttentionOps(DEVICE, host)
+    with pytest.MonkeyPatch.context() as patch:
+        reference = loaded(folder, ReferenceOps(), tmp_path / "a.jsonl", patch)
+        own = loaded(folder, table, tmp_path / "b.jsonl", patch)
+    with closing(reference), closing(own):
+        check_steps_and_blocks(own, tokens_of(reference))
+    assert table.kv_passes(own.kv.caches[0]) > 2
+    assert not isinstance(own.kv.caches[0].data.cache.data.values.x_BPGD, OnDevice)

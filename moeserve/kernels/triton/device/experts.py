@@ -50,7 +50,7 @@ def order_kernel(
 @triton.jit
 def up_kernel(
     x, x_scale, w, scale, zero, levels, bias, offsets, order, expert, out,
-    experts, chosen, inner, K,
+    experts, chosen, inner, K: tl.constexpr,
     GROUP: tl.constexpr, KIND: tl.constexpr, CLAMPED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,8 @@ def up_kernel(
 
 @triton.jit
 def down_kernel(
-    x, x_scale, w, scale, zero, levels, bias, offsets, order, expert, out, experts, N, K,
+    x, x_scale, w, scale, zero, levels, bias, offsets, order, expert, out,
+    experts, N, K: tl.constexpr,
     GROUP: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out [P, N] of x [P, K]."""

@@ -175,8 +175,7 @@ def attend_kernel(
     LATENT: tl.constexpr, SHARED: tl.constexpr, BM: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, V: tl.constexpr, SEGMENT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Of a segment and tile: highest score and total [rows, A, segments], mean [.., V].
-
+    """One segment of one tile: its highest score and total [rows, A, segments], and mean [.., V].
     ``tiles`` int32 [.., 4]: sequence, first row, number of rows, position of the first. ``r`` is
     the second part of a latent's keys (R is 0 where there is none), ``v`` its first.
     """

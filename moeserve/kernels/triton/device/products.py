@@ -19,21 +19,27 @@ INT4: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit
+def load_rows(at, here, inside, K: tl.constexpr, BK: tl.constexpr):
+    """A tile of features ``inside`` of rows that are ``here``; where K is whole tiles, all are."""
+    if K % BK == 0:
+        value = tl.load(at, mask=here, other=0)
+    else:
+        value = tl.load(at, mask=here & inside, other=0)
+    return value
+
+
+@triton.jit
 def float_tile(
-    x, row, here, w, n, N, K,
+    x, row, here, w, n, N, K: tl.constexpr,
     KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BM, BN] of fp32 rows at x + row * K."""
     total = tl.zeros([BM, BN], tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        a = tl.load(
-            x + row[:, None] * K + k[None, :], mask=here[:, None] & (k < K)[None, :], other=0.0
-        )
-        b = tl.load(
-            w + n[None, :].to(tl.int64) * K + k[:, None],
-            mask=(n < N)[None, :] & (k < K)[:, None],
-            other=0.0,
+        a = load_rows(x + row[:, None] * K + k[None, :], here[:, None], (k < K)[None, :], K, BK)
+        b = load_rows(
+            w + n[None, :].to(tl.int64) * K + k[:, None], (n < N)[None, :], (k < K)[:, None], K, BK
         )
         if KIND == BF16:
             a = lang.as_bf16(lang.bf16_value(a))
@@ -45,19 +51,15 @@ def float_tile(
 
 @triton.jit
 def int8_tile(
-    x, row, here, w, n, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    x, row, here, w, n, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """int32 [BM, BN] of codes."""
     total = tl.zeros([BM, BN], tl.int32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        a = tl.load(
-            x + row[:, None] * K + k[None, :], mask=here[:, None] & (k < K)[None, :], other=0
-        )
-        b = tl.load(
-            w + n[None, :].to(tl.int64) * K + k[:, None],
-            mask=(n < N)[None, :] & (k < K)[:, None],
-            other=0,
+        a = load_rows(x + row[:, None] * K + k[None, :], here[:, None], (k < K)[None, :], K, BK)
+        b = load_rows(
+            w + n[None, :].to(tl.int64) * K + k[:, None], (n < N)[None, :], (k < K)[:, None], K, BK
         )
         total = tl.dot(a, b, total, out_dtype=tl.int32)
     return total
@@ -75,7 +77,7 @@ def level_of(code, levels):
 
 @triton.jit
 def int4_tile(
-    x, row, here, w, scale, zero, levels, n, N, K,
+    x, row, here, w, scale, zero, levels, n, N, K: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BM, BN] of codes, without the rows' scales: groups ascending, each one fused addition.
@@ -119,7 +121,7 @@ def offset_of(offsets, i):
 
 @triton.jit
 def tile(
-    x, x_scale, row, here, w, scale, zero, levels, bias, n, N, K,
+    x, x_scale, row, here, w, scale, zero, levels, bias, n, N, K: tl.constexpr,
     GROUP: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BM, BN] of rows ``row`` where ``here``, and features ``n`` below N."""
@@ -141,7 +143,7 @@ def tile(
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
-    x, x_scale, w, scale, zero, levels, bias, offsets, out, rows, heads, N, K,
+    x, x_scale, w, scale, zero, levels, bias, offsets, out, rows, heads, N, K: tl.constexpr,
     GROUP: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out [rows, heads, N]: head a of every row times matrix a, whose arrays begin ``offsets``
