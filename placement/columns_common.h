@@ -59,6 +59,29 @@ struct Patterns {
   }
 };
 
+// At least the sum of the `most` largest of x: at any `tau`, that many times `tau` and what those
+// above it have more. Near the sum where about `most` are above; `tau` is moved towards that.
+inline int64_t largest(const int32_t* x, int64_t count, int64_t most, int32_t& tau) {
+  int64_t least = kMost;
+  int32_t next = tau;
+  for (int pass = 0; pass < 3; ++pass) {
+    int32_t above = 0;
+    int64_t sum = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      above += x[j] > next;
+      sum += x[j] > next ? x[j] : 0;
+    }
+    const int64_t with = sum + (most - above) * int64_t(next);
+    if (with < least) least = with, tau = next;
+    if (above == most) break;
+    // As if what is above fell off exponentially.
+    const int64_t mean = above ? sum / above - next : next / 2;
+    const int64_t wanted = next + mean * 2 * (above - most) / (above + most);
+    next = int32_t(std::clamp<int64_t>(wanted, 0, int64_t(1) << 30));
+  }
+  return least;
+}
+
 inline void keep(Priced& found, std::vector<int32_t> items, int64_t size, int64_t reduced) {
   std::sort(items.begin(), items.end());
   items.resize(size, -1);

@@ -5,13 +5,13 @@ namespace moeserve {
 namespace {
 
 constexpr int64_t kWidest = 16;
-constexpr int64_t kBlock = 16;  // pairs that are looked at together
 
 // Candidates that can still join the chosen items, with what the tokens that are not touched yet
 // say about them: `n` tokens use each, `pair` tokens use both.
 struct Level {
   int64_t count = 0;
   std::vector<int32_t> item, n, pair;
+  std::vector<int32_t> tau;             // about what is paired with the last of its best partners
   std::vector<int64_t> share;           // no column with this candidate is cheaper by its share
   std::vector<int32_t> order;           // of the candidates, in which columns begin with them
   std::vector<int64_t> behind;          // in that order: what those behind add at the least
@@ -44,6 +44,7 @@ class Pricing {
     all.item.resize(E);
     std::iota(all.item.begin(), all.item.end(), 0);
     all.n.assign(E, 0);
+    all.tau.assign(E, 0);
     all.pair.assign(E * E, 0);
     for (int64_t p = 0; p < in.patterns; ++p) {
       const int32_t* item = in.item_PK + p * in.width;
@@ -146,27 +147,9 @@ class Pricing {
   void share(Level& at, int64_t partners) {
     at.share.resize(at.count);
     at.paired.resize(at.count);
-    top_.resize(partners + 1);
     for (int64_t i = 0; i < at.count; ++i) {
-      const int32_t* pair = at.row(i);
-      int64_t kept = 0;
-      int32_t beats = 0;  // what enters the list is larger
-      for (int64_t from = 0; from < at.count; from += kBlock) {
-        const int64_t to = std::min(from + kBlock, at.count);
-        int32_t largest = 0;
-        for (int64_t j = from; j < to; ++j) largest = std::max(largest, pair[j]);
-        if (largest <= beats) continue;
-        for (int64_t j = from; j < to; ++j) {
-          const int32_t x = pair[j];
-          if (x <= beats) continue;
-          int64_t k = kept < partners ? kept++ : kept - 1;
-          for (; k > 0 && top_[k - 1] < x; --k) top_[k] = top_[k - 1];
-          top_[k] = x;
-          if (kept == partners) beats = top_[kept - 1];
-        }
-      }
-      const int64_t with = std::accumulate(top_.begin(), top_.begin() + kept, int64_t(0));
-      at.paired[i] = kept == partners ? with - top_[kept - 1] : with;
+      const int64_t with = partners ? largest(at.row(i), at.count, partners, at.tau[i]) : 0;
+      at.paired[i] = partners ? with - at.tau[i] : 0;
       at.share[i] = share_of(at.n[i], with, partners) - in_.price_E[at.item[i]];
     }
   }
@@ -250,6 +233,7 @@ class Pricing {
     to.count = count;
     to.item.resize(count);
     to.n.resize(count);
+    to.tau.resize(count);
     to.share.resize(count);
     to.least.resize(count);
     to.paired.resize(count);
@@ -257,6 +241,7 @@ class Pricing {
     for (int64_t i = 0; i < count; ++i) {
       to.item[i] = at.item[kept[i]];
       to.n[i] = at.n[kept[i]];
+      to.tau[i] = at.tau[kept[i]];
       to.share[i] = at.share[kept[i]];
       to.least[i] = at.least[kept[i]];
       to.paired[i] = at.paired[kept[i]];
@@ -267,6 +252,7 @@ class Pricing {
     std::swap(at.count, to.count);
     at.item.swap(to.item);
     at.n.swap(to.n);
+    at.tau.swap(to.tau);
     at.share.swap(to.share);
     at.least.swap(to.least);
     at.paired.swap(to.paired);
@@ -300,8 +286,11 @@ class Pricing {
     if (!in_.at_most && (at.count < rest || !loads_fit(at, load, rest))) return;
     if (narrow(at, value, load, rest) >= kMost) return;
     at.order = kept_;
+    // Items of many tokens first: without them, little is left for the pairs of the others.
+    rank_.resize(at.count);
+    for (int32_t c : at.order) rank_[c] = depth ? at.share[c] - at.n[c] * (kToken / 4) : -at.n[c];
     std::sort(at.order.begin(), at.order.end(), [&](int32_t a, int32_t b) {
-      return at.share[a] != at.share[b] ? at.share[a] < at.share[b] : at.item[a] < at.item[b];
+      return rank_[a] != rank_[b] ? rank_[a] < rank_[b] : at.item[a] < at.item[b];
     });
     // The least that `rest - 1` candidates behind each add.
     const int64_t count = int64_t(at.order.size());
@@ -372,12 +361,14 @@ class Pricing {
     const int64_t count = to.count = int64_t(kept_.size());
     to.item.resize(count);
     to.n.resize(count);
+    to.tau.resize(count);
     if (int64_t(to.pair.size()) < count * count) to.pair.resize(count * count);
     for (int64_t a = 0; a < count; ++a) {
       const int32_t c = kept_[a];
       seat_[at.item[c]] = int32_t(a);
       to.item[a] = at.item[c];
       to.n[a] = at.n[c] - with[c];
+      to.tau[a] = at.tau[c];
       const int32_t* from = at.row(c);
       int32_t* into = &to.pair[a * count];
       for (int64_t b = 0; b < count; ++b) into[b] = from[kept_[b]];
@@ -423,9 +414,9 @@ class Pricing {
   Patterns of_;
   std::vector<char> touched_;
   std::vector<int32_t> other_;  // beside the items in `of_`: the other items of the pattern
-  std::vector<int32_t> trail_, chosen_, kept_, top_;
+  std::vector<int32_t> trail_, chosen_, kept_;
   std::vector<int32_t> seat_;  // item -> candidate of the next level, or -1
-  std::vector<int64_t> sorted_, loads_, first_;
+  std::vector<int64_t> sorted_, loads_, first_, rank_;
   std::vector<std::pair<int64_t, int64_t>> keyed_;
   int64_t least_rate_ = 0, most_rate_ = 0;
   std::vector<Level> level_;

@@ -99,8 +99,10 @@ def _searched(case: PlannedCase, budget: Budget, cpu_s: float) -> tuple[Plan, Pl
     return plan, bounds, course
 
 
-def bounded(case: PlannedCase, limit: float) -> MeasuredBound:
+def bounded(case: PlannedCase, limit: float | None) -> MeasuredBound:
+    """Within ``limit`` CPU seconds, or what the case is given."""
     began = time.process_time()
+    limit = case.bound_cpu_s if limit is None else limit
     _, bounds, course = _searched(case, _WHOLE, limit)
     objective_L, bound_L = bounds.objective_L(), bounds.bound_L()
     return MeasuredBound(

@@ -15,13 +15,17 @@ from moeserve.placement.routing import Routing, split, workload_of_tokens
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedCase:
-    """``routing`` is planned for and bounded; ``held`` is what it is evaluated on besides."""
+    """``routing`` is planned for and bounded; ``held`` is what it is evaluated on besides.
+
+    ``bound_cpu_s`` is what a bound is worth: where it would stay about the same with more.
+    """
 
     name: str
     routing: Routing
     cluster: Cluster
     held: Routing | None = None
     max_imbalance: float = 1.05
+    bound_cpu_s: float = 60.0
 
     @property
     def title(self) -> str:
@@ -74,7 +78,7 @@ def recorded_cases(data: Path) -> Iterator[PlannedCase]:
     """Half of the sequences of each trace, the other half held out."""
     for name, whole in traces(data):
         fitted, held = split(whole, 0.5)
-        yield PlannedCase(name, fitted, Cluster(8), held)
+        yield PlannedCase(name, fitted, Cluster(8), held, bound_cpu_s=1200.0)
         yield PlannedCase(name, fitted, Cluster(16, 4), held)
 
 
@@ -84,8 +88,10 @@ def single_layers(data: Path) -> Iterator[PlannedCase]:
     if whole is not None:
         fitted, _ = split(whole, 0.5)
         yield PlannedCase("one layer, groups of 16", one_layer(fitted, 5), Cluster(4))
-        yield PlannedCase("one layer, groups of 32", one_layer(fitted, 5), Cluster(2))
+        yield PlannedCase(
+            "one layer, groups of 32", one_layer(fitted, 5), Cluster(2), bound_cpu_s=10.0
+        )
         yield PlannedCase("two layers as one of 128", joined_layers(whole, 4), Cluster(16))
-    for devices in (64, 32):
-        drawn = synthetic(16384, 1, 256, 8)
-        yield PlannedCase(f"drawn, 256 on {devices}", drawn, Cluster(devices), None, 3.0)
+    drawn = synthetic(16384, 1, 256, 8)
+    yield PlannedCase("drawn, 256 on 64", drawn, Cluster(64), None, 3.0, 10.0)
+    yield PlannedCase("drawn, 256 on 32", drawn, Cluster(32), None, 3.0, 120.0)
