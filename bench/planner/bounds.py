@@ -19,6 +19,7 @@ from planner.cases import PlannedCase
 from moeserve.placement.plan import Plan, with_slots
 from moeserve.placement.problem import Problem
 from moeserve.placement.report import figures
+from moeserve.placement.solvers.bounds import mean_balance_bound
 from moeserve.placement.solvers.columns.certify import PlanBounds
 from moeserve.placement.solvers.columns.levels import BoundedRouting
 from moeserve.placement.solvers.portfolio import Budget, solve_bounded
@@ -32,7 +33,8 @@ _BRIEF = Budget(seconds=4.0, threads=1)
 _ENOUGH = 60.0  # CPU seconds that leave time for the whole of it
 BOUND_HEADINGS = "routing layers objective bound gap worst_layer proven 10_% 4_% 2_% 1_% cpu_s"
 PLAN_HEADINGS = (
-    "routing limit cpu_s imbalance objective bound gap proven held_out:_imbalance copies cross-node"
+    "routing limit cpu_s floor imbalance objective bound gap proven held_out:_imbalance copies "
+    "cross-node"
 )
 
 
@@ -59,6 +61,8 @@ class MeasuredBound:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPlan:
+    """No plan of so many slots has a mean imbalance below ``balance_floor`` on what is fitted."""
+
     name: str
     devices: int
     nodes: int
@@ -69,6 +73,7 @@ class MeasuredPlan:
     held_out: dict[str, float]
     layers: int
     proven: int
+    balance_floor: float
 
 
 class _Course:
@@ -88,7 +93,8 @@ class _Course:
 def _searched(case: PlannedCase, budget: Budget, cpu_s: float) -> tuple[Plan, PlanBounds, _Course]:
     """A plan by grouping alone, and what bounds on it came to in ``cpu_s``, grouping included."""
     began = time.process_time()
-    problem = Problem(case.cluster, case.routing.num_experts, max_imbalance=case.max_imbalance)
+    slots = case.slots or case.routing.num_experts
+    problem = Problem(case.cluster, slots, max_imbalance=case.max_imbalance)
     plan = solve_bounded(problem, case.routing, budget=budget).plan
     on = BoundedRouting(case.routing.tokens_TLK, case.routing.token_weight_T, case.routing.mixed_LE)
     most_L = on.most_L(plan, case.cluster, case.max_imbalance)
@@ -143,6 +149,7 @@ def planned(case: PlannedCase, cpu_s: float) -> MeasuredPlan:
         case.title, case.cluster.devices, case.cluster.nodes, cpu_s, case.max_imbalance,
         round(cpu, 2), _briefly(fitted), _briefly(held), plan.num_layers,
         fitted["layers_proven"],
+        mean_balance_bound(case.routing.mixed_LE, case.cluster.speed_D, plan.num_slots),
     )  # fmt: skip
 
 
@@ -161,7 +168,7 @@ def _briefly(report: dict[str, Any]) -> dict[str, float]:
 def plan_row(m: MeasuredPlan) -> tuple[object, ...]:
     fitted, held = m.fitted, m.held_out
     return (
-        m.name, f"{m.limit_cpu_s:.0f}", f"{m.cpu_s:.0f}", fitted["imbalance"],
+        m.name, f"{m.limit_cpu_s:.0f}", f"{m.cpu_s:.0f}", m.balance_floor, fitted["imbalance"],
         fitted["objective"], fitted["bound"], f"{fitted['gap']:.2%}", f"{m.proven} of {m.layers}",
         held["imbalance"], held["copies"], held["cross_node_copies"],
     )  # fmt: skip

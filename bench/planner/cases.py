@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ class PlannedCase:
     routing: Routing
     cluster: Cluster
     held: Routing | None = None
+    slots: int | None = field(default=None, kw_only=True)  # one for each expert
     max_imbalance: float = 1.05
     bound_cpu_s: float = 60.0
 
@@ -31,7 +32,8 @@ class PlannedCase:
     def title(self) -> str:
         nodes = self.cluster.nodes
         where = f"{nodes} nodes x {self.cluster.devices // nodes}" if nodes > 1 else ""
-        return f"{self.name}, {where or self.cluster.devices}"
+        copies = "" if self.slots is None else f", {self.slots} slots"
+        return f"{self.name}, {where or self.cluster.devices}{copies}"
 
 
 def traces(data: Path) -> Iterator[tuple[str, Routing]]:
@@ -80,6 +82,8 @@ def recorded_cases(data: Path) -> Iterator[PlannedCase]:
         fitted, held = split(whole, 0.5)
         yield PlannedCase(name, fitted, Cluster(8), held, bound_cpu_s=1200.0)
         yield PlannedCase(name, fitted, Cluster(16, 4), held)
+        # One slot more on each device: with one for each expert, no plan is within the limit.
+        yield PlannedCase(name, fitted, Cluster(16, 4), held, slots=whole.num_experts + 16)
 
 
 def single_layers(data: Path) -> Iterator[PlannedCase]:

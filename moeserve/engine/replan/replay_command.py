@@ -46,8 +46,9 @@ def add_place(subparsers: Any) -> None:
     option("--skew", type=float, default=0.0,
            help="share of the links' time that the fullest one decides: 0 where they share a "
            "switch or the CPU (default), 1 where each is its own")  # fmt: skip
-    option("--max-imbalance", type=float, default=1.15,
-           help="max/mean load that the solver may cause (default 1.15)")  # fmt: skip
+    option("--max-imbalance", type=float,
+           help="max/mean load that the solver may cause (default: any, since steps are priced by "
+           "copies alone)")  # fmt: skip
     option("--token-seconds", type=float, default=1e-5,
            help="seconds a token takes beside its copies, all devices busy (1e-5)")  # fmt: skip
     option("--read-rate", type=float, default=5e9,
@@ -160,6 +161,7 @@ def _asked(
 
     from moeserve.engine.replan.benefit import MoveCost, StepCostModel
     from moeserve.engine.replan.replay import ReplaySettings, phase_of
+    from moeserve.engine.replan.routing_counts import most_sampled
     from moeserve.placement.cluster import Cluster
     from moeserve.placement.formats import routing_files
     from moeserve.placement.plan import Plan
@@ -176,7 +178,9 @@ def _asked(
     routing = routing_files.read_all(arguments.routing, num_experts=arguments.experts)
     problem = Problem(
         Cluster(arguments.devices, arguments.nodes), routing.num_experts,
-        max_imbalance=arguments.max_imbalance,
+        max_imbalance=(
+            arguments.devices if arguments.max_imbalance is None else arguments.max_imbalance
+        ),
     )  # fmt: skip
     budget = Budget(seconds=None, threads=1, swaps=arguments.swaps)
 
@@ -197,5 +201,6 @@ def _asked(
     settings = ReplaySettings(
         step, MoveCost(arguments.read_rate, arguments.pause), arguments.expert_bytes,
         arguments.tokens_per_s, arguments.tokens_per_step,
+        sampled=arguments.devices * most_sampled(routing.num_layers, routing.tokens_TLK.shape[2]),
     )  # fmt: skip
     return phases, solve(None, phases[0].counted_TLK), settings, solve

@@ -26,6 +26,11 @@ SAMPLE_BYTES = 96 << 10
 PER_STEP = 8
 
 
+def most_sampled(layers: int, top_k: int) -> int:
+    """Tokens of a rank's sample: one at least."""
+    return max(1, SAMPLE_BYTES // (2 * layers * top_k))
+
+
 class RoutingCounts:
     """A step observer, whose steps are counted when they end: one that fails is not.
 
@@ -35,7 +40,7 @@ class RoutingCounts:
     def __init__(self, moe_layers: Sequence[int], num_experts: int, top_k: int) -> None:
         self._column = {layer: l for l, layer in enumerate(moe_layers)}
         self._shape = len(moe_layers), top_k
-        self._most = max(1, SAMPLE_BYTES // (2 * len(moe_layers) * top_k))
+        self._most = most_sampled(len(moe_layers), top_k)
         # Of the step that runs:
         self._step_LE = np.zeros((len(moe_layers), num_experts), np.int64)
         self._rows_NLK = np.empty((0, *self._shape), np.int16)

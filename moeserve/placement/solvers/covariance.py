@@ -38,7 +38,17 @@ def load_covariance(topk_TK: I32, num_experts: int) -> F64:
     window_WE = np.add.reduceat(use_TE, starts, axis=0)
     per_pair_W = 1 / (size_W - 1) / tokens
     together_EE = (window_WE.T * per_pair_W) @ window_WE
-    together_EE -= (use_TE.T * np.repeat(per_pair_W, size_W.astype(int))) @ use_TE
+    together_EE -= _within_tokens(topk_TK, np.repeat(per_pair_W, size_W.astype(int)), num_experts)
     mean_E = use_TE.mean(axis=0)
     found_EE: F64 = (together_EE - np.outer(mean_E, mean_E)).astype(np.float64) / width**2
     return (found_EE + found_EE.T) / 2
+
+
+def _within_tokens(topk_TK: I32, weight_T: NDArray[np.float32], num_experts: int) -> F64:
+    """[E, E]: the weight of tokens that use both; few of all pairs, so they are counted."""
+    columns = num_experts + 1  # -1, no choice, is the last one
+    pair_TKK = topk_TK[:, :, None] % columns * columns + topk_TK[:, None, :] % columns
+    weight_TKK = np.broadcast_to(weight_T[:, None, None], pair_TKK.shape)
+    flat = np.bincount(pair_TKK.ravel(), weight_TKK.ravel(), columns * columns)
+    both_EE: F64 = flat.reshape(columns, columns)[:num_experts, :num_experts]
+    return both_EE

@@ -23,7 +23,7 @@ stands, and is kept where no other is predicted to be faster.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,6 +40,7 @@ from moeserve.placement.step_time import PlacementRates, StepFigures, step_figur
 F64 = NDArray[np.float64]
 
 _JUDGED_TOKENS, _JUDGED_LAYERS = 8192, 24
+_LEAST_LAYERS, _LAYERS_A_SECOND = 6, 2  # where judging has few seconds
 _SWAPS, _MORE_SWAPS = 100, 400  # per slot: of a fit on folds; of one that replaces the chosen
 _JUDGING = 0.35  # of the time limit
 NEAR = 1.05  # what was left out tells steps of two cautions apart no better: 4.5 %, rms
@@ -151,15 +152,16 @@ def frontier(
 ) -> Frontier | None:
     """Step 1 on ``routing`` (workloads, or one to be cut); None where nothing can be left out.
 
-    ``budget.seconds`` limits it: cautions from the middle outwards while there is time.
+    ``budget.seconds`` limits it: cautions from the middle outwards while there is time. While none
+    stands beside the baselines, it goes on for as long again, towards the most careful.
     """
     if not can_be_judged(problem, routing):
         return None
-    small = thinned(in_parts(routing), _JUDGED_TOKENS, _JUDGED_LAYERS)
+    small = thinned(in_parts(routing), _JUDGED_TOKENS, _judged_layers(budget))
     folds = tuple(folds_of(small))
     if not folds:
         return None
-    ends = float("inf") if budget.seconds is None else time.monotonic() + budget.seconds
+    began = time.monotonic()
     kept_L = np.searchsorted(routing.moe_layers, small.moe_layers)
     problem = _on_layers(problem, kept_L)
     beside = {s.value: _judged(problem, folds, s, budget, rates) for s in BASELINES}
@@ -167,20 +169,47 @@ def frontier(
     if problem.moves is not None:
         previous = [problem.moves.previous] * len(folds)
         beside = {PREVIOUS: _figures(problem, folds, previous, rates)}
-    cautions = ladder(problem)
-    found: dict[int, list[StepFigures]] = {}
-    took = 0.0
-    for done, at in enumerate(_from_the_middle(len(cautions))):
-        began = time.monotonic()
-        if began + took > ends:
-            break
-        asked = cautions[at].applied(problem)
-        found[at] = _judged(asked, folds, Solver.AUTO, replace(budget, swaps=_SWAPS), rates)
-        took = time.monotonic() - began
-        progress("judging", done + 1, len(cautions))
     points = [_point(name, None, figures, limit) for name, figures in beside.items()]
-    points += [_point(cautions[at].name, cautions[at], found[at], limit) for at in sorted(found)]
+    least = min(p.step for p in points if p.admissible)
+    cautions = ladder(problem)
+    found: dict[int, FrontierPoint] = {}
+    for at in _while_there_is_time(len(cautions), found, least, began, budget.seconds):
+        asked = cautions[at].applied(problem)
+        figures = _judged(asked, folds, Solver.AUTO, replace(budget, swaps=_SWAPS), rates)
+        found[at] = _point(cautions[at].name, cautions[at], figures, limit)
+        progress("judging", len(found), len(cautions))
+    points += [found[at] for at in sorted(found)]
     return Frontier(tuple(points), tuple(fold.name for fold in folds))
+
+
+def _while_there_is_time(
+    count: int,
+    found: Mapping[int, FrontierPoint],
+    least: float,
+    began: float,
+    seconds: float | None,
+) -> Iterator[int]:
+    """Cautions to judge next, until ``seconds`` are over (twice, while no caution of ``found``
+    stands: admissible, and not slower than ``least``)."""
+    took = 0.0
+    left = _from_the_middle(count)
+    while left:
+        now = time.monotonic()
+        stands = any(p.admissible and p.step <= least for p in found.values())
+        if seconds is not None and found and now + took > began + (1 if stands else 2) * seconds:
+            return
+        late = seconds is not None and now + took > began + seconds
+        at = max(found) + 1 if late and max(found) + 1 in left else left[0]
+        left.remove(at)
+        yield at
+        took = time.monotonic() - now
+
+
+def _judged_layers(budget: Budget) -> int:
+    """Fewer where there is little time, so that several cautions are judged in it."""
+    if budget.seconds is None:
+        return _JUDGED_LAYERS
+    return min(_JUDGED_LAYERS, max(_LEAST_LAYERS, round(_LAYERS_A_SECOND * budget.seconds)))
 
 
 def _on_layers(problem: Problem, kept_L: NDArray[np.intp]) -> Problem:
