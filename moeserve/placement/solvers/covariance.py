@@ -50,5 +50,5 @@ def _within_tokens(topk_TK: I32, weight_T: NDArray[np.float32], num_experts: int
     pair_TKK = topk_TK[:, :, None] % columns * columns + topk_TK[:, None, :] % columns
     weight_TKK = np.broadcast_to(weight_T[:, None, None], pair_TKK.shape)
     flat = np.bincount(pair_TKK.ravel(), weight_TKK.ravel(), columns * columns)
-    both_EE: F64 = flat.reshape(columns, columns)[:num_experts, :num_experts]
-    return both_EE
+    both_EE = flat.astype(np.float64).reshape(columns, columns)
+    return both_EE[:num_experts, :num_experts]
