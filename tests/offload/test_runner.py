@@ -152,6 +152,21 @@ def test_rows_that_run_in_one_layer_a_step_have_the_same_bits(
         assert torch.equal(logits[-1:], expected)
 
 
+def test_rows_in_waves_have_the_bits_of_rows_at_once(
+    tiny_decoder: LoadDecoder, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few they are."""
+    whole = tiny_decoder("qwen3_moe")
+    records, waves = write_records(whole, tmp_path / "experts.bin"), []
+    for parts_from in (0, 1 << 20):
+        monkeypatch.setattr("moeserve.offload.runner.PARTS_FROM", parts_from)
+        with streamed(whole, records, 2 * widest(whole)) as (decoder, runner):
+            assert serve(decoder) == serve(whole)
+            counts = runner.stream.counts
+            waves.append(counts.waves / counts.layers)
+    assert waves[0] > 1.2 > 1.0 == waves[1]
+
+
 @pytest.mark.parametrize("ops", ["reference"], indirect=True)
 def test_the_reference_gives_its_own_bits_too(
     tiny_decoder: LoadDecoder, serve: Serve, tmp_path: Path
