@@ -29,7 +29,7 @@ F64 = NDArray[np.float64]
 GAPS = (0.10, 0.04, 0.02, 0.01)
 PLAN_SECONDS = (10.0, 120.0, 1200.0)  # 5 s, 1 min and 10 min of two cores
 _WHOLE = Budget(seconds=None, threads=1)  # of grouping: as deep as is sensible
-_BRIEF = Budget(seconds=4.0, threads=1)
+_BRIEF = Budget(seconds=None, threads=1, swaps=400)  # some 4 CPU s for 26 layers of 64
 _ENOUGH = 60.0  # CPU seconds that leave time for the whole of it
 BOUND_HEADINGS = "routing layers objective bound gap worst_layer proven 10_% 4_% 2_% 1_% cpu_s"
 PLAN_HEADINGS = (
