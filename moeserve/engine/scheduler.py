@@ -228,6 +228,7 @@ class Scheduler:
         most = self.config.max_num_batched_tokens
         builder = StepBuilder(most, self.rank, self._expire(now), now, self._layered)
         generating = self._preemption.grow_generating(builder.preempted)
+        builder.swapped_out = sum(bool(self._waiting[name].swapped) for name in builder.preempted)
         drafts = propose_for(self._drafter, generating, self._running.values(), self.config)
         builder.draft_next = 0 if self._drafter is None else self._drafter.to_make
         if drafts:
@@ -261,6 +262,7 @@ class Scheduler:
         if new:
             self.counters.prefix_queried_tokens += len(seq)
             self.counters.prefix_hit_tokens += seq.computed
+        builder.swapped_in += bool(seq.swapped)
         self._preemption.resume(seq)
         seq.reached = max(seq.reached, seq.computed)
         seq.set_bounds(self.config.eos_ids, self.config.max_model_len)

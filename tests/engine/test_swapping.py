@@ -53,6 +53,7 @@ class Rank:
         self.pool = BlockPool(num_blocks, BLOCK, self.counters)
         self.executor = NullExecutor(num_blocks, BLOCK, 50)
         self.host = Recording(self.executor, places)
+        self.said = (0, 0)  # of all steps, how many were swapped out and in
         self.scheduler = Scheduler(
             SchedulerConfig(200, 4, 64, prefix_cache=prefix_cache),
             self.pool,
@@ -72,6 +73,8 @@ class Rank:
     def step(self) -> list[str]:
         """Whom it preempted."""
         plan = self.scheduler.plan(0.0)
+        out, into = self.said
+        self.said = (out + plan.choice.swapped_out, into + plan.choice.swapped_in)
         if plan.chunks:
             self.scheduler.apply(self.executor.run(plan))
         self.pool.check()
@@ -115,6 +118,7 @@ def test_what_was_swapped_is_not_computed_again() -> None:
     assert (counters.swaps, counters.recomputed_tokens, counters.swap_recomputed) == (1, 0, 0)
     assert counters.swap_in_bytes == counters.swap_out_bytes > 0
     assert counters.swap_copies == 2
+    assert rank.said == (1, 1)
 
 
 def long_one(places: int) -> Rank:

@@ -143,7 +143,7 @@ class TargetAdmission:
         return self._queue[-1] if self._queue else None
 
     def _place(self, seq: SequenceState) -> tuple[int, bool, bool, float]:
-        left, come = seq.length - seq.computed, seq.request.arrival
+        left, come = seq.uncomputed, seq.request.arrival
         return (
             seq.request.priority,
             not seq.output_ids,
