@@ -90,6 +90,7 @@ OTHER: dict[str, Any] = {
     "prefix_cache": False,
     "chat_template": "chat.jinja",
     "device": "auto",
+    "device_memory": 2**34,
     "attention_device": "cpu",
     "threads": 2,
     "ep": 4,

@@ -35,6 +35,7 @@ OF_RANKS: dict[str, Any] = {
 WITHOUT: list[tuple[dict[str, str], str]] = [
     ({"quantize_attention": "false"}, "--quantization rounds nothing: .* give .*int8 or int4"),
     ({"quantize_attention": "false", "quantization": "none"}, "--quantization rounds nothing"),
+    ({"device_memory": "1GiB", "device": "cpu"}, "on the CPU, whose budget is --memory"),
     ({"reflection": "true", "grpc_port": "none"}, "grpc_port is none: .* give a --grpc-port"),
     ({"chat_template": "x", "http_port": "none"}, "http_port is none: .* give an --http-port"),
     ({"tpot_target": "50", "objective": "throughput"}, "for throughput: .* --objective latency"),

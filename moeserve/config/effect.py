@@ -47,6 +47,12 @@ RULES = (
         "it to `moeserve serve`",
     ),
     Rule(
+        frozenset({"device_memory"}),
+        lambda options, ranks: options.device == "cpu",
+        "ranks compute on the CPU, whose budget is --memory",
+        "another `--device`",
+    ),
+    Rule(
         frozenset({"quantize_attention"}),
         lambda options, ranks: not options.rounds,
         "--quantization rounds nothing",

@@ -142,6 +142,12 @@ class ProcessOptions(Options):
         description="what a rank computes on; auto takes an accelerator that can be used, else the "
         "CPU; the default until kernels of accelerators have run on hardware",
     )
+    device_memory: Bytes | None = Field(
+        default=None,
+        ge=1,
+        description="memory of the device, such as 40GiB, that weights, workspace, graphs and KV "
+        "may take together; default: all that is free",
+    )
     attention_device: Literal["device", "cpu"] = Field(
         default="device",
         description="where attention runs and KV lies: on the device of the rank, or on the host's "

@@ -62,6 +62,13 @@ def plan_device(card: Card, weights: int, workspace: int, graphs: int, least_kv:
     return DevicePlan(card.total, weights, workspace, graphs, kv)
 
 
+def within(card: Card, limit: int | None) -> Card:
+    """The card as it is for those who may take ``limit`` bytes of it (``--device-memory``)."""
+    if limit is None:
+        return card
+    return Card(f"{card.name}, within device_memory={limit},", card.total, min(card.free, limit))
+
+
 def least_weights(stored: int, options: LoadOptions, ranks: int) -> int:
     """What a rank's share of a checkpoint takes at least, of ``stored`` bytes in all."""
     halved = 2 if options.dtype == "bfloat16" else 1
@@ -130,7 +137,8 @@ def load_on_device(
     workspace = workspace_of(known.spec, rows, options.max_num_seqs)
     workspace += kept * FP32 * known.spec.hidden
     block = known.kv_bytes_per_token * options.block_size
-    card = free_memory(ops.device)
+    found = free_memory(ops.device)
+    card = within(found, options.device_memory)
     least = least_weights(known.weight_bytes, options, ranks[0])
     plan_device(card, least, workspace, graphs, block)
     try:
@@ -142,7 +150,7 @@ def load_on_device(
             f"{card.name} has {card.free} of {card.total} bytes free, and the weights need more: "
             "quantize the model (--quantization int8), or spread it over more ranks (--ep)"
         ) from full
-    weights = card.free - free_memory(ops.device).free
+    weights = found.free - free_memory(ops.device).free
     block = decoder.kv_bytes_per_token * options.block_size
     plan = plan_device(card, weights, workspace, graphs, block)
     logging.getLogger("moeserve.engine").info(

@@ -116,6 +116,20 @@ def test_kv_gets_what_weights_workspace_and_graphs_leave(
     assert room == free - 5000 - workspace
 
 
+def test_a_share_of_the_device_is_kept(
+    tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where others come and go meanwhile; what it is too little for is refused by it."""
+    folder, free = tiny_checkpoint("qwen3_moe"), 1 << 30
+    share = {"device": "auto", "device_memory": 1 << 24}
+    decoder, room = load(folder, ReferenceOps(), monkeypatch, free, free - 5000, **share)
+    assert room == (1 << 24) - 5000 - workspace_of(decoder.spec, 512, 64)
+    _, all_of_it = load(folder, ReferenceOps(), monkeypatch, 1 << 23, (1 << 23) - 5000, **share)
+    assert all_of_it == room - (1 << 23)
+    with pytest.raises(ConfigError, match="a card, within device_memory=999, has 999 of "):
+        load(folder, ReferenceOps(), monkeypatch, free, device="auto", device_memory=999)
+
+
 def test_kv_that_attention_leaves_to_the_host_is_counted_there(
     tiny_checkpoint: Tiny, npu: AscendOps
 ) -> None:
