@@ -29,8 +29,8 @@ demo: $(STAMP) ## serve the shipped model, ask it over gRPC, print a story and a
 test: $(STAMP) ## run the tests but the long ones (ARGS="tests/comm -k name" to choose from all)
 	$(BIN)/pytest $(if $(ARGS),$(ARGS),-m "not long and not rare")
 
-# Two for each core, each file of tests in one of them: most of what is long waits for processes.
-WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? 2 * n : 16)))
+# One more than cores, each file of tests in one of them: what is long also waits for processes.
+WORKERS := $(shell n=$$(nproc); echo $$((n < 16 ? n + 1 : 16)))
 test-all: $(STAMP) ## run every test but rare ones, as continuous integration does
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not rare" $(ARGS)
 

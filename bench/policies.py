@@ -37,7 +37,7 @@ host memory, block by block or in long runs and only what is new. Likewise model
 fairness: service between tenants, of whom one floods (``policy/fairness.py``). Likewise modelled.
 
 layered: a prompt of N tokens beside requests that generate, in chunks, in groups of layers and as
-`--prefill auto` has it (``policy/layered.py``), with N tokens in a step: experts loaded, beside
+`--prefill-mode auto` has it (``policy/layered.py``), with N tokens in a step: experts loaded beside
 what was predicted, the largest step, the first token's time, and what a model says of energy.
 """
 

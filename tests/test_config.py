@@ -75,7 +75,7 @@ OTHER: dict[str, Any] = {
     "swap_memory": 2**30,
     "host_share": 0.25,
     "objective": "throughput",
-    "prefill": "layer",
+    "prefill_mode": "layer",
     "speculation": "ngram",
     "ttft_target": 900.0,
     "tpot_target": 45.5,

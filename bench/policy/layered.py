@@ -178,7 +178,7 @@ class Run:
 
     def __init__(self, decoder: Decoder, way: str, longest: int, seqs: int, budget: int) -> None:
         counters = Counters()
-        options = StepOptions.model_validate({"prefill": way})
+        options = StepOptions.model_validate({"prefill_mode": way})
         blocks = seqs * (longest // BLOCK + 2)
         config = SchedulerConfig(longest, seqs, budget, prefix_cache=False)
         self.counters = counters

@@ -44,7 +44,7 @@ class StepOptions(Options):
         description="milliseconds between two tokens of an answer: steps take no more tokens of "
         "prompts than keep it, and short prompts go first; default: as many as steps may have",
     )
-    prefill: Literal["chunk", "layer", "auto"] = Field(
+    prefill_mode: Literal["chunk", "layer", "auto"] = Field(
         default="chunk",
         description="how prompts longer than a step are computed: in chunks, or through the layers "
         "in groups, one a step, which loads experts fewer times; auto goes by expected loads",

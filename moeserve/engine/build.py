@@ -205,11 +205,11 @@ def drafter_of(
 
 
 def layered_of(options: StepOptions, spec: ModelSpec, counters: Counters) -> LayeredPrefill | None:
-    """Which prompts go through the layers in groups, by ``--prefill``."""
+    """Which prompts go through the layers in groups, by ``--prefill-mode``."""
     layers = len(spec.layers)
-    if options.prefill == "chunk":
+    if options.prefill_mode == "chunk":
         return None
-    if options.prefill == "layer":
+    if options.prefill_mode == "layer":
         return LayeredPrefill(layers, counters)
     routers = [x.mlp.router for x in spec.layers if isinstance(x.mlp, MoeSpec)]
     kinds = [RoutedLayers(1, router.num_experts, router.top_k) for router in routers]

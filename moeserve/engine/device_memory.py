@@ -132,7 +132,7 @@ def load_on_device(
         )
     known = survey(resolve_model(options.model))
     graphs = GRAPH_BYTES.get(ops.device.type, 0) if ops.replays else 0
-    kept = most_kept(options.max_num_batched_tokens, options.prefill)
+    kept = most_kept(options.max_num_batched_tokens, options.prefill_mode)
     rows = options.max_num_batched_tokens + kept
     workspace = workspace_of(known.spec, rows, options.max_num_seqs)
     workspace += kept * FP32 * known.spec.hidden

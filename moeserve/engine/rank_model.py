@@ -189,7 +189,7 @@ def load_rank_model(
     if context is not None and plan is not None:
         size = least_of_all(context.group, size if context.has_requests else None)
         budget = options.max_num_batched_tokens
-        parallel = join(context, decoder, plan, budget + most_kept(budget, options.prefill))
+        parallel = join(context, decoder, plan, budget + most_kept(budget, options.prefill_mode))
         counts, swapper = _for_plan_changes(context, decoder, parallel, plan, options)
         decoder = decoder.over(parallel)
     # 5. What looks on at every step.
@@ -266,7 +266,7 @@ def _load_weights(
         )
     budget = max(1, options.memory - options.swap_memory)
     options = options.model_copy(update={"memory": budget})
-    kept = most_kept(options.max_num_batched_tokens, options.prefill)
+    kept = most_kept(options.max_num_batched_tokens, options.prefill_mode)
     streaming = Streaming.open(resolve_model(options.model), ops, options, own, kept)
     per_token, spec = streaming.decoder.kv_bytes_per_token, streaming.decoder.spec
     modest = options.model_copy(update={"host_share": KV_SHARE_OF_BUDGET})

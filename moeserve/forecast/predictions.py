@@ -147,7 +147,7 @@ def divide_memory(
     """KV as ``serve`` sizes it, from what the weights leave of the budget; where these do not fit,
     from what the least of them leaves."""
     o = question.options
-    kept = most_kept(o.max_num_batched_tokens, o.prefill)
+    kept = most_kept(o.max_num_batched_tokens, o.prefill_mode)
     scratch = scratch_of(spec, o.max_num_batched_tokens + kept, o.max_num_seqs)
     scratch += kept * 4 * spec.hidden
     outside = question.process + LATER

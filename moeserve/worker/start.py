@@ -35,7 +35,7 @@ COMMON = (
     "ep_backend",
     "block_size",
     "max_num_batched_tokens",
-    "prefill",
+    "prefill_mode",
     "microbatches",
     "replan",
     "ep_deadline",

@@ -226,7 +226,7 @@ def test_prompts_in_groups_of_layers_are_answered_and_recorded_as_in_chunks(
         assert loaded.close()
         recorded = load_file(trace)
         rows.append((sorted(recorded["seq_lens"].tolist()), sorted(recorded["topk_ids"].tolist())))
-    with serving(path, (0, 0), prefill="layer", microbatches=2) as group:
+    with serving(path, (0, 0), prefill_mode="layer", microbatches=2) as group:
         found.append(ask_all(group, prompts, params))
         assert ask_all(group, prompts[:1], params[:1]) == found[0][:1]  # nobody else runs
         assert all(rank.own.executor.states.num_rows == 0 for rank in group.ranks)
@@ -454,7 +454,11 @@ FACTORS: dict[str, dict[str, Any]] = {
         "throughput": {"objective": "throughput"},
         "targets": {"ttft_target": 40, "tpot_target": 5},
     },
-    "prefill": {"chunks": {}, "layers": {"prefill": "layer"}, "auto": {"prefill": "auto"}},
+    "prefill": {
+        "chunks": {},
+        "layers": {"prefill_mode": "layer"},
+        "auto": {"prefill_mode": "auto"},
+    },
     "preempted": {"computed again": {}, "swapped": {"swap_memory": 1 << 20}},
     "tenants": {"fair": {}, "as they come": {"fairness": "off"}},
     "speculation": {"off": {}, "ngram": {"speculation": "ngram"}},

@@ -12,7 +12,7 @@
     swap.py         a preempted request's KV copied to host memory, or computed again
     ngrams.py       guesses of what follows, from all that was written before
     made.py         guesses that steps made themselves, and how often they are right
-    layered.py      prompts that go through the layers in groups, one a step (``--prefill``)
+    layered.py      prompts that go through the layers in groups, one a step (``--prefill-mode``)
     prefill_choice.py  which prompts do, by the experts that are loaded so
     speculation.py  how many of them a step checks: as many as make tokens come sooner
 """

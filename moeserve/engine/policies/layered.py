@@ -172,5 +172,5 @@ class LayeredPrefill:
 
 def most_kept(budget: int, prefill: str) -> int:
     """Rows that are kept between two steps of ``budget`` tokens through all layers, at most, with
-    ``--prefill`` of that name. In one layer of a step run so many more than in all."""
+    ``--prefill-mode`` of that name. In one layer of a step run so many more than in all."""
     return 0 if prefill == "chunk" else min(MOST_GROUPS * budget, MOST_TOKENS)

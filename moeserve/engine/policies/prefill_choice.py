@@ -1,4 +1,4 @@
-"""Whether a prompt loads fewer experts in groups of layers than in chunks (``--prefill auto``).
+"""Whether a prompt loads fewer experts in groups of layers (``--prefill-mode auto``) than chunks.
 
 Each layer of a step loads the experts that its rows touch: by chance E * (1 - (1 - k / E)^n) of E,
 where n rows choose k each (``offload.model.distinct``). In chunks of B tokens beside d others a
