@@ -150,6 +150,17 @@ def test_spans_of_every_rank_hang_under_the_door(tiny: Path, collector: Collecto
             process.wait(PATIENCE_S)
 
 
+def knows_members(url: str, *roles: str) -> None:
+    """Waits until a gateway has one of each: that they are ready comes to it a moment later."""
+    wanted = {f'moeserve_members{{role="{role}"}} 1' for role in roles}
+    deadline = time.monotonic() + PATIENCE_S
+    found: set[str] = set()
+    while not wanted <= found:
+        assert time.monotonic() < deadline, wanted
+        with urllib.request.urlopen(f"{url}/metrics", timeout=PATIENCE_S) as page:
+            found = {line.removesuffix(".0") for line in page.read().decode().splitlines()}
+
+
 @pytest.mark.long
 @pytest.mark.timeout(180)
 def test_a_request_of_a_cluster_is_one_trace_from_gateway_to_decode(collector: Collector) -> None:
@@ -166,6 +177,7 @@ def test_a_request_of_a_cluster_is_one_trace_from_gateway_to_decode(collector: C
             lines = iter(process.stdout.readline, "")
             ready = next(line for line in lines if line.startswith("ready: "))
             url = next(word for word in ready.split() if word.startswith("http="))[5:]
+            knows_members(url, "prefill", "decode")
             trace = "a" * 32
             ask_for(url, trace, {"prompt": "Once upon a time " * 8, "max_tokens": 5})
             spans = collector.wait_for(trace, 1 + 3 + 1 + 3)
