@@ -220,7 +220,7 @@ def test_prompts_in_groups_of_layers_are_answered_and_recorded_as_in_chunks(
     how = {"model": str(path), "record_routing": trace, "prefix_cache": False}
     found, rows = [], []
     for prefill in ("chunk", "layer"):
-        loaded = build_engine(EngineOptions(threads=1, prefill=prefill, **how, **SMALL))
+        loaded = build_engine(EngineOptions(threads=1, prefill_mode=prefill, **how, **SMALL))
         found.append(ask_all(loaded, prompts, params))
         assert (loaded.engine.counters.layered_steps > 0) == (prefill == "layer")
         assert loaded.close()

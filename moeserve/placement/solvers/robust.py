@@ -43,7 +43,7 @@ _JUDGED_TOKENS, _JUDGED_LAYERS = 8192, 24
 _LEAST_LAYERS, _LAYERS_A_SECOND = 6, 2  # where judging has few seconds
 _SWAPS, _MORE_SWAPS = 100, 400  # per slot: of a fit on folds; of one that replaces the chosen
 _JUDGING = 0.35  # of the time limit
-NEAR = 1.05  # what was left out tells steps of two cautions apart no better: 4.5 %, rms
+NEAR = 1.03  # predictions are no better than that
 PREVIOUS = "previous"
 _ALWAYS = (Solver.CONTIGUOUS.value, PREVIOUS)  # stand, however they are balanced
 
@@ -123,9 +123,9 @@ def ladder(problem: Problem) -> tuple[Caution, ...]:
     """From no caution beyond the problem's own to the most; limits are never below its own."""
     own = Caution(problem.max_imbalance, problem.max_workload_imbalance, problem.variance_price)
     steps = (
-        (1.15, 2.00, 0.2), (1.15, 1.50, 0.2), (1.15, 1.25, 0.1), (1.15, 1.25, 0.2),
-        (1.15, 1.25, 0.35), (1.15, 1.25, 0.5), (1.15, 1.15, 0.5), (1.15, 1.15, 1.0),
-        (1.10, 1.15, 2.0),
+        (1.10, 1.50, 0.5), (1.15, 1.35, 0.5), (1.15, 1.25, 0.5), (1.15, 1.15, 0.5),
+        (1.15, 1.15, 1.0), (1.10, 1.25, 1.0), (1.10, 1.25, 2.0), (1.10, 1.15, 2.0),
+        (1.10, 1.15, 4.0),
     )  # fmt: skip
     careful = tuple(Caution(max(own.mixture, m), w, v) for m, w, v in steps)
     return (own, *careful)
