@@ -5,7 +5,7 @@ The scheduler decides who gets a chunk, in which order; what a chunk holds is de
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from moeserve.core import (
@@ -164,13 +164,6 @@ class StepBuilder:
         builder.add_following(seqs)
         return builder
 
-    def add_prompts(self, running: Collection[SequenceState]) -> None:
-        """Of those that run, the ones that do not generate yet, in order."""
-        if len(self.chunks) < len(running):
-            for seq in running:
-                if not seq.generating:
-                    self.add(seq)
-
     def add(self, seq: SequenceState, draft_ids: tuple[int, ...] = ()) -> None:
         """The sequence's next tokens, as many as the budgets have room for, if any.
 
@@ -193,7 +186,6 @@ class StepBuilder:
             token_ids += draft_ids
         else:
             assert not draft_ids, seq.request.id
-            self._count_prefill(len(token_ids), layers)
         ends = stop == seq.length and through
         chunk = Chunk(
             request=seq.request,
@@ -207,6 +199,11 @@ class StepBuilder:
             layers=layers,
         )
         self._put(seq, chunk)
+        if not seq.generating:
+            self.prefill_tokens += chunk.work
+        if layers is not None:
+            run = layers.stop - layers.start
+            self.group, self.groups = (layers.start, layers.stop), -(-layers.of // run)
         if ends and seq.leaving:
             self.leaving += 1
         elif ends:
@@ -218,14 +215,6 @@ class StepBuilder:
     def add_all(self, seqs: Iterable[SequenceState]) -> None:
         for seq in seqs:
             self.add(seq)
-
-    def _count_prefill(self, tokens: int, layers: LayerGroup | None) -> None:
-        """In a group of layers, as many as would take as much in all."""
-        if layers is not None:
-            run = layers.stop - layers.start
-            self.group, self.groups = (layers.start, layers.stop), -(-layers.of // run)
-            tokens = -(-tokens * run // layers.of)
-        self.prefill_tokens += tokens
 
     def _part(self, layered: LayeredPrefill, seq: SequenceState) -> tuple[int, LayerGroup | None]:
         """Where the chunk of a prompt ends, and the layers it runs in."""
