@@ -11,6 +11,7 @@ namespace {
 constexpr double kTolerance = 1e-7, kLeastPivot = 1e-8, kNothing = 1e-13;
 constexpr int64_t kRefresh = 1000;  // pivots between two inversions
 constexpr int64_t kListed = 24;     // columns that are looked at for several pivots
+constexpr int64_t kNone = std::numeric_limits<int64_t>::min();
 
 double uniform(uint64_t& state) {
   state = state * 6364136223846793005ull + 1442695040888963407ull;
@@ -54,7 +55,7 @@ void Simplex::solve() {
   for (int64_t left = 40 * rows_ + int64_t(cost_C_.size()); left > 0; --left) {
     if (listed_.empty() && !list_cheapest()) break;
     const int64_t enters = cheapest_listed();
-    if (enters >= 0 && !pivot(enters)) break;
+    if (enters != kNone && !pivot(enters)) break;
   }
   listed_.clear();
   sum_duals();
@@ -69,32 +70,37 @@ std::vector<double> Simplex::share_C() const {
 }
 
 double Simplex::reduced(int64_t c) const {
+  if (c < 0) return alone_R_[-1 - c] - dual_R_[-1 - c];
   double sum = cost_C_[c] - (counted_ ? dual_R_[items_] : 0.0);
   for (int64_t m = 0; m < size_; ++m)
     if (const int32_t e = item_CM_[c * size_ + m]; e >= 0) sum -= dual_R_[e];
   return sum;
 }
 
-// Columns that are cheaper than the duals, the cheapest kListed of them.
+bool Simplex::cheap(int64_t c, double reduced) const {
+  return reduced < -kTolerance * (1 + std::abs(cost(c)));
+}
+
+// Columns that are cheaper than the duals, items outside of all columns among them: the cheapest
+// kListed.
 bool Simplex::list_cheapest() {
   std::vector<std::pair<double, int64_t>> found;
-  for (int64_t c = 0; c < int64_t(cost_C_.size()); ++c)
-    if (const double x = reduced(c); x < -kTolerance * (1 + std::abs(cost_C_[c])))
-      found.emplace_back(x, c);
+  for (int64_t c = -items_; c < int64_t(cost_C_.size()); ++c)
+    if (const double x = reduced(c); cheap(c, x)) found.emplace_back(x, c);
   const int64_t count = std::min<int64_t>(kListed, int64_t(found.size()));
   std::partial_sort(found.begin(), found.begin() + count, found.end());
   for (int64_t i = 0; i < count; ++i) listed_.push_back(found[i].second);
   return count > 0;
 }
 
-// Of the list, which loses those that are not cheaper any more; -1 when none is left.
+// Of the list, which loses those that are not cheaper any more; kNone when none is left.
 int64_t Simplex::cheapest_listed() {
-  int64_t best = -1;
+  int64_t best = kNone;
   double least = 0;
   size_t kept = 0;
   for (const int64_t c : listed_) {
     const double x = reduced(c);
-    if (x >= -kTolerance * (1 + std::abs(cost_C_[c]))) continue;
+    if (!cheap(c, x)) continue;
     listed_[kept++] = c;
     if (x < least) least = x, best = c;
   }
@@ -106,8 +112,8 @@ bool Simplex::pivot(int64_t enters) {
   const int64_t R = rows_;
   for (int64_t r = 0; r < R; ++r) {
     const double* row = &inverse_RR_[r * R];
-    double sum = counted_ ? row[items_] : 0.0;
-    for (int64_t m = 0; m < size_; ++m)
+    double sum = enters < 0 ? row[-1 - enters] : counted_ ? row[items_] : 0.0;
+    for (int64_t m = 0; enters >= 0 && m < size_; ++m)
       if (const int32_t e = item_CM_[enters * size_ + m]; e >= 0) sum += row[e];
     step_R_[r] = sum;
   }
@@ -122,10 +128,10 @@ bool Simplex::pivot(int64_t enters) {
   if (leaves < 0) return false;
   least = std::max(0.0, least);
   double* row = &inverse_RR_[leaves * R];
-  const double cost = reduced(enters), divisor = step_R_[leaves];
+  const double gain = reduced(enters), divisor = step_R_[leaves];
   for (int64_t k = 0; k < R; ++k) {
     row[k] /= divisor;
-    dual_R_[k] += cost * row[k];
+    dual_R_[k] += gain * row[k];
   }
   for (int64_t r = 0; r < R; ++r) {
     if (r == leaves || std::abs(step_R_[r]) <= kNothing) continue;
@@ -143,7 +149,7 @@ void Simplex::sum_duals() {
   std::fill(dual_R_.begin(), dual_R_.end(), 0.0);
   for (int64_t r = 0; r < rows_; ++r)
     for (int64_t k = 0; k < rows_; ++k)
-      dual_R_[k] += basic_cost(r) * inverse_RR_[r * rows_ + k];
+      dual_R_[k] += cost(basis_R_[r]) * inverse_RR_[r * rows_ + k];
 }
 
 // The inverse anew, by elimination with the largest pivots.

@@ -28,22 +28,22 @@ class Simplex {
   int64_t size() const { return size_; }
 
  private:
+  // Columns are numbered as they come; -1 - r is that of row r alone.
   double reduced(int64_t c) const;
+  bool cheap(int64_t c, double reduced) const;
   bool list_cheapest();
   int64_t cheapest_listed();
   bool pivot(int64_t enters);
   void refresh();
   void sum_duals();
-  double basic_cost(int64_t r) const {
-    return basis_R_[r] < 0 ? alone_R_[-1 - basis_R_[r]] : cost_C_[basis_R_[r]];
-  }
+  double cost(int64_t c) const { return c < 0 ? alone_R_[-1 - c] : cost_C_[c]; }
 
   int64_t items_, size_, rows_;
   bool counted_;
   std::vector<int32_t> item_CM_;
   std::vector<double> cost_C_, alone_R_, right_R_, level_R_, inverse_RR_, dual_R_, step_R_;
   std::vector<int64_t> listed_;
-  std::vector<int64_t> basis_R_;  // a column, or -1 - r: that of row r alone
+  std::vector<int64_t> basis_R_;  // columns
   int64_t since_ = 0;
 };
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moeserve.errors import PlacementError
@@ -342,6 +342,7 @@ def test_two_searches_of_one_layer_take_the_same_steps() -> None:
 
 
 @few
+@example(1878565001, (6, 3), False)  # an item that left its place outside of columns comes back
 @given(seeds, shapes, st.booleans())
 def test_the_master_is_the_relaxation_over_its_columns(
     seed: int, shape: tuple[int, int], at_most: bool

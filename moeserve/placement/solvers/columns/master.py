@@ -190,15 +190,20 @@ class SimplexMaster:
         return np.asarray(self._basic_costs() @ self._inverse_RR, np.float64)
 
     def _cheapest(self, dual_R: F64, among: NDArray[np.int64] | None) -> NDArray[np.int64]:
-        """Columns that are cheaper than these duals, the cheapest first, at most ``_LISTED``."""
-        columns = np.arange(len(self._cost_C)) if among is None else among
-        if not len(columns):
-            return columns
+        """Columns that are cheaper than these duals, items outside of all columns among them: the
+        cheapest first, at most ``_LISTED``."""
+        columns = np.arange(-self._items, len(self._cost_C)) if among is None else among
         price = np.append(dual_R[: self._items], 0.0)  # -1 reads the last
-        cost_C = self._cost_C[columns]
-        reduced_C = cost_C - price[self._item_CM[columns]].sum(axis=1)
-        if self._counted:
-            reduced_C -= dual_R[self._items]
+        of_items = columns < 0
+        held = np.maximum(columns, 0)
+        cost_C = np.where(of_items, self._alone_R[-1 - np.minimum(columns, -1)], 0.0)
+        price_C = np.where(of_items, dual_R[-1 - np.minimum(columns, -1)], 0.0)
+        if len(self._cost_C):
+            place = dual_R[self._items] if self._counted else 0.0
+            cost_C = np.where(of_items, cost_C, self._cost_C[held])
+            whole_C = price[self._item_CM[held]].sum(axis=1) + place
+            price_C = np.where(of_items, price_C, whole_C)
+        reduced_C = cost_C - price_C
         below = np.flatnonzero(reduced_C < -_TOLERANCE * (1.0 + np.abs(cost_C)))
         order = np.argsort(reduced_C[below], kind="stable")[:_LISTED]
         return columns[below[order]]
@@ -225,6 +230,8 @@ class SimplexMaster:
         return True
 
     def _rows(self, column: int) -> NDArray[np.int64]:
+        if column < 0:
+            return np.array([-1 - column])
         items = self._item_CM[column].astype(np.int64)
         rows = items[items >= 0]
         return np.append(rows, self._items) if self._counted else rows
@@ -232,7 +239,7 @@ class SimplexMaster:
     def _refresh(self) -> None:
         basic_RR = np.zeros_like(self._inverse_RR)
         for r, column in enumerate(self._basis_R.tolist()):
-            basic_RR[self._rows(column) if column >= 0 else -1 - column, r] = 1.0
+            basic_RR[self._rows(column), r] = 1.0
         self._inverse_RR = np.asarray(np.linalg.inv(basic_RR), np.float64)
         self._level_R = np.maximum(0.0, self._inverse_RR @ self._right_R)
         self._since = 0
