@@ -32,7 +32,7 @@ test: $(STAMP) ## run the tests but the long ones (ARGS="tests/comm -k name" to 
 # One more than cores, each file of tests in one of them: what is long also waits for processes.
 WORKERS := $(shell n=$$(nproc); echo $$((n < 16 ? n + 1 : 16)))
 test-all: $(STAMP) ## run every test but rare ones, as continuous integration does
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not rare" $(ARGS)
+	PYTHONPATH=tests/tools $(BIN)/pytest -p cpu_time -n $(WORKERS) --dist loadfile -m "not rare" $(ARGS)
 
 test-rare: $(STAMP) ## run what repeats at length what other tests show (minutes)
 	$(BIN)/pytest -m rare $(ARGS)
