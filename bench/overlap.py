@@ -1,8 +1,8 @@
 """Prompts and answers in the same steps, beside one after the other: what of the weights is read.
 
     python bench/overlap.py [--model demo] [--requests N] [--prompt P] [--answer G]
-                            [--kv-tokens M] [--step-tokens N] [--threads N] [--share S]
-                            [--schedules NAME ...] [--json] [--keep FILE]
+                            [--kv-tokens M] [--block N] [--step-tokens N] [--threads N]
+                            [--share S] [--schedules NAME ...] [--seconds S] [--json] [--keep FILE]
 
 Requests of one shape, more than KV holds, through scheduler and model runner. Of every step the
 experts that its tokens chose are counted, each with the bytes that it has in the files: where
@@ -18,7 +18,9 @@ step reads all that there is to read; a beginning and an end where fewer run, an
 half full, take from it, which ``predicted_steps`` counts. Tokens of all schedules
 must be equal. Seconds are there, too; on a model in memory they show little of it. With ``--share``
 the model is a packed one of whose experts that share is in memory, the others are read from disk as
-steps need them: ``read_bytes_per_token`` and tokens per second are what comes of it.
+steps need them: ``read_bytes_per_token`` and tokens per second are what comes of it. A schedule
+that is not through after ``--seconds`` stops there, and its row has ``left`` requests; tokens are
+compared as far as both have them.
 """
 
 from __future__ import annotations
@@ -60,7 +62,6 @@ from moeserve.offload.model.workload import ServerBounds, UniformWorkload
 from moeserve.offload.runner import StreamedLayerRunner
 from offload import with_share
 
-BLOCK = 16
 SCHEDULES = ("alternating", "latency", "throughput")
 
 
@@ -116,7 +117,7 @@ class ExpertReads:
 class Row:
     """``bytes_per_token`` are of experts that steps chose, ``read_bytes_per_token`` what came from
     disk; ``factor`` is how many times fewer of the former than alternating, ``speedup`` how many
-    times more tokens per second."""
+    times more tokens per second. ``left`` requests were not through when time was up."""
 
     schedule: str
     steps: int
@@ -127,6 +128,7 @@ class Row:
     preemptions: int
     seconds: float
     read_bytes_per_token: float
+    left: int = 0
     factor: float = 1.0
     speedup: float = 1.0
 
@@ -148,6 +150,11 @@ class Shape:
     answer: int
     kv_tokens: int
     step_tokens: int
+    block: int = 16
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv_tokens // self.block
 
     @property
     def predicted(self) -> float:
@@ -159,8 +166,8 @@ class Shape:
         """How many times fewer steps there are when requests are staggered than in phases, with
         the beginning and the end of both, and whole blocks of KV."""
         work = UniformWorkload(self.requests, self.prompt, self.answer)
-        blocks = self.kv_tokens // BLOCK
-        bounds = ServerBounds(self.config.max_num_seqs, self.step_tokens, BLOCK, blocks)
+        most = self.config.max_num_seqs
+        bounds = ServerBounds(most, self.step_tokens, self.block, self.num_blocks)
         together = bounds.concurrent(work)
         prompts = -(-together * self.prompt // self.step_tokens)
         phases = -(-self.requests // together) * (prompts + self.answer - 1)
@@ -196,13 +203,13 @@ def scheduler_of(schedule: str, shape: Shape, pool: BlockPool, counters: Counter
 
 
 def measure(
-    schedule: str, shape: Shape, decoder: Decoder, nbytes: int
+    schedule: str, shape: Shape, decoder: Decoder, nbytes: int, most_s: float
 ) -> tuple[Row, Mapping[RequestId, Sequence[int]]]:
-    """And what was made."""
+    """And what was made, in so many seconds at most."""
     counters, reads = Counters(), ExpertReads()
-    pool = BlockPool(shape.kv_tokens // BLOCK, BLOCK, counters)
+    pool = BlockPool(shape.num_blocks, shape.block, counters)
     scheduler = scheduler_of(schedule, shape, pool, counters)
-    runner = ModelRunner(decoder, pool.num_blocks, BLOCK, observer=reads)
+    runner = ModelRunner(decoder, pool.num_blocks, shape.block, observer=reads)
     requests = shape.make_requests(decoder.spec.vocab)
     made: dict[RequestId, list[int]] = {request.id: [] for request in requests}
     for request in requests:
@@ -212,6 +219,8 @@ def measure(
         outcome.raise_failure()
         for out in outcome.outs:
             made[out.request_id].append(out.token_id)
+        if time.perf_counter() - began > most_s:
+            break
     took = time.perf_counter() - began
     tokens = counters.computed_tokens - counters.recomputed_tokens
     row = Row(
@@ -224,8 +233,16 @@ def measure(
         counters.preemptions,
         took,
         read_so_far(decoder) / tokens,
+        sum(len(token_ids) < shape.answer for token_ids in made.values()),
     )
     return row, made
+
+
+def alike(
+    some: Mapping[RequestId, Sequence[int]], others: Mapping[RequestId, Sequence[int]]
+) -> bool:
+    """Whether answers are the same as far as both have come."""
+    return all(a == b for of, made in some.items() for a, b in zip(made, others[of], strict=False))
 
 
 def read_so_far(decoder: Decoder) -> int:
@@ -248,11 +265,11 @@ def main() -> None:
             if isinstance(layer.mlp, MoeSpec)
         )
         nbytes = expert_bytes(open_checkpoint(path), decoder.spec.moe_layers, experts)
-        row, made = measure(schedule, shape, decoder, nbytes)
+        row, made = measure(schedule, shape, decoder, nbytes, args.seconds)
         if isinstance(decoder.runner, StreamedLayerRunner):
             decoder.runner.close()
         first = first or made
-        if made != first:
+        if not alike(made, first):
             raise SystemExit(f"{schedule}: other tokens than {rows[0].schedule}")
         rows.append(row.beside(rows[0] if rows else row))
         if args.keep is not None:
@@ -286,15 +303,17 @@ def read_arguments() -> tuple[Shape, argparse.Namespace]:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--answer", type=int, default=64)
     parser.add_argument("--kv-tokens", type=int, default=4096)
+    parser.add_argument("--block", type=int, default=16, help="tokens of a block of KV")
     parser.add_argument("--step-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--share", type=float, help="of a packed model's experts in memory")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="most of each schedule")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="written after each schedule")
     args = parser.parse_args()
-    shape = Shape(args.requests, args.prompt, args.answer, args.kv_tokens, args.step_tokens)
-    return shape, args
+    sizes = (args.requests, args.prompt, args.answer, args.kv_tokens, args.step_tokens)
+    return Shape(*sizes, args.block), args
 
 
 def show(shape: Shape, rows: Sequence[Row]) -> None:
