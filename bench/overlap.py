@@ -18,16 +18,17 @@ step reads all that there is to read; a beginning and an end where fewer run, an
 half full, take from it, which ``predicted_steps`` counts. Tokens of all schedules
 must be equal. Seconds are there, too; on a model in memory they show little of it. With ``--share``
 the model is a packed one of whose experts that share is in memory, the others are read from disk as
-steps need them: ``read_bytes_per_token`` and tokens per second are what comes of it. A schedule
-that is not through after ``--seconds`` stops there, and its row has ``left`` requests; tokens are
-compared as far as both have them.
+steps need them: ``read_bytes_per_token`` and tokens per second are what comes of it.
+
+Schedules take turns of a second each, so that whatever else the machine does slows all alike. After
+``--seconds`` of all together they stop; a row then has ``left`` requests, and tokens are compared
+as far as both have them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -62,6 +63,7 @@ from moeserve.offload.model.workload import ServerBounds, UniformWorkload
 from moeserve.offload.runner import StreamedLayerRunner
 from offload import with_share
 
+TURN_S = 1.0
 SCHEDULES = ("alternating", "latency", "throughput")
 
 
@@ -202,40 +204,61 @@ def scheduler_of(schedule: str, shape: Shape, pool: BlockPool, counters: Counter
             return Scheduler(shape.config, pool, counters, admission)
 
 
-def measure(
-    schedule: str, shape: Shape, decoder: Decoder, nbytes: int, most_s: float
-) -> tuple[Row, Mapping[RequestId, Sequence[int]]]:
-    """And what was made, in so many seconds at most."""
-    counters, reads = Counters(), ExpertReads()
-    pool = BlockPool(shape.num_blocks, shape.block, counters)
-    scheduler = scheduler_of(schedule, shape, pool, counters)
-    runner = ModelRunner(decoder, pool.num_blocks, shape.block, observer=reads)
-    requests = shape.make_requests(decoder.spec.vocab)
-    made: dict[RequestId, list[int]] = {request.id: [] for request in requests}
-    for request in requests:
-        scheduler.add(request)
-    began = time.perf_counter()
-    for outcome in drive(scheduler, runner):
-        outcome.raise_failure()
-        for out in outcome.outs:
-            made[out.request_id].append(out.token_id)
-        if time.perf_counter() - began > most_s:
-            break
-    took = time.perf_counter() - began
-    tokens = counters.computed_tokens - counters.recomputed_tokens
-    row = Row(
-        schedule,
-        counters.steps,
-        tokens,
-        tokens / counters.steps,
-        reads.experts,
-        reads.experts * nbytes / tokens,
-        counters.preemptions,
-        took,
-        read_so_far(decoder) / tokens,
-        sum(len(token_ids) < shape.answer for token_ids in made.values()),
-    )
-    return row, made
+class Run:
+    """One schedule over a decoder of its own, a turn at a time."""
+
+    def __init__(self, schedule: str, shape: Shape, decoder: Decoder, nbytes: int) -> None:
+        self._decoder, self._shape, self._nbytes = decoder, shape, nbytes
+        self.schedule, self.over = schedule, False
+        self._counters, self._reads, self._took = Counters(), ExpertReads(), 0.0
+        pool = BlockPool(shape.num_blocks, shape.block, self._counters)
+        scheduler = scheduler_of(schedule, shape, pool, self._counters)
+        runner = ModelRunner(decoder, pool.num_blocks, shape.block, observer=self._reads)
+        requests = shape.make_requests(decoder.spec.vocab)
+        self.made: dict[RequestId, list[int]] = {request.id: [] for request in requests}
+        for request in requests:
+            scheduler.add(request)
+        self._outcomes = drive(scheduler, runner)
+
+    def turn(self, seconds: float) -> float:
+        """Steps for so long, or until all is done; what it took."""
+        began = time.perf_counter()
+        while (took := time.perf_counter() - began) < seconds and not self.over:
+            outcome = next(self._outcomes, None)
+            self.over = outcome is None
+            if outcome is not None:
+                outcome.raise_failure()
+                for out in outcome.outs:
+                    self.made[out.request_id].append(out.token_id)
+        self._took += took
+        return took
+
+    def row(self) -> Row:
+        counters, experts = self._counters, self._reads.experts
+        tokens = counters.computed_tokens - counters.recomputed_tokens
+        return Row(
+            self.schedule,
+            counters.steps,
+            tokens,
+            tokens / counters.steps,
+            experts,
+            experts * self._nbytes / tokens,
+            counters.preemptions,
+            self._took,
+            read_so_far(self._decoder) / tokens,
+            sum(len(token_ids) < self._shape.answer for token_ids in self.made.values()),
+        )
+
+    def close(self) -> None:
+        if isinstance(self._decoder.runner, StreamedLayerRunner):
+            self._decoder.runner.close()
+
+
+def take_turns(runs: Sequence[Run], most_s: float) -> None:
+    """Until all are through, or all together have had so many seconds."""
+    left = most_s
+    while left > 0 and not all(run.over for run in runs):
+        left -= sum(run.turn(TURN_S) for run in runs if not run.over)
 
 
 def alike(
@@ -254,26 +277,24 @@ def read_so_far(decoder: Decoder) -> int:
 def main() -> None:
     shape, args = read_arguments()
     path, ops = resolve_model(args.model), choose_ops(threads=args.threads)
-    rows: list[Row] = []
-    first: Mapping[RequestId, Sequence[int]] = {}
+    decoder = load(path, ops, args.share)
+    mlps = (layer.mlp for layer in decoder.spec.layers)
+    experts = max(mlp.router.num_experts for mlp in mlps if isinstance(mlp, MoeSpec))
+    nbytes = expert_bytes(open_checkpoint(path), decoder.spec.moe_layers, experts)
+    runs = []
     for schedule in args.schedules:
-        print(f"{schedule} ...", file=sys.stderr, flush=True)
-        decoder = load(path, ops, args.share)
-        experts = max(
-            layer.mlp.router.num_experts
-            for layer in decoder.spec.layers
-            if isinstance(layer.mlp, MoeSpec)
-        )
-        nbytes = expert_bytes(open_checkpoint(path), decoder.spec.moe_layers, experts)
-        row, made = measure(schedule, shape, decoder, nbytes, args.seconds)
-        if isinstance(decoder.runner, StreamedLayerRunner):
-            decoder.runner.close()
-        first = first or made
-        if not alike(made, first):
-            raise SystemExit(f"{schedule}: other tokens than {rows[0].schedule}")
-        rows.append(row.beside(rows[0] if rows else row))
-        if args.keep is not None:
-            args.keep.write_text(json.dumps(found(shape, rows), indent=1) + "\n")
+        runs.append(Run(schedule, shape, decoder, nbytes))
+        if args.share is not None and len(runs) < len(args.schedules):
+            decoder = load(path, ops, args.share)
+    take_turns(runs, args.seconds)
+    rows = [run.row() for run in runs]
+    rows = [row.beside(rows[0]) for row in rows]
+    for run in runs:
+        run.close()
+        if not alike(run.made, runs[0].made):
+            raise SystemExit(f"{run.schedule}: other tokens than {runs[0].schedule}")
+    if args.keep is not None:
+        args.keep.write_text(json.dumps(found(shape, rows), indent=1) + "\n")
     if args.json:
         print(json.dumps(found(shape, rows)))
     else:
@@ -308,9 +329,9 @@ def read_arguments() -> tuple[Shape, argparse.Namespace]:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--share", type=float, help="of a packed model's experts in memory")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="most of each schedule")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="at most, of all schedules")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="written after each schedule")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="for the raw figures")
     args = parser.parse_args()
     sizes = (args.requests, args.prompt, args.answer, args.kv_tokens, args.step_tokens)
     return Shape(*sizes, args.block), args

@@ -24,7 +24,7 @@ from moeserve.engine.device_memory import load_on_device
 from moeserve.engine.kv_size import KvSize, least_of_all, size_kv
 from moeserve.engine.kv_tensors import KvTensors, watch_kv
 from moeserve.engine.model_runner import ModelRunner, StepObserver
-from moeserve.engine.mtp_drafts import WINDOW, MtpDrafts
+from moeserve.engine.mtp_drafts import MtpDrafts
 from moeserve.engine.policies.layered import most_kept
 from moeserve.engine.ranks.expert_use import ExpertUseCounter
 from moeserve.engine.ranks.microbatches import LARGEST
@@ -267,8 +267,7 @@ def _load_weights(
     budget = max(1, options.memory - options.swap_memory)
     options = options.model_copy(update={"memory": budget})
     kept = most_kept(options.max_num_batched_tokens, options.prefill_mode)
-    drafted = WINDOW * options.max_num_seqs if options.speculation in ("mtp", "auto") else 0
-    streaming = Streaming.open(resolve_model(options.model), ops, options, own, kept, drafted)
+    streaming = Streaming.open(resolve_model(options.model), ops, options, own, kept)
     per_token, spec = streaming.decoder.kv_bytes_per_token, streaming.decoder.spec
     modest = options.model_copy(update={"host_share": KV_SHARE_OF_BUDGET})
     size = size_kv(per_token, spec.max_positions, modest, streaming.room_for_kv)

@@ -61,12 +61,11 @@ class Streaming:
         options: RankModelOptions,
         own: Mapping[int, Sequence[int]] | None = None,
         kept: int = 0,
-        drafted: int = 0,
     ) -> Streaming:
         """With the ``memory`` that ``options`` give. ``own`` are the experts of a rank by layer, in
         order of its slots; None is all, and so is a layer that is left out. ``kept`` rows rest
-        between two steps, and run in one layer beside those that run in all. ``drafted`` positions
-        have KV of the module that drafts; where there are none it is left aside."""
+        between two steps, and run in one layer beside those that run in all. Where ``options`` do
+        not ask it, the module of multi-token prediction is left aside."""
         assert options.memory is not None, options
         if not is_packed(folder):
             raise ConfigError(
@@ -76,7 +75,7 @@ class Streaming:
             )
         packed = PackedModel.open(folder, ops, options)
         spec, layers = packed.spec, range(len(packed.spec.layers))
-        drafts = bool(drafted) and packed.skeleton.mtp is not None
+        drafts = options.asks_the_module and packed.skeleton.mtp is not None
         if len(packed.checkpoint.header.layers) < len(layers) + drafts:
             raise CheckpointError(
                 f"{folder}: {len(packed.checkpoint.header.layers)} layers were packed, the config "
@@ -105,7 +104,7 @@ class Streaming:
         decoder = replace(packed.skeleton, ops=ops, kv_dtype=kv_dtype, mtp=None)
         if drafts:
             held = mtp_part(packed.checkpoint).region.nbytes + packed.trunk(len(layers)).nbytes
-            working = drafting_bytes(spec, ops, kv_dtype, drafted, options)
+            working = drafting_bytes(spec, ops, kv_dtype, options)
             fixed = replace(fixed, drafts=held + working)
         return cls(packed, decoder, ops, options, options.memory, fixed, records, mine, drafts)
 

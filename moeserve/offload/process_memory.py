@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from moeserve.config.steps import StepOptions
+from moeserve.config.steps import MTP_WINDOW, StepOptions
 from moeserve.kernels.ops import Ops
 from moeserve.models.attention import kv_shape
 from moeserve.models.spec import DenseSpec, GqaSpec, MlaSpec, ModelSpec, MoeSpec
@@ -39,12 +39,11 @@ def scratch_of(spec: ModelSpec, tokens: int, sequences: int) -> int:
     return tokens * 4 * (12 * spec.hidden + widest) + 3 * 4 * sequences * spec.vocab
 
 
-def drafting_bytes(
-    spec: ModelSpec, ops: Ops, kv_dtype: torch.dtype, positions: int, options: StepOptions
-) -> int:
+def drafting_bytes(spec: ModelSpec, ops: Ops, kv_dtype: torch.dtype, options: StepOptions) -> int:
     """What guessing by the module of multi-token prediction takes beside its weights and a step: KV
-    of its layer for so many positions, rows of the steps' states, logits."""
+    of its layer, rows of the steps' states, logits."""
     assert spec.mtp is not None, spec.architecture
+    positions = options.max_num_seqs * MTP_WINDOW
     kv = ops.kv_bytes_per_block(kv_shape(spec.mtp.attention, 1, 1, kv_dtype)) * positions
     rows = 2 * options.max_num_batched_tokens * spec.hidden
     return kv + 4 * (rows + options.max_num_seqs * spec.vocab)

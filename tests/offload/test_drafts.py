@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from moeserve.config.options import LoadOptions, RankModelOptions
-from moeserve.engine.mtp_drafts import WINDOW
 from moeserve.kernels.ops import Ops
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
 from moeserve.models.packed.writer import pack_model
+from moeserve.offload.checkpoint_demand import demand_of, stored_sizes
 from moeserve.offload.load import Streaming
 from moeserve.offload.runner import StreamedLayerRunner
 
@@ -43,8 +44,10 @@ def guesses(decoder: Decoder) -> list[Tensor]:
 
 def test_guesses_from_the_least_memory_are_those_of_all_of_it(demo: Path, ops: Ops) -> None:
     """The module's experts share the slots of the layers', and what else it takes is counted."""
-    settings = RankModelOptions(model=str(demo), memory=ENOUGH, weights_prediction="on")
-    without, streaming = (Streaming.open(demo, ops, settings, drafted=n) for n in (0, WINDOW))
+    common: dict[str, Any] = {"model": str(demo), "memory": ENOUGH, "weights_prediction": "on"}
+    without, streaming = (
+        Streaming.open(demo, ops, RankModelOptions(**common, speculation=s)) for s in ("off", "mtp")
+    )
     assert without.fixed.drafts == 0 < streaming.fixed.drafts
     assert streaming.records.count == without.records.count + 32
     fixed, records = streaming.fixed, streaming.records
@@ -62,3 +65,16 @@ def test_guesses_from_the_least_memory_are_those_of_all_of_it(demo: Path, ops: O
     assert left_out.mtp is None
     assert isinstance(left_out.runner, StreamedLayerRunner)
     left_out.runner.close()
+
+
+def test_doctor_counts_the_module_where_it_guesses(demo: Path, ops: Ops) -> None:
+    """As serve does: with a budget all but its experts, and nothing where it is left aside."""
+    sizes, found = stored_sizes(demo), []
+    for speculation in ("off", "mtp"):
+        options = RankModelOptions(model=str(demo), memory=ENOUGH, speculation=speculation)
+        fixed = Streaming.open(demo, ops, options).fixed
+        found.append((demand_of(sizes, options, ops).other_bytes, fixed.drafts))
+    (without, nothing), (held, drafts) = found
+    assert held - without == drafts > nothing == 0
+    whole = demand_of(sizes, LoadOptions(), ops).other_bytes
+    assert whole - without == sizes.drafts + sizes.draft_experts

@@ -129,8 +129,7 @@ def on_device(ops: Ops, memory: Tensor) -> Tensor:
 
 def records_memory(checkpoint: PackedCheckpoint, records: PackedRecords) -> Tensor:
     """All records of a layer, mapped."""
-    nbytes = records.nbytes * len(records.digests)
-    return checkpoint.mapped(records.file)[records.start : records.start + nbytes]
+    return checkpoint.mapped(records.file)[records.start : records.start + records.total]
 
 
 def map_decoder(
