@@ -1,8 +1,8 @@
 """Prompts and answers in the same steps, beside one after the other: what of the weights is read.
 
     python bench/overlap.py [--model demo] [--requests N] [--prompt P] [--answer G]
-                            [--kv-tokens M] [--step-tokens N] [--threads N] [--share S]
-                            [--schedules NAME ...] [--json] [--keep FILE]
+                            [--kv-tokens M] [--block N] [--step-tokens N] [--threads N]
+                            [--share S] [--schedules NAME ...] [--seconds S] [--json] [--keep FILE]
 
 Requests of one shape, more than KV holds, through scheduler and model runner. Of every step the
 experts that its tokens chose are counted, each with the bytes that it has in the files: where
@@ -19,13 +19,16 @@ half full, take from it, which ``predicted_steps`` counts. Tokens of all schedul
 must be equal. Seconds are there, too; on a model in memory they show little of it. With ``--share``
 the model is a packed one of whose experts that share is in memory, the others are read from disk as
 steps need them: ``read_bytes_per_token`` and tokens per second are what comes of it.
+
+Schedules take turns of a second each, so that whatever else the machine does slows all alike. After
+``--seconds`` of all together they stop; a row then has ``left`` requests, and tokens are compared
+as far as both have them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -60,7 +63,7 @@ from moeserve.offload.model.workload import ServerBounds, UniformWorkload
 from moeserve.offload.runner import StreamedLayerRunner
 from offload import with_share
 
-BLOCK = 16
+TURN_S = 1.0
 SCHEDULES = ("alternating", "latency", "throughput")
 
 
@@ -116,7 +119,7 @@ class ExpertReads:
 class Row:
     """``bytes_per_token`` are of experts that steps chose, ``read_bytes_per_token`` what came from
     disk; ``factor`` is how many times fewer of the former than alternating, ``speedup`` how many
-    times more tokens per second."""
+    times more tokens per second. ``left`` requests were not through when time was up."""
 
     schedule: str
     steps: int
@@ -127,6 +130,7 @@ class Row:
     preemptions: int
     seconds: float
     read_bytes_per_token: float
+    left: int = 0
     factor: float = 1.0
     speedup: float = 1.0
 
@@ -148,6 +152,11 @@ class Shape:
     answer: int
     kv_tokens: int
     step_tokens: int
+    block: int = 16
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv_tokens // self.block
 
     @property
     def predicted(self) -> float:
@@ -159,8 +168,8 @@ class Shape:
         """How many times fewer steps there are when requests are staggered than in phases, with
         the beginning and the end of both, and whole blocks of KV."""
         work = UniformWorkload(self.requests, self.prompt, self.answer)
-        blocks = self.kv_tokens // BLOCK
-        bounds = ServerBounds(self.config.max_num_seqs, self.step_tokens, BLOCK, blocks)
+        most = self.config.max_num_seqs
+        bounds = ServerBounds(most, self.step_tokens, self.block, self.num_blocks)
         together = bounds.concurrent(work)
         prompts = -(-together * self.prompt // self.step_tokens)
         phases = -(-self.requests // together) * (prompts + self.answer - 1)
@@ -195,37 +204,68 @@ def scheduler_of(schedule: str, shape: Shape, pool: BlockPool, counters: Counter
             return Scheduler(shape.config, pool, counters, admission)
 
 
-def measure(
-    schedule: str, shape: Shape, decoder: Decoder, nbytes: int
-) -> tuple[Row, Mapping[RequestId, Sequence[int]]]:
-    """And what was made."""
-    counters, reads = Counters(), ExpertReads()
-    pool = BlockPool(shape.kv_tokens // BLOCK, BLOCK, counters)
-    scheduler = scheduler_of(schedule, shape, pool, counters)
-    runner = ModelRunner(decoder, pool.num_blocks, BLOCK, observer=reads)
-    requests = shape.make_requests(decoder.spec.vocab)
-    made: dict[RequestId, list[int]] = {request.id: [] for request in requests}
-    for request in requests:
-        scheduler.add(request)
-    began = time.perf_counter()
-    for outcome in drive(scheduler, runner):
-        outcome.raise_failure()
-        for out in outcome.outs:
-            made[out.request_id].append(out.token_id)
-    took = time.perf_counter() - began
-    tokens = counters.computed_tokens - counters.recomputed_tokens
-    row = Row(
-        schedule,
-        counters.steps,
-        tokens,
-        tokens / counters.steps,
-        reads.experts,
-        reads.experts * nbytes / tokens,
-        counters.preemptions,
-        took,
-        read_so_far(decoder) / tokens,
-    )
-    return row, made
+class Run:
+    """One schedule over a decoder of its own, a turn at a time."""
+
+    def __init__(self, schedule: str, shape: Shape, decoder: Decoder, nbytes: int) -> None:
+        self._decoder, self._shape, self._nbytes = decoder, shape, nbytes
+        self.schedule, self.over = schedule, False
+        self._counters, self._reads, self._took = Counters(), ExpertReads(), 0.0
+        pool = BlockPool(shape.num_blocks, shape.block, self._counters)
+        scheduler = scheduler_of(schedule, shape, pool, self._counters)
+        runner = ModelRunner(decoder, pool.num_blocks, shape.block, observer=self._reads)
+        requests = shape.make_requests(decoder.spec.vocab)
+        self.made: dict[RequestId, list[int]] = {request.id: [] for request in requests}
+        for request in requests:
+            scheduler.add(request)
+        self._outcomes = drive(scheduler, runner)
+
+    def turn(self, seconds: float) -> float:
+        """Steps for so long, or until all is done; what it took."""
+        began = time.perf_counter()
+        while (took := time.perf_counter() - began) < seconds and not self.over:
+            outcome = next(self._outcomes, None)
+            self.over = outcome is None
+            if outcome is not None:
+                outcome.raise_failure()
+                for out in outcome.outs:
+                    self.made[out.request_id].append(out.token_id)
+        self._took += took
+        return took
+
+    def row(self) -> Row:
+        counters, experts = self._counters, self._reads.experts
+        tokens = counters.computed_tokens - counters.recomputed_tokens
+        return Row(
+            self.schedule,
+            counters.steps,
+            tokens,
+            tokens / counters.steps,
+            experts,
+            experts * self._nbytes / tokens,
+            counters.preemptions,
+            self._took,
+            read_so_far(self._decoder) / tokens,
+            sum(len(token_ids) < self._shape.answer for token_ids in self.made.values()),
+        )
+
+    def close(self) -> None:
+        if isinstance(self._decoder.runner, StreamedLayerRunner):
+            self._decoder.runner.close()
+
+
+def take_turns(runs: Sequence[Run], most_s: float) -> None:
+    """Until all are through, or all together have had so many seconds."""
+    left = most_s
+    while left > 0 and not all(run.over for run in runs):
+        left -= sum(run.turn(TURN_S) for run in runs if not run.over)
+
+
+def alike(
+    some: Mapping[RequestId, Sequence[int]], others: Mapping[RequestId, Sequence[int]]
+) -> bool:
+    """Whether answers are the same as far as both have come."""
+    return all(a == b for of, made in some.items() for a, b in zip(made, others[of], strict=False))
 
 
 def read_so_far(decoder: Decoder) -> int:
@@ -237,26 +277,24 @@ def read_so_far(decoder: Decoder) -> int:
 def main() -> None:
     shape, args = read_arguments()
     path, ops = resolve_model(args.model), choose_ops(threads=args.threads)
-    rows: list[Row] = []
-    first: Mapping[RequestId, Sequence[int]] = {}
+    decoder = load(path, ops, args.share)
+    mlps = (layer.mlp for layer in decoder.spec.layers)
+    experts = max(mlp.router.num_experts for mlp in mlps if isinstance(mlp, MoeSpec))
+    nbytes = expert_bytes(open_checkpoint(path), decoder.spec.moe_layers, experts)
+    runs = []
     for schedule in args.schedules:
-        print(f"{schedule} ...", file=sys.stderr, flush=True)
-        decoder = load(path, ops, args.share)
-        experts = max(
-            layer.mlp.router.num_experts
-            for layer in decoder.spec.layers
-            if isinstance(layer.mlp, MoeSpec)
-        )
-        nbytes = expert_bytes(open_checkpoint(path), decoder.spec.moe_layers, experts)
-        row, made = measure(schedule, shape, decoder, nbytes)
-        if isinstance(decoder.runner, StreamedLayerRunner):
-            decoder.runner.close()
-        first = first or made
-        if made != first:
-            raise SystemExit(f"{schedule}: other tokens than {rows[0].schedule}")
-        rows.append(row.beside(rows[0] if rows else row))
-        if args.keep is not None:
-            args.keep.write_text(json.dumps(found(shape, rows), indent=1) + "\n")
+        runs.append(Run(schedule, shape, decoder, nbytes))
+        if args.share is not None and len(runs) < len(args.schedules):
+            decoder = load(path, ops, args.share)
+    take_turns(runs, args.seconds)
+    rows = [run.row() for run in runs]
+    rows = [row.beside(rows[0]) for row in rows]
+    for run in runs:
+        run.close()
+        if not alike(run.made, runs[0].made):
+            raise SystemExit(f"{run.schedule}: other tokens than {runs[0].schedule}")
+    if args.keep is not None:
+        args.keep.write_text(json.dumps(found(shape, rows), indent=1) + "\n")
     if args.json:
         print(json.dumps(found(shape, rows)))
     else:
@@ -286,15 +324,17 @@ def read_arguments() -> tuple[Shape, argparse.Namespace]:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--answer", type=int, default=64)
     parser.add_argument("--kv-tokens", type=int, default=4096)
+    parser.add_argument("--block", type=int, default=16, help="tokens of a block of KV")
     parser.add_argument("--step-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--share", type=float, help="of a packed model's experts in memory")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="at most, of all schedules")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="written after each schedule")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="for the raw figures")
     args = parser.parse_args()
-    shape = Shape(args.requests, args.prompt, args.answer, args.kv_tokens, args.step_tokens)
-    return shape, args
+    sizes = (args.requests, args.prompt, args.answer, args.kv_tokens, args.step_tokens)
+    return Shape(*sizes, args.block), args
 
 
 def show(shape: Shape, rows: Sequence[Row]) -> None:

@@ -13,6 +13,8 @@ from moeserve.config.kinds import Count, Milliseconds
 # for. What binds is KV, and what larger steps bring.
 THROUGHPUT_TOKENS = 4096
 THROUGHPUT_SEQS = 1024
+# The newest positions of a request, of which the module of multi-token prediction keeps KV.
+MTP_WINDOW = 128
 
 
 class StepOptions(Options):
@@ -55,6 +57,11 @@ class StepOptions(Options):
         "tokens come sooner: ngram looks up what followed the same few tokens before, mtp asks the "
         "model's multi-token prediction module, auto does both, as far as the model has one",
     )
+
+    @property
+    def asks_the_module(self) -> bool:
+        """Whether the module of multi-token prediction guesses, where the model has it."""
+        return self.speculation in ("mtp", "auto")
 
     @model_validator(mode="before")
     @classmethod

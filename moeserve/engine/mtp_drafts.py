@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moeserve.config.steps import MTP_WINDOW
 from moeserve.core import Chunk, Drafted, RequestId, Sampled, SamplingParams
 from moeserve.errors import ConfigError
 from moeserve.kernels.sampling import SamplingRow
@@ -24,8 +25,8 @@ from moeserve.models.decoder import Decoder, ModelKvCache
 from moeserve.models.moe import RoutingObserver
 
 BLOCK = 16
-BLOCKS_EACH = 8
-WINDOW = BLOCK * BLOCKS_EACH
+WINDOW = MTP_WINDOW
+BLOCKS_EACH = WINDOW // BLOCK
 BEST = SamplingRow(RequestId(""), SamplingParams(temperature=0.0), (), (), takes_best=True)
 
 

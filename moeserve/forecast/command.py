@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 EXAMPLE = "moeserve doctor --model demo --calibrate --prompt 512 --output 128 --batch 1,8,64"
 SIZES = ("memory", "kv_memory")
 PASSED_ON = (
-    "kv_memory quantization kv_dtype dtype max_num_seqs max_num_batched_tokens block_size".split()
+    "kv_memory quantization kv_dtype dtype max_num_seqs max_num_batched_tokens block_size "
+    "speculation".split()
 )
 MOST_BATCHES = 16
 
@@ -50,6 +51,7 @@ def add_forecast_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-seqs", type=int, metavar="N")
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N")
     group.add_argument("--block-size", type=int, metavar="N")
+    group.add_argument("--speculation", choices=("off", "ngram", "mtp", "auto"))
     command.add_argument(
         "--calibrate",
         action="store_true",
@@ -71,8 +73,7 @@ def request_of(args: argparse.Namespace) -> ForecastRequest | None:
         return None
     sizes = {name: bytes_of(name, said.pop(name)) for name in SIZES if name in said}
     options = {name: said[name] for name in PASSED_ON if name in said}
-    if "kv_memory" in sizes:
-        options["kv_memory"] = sizes["kv_memory"]
+    options |= sizes
     return ForecastRequest(
         prompt=args.prompt or 512,
         output=args.output or 128,

@@ -65,7 +65,8 @@ class ModelKvCache:
 
 @dataclass(frozen=True, slots=True)
 class Mtp:
-    """DeepSeek-V3's multi-token prediction module: one more block that looks one token ahead."""
+    """DeepSeek-V3's multi-token prediction module: one more block that looks one token ahead.
+    ``runner`` runs it."""
 
     embedding_WH: Tensor
     embedding_norm_H: Tensor
@@ -73,6 +74,7 @@ class Mtp:
     project: Linear
     stack: Stack
     head: Part[HeadWeights]
+    runner: LayerRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +255,7 @@ class Decoder:
             -1,
         )
         x_TH = ops.linear(pair_T2H, mtp.project)
-        ops.forward_layers(x_TH, mtp.stack, self._shared(step), cache.layers[-1:])
+        mtp.runner.run([x_TH], [self._shared(step)], cache.layers[-1:])
         return x_TH
 
     def new_mtp_cache(self, num_blocks: int, block_size: int) -> ModelKvCache:
@@ -395,17 +397,19 @@ def load_mtp(
         embedding_WH = w.embedding(own_embedding, spec.vocab, spec.hidden)
     if w.has_module(own_head):
         head = w.linear(own_head, spec.vocab, spec.hidden)
+    stack = w.ops.stack_layers([load_layer(w, len(spec.layers), spec.mtp, names, spec)])
     return Mtp(
         embedding_WH=embedding_WH,
         embedding_norm_H=w.vector(f"{prefix}.enorm.weight", spec.hidden),
         hidden_norm_H=w.vector(f"{prefix}.hnorm.weight", spec.hidden),
         project=w.linear(f"{prefix}.eh_proj", spec.hidden, 2 * spec.hidden),
-        stack=w.ops.stack_layers([load_layer(w, len(spec.layers), spec.mtp, names, spec)]),
+        stack=stack,
         head=w.ops.prepare(
             HeadWeights(
                 w.vector(f"{prefix}.shared_head.norm.weight", spec.hidden), spec.norm_eps, head
             )
         ),
+        runner=LocalLayerRunner(w.ops, stack),
     )
 
 

@@ -20,16 +20,28 @@ MIB = 1 << 20
 class Fixed:
     """What is taken whatever the budget is: the ``process`` before any weights (interpreter,
     libraries, what it will still need for clients), ``ends`` (embedding and head), ``trunk`` (the
-    layers but for routed experts, or the window of them), ``scratch`` (of a step)."""
+    layers but for routed experts, or the window of them), ``scratch`` (of a step), ``drafts`` (of
+    the module that guesses tokens, all but its routed experts)."""
 
     process: int
     ends: int
     trunk: int
     scratch: int
+    drafts: int = 0
 
     @property
     def total(self) -> int:
-        return self.process + self.ends + self.trunk + self.scratch
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """By what they are called to the user."""
+        found = {
+            "process": self.process,
+            "embedding and head": self.ends,
+            "layers without experts": self.trunk,
+            "a step": self.scratch,
+        }
+        return found | ({"multi-token prediction": self.drafts} if self.drafts else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +72,7 @@ class Division:
     def table(self) -> str:
         """A line for each part, as it is logged."""
         fixed, record = self.fixed, self.records
-        parts = {
-            "process": fixed.process,
-            "embedding and head": fixed.ends,
-            "layers without experts": fixed.trunk,
-            "a step": fixed.scratch,
+        parts = fixed.parts() | {
             "KV": self.kv,
             f"{self.slots} of {record.count} experts": self.slots * record.nbytes,
         }
@@ -90,11 +98,7 @@ def divide(budget: int, fixed: Fixed, records: Records, kv: int, most_slots: int
 
 
 def too_small(budget: int, fixed: Fixed, records: Records, kv: int) -> ConfigError:
-    parts = {
-        "process": fixed.process,
-        "embedding and head": fixed.ends,
-        "layers without experts": fixed.trunk,
-        "a step": fixed.scratch,
+    parts = fixed.parts() | {
         "KV": kv,
         f"experts of {LEAST_LAYERS} layers": records.least,
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from moeserve.config.options import AS_STORED, LoadOptions
+from moeserve.config.options import AS_STORED, LoadOptions, RankModelOptions
 from moeserve.kernels.matrix import GROUP
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.records import MatrixForm
@@ -34,6 +34,7 @@ from moeserve.offload.model.demand import (
     MatrixDemand,
     ModelDemand,
 )
+from moeserve.offload.process_memory import drafting_bytes
 
 PARTS = ("attention", "router", "shared", "experts", "dense")
 # Bytes of a weight; of int8 and int4 with scales, as products of usual length have them.
@@ -45,7 +46,9 @@ BLOCK = 16
 @dataclass(frozen=True, slots=True)
 class StoredSizes:
     """``layers[i]`` has the bytes of each of ``PARTS`` that layer i has, as they are held in
-    memory where nothing is rounded. ``floats`` is the kind of what is not quantised."""
+    memory where nothing is rounded. ``floats`` is the kind of what is not quantised. ``drafts`` and
+    ``draft_experts`` are those of multi-token prediction's module, without its routed experts, and
+    these."""
 
     spec: ModelSpec
     floats: str
@@ -53,10 +56,13 @@ class StoredSizes:
     embedding: int
     head: int
     other: int = 0
+    drafts: int = 0
+    draft_experts: int = 0
 
     @property
     def total(self) -> int:
-        return sum(sum(of.values()) for of in self.layers) + self.embedding + self.head + self.other
+        outside = self.embedding + self.head + self.other + self.drafts + self.draft_experts
+        return sum(sum(of.values()) for of in self.layers) + outside
 
 
 def stored_sizes(path: Path, options: LoadOptions = AS_STORED) -> StoredSizes:
@@ -75,13 +81,19 @@ def sizes_in_packed(checkpoint: PackedCheckpoint) -> StoredSizes:
         for name, leaf in layer.trunk.leaves.items():
             of[part_of_leaf(name)] += packed_bytes(leaf)
         if layer.experts is not None:
-            of["experts"] = layer.experts.nbytes * len(layer.experts.digests)
+            of["experts"] = layer.experts.total
         layers.append(dict(of))
     ends = {name: packed_bytes(leaf) for name, leaf in header.ends.leaves.items()}
     embedding, head = ends.pop("embedding"), ends.pop("head.head")
-    other = sum(ends.values()) + (0 if header.mtp is None else header.mtp.region.nbytes)
-    floats = KIND_OF[checkpoint.dtype_held]
-    return StoredSizes(decoder.spec, floats, tuple(layers), embedding, head, other)
+    drafts = draft_experts = 0
+    if header.mtp is not None:
+        module = header.layers[len(decoder.spec.layers) :]
+        drafts = header.mtp.region.nbytes + sum(of.trunk.region.nbytes for of in module)
+        draft_experts = sum(of.experts.total for of in module if of.experts is not None)
+    floats, other = KIND_OF[checkpoint.dtype_held], sum(ends.values())
+    return StoredSizes(
+        decoder.spec, floats, tuple(layers), embedding, head, other, drafts, draft_experts
+    )
 
 
 def part_of_leaf(name: str) -> str:
@@ -112,14 +124,18 @@ def sizes_in_tensors(path: Path, options: LoadOptions = AS_STORED) -> StoredSize
     spec = decoder.spec
     held = torch_dtype(options.dtype) or decoder.dtype
     layers: list[dict[str, int]] = [{} for _ in spec.layers]
-    embedding = head = other = 0
+    embedding = head = other = drafts = draft_experts = 0
     for name, size in headers.held_bytes(held).items():
         words = name.split(".")
         if words[:2] == ["model", "layers"] and int(words[2]) < len(layers):
             of, part = layers[int(words[2])], part_of(words)
             of[part] = of.get(part, 0) + size
-        elif words[:2] == ["model", "layers"]:
-            other += size
+        elif words[:2] == ["model", "layers"] and spec.mtp is not None:
+            of_experts = part_of(words) == "experts"
+            drafts, draft_experts = (
+                drafts + size * (not of_experts),
+                draft_experts + size * of_experts,
+            )
         elif "lm_head" in words:
             head += size
         elif "embed_tokens" in words:
@@ -128,7 +144,9 @@ def sizes_in_tensors(path: Path, options: LoadOptions = AS_STORED) -> StoredSize
             other += size
     if spec.tied_embeddings:
         head = embedding
-    return StoredSizes(spec, KIND_OF[held], tuple(layers), embedding, head, other)
+    return StoredSizes(
+        spec, KIND_OF[held], tuple(layers), embedding, head, other, drafts, draft_experts
+    )
 
 
 def part_of(words: list[str]) -> str:
@@ -162,8 +180,18 @@ def demand_of(sizes: StoredSizes, options: LoadOptions, ops: Ops) -> ModelDemand
         hidden=spec.hidden,
         vocab=spec.vocab,
         max_positions=spec.max_positions,
-        other_bytes=sizes.other,
+        other_bytes=sizes.other + module_bytes(sizes, options, ops, kv_dtype),
     )
+
+
+def module_bytes(sizes: StoredSizes, options: LoadOptions, ops: Ops, kv_dtype: torch.dtype) -> int:
+    """Of multi-token prediction, held beside what the layers stream into: all of it as it comes
+    with the model; within a budget only where it guesses, and then without its experts."""
+    if not isinstance(options, RankModelOptions) or options.memory is None or not sizes.drafts:
+        return sizes.drafts + sizes.draft_experts
+    if not options.asks_the_module:
+        return 0
+    return sizes.drafts + drafting_bytes(sizes.spec, ops, kv_dtype, options)
 
 
 def rounded_to(options: LoadOptions, part: str) -> str:

@@ -1,14 +1,16 @@
 """A packed folder as a decoder within a memory budget: trunk in memory, experts from disk.
 
 Two steps, for what KV may take lies between them: ``Streaming.open`` reads what is where and what
-is fixed; ``Streaming.load`` divides the rest and reads the trunk. Nothing is mapped. ConfigError
-where the budget is too small, or the folder is not a packed one.
+is fixed; ``Streaming.load`` divides the rest and reads the trunk. Nothing is mapped. Experts of the
+module of multi-token prediction, where that is wanted, are read as those of one more layer, the
+last; all else of it is in memory. ConfigError where the budget is too small, or the folder is not a
+packed one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +20,12 @@ from moeserve.config.options import RankModelOptions
 from moeserve.errors import CheckpointError, ConfigError
 from moeserve.kernels.ops import Experts, Layer, Ops, RecordLayout, Stack
 from moeserve.kernels.wire import MOST_SLOTS
-from moeserve.models.decoder import Decoder
+from moeserve.models.decoder import Decoder, Mtp
+from moeserve.models.packed.decoder import mtp_over, mtp_part
 from moeserve.models.packed.layout import Region, is_packed
 from moeserve.models.packed.leaves import leaves_of, with_leaves
 from moeserve.models.packed.model import PackedModel
-from moeserve.models.spec import MoeSpec
+from moeserve.models.spec import ModelSpec, MoeSpec
 from moeserve.models.weights import torch_dtype
 from moeserve.offload.arena import Arena, Pages
 from moeserve.offload.budget import Fixed, Records, divide, room_for_kv
@@ -30,7 +33,7 @@ from moeserve.offload.disk_file import DiskFile, DiskRegion
 from moeserve.offload.experts import ExpertStream
 from moeserve.offload.foresight import PredictionGate
 from moeserve.offload.mover import PAGE, DiskMover, Read, open_mover
-from moeserve.offload.process_memory import LATER, resident, scratch_of
+from moeserve.offload.process_memory import LATER, drafting_bytes, resident, scratch_of
 from moeserve.offload.residency import Residency
 from moeserve.offload.runner import StreamedLayerRunner
 from moeserve.offload.window import READ_DEADLINE_S, TrunkWindow
@@ -48,6 +51,7 @@ class Streaming:
     fixed: Fixed
     records: Records
     own: Mapping[int, Sequence[int]]
+    drafts: bool = False
 
     @classmethod
     def open(
@@ -59,8 +63,9 @@ class Streaming:
         kept: int = 0,
     ) -> Streaming:
         """With the ``memory`` that ``options`` give. ``own`` are the experts of a rank by layer, in
-        order of its slots; None is all. ``kept`` rows rest between two steps, and run in one layer
-        beside those that run in all."""
+        order of its slots; None is all, and so is a layer that is left out. ``kept`` rows rest
+        between two steps, and run in one layer beside those that run in all. Where ``options`` do
+        not ask it, the module of multi-token prediction is left aside."""
         assert options.memory is not None, options
         if not is_packed(folder):
             raise ConfigError(
@@ -70,15 +75,15 @@ class Streaming:
             )
         packed = PackedModel.open(folder, ops, options)
         spec, layers = packed.spec, range(len(packed.spec.layers))
-        if len(packed.checkpoint.header.layers) < len(spec.layers):
+        drafts = options.asks_the_module and packed.skeleton.mtp is not None
+        if len(packed.checkpoint.header.layers) < len(layers) + drafts:
             raise CheckpointError(
                 f"{folder}: {len(packed.checkpoint.header.layers)} layers were packed, the config "
-                f"has {len(spec.layers)}; pack the model again"
+                f"has {len(layers) + drafts}; pack the model again"
             )
         mine = {
             l: (own or {}).get(l, range(mlp.router.num_experts))
-            for l in layers
-            if isinstance(mlp := spec.layers[l].mlp, MoeSpec)
+            for l, mlp in routed_of(spec, drafts=drafts)
         }
         trunks = [packed.trunk(l).nbytes for l in layers]
         places = min(options.weights_window or len(trunks), len(trunks))
@@ -97,7 +102,11 @@ class Streaming:
         )
         kv_dtype = torch_dtype(options.kv_dtype) or packed.skeleton.dtype
         decoder = replace(packed.skeleton, ops=ops, kv_dtype=kv_dtype, mtp=None)
-        return cls(packed, decoder, ops, options, options.memory, fixed, records, mine)
+        if drafts:
+            held = mtp_part(packed.checkpoint).region.nbytes + packed.trunk(len(layers)).nbytes
+            working = drafting_bytes(spec, ops, kv_dtype, options)
+            fixed = replace(fixed, drafts=held + working)
+        return cls(packed, decoder, ops, options, options.memory, fixed, records, mine, drafts)
 
     @property
     def room_for_kv(self) -> int:
@@ -126,8 +135,9 @@ class Streaming:
             check_always=options.check_weights,
         )
         stream = self._stream(opened, mover, max(1, division.slots))
-        layers = self._layers(window, stream.arena)
-        ends = with_ends(self, opened, mover)
+        shared: dict[RecordLayout, Experts] = {}
+        layers = self._layers(window, stream.arena, shared)
+        whole = with_ends(self, opened, mover)
         runner = StreamedLayerRunner(
             self.ops,
             layers,
@@ -136,10 +146,14 @@ class Streaming:
             window if window.places < len(layers) else None,
             opened.close,
         )
-        return replace(ends, stack=Stack(tuple(layers), None), runner=runner)
+        whole = replace(whole, stack=Stack(tuple(layers), None), runner=runner)
+        return (
+            replace(whole, mtp=self._mtp(whole, stream, opened, shared)) if self.drafts else whole
+        )
 
     def _stream(self, opened: OpenFiles, mover: DiskMover, slots: int) -> ExpertStream:
-        counts = [len(self.own.get(l, ())) for l in range(len(self.decoder.spec.layers))]
+        numbers = range(len(self.decoder.spec.layers) + self.drafts)
+        counts = [len(self.own.get(l, ())) for l in numbers]
         regions = {
             l: [opened.at(self.packed.expert(l, e)) for e in experts]
             for l, experts in self.own.items()
@@ -152,19 +166,51 @@ class Streaming:
             check_always=self.options.check_weights,
         )
 
-    def _layers(self, window: TrunkWindow, arena: Arena) -> list[Layer]:
-        """Over the window's memory and the arena's; layers of one layout share their experts."""
-        made, shared = [], dict[RecordLayout, Experts]()
-        for l, of in enumerate(self.decoder.spec.layers):
-            experts = None
-            if isinstance(of.mlp, MoeSpec):
-                layout = replace(self.packed.record_layout(l), nbytes=arena.nbytes)
-                if layout not in shared:
-                    shared[layout] = self.ops.experts_over(arena.memory, layout, arena.slots)
-                experts = shared[layout]
+    def _layers(
+        self, window: TrunkWindow, arena: Arena, shared: dict[RecordLayout, Experts]
+    ) -> list[Layer]:
+        """Over the window's memory and the arena's."""
+        made = []
+        for l in range(len(self.decoder.spec.layers)):
             window.need(l)
+            experts = self._experts(l, arena, shared)
             made.append(self.packed.layer_over(l, window.memory(l), experts))
         return made
+
+    def _experts(self, l: int, arena: Arena, shared: dict[RecordLayout, Experts]) -> Experts | None:
+        """The arena's slots, as a layer that routes has its experts; layers of one layout share
+        them."""
+        if l not in self.own:
+            return None
+        layout = replace(self.packed.record_layout(l), nbytes=arena.nbytes)
+        if layout not in shared:
+            shared[layout] = self.ops.experts_over(arena.memory, layout, arena.slots)
+        return shared[layout]
+
+    def _mtp(
+        self,
+        whole: Decoder,
+        stream: ExpertStream,
+        opened: OpenFiles,
+        shared: dict[RecordLayout, Experts],
+    ) -> Mtp:
+        """The module that drafts, whose experts are the stream's last layer."""
+        packed, number = self.packed, len(self.decoder.spec.layers)
+        trunk = read_region(opened.at(packed.trunk(number)), stream.mover)
+        layer = packed.layer_over(number, trunk, self._experts(number, stream.arena, shared))
+        gate = PredictionGate("off")
+        runner = StreamedLayerRunner(self.ops, [layer], stream, gate, first=number)
+        memory = read_region(opened.at(mtp_part(packed.checkpoint).region), stream.mover)
+        stack = Stack((layer,), None)
+        return mtp_over(packed.laid, packed.skeleton, whole, memory, stack, runner)
+
+
+def routed_of(spec: ModelSpec, *, drafts: bool) -> Iterator[tuple[int, MoeSpec]]:
+    """Layers that route, by number; with ``drafts`` the module's is the last."""
+    last = (spec.mtp,) if drafts else ()
+    for number, layer in enumerate((*spec.layers, *last)):
+        if layer is not None and isinstance(layer.mlp, MoeSpec):
+            yield number, layer.mlp
 
 
 class OpenFiles:

@@ -10,6 +10,11 @@ import resource
 import sys
 from pathlib import Path
 
+import torch
+
+from moeserve.config.steps import MTP_WINDOW, StepOptions
+from moeserve.kernels.ops import Ops
+from moeserve.models.attention import kv_shape
 from moeserve.models.spec import DenseSpec, GqaSpec, MlaSpec, ModelSpec, MoeSpec
 
 # Doors, clients' requests, threads' stacks and the heap's gaps: what comes after the weights.
@@ -32,6 +37,16 @@ def scratch_of(spec: ModelSpec, tokens: int, sequences: int) -> int:
     weights and KV: fp32 rows of every width there is, as often as kernels and waves hold them."""
     widest = max(_attention_row(x.attention) + _mlp_row(x.mlp, spec.hidden) for x in spec.layers)
     return tokens * 4 * (12 * spec.hidden + widest) + 3 * 4 * sequences * spec.vocab
+
+
+def drafting_bytes(spec: ModelSpec, ops: Ops, kv_dtype: torch.dtype, options: StepOptions) -> int:
+    """What guessing by the module of multi-token prediction takes beside its weights and a step: KV
+    of its layer, rows of the steps' states, logits."""
+    assert spec.mtp is not None, spec.architecture
+    positions = options.max_num_seqs * MTP_WINDOW
+    kv = ops.kv_bytes_per_block(kv_shape(spec.mtp.attention, 1, 1, kv_dtype)) * positions
+    rows = 2 * options.max_num_batched_tokens * spec.hidden
+    return kv + 4 * (rows + options.max_num_seqs * spec.vocab)
 
 
 def _attention_row(spec: GqaSpec | MlaSpec) -> int:

@@ -47,7 +47,8 @@ Moe = tuple[Part[RouterWeights], Part[MoeWeights]]
 
 class StreamedLayerRunner:
     """A ``models.layer_runner.LayerRunner``. The experts of every layer are the slots of
-    ``stream.arena``; without ``window`` all trunks are in memory."""
+    ``stream.arena``; without ``window`` all trunks are in memory. ``first`` is what the stream
+    calls the first of ``layers``: a step begins with layer 0, what runs others goes on with it."""
 
     def __init__(
         self,
@@ -57,8 +58,11 @@ class StreamedLayerRunner:
         gate: PredictionGate,
         window: TrunkWindow | None = None,
         on_close: Callable[[], None] = lambda: None,
+        *,
+        first: int = 0,
     ) -> None:
-        routing = [l for l, layer in enumerate(layers) if isinstance(layer.mlp, tuple)]
+        self._layers = dict(enumerate(layers, first))
+        routing = [l for l, layer in self._layers.items() if isinstance(layer.mlp, tuple)]
         for layer in layers:
             if isinstance(layer.mlp, tuple) and layer.mlp[1].weights.combine is Combine.FAST:
                 raise ConfigError(
@@ -66,7 +70,7 @@ class StreamedLayerRunner:
                     "--memory take 'exact', which is the default, or 'ordered'"
                 )
         self.stream, self.gate, self.window = stream, gate, window
-        self._ops, self._layers, self._on_close = ops, tuple(layers), on_close
+        self._ops, self._on_close = ops, on_close
         self._next = dict(pairwise(routing))
         self._predicted: int | None = None  # the layer whose experts were
         self._foreseen: int | None = None  # the layer all of whose experts are read ahead
@@ -86,13 +90,14 @@ class StreamedLayerRunner:
         ]
         if group is None and all(step is None for step in steps):
             return
-        self.stream.begin_step()
+        if 0 in self._layers:
+            self.stream.begin_step()
         self.gate.begin_step()
-        for l, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
+        for i, ((l, layer), cache) in enumerate(zip(self._layers.items(), caches, strict=True)):
             rows = [
-                (rows_L[l][0], step, None if routed is None else routed[m])
+                (rows_L[i][0], step, None if routed is None else routed[m])
                 for m, rows_L in enumerate(rows_ML)
-                if (step := rows_L[l][1]) is not None
+                if (step := rows_L[i][1]) is not None
             ]
             if not rows:
                 continue
@@ -112,9 +117,10 @@ class StreamedLayerRunner:
         """The experts of each layer that routes, for a rank of several, which runs the layers
         itself. All trunks must be in memory."""
         assert self.window is None, self.window
-        first = min((l for l, x in enumerate(self._layers) if isinstance(x.mlp, tuple)), default=0)
+        layers = self._layers.items()
+        first = min((l for l, x in layers if isinstance(x.mlp, tuple)), default=0)
         made = {}
-        for l, layer in enumerate(self._layers):
+        for l, layer in layers:
             if isinstance(layer.mlp, tuple):
                 router, part = layer.mlp
                 wire = self._ops.wire(part, router.weights.spec.top_k)

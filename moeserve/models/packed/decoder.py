@@ -21,10 +21,11 @@ from moeserve.kernels.ops import (
     Linear,
     Ops,
     RecordLayout,
+    Stack,
     lay_out_record,
 )
 from moeserve.kernels.records import LINE, MatrixForm, rounded_up
-from moeserve.models.layer_runner import LocalLayerRunner
+from moeserve.models.layer_runner import LayerRunner, LocalLayerRunner
 from moeserve.models.packed.checkpoint import PackedCheckpoint, settled
 from moeserve.models.packed.layout import (
     ExpertForm,
@@ -128,8 +129,7 @@ def on_device(ops: Ops, memory: Tensor) -> Tensor:
 
 def records_memory(checkpoint: PackedCheckpoint, records: PackedRecords) -> Tensor:
     """All records of a layer, mapped."""
-    nbytes = records.nbytes * len(records.digests)
-    return checkpoint.mapped(records.file)[records.start : records.start + nbytes]
+    return checkpoint.mapped(records.file)[records.start : records.start + records.total]
 
 
 def map_decoder(
@@ -178,7 +178,10 @@ def map_decoder(
         runner=LocalLayerRunner(ops, stack),
     )
     if skeleton.mtp is not None:
-        whole = replace(whole, mtp=_mtp(laid, skeleton, skeleton.mtp, whole, layer))
+        memory = on_device(ops, checkpoint.memory(mtp_part(checkpoint).region))
+        stack = ops.stack_layers([layer(len(spec.layers), skeleton.mtp.stack.layers[0])])
+        mtp = mtp_over(laid, skeleton, whole, memory, stack, LocalLayerRunner(ops, stack))
+        whole = replace(whole, mtp=mtp)
     if progress is not None:
         progress(checkpoint.total_bytes, checkpoint.total_bytes)
     return whole
@@ -200,18 +203,30 @@ def mtp_parts(embedding_WH: Tensor, head: Linear, mtp: Mtp) -> dict[str, object]
     return parts
 
 
-def _mtp(
-    laid: Laid, skeleton: Decoder, mtp: Mtp, whole: Decoder, layer: Callable[[int, Layer], Layer]
-) -> Mtp:
-    header = laid.checkpoint.header
-    if header.mtp is None:
+def mtp_part(checkpoint: PackedCheckpoint) -> PackedPart:
+    """What multi-token prediction has beside its layer, of a model that has it."""
+    part = checkpoint.header.mtp
+    if part is None:
         raise CheckpointError(
-            f"{laid.checkpoint.path}: multi-token prediction was not packed; pack the model again"
+            f"{checkpoint.path}: multi-token prediction was not packed; pack the model again"
         )
-    memory = on_device(laid.ops, laid.checkpoint.memory(header.mtp.region))
+    return part
+
+
+def mtp_over(
+    laid: Laid,
+    skeleton: Decoder,
+    whole: Decoder,
+    memory: Tensor,
+    stack: Stack,
+    runner: LayerRunner,
+) -> Mtp:
+    """The skeleton's module over ``memory`` that has the bytes of ``mtp_part``; it shares what it
+    may with ``whole``. ``stack`` has its layer, and ``runner`` runs that."""
+    mtp = skeleton.mtp
+    assert mtp is not None, "asked for before"
     expected = leaves_of(mtp_parts(skeleton.embedding_WH, skeleton.head.weights.head, mtp))
-    found = laid.leaves("multi-token prediction", header.mtp, expected, memory)
-    of = layer(len(header.layers) - 1, mtp.stack.layers[0])
+    found = laid.leaves("multi-token prediction", mtp_part(laid.checkpoint), expected, memory)
     shared = whole.head.weights.head
     head = replace(mtp.head.weights, norm_H=found["norm"], head=found.get("head", shared))  # type: ignore[arg-type]
     return replace(
@@ -220,8 +235,9 @@ def _mtp(
         embedding_norm_H=found["embedding_norm"],  # type: ignore[arg-type]
         hidden_norm_H=found["hidden_norm"],  # type: ignore[arg-type]
         project=found["project"],  # type: ignore[arg-type]
-        stack=laid.ops.stack_layers([of]),
+        stack=stack,
         head=laid.ops.prepare(head),
+        runner=runner,
     )
 
 

@@ -85,6 +85,11 @@ class PackedRecords:
     form: ExpertForm
     digests: tuple[str, ...]
 
+    @property
+    def total(self) -> int:
+        """Bytes of all of them."""
+        return self.nbytes * len(self.digests)
+
     def region(self, expert: int) -> Region:
         place = self.start + expert * self.nbytes
         return Region(self.file, place, self.nbytes, self.digests[expert])
