@@ -328,10 +328,14 @@ class Scored(NamedTuple):
 
 
 class Drafted(NamedTuple):
-    """What a step guessed to follow the newest token that it sampled for a request, in order."""
+    """What a step guessed to follow the newest token that it sampled for a request, in order.
+
+    Whoever guessed has ``read`` so many of the request's tokens for it, beside the newest ones.
+    """
 
     request_id: RequestId
     token_ids: tuple[int, ...]
+    read: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +408,8 @@ class Counters:
 
     ``computed_tokens`` are those whose KV was kept, so without drafts that were not right;
     ``accepted_tokens`` are those of the ``drafted_tokens`` that were, ``drafts`` are the
-    chunks that carried some. Of ``swaps`` (``engine.swapping``) ``swap_copies`` are runs of one
+    chunks that carried some; a draft model read ``draft_read_tokens`` of requests before it could
+    guess what follows. Of ``swaps`` (``engine.swapping``) ``swap_copies`` are runs of one
     cache that were copied, out or in; ``swap_spared_bytes`` did not go out, since they were there.
     ``layered_steps`` ran prompts in a group of layers only, and ``layered_tokens`` of the computed
     ones went through the layers so.
@@ -418,6 +423,7 @@ class Counters:
     drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    draft_read_tokens: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     layered_steps: int = 0

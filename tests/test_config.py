@@ -77,6 +77,7 @@ OTHER: dict[str, Any] = {
     "objective": "throughput",
     "prefill_mode": "layer",
     "speculation": "ngram",
+    "draft_model": "small/folder",
     "ttft_target": 900.0,
     "tpot_target": 45.5,
     "fairness": "off",

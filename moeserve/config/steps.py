@@ -51,11 +51,18 @@ class StepOptions(Options):
         description="how prompts longer than a step are computed: in chunks, or through the layers "
         "in groups, one a step, which loads experts fewer times; auto goes by expected loads",
     )
-    speculation: Literal["off", "ngram", "mtp", "auto"] = Field(
+    speculation: Literal["off", "ngram", "mtp", "draft", "auto"] = Field(
         default="off",
         description="guess tokens that follow and check them in the same step, as many as make "
         "tokens come sooner: ngram looks up what followed the same few tokens before, mtp asks the "
-        "model's multi-token prediction module, auto does both, as far as the model has one",
+        "model's multi-token prediction module, draft a smaller model (--draft-model), auto looks "
+        "up and asks whichever of these is there",
+    )
+    draft_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder or GGUF file of the smaller model that guesses, with the tokenizer of "
+        "the model; its weights and KV lie in memory beside the model's",
     )
 
     @property

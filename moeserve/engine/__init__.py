@@ -12,9 +12,9 @@
                       deadlines: who is next, who is late)
     executor.py       what runs a step: the seam between decisions and tensors
     model_runner.py   runs it on this process's decoder (input_batch: what it keeps from step to
-                      step; mtp_drafts: guesses of the model's own module; layer_states: of prompts
-                      that run in one group of layers a step); null: without a model, to check
-                      schedulers
+                      step; mtp_drafts: guesses of the model's own module, draft_model: of a smaller
+                      model, draft_loading: which of them; layer_states: of prompts that run in one
+                      group of layers a step); null: without a model, to check schedulers
     drive.py          plan, run, apply: one step after the other
     ahead.py          the next step planned and started while one runs (threaded: an executor that
                       can be started, as a device can)

@@ -21,10 +21,10 @@ from moeserve.comm.layout import LayerLayout, layouts, own_experts, plan_of
 from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.config.options import EpOptions, RankModelOptions
 from moeserve.engine.device_memory import load_on_device
+from moeserve.engine.draft_loading import LoadedDraft, load_draft, maker_of
 from moeserve.engine.kv_size import KvSize, least_of_all, size_kv
 from moeserve.engine.kv_tensors import KvTensors, watch_kv
 from moeserve.engine.model_runner import ModelRunner, StepObserver
-from moeserve.engine.mtp_drafts import MtpDrafts
 from moeserve.engine.policies.layered import most_kept
 from moeserve.engine.ranks.expert_use import ExpertUseCounter
 from moeserve.engine.ranks.microbatches import LARGEST
@@ -180,9 +180,9 @@ def load_rank_model(
     # 2. Read the weights, and pack them as the op table wants them.
     place, on_host = 0 if context is None else context.place, options.attention_device == "cpu"
     ops = choose_table(options.device, options.threads, place, host_attention=on_host)
-    begun = time.perf_counter()
+    draft, begun = load_draft(options, checkpoint, ops), time.perf_counter()
     # 3. Share what memory is left among the ranks of this node, as KV blocks.
-    decoder, size = _load_weights(checkpoint, ops, options, own, context, progress)
+    decoder, size = _load_weights(checkpoint, ops, options, own, context, progress, draft)
     read_bytes_per_s = checkpoint.bytes_read / (time.perf_counter() - begun)
     # 4. Join the other ranks.
     counts, swapper, streamed = None, None, streamed_by(decoder)
@@ -203,7 +203,7 @@ def load_rank_model(
     eos_ids = frozenset(i for i in ends if i < decoder.spec.vocab)
     vocabulary = _vocabulary(options, decoder, eos_ids)
     num_blocks = size.num_blocks if context is None or context.has_requests else 1
-    executor = _runner(options, decoder, num_blocks, eos_ids, observer, GrammarMasks(vocabulary))
+    executor = _runner(options, decoder, draft, num_blocks, eos_ids, observer, vocabulary)
     return RankModel(
         decoder=decoder,
         executor=executor,
@@ -226,15 +226,14 @@ def load_rank_model(
 def _runner(
     options: RankModelOptions,
     decoder: Decoder,
+    draft: LoadedDraft,
     num_blocks: int,
     eos_ids: frozenset[int],
     observer: StepObserver | None,
-    masks: GrammarMasks,
+    vocabulary: Vocabulary | None,
 ) -> ModelRunner[ModelKvCache]:
-    """With guesses by the model itself, where they are wanted and it has the module."""
-    wanted, drafts = options.speculation, None
-    if wanted == "mtp" or (wanted == "auto" and decoder.mtp is not None):
-        drafts = MtpDrafts(decoder, options.max_num_seqs)
+    """With whoever guesses what follows, where that is wanted."""
+    masks, drafts = GrammarMasks(vocabulary), maker_of(options, decoder, draft, num_blocks)
     size = options.block_size
     return ModelRunner(decoder, num_blocks, size, eos_ids, observer, masks=masks, drafts=drafts)
 
@@ -246,18 +245,22 @@ def _load_weights(
     own: Mapping[int, Sequence[int]] | None,
     context: EpContext | None,
     progress: Callable[[int, int], None] | None,
+    draft: LoadedDraft,
 ) -> tuple[Decoder, KvSize]:
-    """The decoder of this rank's experts, and the KV that there is room for beside it."""
+    """The decoder of this rank's experts, and the KV that there is room for beside it and the draft
+    model, whose KV has as many blocks."""
+    options, beside = draft.within(options), draft.kv_bytes_per_token
     if ops.device.type != "cpu":
         ranks = (1, 1) if context is None else (context.group.world, context.neighbours)
         decoder, room = load_on_device(checkpoint, ops, options, own, progress, ranks)
-        per_token = decoder.kv_bytes_per_token
+        per_token = decoder.kv_bytes_per_token + beside
         return decoder, size_kv(per_token, decoder.spec.max_positions, options, room)
     if options.memory is None:
         decoder = assemble(checkpoint, ops, options, experts=own, progress=progress)
         available = read_memory().available // (1 if context is None else context.neighbours)
-        available = max(0, available - checkpoint.mapped_bytes - options.swap_memory)
-        per_token = decoder.kv_bytes_per_token
+        mapped = checkpoint.mapped_bytes + draft.mapped
+        available = max(0, available - mapped - options.swap_memory)
+        per_token = decoder.kv_bytes_per_token + beside
         return decoder, size_kv(per_token, decoder.spec.max_positions, options, available)
     if context is not None and options.weights_window is not None:
         raise ConfigError(
@@ -268,7 +271,7 @@ def _load_weights(
     options = options.model_copy(update={"memory": budget})
     kept = most_kept(options.max_num_batched_tokens, options.prefill_mode)
     streaming = Streaming.open(resolve_model(options.model), ops, options, own, kept)
-    per_token, spec = streaming.decoder.kv_bytes_per_token, streaming.decoder.spec
+    per_token, spec = streaming.decoder.kv_bytes_per_token + beside, streaming.decoder.spec
     modest = options.model_copy(update={"host_share": KV_SHARE_OF_BUDGET})
     size = size_kv(per_token, spec.max_positions, modest, streaming.room_for_kv)
     return streaming.load(size.num_blocks * options.block_size * per_token), size

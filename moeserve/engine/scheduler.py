@@ -299,6 +299,7 @@ class Scheduler:
         self.counters.steps += 1
         if self._drafter is not None:
             self._drafter.take(result.drafted, result.draft_s)
+            self.counters.draft_read_tokens += sum(one.read for one in result.drafted)
         return self.settle({s.request_id: s for s in result.sampled})
 
     def settle(self, sampled: Mapping[RequestId, Sampled]) -> list[TokenOut]:

@@ -51,6 +51,7 @@ _COUNTED: Mapping[str, tuple[str, str]] = {
     "drafts": ("drafts", "guesses of what follows, of one token or more"),
     "drafted_tokens": ("drafted_tokens", "tokens in them"),
     "accepted_tokens": ("accepted_tokens", "of these, those that were right"),
+    "draft_read_tokens": ("draft_read_tokens", "read by a draft model before it could guess"),
     "prefix_queried_tokens": ("prefix_cache_queries", "tokens looked up"),
     "prefix_hit_tokens": ("prefix_cache_hits", "tokens found"),
     "layered_steps": ("layered_steps", "forward passes with prompts in some layers only"),

@@ -349,13 +349,18 @@ def test_few_blocks_preempt_and_nothing_changes(
         assert (counters.swaps > 0) == (swap_memory > 0)
 
 
-def test_ranks_that_guess_with_the_models_own_module_answer_as_a_process_that_does_not() -> None:
+@pytest.mark.parametrize(
+    "guessing",
+    [{"speculation": "auto"}, {"speculation": "draft", "draft_model": "demo"}],
+    ids=["own module", "draft model"],
+)
+def test_ranks_that_guess_answer_as_a_process_that_does_not(guessing: dict[str, str]) -> None:
     """Each for its own requests, with whatever number of guesses it takes to pay."""
     path = resolve_model("demo")
     loaded = build_engine(EngineOptions(model=str(path), threads=1, **SMALL))
     plain = ask_all(loaded, PROMPTS, MIXED)
     assert loaded.close()
-    with serving(path, (0, 0), speculation="auto", microbatches=2) as group:
+    with serving(path, (0, 0), microbatches=2, **guessing) as group:
         assert ask_all(group, PROMPTS, MIXED) == plain
         counters = group.refresh().counters
     assert counters.drafted_tokens >= counters.drafts > 0
@@ -461,12 +466,19 @@ FACTORS: dict[str, dict[str, Any]] = {
     },
     "preempted": {"computed again": {}, "swapped": {"swap_memory": 1 << 20}},
     "tenants": {"fair": {}, "as they come": {"fairness": "off"}},
-    "speculation": {"off": {}, "ngram": {"speculation": "ngram"}},
+    "speculation": {
+        "off": {},
+        "ngram": {"speculation": "ngram"},
+        "draft": {"speculation": "draft"},
+        "auto": {"speculation": "auto"},
+    },
     "prefixes": {"cached": {}, "anew": {"prefix_cache": False}},
     "blocks": {"enough": {}, "few": {"num_blocks": 10, "max_model_len": 40}},
     "ranks": {"1": {}, "2": {}, "2, cut": {"microbatches": 2}},
     "cancels": {"none": {}, "some": {}},
 }
+# Draft models by kind of speculation: the model itself is always right, another one nearly never.
+DRAFTING = {"draft": "qwen3_moe", "auto": "deepseek_v3"}
 Combination = dict[str, str]
 
 
@@ -516,6 +528,8 @@ def test_policies_that_are_set_together_change_no_token(
     path, cancels = tiny_checkpoint("qwen3_moe"), one["cancels"] == "some"
     chosen = [FACTORS[factor][choice] for factor, choice in one.items()]
     settings = SMALL | dict(itertools.chain.from_iterable(each.items() for each in chosen))
+    if one["speculation"] in DRAFTING:
+        settings["draft_model"] = str(tiny_checkpoint(DRAFTING[one["speculation"]]))
     if one["ranks"] == "1":
         loaded = build_engine(EngineOptions(model=str(path), threads=1, **settings))
         answers = ask_with_cancels(loaded, cancels)

@@ -53,7 +53,8 @@ class MadeDrafts:
                 self._fresh = {}
             return
         self._fresh = {one.request_id: one.token_ids for one in drafted}
-        if longest := max(len(one.token_ids) for one in drafted):
+        longest = max(len(one.token_ids) for one in drafted)
+        if longest and not any(one.read for one in drafted):  # reading is done once
             self._passes.note(len(drafted), seconds / longest)
 
     def seconds(self, count: int, generating: int, step_s: float) -> float:
