@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from moeserve.kernels.ops import Ops
 
 EXAMPLE = "moeserve doctor --model demo --calibrate --prompt 512 --output 128 --batch 1,8,64"
-SIZES = ("memory", "kv_memory")
+SIZES = ("memory", "kv_memory", "swap_memory")
 PASSED_ON = (
-    "kv_memory quantization kv_dtype dtype max_num_seqs max_num_batched_tokens block_size".split()
+    *("kv_memory", "swap_memory", "quantization", "kv_dtype", "dtype"),
+    *("max_num_seqs", "max_num_batched_tokens", "block_size"),
 )
 MOST_BATCHES = 16
 
@@ -44,6 +45,7 @@ def add_forecast_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--batch", metavar="N,N", help="requests at once [1,8,64]")
     group.add_argument("--memory", metavar="SIZE", help="what the process may take [all there is]")
     group.add_argument("--kv-memory", metavar="SIZE", help="as of serve, and so are these")
+    group.add_argument("--swap-memory", metavar="SIZE")
     group.add_argument("--quantization", choices=("auto", "none", "int8", "int4"))
     group.add_argument("--kv-dtype", choices=("auto", "float32", "bfloat16", "int8"))
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"))
@@ -71,8 +73,7 @@ def request_of(args: argparse.Namespace) -> ForecastRequest | None:
         return None
     sizes = {name: bytes_of(name, said.pop(name)) for name in SIZES if name in said}
     options = {name: said[name] for name in PASSED_ON if name in said}
-    if "kv_memory" in sizes:
-        options["kv_memory"] = sizes["kv_memory"]
+    options |= {name: size for name, size in sizes.items() if name in PASSED_ON}
     return ForecastRequest(
         prompt=args.prompt or 512,
         output=args.output or 128,

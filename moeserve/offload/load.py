@@ -30,7 +30,7 @@ from moeserve.offload.disk_file import DiskFile, DiskRegion
 from moeserve.offload.experts import ExpertStream
 from moeserve.offload.foresight import PredictionGate
 from moeserve.offload.mover import PAGE, DiskMover, Read, open_mover
-from moeserve.offload.process_memory import LATER, resident, scratch_of
+from moeserve.offload.process_memory import LATER, kept_bytes, resident, scratch_of
 from moeserve.offload.residency import Residency
 from moeserve.offload.runner import StreamedLayerRunner
 from moeserve.offload.window import READ_DEADLINE_S, TrunkWindow
@@ -92,7 +92,7 @@ class Streaming:
             process=resident() + LATER,
             ends=packed.checkpoint.header.ends.region.nbytes,
             trunk=sum(max(trunks[place::places]) for place in range(places)),
-            scratch=kept * 4 * spec.hidden
+            scratch=kept_bytes(kept, spec.hidden)
             + scratch_of(spec, options.max_num_batched_tokens + kept, options.max_num_seqs),
         )
         kv_dtype = torch_dtype(options.kv_dtype) or packed.skeleton.dtype

@@ -34,6 +34,11 @@ def scratch_of(spec: ModelSpec, tokens: int, sequences: int) -> int:
     return tokens * 4 * (12 * spec.hidden + widest) + 3 * 4 * sequences * spec.vocab
 
 
+def kept_bytes(rows: int, hidden: int) -> int:
+    """Of so many rows that are kept between two steps: the residual stream is fp32."""
+    return rows * 4 * hidden
+
+
 def _attention_row(spec: GqaSpec | MlaSpec) -> int:
     if isinstance(spec, GqaSpec):
         return 3 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim
