@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from predict import WARM, bounds_of, seconds
@@ -109,7 +109,7 @@ class Workload:
     def predicted(self, machine: MachineModel, share: float) -> float:
         """Seconds."""
         routed = sum(count for count, layer in self.demand.layers if layer.experts)
-        held = WeightsInMemory(share, None, 0.0, 1.0, routed)
+        held = WeightsInMemory.of(share, routed, replace(machine.habits, foreseen=0.0))
         work = UniformWorkload(self.case.streams, self.case.prompt, self.case.answer)
         predictor = StepPredictor(machine, self.demand, held)
         return predict_batch(predictor, work, bounds_of(self.case)).seconds
@@ -138,7 +138,7 @@ def rows(work: Workload, machine: MachineModel) -> list[Row]:
     print(f"as it is: {usual:.2f} s", file=sys.stderr, flush=True)
     before = work.predicted(machine, share)
     found = []
-    half_disk = machine.disk_bytes_per_s / 2
+    half_disk = machine.disk_rate(work.demand.record_bytes) / 2
     took, _ = work.measured(share=work.share, disk=half_disk)
     slower = work.predicted(machine.scaled(disk=0.5), share)
     found.append(Row("disk", slower / before, took / usual))

@@ -5,10 +5,12 @@
                             [--seconds N] [--threads N] [--cpu-time] [--json FILE] [--plot FILE]
 
 Rounds, each between two calibrations of the host: what is compared are figures of one machine in
-one state. In a round every case runs through the real scheduler and runner, short ones again and
-again; its error is that of the median run against the mean of what both calibrations predict, and
-the median round counts. No case is used to calibrate. How often each expert is chosen is counted on
-other prompts than those measured, or taken to be equal (--use equal). ``--cpu-time`` with
+one state. In a round every case runs through the real scheduler and runner, with all settings in
+turn, short ones again and again, never with the same prompts; its error is that of the median run
+against the mean of what both calibrations predict, and the median round counts. Cases whose rounds
+are far apart are run in more rounds, up to twice as many. All settings' models stay in memory. No
+case is used to calibrate. How often each expert is chosen is counted on other prompts than those
+measured, or taken to be equal (--use equal). ``--cpu-time`` with
 ``--threads 1`` takes the thread's CPU time for both sides, where others use the machine; what waits
 for a disk has none. ``--share`` below 1 is of a packed model's experts that fit in memory: the
 others are read as steps need them. After ``--seconds`` no case is begun any more; ``--json`` is
@@ -32,7 +34,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moeserve.bench.generation import Case, prompts, run_prompts
+from moeserve.bench.generation import Case, run_prompts
 from moeserve.bench.roofline import LoadCounter
 from moeserve.config.options import LoadOptions, RankModelOptions
 from moeserve.core import Counters, Request, RequestId, SamplingParams
@@ -62,7 +64,9 @@ from offload import with_share
 BLOCK, STEP_TOKENS = 16, 512
 # A case runs again until so many seconds are over, or it has run so often.
 ENOUGH_S, MOST_RUNS = 0.4, 9
-COUNTED, WARM = Case(8, 96, 8), Case(8, 16, 4)
+COUNTED, WARM = Case(8, 96, 8), Case(8, 16, 24)
+# Of the median, how far a case's fastest and slowest round may be apart.
+SPREAD = 0.15
 KIND_OF_KV = {"int8": "int8", "bfloat16": "bf16", "float32": "fp32"}
 Clock = Callable[[], float]
 
@@ -108,8 +112,8 @@ def bounds_of(case: Case) -> ServerBounds:
     return ServerBounds(case.streams, max(STEP_TOKENS, case.streams), BLOCK, blocks)
 
 
-def seconds(decoder: Decoder, case: Case, clock: Clock) -> float:
-    """Of all steps; requests come at once."""
+def seconds(decoder: Decoder, case: Case, clock: Clock, run: int = 0) -> float:
+    """Of all steps; requests come at once, with prompts of their own in each ``run``."""
     counters, bounds = Counters(), bounds_of(case)
     config = SchedulerConfig(
         case.prompt + case.answer,
@@ -120,7 +124,9 @@ def seconds(decoder: Decoder, case: Case, clock: Clock) -> float:
     scheduler = Scheduler(config, BlockPool(bounds.num_blocks, BLOCK, counters), counters)
     runner = ModelRunner(decoder, bounds.num_blocks, BLOCK)
     params = SamplingParams(max_tokens=case.answer, temperature=0, ignore_eos=True)
-    for s, prompt in enumerate(prompts(case, decoder.spec.vocab)):
+    draw, vocab = random.Random(f"{case} {run}"), decoder.spec.vocab
+    for s in range(case.streams):
+        prompt = tuple(draw.choices(range(1, vocab), k=case.prompt))
         scheduler.add(Request(RequestId(str(s)), prompt, params))
     began = clock()
     while scheduler.has_work:
@@ -146,41 +152,45 @@ def counted_use(decoder: Decoder) -> list[tuple[float, ...]]:
 
 
 class Measured:
-    """What each setting asks for, and the seconds of cases. A setting's model is loaded for its
-    cases and let go of."""
+    """What each setting asks for, and the seconds of cases."""
 
     def __init__(self, model: Path, args: argparse.Namespace) -> None:
         self.demands: dict[Setting, ModelDemand] = {}
-        self.weights: dict[Setting, WeightsInMemory] = {}
+        self.shares: dict[Setting, float] = {}
+        self._decoders: dict[Setting, Decoder] = {}
         self._model, self._args = model, args
         self._ops = choose_ops(threads=args.threads)
         self._clock = time.thread_time if args.cpu_time else time.perf_counter
+        self._run = 0
 
     def round(
-        self, settings: Sequence[Setting], cases: Sequence[Case], end: float
+        self, pairs: Sequence[tuple[Setting, Case]], end: float
     ) -> Iterator[tuple[Setting, Case, float]]:
         """The median seconds of every case that begins before ``end``."""
-        for setting in settings:
+        for setting, case in pairs:
             if time.monotonic() > end:
                 return
-            decoder, share = self._load(setting)
-            if share < 1:  # until all slots have been used, and all records checked
-                seconds(decoder, WARM, self._clock)
-            if setting not in self.demands:
-                self.demands[setting] = self._demand(setting, decoder)
-                routed = len(decoder.spec.moe_layers)
-                self.weights[setting] = WeightsInMemory(share, None, 0.0, 1.0, routed)
-            for case in cases:
-                if time.monotonic() > end:
-                    break
-                yield setting, case, statistics.median(self._runs(decoder, case))
+            if setting not in self._decoders:
+                self._prepare(setting)
+            yield setting, case, statistics.median(self._runs(self._decoders[setting], case))
+
+    def close(self) -> None:
+        for decoder in self._decoders.values():
             if isinstance(decoder.runner, StreamedLayerRunner):
                 decoder.runner.close()
 
+    def _prepare(self, setting: Setting) -> None:
+        decoder, share = self._load(setting)
+        if share < 1:  # until all slots have been used, and all records checked
+            seconds(decoder, WARM, self._clock)
+        self._decoders[setting], self.shares[setting] = decoder, share
+        self.demands[setting] = self._demand(setting, decoder)
+
     def _runs(self, decoder: Decoder, case: Case) -> list[float]:
-        took = [seconds(decoder, case, self._clock)]
-        while sum(took) < ENOUGH_S and len(took) < MOST_RUNS:
-            took.append(seconds(decoder, case, self._clock))
+        took: list[float] = []
+        while not took or (sum(took) < ENOUGH_S and len(took) < MOST_RUNS):
+            self._run += 1
+            took.append(seconds(decoder, case, self._clock, self._run))
         return took
 
     def _load(self, setting: Setting) -> tuple[Decoder, float]:
@@ -203,14 +213,20 @@ class Measured:
 def compare(
     machines: Sequence[MachineModel],
     demand: ModelDemand,
-    weights: WeightsInMemory,
+    share: float,
     setting: Setting,
     case: Case,
     took: float,
 ) -> Compared:
-    """The mean of what each of ``machines`` predicts beside what was measured."""
+    """The mean of what each of ``machines`` predicts beside what was measured; ``share`` of the
+    experts are in memory."""
+    routed = sum(count for count, layer in demand.layers if layer.experts)
+    held = [WeightsInMemory.of(share, routed, machine.habits) for machine in machines]
     work, bounds = UniformWorkload(case.streams, case.prompt, case.answer), bounds_of(case)
-    found = [predict_batch(StepPredictor(m, demand, weights), work, bounds) for m in machines]
+    found = [
+        predict_batch(StepPredictor(machine, demand, weights), work, bounds)
+        for machine, weights in zip(machines, held, strict=True)
+    ]
     bound = statistics.mean(
         throughput_bound(
             machine,
@@ -221,7 +237,7 @@ def compare(
             concurrency=one.concurrent,
             weights=weights,
         ).generated_per_s
-        for machine, one in zip(machines, found, strict=True)
+        for machine, weights, one in zip(machines, held, found, strict=True)
     )
     measured = case.streams * case.answer / took
     predicted = case.streams * case.answer / statistics.mean(one.seconds for one in found)
@@ -247,6 +263,11 @@ def over_rounds(found: Sequence[Compared]) -> Compared:
     names = ("measured", "predicted", "bound", "error", "of_predicted", "of_bound")
     middle = {name: statistics.median(getattr(one, name) for one in found) for name in names}
     return replace(found[-1], **middle, rounds=len(found))
+
+
+def far_apart(rounds: Sequence[Compared]) -> bool:
+    took = [one.measured for one in rounds]
+    return max(took) - min(took) > SPREAD * statistics.median(took)
 
 
 def draw(rows: Sequence[Compared], file: Path) -> None:
@@ -314,28 +335,29 @@ def rounds_of(
     kinds = itertools.product(args.quantization, args.kv_dtype, args.share)
     settings = [Setting(*kind) for kind in kinds]
     cases = [Case(*c) for c in itertools.product(args.batch, args.prompt, args.output)]
-    end = time.monotonic() + args.seconds
+    pairs = [(setting, case) for case in cases for setting in settings]
     seen: dict[tuple[Setting, Case], list[Compared]] = {}
 
     def row(machines: Sequence[MachineModel], one: Setting, case: Case, took: float) -> Compared:
-        demand, weights = measured.demands[one], measured.weights[one]
-        return compare(machines, demand, weights, one, case, took)
+        return compare(machines, measured.demands[one], measured.shares[one], one, case, took)
 
     before = look()
-    for _ in range(args.rounds):
+    end = time.monotonic() + args.seconds
+    for n in range(2 * args.rounds):
         taken = []
-        for setting, case, took in measured.round(settings, cases, end):
+        wanted = pairs if n < args.rounds else [pair for pair in pairs if far_apart(seen[pair])]
+        for setting, case, took in measured.round(wanted, end):
             taken.append((setting, case, took))
             early = [row([before], *one) for one in taken if one[:2] not in seen]
             yield before, [over_rounds(found) for found in seen.values()] + early
+        if not taken:
+            return
         after = look()
         for setting, case, took in taken:
             both = row([before, after], setting, case, took)
             seen.setdefault((setting, case), []).append(both)
         yield after, [over_rounds(found) for found in seen.values()]
         before = after
-        if time.monotonic() > end:
-            return
 
 
 def main() -> None:
@@ -359,7 +381,8 @@ def main() -> None:
                 report=lambda what: status.update(f"calibrating: {what}"),
             )
 
-        for machine, rows in rounds_of(args, look, Measured(model, args)):
+        measured = Measured(model, args)
+        for machine, rows in rounds_of(args, look, measured):
             last = rows[-1]
             status.update(
                 f"{len(rows)} rows, last: batch {last.batch}, prompt {last.prompt}, "
@@ -367,6 +390,7 @@ def main() -> None:
             )
             if args.json is not None:
                 args.json.write_text(json.dumps(report(machine, rows), indent=1) + "\n")
+        measured.close()
     if args.plot is not None:
         draw(rows, args.plot)
     show(machine, rows)

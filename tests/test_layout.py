@@ -28,7 +28,8 @@ ROUTING = (
     "role_shift".split()
 )
 PERFORMANCE_MODEL = (
-    "machine overheads distinct demand residency predict workload schedule steady bound".split()
+    "machine overheads distinct locality demand residency predict workload schedule steady "
+    "bound".split()
 )
 POLICIES = (
     "choices drafts fairness layered made ngrams prefill_choice shape speculation swap targets "

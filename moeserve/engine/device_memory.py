@@ -29,6 +29,7 @@ from moeserve.models.decoder import Decoder, assemble
 from moeserve.models.library import resolve_model
 from moeserve.models.spec import DenseSpec, LayerSpec, MlaSpec, ModelSpec
 from moeserve.models.survey import survey
+from moeserve.offload.process_memory import kept_bytes
 
 # What the graphs of all buckets may take together: they share one pool. None are captured on NPUs.
 GRAPH_BYTES = {"cuda": 512 << 20}
@@ -135,7 +136,7 @@ def load_on_device(
     kept = most_kept(options.max_num_batched_tokens, options.prefill_mode)
     rows = options.max_num_batched_tokens + kept
     workspace = workspace_of(known.spec, rows, options.max_num_seqs)
-    workspace += kept * FP32 * known.spec.hidden
+    workspace += kept_bytes(kept, known.spec.hidden)
     block = known.kv_bytes_per_token * options.block_size
     found = free_memory(ops.device)
     card = within(found, options.device_memory)

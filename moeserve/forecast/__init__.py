@@ -9,6 +9,7 @@
     disk          how fast a file is read
     steps         real steps, timed, and Python's part of them
     rest          what steps cost beside products and attention
+    habits        how often a request's tokens choose alike
     streaming     what experts that are read cost beside the reading
     first_layers  a few layers of the model, to see what one costs
     timing        one call, timed

@@ -18,23 +18,32 @@ import torch
 from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.forecast.command import threads_and_isa
 from moeserve.forecast.disk import disk_rates
-from moeserve.forecast.first_layers import cut, first_layers, load_first_layers
+from moeserve.forecast.first_layers import MOST_BYTES, cut, first_layers, load_first_layers
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.rest import with_what_is_left
 from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
-from moeserve.forecast.steps import python_overheads, timed_steps, with_counted_use
-from moeserve.forecast.streaming import streaming_seconds
+from moeserve.forecast.steps import counted_use, python_overheads, timed_steps, with_use
+from moeserve.forecast.streaming import (
+    StreamingCost,
+    account_cost,
+    streamed_first_layers,
+    streaming_cost,
+)
 from moeserve.forecast.timing import CallTimer
 from moeserve.host import read_cache, read_memory
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.probe import PROBE_BYTES, probe_machine
 from moeserve.kernels.select import choose_ops
+from moeserve.models.decoder import load_decoder
 from moeserve.models.fingerprint import served_files
 from moeserve.models.library import DEMO, resolve_model
+from moeserve.models.packed.layout import is_packed
+from moeserve.models.spec import ModelSpec
 from moeserve.offload.calibrations import host_name
 from moeserve.offload.checkpoint_demand import StoredSizes, demand_of, stored_sizes
+from moeserve.offload.model.demand import ModelDemand
+from moeserve.offload.model.locality import RoutingHabits
 from moeserve.offload.model.machine import AttentionCost, MachineModel, ProductCurve
-from moeserve.offload.model.overheads import Overheads
 from moeserve.offload.model.predict import StepPredictor
 
 SECONDS = 9.0
@@ -98,11 +107,18 @@ def calibrate(
         attention=costs.attention,
     )
     report("steps")
-    overheads = overheads_of(machine, folder, sizes, options, ops, timer)
-    if shapes.experts:
-        account = streaming_seconds(shapes.experts, shapes.top_k, scratch, timer)
-        overheads = replace(overheads, streamed=account[0], record=account[1])
-    return replace(machine, overheads=overheads)
+    machine, last = with_steps(machine, folder, sizes, options, ops, timer)
+    if not shapes.experts:
+        return machine
+    report("streaming")
+    waits = timer.clock is time.perf_counter  # a clock of CPU time stands still meanwhile
+    if folder is not None and last.own and is_packed(folder) and waits:
+        cost = streamed_steps(machine, folder, last.demand, last.spec, options, ops, timer)
+    else:
+        cost = account_cost(shapes.experts, shapes.top_k, scratch, timer)
+    overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
+    habits = replace(machine.habits, foreseen=cost.foreseen)
+    return replace(machine, overheads=overheads, habits=habits)
 
 
 def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[str]:
@@ -129,17 +145,27 @@ def measure_kind(probe: KernelProbe, kind: str, costs: KernelCosts) -> None:
         costs.products["fp32"] = router.products("fp32")
 
 
-def overheads_of(
+@dataclass(frozen=True, slots=True)
+class TimedLayers:
+    """The deepest layers that were timed, and whether they are the model's ``own``."""
+
+    spec: ModelSpec
+    demand: ModelDemand
+    own: bool
+
+
+def with_steps(
     machine: MachineModel,
     folder: Path | None,
     sizes: StoredSizes | None,
     options: LoadOptions,
     ops: Ops,
     timer: CallTimer,
-) -> Overheads:
-    """From steps of the model's first layers; where there is no model, or these are too large, of
-    the model that is shipped, with kernels measured at its own sizes."""
+) -> tuple[MachineModel, TimedLayers]:
+    """``machine`` with what steps of the model's first layers show; where there is no model, or
+    these are too large, of the model that is shipped, with kernels measured at its own sizes."""
     depths, there = () if sizes is None else first_layers(sizes), machine
+    own = folder is not None and bool(depths)
     if folder is None or not depths:
         folder, options = resolve_model(DEMO), AS_STORED
         depths = first_layers(stored_sizes(folder))
@@ -153,8 +179,30 @@ def overheads_of(
     there = replace(there, overheads=python)
     decoder, decoders = load_first_layers(folder, depths[-1].spec, ops, options), []
     for depth in depths:
-        shallow = cut(decoder, depth.spec)
-        demand = with_counted_use(shallow, demand_of(depth, options, ops))
-        decoders.append((shallow, StepPredictor(there, demand)))
+        shallow, demand = cut(decoder, depth.spec), demand_of(depth, options, ops)
+        counter = counted_use(shallow, demand.vocab)
+        decoders.append((shallow, StepPredictor(there, with_use(demand, counter))))
     steps = timed_steps(decoders, timer.clock)
-    return with_what_is_left(python, steps, [predictor for _, predictor in decoders])
+    overheads = with_what_is_left(python, steps, [predictor for _, predictor in decoders])
+    if own and is_packed(folder) and sizes is not None and sizes.total <= MOST_BYTES:
+        # Deeper layers choose more alike, and to map them costs little.
+        counter = counted_use(load_decoder(folder, ops, options), sizes.spec.vocab)
+    found = replace(machine, overheads=overheads, habits=RoutingHabits(counter.repeat))
+    return found, TimedLayers(depths[-1].spec, decoders[-1][1].model, own)
+
+
+def streamed_steps(
+    machine: MachineModel,
+    folder: Path,
+    demand: ModelDemand,
+    spec: ModelSpec,
+    options: LoadOptions,
+    ops: Ops,
+    timer: CallTimer,
+) -> StreamingCost:
+    """Of the layers of ``spec``, which are the first of the packed model in ``folder``."""
+    decoder, runner = streamed_first_layers(folder, spec, ops, options)
+    try:
+        return streaming_cost(decoder, runner, StepPredictor(machine, demand), timer.clock)
+    finally:
+        runner.close()

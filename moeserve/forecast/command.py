@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from moeserve.kernels.ops import Ops
 
 EXAMPLE = "moeserve doctor --model demo --calibrate --prompt 512 --output 128 --batch 1,8,64"
-SIZES = ("memory", "kv_memory")
+SIZES = ("memory", "kv_memory", "swap_memory")
 PASSED_ON = (
-    "kv_memory quantization kv_dtype dtype max_num_seqs max_num_batched_tokens block_size "
-    "speculation".split()
+    *("kv_memory", "swap_memory", "quantization", "kv_dtype", "dtype"),
+    *("max_num_seqs", "max_num_batched_tokens", "block_size"),
+    "speculation",
 )
 MOST_BATCHES = 16
 
@@ -45,6 +46,7 @@ def add_forecast_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--batch", metavar="N,N", help="requests at once [1,8,64]")
     group.add_argument("--memory", metavar="SIZE", help="what the process may take [all there is]")
     group.add_argument("--kv-memory", metavar="SIZE", help="as of serve, and so are these")
+    group.add_argument("--swap-memory", metavar="SIZE")
     group.add_argument("--quantization", choices=("auto", "none", "int8", "int4"))
     group.add_argument("--kv-dtype", choices=("auto", "float32", "bfloat16", "int8"))
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"))

@@ -1,36 +1,39 @@
-"""How fast a file is read past the page cache, by the size of a read.
+"""How fast experts would be read, by the bytes of one: with the mover that serves.
 
-The files of the model itself where there are some, else one of ours that is removed again. Reads
-are O_DIRECT, in order, by two threads that take blocks in turn. Where the file system refuses that,
-pages are dropped first and reads are usual ones. Time and bytes are bounded.
+The files of the model itself where there are some, else one of ours that is removed again. Every
+size in turn, several times, and the median of its turns counts. A turn submits batches as a layer
+does: ``BATCH`` of the records in a stretch of ``STRETCH``, in their order, so that neighbours are
+one read. Reads are O_DIRECT; where the file system refuses that, pages are dropped first. Time and
+bytes are bounded.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
+import random
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
+from statistics import median
 
 from moeserve.errors import ConfigError
-from moeserve.models.files import open_regular
+from moeserve.offload.arena import Arena
+from moeserve.offload.disk_file import DiskFile
+from moeserve.offload.mover import DiskMover, Read, open_mover
 
 BLOCKS = (256 << 10, 1 << 20, 4 << 20)
-READERS = 2
-SECONDS = 0.4
+BATCH, STRETCH = 12, 24
+TURNS, TURN_SECONDS = 5, 0.1
+DEADLINE_S = 30.0
 OWN_BYTES = 128 << 20
-ALIGNED = 4096
 # Less than this says nothing about a disk.
 LEAST_BYTES = 8 << 20
 
 
 def disk_rates(files: Sequence[Path], folder: Path) -> dict[int, float]:
-    """Bytes per second by bytes of a read: of the largest of ``files``, else of a file made in
-    ``folder``; nothing where it cannot be measured."""
+    """Bytes per second by bytes of a record: of the largest of ``files``, else of a file made in
+    ``folder``. ConfigError where it cannot be measured."""
     large = [file for file in files if file.is_file() and file.stat().st_size >= LEAST_BYTES]
     try:
         if large:
@@ -50,58 +53,39 @@ def disk_rates(files: Sequence[Path], folder: Path) -> dict[int, float]:
 
 
 def rates_of(file: Path) -> dict[int, float]:
-    with open_regular(file) as opened:
-        direct = open_direct(file)
-        descriptor = opened.fileno() if direct is None else direct
-        try:
-            size = os.fstat(descriptor).st_size
-            return {
-                block: read_rate(descriptor, size, block, n, direct=direct is not None)
-                for n, block in enumerate(BLOCKS)
-                if block * READERS <= size
-            }
-        finally:
-            if direct is not None:
-                os.close(direct)
-
-
-def open_direct(file: Path) -> int | None:
-    """None where the file system refuses."""
-    flag = getattr(os, "O_DIRECT", 0)
-    if not flag:
-        return None
-    descriptor = -1
+    """Of sizes of which there are two in the file at least."""
+    opened, mover, draw = DiskFile.open(file), open_mover(), random.Random(1)
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | flag)
-        with mmap.mmap(-1, ALIGNED) as page:
-            os.preadv(descriptor, [page], 0)
-    except OSError:
-        if descriptor >= 0:
-            os.close(descriptor)
-        return None
-    return descriptor
+        counts = {block: opened.nbytes // block for block in BLOCKS}
+        arenas = {b: Arena(min(BATCH, count), b) for b, count in counts.items() if count >= 2}
+        for arena in arenas.values():  # memory that the system has not given yet would count
+            arena.memory.zero_()
+        rates = {block: list[float]() for block in arenas}
+        for _ in range(TURNS):
+            for block, arena in arenas.items():
+                rates[block].append(read_rate(mover, opened, arena, draw))
+        return {block: median(found) for block, found in rates.items()}
+    finally:
+        mover.close()
+        opened.close()
 
 
-def read_rate(descriptor: int, size: int, block: int, start: int, *, direct: bool) -> float:
-    """Of all readers together. Each size of a block begins elsewhere in the file, so that it does
-    not read what a device has just cached."""
-    blocks = size // block
-    if not direct and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    first = blocks * start // len(BLOCKS)
-    turns, end = count(), time.perf_counter() + SECONDS
-
-    def read(_: int) -> int:
-        done = 0
-        with mmap.mmap(-1, block) as buffer:
-            while time.perf_counter() < end:
-                turn = next(turns)
-                if turn >= blocks:
-                    break
-                done += os.preadv(descriptor, [buffer], (first + turn) % blocks * block)
-        return done
-
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(READERS) as pool:
-        done = sum(pool.map(read, range(READERS)))
-    return max(1, done) / (time.perf_counter() - begin)
+def read_rate(mover: DiskMover, file: DiskFile, arena: Arena, draw: random.Random) -> float:
+    """Of one turn, with records of the arena's size."""
+    block = arena.nbytes
+    count = file.nbytes // block
+    stretch = min(STRETCH, count)
+    if file.direct < 0 and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.buffered, 0, 0, os.POSIX_FADV_DONTNEED)
+    done, begin = 0, time.perf_counter()
+    while (taken := time.perf_counter() - begin) < TURN_SECONDS or not done:
+        first = draw.randrange(count - stretch + 1)
+        places = sorted(draw.sample(range(first, first + stretch), arena.slots))
+        reads = [
+            Read(file, place * block, block, arena.address(slot))
+            for slot, place in enumerate(places)
+        ]
+        for ticket in mover.submit(reads):
+            mover.wait(ticket, DEADLINE_S)
+        done += len(reads) * block
+    return done / taken

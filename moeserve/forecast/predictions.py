@@ -20,12 +20,13 @@ from moeserve.models.spec import ModelSpec
 from moeserve.offload.checkpoint_demand import StoredSizes, demand_of
 from moeserve.offload.model.bound import Resource, throughput_bound
 from moeserve.offload.model.demand import ModelDemand
+from moeserve.offload.model.locality import UNKNOWN, RoutingHabits
 from moeserve.offload.model.machine import MachineModel
 from moeserve.offload.model.predict import StepPredictor
 from moeserve.offload.model.residency import MemoryFit, MemoryParts, fit_memory
 from moeserve.offload.model.schedule import BatchPrediction, predict_batch
 from moeserve.offload.model.workload import ServerBounds, UniformWorkload
-from moeserve.offload.process_memory import LATER, scratch_of
+from moeserve.offload.process_memory import LATER, kept_bytes, scratch_of
 
 # Of a resource, what it has to cost when it is halved to be said to bind.
 BINDS = 1.02
@@ -113,7 +114,8 @@ def forecast(
 ) -> ForecastReport:
     """ConfigError where what is asked contradicts itself, such as a prompt that KV never holds."""
     model = demand_of(sizes, question.options, ops)
-    fit, bounds = divide_memory(model, question, sizes.spec)
+    habits = UNKNOWN if machine is None else machine.habits
+    fit, bounds = divide_memory(model, question, sizes.spec, habits)
     workloads: tuple[WorkloadForecast, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     if machine is not None and fit.fits:
@@ -142,16 +144,18 @@ def asked(question: ForecastQuestion) -> Iterator[UniformWorkload]:
 
 
 def divide_memory(
-    model: ModelDemand, question: ForecastQuestion, spec: ModelSpec
+    model: ModelDemand, question: ForecastQuestion, spec: ModelSpec, habits: RoutingHabits
 ) -> tuple[MemoryFit, ServerBounds]:
     """KV as ``serve`` sizes it, from what the weights leave of the budget; where these do not fit,
     from what the least of them leaves."""
     o = question.options
     kept = most_kept(o.max_num_batched_tokens, o.prefill_mode)
     scratch = scratch_of(spec, o.max_num_batched_tokens + kept, o.max_num_seqs)
-    scratch += kept * 4 * spec.hidden
+    scratch += kept_bytes(kept, spec.hidden)
     outside = question.process + LATER
-    nothing = fit_memory(model, question.budget, process=outside, kv=0, scratch=scratch)
+    nothing = fit_memory(
+        model, question.budget, process=outside, kv=0, scratch=scratch, swap=o.swap_memory
+    )
     whole = nothing.parts.total - nothing.parts.experts + model.expert_bytes
     block = model.kv_bytes_per_token * o.block_size
     room = question.budget - whole
@@ -164,7 +168,15 @@ def divide_memory(
         blocks = size_kv(model.kv_bytes_per_token, model.max_positions, o, room).num_blocks
     else:
         blocks = 0
-    fit = fit_memory(model, question.budget, process=outside, kv=blocks * block, scratch=scratch)
+    fit = fit_memory(
+        model,
+        question.budget,
+        process=outside,
+        kv=blocks * block,
+        scratch=scratch,
+        swap=o.swap_memory,
+        habits=habits,
+    )
     if not blocks:
         least = nothing.least + least_blocks * block
         fit = replace(fit, least=max(least, question.budget + 1))
@@ -252,7 +264,7 @@ def alternatives_to(
         other = change(question)
         try:
             model = demand_of(sizes, other.options, ops)
-            fit, bounds = divide_memory(model, other, sizes.spec)
+            fit, bounds = divide_memory(model, other, sizes.spec, machine.habits)
             if not fit.fits:
                 continue
             setup = _Setup(machine, model, fit, bounds)

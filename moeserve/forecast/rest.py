@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-import numpy as np
-
 from moeserve.forecast.steps import LONG, PROMPT, ProbedStep, TimedStep
+from moeserve.forecast.timing import two_costs
 from moeserve.offload.model.overheads import LEAST_FACTOR, MOST_FACTOR, Overheads, RestCurve
 from moeserve.offload.model.predict import StepPredictor
 
@@ -112,15 +111,4 @@ def ends_of(
         layer = max(0.0, (many.left - few.left) / (many.layers - few.layers))
         ends = min(few.left - few.layers * layer, many.left - many.layers * layer)
         points.append((few.kind.rows, ends, 1.0 / few.seconds))
-    if not points:
-        return 0.0, 0.0
-    rows_N, ends_N, weight_N = (np.array(column, float) for column in zip(*points, strict=True))
-    both_NC = np.stack([np.ones_like(rows_N), rows_N], 1) * weight_N[:, None]
-    y_N = ends_N * weight_N
-    tried = [(0.0, 0.0)]
-    for columns in ([0], [1], [0, 1]):
-        found = np.zeros(2)
-        found[columns] = np.linalg.lstsq(both_NC[:, columns], y_N, rcond=None)[0]
-        if (found >= 0).all():
-            tried.append((float(found[0]), float(found[1])))
-    return min(tried, key=lambda one: float(np.square(y_N - both_NC @ np.array(one)).sum()))
+    return two_costs(points)

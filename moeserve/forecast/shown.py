@@ -15,6 +15,7 @@ NAMES = {
     "head": "head",
     "experts": "routed experts",
     "kv": "KV",
+    "swap": "KV of preempted requests",
     "scratch": "a step",
 }
 SHOWN = 5

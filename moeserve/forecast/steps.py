@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.core import Counters, Request, RequestId, SamplingParams, StepPlan
@@ -26,6 +24,7 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.model_runner import Forward, ModelRunner, StepObserver
 from moeserve.engine.scheduler import Scheduler
+from moeserve.forecast.habits import UseCounter
 from moeserve.kernels.ops import Ops
 from moeserve.models.batch import StepBatch
 from moeserve.offload.model.demand import ModelDemand
@@ -34,7 +33,7 @@ from moeserve.offload.model.overheads import Overheads
 from moeserve.offload.model.predict import StepPredictor, StepWork
 
 BLOCK = 16
-PROMPT, LONG = 8, 256
+PROMPT, COUNTED, LONG = 8, 32, 256
 STEPS = 12
 BUDGET = 4096
 VOCAB = 4096
@@ -88,25 +87,6 @@ class AnsweringDecoder:
         self, steps: Sequence[StepBatch], cache: None, observer: object = None
     ) -> list[Tensor]:
         return [self._logits_RV[: len(step.logit_rows_R)] for step in steps]
-
-
-class UseCounter:
-    """A ``StepObserver`` that counts how often each expert of each layer is chosen."""
-
-    def __init__(self) -> None:
-        self.chosen: dict[int, NDArray[np.int64]] = {}
-
-    def begin(self, plan: StepPlan) -> None: ...
-
-    def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
-        more = np.bincount(ids_TC.ravel())
-        before = self.chosen.get(layer, np.zeros(0, np.int64))
-        total = np.zeros(max(len(before), len(more)), np.int64)
-        total[: len(before)] += before
-        total[: len(more)] += more
-        self.chosen[layer] = total
-
-    def end(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +154,15 @@ def python_overheads(ops: Ops, clock: Clock) -> Overheads:
     return Overheads(step=max(0.0, few - row * FEW), row=row)
 
 
-def with_counted_use(decoder: Forward[Any], model: ModelDemand) -> ModelDemand:
-    """The same with the use of experts that steps like those that are timed have."""
+def counted_use(decoder: Forward[Any], vocab: int) -> UseCounter:
+    """Of steps like those that are timed."""
     counter = UseCounter()
-    step_seconds(decoder, 8, 64, STEPS, lambda: 0.0, vocab=model.vocab, observer=counter)
+    step_seconds(decoder, 8, COUNTED, STEPS, lambda: 0.0, vocab=vocab, observer=counter)
+    return counter
+
+
+def with_use(model: ModelDemand, counter: UseCounter) -> ModelDemand:
+    """The same with the use of experts that was counted."""
     top_k = [layer.experts.top_k for n, layer in model.layers for _ in range(n) if layer.experts]
     count = [layer.experts.count for n, layer in model.layers for _ in range(n) if layer.experts]
     chosen = [counter.chosen[layer] for layer in sorted(counter.chosen)]

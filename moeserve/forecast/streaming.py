@@ -1,30 +1,123 @@
-"""What it costs to keep account of experts that are read from disk, beside the reading itself.
+"""What experts that are read from disk cost beside the reading, and how many are foreseen.
 
-The real ``ExpertStream`` over slots of a page each, with reads that are done at once: which experts
-are there, which give way, and the waits are as they are where a model is streamed; what is left out
-is the disk. Two sizes of steps tell what a layer costs from what a record does.
+Of a packed model real steps of its first layers are timed, with room for the experts of two layers
+or a quarter of all: what they take that is no wait for the disk, and is more than the same steps
+are predicted to take with all in memory. Two sizes of steps tell what a layer costs from what a
+record does; and it is counted what was read ahead of its layer's choice.
+
+A model that is not packed cannot be streamed. What it would cost once it is, is measured with the
+real ``ExpertStream`` over slots of a page each, whose reads are done at once: which experts are
+there, which give way, and the waits are as they will be; nothing is computed.
 """
 
 from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
-from moeserve.forecast.timing import CallTimer
+from moeserve.config.options import LoadOptions, RankModelOptions
+from moeserve.forecast.steps import PROMPT, step_seconds
+from moeserve.forecast.timing import CallTimer, two_costs
+from moeserve.kernels.ops import Ops
+from moeserve.models.decoder import Decoder
+from moeserve.models.spec import ModelSpec
 from moeserve.offload.arena import Arena
 from moeserve.offload.disk_file import DiskFile, DiskRegion
 from moeserve.offload.experts import ExpertStream
+from moeserve.offload.load import Streaming
+from moeserve.offload.model.predict import StepPredictor, StepWork
 from moeserve.offload.mover import MoverCounts, Read, Ticket
 from moeserve.offload.residency import Residency
+from moeserve.offload.runner import StreamedLayerRunner
 
 PAGE = 4096
 LAYERS = 8
 # Of all experts, those that have a slot.
 ROOM = 4
+# Requests that decode, and how many steps of them.
+SIZES = (1, 4, 8)
+STEPS = 6
+NO_LIMIT = 1 << 50
+
+
+@dataclass(frozen=True, slots=True)
+class StreamingCost:
+    """Seconds of a layer whose experts are streamed, and of each ``record`` that is read for it;
+    ``foreseen`` as in ``RoutingHabits``."""
+
+    layer: float
+    record: float
+    foreseen: float = 0.0
+
+
+class ReadingClock:
+    """Tells the time without what was waited for the disk, and keeps what was read until then."""
+
+    def __init__(self, stream: ExpertStream, clock: Callable[[], float]) -> None:
+        self._stream, self._clock = stream, clock
+        self.reads: list[int] = []
+        self.ahead: list[int] = []
+        self.missed: list[int] = []
+
+    def __call__(self) -> float:
+        moved, counts = self._stream.mover.counts(), self._stream.counts
+        self.reads.append(moved.reads - moved.cancelled)
+        self.ahead.append(counts.ahead_used)
+        self.missed.append(counts.misses + counts.ahead_used)
+        return self._clock() - 1e-9 * moved.waited_ns
+
+
+def streamed_first_layers(
+    folder: Path, spec: ModelSpec, ops: Ops, options: LoadOptions
+) -> tuple[Decoder, StreamedLayerRunner]:
+    """The layers of ``spec``, which are the first of the packed model in ``folder``."""
+    asked = RankModelOptions(model=str(folder), memory=NO_LIMIT, **options.model_dump())
+    streaming = Streaming.open(folder, ops, asked)
+    own = {l: experts for l, experts in streaming.own.items() if l < len(spec.layers)}
+    records = replace(streaming.records, count=sum(map(len, own.values())))
+    room = max(records.least, records.count // ROOM * records.nbytes)
+    cut = replace(
+        streaming,
+        decoder=replace(streaming.decoder, spec=spec),
+        own=own,
+        records=records,
+        budget=streaming.fixed.total + room,
+    )
+    decoder = cut.load(kv=0)
+    assert isinstance(decoder.runner, StreamedLayerRunner), decoder.runner
+    return decoder, decoder.runner
+
+
+def streaming_cost(
+    decoder: Decoder,
+    runner: StreamedLayerRunner,
+    predictor: StepPredictor,
+    clock: Callable[[], float],
+) -> StreamingCost:
+    """``predictor`` is of the same layers, all in memory."""
+    vocab, stream = decoder.spec.vocab, runner.stream
+    layers = len(decoder.spec.moe_layers)
+    step_seconds(decoder, max(SIZES), PROMPT, 2, clock, vocab=vocab)  # records are checked once
+    costs, ahead, missed = [], 0, 0
+    for size in SIZES:
+        told = ReadingClock(stream, clock)
+        steps = step_seconds(decoder, size, PROMPT, STEPS, told, vocab=vocab)
+        decodes = [n for n, (plan, _) in enumerate(steps) if plan.num_tokens == size and n]
+        work = StepWork(0, size, size * (PROMPT + STEPS / 2), 0.0, size)
+        left = median(steps[n][1] for n in decodes) - predictor.step(work).total
+        reads = median(told.reads[2 * n + 1] - told.reads[2 * n] for n in decodes)
+        costs.append((reads / layers, left / layers, 1.0 / median(steps[n][1] for n in decodes)))
+        ahead += sum(told.ahead[2 * n + 1] - told.ahead[2 * n] for n in decodes)
+        missed += sum(told.missed[2 * n + 1] - told.missed[2 * n] for n in decodes)
+    layer, record = two_costs(costs)
+    of_layers = missed * (layers - 1) / layers  # nothing comes before the first
+    return StreamingCost(layer, record, min(1.0, ahead / of_layers) if of_layers else 0.0)
 
 
 class DoneAtOnce:
@@ -46,10 +139,8 @@ class DoneAtOnce:
     def close(self) -> None: ...
 
 
-def streaming_seconds(
-    experts: int, top_k: int, scratch: Path, timer: CallTimer
-) -> tuple[float, float]:
-    """Of a layer whose experts are streamed, and of each record that is read for it."""
+def account_cost(experts: int, top_k: int, scratch: Path, timer: CallTimer) -> StreamingCost:
+    """Of keeping account alone."""
     few, many = top_k, min(experts, 8 * top_k)
     with tempfile.NamedTemporaryFile(dir=scratch) as own:
         own.truncate(PAGE)
@@ -60,7 +151,7 @@ def streaming_seconds(
         finally:
             file.close()
     each = max(0.0, other - one) / (more - records) if more > records else 0.0
-    return max(0.0, one - each * records), each
+    return StreamingCost(max(0.0, one - each * records), each)
 
 
 def _of_layer(file: DiskFile, experts: int, chosen: int, timer: CallTimer) -> tuple[float, float]:

@@ -33,7 +33,13 @@ from moeserve.offload.disk_file import DiskFile, DiskRegion
 from moeserve.offload.experts import ExpertStream
 from moeserve.offload.foresight import PredictionGate
 from moeserve.offload.mover import PAGE, DiskMover, Read, open_mover
-from moeserve.offload.process_memory import LATER, drafting_bytes, resident, scratch_of
+from moeserve.offload.process_memory import (
+    LATER,
+    drafting_bytes,
+    kept_bytes,
+    resident,
+    scratch_of,
+)
 from moeserve.offload.residency import Residency
 from moeserve.offload.runner import StreamedLayerRunner
 from moeserve.offload.window import READ_DEADLINE_S, TrunkWindow
@@ -97,7 +103,7 @@ class Streaming:
             process=resident() + LATER,
             ends=packed.checkpoint.header.ends.region.nbytes,
             trunk=sum(max(trunks[place::places]) for place in range(places)),
-            scratch=kept * 4 * spec.hidden
+            scratch=kept_bytes(kept, spec.hidden)
             + scratch_of(spec, options.max_num_batched_tokens + kept, options.max_num_seqs),
         )
         kv_dtype = torch_dtype(options.kv_dtype) or packed.skeleton.dtype

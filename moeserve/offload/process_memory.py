@@ -49,6 +49,11 @@ def drafting_bytes(spec: ModelSpec, ops: Ops, kv_dtype: torch.dtype, options: St
     return kv + 4 * (rows + options.max_num_seqs * spec.vocab)
 
 
+def kept_bytes(rows: int, hidden: int) -> int:
+    """Of so many rows that are kept between two steps: the residual stream is fp32."""
+    return rows * 4 * hidden
+
+
 def _attention_row(spec: GqaSpec | MlaSpec) -> int:
     if isinstance(spec, GqaSpec):
         return 3 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim

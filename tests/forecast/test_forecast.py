@@ -34,10 +34,11 @@ from moeserve.forecast.steps import (
     AnsweringDecoder,
     ProbedStep,
     TimedStep,
+    counted_use,
     seconds_of,
-    with_counted_use,
+    with_use,
 )
-from moeserve.forecast.streaming import streaming_seconds
+from moeserve.forecast.streaming import account_cost, streamed_first_layers, streaming_cost
 from moeserve.forecast.targets import missed_targets
 from moeserve.forecast.timing import CallTimer
 from moeserve.host import read_cache
@@ -426,13 +427,25 @@ def test_the_first_layers_of_a_model_run_by_themselves(
         assert decoder.spec.layers == sizes.spec.layers[: len(more.layers)]
         for of, kind in ((cut(decoder, few.spec), ProbedStep(2, 8)), (decoder, ProbedStep(0, 8))):
             assert min(seconds_of(of, kind, time.perf_counter, 64)) > 0
-        counted = with_counted_use(decoder, demand_of(more, LoadOptions(), ops))
+        counter = counted_use(decoder, decoder.spec.vocab)
+        counted = with_use(demand_of(more, LoadOptions(), ops), counter)
         assert all(x.experts.use for _, x in counted.layers if x.experts)
+        assert 0 < counter.repeat <= 1
+    streamed, runner = streamed_first_layers(packed, more.spec, ops, LoadOptions())
+    try:
+        predictor = StepPredictor(a_machine(), counted)
+        cost = streaming_cost(streamed, runner, predictor, time.perf_counter)
+    finally:
+        runner.close()
+    assert min(cost.layer, cost.record) >= 0
+    assert 0 <= cost.foreseen <= 1
+    assert runner.stream.mover.counts().reads > 0
 
 
 def test_keeping_account_of_experts_takes_time(tmp_path: Path) -> None:
-    layer, record = streaming_seconds(8, 2, tmp_path, QUICK)
-    assert layer + record > 0 <= min(layer, record)
+    cost = account_cost(8, 2, tmp_path, QUICK)
+    assert cost.layer + cost.record > 0 <= min(cost.layer, cost.record)
+    assert cost.foreseen == 0.0
     assert not any(tmp_path.iterdir())
 
 
@@ -495,7 +508,8 @@ def test_doctor_measures_keeps_and_predicts(tmp_path: Path) -> None:
     found = json.loads(done.stdout)["forecast"]
     assert found["calibration"] == machine.name
     assert {"bf16", "fp32"} <= set(machine.products)
-    assert machine.disk_bytes_per_s > 0
+    assert machine.disk_rate(1 << 20) > 0
+    assert 0 < machine.habits.repeat <= 1
 
 
 @pytest.mark.long

@@ -259,7 +259,7 @@ def test_streaming_is_read_from_disk_as_far_as_it_is_missing() -> None:
     for share in (0.0, 0.25, 0.5):
         step = StepPredictor(machine, model, WeightsInMemory(share)).step(work)
         assert step.disk_bytes == pytest.approx(all_of_them * (1 - share))
-        assert step.disk == pytest.approx(step.disk_bytes / (2 * GB))
+        assert step.disk == pytest.approx(step.disk_bytes / machine.disk_rate(experts.each.nbytes))
     behind = StepPredictor(machine, model, WeightsInMemory(0.0)).step(work)
     ahead = StepPredictor(machine, model, WeightsInMemory(0.0, None, 1.0)).step(work)
     assert behind.total > ahead.total >= ahead.disk
@@ -280,14 +280,38 @@ def test_a_step_that_needs_nearly_all_experts_reads_them_beside_the_layer_before
         assert late.total == pytest.approx(alone + late.disk)
 
 
-def test_what_a_step_computes_with_and_reads_keeps_nothing_for_the_next() -> None:
-    """640 experts share the room; a step that touches all 32 of a layer holds 64 slots of them."""
+def test_what_a_step_reads_for_two_layers_keeps_nothing_for_the_next() -> None:
+    """640 experts share the room; what is missing takes slots, so that more is missing."""
     experts = ExpertsDemand(MatrixDemand(1 << 20, 1 << 20, "int8"), 32, 4)
     room = WeightsInMemory(0.15, routed=20)
-    assert room.missing_experts(experts, 1000) == pytest.approx(32 * (1 - (96 - 64) / 640))
-    assert room.missing_experts(experts, 1) == pytest.approx(4 * (1 - (96 - 8) / 640))
+    for tokens, touched in ((1000, 32), (1, 4)):
+        missing = room.missing_experts(experts, tokens)
+        assert missing == pytest.approx(touched * (1 - (96 - 2 * missing) / 640), rel=1e-5)
     assert WeightsInMemory(0.05, routed=20).missing_experts(experts, 1000) == pytest.approx(32)
     assert WeightsInMemory(1.0, routed=20).missing_experts(experts, 1000) == 0.0
+
+
+def test_a_read_is_as_fast_as_those_of_its_size() -> None:
+    machine = a_machine(disk={1 << 20: 1 * GB, 4 << 20: 2 * GB})
+    sizes = (1, 1 << 20, 5 << 19, 4 << 20, 1 << 30)
+    assert [machine.disk_rate(size) / GB for size in sizes] == [1.0, 1.0, 1.5, 2.0, 2.0]
+    assert a_machine(disk={}).disk_rate(1 << 20) == 0.0
+
+
+def test_what_is_foreseen_is_read_beside_the_layer_before() -> None:
+    """The layer waits for the rest; what is read in vain takes the disk, and no more than began."""
+    model, work = a_model(), StepWork(0, 4, 400, 0, 4, 20)
+    slow = a_machine(disk={4 << 20: 1e7})
+    late, early = (WeightsInMemory(0.3, None, seen, 0.0, 8, 0.4) for seen in (0.0, 0.8))
+    before, after = (StepPredictor(slow, model, held).step(work) for held in (late, early))
+    assert before.disk_bytes < after.disk_bytes < 1.05 * before.disk_bytes
+    assert before.total > after.total >= after.disk
+    fast = a_machine(disk={4 << 20: 1e12})
+    without, beside = (StepPredictor(fast, model, held).step(work) for held in (late, early))
+    layer = model.layers[0][1].experts
+    assert layer is not None
+    in_vain = early.expert_reads(layer, 4, 20).in_vain
+    assert beside.disk_bytes == pytest.approx(without.disk_bytes + 8 * in_vain * layer.each.nbytes)
 
 
 def test_the_experts_used_most_are_kept() -> None:
@@ -398,7 +422,7 @@ def test_stage_2_becomes_stage_1() -> None:
     machine, model, held = streaming()
     kv_tokens, p, g = 3_000_000, 98, 512
     predictor = StepPredictor(machine, model, held)
-    delta = model.expert_bytes / machine.disk_bytes_per_s
+    delta = model.expert_bytes / machine.disk_rate(model.record_bytes)
     bound, n = streamed_bound(p, g, kv_tokens=kv_tokens, delta=delta, compute=math.inf)
     reached = []
     for requests in (100, 1_000, 100_000, 1_000_000):

@@ -16,9 +16,10 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from moeserve.errors import ConfigError
+from moeserve.offload.model.locality import RoutingHabits
 from moeserve.offload.model.overheads import MOST_POINTS, Overheads, RestCurve, between
 
-VERSION = 3
+VERSION = 4
 KINDS = ("fp32", "bf16", "int8", "int4")
 T = TypeVar("T")
 
@@ -77,7 +78,8 @@ class AttentionCost:
 class MachineModel:
     """``memory`` is bytes read per second by number of threads, ``disk`` by the size of a read;
     ``cache`` the bytes of the last cache. ``experts`` are products of routed experts, by rows per
-    expert. ``slower_memory`` and ``slower_compute`` stretch what is bound by either."""
+    expert; ``habits`` were counted in the steps that were timed. ``slower_memory`` and
+    ``slower_compute`` stretch what is bound by either."""
 
     host: str
     measured: str
@@ -91,6 +93,7 @@ class MachineModel:
     experts: Mapping[str, ProductCurve]
     attention: Mapping[str, AttentionCost]
     overheads: Overheads = field(default_factory=Overheads)
+    habits: RoutingHabits = field(default_factory=RoutingHabits)
     slower_memory: float = 1.0
     slower_compute: float = 1.0
 
@@ -110,10 +113,16 @@ class MachineModel:
         """Of all threads."""
         return self.memory[self.threads] / self.slower_memory
 
-    @property
-    def disk_bytes_per_s(self) -> float:
-        """With the best size of a read; 0 where no disk was measured."""
-        return max(self.disk.values(), default=0.0)
+    def disk_rate(self, nbytes: float) -> float:
+        """Bytes per second of reads of so many bytes: straight between the sizes that were
+        measured, and outside of them that of the nearest; 0 where no disk was measured."""
+        sizes = sorted(self.disk)
+        rates = [self.disk[size] for size in sizes]
+        if not sizes:
+            return 0.0
+        if nbytes <= sizes[0]:
+            return rates[0]
+        return rates[-1] if nbytes >= sizes[-1] else between(sizes, rates, nbytes)
 
     def scaled(
         self, *, memory: float = 1.0, compute: float = 1.0, disk: float = 1.0
@@ -200,6 +209,7 @@ def _read(said: Any) -> MachineModel:
             for kind, c in said["attention"].items()
         },
         overheads=_overheads(said["overheads"]),
+        habits=RoutingHabits(*(_number(said["habits"][of]) for of in ("repeat", "foreseen"))),
     )
 
 

@@ -12,25 +12,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeserve.offload.model.demand import AttentionDemand, LayerDemand, MatrixDemand, ModelDemand
+from moeserve.offload.model.locality import WINDOW
 from moeserve.offload.model.machine import MachineModel, ProductCurve
-from moeserve.offload.model.residency import WeightsInMemory
+from moeserve.offload.model.residency import ExpertReads, WeightsInMemory
 
 ALL_IN_MEMORY = WeightsInMemory()
+NONE = ExpertReads()
 # Steps whose layers are remembered, so that a scheduler asks cheaply.
 MOST_REMEMBERED = 4096
+# Steps that sequences are taken to have decoded where nobody says.
+SETTLED = 32
 
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
     """``prefill_pairs`` are the (query, position) pairs that attention of the prompts' tokens has,
     ``decode_context`` the tokens of KV that the decoding sequences hold, ``rows`` those whose
-    logits are wanted. A mean over steps need not be whole."""
+    logits are wanted. The sequences have decoded for ``made`` steps before. A mean over steps need
+    not be whole."""
 
     prefill_tokens: float
     decode_tokens: float
     decode_context: float
     prefill_pairs: float
     rows: float
+    made: float = 0.0
 
     @property
     def tokens(self) -> float:
@@ -92,7 +98,7 @@ class StepPredictor:
         self.machine = machine
         self.model = model
         self.weights = weights
-        self._products: dict[tuple[float, float], tuple[StepSeconds, ...]] = {}
+        self._products: dict[tuple[float, ...], tuple[StepSeconds, ...]] = {}
 
     def seconds(self, prefill_tokens: int, decode_tokens: int, context_tokens: int) -> float:
         """Of a step with so many tokens of prompts, taken for one prompt from its beginning, and
@@ -100,7 +106,7 @@ class StepPredictor:
         ``context_tokens`` tokens of KV. It does not fall as any of the three grows."""
         pairs = prefill_tokens * (prefill_tokens + 1) / 2
         rows = decode_tokens + (prefill_tokens > 0)
-        work = StepWork(prefill_tokens, decode_tokens, context_tokens, pairs, rows)
+        work = StepWork(prefill_tokens, decode_tokens, context_tokens, pairs, rows, SETTLED)
         return self.step(work).total
 
     def step(self, work: StepWork) -> StepSeconds:
@@ -111,7 +117,7 @@ class StepPredictor:
         if not work.tokens:
             return total
         coldness = self._coldness(work)
-        products = self._products_of(work.tokens, coldness)
+        products = self._products_of(work.tokens, work.made, coldness)
         for (count, layer), product in zip(self.model.layers, products, strict=True):
             total += self._layer(layer, work, product, coldness).times(count)
         if work.rows:
@@ -124,51 +130,67 @@ class StepPredictor:
         touched = self.model.touched_bytes(work.tokens) + kv
         return round(self.machine.coldness(touched), 2)
 
-    def _products_of(self, tokens: float, coldness: float) -> tuple[StepSeconds, ...]:
-        """Of each kind of layer, all that depends on the number of tokens alone."""
-        key = (tokens, coldness)
+    def _products_of(self, tokens: float, made: float, coldness: float) -> tuple[StepSeconds, ...]:
+        """Of each kind of layer, all that depends on the number of tokens and, where experts are
+        read, on the steps before."""
+        made = 0.0 if self.weights.share >= 1 else min(WINDOW, round(made))
+        key = (tokens, made, coldness)
         found = self._products.get(key)
         if found is None:
             found = tuple(
-                self._layer_products(layer, tokens, coldness) for _, layer in self.model.layers
+                self._layer_products(layer, tokens, made, coldness)
+                for _, layer in self.model.layers
             )
             if len(self._products) >= MOST_REMEMBERED:
                 self._products.clear()
             self._products[key] = found
         return found
 
-    def _layer_products(self, layer: LayerDemand, tokens: float, coldness: float) -> StepSeconds:
+    def _layer_products(
+        self, layer: LayerDemand, tokens: float, made: float, coldness: float
+    ) -> StepSeconds:
         overheads = self.machine.overheads
         total = StepSeconds(total=overheads.layer, fixed=overheads.layer)
         for matrix in layer.always:
             total += self._matrix(matrix, tokens, coldness)
-        missing = self.weights.missing_trunk(layer, self.model.num_layers)
+        trunk, reads, record = self.weights.missing_trunk(layer, self.model.num_layers), NONE, 0
         if layer.experts is not None:
-            experts = layer.experts
+            experts, record = layer.experts, layer.experts.each.nbytes
             touched = experts.touched(tokens)
             curve = self.machine.expert(experts.each.kind)
             rows = tokens * experts.top_k / touched
             total += self._product(experts.each, curve, rows, coldness).times(touched)
-            absent = self.weights.missing_experts(experts, tokens)
-            missing += absent * experts.each.nbytes
             if self.weights.share < 1:
-                account = overheads.streamed + overheads.record * absent
-                total += StepSeconds(total=account, fixed=account)
-        return self._with_reads(total, missing, self.weights.foreseen_by(layer.experts, tokens))
+                reads = self.weights.expert_reads(experts, tokens, made)
+                total += StepSeconds(total=overheads.streamed, fixed=overheads.streamed)
+        return self._with_reads(total, reads, record, trunk)
 
-    def _with_reads(self, layer: StepSeconds, missing: float, foreseen: float) -> StepSeconds:
-        """What is read for a layer: its memory's bandwidth is shared by what the disk writes and
-        the products read; ``foreseen`` reads take place while the layer before computes, for the
-        others the layer waits."""
-        if missing <= 0:
+    def _with_reads(
+        self, layer: StepSeconds, reads: ExpertReads, record: int, trunk: float
+    ) -> StepSeconds:
+        """What is read for a layer, records of so many bytes and ``trunk`` bytes more: memory's
+        bandwidth is shared by what the disk writes and the products read. What is foreseen is read
+        while the layer before computes, and so is the trunk; for the others the layer waits. What
+        is read in vain has begun before the layer chose: as much as there was time for."""
+        if not reads.missing and not trunk:
             return layer
-        rate = self.machine.disk_bytes_per_s
-        disk = missing / rate if rate else float("inf")
-        memory = layer.memory + missing / self.machine.memory_bytes_per_s
-        own = layer.total + disk * (1 - foreseen)
+        each, own = self._disk_seconds(record), layer.total
+        ahead = (reads.foreseen * reads.missing + reads.in_vain) * each
+        begun = min(1.0, own / ahead) if ahead > 0 else 0.0
+        count = reads.missing + reads.in_vain * begun
+        disk = count * each + self._disk_seconds(trunk)
+        account = self.machine.overheads.record * count
+        nbytes = count * record + trunk
+        memory = layer.memory + nbytes / self.machine.memory_bytes_per_s
+        waited = own + account + (1 - reads.foreseen) * reads.missing * each
         return StepSeconds(
-            max(own, memory, disk), memory, layer.compute, disk, layer.fixed, missing
+            max(waited, memory, disk), memory, layer.compute, disk, layer.fixed + account, nbytes
         )
+
+    def _disk_seconds(self, nbytes: float) -> float:
+        """Of one read."""
+        rate = self.machine.disk_rate(nbytes)
+        return nbytes / rate if rate else float("inf")
 
     def _layer(
         self, layer: LayerDemand, work: StepWork, product: StepSeconds, coldness: float

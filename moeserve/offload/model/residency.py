@@ -1,65 +1,119 @@
 """Which part of a model is in memory, and what of it a step has to read from disk. Pure.
 
 What must be there in any case: the trunk of the layers, embedding, head and KV. Of the routed
-experts a share may be: the most used ones first. What is read for a step goes through the slots of
-experts that are left.
+experts a share may be: the most used ones first (``locality``). What is read for a step goes
+through the slots of experts that are left.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from moeserve.errors import ConfigError
 from moeserve.offload.model.demand import ExpertsDemand, LayerDemand, ModelDemand
 from moeserve.offload.model.distinct import expected_distinct, least_used, uses_nearly_all
+from moeserve.offload.model.locality import UNKNOWN, RoutingHabits, kept_experts
 
-# Layers whose chosen experts take slots while a step runs: one that is computed, one that is read.
+# Layers whose missing experts take slots while a step runs: one that is computed, one that is read.
 BUFFERED_LAYERS = 2
+# Of what is read ahead of a layer's choice, the share that has to be used for it to go on.
+LEAST_USED = 0.5
+HALVINGS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertReads:
+    """What a step reads of a layer's experts, on average: those ``missing`` that it needs, of which
+    the share ``foreseen`` is known before the layer has chosen, and with those up to ``in_vain``
+    that it does not need."""
+
+    missing: float = 0.0
+    foreseen: float = 0.0
+    in_vain: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsInMemory:
     """There is room for ``share`` of the routed experts' bytes, and for ``window`` of the layers'
-    trunks where not all are in memory. ``foreseen`` of the missing experts' bytes are read while
-    the layer before computes, for the rest the layer waits; ``foreseen_whole`` where a step needs
-    nearly all experts of a layer. Of the room, which ``routed`` layers share, what a step's experts
-    of two layers take keeps nothing for the next step; 0 is that this is not known."""
+    trunks where not all are in memory. ``foreseen`` of the experts that a layer needs are known
+    while the layer before computes, ``foreseen_whole`` where a step needs nearly all of them. Of
+    the room, which ``routed`` layers share, what a step reads for two layers keeps nothing for the
+    next step; 0 is that this is not known. ``repeat`` is how often a choice of a request's token is
+    another's too (``locality``); 0 is that nothing is preferred."""
 
     share: float = 1.0
     window: int | None = None
     foreseen: float = 0.0
     foreseen_whole: float = 0.0
     routed: int = 0
+    repeat: float = 0.0
 
     def __post_init__(self) -> None:
-        shares = (self.share, self.foreseen, self.foreseen_whole)
+        shares = (self.share, self.foreseen, self.foreseen_whole, self.repeat)
         if not all(0 <= share <= 1 for share in shares):
             raise ConfigError(f"{self}: shares lie within 0..1")
 
-    def foreseen_by(self, experts: ExpertsDemand | None, tokens: float) -> float:
-        """Of what a layer's step of so many tokens misses."""
-        if experts is None or not uses_nearly_all(tokens, experts.top_k, experts.count):
-            return self.foreseen
-        return max(self.foreseen, self.foreseen_whole)
+    @staticmethod
+    def of(
+        share: float, routed: int, habits: RoutingHabits, window: int | None = None
+    ) -> WeightsInMemory:
+        """Of a model of so many layers that route, all of which but the first are foreseen."""
+        foreseen = habits.foreseen * max(0, routed - 1) / max(1, routed)
+        return WeightsInMemory(share, window, foreseen, 1.0, routed, habits.repeat)
 
     @property
     def all(self) -> bool:
         return self.share >= 1 and self.window is None
 
-    def missing_experts(self, experts: ExpertsDemand, tokens: float) -> float:
-        """How many experts of a layer a step of so many tokens has to read, on average."""
+    def expert_reads(self, experts: ExpertsDemand, tokens: float, made: float) -> ExpertReads:
+        """Of a layer in a step of so many tokens, whose requests have run for ``made`` steps."""
+        missing, touched = self.missing_experts(experts, tokens, made), experts.touched(tokens)
+        idle, absent = experts.count - touched, experts.count * (1 - self.share) - missing
+        cold = min(1.0, max(0.0, absent) / idle) if idle > 0 else 0.0
+        if uses_nearly_all(tokens, experts.top_k, experts.count):
+            foreseen = max(self.foreseen, self.foreseen_whole)
+            return ExpertReads(missing, foreseen, idle * cold if foreseen else 0.0)
+        ahead, in_vain = self.foreseen * missing, (1 - self.foreseen) * touched * cold
+        if ahead < LEAST_USED * (ahead + in_vain):
+            return ExpertReads(missing)
+        return ExpertReads(missing, self.foreseen, in_vain)
+
+    def missing_experts(self, experts: ExpertsDemand, tokens: float, made: float = 0.0) -> float:
+        """How many experts of a layer, which a step needs, are not there, on average."""
         if self.share >= 1:
             return 0.0
-        held, touched = self.share * experts.count, experts.touched(tokens)
-        if self.routed:
-            held = max(0.0, held - BUFFERED_LAYERS * touched / self.routed)
-        if not experts.use:
-            return touched * (1 - held / experts.count)
-        whole = int(held)
-        absent = least_used(experts.chosen, whole)
-        missed = expected_distinct(absent, tokens)
-        # Of the next one a part is there: in some layers it is, in others not.
-        return missed - (held - whole) * expected_distinct(absent[:1], tokens)
+        held = self.share * experts.count
+        missed = self._missed_by(experts, tokens, made)
+        if not self.routed:
+            return missed(held)
+        # What is read takes room itself, and more is missing the less room there is.
+        least, most = 0.0, experts.touched(tokens)
+        for _ in range(HALVINGS):
+            middle = (least + most) / 2
+            more = missed(max(0.0, held - BUFFERED_LAYERS * middle / self.routed)) > middle
+            least, most = (middle, most) if more else (least, middle)
+        return (least + most) / 2
+
+    def _missed_by(
+        self, experts: ExpertsDemand, tokens: float, made: float
+    ) -> Callable[[float], float]:
+        """Of what a step needs, by how many experts of the layer are kept: by what all requests
+        prefer, or by what those that run do, whichever says more."""
+        alike = kept_experts(experts.top_k / experts.count, self.repeat, tokens, made)
+        touched = experts.touched(tokens)
+
+        def missed(held: float) -> float:
+            found = experts.count * alike.hits(held / experts.count)
+            if not experts.use:
+                return max(0.0, touched - found)
+            whole = int(held)
+            absent = least_used(experts.chosen, whole)
+            # Of the next one a part is there: in some layers it is, in others not.
+            part = (held - whole) * expected_distinct(absent[:1], tokens)
+            return max(0.0, min(touched - found, expected_distinct(absent, tokens) - part))
+
+        return missed
 
     def missing_trunk(self, layer: LayerDemand, num_layers: int) -> float:
         """Bytes of a layer's trunk that a step has to read, on average."""
@@ -67,13 +121,13 @@ class WeightsInMemory:
             return 0.0
         return layer.trunk_bytes * (1 - self.window / num_layers)
 
-    def missing_bytes(self, model: ModelDemand, tokens: float) -> float:
-        """Of all layers, in one step of so many tokens."""
+    def missing_bytes(self, model: ModelDemand, tokens: float, made: float = 0.0) -> float:
+        """Of all layers, in one step of so many tokens, whose requests have run for ``made``."""
         total = 0.0
         for count, layer in model.layers:
             total += count * self.missing_trunk(layer, model.num_layers)
             if layer.experts is not None:
-                missed = self.missing_experts(layer.experts, tokens)
+                missed = self.missing_experts(layer.experts, tokens, made)
                 total += count * missed * layer.experts.each.nbytes
         return total
 
@@ -81,7 +135,7 @@ class WeightsInMemory:
 @dataclass(frozen=True, slots=True)
 class MemoryParts:
     """Bytes of everything that is held. ``process`` is the interpreter with its libraries,
-    ``scratch`` what a step takes while it runs."""
+    ``scratch`` what a step takes while it runs, ``swap`` is for KV of preempted requests."""
 
     process: int
     trunk: int
@@ -90,6 +144,7 @@ class MemoryParts:
     experts: int
     kv: int
     scratch: int
+    swap: int = 0
 
     @property
     def total(self) -> int:
@@ -101,6 +156,7 @@ class MemoryParts:
             + self.experts
             + self.kv
             + self.scratch
+            + self.swap
         )
 
 
@@ -125,7 +181,14 @@ class MemoryFit:
 
 
 def fit_memory(
-    model: ModelDemand, budget: int, *, process: int, kv: int, scratch: int, foreseen: float = 0.0
+    model: ModelDemand,
+    budget: int,
+    *,
+    process: int,
+    kv: int,
+    scratch: int,
+    swap: int = 0,
+    habits: RoutingHabits = UNKNOWN,
 ) -> MemoryFit:
     """Of ``budget`` bytes, everything but experts first, then as many experts as there is room."""
     parts = MemoryParts(
@@ -136,13 +199,12 @@ def fit_memory(
         experts=0,
         kv=kv,
         scratch=scratch,
+        swap=swap,
     )
     room = max(0, budget - parts.total)
     held = min(model.expert_bytes, room)
     share = held / model.expert_bytes if model.expert_bytes else 1.0
     least = parts.total + min(model.two_layers_of_experts, model.expert_bytes)
-    full = MemoryParts(
-        parts.process, parts.trunk, parts.embedding, parts.head, held, parts.kv, parts.scratch
-    )
+    full = replace(parts, experts=held)
     routed = sum(count for count, layer in model.layers if layer.experts)
-    return MemoryFit(budget, full, WeightsInMemory(share, None, foreseen, 1.0, routed), least)
+    return MemoryFit(budget, full, WeightsInMemory.of(share, routed, habits), least)

@@ -52,6 +52,7 @@ def steps_of(work: UniformWorkload, bounds: ServerBounds) -> Iterator[PlannedSte
         decoding = [group for group in groups if group.made]
         decode_tokens = sum(group.count for group in decoding)
         context = float(sum(g.count * (work.prompt + g.made) for g in decoding))
+        made = sum(g.count * (g.made - 1) for g in decoding) / max(1, decode_tokens)
         budget = budget_of_step - decode_tokens
         firsts, prefill, pairs = 0, 0, 0.0
         fresh: list[_Group] = []
@@ -81,7 +82,7 @@ def steps_of(work: UniformWorkload, bounds: ServerBounds) -> Iterator[PlannedSte
         ended = [group for group in groups if group.made == work.output]
         groups = [group for group in groups if group.made < work.output]
         rows = decode_tokens + firsts
-        step = StepWork(prefill, decode_tokens, context, pairs, rows)
+        step = StepWork(prefill, decode_tokens, context, pairs, rows, made)
         yield PlannedStep(step, firsts, sum(group.count for group in ended))
 
 

@@ -64,6 +64,7 @@ def steady(
             decode_context=decoding * (work.prompt + work.output / 2),
             prefill_pairs=q * work.prompt * (work.prompt + 1) / 2,
             rows=q * work.output,
+            made=work.output / 2,
         )
     )
     steps = work.requests / q + work.output - 1
