@@ -86,8 +86,8 @@ def hindrance(backend: str, seat_R: Sequence[Seat], node_R: Sequence[int]) -> st
     kind = "npu" if backend == "hccl" else "cuda"
     if strangers := [r for r, seat in enumerate(seat_R) if seat.kind != kind]:
         return (
-            f"{named(strangers)} computes on {seat_R[strangers[0]].kind}, and it joins {kind} "
-            "devices alone: choose 'auto'"
+            f"it joins {kind} devices alone, not the {seat_R[strangers[0]].kind} of "
+            f"{named(strangers)}: choose 'auto'"
         )
     for r, seat in enumerate(seat_R):
         if seat.stays:

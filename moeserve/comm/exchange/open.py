@@ -83,7 +83,12 @@ def open_device_exchange(
     if backend == "mapped":
         return MappedExchange(group, lanes, key, CudaSharing(device))
     sizes, roll = open_beside(group, topology, lanes, key=key, address=address)
-    medium = open_stream_medium(group, key, device)
+    try:
+        medium = open_stream_medium(group, key, device)
+    except ConfigError:
+        sizes.close()
+        roll.close()
+        raise
     return CollectiveExchange(group, lanes, sizes, roll, medium, order)
 
 
