@@ -294,6 +294,9 @@ class Post:
 class ThreadExchange:
     """One rank among threads; what is not written yet is noise."""
 
+    device = torch.device("cpu")
+    fetch = staticmethod(Tensor.cpu)
+
     def __init__(self, post: Post, name: str, rank: int, world: int) -> None:
         self.name = name
         self.rank = rank

@@ -36,7 +36,7 @@ from moeserve.comm.launch.note_store import host_store, join_store
 from moeserve.comm.launch.notes import NoteStore
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.pipeline import ParallelLayerRunner
-from moeserve.comm.table import Assigned, AssignmentTable
+from moeserve.comm.table import Assigned, AssignmentTable, Fetch
 from moeserve.config.options import LoadOptions
 from moeserve.errors import UnavailableError
 from moeserve.kernels.ops import Ops
@@ -62,8 +62,10 @@ class OnePerExpert:
     def __init__(self, table: AssignmentTable) -> None:
         self._table = table
 
-    def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
-        once = self._table.assign(ids_TC, home, ranks_per_unit=ranks_per_unit)
+    def assign(
+        self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1, fetch: Fetch = Tensor.cpu
+    ) -> Assigned:
+        once = self._table.assign(ids_TC, home, ranks_per_unit=ranks_per_unit, fetch=fetch)
         start_R1, slot_NC = once.copies.start_R1.tolist(), once.copies.slot_NC
         tokens, slots, counts = [], [], []
         for r in range(len(once.count_R)):
@@ -80,8 +82,10 @@ class OnePerExpert:
         starts = torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int32)
         return Assigned(Copies(starts, torch.cat(tokens), torch.cat(slots)), counts)
 
-    def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
-        return self._table.relay(segments, wire, ranks)
+    def relay(
+        self, segments: Sequence[Tensor], wire: Wire, ranks: int, *, fetch: Fetch = Tensor.cpu
+    ) -> Assigned:
+        return self._table.relay(segments, wire, ranks, fetch=fetch)
 
 
 class Widened:
@@ -93,6 +97,8 @@ class Widened:
         self.rank = exchange.rank
         self.world = exchange.world
         self.traffic = exchange.traffic
+        self.device = exchange.device
+        self.fetch = exchange.fetch
         self._exchange = exchange
         self._factors = (Fraction(wide_bytes, row_bytes), Fraction(back))
 

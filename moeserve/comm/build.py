@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
+from moeserve.comm.device_table import DeviceAssignmentTable
 from moeserve.comm.dispatcher import (
     Dispatcher,
     FlatDispatcher,
@@ -12,12 +14,14 @@ from moeserve.comm.dispatcher import (
     RunExperts,
     ShardedExperts,
 )
-from moeserve.comm.exchange.base import DEADLINE_S, Alarm, Lanes
-from moeserve.comm.exchange.open import open_exchange
+from moeserve.comm.exchange.base import DEADLINE_S, Alarm, Exchange, Lanes
+from moeserve.comm.exchange.cards import meet, seat_of
+from moeserve.comm.exchange.collective import BeginningOrder
+from moeserve.comm.exchange.open import open_device_exchange, open_exchange
 from moeserve.comm.group import Group, Topology, ranks_per_node
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.pipeline import ParallelLayerRunner
-from moeserve.comm.table import table_of
+from moeserve.comm.table import AssignmentTable, table_of
 from moeserve.errors import InternalError
 from moeserve.kernels.ops import Layer, MoeWeights, Ops, Part, RouterWeights
 from moeserve.kernels.wire import Combine
@@ -38,6 +42,13 @@ class Bounds:
     alarm: Alarm | None = None
 
 
+@runtime_checkable
+class MayKeepRecords(Protocol):
+    """A table of an accelerator that can make and read records where they lie on it."""
+
+    def keeps_records(self, part: Part[MoeWeights]) -> bool: ...
+
+
 def open_parallel(
     ops: Ops,
     layers: Sequence[Layer],
@@ -55,24 +66,49 @@ def open_parallel(
     are ``runs``, of experts that are not all in memory.
 
     Where nodes have several ranks each, in order, tokens cross to a node once; see
-    ``HierarchicalDispatcher``.
+    ``HierarchicalDispatcher``. Where all ranks compute on devices that can reach one another, by
+    ``backend``, tokens stay on them; see ``exchange.cards``.
     """
     size = ranks_per_node(topology)
-    sharded = shard_layers(ops, layers, layouts, size or 1, runs)
+    seat = seat_of(ops.device, host_layers(ops, layers, runs))
+    on_device = meet(backend, group, seat, topology.node_R)
+    sharded = shard_layers(ops, layers, layouts, size or 1, runs, wide=bool(on_device))
     lanes = _lanes(ops, sharded, bounds, bounds.tokens)
+    order = BeginningOrder()
+
+    def opened(among: Group, lanes: Lanes, key: str) -> Exchange:
+        if not on_device:
+            return open_exchange(backend, among, topology, lanes, key=key, address=address)
+        return open_device_exchange(
+            on_device, among, topology, lanes, ops.device, order, key=key, address=address
+        )
+
     dispatcher: Dispatcher
     if size is None:
-        exchange = open_exchange(backend, group, topology, lanes, address=address)
-        dispatcher = FlatDispatcher(ops, exchange, topology, progress)
+        dispatcher = FlatDispatcher(ops, opened(group, lanes, "exchange"), topology, progress)
     else:
         rail = group.sub_group(range(group.rank % size, group.world, size))
         node = group.sub_group(topology.ranks_of(topology.node_R[group.rank]))
-        outer = open_exchange(backend, rail, topology, lanes, key="outer", address=address)
+        outer = opened(rail, lanes, "outer")
         # Whatever comes from all nodes may be for one rank inside.
-        wide = _lanes(ops, sharded, bounds, bounds.tokens * topology.num_nodes)
-        inner = open_exchange(backend, node, topology, wide, key="inner", address=address)
+        inner_lanes = _lanes(ops, sharded, bounds, bounds.tokens * topology.num_nodes)
+        inner = opened(node, inner_lanes, "inner")
         dispatcher = HierarchicalDispatcher(ops, outer, inner, topology, progress)
     return ParallelLayerRunner(ops, layers, sharded, dispatcher, progress)
+
+
+def host_layers(
+    ops: Ops, layers: Sequence[Layer], runs: Mapping[int, RunExperts] | None = None
+) -> list[int]:
+    """Those whose records the table of an accelerator cannot keep there."""
+    found = []
+    for number, layer in enumerate(layers):
+        if isinstance(layer.mlp, Part):
+            continue
+        may = isinstance(ops, MayKeepRecords) and ops.keeps_records(layer.mlp[1])
+        if not may or number in (runs or {}):
+            found.append(number)
+    return found
 
 
 def parallel_over(
@@ -82,9 +118,11 @@ def parallel_over(
     dispatcher: Dispatcher,
     progress: Progress,
     runs: Mapping[int, RunExperts] | None = None,
+    *,
+    wide: bool = False,
 ) -> ParallelLayerRunner:
-    """The same over a dispatcher that is there."""
-    sharded = shard_layers(ops, layers, layouts, runs=runs)
+    """The same over a dispatcher that is there; ``wide`` where its exchange keeps to devices."""
+    sharded = shard_layers(ops, layers, layouts, runs=runs, wide=wide)
     return ParallelLayerRunner(ops, layers, sharded, dispatcher, progress)
 
 
@@ -94,13 +132,15 @@ def shard_layers(
     layouts: Mapping[int, LayerLayout],
     ranks_per_unit: int = 1,
     runs: Mapping[int, RunExperts] | None = None,
+    *,
+    wide: bool = False,
 ) -> list[ShardedExperts | None]:
     """By layer; each layer's experts are those of this rank's slots."""
     return [
         None
         if isinstance(layer.mlp, Part)
         else shard_experts(
-            ops, *layer.mlp, layouts[number], ranks_per_unit, (runs or {}).get(number)
+            ops, *layer.mlp, layouts[number], ranks_per_unit, (runs or {}).get(number), wide=wide
         )
         for number, layer in enumerate(layers)
     ]
@@ -113,13 +153,21 @@ def shard_experts(
     layout: LayerLayout,
     ranks_per_unit: int = 1,
     run: RunExperts | None = None,
+    *,
+    wide: bool = False,
 ) -> ShardedExperts:
-    """InternalError where no rank has as many experts by the layout."""
+    """Where records are ``wide`` (``kernels.wire``), who goes where is found on the device too.
+    InternalError where no rank has as many experts by the layout."""
     held = experts.weights.experts.num_experts
     if run is None and not layout.holds(held):
         raise InternalError(f"a rank holds {held} experts of a layer; none does by its plan")
-    wire = ops.wire(experts, router.weights.spec.top_k)
-    return ShardedExperts(experts, layout, table_of(layout, ranks_per_unit), wire, run)
+    wire = replace(ops.wire(experts, router.weights.spec.top_k), wide=wide)
+    table: AssignmentTable = (
+        DeviceAssignmentTable(layout, ops.device, ranks_per_unit)
+        if wide
+        else table_of(layout, ranks_per_unit)
+    )
+    return ShardedExperts(experts, layout, table, wire, run)
 
 
 def _lanes(

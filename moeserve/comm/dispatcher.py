@@ -103,7 +103,7 @@ class DispatchHop:
     ) -> None:
         self.rank = exchange.rank
         self.world = exchange.world
-        self.close = exchange.close
+        self.close, self.fetch = exchange.close, exchange.fetch
         self._ops = ops
         self._exchange = exchange
         self._stats = stats
@@ -173,7 +173,7 @@ class FlatDispatcher:
         self._progress.begin("dispatch")
         self.stats.rounds += 1
         self.stats.tokens += len(x_TH)
-        sent = sharded.table.assign(routed.ids_TC.cpu(), hop.rank)
+        sent = sharded.table.assign(routed.ids_TC, hop.rank, fetch=hop.fetch)
         hop.send_tokens(
             lane, wire, sent, lambda at: ops.pack_tokens(x_TH, part, routed, sent.copies, at)
         )
@@ -226,7 +226,9 @@ class HierarchicalDispatcher:
         self._progress.begin("dispatch")
         self.stats.rounds += 1
         self.stats.tokens += len(x_TH)
-        sent = sharded.table.assign(routed.ids_TC.cpu(), self._rank, ranks_per_unit=size)
+        sent = sharded.table.assign(
+            routed.ids_TC, self._rank, ranks_per_unit=size, fetch=outer.fetch
+        )
         outer.send_tokens(
             lane, wire, sent, lambda at: ops.pack_tokens(x_TH, part, routed, sent.copies, at)
         )
@@ -235,7 +237,7 @@ class HierarchicalDispatcher:
         yield
         landed = outer.tokens(lane, wire)
         self._progress.begin("relay of tokens")
-        inside = sharded.table.relay(landed, wire, size)
+        inside = sharded.table.relay(landed, wire, size, fetch=inner.fetch)
         inner.send_tokens(
             lane, wire, inside, lambda at: ops.relay_tokens(wire, landed, inside.copies, at)
         )

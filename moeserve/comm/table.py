@@ -1,11 +1,12 @@
-"""Which copies of a batch's tokens go where: natively, or by the numpy twin (``assign``).
+"""Which copies of a batch's tokens go where: natively, by the numpy twin (``assign``), or on the
+device where the tokens are (``device_table``).
 
 Letters: T tokens, C choices, N copies, U units (ranks, or nodes of several).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -19,6 +20,9 @@ from moeserve.comm.layout import LayerLayout, require_numbered
 from moeserve.comm.native import native_half
 from moeserve.kernels.wire import SLOT_DTYPE, Copies, Wire
 
+# Brings numbers to the host: an exchange's, whose wait has a deadline, or ``Tensor.cpu``.
+Fetch = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
@@ -31,14 +35,18 @@ class Assigned:
 class AssignmentTable(Protocol):
     """The slots of one layer, ready for look-up."""
 
-    def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
+    def assign(
+        self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1, fetch: Fetch = Tensor.cpu
+    ) -> Assigned:
         """Copies of the tokens of rank ``home``; a unit's slots are numbered through its ranks.
 
-        ``ids_TC`` is int32 and contiguous, of known experts; -1 is no choice.
+        ``ids_TC`` is int32 and contiguous, of known experts, on the device; -1 is no choice.
         """
         ...
 
-    def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
+    def relay(
+        self, segments: Sequence[Tensor], wire: Wire, ranks: int, *, fetch: Fetch = Tensor.cpu
+    ) -> Assigned:
         """Copies of records that came to a unit of ``ranks``, by rank; their slots say where to."""
         ...
 
@@ -56,10 +64,14 @@ class NumpyAssignmentTable:
     def __init__(self, layout: LayerLayout) -> None:
         self._layout = layout
 
-    def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
-        return counted(assign(ids_TC, self._layout, home, ranks_per_unit))
+    def assign(
+        self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1, fetch: Fetch = Tensor.cpu
+    ) -> Assigned:
+        return counted(assign(fetch(ids_TC), self._layout, home, ranks_per_unit))
 
-    def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
+    def relay(
+        self, segments: Sequence[Tensor], wire: Wire, ranks: int, *, fetch: Fetch = Tensor.cpu
+    ) -> Assigned:
         records = torch.cat([s.view(-1, wire.row_bytes) for s in segments])
         slots = records[:, wire.slots_at :].contiguous().view(SLOT_DTYPE)[:, : wire.top_k]
         return counted(by_unit(slots.numpy().astype(np.int32), ranks, self._layout.slots))
@@ -76,7 +88,10 @@ class NativeAssignmentTable:
             layout.expert_S.tolist(), layout.num_experts, layout.world
         )
 
-    def assign(self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1) -> Assigned:
+    def assign(
+        self, ids_TC: Tensor, home: int, *, ranks_per_unit: int = 1, fetch: Fetch = Tensor.cpu
+    ) -> Assigned:
+        ids_TC = fetch(ids_TC)
         tokens, chosen = ids_TC.shape
         units = self._world // ranks_per_unit
         buffers = _buffers(units, tokens, chosen)
@@ -85,7 +100,9 @@ class NativeAssignmentTable:
         )
         return _filled(buffers, counts)
 
-    def relay(self, segments: Sequence[Tensor], wire: Wire, ranks: int) -> Assigned:
+    def relay(
+        self, segments: Sequence[Tensor], wire: Wire, ranks: int, *, fetch: Fetch = Tensor.cpu
+    ) -> Assigned:
         rows = [len(s) // wire.row_bytes for s in segments]
         buffers = _buffers(ranks, sum(rows), wire.top_k)
         counts = self._relay(

@@ -183,7 +183,7 @@ class EpOptions(Options):
         default=None,
         description="ranks that share the experts; default: 1, or as many as were launched",
     )
-    ep_backend: Literal["auto", "tcp", "torch", "mpi", "shm"] = Field(
+    ep_backend: Literal["auto", "tcp", "torch", "mpi", "shm", "nccl", "hccl", "mapped"] = Field(
         default="auto", description="how tokens travel between ranks; auto goes by where they are"
     )
     plan: Path | None = Field(

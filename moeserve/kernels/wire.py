@@ -59,11 +59,16 @@ class Wire:
     record is sent to (a rank, or under the hierarchical dispatcher a node, whose slots are numbered
     through its ranks): 0..``MOST_SLOTS`` - 1, or -1 where that choice goes elsewhere. The weight
     stands at its choice's place.
+
+    ``wide``: exact sums come back with four bytes an element in every row, so that their length is
+    known before they are; for ranks whose records never leave their devices, where asking for a
+    length would make the host wait. Only tables of accelerators make and read such.
     """
 
     payload: torch.dtype
     hidden: int
     top_k: int
+    wide: bool = False
 
     @property
     def feature_bytes(self) -> int:
@@ -123,10 +128,34 @@ def header_bytes(rows: int) -> int:
     return up_to(rows, HEADER)
 
 
+def wide_bytes(rows: int, limbs: int, hidden: int) -> int:
+    """Of so many exact sums, all of them wide."""
+    return header_bytes(rows) + rows * 4 * limbs * hidden
+
+
+def write_wide(sums_NLH: Tensor, area: Tensor) -> int:
+    """Exact sums int32, wherever they lie, in the form that ``pack_sums`` writes, none of them in
+    two bytes. The bytes written; nothing of a length waits for the device."""
+    count = len(sums_NLH)
+    header, end = header_bytes(count), wide_bytes(count, *sums_NLH.shape[1:])
+    area[:header].zero_()
+    area[:count].fill_(4)
+    area[header:end].copy_(sums_NLH.contiguous().view(-1).view(torch.uint8))
+    return end
+
+
+def read_wide(segment: Tensor, count: int, limbs: int, hidden: int) -> Tensor | None:
+    """int32 [count, L, H] over the segment itself, where its length says that all rows are wide;
+    else None."""
+    if len(segment) != wide_bytes(count, limbs, hidden) or limbs * hidden == 1:
+        return None
+    return segment[header_bytes(count) :].view(torch.int32).view(count, limbs, hidden)
+
+
 def most_bytes(combine: Combine, wire: Wire, limbs: int, rows: int) -> int:
     """The most that so many records' sums take on their way back."""
     if combine is Combine.EXACT:
-        return header_bytes(rows) + rows * 4 * limbs * wire.hidden
+        return wide_bytes(rows, limbs, wire.hidden)
     if combine is Combine.ORDERED:
         return rows * wire.top_k * 4 * wire.hidden
     return rows * up_to(2 * wire.hidden, 4)

@@ -22,7 +22,9 @@ from typing import Any, NoReturn
 import torch
 
 from moeserve.comm.exchange.base import Exchange, Lanes
-from moeserve.comm.exchange.open import open_exchange
+from moeserve.comm.exchange.collective import CollectiveExchange
+from moeserve.comm.exchange.media import HostMedium
+from moeserve.comm.exchange.open import open_beside, open_exchange
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.launch.note_store import join_store
 from moeserve.errors import LateRankError, MoeserveError, UnavailableError
@@ -54,9 +56,14 @@ class Rank:
 
         topology = Topology(tuple(nodes or [0] * self.group.world))
         group = self.group.sub_group(members)
-        made = open_exchange(
-            backend, group, topology, Lanes(tuple(lanes), deadline_s, alarm), key=name
-        )
+        given = Lanes(tuple(lanes), deadline_s, alarm)
+        made: Exchange
+        if backend == "gloo":  # over memory of the host, in the place of a library for devices
+            beside = open_beside(group, topology, given, key=name)
+            medium = HostMedium.open(group, name, torch.device("cpu"))
+            made = CollectiveExchange(group, given, *beside, medium)
+        else:
+            made = open_exchange(backend, group, topology, given, key=name)
         self.open_ones[name] = made
         return {"is": made.name, "rank": made.rank, "world": made.world}
 

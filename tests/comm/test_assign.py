@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from moeserve.comm.assign import assign
+from moeserve.comm.device_table import DeviceAssignmentTable
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.table import NumpyAssignmentTable, table_of
 from moeserve.kernels.wire import Copies, Wire
@@ -127,6 +129,29 @@ def test_the_native_table_assigns_as_the_rule_says(
         assert assigned.count_R == np.diff(assigned.copies.start_R1.numpy()).tolist()
 
 
+@settings(deadline=None)
+@given(batches(), st.booleans())
+def test_a_device_s_table_assigns_as_the_host_s(
+    batch: tuple[np.ndarray, LayerLayout], gaps: bool
+) -> None:
+    """With and without replicas; the host is asked for one tensor."""
+    ids_TC, layout = batch
+    if gaps:
+        ids_TC[::2, 0] = -1
+    table = DeviceAssignmentTable(layout, torch.device("cpu"))
+    for rank in range(layout.world):
+        asked: list[Tensor] = []
+
+        def fetch(numbers: Tensor, asked: list[Tensor] = asked) -> Tensor:
+            asked.append(numbers)
+            return numbers
+
+        assigned = table.assign(torch.from_numpy(ids_TC), rank, fetch=fetch)
+        assert same(assigned.copies, assign(torch.from_numpy(ids_TC), layout, rank))
+        assert assigned.count_R == np.diff(assigned.copies.start_R1.numpy()).tolist()
+        assert len(asked) == 1
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 3), st.integers(0, 20))
 def test_copies_of_nodes_spread_inside_are_copies_of_ranks(
     seed: int, nodes: int, size: int, tokens: int
@@ -138,6 +163,7 @@ def test_copies_of_nodes_spread_inside_are_copies_of_ranks(
     expert_S = random.permutation(np.concatenate((np.arange(experts), extra))).astype(np.int32)
     layout = LayerLayout(expert_S, experts, world)
     table, slow = table_of(layout), NumpyAssignmentTable(layout)
+    on_device = DeviceAssignmentTable(layout, torch.device("cpu"), size)
     ids = torch.from_numpy(
         np.array([random.permutation(experts)[:k] for _ in range(tokens)], np.int32).reshape(-1, k)
     )
@@ -156,6 +182,7 @@ def test_copies_of_nodes_spread_inside_are_copies_of_ranks(
         records[:, slots_at : slots_at + 2 * k] = slot_NC.view(torch.uint8)
         inside = table.relay([records.flatten()], wire, size).copies
         assert same(inside, slow.relay([records.flatten()], wire, size).copies)
+        assert same(inside, on_device.relay([records.flatten()], wire, size).copies)
         token_N = outer.copies.token_N[there][inside.token_N.long()].tolist()
         ends = inside.start_R1.tolist()
         found += [

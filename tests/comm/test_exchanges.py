@@ -27,7 +27,7 @@ from moeserve.comm.launch.note_store import host_store
 CHILD = Path(__file__).parent / "exchange_ranks.py"
 WORLD = 4
 PATIENCE_S = 100.0
-BACKENDS = ("tcp", "torch", "mpi", "shm")
+BACKENDS = ("tcp", "torch", "mpi", "shm", "gloo")
 LANES = [1 << 20, 1 << 16, 1 << 12]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"}
 
@@ -225,7 +225,7 @@ def test_an_alarm_ends_a_wait_at_once(ranks: Ranks, backend: str) -> None:
     ranks.ask("close", [0, 1], name=name)
 
 
-@pytest.mark.parametrize("backend_without_mpi", ["tcp", "torch", "shm"])
+@pytest.mark.parametrize("backend_without_mpi", ["tcp", "torch", "shm", "gloo"])
 def test_nothing_is_left_open(ranks: Ranks, backend_without_mpi: str) -> None:
     """After rounds, and after an error; MPI keeps its communicators until it ends."""
     before = ranks.ask("count")
@@ -275,14 +275,14 @@ def test_a_killed_rank_is_named() -> None:
     before = set(os.listdir("/dev/shm"))
     made = Ranks(3)
     try:
-        by_torch, *others = (made.open(b, deadline_s=2.0) for b in ("torch", "shm", "tcp"))
+        by_torch, *others = (made.open(b, deadline_s=2.0) for b in ("torch", "shm", "tcp", "gloo"))
         made.order("wait", name=by_torch, lane=0, times=1_000_000)
         time.sleep(0.2)
         os.kill(made.pids[1], signal.SIGKILL)
         answers = made.answers([0, 2])
         for other in others:
             answers += made.ask("wait", [0, 2], name=other, lane=0)
-        assert [a["ranks"] for a in answers] == [[1]] * 6, answers
+        assert [a["ranks"] for a in answers] == [[1]] * 8, answers
         left = set(os.listdir("/dev/shm")) - before
         # Weights lie there, too, of whatever member runs on this host.
         assert not [f for f in left if "moeserve" in f and not f.startswith("moeserve-weights")]

@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from moeserve.comm.build import parallel_over
+from moeserve.comm.build import host_layers, parallel_over
 from moeserve.comm.dispatcher import FlatDispatcher
-from moeserve.comm.exchange.base import Exchange
-from moeserve.comm.group import Topology
+from moeserve.comm.exchange.base import Exchange, Lanes
+from moeserve.comm.exchange.collective import CollectiveExchange
+from moeserve.comm.exchange.media import HostMedium
+from moeserve.comm.exchange.open import open_beside
+from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
 from moeserve.config.options import LoadOptions
 from moeserve.core import Counters, Request, RequestId, SamplingParams
@@ -163,16 +167,28 @@ def test_an_engine_s_steps_give_the_tokens_of_each_request_alone(
     assert together[:2] == served_by_steps(decoder, prompts[:2])
 
 
+def keeping_to_devices(store: Store, rank: int, device: torch.device) -> Exchange:
+    """Of one of two ranks, with gloo in HCCL's place."""
+    group, lanes = Group(rank, 2, store), Lanes((1 << 20, 1 << 20), 60.0)
+    beside = open_beside(group, Topology((0, 0)), lanes, key="ranks")
+    return CollectiveExchange(group, lanes, *beside, HostMedium.open(group, "ranks", device))
+
+
+# Experts in int4 run on the host, so that records do not stay on devices.
+WAYS = [("none", False), ("int8", False), ("int4", False), ("none", True), ("int8", True)]
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen2_moe"])
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize(("quantization", "on_devices"), WAYS)
 def test_two_ranks_give_the_bits_of_one(
     npu: AscendOps,
     tiny_checkpoint: Tiny,
     new_post: Callable[[], Callable[[str, int, int], Exchange]],
     family: str,
     quantization: str,
+    on_devices: bool,
 ) -> None:
-    folder, post = tiny_checkpoint(family), new_post()
+    folder, post, store = tiny_checkpoint(family), new_post(), HashStore()
     how = LoadOptions.model_validate({"quantization": quantization})
     whole = load_decoder(folder, npu, how)
     layouts = {
@@ -188,8 +204,13 @@ def test_two_ranks_give_the_bits_of_one(
     def rank(r: int) -> None:
         mine = {n: layout.of_rank(r) for n, layout in layouts.items()}
         decoder = load_decoder(folder, npu, how, experts=mine)
-        moves = FlatDispatcher(npu, post("all", r, 2), Topology((0, 0)), Progress())
-        over = parallel_over(npu, decoder.stack.layers, layouts, moves, Progress())
+        assert on_devices <= (not host_layers(npu, decoder.stack.layers))
+        if on_devices:
+            exchange = keeping_to_devices(store, r, npu.device)
+        else:
+            exchange = post("all", r, 2)
+        moves = FlatDispatcher(npu, exchange, Topology((0, 0)), Progress())
+        over = parallel_over(npu, decoder.stack.layers, layouts, moves, Progress(), wide=on_devices)
         (found[r],) = Served(decoder.over(over)).run((0, prompts[r], 0))
 
     threads = [threading.Thread(target=rank, args=(r,)) for r in range(2)]

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from moeserve.comm.exchange.base import ExchangeStats, Lanes
@@ -45,6 +46,50 @@ def split_segments(area: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return list(pieces[0:-1:2])
 
 
+class LaneAreas:
+    """Memory of one lane, on ``device``: segments to be sent, and those that came, each padded to
+    ``ALIGNMENT``, one behind the other. It grows to the largest round, and stays."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._outgoing = self._incoming = torch.empty(0, dtype=torch.uint8, device=device)
+        self._starts_R: list[int] = []
+        self._come_R: list[int] = []
+
+    def reserve(self, sizes_R: Sequence[int]) -> list[Tensor]:
+        """Where the segments of the next round are to be written."""
+        self._starts_R, end = offsets_of(sizes_R)
+        if len(self._outgoing) < end:
+            self._outgoing = torch.empty(end, dtype=torch.uint8, device=self._device)
+        return split_segments(self._outgoing, sizes_R)
+
+    def outgoing(self, sizes_R: Sequence[int]) -> Tensor:
+        """The segments as they were written, without the gaps that unused room left."""
+        at = 0
+        for r, size in enumerate(sizes_R):
+            here = self._starts_R[r]
+            if at != here and size:
+                self._outgoing[at : at + size] = self._outgoing[here : here + size].clone()
+            at += padded(size)
+        return self._outgoing[:at]
+
+    def incoming(self, sizes_R: Sequence[int]) -> Tensor:
+        """Room for segments of these sizes."""
+        self._come_R, end = list(sizes_R), sum(map(padded, sizes_R))
+        if len(self._incoming) < end:
+            self._incoming = torch.empty(end, dtype=torch.uint8, device=self._device)
+        return self._incoming[:end]
+
+    @property
+    def room(self) -> int:
+        """For segments that come."""
+        return len(self._incoming)
+
+    def segments(self) -> list[Tensor]:
+        """What came."""
+        return split_segments(self._incoming, self._come_R)
+
+
 class WaitDeadline:
     """One wait: it ends after the deadline, and at once where there is an alarm."""
 
@@ -65,6 +110,7 @@ class ExchangeBackend(ABC):
     """What every ``Exchange`` inherits. It belongs to one thread."""
 
     name: str
+    device = torch.device("cpu")
 
     def __init__(self, group: Group, lanes: Lanes) -> None:
         self.rank = group.rank
@@ -80,9 +126,15 @@ class ExchangeBackend(ABC):
     def close(self) -> None:
         self._close("it was closed")
 
-    def _begin_round(self, lane: int, sizes_R: Sequence[int]) -> None:
+    def fetch(self, numbers: Tensor) -> Tensor:
+        return numbers.cpu()
+
+    def _require_open(self) -> None:
         if self._closed_because:
             raise UnavailableError(f"the {self.name} exchange is closed: {self._closed_because}")
+
+    def _begin_round(self, lane: int, sizes_R: Sequence[int]) -> None:
+        self._require_open()
         if max(sizes_R) > self.lanes.bytes_L[lane]:
             raise ConfigError(
                 f"a segment of {max(sizes_R)} bytes in lane {lane}: the {self.name} exchange was "

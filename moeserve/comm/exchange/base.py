@@ -1,6 +1,8 @@
 """How bytes travel between ranks: one interface, which knows nothing of tokens. Its backends are
 ``local`` (one process), ``shm`` (shared memory of a host), ``tcp`` (sockets between hosts),
-``torch`` (torch.distributed's gloo) and ``mpi``; ``open`` chooses one.
+``torch`` (torch.distributed's gloo) and ``mpi``, whose bytes lie in host memory, and those whose
+bytes stay on accelerators: ``collective`` (NCCL, HCCL) and ``mapped`` (memory of the other cards of
+a host). ``open`` chooses one.
 
 A round carries one segment of bytes from every rank to every rank, itself included; only the sender
 knows how long its segments are, and no segment is padded to the longest. Rounds follow one another
@@ -17,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moeserve.errors import MoeserveError
@@ -52,12 +55,20 @@ class Exchange(Protocol):
     rank: int
     world: int
     traffic: ExchangeStats
+    device: torch.device
+
+    def fetch(self, numbers: Tensor) -> Tensor:
+        """A few numbers on the host, wherever they lie: the one wait for a device that a round
+        needs. Where bytes are on their way between devices it has the deadline of a round, and what
+        was sent moves meanwhile."""
+        ...
 
     def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
         """Begin a round: where the segment for each rank is to be written.
 
-        uint8, 64-byte aligned, at least ``sizes_R[r]`` long. ConfigError if a size is beyond what
-        the backend was built for. Ends the life of what the lane's last ``receive`` gave.
+        uint8 on ``device``, 64-byte aligned, at least ``sizes_R[r]`` long. ConfigError if a size is
+        beyond what the backend was built for. Ends the life of what the lane's last ``receive``
+        gave.
         """
         ...
 

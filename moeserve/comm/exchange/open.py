@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import torch
+
 from moeserve.comm.exchange.base import Exchange, Lanes
+from moeserve.comm.exchange.collective import (
+    BeginningOrder,
+    CollectiveExchange,
+    roll_lanes,
+    size_lanes,
+)
 from moeserve.comm.exchange.local import LocalExchange
+from moeserve.comm.exchange.mapped import CudaSharing, MappedExchange
+from moeserve.comm.exchange.media import open_stream_medium
 from moeserve.comm.exchange.mpi import MpiExchange
 from moeserve.comm.exchange.shm import ShmExchange
 from moeserve.comm.exchange.tcp import TcpExchange
@@ -12,7 +22,7 @@ from moeserve.comm.group import Group, Topology
 from moeserve.comm.native import native_half
 from moeserve.errors import ConfigError
 
-BACKENDS = ("auto", "tcp", "torch", "mpi", "shm")
+BACKENDS = ("auto", "tcp", "torch", "mpi", "shm", "nccl", "hccl", "mapped")
 
 
 def open_exchange(
@@ -54,3 +64,40 @@ def open_exchange(
         except ConfigError:  # on all ranks alike: each knows what every other lacks
             key = f"{key}/torch"
     return TorchExchange(group, lanes, key, address)
+
+
+def open_device_exchange(
+    backend: str,
+    group: Group,
+    topology: Topology,
+    lanes: Lanes,
+    device: torch.device,
+    order: BeginningOrder,
+    *,
+    key: str = "exchange",
+    address: str | None = None,
+) -> Exchange:
+    """Collective over ``group``: one of ``cards.DEVICE_BACKENDS``, which ``cards.meet`` has found
+    to be able. Sizes go by what "auto" means between the hosts. ``order`` is one of this process.
+    """
+    if backend == "mapped":
+        return MappedExchange(group, lanes, key, CudaSharing(device))
+    sizes, roll = open_beside(group, topology, lanes, key=key, address=address)
+    try:
+        medium = open_stream_medium(group, key, device)
+    except ConfigError:
+        sizes.close()
+        roll.close()
+        raise
+    return CollectiveExchange(group, lanes, sizes, roll, medium, order)
+
+
+def open_beside(
+    group: Group, topology: Topology, lanes: Lanes, *, key: str, address: str | None = None
+) -> tuple[Exchange, Exchange]:
+    """Of a ``CollectiveExchange``: what carries its sizes, and what its roll is called in."""
+
+    def opened(of: Lanes, name: str) -> Exchange:
+        return open_exchange("auto", group, topology, of, key=f"{key}/{name}", address=address)
+
+    return opened(size_lanes(lanes), "sizes"), opened(roll_lanes(lanes), "roll")

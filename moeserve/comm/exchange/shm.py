@@ -1,5 +1,9 @@
 """The exchange of ranks that share a host: a segment is written where its receiver reads it.
 
+``MailboxExchange`` is the protocol: who has sent what is told by flags in memory of the host, and
+segments lie in a ``SegmentMemory``. ``ShmExchange`` has them beside the flags; ``mapped`` in the
+memory of accelerators.
+
 Every rank owns one anonymous block of memory (memfd) that the others map, found under
 ``/proc/PID/fd`` by a name that went around at the start. Nothing bears a name in a file system, so
 nothing outlives the processes, however they end. What lies in a block, and why a receiver needs no
@@ -13,7 +17,8 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,12 +40,40 @@ _SPIN_NS = 2_000
 _YIELD_NS = 100_000
 
 
-class ShmExchange(ExchangeBackend):
+class SegmentMemory(Protocol):
+    """Areas of all ranks, seen by one of them: for each lane and parity of its rounds one from each
+    source, as long as the lane's longest segment.
+
+    What a rank reads and writes may be work of a device, done later, in order. Then ``announce``
+    marks what it has been given so far, and ``order_after`` puts what it is given from here on
+    behind the marks of all ranks.
+    """
+
+    device: torch.device
+
+    def area(self, owner: int, lane: int, parity: int, source: int) -> Tensor:
+        """Where ``owner`` reads what ``source`` writes."""
+        ...
+
+    def announce(self, lane: int, parity: int) -> None:
+        """Segments are written: before any flag says so."""
+        ...
+
+    def order_after(self, lane: int, parity: int) -> None:
+        """All flags were seen."""
+        ...
+
+    def close(self) -> None: ...
+
+
+# From the blocks of all ranks to the memory of segments.
+OpenMemory = Callable[[Sequence[Tensor]], SegmentMemory]
+
+
+class MailboxExchange(ExchangeBackend):
     """Collective: all ranks of the group build theirs at the same time."""
 
-    name = "shm"
-
-    def __init__(self, group: Group, lanes: Lanes, key: str = "shm") -> None:
+    def __init__(self, group: Group, lanes: Lanes, key: str, open_memory: OpenMemory) -> None:
         super().__init__(group, lanes)
         native, reason = native_half()
         if not hasattr(os, "memfd_create"):
@@ -50,6 +83,7 @@ class ShmExchange(ExchangeBackend):
         blocks = share_blocks(group, size, key, reason)
         assert native is not None
         self._blocks = [torch.frombuffer(block, dtype=torch.uint8) for block in blocks]
+        self._memory = open_memory(self._blocks)
         self._mailboxes = native.Mailboxes(
             group.rank,
             [block.data_ptr() for block in self._blocks],
@@ -57,11 +91,7 @@ class ShmExchange(ExchangeBackend):
             _SPIN_NS if group.world <= len(allowed_cores()) else 0,
             _YIELD_NS,
         )
-
-        def area(block: int, lane: int, parity: int, source: int) -> Tensor:
-            at = native.area_offset(group.world, lane_bytes, lane, parity, source)
-            return self._blocks[block][at : at + lane_bytes[lane]]
-
+        self.device, area = self._memory.device, self._memory.area
         ranks, parities, me = range(group.world), range(_PARITIES), group.rank
         every = range(len(lane_bytes))
         self._outbox_LPR = [[[area(r, l, p, me) for r in ranks] for p in parities] for l in every]
@@ -75,6 +105,7 @@ class ShmExchange(ExchangeBackend):
         return self._outbox_LPR[lane][self._mailboxes.begin(lane)]
 
     def send(self, lane: int, sizes_R: Sequence[int]) -> None:
+        self._memory.announce(lane, self.round_L[lane] & 1)
         self._mailboxes.send(lane, sizes_R)
         self._count_sent(sizes_R)
 
@@ -84,6 +115,7 @@ class ShmExchange(ExchangeBackend):
             self._wait(lane, self._sleep, lambda: self._mailboxes.missing(lane))
             lengths = self._mailboxes.receive(lane)
         parity = self.round_L[lane] & 1
+        self._memory.order_after(lane, parity)
         segments = []
         for area, seen, length in zip(
             self._inbox_LPR[lane][parity], self._seen_LPR[lane][parity], lengths, strict=True
@@ -105,7 +137,40 @@ class ShmExchange(ExchangeBackend):
         self._inbox_LPR = []
         self._seen_LPR = []
         self._blocks = []
+        self._memory.close()
         del self._mailboxes
+
+
+class HostMemory:
+    """Areas beside the flags; what is written is there."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, blocks: Sequence[Tensor], lane_bytes: Sequence[int]) -> None:
+        native, _ = native_half()
+        assert native is not None  # or there were no blocks
+        self._blocks, self._bytes = blocks, list(lane_bytes)
+        self._offset = native.area_offset
+
+    def area(self, owner: int, lane: int, parity: int, source: int) -> Tensor:
+        at = self._offset(len(self._blocks), self._bytes, lane, parity, source)
+        return self._blocks[owner][at : at + self._bytes[lane]]
+
+    def announce(self, lane: int, parity: int) -> None: ...
+
+    def order_after(self, lane: int, parity: int) -> None: ...
+
+    def close(self) -> None:
+        self._blocks = []
+
+
+class ShmExchange(MailboxExchange):
+    """Collective, as it is."""
+
+    name = "shm"
+
+    def __init__(self, group: Group, lanes: Lanes, key: str = "shm") -> None:
+        super().__init__(group, lanes, key, lambda blocks: HostMemory(blocks, lanes.bytes_L))
 
 
 def share_blocks(group: Group, size: int, key: str, reason: str = "") -> list[mmap.mmap]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import AllToAllOptions, PrefixStore, ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
 
-from moeserve.comm.exchange.backend import ExchangeBackend, offsets_of, padded, split_segments
+from moeserve.comm.exchange.backend import ExchangeBackend, LaneAreas, padded
 from moeserve.comm.exchange.base import Lanes
 from moeserve.comm.exchange.stragglers import LEAVING, REPORT_AFTER, StragglerDetector
 from moeserve.comm.group import Group
@@ -36,32 +36,20 @@ _GRACE_S = 0.2
 
 
 class _LaneState:
-    """One process group and the round in it. Segments lie padded, one behind the other."""
+    """One process group and the round in it."""
 
     def __init__(self, pg: Any, world: int) -> None:
         self.pg = pg
+        self.areas = LaneAreas(torch.device("cpu"))
         self.outgoing = torch.empty(0, dtype=torch.uint8)
-        self.incoming = torch.empty(0, dtype=torch.uint8)
-        self.starts_R: list[int] = []
         self.sizes_R = torch.zeros(world, dtype=torch.int64)
         self.lengths_R = torch.zeros(world, dtype=torch.int64)
         self.work: Work | None = None
         self.sending = False
 
-    def reserve(self, sizes_R: Sequence[int]) -> list[Tensor]:
-        self.starts_R, end = offsets_of(sizes_R)
-        if self.outgoing.shape[0] < end:
-            self.outgoing = torch.empty(end, dtype=torch.uint8)
-        return split_segments(self.outgoing, sizes_R)
-
     def start(self, sizes_R: Sequence[int]) -> None:
-        """Close the gaps that unused room left; send the sizes."""
-        at = 0
-        for r, size in enumerate(sizes_R):
-            if at != self.starts_R[r] and size:
-                here = self.starts_R[r]
-                self.outgoing[at : at + size] = self.outgoing[here : here + size].clone()
-            at += padded(size)
+        """Send the sizes."""
+        self.outgoing = self.areas.outgoing(sizes_R)
         self.sizes_R.copy_(torch.tensor(sizes_R))
         self.sending = False
         self.work = self.pg.alltoall_base(self.lengths_R, self.sizes_R, [], [], AllToAllOptions())
@@ -75,10 +63,8 @@ class _LaneState:
             return True
         mine, theirs = self.sizes_R.tolist(), self.lengths_R.tolist()
         out, come = [padded(n) for n in mine], [padded(n) for n in theirs]
-        if len(self.incoming) < sum(come):
-            self.incoming = torch.empty(sum(come), dtype=torch.uint8)
         self.work = self.pg.alltoall_base(
-            self.incoming[: sum(come)], self.outgoing[: sum(out)], come, out, AllToAllOptions()
+            self.areas.incoming(theirs), self.outgoing, come, out, AllToAllOptions()
         )
         self.sending = True
         return self._done(wait_s)
@@ -95,9 +81,6 @@ class _LaneState:
                 return False
         self.work.wait()  # raises what went wrong
         return True
-
-    def segments(self) -> list[Tensor]:
-        return split_segments(self.incoming, self.lengths_R.tolist())
 
 
 class TorchExchange(ExchangeBackend):
@@ -130,7 +113,7 @@ class TorchExchange(ExchangeBackend):
     def areas(self, lane: int, sizes_R: Sequence[int]) -> list[Tensor]:
         self._begin_round(lane, sizes_R)
         self._advance(lane)
-        return self._lane_L[lane].reserve(sizes_R)
+        return self._lane_L[lane].areas.reserve(sizes_R)
 
     def send(self, lane: int, sizes_R: Sequence[int]) -> None:
         self._lane_L[lane].start(sizes_R)
@@ -142,7 +125,7 @@ class TorchExchange(ExchangeBackend):
         state = self._lane_L[lane]
         self._receives += 1
         self._wait(lane, self._advance_or_wait, lambda: self._reports.missing_ranks(self._receives))
-        return state.segments()
+        return state.areas.segments()
 
     def _advance_or_wait(self, lane: int, slice_s: float, waited_s: float) -> bool:
         state = self._lane_L[lane]
@@ -167,7 +150,9 @@ class TorchExchange(ExchangeBackend):
         for state in self._lane_L:
             if state.work is not None and not state.work.is_completed():
                 break_connections(state.pg, self._others)
-                release_aside(state)
+                held = [state.pg, state.work]
+                state.pg = state.work = None
+                release_aside(held)
         self._lane_L = []
         self._reports.leave(self.blamed)
 
@@ -246,10 +231,8 @@ def break_connections(pg: Any, others: Sequence[int]) -> None:
             pg.recv([word], other, _NO_TAG).wait(timedelta(milliseconds=1))
 
 
-def release_aside(state: _LaneState) -> None:
-    """Let go of a process group on a thread of its own: its destructor waits for the group's
-    threads, and one of them may wait for a send until the group's timeout, since gloo loses the end
-    of a send whose connection breaks at the wrong moment."""
-    held = [state.pg, state.work]
-    state.pg = state.work = None
+def release_aside(held: list[Any]) -> None:
+    """Let go of a process group, which only the list still holds, on a thread of its own: its
+    destructor waits for the group's threads, and one of them may wait for a send until the group's
+    timeout, since gloo loses the end of a send whose connection breaks at the wrong moment."""
     threading.Thread(target=held.clear, name="ends a group of gloo", daemon=True).start()

@@ -232,7 +232,8 @@ class ExpertSwapper:
         if own != held.layout.of_rank(self._rank):
             experts = source.read(order.layer, own)
             part = self._ops.prepare(replace(part.weights, experts=experts))
-        return shard_experts(self._ops, self.routers[order.layer], part, layout)
+        router, wide = self.routers[order.layer], held.wire.wide
+        return shard_experts(self._ops, router, part, layout, wide=wide)
 
     def _held(self, layer: int) -> ShardedExperts:
         held = self._parallel.sharded[layer] if layer < len(self._parallel.sharded) else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from moeserve.kernels.ascend import grid, matrices, wire
 from moeserve.kernels.ascend.matrices import DeviceExperts
 from moeserve.kernels.ops import Experts, MoeWeights, Ops, Part, Routed
-from moeserve.kernels.wire import Combine, Copies, Sums, Wire, most_bytes
+from moeserve.kernels.wire import Combine, Copies, Sums, Wire, most_bytes, write_wide
 
 
 class Contributing(Protocol):
@@ -44,13 +44,18 @@ def routed_on_host(routed: Routed) -> Routed:
 
 
 class AscendDispatch:
-    """Parts are those that ``AscendOps`` prepared; areas and segments lie in host memory."""
+    """Parts are those that ``AscendOps`` prepared; areas and segments lie in host memory, or, where
+    a ``Wire`` is wide, on the device."""
 
     def host_part(self: Contributing, weights: MoeWeights) -> Part[MoeWeights] | None:
         experts = weights.experts.data
         if isinstance(experts, DeviceExperts):
             return None
         return self.host.prepare(MoeWeights(experts, None, weights.combine))
+
+    def keeps_records(self, part: Part[MoeWeights]) -> bool:
+        """Whether records of this layer can stay on the device (``comm.build``)."""
+        return host_of(part) is None
 
     def units(self: Contributing, x_TH: Tensor, experts: Experts) -> Tensor:
         if not isinstance(experts.data, DeviceExperts):
@@ -76,11 +81,12 @@ class AscendDispatch:
         experts, rows = part.weights.experts, len(x_TH)
         form = Wire(experts_of(part).ups.data_EKN.dtype, experts.hidden, copies.slot_NC.shape[1])
         features_TH, scale_T = matrices.rounded(routed.normed_TH, experts_of(part).ups)
-        unit_T = torch.zeros(rows)
+        unit_T = torch.zeros(rows, device=self.device)
         if part.weights.combine is Combine.EXACT:
             unit_T = self.units(x_TH, experts)
-        scales = torch.zeros(rows) if scale_T is None else scale_T
-        rows_TX = wire.records(form, features_TH, scales, unit_T, routed.weights_TC)
+        scales = torch.zeros_like(unit_T) if scale_T is None else scale_T
+        where = areas_R[0].device
+        rows_TX = wire.records(form, features_TH, scales, unit_T, routed.weights_TC, where)
         wire.send(form, rows_TX, copies, areas_R)
 
     def relay_tokens(
@@ -99,7 +105,8 @@ class AscendDispatch:
         if not count:
             exact = combine is Combine.EXACT
             size = (0, limbs, form.hidden) if exact else (0, form.hidden)
-            return Sums(0, torch.empty(size, dtype=torch.int32 if exact else torch.float32))
+            kind, where = torch.int32 if exact else torch.float32, segments[0].device
+            return Sums(0, torch.empty(size, dtype=kind, device=where))
         here_NC = came.slots_NC >= 0
         ids_NC = torch.where(here_NC, came.slots_NC, experts.num_experts).int()
         scale_N = came.scale_N.to(self.device) if form.payload is torch.int8 else None
@@ -107,16 +114,16 @@ class AscendDispatch:
             came.features_NH.to(self.device), scale_N, ids_NC.to(self.device), experts
         )
         if combine is Combine.ORDERED:
-            return Sums(count, y_NCH[here_NC.to(self.device)].cpu())
+            return Sums(count, y_NCH[here_NC.to(self.device)].to(segments[0].device))
         zero_NC = torch.zeros_like(came.weights_NC)
         weights_NC = torch.where(here_NC, came.weights_NC, zero_NC).to(self.device)
         if combine is Combine.EXACT:
             sums = grid.exact_sums(y_NCH, weights_NC, came.unit_N.to(self.device), limbs)
-            return Sums(count, sums.cpu())
+            return Sums(count, sums.to(segments[0].device))
         total_NH = torch.zeros_like(y_NCH[:, 0])
         for c in range(form.top_k):
             total_NH = total_NH + weights_NC[:, c, None] * y_NCH[:, c]
-        return Sums(count, total_NH.cpu())
+        return Sums(count, total_NH.to(segments[0].device))
 
     def sums_bytes(self: Contributing, part: Part[MoeWeights], form: Wire, rows: int) -> int:
         if (there := host_of(part)) is not None:
@@ -142,7 +149,8 @@ class AscendDispatch:
             some = sums.data[done : done + count]
             done += count
             if combine is Combine.EXACT:
-                nbytes.append(wire.write_exact(some, area) if count else 0)
+                write = write_wide if form.wide else wire.write_exact
+                nbytes.append(write(some, area) if count else 0)
             else:
                 kind = torch.bfloat16 if combine is Combine.FAST else torch.float32
                 nbytes.append(wire.write_rows(some.to(kind), area) if count else 0)
@@ -182,7 +190,8 @@ class AscendDispatch:
         combine, experts, rows = part.weights.combine, part.weights.experts, len(x_TH)
         limbs = experts_of(part).limbs
         back = wire.read_returned(combine, limbs, x_TH.shape[1], copies, segments_R)
-        total = wire.by_token(combine, back, copies, routed.weights_TC.cpu(), rows)
+        weights_TC = routed.weights_TC.to(back.rows.device)
+        total = wire.by_token(combine, back, copies, weights_TC, rows)
         total_TH = total.to(self.device)
         if combine is Combine.EXACT:
             total_TH = grid.sums_to_float(total_TH, self.units(x_TH, experts))

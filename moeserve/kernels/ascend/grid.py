@@ -77,9 +77,10 @@ def sums_to_float(sum_TLH: Tensor, unit_T: Tensor) -> Tensor:
 
 def add_rows(sum_NLH: Tensor, row_N: Tensor, rows: int) -> Tensor:
     """int32 [T, L, H]: sums of several ranks added by row; what is lost in one is lost."""
-    total = torch.zeros(rows, *sum_NLH.shape[1:], dtype=torch.int64)
+    there = sum_NLH.device
+    total = torch.zeros(rows, *sum_NLH.shape[1:], dtype=torch.int64, device=there)
     total.index_add_(0, row_N.long(), sum_NLH.long())
-    lost = torch.zeros(rows, sum_NLH.shape[2], dtype=torch.int64)
+    lost = torch.zeros(rows, sum_NLH.shape[2], dtype=torch.int64, device=there)
     lost.index_add_(0, row_N.long(), (sum_NLH[:, 0] == LOWEST).long())
     total[:, 0] = torch.where(lost > 0, torch.full_like(lost, LOWEST), total[:, 0])
     return total.int()

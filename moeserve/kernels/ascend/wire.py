@@ -1,8 +1,11 @@
-"""Dispatch and combine over records in host memory, whose experts run on the device.
+"""Dispatch and combine over records wherever the exchange has them; experts run on the device.
 
-Records and sums are bytes of the host, as the exchanges of today move them: what is sent is brought
-there once, what arrived is taken to the device once. Everything is done for all rows at a time, by
-copies and by sums of integers. Letters: see ``wire``; L limbs of an exact sum, K returned rows.
+In host memory what is sent is brought there once, what arrived is taken to the device once. On the
+device (``Wire.wide``) nothing of the exact and the fast combine waits: sums are wide, and a slot
+that is none of this rank's experts cannot be refused, so its token becomes NaN. Everything is done
+for all rows at a time, by copies and by sums of integers.
+
+Letters: see ``wire``; L limbs of an exact sum, K returned rows.
 """
 
 from __future__ import annotations
@@ -17,7 +20,15 @@ from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels.ascend.grid import add_rows
-from moeserve.kernels.wire import SLOT_DTYPE, Combine, Copies, Wire, header_bytes, up_to
+from moeserve.kernels.wire import (
+    SLOT_DTYPE,
+    Combine,
+    Copies,
+    Wire,
+    header_bytes,
+    read_wide,
+    up_to,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +56,27 @@ def as_bytes(numbers: Tensor) -> Tensor:
     """uint8 [N, X] of [N, ...]."""
     if not numbers.numel():
         width = math.prod(numbers.shape[1:]) * numbers.itemsize
-        return torch.empty(len(numbers), width, dtype=torch.uint8)
+        return torch.empty(len(numbers), width, dtype=torch.uint8, device=numbers.device)
     return numbers.contiguous().view(len(numbers), -1).view(torch.uint8)
 
 
 def records(
-    wire: Wire, features_TH: Tensor, scale_T: Tensor, unit_T: Tensor, weights_TC: Tensor
+    wire: Wire,
+    features_TH: Tensor,
+    scale_T: Tensor,
+    unit_T: Tensor,
+    weights_TC: Tensor,
+    where: torch.device,
 ) -> Tensor:
-    """uint8 [T, row_bytes] of the host, without slots."""
-    rows_TX = torch.zeros(len(features_TH), wire.row_bytes, dtype=torch.uint8)
+    """uint8 [T, row_bytes] there, without slots."""
+    rows_TX = torch.zeros(len(features_TH), wire.row_bytes, dtype=torch.uint8, device=where)
     for start, numbers in (
         (0, features_TH),
         (wire.scale_at, scale_T),
         (wire.unit_at, unit_T),
         (wire.weights_at, weights_TC),
     ):
-        part = as_bytes(numbers.cpu())
+        part = as_bytes(numbers.to(where))
         rows_TX[:, start : start + part.shape[1]] = part
     return rows_TX
 
@@ -79,7 +95,7 @@ def rows_of(wire: Wire, segments: Sequence[Tensor]) -> Tensor:
     for segment in segments:
         if len(segment) % wire.row_bytes:
             raise InternalError(f"{len(segment)} bytes are not records of {wire}")
-    whole = torch.cat([torch.empty(0, dtype=torch.uint8), *segments])
+    whole = segments[0] if len(segments) == 1 else torch.cat(list(segments))
     return whole.view(-1, wire.row_bytes)
 
 
@@ -89,21 +105,26 @@ def slots_of(wire: Wire, rows_NX: Tensor) -> Tensor:
 
 
 def take_apart(wire: Wire, segments: Sequence[Tensor], experts: int) -> Arrived:
-    """InternalError where a slot is none of so many experts."""
+    """InternalError where a slot is none of so many experts; if ``wide``, its token becomes NaN."""
     rows_NX = rows_of(wire, segments)
 
     def numbers(start: int, end: int, dtype: torch.dtype) -> Tensor:
         return rows_NX[:, start:end].contiguous().view(dtype)
 
     slots_NC = slots_of(wire, rows_NX)
-    wrong = slots_NC[(slots_NC < -1) | (slots_NC >= experts)]
-    if len(wrong):
-        raise InternalError(f"run_experts: slot {int(wrong[0])} is not in 0..{experts - 1}")
+    weights_NC = numbers(wire.weights_at, wire.slots_at, torch.float32)
+    strange_NC = (slots_NC < -1) | (slots_NC >= experts)
+    if wire.wide:
+        slots_NC = slots_NC.masked_fill(strange_NC, 0)
+        weights_NC = weights_NC.masked_fill(strange_NC, torch.nan)
+    elif bool(strange_NC.any()):
+        wrong = int(slots_NC[strange_NC][0])
+        raise InternalError(f"run_experts: slot {wrong} is not in 0..{experts - 1}")
     return Arrived(
         numbers(0, wire.feature_bytes, wire.payload),
         numbers(wire.scale_at, wire.unit_at, torch.float32)[:, 0],
         numbers(wire.unit_at, wire.weights_at, torch.float32)[:, 0],
-        numbers(wire.weights_at, wire.slots_at, torch.float32),
+        weights_NC,
         slots_NC,
     )
 
@@ -156,7 +177,8 @@ def read_returned(
     choice: list[Tensor] = []
     starts = copies.start_R1.tolist()
     for segment, start, end in zip(segments_R, starts, starts[1:], strict=False):
-        copy_K, choice_K = torch.arange(start, end), torch.zeros(end - start, dtype=torch.int64)
+        copy_K = torch.arange(start, end, device=segment.device)
+        choice_K = torch.zeros_like(copy_K)
         if combine is Combine.ORDERED:
             here, choice_K = (copies.slot_NC[start:end] != -1).nonzero(as_tuple=True)
             copy_K = here + start
@@ -172,6 +194,8 @@ def read_returned(
 
 def read_exact(segment: Tensor, count: int, limbs: int, hidden: int) -> Tensor:
     """int32 [count, L, H]."""
+    if (wide := read_wide(segment, count, limbs, hidden)) is not None:
+        return wide
     at, parts = header_bytes(count), [torch.empty(0, limbs, hidden, dtype=torch.int32)]
     for width, _, n in runs(segment[:count].tolist()):
         kind = torch.int16 if width == 2 else torch.int32
@@ -206,7 +230,7 @@ def by_token(
     token_K = copies.token_N.long()[back.copy_K]
     if combine is Combine.EXACT:
         return add_rows(back.rows, token_K, rows)
-    total_TH = torch.zeros(rows, back.rows.shape[1])
+    total_TH = torch.zeros(rows, back.rows.shape[1], device=back.rows.device)
     if combine is Combine.FAST:
         starts = copies.start_R1.tolist()
         for start, end in pairwise(starts):  # a token is once in each
@@ -225,5 +249,5 @@ def relayed(combine: Combine, back: Returned, copies: Copies, rows: int) -> Tens
     if combine is Combine.ORDERED:
         most = copies.slot_NC.shape[1]
         return back.rows[(token_K * most + back.choice_K).argsort(stable=True)]
-    weights_TC = torch.ones(rows, 1)
+    weights_TC = torch.ones(rows, 1, device=back.rows.device)
     return by_token(combine, back, copies, weights_TC, rows)

@@ -5,12 +5,15 @@ torch, and every kernel in Triton's interpreter, is checked as CUDA would check 
 host and of the device do not mix, but where ``to`` or ``copy_`` says so. What is copied, and what
 makes the host wait, is counted in ``Crossings``. Its kernels run in the interpreter.
 
+Ranks that are threads each enter ``device_thread`` within it, and have counts of their own.
+
 Stricter than CUDA in one point: indices must be on the device too, for where they are not they are
 copied, and the host waits.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,24 +121,37 @@ def is_mask(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype is torch.bool
 
 
+def bare(tensor: Tensor) -> Tensor:
+    """What holds its numbers, in host memory, for a library that carries bytes between devices."""
+    return tensor.held if isinstance(tensor, OnDevice) else tensor
+
+
+@contextmanager
+def device_thread() -> Iterator[Crossings]:
+    """For one more thread, while another is in ``device_double``."""
+    mode = _Mode()
+    with mode:
+        yield mode.crossings
+
+
 @contextmanager
 def device_double() -> Iterator[Crossings]:
     """For the calling thread. InternalError where tensors of host and device meet."""
     from triton.runtime.interpreter import GridExecutor
 
     run: Callable[..., Any] = GridExecutor.__call__
+    one_at_a_time = threading.Lock()  # the interpreter is made for one thread
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
         strangers = [t for t in args if isinstance(t, Tensor) and not isinstance(t, OnDevice)]
         if strangers:
             raise InternalError(f"a kernel is given {len(strangers)} tensors of the host")
-        with _disable_current_modes():
+        with one_at_a_time, _disable_current_modes():
             run(self, *(a.held if isinstance(a, OnDevice) else a for a in args), **kwargs)
 
-    mode = _Mode()
     GridExecutor.__call__ = launched
     try:
-        with mode:
-            yield mode.crossings
+        with device_thread() as crossings:
+            yield crossings
     finally:
         GridExecutor.__call__ = run

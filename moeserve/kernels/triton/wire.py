@@ -1,13 +1,17 @@
-"""Dispatch and combine: records written and read on the device, bytes handed over on the host.
+"""Dispatch and combine: records are written and read on the device.
 
-Areas and segments lie where the exchange has them, mostly in host memory: each is one copy. The
-records and sums are the reference's, byte by byte. Letters: see ``wire``; L limbs, P pairs.
+Areas and segments lie where the exchange has them. In host memory each is one copy, and sums are
+the reference's byte by byte. On the device (``Wire.wide``) nothing of the exact and the fast
+combine waits: sums are wide, and a slot that is none of this rank's experts cannot be refused, so
+its token becomes NaN. The ordered combine asks the device how many rows there are.
+
+Letters: see ``wire``; L limbs, P pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +22,17 @@ from moeserve.kernels.reference.combine import limbs_of
 from moeserve.kernels.reference.wire import ReferenceWire
 from moeserve.kernels.triton.experts import Features, contributions
 from moeserve.kernels.triton.sums import add_copies, by_token, chain, exact_sums
-from moeserve.kernels.wire import SLOT_DTYPE, Combine, Copies, Sums, Wire, header_bytes, up_to
+from moeserve.kernels.wire import (
+    SLOT_DTYPE,
+    Combine,
+    Copies,
+    Sums,
+    Wire,
+    header_bytes,
+    read_wide,
+    up_to,
+    write_wide,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +46,11 @@ class RecordBatch:
 
 
 def rows_in(wire: Wire, segments: Sequence[Tensor]) -> Tensor:
-    """uint8 [N, row_bytes] of all segments in turn."""
+    """uint8 [N, row_bytes] of all segments in turn, where they lie."""
     for segment in segments:
         if len(segment) % wire.row_bytes:
             raise InternalError(f"{len(segment)} bytes are not records of {wire}")
-    whole = torch.cat([torch.empty(0, dtype=torch.uint8), *(s.cpu() for s in segments)])
+    whole = segments[0] if len(segments) == 1 else torch.cat(list(segments))
     return whole.view(-1, wire.row_bytes)
 
 
@@ -102,7 +116,11 @@ def exact_bytes(sums_NLH: Tensor) -> Tensor:
 
 
 def exact_sums_in(segment: Tensor, count: int, limbs: int, hidden: int) -> Tensor:
-    """int32 [N, L, H] of ``exact_bytes``; InternalError where the segment is of another length."""
+    """int32 [N, L, H] of ``exact_bytes`` or ``write_wide``; InternalError where the segment is of
+    another length."""
+    if (wide := read_wide(segment, count, limbs, hidden)) is not None:
+        return wide
+    segment = segment.cpu()
     header = header_bytes(count)
     narrow_N = segment[:count] == 2
     words_N = torch.where(narrow_N, up_to(2 * hidden, 4) // 2, 2 * limbs * hidden)
@@ -150,6 +168,10 @@ class TritonWire(ReferenceWire):
     """The half of the op table that ranks need of each other. ``wire`` and ``sums_bytes`` are the
     reference's."""
 
+    def keeps_records(self, part: Part[MoeWeights]) -> bool:
+        """Whether records of this layer can stay on the device (``comm.build``)."""
+        return True
+
     def pack_tokens(
         self: Ops,
         x_TH: Tensor,
@@ -182,8 +204,11 @@ class TritonWire(ReferenceWire):
         self: Ops, part: Part[MoeWeights], wire: Wire, segments: Sequence[Tensor]
     ) -> Sums:
         experts, combine, rows = part.weights.experts, part.weights.combine, rows_in(wire, segments)
-        check_slots(slots_in(wire, rows), experts)
+        if not wire.wide:
+            check_slots(slots_in(wire, rows), experts)
         r = unpacked(wire, rows, self.device)
+        if wire.wide:
+            r = without_strange_slots(r, experts)
         y_PH = contributions(r.features, experts, r.slots_NC)
         if combine is Combine.EXACT:
             return Sums(len(rows), exact_sums(y_PH, r.slots_NC, r.weights_NC, r.units_N, experts))
@@ -199,7 +224,8 @@ class TritonWire(ReferenceWire):
         segments: Sequence[Tensor],
         areas_R: Sequence[Tensor],
     ) -> list[int]:
-        combine, data, nbytes, done = part.weights.combine, sums.data.cpu(), [], 0
+        combine, nbytes, done = part.weights.combine, list[int](), 0
+        data = sums.data if wire.wide else sums.data.cpu()
         for segment, area in zip(segments, areas_R, strict=True):
             rows = rows_in(wire, [segment])
             count = len(rows)
@@ -207,6 +233,9 @@ class TritonWire(ReferenceWire):
                 count = int((slots_in(wire, rows) >= 0).sum())
             found = data[done : done + count]
             done += count
+            if combine is Combine.EXACT and wire.wide:
+                nbytes.append(write_wide(found, area))
+                continue
             if combine is Combine.EXACT:
                 whole = exact_bytes(found)
             else:
@@ -230,7 +259,7 @@ class TritonWire(ReferenceWire):
             return Sums(rows, add_copies(found, token_N, rows))
         if combine is Combine.ORDERED:
             return Sums(rows, found[pairs_of(copies, wire.top_k).argsort().to(self.device)])
-        return Sums(rows, added(found, token_N, rows))
+        return Sums(rows, added(found, token_N, rows, len(segments_R)))
 
     def combine(
         self: Ops,
@@ -255,7 +284,7 @@ class TritonWire(ReferenceWire):
             there.view(-1)[pairs] = 0
             total_TH = chain(y_PH, there, routed.weights_TC)
         else:
-            total_TH = added(found, token_N, rows)
+            total_TH = added(found, token_N, rows, len(segments_R))
         x_TH += total_TH if shared_TH is None else total_TH + shared_TH
 
 
@@ -265,22 +294,21 @@ def returned(
     """What came back, in order of copies: exact, int32 [N, L, H]; else fp32 [.., H]."""
     combine, bounds, found = part.weights.combine, copies.start_R1.tolist(), []
     for segment, start, end in zip(segments_R, bounds, bounds[1:], strict=False):
-        bytes_X = segment.cpu()
         if combine is Combine.EXACT:
             limbs = limbs_of(part.weights.experts)
-            found.append(exact_sums_in(bytes_X, end - start, limbs, hidden))
+            found.append(exact_sums_in(segment, end - start, limbs, hidden))
         elif combine is Combine.ORDERED:
             count = int((copies.slot_NC[start:end] >= 0).sum())
-            found.append(float_rows_in(bytes_X, count, hidden, torch.float32))
+            found.append(float_rows_in(segment, count, hidden, torch.float32))
         else:
-            found.append(float_rows_in(bytes_X, end - start, hidden, torch.bfloat16))
+            found.append(float_rows_in(segment, end - start, hidden, torch.bfloat16))
     return torch.cat(found)
 
 
-def added(rows_NH: Tensor, token_N: Tensor, rows: int) -> Tensor:
-    """fp32 [rows, H]: those of each token, in order of copies."""
+def added(rows_NH: Tensor, token_N: Tensor, rows: int, most: int) -> Tensor:
+    """fp32 [rows, H]: those of each token, of which there are at most ``most``, in order of
+    copies."""
     order, first = by_token(token_N, rows)
-    most = int(first.diff().max()) if rows else 0
     place = torch.arange(len(order), device=order.device) - first[token_N[order].long()]
     y_PH = torch.zeros(rows * most, rows_NH.shape[1], device=rows_NH.device)
     there = torch.full((rows, most), -1, dtype=torch.int32, device=rows_NH.device)
@@ -288,6 +316,16 @@ def added(rows_NH: Tensor, token_N: Tensor, rows: int) -> Tensor:
     y_PH[at] = rows_NH[order]
     there.view(-1)[at] = 0
     return chain(y_PH, there, torch.ones(rows, most, device=rows_NH.device))
+
+
+def without_strange_slots(r: RecordBatch, experts: Experts) -> RecordBatch:
+    """A slot that is none of these experts makes its token NaN, for nothing here can refuse it."""
+    strange_NC = (r.slots_NC < -1) | (r.slots_NC >= experts.num_experts)
+    return replace(
+        r,
+        slots_NC=r.slots_NC.masked_fill(strange_NC, 0),
+        weights_NC=r.weights_NC.masked_fill(strange_NC, torch.nan),
+    )
 
 
 def check_slots(slots_NC: Tensor, experts: Experts) -> None:

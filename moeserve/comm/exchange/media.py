@@ -1,0 +1,183 @@
+"""What moves bytes between devices for ``collective``: process groups of torch.
+
+``StreamMedium`` is NCCL's or HCCL's, whose collectives are work of the device: they run on a stream
+of their own, behind what they send and before what reads it, and no host waits for them.
+``HostMedium`` is gloo's, over tensors of the CPU, or over those of a device in name, which ``bare``
+takes for what holds their bytes: everything of an exchange but the library's call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import AllToAllOptions, PrefixStore  # type: ignore[attr-defined]
+
+from moeserve.comm.exchange.streams import DeviceWork, NoWork, poll
+from moeserve.comm.exchange.torch import break_connections, connect, release_aside
+from moeserve.comm.group import Group
+from moeserve.errors import ConfigError
+
+# Our own deadlines come first; this ends what nobody waits for any more.
+_LEFT_ALONE_S = 600.0
+LIBRARIES = {"cuda": "nccl", "npu": "hccl"}
+
+
+class StreamTransfer:
+    """A collective on a stream."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def done(self, wait_s: float) -> bool:
+        return poll(self._work.is_completed, wait_s)
+
+    def order_after(self) -> None:
+        self._work.wait()  # of the current stream: the host goes on
+
+
+class StreamMedium:
+    """Owns the process group, and the stream that collectives begin on."""
+
+    ordered = True
+
+    def __init__(self, name: str, pg: Any, device: torch.device) -> None:
+        self.name = name
+        self.device = device
+        self._pg = pg
+        work = DeviceWork(device)
+        self.mark, self.passed, self.to_host = work.mark, work.passed, work.to_host
+        self._of: Any = torch.get_device_module(device)
+        self._stream = self._of.Stream(device)
+
+    def begin(
+        self,
+        mark: Any,
+        incoming: Tensor,
+        outgoing: Tensor,
+        come_R: list[int],
+        go_R: list[int],
+    ) -> StreamTransfer:
+        with self._of.stream(self._stream):
+            self._stream.wait_event(mark)
+            work = self._pg.alltoall_base(incoming, outgoing, come_R, go_R, AllToAllOptions())
+        return StreamTransfer(work)
+
+    def end(self, failed: bool) -> None:
+        with contextlib.suppress(RuntimeError):
+            (self._pg.abort if failed else self._pg.shutdown)()
+        del self._pg
+
+
+class HostTransfer:
+    """A collective of gloo's threads; keeps what they read and write."""
+
+    def __init__(self, work: Any, *held: Tensor) -> None:
+        self.work = work
+        self._held = held
+
+    def done(self, wait_s: float) -> bool:
+        if not self.work.is_completed():
+            if wait_s <= 0:
+                return False
+            with contextlib.suppress(RuntimeError):  # the time is over, or it failed: see below
+                # Less than a millisecond would mean for ever.
+                self.work.wait(timedelta(seconds=max(wait_s, 0.001)))
+            if not self.work.is_completed():
+                return False
+        self.work.wait()  # raises what went wrong
+        return True
+
+    def order_after(self) -> None: ...
+
+
+class HostMedium:
+    """Owns a process group of gloo."""
+
+    name = "gloo"
+    ordered = False
+
+    def __init__(
+        self, pg: Any, device: torch.device, bare: Callable[[Tensor], Tensor] = lambda t: t
+    ) -> None:
+        self.device = device
+        work = NoWork()
+        self.mark, self.passed, self.to_host = work.mark, work.passed, work.to_host
+        self._pg = pg
+        self._bare = bare
+        self._others = [r for r in range(pg.size()) if r != pg.rank()]
+
+    @classmethod
+    def open(
+        cls,
+        group: Group,
+        key: str,
+        device: torch.device,
+        bare: Callable[[Tensor], Tensor] = lambda t: t,
+    ) -> HostMedium:
+        """Collective over the group."""
+        timeout = timedelta(seconds=_LEFT_ALONE_S)
+        pg = connect(PrefixStore(f"{key}/gloo", group.store), group, None, timeout)
+        return cls(pg, device, bare)
+
+    def begin(
+        self,
+        mark: Any,
+        incoming: Tensor,
+        outgoing: Tensor,
+        come_R: list[int],
+        go_R: list[int],
+    ) -> HostTransfer:
+        came, gone = self._bare(incoming), self._bare(outgoing)
+        work = self._pg.alltoall_base(came, gone, come_R, go_R, AllToAllOptions())
+        return HostTransfer(work, came, gone)
+
+    def end(self, failed: bool) -> None:
+        if failed:
+            break_connections(self._pg, self._others)
+        held = [self._pg]
+        del self._pg
+        release_aside(held)
+
+
+def open_stream_medium(group: Group, key: str, device: torch.device) -> StreamMedium:
+    """NCCL on a CUDA device, HCCL on an NPU; collective over the group. ConfigError where torch has
+    no such library, or the communicator cannot be made."""
+    name = LIBRARIES[device.type]
+    if reason := lacking(device.type):
+        raise ConfigError(f"comm backend {name!r}: {reason}")
+    store = PrefixStore(f"{key}/{name}", group.store)
+    timeout = timedelta(seconds=_LEFT_ALONE_S)
+    distributed: Any = torch.distributed
+    try:
+        if name == "nccl":
+            options = distributed.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            pg = distributed.ProcessGroupNCCL(store, group.rank, group.world, options)
+            pg.eager_connect_single_device(device)
+        else:
+            pg = distributed.ProcessGroupHCCL(store, group.rank, group.world, timeout)
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"comm backend {name!r}: no communicator of rank {group.of_run(group.rank)} on "
+            f"{device}: {first}; {name.upper()}_DEBUG=INFO says more, and 'tcp' goes without it"
+        ) from error
+    return StreamMedium(name, pg, device)
+
+
+def lacking(kind: str) -> str:
+    """Why this torch has no collectives between such devices; "" where it has."""
+    distributed: Any = torch.distributed
+    if kind == "cuda" and not distributed.is_nccl_available():
+        return (
+            f"torch {torch.__version__} was built without NCCL: install a build of torch for CUDA, "
+            "or choose 'tcp'"
+        )
+    if kind == "npu" and not hasattr(distributed, "ProcessGroupHCCL"):
+        return "torch_npu brings no HCCL: install one of torch's minor version, or choose 'tcp'"
+    return ""

@@ -1,0 +1,121 @@
+"""Whether tokens can stay on devices between ranks: every bad set-up is one line with a remedy."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from moeserve.comm.exchange.base import Lanes
+from moeserve.comm.exchange.cards import DEVICE_BACKENDS, Seat, choose, meet, seat_of
+from moeserve.comm.exchange.collective import BeginningOrder
+from moeserve.comm.exchange.media import lacking
+from moeserve.comm.exchange.open import open_device_exchange
+from moeserve.comm.group import Group, Topology
+from moeserve.errors import ConfigError
+
+ONE, TWO = Seat("cuda", "GPU-1"), Seat("cuda", "GPU-2")
+NPU = Seat("npu", "npu:0")
+CPU = Seat("cpu")
+
+
+@pytest.mark.parametrize(
+    ("seats", "nodes", "taken"),
+    [
+        ([ONE, TWO], [0, 0], "nccl"),
+        ([ONE, ONE], [0, 1], "nccl"),  # of two hosts, whatever they are called there
+        ([ONE, ONE], [0, 0], "mapped"),
+        ([Seat("cuda", "GPU-1", lacks="no NCCL"), TWO], [0, 0], "mapped"),
+        ([Seat("cuda", "GPU-1", lacks="no NCCL"), TWO], [0, 1], ""),
+        ([NPU, Seat("npu", "npu:1")], [0, 0], "hccl"),
+        ([ONE, CPU], [0, 0], ""),
+        ([ONE, NPU], [0, 0], ""),
+        ([ONE, Seat("cuda", "GPU-2", stays="the experts of layer 3 run on the host")], [0, 0], ""),
+        ([CPU, CPU], [0, 0], ""),
+    ],
+)
+def test_auto_keeps_tokens_on_devices_where_all_ranks_can(
+    seats: list[Seat], nodes: list[int], taken: str
+) -> None:
+    assert choose("auto", seats, nodes) == taken
+
+
+@pytest.mark.parametrize(
+    ("asked", "seats", "nodes", "told"),
+    [
+        ("nccl", [ONE, CPU], [0, 0], "'nccl': it joins cuda devices alone, not the cpu of rank 1"),
+        ("hccl", [ONE, TWO], [0, 0], "'hccl': it joins npu devices alone, not the cuda of ranks 0"),
+        ("nccl", [ONE, TWO, ONE], [0, 0, 0], "ranks 0 and 2 share the card GPU-1"),
+        ("nccl", [ONE, Seat("cuda", "", lacks="torch 2 was built without NCCL: x")], [0, 0],
+         "'nccl': rank 1: torch 2 was built without NCCL: x"),
+        ("mapped", [ONE, TWO], [0, 1], "'mapped': ranks are spread over 2 nodes: choose 'auto'"),
+        ("mapped", [ONE, Seat("cuda", "b", stays="the experts of layer 3 run on the host")],
+         [0, 0], "rank 1: the experts of layer 3 run on the host: choose 'auto'"),
+    ],
+)  # fmt: skip
+def test_what_was_asked_for_and_cannot_be_is_refused(
+    asked: str, seats: list[Seat], nodes: list[int], told: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        choose(asked, seats, nodes)
+    assert told in error.value.message and "\n" not in error.value.message
+
+
+kinds = st.sampled_from(["cpu", "cuda", "npu"])
+seat = st.builds(Seat, kinds, st.sampled_from("ab"), st.sampled_from(["", "x"]), st.just(""))
+
+
+@given(st.lists(seat, min_size=2, max_size=4))
+def test_auto_never_takes_what_would_be_refused(seats: list[Seat]) -> None:
+    nodes = [0] * len(seats)
+    taken = choose("auto", seats, nodes)
+    if taken:
+        assert choose(taken, seats, nodes) == taken
+        return
+    for asked in DEVICE_BACKENDS:
+        with pytest.raises(ConfigError):
+            choose(asked, seats, nodes)
+
+
+def test_ranks_hear_of_one_another_and_refuse_alike() -> None:
+    store = HashStore()
+    own = seat_of(torch.device("cpu"), [])
+
+    def rank(r: int) -> str:
+        group = Group(r, 2, store)
+        assert meet("shm", group, own, [0, 0]) == ""
+        with pytest.raises(ConfigError) as error:
+            meet("nccl", group, own, [0, 0])
+        return error.value.message
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(rank, range(2))
+    assert one == other
+    with pytest.raises(ConfigError, match="no device of rank 1"):
+        Seat.read(b'{"kind": 3}', 1)
+    with pytest.raises(ConfigError, match="no device of rank 1"):
+        Seat.read(b"[1]", 1)
+
+
+@pytest.mark.parametrize(("kind", "told"), [("cuda", "without NCCL"), ("npu", "no HCCL")])
+def test_a_torch_without_the_library_is_told_so_in_one_line(kind: str, told: str) -> None:
+    reason = lacking(kind)
+    assert told in reason and "choose 'tcp'" in reason and "\n" not in reason
+
+
+def test_nothing_is_left_of_an_exchange_whose_library_is_missing() -> None:
+    store = HashStore()
+
+    def rank(r: int) -> None:
+        with pytest.raises(ConfigError, match="NCCL"):
+            open_device_exchange(
+                "nccl", Group(r, 2, store), Topology((0, 0)), Lanes((64,)), torch.device("cuda", r),
+                BeginningOrder(),
+            )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank, range(2)))

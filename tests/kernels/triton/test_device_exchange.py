@@ -1,0 +1,153 @@
+"""Two ranks on devices in name: their records go from device to device, and the host sees counts.
+
+gloo stands for the library that carries bytes between devices; all else is what runs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from moeserve.comm.build import shard_experts
+from moeserve.comm.dispatcher import FlatDispatcher, HierarchicalDispatcher
+from moeserve.comm.exchange.base import Exchange, Lanes
+from moeserve.comm.exchange.collective import BeginningOrder, CollectiveExchange
+from moeserve.comm.exchange.media import HostMedium
+from moeserve.comm.exchange.open import open_beside
+from moeserve.comm.group import Group, Topology
+from moeserve.comm.layout import LayerLayout
+from moeserve.kernels.matrix import Matrix, part_of, stack, to_int8
+from moeserve.kernels.ops import MoeWeights, Ops, Part, Routed, RouterSpec, RouterWeights
+from moeserve.kernels.triton.double import DEVICE, Crossings, bare, device_double, device_thread
+from moeserve.kernels.wire import Combine
+from moeserve.observe.progress import Progress
+
+HIDDEN, INNER, EXPERTS, CHOSEN = 34, 16, 8, 3
+ROWS = (5, 3)  # of each rank
+LANES = Lanes((1 << 16, 1 << 16), 20.0)
+
+
+@pytest.fixture
+def there() -> Iterator[Ops]:
+    with device_double():
+        from moeserve.kernels.triton.ops import TritonOps
+
+        yield TritonOps(DEVICE)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One layer over all ranks, and the tokens of each."""
+
+    weights: tuple[Matrix, Matrix]
+    x_RTH: list[Tensor]
+    routed_R: list[tuple[Tensor, Tensor, Tensor]]
+    combine: Combine
+
+    @classmethod
+    def drawn(cls, combine: Combine, world: int) -> Mixture:
+        torch.manual_seed(5)
+        up = torch.randn(EXPERTS, 2 * INNER, HIDDEN) / 6
+        down = torch.randn(EXPERTS, HIDDEN, INNER) / 4
+        rows = [ROWS[r % 2] for r in range(world)]
+        routed = [
+            (
+                torch.randn(n, HIDDEN),
+                torch.stack([torch.randperm(EXPERTS)[:CHOSEN] for _ in range(n)]).int(),
+                torch.rand(n, CHOSEN),
+            )
+            for n in rows
+        ]
+        xs = [torch.randn(n, HIDDEN) for n in rows]
+        return cls((to_int8(up), to_int8(down)), xs, routed, combine)
+
+    def part(self, ops: Ops, experts: list[int]) -> Part[MoeWeights]:
+        mine = [stack([part_of(w, e) for e in experts]) for w in self.weights]
+        return ops.prepare(MoeWeights(ops.pack_experts(*mine), None, self.combine))
+
+    def routed(self, rank: int) -> Routed:
+        return Routed(*(t.to(DEVICE) for t in self.routed_R[rank]))
+
+    def alone(self, ops: Ops, rank: int) -> Tensor:
+        x_TH = self.x_RTH[rank].to(DEVICE)
+        ops.moe(x_TH, self.part(ops, list(range(EXPERTS))), self.routed(rank))
+        return x_TH.cpu()
+
+
+def router() -> Part[RouterWeights]:
+    spec = RouterSpec(num_experts=EXPERTS, top_k=CHOSEN)
+    return Part(RouterWeights(torch.ones(HIDDEN), 1e-6, None, spec), None)  # type: ignore[arg-type]
+
+
+def opened(group: Group, key: str, order: BeginningOrder) -> Exchange:
+    beside = open_beside(group, Topology((0,) * 4), LANES, key=key)
+    medium = HostMedium.open(group, key, DEVICE, bare)
+    return CollectiveExchange(group, LANES, *beside, medium, order)
+
+
+def as_ranks(world: int, run: Callable[[Group, Crossings], Tensor]) -> list[Tensor]:
+    """What came out of each rank, a thread on a device of its own."""
+    store = HashStore()
+
+    def rank(r: int) -> Tensor:
+        with device_thread() as seen:
+            return run(Group(r, world, store), seen)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(rank, range(world), timeout=120))
+
+
+def layout_of(world: int, replicas: bool) -> LayerLayout:
+    order = np.random.default_rng(3).permutation(EXPERTS)
+    expert_S = np.concatenate([order, order[:world]]) if replicas else order
+    return LayerLayout(expert_S.astype(np.int32), EXPERTS, world)
+
+
+@pytest.mark.parametrize(
+    ("combine", "replicas", "node"),
+    [
+        (Combine.EXACT, False, 0),
+        (Combine.EXACT, True, 0),
+        (Combine.ORDERED, False, 0),
+        (Combine.EXACT, False, 2),
+    ],
+)
+def test_ranks_give_the_bits_of_one_and_the_host_sees_one_tensor_a_hop(
+    there: Ops, combine: Combine, replicas: bool, node: int
+) -> None:
+    """With ``node``, over nodes of so many ranks: two hops, of which each counts once."""
+    world = 2 * node or 2
+    mixture, layout = Mixture.drawn(combine, world), layout_of(world, replicas)
+    wanted = [mixture.alone(there, r) for r in range(world)]
+
+    def run(group: Group, seen: Crossings) -> Tensor:
+        rank, order = group.rank, BeginningOrder()
+        part = mixture.part(there, list(layout.of_rank(rank)))
+        sharded = shard_experts(there, router(), part, layout, node or 1, wide=True)
+        topology = Topology(tuple(r // (node or world) for r in range(world)))
+        moves: FlatDispatcher | HierarchicalDispatcher
+        if node:
+            rail = group.sub_group(range(rank % node, world, node))
+            inside = group.sub_group(topology.ranks_of(topology.node_R[rank]))
+            exchanges = opened(rail, "outer", order), opened(inside, "inner", order)
+            moves = HierarchicalDispatcher(there, *exchanges, topology, Progress())
+        else:
+            moves = FlatDispatcher(there, opened(group, "flat", order), topology, Progress())
+        x_TH, routed = mixture.x_RTH[rank].to(DEVICE), mixture.routed(rank)
+        before = seen.to_host, seen.waits
+        for _ in moves.moe(0, sharded, x_TH, routed):
+            pass
+        if combine is Combine.EXACT:
+            assert (seen.to_host, seen.waits) == (before[0] + (2 if node else 1), before[1])
+        moves.close()
+        return x_TH.cpu()
+
+    for x_TH, alone in zip(as_ranks(world, run), wanted, strict=True):
+        assert torch.equal(x_TH, alone)
