@@ -59,7 +59,7 @@ def open_parallel(
     """
     size = ranks_per_node(topology)
     sharded = shard_layers(ops, layers, layouts, size or 1, runs)
-    lanes = _lanes(ops, sharded, bounds, bounds.tokens)
+    lanes = lanes_of(ops, sharded, bounds, bounds.tokens)
     dispatcher: Dispatcher
     if size is None:
         exchange = open_exchange(backend, group, topology, lanes, address=address)
@@ -69,7 +69,7 @@ def open_parallel(
         node = group.sub_group(topology.ranks_of(topology.node_R[group.rank]))
         outer = open_exchange(backend, rail, topology, lanes, key="outer", address=address)
         # Whatever comes from all nodes may be for one rank inside.
-        wide = _lanes(ops, sharded, bounds, bounds.tokens * topology.num_nodes)
+        wide = lanes_of(ops, sharded, bounds, bounds.tokens * topology.num_nodes)
         inner = open_exchange(backend, node, topology, wide, key="inner", address=address)
         dispatcher = HierarchicalDispatcher(ops, outer, inner, topology, progress)
     return ParallelLayerRunner(ops, layers, sharded, dispatcher, progress)
@@ -122,7 +122,7 @@ def shard_experts(
     return ShardedExperts(experts, layout, table_of(layout, ranks_per_unit), wire, run)
 
 
-def _lanes(
+def lanes_of(
     ops: Ops, sharded: Sequence[ShardedExperts | None], bounds: Bounds, tokens: int
 ) -> Lanes:
     """One there and one back for each microbatch, with room for the widest layer."""
