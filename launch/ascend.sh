@@ -5,8 +5,8 @@
 #
 #   CANN  folder of the toolkit [/usr/local/Ascend/ascend-toolkit]
 #
-# Whatever is set already is kept. HCCL's buffer is for deployments that use HCCL: ours do not, and
-# docs/ascend.md says how large it would have to be.
+# Whatever is set already is kept. With --dispatcher moe_distribute HCCL_BUFFSIZE may have to be set,
+# too: a start that needs more says how much.
 set -eu
 cann="${CANN:-/usr/local/Ascend/ascend-toolkit}"
 if [ ! -r "$cann/set_env.sh" ]; then

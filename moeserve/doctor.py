@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 import moeserve
+from moeserve.comm.libraries.promise import asked_for
 from moeserve.config.effect import require_effect
 from moeserve.config.options import DoorOptions, ServeConfig
 from moeserve.config.sources import flag_of, options_of, read_settings
@@ -161,6 +162,7 @@ def run_doctor(
         config = config_of(os.environ)
         ports, device = examine_ports(config, problems), examine_device(config.device)
         device = dataclasses.replace(device, attention=config.attention_device)
+        notes += map(Advice, asked_for(config.dispatcher, config.combine))
     except ConfigError as wrong:
         problems.append(Advice(wrong.message))
     problems += [Advice(device.problem)] if device.problem else []
@@ -193,8 +195,7 @@ def run_doctor(
 
 def config_of(environ: Mapping[str, str]) -> ServeConfig:
     """What ``serve`` without flags would take; ConfigError where it would refuse."""
-    settings = read_settings({}, environ)
-    config = options_of(settings, ServeConfig)
+    config = options_of(settings := read_settings({}, environ), ServeConfig)
     require_effect(config, settings, config.ep or 1)
     return config
 
@@ -203,7 +204,6 @@ def examine_host() -> HostReport:
     cpu, memory = read_cpu(), read_memory()
     # Where memory is short, the probe must not be what exceeds it.
     probed = min(PROBE_BYTES, memory.available // 16)
-    counts = sorted({1, threads_of(cpu)})
     return HostReport(
         cpu=cpu.model,
         cores=cpu.cores,
@@ -211,8 +211,8 @@ def examine_host() -> HostReport:
         memory_total=memory.total,
         memory_available=memory.available,
         memory_limit=memory.limit,
-        threads=counts[-1],
-        speeds=tuple(probe_machine(count, size=probed) for count in counts),
+        threads=threads_of(cpu),
+        speeds=tuple(probe_machine(n, size=probed) for n in sorted({1, threads_of(cpu)})),
     )
 
 
@@ -410,12 +410,12 @@ def render(report: DoctorReport, console: Console) -> None:
 
 def speed(machine: Machine) -> str:
     """``2 threads: read 90.1 GB/s, int8 2301 Gop/s (avx512_vnni), ...``."""
-    of = "1 thread" if machine.threads == 1 else f"{machine.threads} threads"
     peaks = [
         f"{kind} {rate.best / 1e9:.0f} Gop/s ({rate.way})"
         for kind, rate in (("int8", machine.int8), ("bf16", machine.bf16), ("fp32", machine.fp32))
         if rate is not None
     ]
+    of = f"{machine.threads} thread{'s' if machine.threads > 1 else ''}"
     return ", ".join([f"{of}: read {machine.read.best / 1e9:.1f} GB/s", *peaks])
 
 

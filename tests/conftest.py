@@ -153,6 +153,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    # Rows as wide as libraries between cards ask for.
+    "qwen2_moe_2048": (
+        "Qwen2Moe",
+        {
+            **_GQA,
+            "hidden_size": 2048,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+        },
+    ),
     "deepseek_v3_wide": (
         "DeepseekV3",
         {**_MLA, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "routed_scaling_factor": 2.5},

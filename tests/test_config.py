@@ -96,6 +96,7 @@ OTHER: dict[str, Any] = {
     "threads": 2,
     "ep": 4,
     "ep_backend": "shm",
+    "dispatcher": "deepep",
     "combine": "ordered",
     "plan": "plan.json",
     "attention_ranks": 2,

@@ -263,6 +263,16 @@ def test_an_absent_mpi4py_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own_ports")
+def test_what_law_1_holds_by_a_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"EP": "2", "DISPATCHER": "moe_distribute", "COMBINE": "fast"}.items():
+        monkeypatch.setenv(f"MOESERVE_{name}", value)
+    (note,) = [n.found for n in doctor.run_doctor().notes if "--dispatcher" in n.found]
+    assert "equal bits for any ranks and plan under this dispatcher, not those of others" in note
+    monkeypatch.setenv("MOESERVE_COMBINE", "exact")
+    (problem,) = [p.found for p in doctor.run_doctor().problems if "dispatcher" in p.found]
+    assert "give --combine fast" in problem
+
+
 def test_what_would_not_run_on_an_npu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = DeviceReport("auto", "npu", "1 x Ascend910B3 found", Devices())
     monkeypatch.setattr(doctor, "examine_device", lambda asked: chosen)

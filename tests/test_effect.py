@@ -21,6 +21,7 @@ from moeserve.worker.command import main as worker
 # Settings of ranks, none of them as by default.
 OF_RANKS: dict[str, Any] = {
     "ep_backend": "tcp",
+    "dispatcher": "deepep",
     "plan": "plan.json",
     "attention_ranks": "1",
     "doors": "all",

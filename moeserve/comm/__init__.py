@@ -18,6 +18,7 @@
     table.py        which copies of a batch's tokens go where (assign.py: the numpy twin);
                     device_table.py: found on the device
     dispatcher.py   one MoE layer over ranks: dispatch, experts, combine
+    libraries/      dispatch and combine by DeepEP and by torch_npu, where they are asked for
     pipeline.py     all layers of a step, microbatches in turn
     build.py        from a loaded model and its group to a runner of its layers
     native.py       the native half (comm/*.cc): table, shared memory, sockets, mesh

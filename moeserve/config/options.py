@@ -186,6 +186,11 @@ class EpOptions(Options):
     ep_backend: Literal["auto", "tcp", "torch", "mpi", "shm", "nccl", "hccl", "mapped"] = Field(
         default="auto", description="how tokens travel between ranks; auto goes by where they are"
     )
+    dispatcher: Literal["auto", "deepep", "deepep_low_latency", "moe_distribute"] = Field(
+        default="auto",
+        description="a library that moves and adds tokens between cards by itself, instead of "
+        "--ep-backend; all but deepep need --combine fast",
+    )
     plan: Path | None = Field(
         default=None,
         description="which rank holds which expert, from moeserve place; default: in order",

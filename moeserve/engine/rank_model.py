@@ -18,6 +18,8 @@ from moeserve.comm.build import Bounds, open_parallel
 from moeserve.comm.exchange.base import Alarm
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout, layouts, own_experts, plan_of
+from moeserve.comm.libraries.open import open_with_library
+from moeserve.comm.libraries.promise import AUTO
 from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.config.options import EpOptions, RankModelOptions
 from moeserve.engine.device_memory import load_on_device
@@ -371,23 +373,21 @@ def num_experts(spec: ModelSpec) -> int:
 
 def join(context: EpContext, decoder: Decoder, plan: Plan, tokens: int) -> ParallelLayerRunner:
     """The way to the others; ``tokens`` is the most that a rank has in a layer of a step."""
-    streamed = streamed_by(decoder)
+    streamed, options = streamed_by(decoder), context.options
+    runs = None if streamed is None else streamed.of_rank()
+    bounds = Bounds(tokens, context.microbatches or LARGEST, options.ep_deadline, context.alarm)
+    whom = decoder.ops, decoder.stack.layers, _layouts(plan), context.group, context.topology
+    if options.dispatcher != AUTO:
+        return open_with_library(
+            options.dispatcher, *whom, bounds=bounds, progress=context.progress, runs=runs
+        )
     return open_parallel(
-        decoder.ops,
-        decoder.stack.layers,
-        _layouts(plan),
-        context.group,
-        context.topology,
-        backend=context.options.ep_backend,
-        bounds=Bounds(
-            tokens,
-            context.microbatches or LARGEST,
-            context.options.ep_deadline,
-            context.alarm,
-        ),
+        *whom,
+        backend=options.ep_backend,
+        bounds=bounds,
         progress=context.progress,
         address=context.address,
-        runs=None if streamed is None else streamed.of_rank(),
+        runs=runs,
     )
 
 

@@ -12,6 +12,7 @@
     sampling  host_copy        what a row to be sampled needs; where tensors leave the device
     kv_layout  kv_runs         KV blocks as bytes, once they have left a cache; runs with digests
     host_kv                    KV of an accelerator's table in the host's memory
+    thread_meeting             where threads that play ranks meet, for twins of libraries
     reference/                 the backend in plain torch
     cpu/                       the native backend
     ascend/                    the backend of Ascend NPUs

@@ -33,6 +33,7 @@ LOAD_S = 3600.0
 COMMON = (
     *LoadOptions.model_fields,
     "ep_backend",
+    "dispatcher",
     "block_size",
     "max_num_batched_tokens",
     "prefill_mode",

@@ -13,5 +13,6 @@
     records                    packed weights over memory: refused
     schemas                    the operators' signatures (schemas.txt), as the wheel has them
     twin                       each operator in plain torch by its documentation, for machines
-                               without an NPU
+                               without an NPU; twin_distribute: those between ranks, which are
+                               threads; twin_options: the arguments that a twin takes
 """

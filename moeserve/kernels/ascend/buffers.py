@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from moeserve.errors import ConfigError
 from moeserve.kernels.wire import up_to
@@ -41,24 +42,36 @@ class ExpertTraffic:
     shared: int = 0
 
 
-def least_buffer(t: ExpertTraffic) -> int:
+class AtlasGeneration(StrEnum):
+    """Of Atlas products: 910B chips, 910_93 dies."""
+
+    A2 = "A2"
+    A3 = "A3"
+
+
+def least_buffer(t: ExpertTraffic, generation: AtlasGeneration = AtlasGeneration.A3) -> int:
     """Of HCCL's buffer."""
+    if generation is AtlasGeneration.A2:
+        rows = t.tokens * t.world * min(t.local, t.top_k)
+        return 2 * (rows * 2 * t.hidden + 2 * MIB)
     received = t.local * t.tokens * t.world * up_to(up_to(2 * t.hidden, 32) + 64, 512)
     sent = (t.top_k + t.shared) * t.tokens * up_to(2 * t.hidden, 512)
     return 2 * (received + sent)
 
 
-def least_mib(t: ExpertTraffic) -> int:
+def least_mib(t: ExpertTraffic, generation: AtlasGeneration = AtlasGeneration.A3) -> int:
     """The value of ``HCCL_BUFFSIZE`` that holds it."""
-    return -(-least_buffer(t) // MIB)
+    return -(-least_buffer(t, generation) // MIB)
 
 
-def require_buffer(t: ExpertTraffic, environ: Mapping[str, str]) -> None:
+def require_buffer(
+    t: ExpertTraffic, environ: Mapping[str, str], generation: AtlasGeneration = AtlasGeneration.A3
+) -> None:
     """ConfigError with the number where the buffer is too small."""
     said = environ.get(VARIABLE, "")
     if said and not said.isdecimal():
         raise ConfigError(f"{VARIABLE}={said!r}: expected a number of MiB")
-    size, least = int(said) if said else DEFAULT_MIB, least_mib(t)
+    size, least = int(said) if said else DEFAULT_MIB, least_mib(t, generation)
     if size < least:
         how = f"{VARIABLE}={size}" if said else f"{VARIABLE} is not set, which means {size}"
         raise ConfigError(

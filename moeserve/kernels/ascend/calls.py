@@ -10,13 +10,21 @@ Letters: see ``ops``; R rows, and L a latent's size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from moeserve.errors import InternalError
-from moeserve.kernels.ascend.limits import MASK, MLA_MOST_ROWS, MOST_INNER, MOST_SEQUENCES
+from moeserve.kernels.ascend.buffers import AtlasGeneration, ExpertTraffic
+from moeserve.kernels.ascend.limits import (
+    MASK,
+    MLA_MOST_ROWS,
+    MOST_INNER,
+    MOST_SEQUENCES,
+    distribute_lacks,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 NEEDED = (
@@ -34,9 +42,16 @@ USED = (
     "npu_scatter_pa_kv_cache",
     "npu_fused_infer_attention_score_v2",
 )
+# Between ranks, where they are asked to carry tokens.
+BETWEEN_RANKS = ("npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2")
+# Weights in the format of the cube units, where they are asked for in it.
+FORMATS = ("npu_format_cast",)
+CALLED = (*USED, *BETWEEN_RANKS, *FORMATS)
 DROPLESS, COUNTS, NOT_QUANTISED, GATHER = 0, 1, -1, 0
 BY_ROWS, ONE_OUTPUT = 0, 3
 RIGHT_DOWN_CAUSAL = 3
+AS_THEY_ARE, INT8_BY_TOKEN = 0, 2
+FRACTAL_NZ = 29
 
 
 def has(operator: str) -> bool:
@@ -244,3 +259,115 @@ def paged_attention(
         block_size=k_BPX.shape[1],
     )
     return cast("Tensor", out)
+
+
+@dataclass(frozen=True, slots=True)
+class EpGroup:
+    """Ranks that move tokens by the operators: what must be equal in all calls, on all ranks and in
+    all layers. ``name`` is HCCL's of the group, in which nothing else may run; ``slots`` are those
+    of a rank, ``tokens`` the rows of every rank in every call."""
+
+    name: str
+    world: int
+    rank: int
+    slots: int
+    tokens: int
+    generation: AtlasGeneration
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """Rows of this rank's slots in their order [A, H], as many as could come at most: those past
+    the sum of ``count_S`` (int64) are garbage. ``scale_A`` where they are int8. ``handle`` is for
+    the combine that must follow, and has no meaning of its own."""
+
+    rows_AH: Tensor
+    scale_A: Tensor | None
+    count_S: Tensor
+    handle: tuple[Tensor, Tensor, Tensor]
+
+
+def distribute(
+    x_BH: Tensor,
+    slot_BC: Tensor,
+    weight_BC: Tensor,
+    active_B: Tensor,
+    group: EpGroup,
+    *,
+    quantised: bool,
+) -> Dispatched:
+    """Rows (bf16) to the ranks of their slots, which are numbered through the ranks (int32, those
+    of a row distinct). Rows that are not active come last and go nowhere. ``quantised`` to int8 by
+    row, before they are sent."""
+    name = "npu_moe_distribute_dispatch_v2"
+    tokens, hidden = x_BH.shape
+    why = distribute_lacks(
+        ExpertTraffic(group.world, group.slots, tokens, hidden, slot_BC.shape[1]), group.generation
+    )
+    require(not why, name, why)
+    require(tokens == group.tokens, name, f"{tokens} rows where a rank has {group.tokens}")
+    require(x_BH.dtype is torch.bfloat16, name, x_BH.dtype)
+    require(slot_BC.dtype is torch.int32 and weight_BC.dtype is torch.float32, name, "dtypes")
+    require(active_B.dtype is torch.bool and active_B.shape == (tokens,), name, active_B.shape)
+    made = torch.ops.npu.npu_moe_distribute_dispatch_v2(
+        x_BH,
+        slot_BC,
+        **_of_group(group),
+        x_active_mask=active_B,
+        expert_scales=weight_BC if group.generation is AtlasGeneration.A2 else None,
+        quant_mode=INT8_BY_TOKEN if quantised else AS_THEY_ARE,
+        expert_token_nums_type=COUNTS,
+    )
+    rows, scale, assist, count_S, received, _, scales = made
+    return Dispatched(rows, scale if quantised else None, count_S, (assist, received, scales))
+
+
+def collect(
+    rows_AH: Tensor,
+    dispatched: Dispatched,
+    slot_BC: Tensor,
+    weight_BC: Tensor,
+    active_B: Tensor,
+    group: EpGroup,
+) -> Tensor:
+    """[B, H] in bf16: of every row the sum of what its slots made of it (``rows_AH``, bf16, in the
+    order of ``dispatched``), weighed. The order of that sum is the operator's. Rows that are not
+    active are garbage."""
+    name = "npu_moe_distribute_combine_v2"
+    require(rows_AH.dtype is torch.bfloat16, name, rows_AH.dtype)
+    require(rows_AH.shape == dispatched.rows_AH.shape, name, rows_AH.shape)
+    assist, received, scales = dispatched.handle
+    return cast(
+        "Tensor",
+        torch.ops.npu.npu_moe_distribute_combine_v2(
+            rows_AH,
+            slot_BC,
+            assist,
+            received,
+            weight_BC,
+            **_of_group(group),
+            x_active_mask=active_B,
+            expand_scales=scales if group.generation is AtlasGeneration.A2 else None,
+        ),
+    )
+
+
+def _of_group(group: EpGroup) -> dict[str, str | int]:
+    """The arguments that both operators share."""
+    return {
+        "group_ep": group.name,
+        "ep_world_size": group.world,
+        "ep_rank_id": group.rank,
+        "moe_expert_num": group.world * group.slots,
+        "shared_expert_num": 0,
+        "global_bs": group.world * group.tokens,
+        "comm_alg": "fullmesh" if group.generation is AtlasGeneration.A2 else "",
+    }
+
+
+def in_nz(weight_EKN: Tensor) -> Tensor:
+    """The same numbers in FRACTAL_NZ, the format that the cube units read (int8, bf16)."""
+    name = "npu_format_cast"
+    require(weight_EKN.dtype in (torch.int8, torch.bfloat16), name, weight_EKN.dtype)
+    require(weight_EKN.dim() in (2, 3) and weight_EKN.is_contiguous(), name, weight_EKN.shape)
+    return cast("Tensor", torch.ops.npu.npu_format_cast(weight_EKN, FRACTAL_NZ))

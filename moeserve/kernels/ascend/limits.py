@@ -6,8 +6,11 @@ falls back says it once in the log, and ``doctor`` shows it. Letters: see ``ops`
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from moeserve.kernels.ascend.buffers import AtlasGeneration, ExpertTraffic
 from moeserve.kernels.ops import KvShape, RouterSpec
 
 # What falls back, and why where that is one reason.
@@ -31,6 +34,25 @@ MLA_BLOCKS = (16, 128)
 MLA_MOST_ROWS = 16
 MOST_SEQUENCES = 4096
 MASK = 2048
+# npu_moe_distribute_dispatch_v2 and ..._combine_v2.
+MOST_CHOICES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DistributeLimits:
+    """Of one generation; ``worlds`` are the numbers of ranks that it takes."""
+
+    worlds: range | tuple[int, ...]
+    most_tokens: int
+    features: range
+    most_experts: int
+    most_local: int
+
+    @classmethod
+    def of(cls, generation: AtlasGeneration) -> DistributeLimits:
+        if generation is AtlasGeneration.A2:  # by ``fullmesh``
+            return cls((16, 32, 64, 128, 256), 256, range(32, 7168 + 1, 32), 512, 24)
+        return cls(range(2, 768 + 1), 512, range(1024, 8192 + 1), 1024, 1024)
 
 
 def attention_lacks(shape: KvShape) -> str:
@@ -73,4 +95,30 @@ def routing_lacks(spec: RouterSpec) -> str:
         return f"{spec.num_experts} experts in {spec.num_groups} groups: gating takes 2048 at most"
     if spec.top_k > of_group * spec.topk_groups:
         return f"{spec.top_k} of {of_group * spec.topk_groups} experts: gating takes no more"
+    return ""
+
+
+def distribute_lacks(t: ExpertTraffic, generation: AtlasGeneration) -> str:
+    """Why dispatch and combine between NPUs do not take this traffic; ``t.local`` are slots."""
+    limits, name = DistributeLimits.of(generation), f"Atlas {generation}"
+    if t.world not in limits.worlds:
+        known = limits.worlds
+        listed = f"{known[0]} to {known[-1]}" if isinstance(known, range) else str(known)[1:-1]
+        return f"{t.world} ranks: {name} takes {listed}"
+    if t.top_k > MOST_CHOICES:
+        return f"{t.top_k} experts for a token: {name} takes {MOST_CHOICES}"
+    if t.hidden not in limits.features:
+        spoken = f"{limits.features[0]} to {limits.features[-1]}"
+        step = f", in steps of {limits.features.step}" if limits.features.step > 1 else ""
+        return f"{t.hidden} features: {name} takes {spoken}{step}"
+    if t.local > limits.most_local or t.local * t.world > limits.most_experts:
+        return (
+            f"{t.local} slots on each of {t.world} ranks: {name} takes {limits.most_local} on a "
+            f"rank and {limits.most_experts} in all"
+        )
+    if t.tokens > limits.most_tokens:
+        return (
+            f"{t.tokens} tokens of a rank in a step: {name} takes {limits.most_tokens} "
+            f"(--max-num-batched-tokens {limits.most_tokens})"
+        )
     return ""

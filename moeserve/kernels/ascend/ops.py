@@ -238,17 +238,25 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
         self, rows_TH: Tensor, scale_T: Tensor | None, ids_TC: Tensor, experts: Experts
     ) -> Tensor:
         """fp32 [T, C, H] of rows as products take them; 0 where an id is the number of experts."""
-        data: DeviceExperts = experts.data
         x_RH, place_R, counts_E, scale_R = calls.init_routing(
             rows_TH.contiguous(), scale_T, ids_TC.contiguous(), experts.num_experts
         )
-        up_R2I = matrices.grouped_product(x_RH, scale_R, data.ups, counts_E, self._ones_1)
-        inner_RI, inner_R = matrices.rounded(self.glu(up_R2I, experts.activation), data.downs)
-        y_RH = matrices.grouped_product(inner_RI, inner_R, data.downs, counts_E, self._ones_1)
+        y_RH = self.in_order(x_RH, scale_R, counts_E, experts)
         here_R = place_R >= 0
         y_RH = y_RH[place_R.clamp(min=0).long()]
         y_RH = torch.where(here_R[:, None], y_RH, torch.zeros_like(y_RH))
         return y_RH.view(*ids_TC.shape, experts.hidden)
+
+    def in_order(
+        self, x_RH: Tensor, scale_R: Tensor | None, counts_E: Tensor, experts: Experts
+    ) -> Tensor:
+        """[R, H], what each row's expert makes of it; the first counts[0] rows are the first
+        expert's, and so on. Rows as ``matrices.rounded`` gives them, or bf16; what is past the sum
+        of the counts is garbage."""
+        data: DeviceExperts = experts.data
+        up_R2I = matrices.grouped_product(x_RH, scale_R, data.ups, counts_E, self._ones_1)
+        inner_RI, inner_R = matrices.rounded(self.glu(up_R2I, experts.activation), data.downs)
+        return matrices.grouped_product(inner_RI, inner_R, data.downs, counts_E, self._ones_1)
 
     def new_kv(self, shape: KvShape) -> KvCache:
         if why := self._attention_lacks(shape):

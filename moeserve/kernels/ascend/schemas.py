@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from moeserve.errors import ConfigError
-from moeserve.kernels.ascend.calls import USED
+from moeserve.kernels.ascend.calls import CALLED
 
 FILE = Path(__file__).with_name("schemas.txt")
 LIBRARY = "torch_npu/lib/libtorch_npu.so"
@@ -42,7 +42,7 @@ def schemas_of(wheel: Path) -> dict[str, str]:
     with zipfile.ZipFile(wheel) as archive:
         library = archive.read(LIBRARY)
     found = {}
-    for name in USED:
+    for name in CALLED:
         pattern = rb"(?<=\0)" + name.encode() + rb"\([ -~]+\) -> [ -~]+(?=\0)"
         texts = {text.decode() for text in re.findall(pattern, library)}
         texts = {text for text in texts if "SymIntArrayRef" not in text and "int64_t" not in text}

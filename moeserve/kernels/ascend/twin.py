@@ -14,15 +14,15 @@ refused. Letters: see ``ops``; R rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from moeserve.errors import InternalError
 from moeserve.kernels.ascend.schemas import read_schemas
+from moeserve.kernels.ascend.twin_distribute import DistributeTwin
+from moeserve.kernels.ascend.twin_options import demand, known, refuse
 
 NOISE = -(2**30) - 77
 INT32 = 3  # torch's number of the dtype, which an `int?` argument receives
@@ -31,30 +31,24 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 def register() -> Library:
     """For as long as the result lives; once per process."""
-    known = hasattr(torch.ops.npu, "npu_rms_norm")
-    library = Library("npu", "IMPL" if known else "DEF")  # type: ignore[no-untyped-call]
+    defined = hasattr(torch.ops.npu, "npu_rms_norm")
+    library = Library("npu", "IMPL" if defined else "DEF")  # type: ignore[no-untyped-call]
+    twins = twins_of_all()
     for name, line in read_schemas().items():
-        if not known:
+        if not defined:
             library.define(line)  # type: ignore[no-untyped-call]
-        library.impl(name, TWINS[name], "CPU")  # type: ignore[no-untyped-call]
+        library.impl(name, twins[name], "CPU")  # type: ignore[no-untyped-call]
     return library
 
 
-def demand(holds: object, operator: str, what: str) -> None:
-    if not holds:
-        raise InternalError(f"{operator}: {what}")
-
-
-def refuse(operator: str, options: Mapping[str, Any]) -> None:
-    """Options that are not emulated, unless they say nothing."""
-    given = {name: value for name, value in options.items() if value is not None}
-    demand(not given, operator, f"the twin does not know {sorted(given)}")
-
-
-def known(operator: str, given: Mapping[str, Any], **defaults: Any) -> Any:
-    """The options that a twin knows, by name, with their defaults; others must say nothing."""
-    refuse(operator, {name: value for name, value in given.items() if name not in defaults})
-    return SimpleNamespace(**(defaults | {n: v for n, v in given.items() if n in defaults}))
+def twins_of_all() -> dict[str, Callable[..., Any]]:
+    """By operator; those between ranks share a place where threads meet."""
+    between = DistributeTwin()
+    return {
+        **TWINS,
+        "npu_moe_distribute_dispatch_v2": between.dispatch,
+        "npu_moe_distribute_combine_v2": between.combine,
+    }
 
 
 def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -300,6 +294,15 @@ def fused_infer_attention(
     return out, torch.zeros(1)
 
 
+def format_cast(input: Tensor, acl_format: int, **options: Any) -> Tensor:
+    """Another order of the same numbers in memory, which a tensor of the host does not have."""
+    name = "npu_format_cast"
+    refuse(name, options)
+    demand(acl_format == 29, name, "the twin casts to FRACTAL_NZ")
+    demand(input.dtype in (torch.int8, torch.float16, torch.bfloat16), name, "dtype")
+    return input.clone()
+
+
 TWINS: Mapping[str, Callable[..., Any]] = {
     "npu_rms_norm": rms_norm,
     "npu_swiglu": swiglu,
@@ -310,4 +313,5 @@ TWINS: Mapping[str, Callable[..., Any]] = {
     "npu_moe_init_routing_v2": init_routing,
     "npu_scatter_pa_kv_cache": scatter_pa_kv_cache,
     "npu_fused_infer_attention_score_v2": fused_infer_attention,
+    "npu_format_cast": format_cast,
 }

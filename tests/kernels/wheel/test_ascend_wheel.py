@@ -27,12 +27,33 @@ if DEVICE == "meta":
 else:
     from moeserve.kernels.ascend import twin
     library = twin.register()
+from concurrent.futures import ThreadPoolExecutor
 from moeserve.kernels.ascend import calls
+from moeserve.kernels.ascend.buffers import AtlasGeneration
+from moeserve.kernels.ascend.calls import EpGroup
 def new(*shape, dtype=torch.float32):
     return torch.zeros(*shape, dtype=dtype, device=DEVICE)
 bf16, i8, i32, i64 = torch.bfloat16, torch.int8, torch.int32, torch.int64
 counts = torch.tensor([3, 1, 2]) if DEVICE == "cpu" else new(3, dtype=i64)
+def between(rank):
+    group = EpGroup("ranks", 2, rank, 3, 4, AtlasGeneration.A3)
+    chosen = new(4, 2, dtype=i32)
+    if DEVICE == "cpu":
+        chosen[:, 1] = 4
+    rest = chosen, new(4, 2), new(4, dtype=torch.bool)
+    found = []
+    for quantised in (True, False):
+        went = calls.distribute(new(4, 1024, dtype=bf16), *rest, group, quantised=quantised)
+        found += [went.rows_AH, went.count_S, *went.handle[:2]]
+        found.append(calls.collect(new(*went.rows_AH.shape, dtype=bf16), went, *rest, group))
+    return found
+def on_ranks():
+    if DEVICE == "meta":
+        return between(0)
+    with ThreadPoolExecutor(2) as ranks:
+        return list(ranks.map(between, range(2)))[0]
 made = {
+    "between ranks": on_ranks(),
     "rms_norm": [calls.rms_norm(new(6, 64), new(64), 1e-6)],
     "swiglu": [calls.swiglu(new(6, 64))],
     "clipped_swiglu": [calls.clipped_swiglu(new(6, 64))],
