@@ -32,8 +32,8 @@ PERFORMANCE_MODEL = (
     "bound".split()
 )
 POLICIES = (
-    "choices drafts fairness layered made ngrams prefill_choice shape speculation swap targets "
-    "throughput".split()
+    "choices drafts fairness layered made ngrams prefill_choice shape speculation split swap "
+    "targets throughput".split()
 )
 # Modules that decide (law 2) and all they may import: no tensors, clocks, files or threads.
 PURE = (
@@ -41,6 +41,7 @@ PURE = (
     "engine/executor.py",
     "engine/acceptance.py",
     "engine/scheduler.py",
+    "engine/semi/scheduler.py",
     "engine/sequence.py",
     "engine/step_builder.py",
     *(f"engine/policies/{name}.py" for name in POLICIES),

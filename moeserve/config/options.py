@@ -157,6 +157,12 @@ class ProcessOptions(Options):
         default=None,
         description="CPU threads of a rank; default: its share of the host's allowed cores",
     )
+    split: Literal["off", "semi"] = Field(
+        default="off",
+        description="semi: prompts are computed by a second process of this host, over the same "
+        "weights and KV, so that they delay no token of others; one rank, on the CPU, of a model "
+        "that `quantize --packed` wrote",
+    )
     record_routing: Path | None = Field(
         default=None, description="safetensors file for the trace of routing decisions"
     )

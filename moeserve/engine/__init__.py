@@ -26,6 +26,7 @@
     rank_model.py     one rank's share of a model, loaded (kv_size: how many KV blocks it gets;
                       device_memory: what an accelerator has room for); build: from a folder to an
                       engine
+    semi/             prompts in a process of their own, over the same weights and KV
     ranks/            several ranks: where requests run, and steps in common
     replan/           another placement of experts while serving
 """

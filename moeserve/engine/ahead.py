@@ -19,9 +19,19 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from moeserve.core import FinishReason, RequestId, StepPlan
-from moeserve.engine.drive import OnPlan, Schedules, StepOutcome, still_here
-from moeserve.engine.executor import StartingExecutor
+from moeserve.engine.drive import OnPlan, Schedules, StepOutcome, run_step, still_here
+from moeserve.engine.executor import Executor, StartingExecutor
+from moeserve.engine.pace import Pace
 from moeserve.errors import UnavailableError
+
+
+class MakesSteps(Protocol):
+    """What an engine's thread calls time after time."""
+
+    def run(self, on_plan: OnPlan) -> StepOutcome | None:
+        """A step that is over; None where there is nothing to do. ``on_plan`` is called for every
+        plan before it runs."""
+        ...
 
 
 @runtime_checkable
@@ -29,6 +39,38 @@ class SchedulesAhead(Schedules, Protocol):
     """A ``Scheduler``."""
 
     def plan_ahead(self, now: float) -> StepPlan | None: ...
+
+
+def steps_of(
+    scheduler: Schedules,
+    executor: Executor,
+    clock: Callable[[], float],
+    lock: AbstractContextManager[Any],
+    pace: Pace,
+) -> MakesSteps:
+    """Planned ahead where scheduler and executor allow it."""
+    if isinstance(executor, StartingExecutor) and isinstance(scheduler, SchedulesAhead):
+        return StepsAhead(scheduler, executor, clock, lock)
+    return StepsInTurn(scheduler, executor, clock, lock, pace)
+
+
+class StepsInTurn:
+    """``run_step``, also where one is due that only others have requests for."""
+
+    def __init__(
+        self,
+        scheduler: Schedules,
+        executor: Executor,
+        clock: Callable[[], float],
+        lock: AbstractContextManager[Any],
+        pace: Pace,
+    ) -> None:
+        self._parts = scheduler, executor, clock
+        self._lock = lock
+        self._pace = pace
+
+    def run(self, on_plan: OnPlan) -> StepOutcome | None:
+        return run_step(*self._parts, lock=self._lock, on_plan=on_plan, due=self._pace.due)
 
 
 class StepsAhead:

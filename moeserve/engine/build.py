@@ -18,6 +18,7 @@ from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.kv_exchange import KvExchange
 from moeserve.engine.loop import Engine, EngineLock, EngineObserver, ServingEngine, Unobserved
+from moeserve.engine.observers import beside
 from moeserve.engine.policies.choices import Admission, Drafter
 from moeserve.engine.policies.fairness import FairTenants
 from moeserve.engine.policies.layered import LayeredPrefill
@@ -34,6 +35,8 @@ from moeserve.engine.ranks.counted import GatheredCounts
 from moeserve.engine.rates import RatedSteps, StepRates
 from moeserve.engine.replan.live import LivePlan
 from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.semi.build import SharedCores, Split
+from moeserve.engine.semi.scheduler import SplitScheduler
 from moeserve.engine.step_cost import DecodeCost, FittedStepCost, MixedCost, StepCost, StepLine
 from moeserve.engine.swap_memory import HostSwapMemory
 from moeserve.engine.swapping import Swapping
@@ -59,7 +62,8 @@ class LoadedModel:
     ``context`` is the longest sequence asked for, ``max_model_len`` what KV memory leaves of it.
     ``house`` is the KV of this process's rank. Of several ranks ``own_engine`` is this process's,
     rank 0 has the counts of all (``ranks``) and what changes their plan. ``before_stop`` ends what
-    is on its way to the engine, ``on_close`` gives back what reaches the other processes.
+    is on its way to the engine, ``on_close`` gives back what reaches the other processes. ``split``
+    has the process that computes prompts, where there is one.
     """
 
     name: str
@@ -75,6 +79,7 @@ class LoadedModel:
     own_engine: Engine | None = None
     ranks: GatheredCounts | None = None
     live_plan: LivePlan | None = None
+    split: Split | None = None
     before_stop: Callable[[], None] = lambda: None
     on_close: Callable[[], None] = lambda: None
 
@@ -101,6 +106,14 @@ class LoadedModel:
     def max_model_len(self) -> int:
         return self.config.max_model_len
 
+    @property
+    def counted(self) -> dict[str, Callable[[], object]]:
+        """What parts of this process count, by the name of their metrics; for any thread."""
+        if self.split is None:
+            return self.own.counted
+        process = self.split.process
+        return self.own.counted | {"prompts_process": lambda: process.counts}
+
     def close(self, timeout: float = 30.0) -> bool:
         """Stop the engine, end its streams, and complete the routing trace."""
         if self.live_plan is not None:
@@ -108,6 +121,8 @@ class LoadedModel:
         self.before_stop()
         stopped = self.engine.stop(timeout)
         self.on_close()
+        if self.split is not None:
+            self.split.close(stopped=stopped)
         self.house.close()
         if stopped:
             self.own.close()
@@ -126,7 +141,9 @@ def build_engine(
     path = resolve_model(options.model)
     tokenizer, no_tokenizer = load_tokenizer(path, options.chat_template)
     eos_ids = tokenizer.eos_ids if tokenizer else ()
-    own = load_rank_model(options, tokenizer_eos=eos_ids, progress=progress)
+    split = None if options.split == "off" else Split(options, path, targets_of(options))
+    table = None if split is None else split.table
+    own = load_rank_model(options, tokenizer_eos=eos_ids, progress=progress, table=table)
     config, counters = scheduler_config(options, own), Counters()
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
     fitted, decodes = FittedStepCost(), DecodeCost()
@@ -135,12 +152,19 @@ def build_engine(
     drafter = drafter_of(options, decodes, fitted, makes=own.executor.makes_drafts)
     swapping, lock = swapping_of(options, own, fitted), EngineLock()
     layered = layered_of(options, own.decoder.spec, counters)
-    scheduler = Scheduler(
+    scheduler = (Scheduler if split is None else SplitScheduler)(
         config, pool, counters, admission, drafter, swapping=swapping, layered=layered
     )
     rates = StepRates()
-    watched = RatedSteps(observer or Unobserved(), rates, fitted, decodes, mixed)
-    engine = Engine(scheduler, own.executor, watched, lock=lock)
+    watched: EngineObserver = RatedSteps(observer or Unobserved(), rates, fitted, decodes, mixed)
+    steps = None
+    if isinstance(scheduler, SplitScheduler) and split is not None:
+        split.start(own, options.block_size)
+        watched = beside(watched, SharedCores(split.cores))
+        steps = split.steps(scheduler, own, lock)
+    engine = Engine(scheduler, own.executor, watched, lock=lock, steps=steps)
+    if split is not None:
+        split.process.wake = engine.wake
     house = KvExchange(engine, scheduler, lock, own.kv, rates)
     engine.start()
     return LoadedModel(
@@ -154,6 +178,7 @@ def build_engine(
         context=options.max_model_len or own.decoder.spec.max_positions,
         own=own,
         house=house,
+        split=split,
     )
 
 

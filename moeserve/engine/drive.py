@@ -119,6 +119,17 @@ def run_step(
     on_plan(plan, began)
     if not plan.chunks and not due:
         return StepOutcome(plan, began)
+    return run_planned(scheduler, executor, plan, began, lock)
+
+
+def run_planned(
+    scheduler: Schedules,
+    executor: Executor,
+    plan: StepPlan,
+    began: float,
+    lock: AbstractContextManager[Any],
+) -> StepOutcome:
+    """The rest of ``run_step``, once there is a plan."""
     try:
         result = executor.run(plan)
         if result is None:

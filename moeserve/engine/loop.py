@@ -29,10 +29,10 @@ from moeserve.core import (
     StepPlan,
     Timing,
 )
-from moeserve.engine.ahead import SchedulesAhead, StepsAhead
+from moeserve.engine.ahead import MakesSteps, steps_of
 from moeserve.engine.bounds import refuse_duplicate
-from moeserve.engine.drive import OnPlan, Schedules, StepOutcome, run_step
-from moeserve.engine.executor import Executor, StartingExecutor
+from moeserve.engine.drive import Schedules, StepOutcome
+from moeserve.engine.executor import Executor
 from moeserve.engine.pace import Alone, Pace
 from moeserve.engine.request_state import EventSink, Outbox, RankSink, RequestState
 from moeserve.engine.sequence import NEW, History, SequenceState
@@ -131,6 +131,7 @@ class Engine:
     """``start`` or ``with`` it. Where the executor can be started, a step is planned while the one
     before runs (``ahead``). Among several ranks ``pace`` says when a step is due that this
     engine has no request for, and ``lock`` is shared with whoever else looks at the scheduler.
+    ``steps`` makes the steps otherwise than one after the other.
     ``on_end`` is called once, on the engine's thread when it ends, with the reason; ``after_step``
     between two steps, when the events of the one before have been sent.
     """
@@ -143,20 +144,18 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         pace: Pace | None = None,
         lock: EngineLock | None = None,
+        steps: MakesSteps | None = None,
     ) -> None:
         self.on_end: Callable[[str], None] = lambda reason: None
         self.after_step: Callable[[], None] = lambda: None
         self._scheduler = scheduler
-        self._executor = executor
         self._observer = observer or Unobserved()
         self._clock = clock
         self._pace = pace or Alone()
         self._stop_reason = "the server stopped: retry elsewhere"
         self._log = logging.getLogger("moeserve.engine")
         self._lock = lock or EngineLock()  # of scheduler, streams and accepting
-        self._ahead: StepsAhead | None = None
-        if isinstance(executor, StartingExecutor) and isinstance(scheduler, SchedulesAhead):
-            self._ahead = StepsAhead(scheduler, executor, clock, self._lock)
+        self._steps = steps or steps_of(scheduler, executor, clock, self._lock, self._pace)
         self._streams: dict[RequestId, RequestState] = {}
         self._accepting = True
         self._cancelled: deque[tuple[RequestState, FinishReason]] = deque()
@@ -299,7 +298,7 @@ class Engine:
                 if self._streams.get(stream.request.id) is stream:
                     why = "" if reason is FinishReason.STOP else "the request was cancelled"
                     self._end(outbox, stream.request.id, reason, why)
-            outcome = self._run_step(lambda plan, began: self._start_step(outbox, plan, began))
+            outcome = self._steps.run(lambda plan, began: self._start_step(outbox, plan, began))
             if outcome is None:
                 return False
             try:
@@ -324,18 +323,6 @@ class Engine:
                     stream.sink.give_back(stream.request.id, reached)
                 except Exception:  # noqa: BLE001 - a sink that breaks has lost its client
                     self._log.exception("a sink failed that was given %s back", stream.request.id)
-
-    def _run_step(self, on_plan: OnPlan) -> StepOutcome | None:
-        if self._ahead is not None:
-            return self._ahead.run(on_plan)
-        return run_step(
-            self._scheduler,
-            self._executor,
-            self._clock,
-            lock=self._lock,
-            on_plan=on_plan,
-            due=self._pace.due,
-        )
 
     def _start_step(self, outbox: Outbox, plan: StepPlan, began: float) -> None:
         """Before the executor has its turn."""

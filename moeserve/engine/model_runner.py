@@ -143,12 +143,7 @@ class ModelRunner(Generic[Cache]):
     def run(self, plan: StepPlan, microbatches: int = 1) -> StepResult:
         """A plan without chunks is a step too, for others may have some."""
         try:
-            self._batch.forget(plan.preempted)
-            self._batch.forget(plan.ended)
-            self.states.forget((*plan.preempted, *plan.ended))
-            self.masks.forget((*plan.preempted, *plan.ended))
-            if self._drafts is not None:
-                self._drafts.forget((*plan.preempted, *plan.ended))
+            self.forget((*plan.preempted, *plan.ended))
             steps = self._pack(plan, microbatches)
             self.masks.begin(masks_wanted(plan.chunks))
         except Exception:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
@@ -159,6 +154,14 @@ class ModelRunner(Generic[Cache]):
         logits = self._forward(plan, steps, states)
         result = self._sample(plan.chunks, logits[0] if len(logits) == 1 else torch.cat(logits))
         return result if states is None else self._with_drafts(plan, states, result)
+
+    def forget(self, request_ids: Collection[RequestId]) -> None:
+        """What was kept of requests, whose names others may have from here on."""
+        self._batch.forget(request_ids)
+        self.states.forget(request_ids)
+        self.masks.forget(request_ids)
+        if self._drafts is not None:
+            self._drafts.forget(request_ids)
 
     def _with_drafts(
         self, plan: StepPlan, states: Sequence[Tensor], result: StepResult

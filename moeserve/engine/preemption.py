@@ -8,7 +8,7 @@ is computed anew when it runs again, or comes back from host memory (``swapping`
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from moeserve.core import Counters, RequestId
 from moeserve.engine.kv_manager import KvManager
@@ -41,7 +41,14 @@ class RunningSequences(OrderedDict[RequestId, SequenceState]):
 
 
 class Preemption:
-    """Of one scheduler, whose ``running`` and ``waiting`` requests these are."""
+    """Of one scheduler, whose ``running`` and ``waiting`` requests these are.
+
+    Another step that is under way has those of ``elsewhere`` (``semi``). None of them gets a token
+    here, and none gives up its blocks, which would not be free before that step is over: whoever
+    would need them sits a step out.
+    """
+
+    elsewhere: Set[RequestId] = frozenset()
 
     def __init__(
         self,
@@ -61,17 +68,21 @@ class Preemption:
 
     def grow_generating(self, preempted: list[RequestId]) -> list[SequenceState]:
         """Those that generate, each with room for its newest token; who has none is preempted."""
-        size = self._kv.pool.block_size
+        size, elsewhere = self._kv.pool.block_size, self.elsewhere
         generating = [
             seq
             for seq in self._running.values()
             if seq.computed + 1 == seq.length and seq.output_ids
         ]
+        if elsewhere:
+            generating = [seq for seq in generating if seq.request.id not in elsewhere]
         for seq in [seq for seq in generating if len(seq.blocks) * size < seq.length]:
             if not preempted or seq.request.id in self._running:
                 self._grow(seq, preempted)
         if preempted:
             generating = [seq for seq in generating if seq.request.id in self._running]
+        if elsewhere:
+            generating = [seq for seq in generating if len(seq.blocks) * size >= seq.length]
         return generating
 
     def make_room(
@@ -106,6 +117,8 @@ class Preemption:
             victim = self._admission.victim(self._running.values())
             if victim is seq and self._take_back():
                 continue
+            if victim.request.id in self.elsewhere:
+                return
             self._running.stop(victim)
             self._give_up(victim)
             self._waiting.put_first(victim)

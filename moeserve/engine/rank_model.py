@@ -169,19 +169,19 @@ def load_rank_model(
     tokenizer_eos: Sequence[int] = (),
     context: EpContext | None = None,
     progress: Callable[[int, int], None] | None = None,
+    table: Ops | None = None,
 ) -> RankModel:
     """All ranks of a group call it, with the same options, and wait for one another in it.
 
     ``tokenizer_eos`` end an answer beside those that the checkpoint names. ``progress`` gets bytes
-    read and bytes in all.
+    read and bytes in all. ``table`` is given where it is not the one that the options name.
     """
     # 1. Which of the experts are this rank's.
     checkpoint = open_checkpoint(resolve_model(options.model))
     plan = None if context is None else plan_of_context(checkpoint, context)
     own = None if context is None or plan is None else own_experts(_layouts(plan), context.rank)
     # 2. Read the weights, and pack them as the op table wants them.
-    place, on_host = 0 if context is None else context.place, options.attention_device == "cpu"
-    ops = choose_table(options.device, options.threads, place, host_attention=on_host)
+    ops = table or _table_of(options, context)
     draft, begun = load_draft(options, checkpoint, ops), time.perf_counter()
     # 3. Share what memory is left among the ranks of this node, as KV blocks.
     decoder, size = _load_weights(checkpoint, ops, options, own, context, progress, draft)
@@ -203,7 +203,7 @@ def load_rank_model(
     # 6. What runs a step.
     ends = (*decoder.spec.eos_ids, *tokenizer_eos)
     eos_ids = frozenset(i for i in ends if i < decoder.spec.vocab)
-    vocabulary = _vocabulary(options, decoder, eos_ids)
+    vocabulary = vocabulary_of(resolve_model(options.model), decoder, eos_ids)
     num_blocks = size.num_blocks if context is None or context.has_requests else 1
     executor = _runner(options, decoder, draft, num_blocks, eos_ids, observer, vocabulary)
     return RankModel(
@@ -223,6 +223,16 @@ def load_rank_model(
         read_bytes_per_s=read_bytes_per_s,
         streamed=streamed,
     )
+
+
+def _table_of(options: RankModelOptions, context: EpContext | None) -> Ops:
+    if options.split != "off":
+        raise ConfigError(
+            f"split={options.split}: two processes share the work of one rank that stands alone: "
+            "leave it out, or serve without --ep, and in no cluster"
+        )
+    place, on_host = 0 if context is None else context.place, options.attention_device == "cpu"
+    return choose_table(options.device, options.threads, place, host_attention=on_host)
 
 
 def _runner(
@@ -279,11 +289,9 @@ def _load_weights(
     return streaming.load(size.num_blocks * options.block_size * per_token), size
 
 
-def _vocabulary(
-    options: RankModelOptions, decoder: Decoder, eos_ids: frozenset[int]
-) -> Vocabulary | None:
+def vocabulary_of(folder: Path, decoder: Decoder, eos_ids: frozenset[int]) -> Vocabulary | None:
     """What grammars are about; None where the model has no tokenizer, or its answers no end."""
-    file = tokenizer_file(resolve_model(options.model))
+    file = tokenizer_file(folder)
     if file is None or not eos_ids:
         return None
     return Vocabulary(file, decoder.spec.vocab, tuple(sorted(eos_ids)))

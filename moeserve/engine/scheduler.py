@@ -14,7 +14,7 @@ Pure: time is an argument, tokens are numbers. Knows nothing of text, tensors or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 
@@ -192,15 +192,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's chunks. Its result goes to ``apply``, or its requests abort."""
         builder = self.begin(now)
-        while (seq := self._admission.pick(self._waiting, now)) and (
-            self.has_room(builder, seq)
-            or self._preemption.make_room(builder, seq, partial(self.has_room, builder, seq))
-        ):
-            self.admit(builder, seq)
-        self._stuck = self._still_stuck = seq is not None
-        builder.add_all(builder.later)
-        if seq is None:
-            builder.refused = why_none(builder, len(self._waiting))
+        self._admit_waiting(builder, now)
         if builder.chunks:
             return self.commit(builder, self.take_ended())
         self._ended += builder.preempted  # told with the next step that is run
@@ -225,22 +217,44 @@ class Scheduler:
 
     def begin(self, now: float) -> StepBuilder:
         """What running requests need of the next step."""
+        builder = self._begin_newest(now)
+        all_generate = len(builder.chunks) == len(self._running)
+        self._begin_prompts(builder, () if all_generate else self._running.values())
+        return builder
+
+    def _begin_newest(self, now: float, *, alone: bool = False) -> StepBuilder:
+        """A step of the newest tokens, and of drafts behind them. ``alone``: no prompts follow."""
         most = self.config.max_num_batched_tokens
         builder = StepBuilder(most, self.rank, self._expire(now), now, self._layered)
         generating = self._preemption.grow_generating(builder.preempted)
         builder.swapped_out = sum(bool(self._waiting[name].swapped) for name in builder.preempted)
-        drafts = propose_for(self._drafter, generating, self._running.values(), self.config)
+        beside = generating if alone else self._running.values()
+        drafts = propose_for(self._drafter, generating, beside, self.config)
         builder.draft_next = 0 if self._drafter is None else self._drafter.to_make
         if drafts:
             add_with_drafts(builder, generating, drafts, self.pool, self.config)
         else:
             leaving = self._running.leaving.values()
             builder.add_newest(generating, sum(seq.generating for seq in leaving))
-        if len(builder.chunks) < len(self._running):
-            builder.prompts = [seq for seq in self._running.values() if not seq.generating]
+        return builder
+
+    def _begin_prompts(self, builder: StepBuilder, running: Iterable[SequenceState]) -> None:
+        """Add chunks of those of ``running`` whose prompts are not computed yet."""
+        builder.prompts = [seq for seq in running if not seq.generating]
         self._admission.begin(builder, self._running.values(), self._waiting, self.pool)
         builder.add_all(builder.prompts)
-        return builder
+
+    def _admit_waiting(self, builder: StepBuilder, now: float) -> None:
+        """Start those that wait, as long as there is room for the next one."""
+        while (seq := self._admission.pick(self._waiting, now)) and (
+            self.has_room(builder, seq)
+            or self._preemption.make_room(builder, seq, partial(self.has_room, builder, seq))
+        ):
+            self.admit(builder, seq)
+        self._stuck = self._still_stuck = seq is not None
+        builder.add_all(builder.later)
+        if seq is None:
+            builder.refused = why_none(builder, len(self._waiting))
 
     def has_room(self, builder: StepBuilder, seq: SequenceState) -> bool:
         """Whether a request can start: its tokens fit and all running ones can still grow, as the

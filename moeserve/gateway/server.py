@@ -299,7 +299,7 @@ class Server:
     def _show(self, loaded: LoadedModel) -> None:
         """Its counts are this process's metrics."""
         cache = cache_info(loaded)
-        for name, counts in loaded.own.counted.items():
+        for name, counts in loaded.counted.items():
             self.metrics.parts.add(name, counts)
         targets = targets_of(self.config)
         self.metrics.parts.add("target", lambda: targets, now=("ttft_s", "tpot_s"))

@@ -11,6 +11,7 @@
     wire                       what ranks send each other for a mixture: records and sums
     sampling  host_copy        what a row to be sampled needs; where tensors leave the device
     kv_layout  kv_runs         KV blocks as bytes, once they have left a cache; runs with digests
+    shared_memory              memory that several processes of one host have
     host_kv                    KV of an accelerator's table in the host's memory
     thread_meeting             where threads that play ranks meet, for twins of libraries
     reference/                 the backend in plain torch

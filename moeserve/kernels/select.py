@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -18,6 +19,8 @@ from moeserve.kernels.ops import Ops
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.native import native_module
 
+# Gives so many bytes of memory, uint8.
+KvRoom = Callable[[int], torch.Tensor]
 # The op tables of accelerators: imported only where one is chosen, and made with their device.
 TABLES = {
     "cuda": ("moeserve.kernels.triton.ops", "TritonOps"),
@@ -94,7 +97,8 @@ def host_attention_ops(card: torch.device, threads: int | None) -> Ops:
     return cast("Ops", HostAttentionOps(card, cpu_ops(threads)))
 
 
-def cpu_ops(threads: int | None) -> Ops:
+def cpu_ops(threads: int | None, kv_room: KvRoom | None = None) -> Ops:
+    """``kv_room`` gives the memory of KV; only native kernels take it from there."""
     native, reason = native_module("moeserve.kernels.cpu.ops")
     if native is None:
         logging.getLogger(__name__).warning(
@@ -106,4 +110,18 @@ def cpu_ops(threads: int | None) -> Ops:
 
     if threads is not None:
         _cpu.set_threads(threads)
-    return CpuOps()
+    return CpuOps() if kv_room is None else CpuOps(kv_room)
+
+
+def set_threads(count: int) -> None:
+    """From the next loop of the native kernels on; ``cpu_ops`` has found them."""
+    from moeserve.kernels.cpu import _cpu
+
+    _cpu.set_threads(count)
+
+
+def num_threads() -> int:
+    """Of the native kernels, which ``cpu_ops`` has found."""
+    from moeserve.kernels.cpu import _cpu
+
+    return _cpu.threads()

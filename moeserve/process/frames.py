@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 LENGTHS = struct.Struct("<II")
 MOST_HEAD = 1 << 20
@@ -32,6 +32,17 @@ def lengths_of(begun: bytes) -> tuple[int, int]:
 def head_of(text: bytes) -> dict[str, Any]:
     head: dict[str, Any] = json.loads(text)
     return head
+
+
+def read_frame(stream: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
+    """The next one; None where the other side has closed, also within a frame."""
+    begun = stream.read(LENGTHS.size)
+    if len(begun) < LENGTHS.size:
+        return None
+    head, payload = lengths_of(begun)
+    text = stream.read(head)
+    content = stream.read(payload)
+    return (head_of(text), content) if len(text) + len(content) == head + payload else None
 
 
 def _bounded(head: int, payload: int) -> tuple[int, int]:

@@ -70,13 +70,18 @@ class WorkerProgram:
 def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """One thread each, and this very package also where it is not installed."""
     kept = {k: v for k, v in environ.items() if k in _KEPT or k.startswith("LC_")}
-    paths = [str(Path(str(moeserve.__file__)).parents[1]), environ.get("PYTHONPATH", "")]
     return kept | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": python_path(environ),
         "TOKENIZERS_PARALLELISM": "false",
         "RAYON_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "1",
     }
+
+
+def python_path(environ: Mapping[str, str]) -> str:
+    """For a child that imports this very package, also where it is not installed."""
+    paths = [str(Path(str(moeserve.__file__)).parents[1]), environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(filter(None, paths))
 
 
 class JobWorker:

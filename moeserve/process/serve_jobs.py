@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moeserve.errors import MoeserveError
-from moeserve.process.frames import LENGTHS, Head, head_of, lengths_of, packed
+from moeserve.process.frames import Head, packed, read_frame
 
 Reply = tuple[Head, bytes]
 # Takes head and payload of a job.
@@ -75,10 +75,8 @@ class JobServer:
 
     def serve(self, handlers: Handlers) -> None:
         """Until the other side closes, or a job has left nothing to trust."""
-        while len(begun := self._in.read(LENGTHS.size)) == LENGTHS.size:
-            head_bytes, payload_bytes = lengths_of(begun)
-            head = head_of(self._in.read(head_bytes))
-            if not self.answer(head, self._in.read(payload_bytes), handlers):
+        while (job := read_frame(self._in)) is not None:
+            if not self.answer(*job, handlers):
                 return
 
     def reply(self, head: Head, payload: bytes = b"") -> None:

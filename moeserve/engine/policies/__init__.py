@@ -9,6 +9,7 @@
     throughput.py   prompts as they pay, and requests as KV holds out (``--objective throughput``)
     drafts.py       guesses behind the newest tokens of a step, as many as fit
     fairness.py     of several tenants the one that was served least
+    split.py        cores of the process that decodes, and of the one that computes prompts
     swap.py         a preempted request's KV copied to host memory, or computed again
     ngrams.py       guesses of what follows, from all that was written before
     made.py         guesses that steps made themselves, and how often they are right

@@ -6,7 +6,7 @@ Letters: see ``ops``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,6 +20,8 @@ from moeserve.kernels.kv_layout import KvBlockLayout, outside
 from moeserve.kernels.kv_runs import DIGEST_BYTES, check_places
 from moeserve.kernels.ops import AttentionBatch, KvCache, KvRuns, KvShape
 
+# Gives so many bytes of memory, uint8.
+Room = Callable[[int], Tensor]
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -43,9 +45,9 @@ def bytes_per_block(shape: KvShape) -> int:
     )
 
 
-def new_cache(shape: KvShape) -> KvCache:
+def new_cache(shape: KvShape, room: Room = empty_bytes) -> KvCache:
     nbytes = shape.num_blocks * bytes_per_block(shape)
-    memory = empty_bytes(nbytes)  # what was never written is never read
+    memory = room(nbytes)  # what was never written is never read
     handle = _cpu.Cache(
         memory.data_ptr(),
         shape.num_blocks,

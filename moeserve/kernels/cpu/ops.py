@@ -28,7 +28,7 @@ from moeserve.kernels.cpu.handles import (
     stack_layers,
 )
 from moeserve.kernels.cpu.kv import fp32, int32
-from moeserve.kernels.cpu.packing import PackedExperts, Panels, pack
+from moeserve.kernels.cpu.packing import PackedExperts, Panels, empty_bytes, pack
 from moeserve.kernels.cpu.records import NativeRecords
 from moeserve.kernels.cpu.wire import NativeWire
 from moeserve.kernels.matrix import Source
@@ -61,12 +61,16 @@ from moeserve.kernels.sampling import SampledRow, SamplingRow
 
 
 class CpuOps(NativeRecords, NativeWire):
-    """The native backend. Stateless: instruction set and threads belong to ``_cpu``."""
+    """The native backend. Stateless: instruction set and threads belong to ``_cpu``. The memory of
+    KV is from ``kv_room``."""
 
     name = "cpu"
     device = torch.device("cpu")
     packing = "panels of 32 rows, version 1"
     replays = False  # its passes are kept, but are made anew where requests change
+
+    def __init__(self, kv_room: kv.Room = empty_bytes) -> None:
+        self._kv_room = kv_room
 
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
         out, into = weight_NK.shape
@@ -205,7 +209,7 @@ class CpuOps(NativeRecords, NativeWire):
         return ids, weights
 
     def new_kv(self, shape: KvShape) -> KvCache:
-        return kv.new_cache(shape)
+        return kv.new_cache(shape, self._kv_room)
 
     def kv_bytes_per_block(self, shape: KvShape) -> int:
         return kv.bytes_per_block(shape)
