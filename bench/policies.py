@@ -1,10 +1,10 @@
 """The scheduler's policies, each beside the plain scheduler: the same requests, the same tokens.
 
     python bench/policies.py speculation [--model demo MODEL ...] [--source auto|mtp|ngram|draft]
-                                         [--draft-model MODEL] [--batch 1 4 8 16 32] [--seconds N]
+                                         [--draft-model MODEL | --draft-layers N] [--seconds N]
                                          [--domains stories sums code chat sampled] [--chat FILE]
-                                         [--requests N] [--answer N] [--rounds N] [--threads N]
-                                         [--clock wall|cpu] [--json]
+                                         [--batch 1 4 8 16 32] [--requests N] [--answer N]
+                                         [--rounds N] [--threads N] [--clock wall|cpu] [--json]
     python bench/policies.py admission [--lengths FILE.csv ...] [--requests N] [--json]
     python bench/policies.py targets [--lengths FILE.csv ...] [--requests N] [--json]
                                      [--wall [--model demo] [--threads N]]
@@ -16,18 +16,19 @@
 `--out FILE` keeps the figures of any as JSON.
 
 speculation: drafts of the model's own module (mtp), of a draft model (draft: of the model itself
-where no other is named), looked up (ngram) or of the module and looked up (auto, of which fixed
-numbers are the module's; ``policy/speculation.py``): "off" is without, "0" with all that chooses
-and never one, 1, 3 and 5 for everybody, or "chosen": as many as pay (`--speculation`), at each
-number of requests at once. Stories repeat what others told, sums less so, and what is sampled at
-temperature 0.8 hardly does; code is the standard library's, `--chat` takes a file of questions
-(JSON lines with "turns"). Schedules run in turn, round after round, each behind as many other
-requests as run at once; the table shows medians of tokens a second beside those without drafts
-(least and most of the rounds' ratios), how many times fewer the steps are, and how many drafts
-were right. All must make equal tokens. `--clock cpu` counts seconds that the process computed, for
-a machine that others use too: of one thread (`--threads 1`) these mean the same. `--seconds`
-bounds the whole: answers are as long, and rounds as many, as fit. Last it says of each load, and
-of all together, how near what is chosen comes to the best fixed number, and 0 to off.
+or its first layers, where no other is named), looked up (ngram) or of the module and looked up
+(auto, of which fixed numbers are the module's; ``policy/speculation.py``): "off" is without, "0"
+with all that chooses and never one, 1, 3 and 5 for everybody, or "chosen": as many as pay
+(`--speculation`), at each number of requests at once. Stories repeat what others told, sums less
+so, and what is sampled at temperature 0.8 hardly does; code is the standard library's, `--chat`
+takes a file of questions (JSON lines with "turns"). Schedules run in turn, round after round, each
+behind as many other requests as run at once; the table shows medians of tokens a second beside
+those without drafts (least and most of the rounds' ratios), how many times fewer the steps are,
+and how many drafts were right. All must make equal tokens. `--clock cpu` counts seconds that the
+process computed, for a machine that others use too: of one thread (`--threads 1`) these mean the
+same. `--seconds` bounds the whole: answers are as long, and rounds as many, as fit. Last it says
+of each load, and of all together, how near what is chosen comes to the best fixed number, and 0 to
+off.
 
 admission: who starts when KV is short, without a model (``policy/admission.py``): as blocks are
 free, with room for the longest answer, and as answers were lately (the default). Lengths are drawn
@@ -95,6 +96,7 @@ def main() -> None:
         "--model", nargs="+", default=["demo"], help="several, to speculate; else one"
     )
     parser.add_argument("--draft-model", help="for --source draft; default: the model itself")
+    parser.add_argument("--draft-layers", type=int, metavar="N", help="its first N layers alone")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--chat", type=Path, metavar="FILE", help="questions, as JSON lines")
     parser.add_argument("--seconds", type=float, help="to speculate, of all together")

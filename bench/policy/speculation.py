@@ -38,6 +38,7 @@ from moeserve.engine.policies.speculation import FixedDrafts, Speculation
 from moeserve.engine.rates import is_decode
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.step_cost import DecodeCost, FittedStepCost
+from moeserve.forecast.first_layers import cut
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
@@ -310,12 +311,14 @@ def open_model(name: str, args: argparse.Namespace) -> Model:
     source, draft = args.source, None
     if source is None:
         source = "ngram" if decoder.mtp is None else "auto"
-        source = "draft" if args.draft_model else source
+        source = "draft" if args.draft_model or args.draft_layers else source
     if source in ("mtp", "auto") and decoder.mtp is None:
         source = "ngram"
-    if source == "draft":
-        draft_path = resolve_model(args.draft_model or name)
-        draft = replace(load_decoder(draft_path, decoder.ops), mtp=None)
+    if source == "draft" and args.draft_model is not None:
+        draft = replace(load_decoder(resolve_model(args.draft_model), decoder.ops), mtp=None)
+    elif source == "draft":
+        layers = decoder.spec.layers[: args.draft_layers]
+        draft = cut(decoder, replace(decoder.spec, layers=layers, mtp=None))
     return Model(name, decoder, Tokenizer.load(path), source, draft)
 
 

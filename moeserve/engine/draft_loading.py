@@ -41,20 +41,18 @@ class LoadedDraft:
         return 0 if self.decoder is None else self.decoder.kv_bytes_per_token
 
     def within(self, options: RankModelOptions) -> RankModelOptions:
-        """Options whose bounds of memory are without the draft model's weights. ConfigError where
-        these leave nothing."""
-        left: dict[str, int] = {}
-        for name in ("memory", "device_memory"):
-            limit = getattr(options, name)
-            if limit is None or not self.weights:
-                continue
-            if limit <= self.weights:
-                raise ConfigError(
-                    f"{name}={limit}: the draft model takes {self.weights} bytes for its weights: "
-                    "give more, or choose another --speculation"
-                )
-            left[name] = limit - self.weights
-        return options.model_copy(update=left) if left else options
+        """Options whose bound of the device's memory is without the draft model's weights (that of
+        a process, ``memory``, counts what the process has by then). ConfigError where these leave
+        nothing."""
+        limit = options.device_memory
+        if limit is None or not self.weights:
+            return options
+        if limit <= self.weights:
+            raise ConfigError(
+                f"device_memory={limit}: the draft model takes {self.weights} bytes for its "
+                "weights: give more, or choose another --speculation"
+            )
+        return options.model_copy(update={"device_memory": limit - self.weights})
 
 
 def load_draft(options: RankModelOptions, model: Checkpoint, ops: Ops) -> LoadedDraft:

@@ -81,3 +81,5 @@ def test_layered_prefill_is_shown_beside_chunks() -> None:
     assert layer["largest"] <= chunk["largest"]
     assert layer["steps"] <= chunk["steps"]
     assert auto["loads"] == min(layer["loads"], chunk["loads"])
+    counted, predicted = (layer[name] / chunk[name] for name in ("loads", "predicted"))
+    assert abs(counted - predicted) < 0.03

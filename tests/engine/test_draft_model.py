@@ -218,8 +218,10 @@ def test_memory_that_the_draft_model_fills_is_refused(
     tiny_checkpoint: TinyCheckpoint, ops: Ops
 ) -> None:
     path = str(tiny_checkpoint("qwen3_moe"))
-    options = RankModelOptions(model=path, speculation="auto", draft_model=path, memory=2 << 20)
+    options = RankModelOptions(
+        model=path, speculation="auto", draft_model=path, device_memory=2 << 20
+    )
     found = load_draft(options, Checkpoint.open(path), ops)
-    assert found.within(options).memory == (2 << 20) - found.weights
+    assert found.within(options).device_memory == (2 << 20) - found.weights
     with pytest.raises(ConfigError, match=f"takes {found.weights} bytes"):
-        found.within(options.model_copy(update={"memory": found.weights}))
+        found.within(options.model_copy(update={"device_memory": found.weights}))
