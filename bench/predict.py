@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -89,7 +89,7 @@ class Setting:
 class Compared:
     """Of one case in one round, or the median of rounds; generated tokens per second. ``predicted``
     is stage 2's, ``bound`` stage 1's; ``error`` is that of the prediction, ``of_bound`` what was
-    reached of the bound."""
+    reached of the bound. ``read`` are bytes from disk."""
 
     quantization: str
     kv_dtype: str
@@ -104,6 +104,8 @@ class Compared:
     of_predicted: float
     of_bound: float
     busy: dict[str, float]
+    read: float
+    predicted_read: float
     rounds: int = 1
 
 
@@ -151,6 +153,19 @@ def counted_use(decoder: Decoder) -> list[tuple[float, ...]]:
     return found
 
 
+class Took(NamedTuple):
+    """One run of a case, or medians of runs: seconds, and bytes from disk."""
+
+    seconds: float
+    read: float
+
+
+def read_of(decoder: Decoder) -> int:
+    """Bytes from disk so far."""
+    runner = decoder.runner
+    return runner.stream.mover.counts().bytes if isinstance(runner, StreamedLayerRunner) else 0
+
+
 class Measured:
     """What each setting asks for, and the seconds of cases."""
 
@@ -165,14 +180,16 @@ class Measured:
 
     def round(
         self, pairs: Sequence[tuple[Setting, Case]], end: float
-    ) -> Iterator[tuple[Setting, Case, float]]:
-        """The median seconds of every case that begins before ``end``."""
+    ) -> Iterator[tuple[Setting, Case, Took]]:
+        """The medians of every case that begins before ``end``."""
         for setting, case in pairs:
             if time.monotonic() > end:
                 return
             if setting not in self._decoders:
                 self._prepare(setting)
-            yield setting, case, statistics.median(self._runs(self._decoders[setting], case))
+            runs = self._runs(self._decoders[setting], case)
+            middle = (statistics.median(column) for column in zip(*runs, strict=True))
+            yield setting, case, Took(*middle)
 
     def close(self) -> None:
         for decoder in self._decoders.values():
@@ -186,11 +203,13 @@ class Measured:
         self._decoders[setting], self.shares[setting] = decoder, share
         self.demands[setting] = self._demand(setting, decoder)
 
-    def _runs(self, decoder: Decoder, case: Case) -> list[float]:
-        took: list[float] = []
-        while not took or (sum(took) < ENOUGH_S and len(took) < MOST_RUNS):
+    def _runs(self, decoder: Decoder, case: Case) -> list[Took]:
+        took: list[Took] = []
+        while not took or (sum(one.seconds for one in took) < ENOUGH_S and len(took) < MOST_RUNS):
             self._run += 1
-            took.append(seconds(decoder, case, self._clock, self._run))
+            before = read_of(decoder)
+            once = seconds(decoder, case, self._clock, self._run)
+            took.append(Took(once, read_of(decoder) - before))
         return took
 
     def _load(self, setting: Setting) -> tuple[Decoder, float]:
@@ -216,7 +235,7 @@ def compare(
     share: float,
     setting: Setting,
     case: Case,
-    took: float,
+    took: Took,
 ) -> Compared:
     """The mean of what each of ``machines`` predicts beside what was measured; ``share`` of the
     experts are in memory."""
@@ -239,7 +258,7 @@ def compare(
         ).generated_per_s
         for machine, weights, one in zip(machines, held, found, strict=True)
     )
-    measured = case.streams * case.answer / took
+    measured = case.streams * case.answer / took.seconds
     predicted = case.streams * case.answer / statistics.mean(one.seconds for one in found)
     return Compared(
         setting.quantization,
@@ -255,19 +274,22 @@ def compare(
         measured / predicted,
         measured / bound,
         {name: found[-1].busy.share(name) for name in ("memory", "compute", "disk", "fixed")},
+        took.read,
+        statistics.mean(one.busy.disk_bytes for one in found),
     )
 
 
 def over_rounds(found: Sequence[Compared]) -> Compared:
     """The median of each figure."""
     names = ("measured", "predicted", "bound", "error", "of_predicted", "of_bound")
+    names += ("read", "predicted_read")
     middle = {name: statistics.median(getattr(one, name) for one in found) for name in names}
     return replace(found[-1], **middle, rounds=len(found))
 
 
 def far_apart(rounds: Sequence[Compared]) -> bool:
-    took = [one.measured for one in rounds]
-    return max(took) - min(took) > SPREAD * statistics.median(took)
+    rates = [one.measured for one in rounds]
+    return bool(rates) and max(rates) - min(rates) > SPREAD * statistics.median(rates)
 
 
 def draw(rows: Sequence[Compared], file: Path) -> None:
@@ -338,14 +360,16 @@ def rounds_of(
     pairs = [(setting, case) for case in cases for setting in settings]
     seen: dict[tuple[Setting, Case], list[Compared]] = {}
 
-    def row(machines: Sequence[MachineModel], one: Setting, case: Case, took: float) -> Compared:
+    def row(machines: Sequence[MachineModel], one: Setting, case: Case, took: Took) -> Compared:
         return compare(machines, measured.demands[one], measured.shares[one], one, case, took)
 
     before = look()
     end = time.monotonic() + args.seconds
     for n in range(2 * args.rounds):
         taken = []
-        wanted = pairs if n < args.rounds else [pair for pair in pairs if far_apart(seen[pair])]
+        wanted = (
+            pairs if n < args.rounds else [pair for pair in pairs if far_apart(seen.get(pair, ()))]
+        )
         for setting, case, took in measured.round(wanted, end):
             taken.append((setting, case, took))
             early = [row([before], *one) for one in taken if one[:2] not in seen]
@@ -398,7 +422,7 @@ def main() -> None:
 
 def show(machine: MachineModel, rows: Sequence[Compared]) -> None:
     table = Table("weights", "KV", "share", "batch", "prompt", "output", "measured", "predicted")
-    for name in ("error", "of stage 2", "stage 1", "of stage 1", "busy"):
+    for name in ("error", "of stage 2", "stage 1", "of stage 1", "GB read", "predicted", "busy"):
         table.add_column(name)
     for r in rows:
         sizes = (str(n) for n in (r.batch, r.prompt, r.output))
@@ -414,9 +438,11 @@ def show(machine: MachineModel, rows: Sequence[Compared]) -> None:
             f"{r.of_predicted:.0%}",
             f"{r.bound:,.1f}",
             f"{r.of_bound:.0%}",
+            f"{r.read / 1e9:.2f}",
+            f"{r.predicted_read / 1e9:.2f}",
             busy,
         )
-    console, found = Console(width=140), report(machine, rows)
+    console, found = Console(width=160), report(machine, rows)
     console.print(table)
     console.print(f"mean {found['mean_error']:.1%}, worst {found['worst_error']:.1%}")
     console.print(f"with: {machine.name}", soft_wrap=True)

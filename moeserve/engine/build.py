@@ -37,7 +37,14 @@ from moeserve.engine.replan.live import LivePlan
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.semi.build import SharedCores, Split
 from moeserve.engine.semi.scheduler import SplitScheduler
-from moeserve.engine.step_cost import DecodeCost, FittedStepCost, MixedCost, StepCost, StepLine
+from moeserve.engine.step_cost import (
+    DecodeCost,
+    FittedStepCost,
+    MixedCost,
+    PredictedFirst,
+    StepCost,
+    StepLine,
+)
 from moeserve.engine.swap_memory import HostSwapMemory
 from moeserve.engine.swapping import Swapping
 from moeserve.errors import ConfigError, TokenizerError
@@ -137,7 +144,7 @@ def build_engine(
     cost: StepCost | None = None,
 ) -> LoadedModel:
     """Load a model and start its engine. ``progress`` gets bytes read and bytes in all. ``cost``
-    predicts steps for ``--objective throughput``; without it they are measured."""
+    predicts steps for ``--objective throughput`` until some were measured."""
     path = resolve_model(options.model)
     tokenizer, no_tokenizer = load_tokenizer(path, options.chat_template)
     eos_ids = tokenizer.eos_ids if tokenizer else ()
@@ -148,7 +155,8 @@ def build_engine(
     pool = BlockPool(own.size.num_blocks, options.block_size, counters)
     fitted, decodes = FittedStepCost(), DecodeCost()
     mixed = MixedCost(decodes)
-    admission = admission_of(options, config, cost or fitted, mixed)
+    known: StepCost = fitted if cost is None else PredictedFirst(cost, fitted)
+    admission = admission_of(options, config, known, mixed)
     drafter = drafter_of(options, decodes, fitted, makes=own.executor.makes_drafts)
     swapping, lock = swapping_of(options, own, fitted), EngineLock()
     layered = layered_of(options, own.decoder.spec, counters)

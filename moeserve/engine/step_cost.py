@@ -1,8 +1,8 @@
 """How long a step takes, as it is predicted or was measured; and how large one is worth making.
 
 ``StepCost`` is what a model of performance gives, ``FittedStepCost`` what the steps so far say of
-all their tokens alike, ``MixedCost`` of newest tokens and of prompts beside them. Seconds and
-tokens; times are arguments. Pure.
+all their tokens alike, ``PredictedFirst`` the one until there is the other, ``MixedCost`` of newest
+tokens and of prompts beside them. Seconds and tokens; times are arguments. Pure.
 """
 
 from __future__ import annotations
@@ -89,6 +89,21 @@ class FittedStepCost:
             return float(max(tokens, FIRST_GUESS))
         step_s, token_s = self._line
         return step_s + token_s * tokens
+
+
+class PredictedFirst:
+    """A ``StepCost``: what was ``predicted``, until steps of two sizes were measured. Up to
+    ``FIRST_GUESS`` tokens a step is taken to cost the same, as it is where nothing is predicted: a
+    prediction makes steps larger, and none smaller."""
+
+    def __init__(self, predicted: StepCost, measured: FittedStepCost) -> None:
+        self._predicted, self._measured = predicted, measured
+
+    def seconds(self, prefill_tokens: int, decode_tokens: int, context_tokens: int) -> float:
+        if self._measured.line is not None:
+            return self._measured.seconds(prefill_tokens, decode_tokens, context_tokens)
+        prompts = max(prefill_tokens, FIRST_GUESS - decode_tokens)
+        return self._predicted.seconds(prompts, decode_tokens, context_tokens)
 
 
 class DecodeCost:

@@ -77,7 +77,8 @@ def streamed_first_layers(
     folder: Path, spec: ModelSpec, ops: Ops, options: LoadOptions
 ) -> tuple[Decoder, StreamedLayerRunner]:
     """The layers of ``spec``, which are the first of the packed model in ``folder``."""
-    asked = RankModelOptions(model=str(folder), memory=NO_LIMIT, **options.model_dump())
+    said = options.model_dump() | {"model": str(folder), "memory": NO_LIMIT}
+    asked = RankModelOptions.model_validate(said)
     streaming = Streaming.open(folder, ops, asked)
     own = {l: experts for l, experts in streaming.own.items() if l < len(spec.layers)}
     records = replace(streaming.records, count=sum(map(len, own.values())))

@@ -23,6 +23,7 @@ from moeserve.config.options import AnswerOptions, ServeConfig
 from moeserve.engine.build import LoadedModel, build_engine, targets_of
 from moeserve.engine.observers import beside
 from moeserve.errors import CancelledError
+from moeserve.forecast.step_costs import predicted_steps
 from moeserve.gateway.dashboard.history import SloTargets
 from moeserve.gateway.dashboard.live import Dashboard
 from moeserve.gateway.dashboard.own import OwnProcess
@@ -93,7 +94,8 @@ class OneProcess:
         loop: asyncio.AbstractEventLoop,
     ) -> LoadedModel:
         watched = beside(observer, observer.spans)
-        return build_engine(config, observer=watched, progress=progress)
+        cost = predicted_steps(config)
+        return build_engine(config, observer=watched, progress=progress, cost=cost)
 
     def stopping(self) -> None: ...
 

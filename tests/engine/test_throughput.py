@@ -23,7 +23,13 @@ from moeserve.engine.policies.choices import Admission
 from moeserve.engine.policies.throughput import LEARNED, AnswerLengths, Outlook, ThroughputAdmission
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState
-from moeserve.engine.step_cost import FIRST_GUESS, FittedStepCost, worthwhile_tokens
+from moeserve.engine.step_cost import (
+    FIRST_GUESS,
+    FittedStepCost,
+    PredictedFirst,
+    StepCost,
+    worthwhile_tokens,
+)
 
 VOCAB = 97
 EOS = 5
@@ -316,6 +322,41 @@ def test_a_fit_is_of_all_sizes_that_were_measured() -> None:
         cost.note(40, 2 + 0.01 * 40)
     assert cost.line == pytest.approx((2, 0.01))
     assert cost.seconds(100, 28, 10**6) == pytest.approx(2 + 1.28)
+
+
+def counted_seconds(true: StepCost, predicted: StepCost | None, requests: int) -> float:
+    """Of all steps, which take what ``true`` says; the policy knows ``predicted`` beforehand."""
+    measured = FittedStepCost()
+    cost = measured if predicted is None else PredictedFirst(predicted, measured)
+    config = SchedulerConfig(256, 512, 4096, prefix_cache=False)
+    counters = Counters()
+    admission = ThroughputAdmission(cost, 256)
+    scheduler = Scheduler(config, BlockPool(4000, 4, counters), counters, admission)
+    for i in range(requests):
+        scheduler.add(request(i, 100, 6))
+    executor, now = NullExecutor(4000, 4, VOCAB), 0.0
+    while scheduler.has_work:
+        plan = scheduler.plan(now)
+        seconds = true.seconds(plan.num_tokens, 0, 0)
+        now += seconds
+        measured.note(plan.num_tokens, seconds)
+        scheduler.apply(executor.run(plan))
+    return now
+
+
+@pytest.mark.parametrize("off", [0.85, 1.15])
+def test_what_is_predicted_before_anything_was_measured_costs_nothing_and_may_gain(
+    off: float,
+) -> None:
+    """``off`` is how many times as long a token is predicted to take."""
+    for step_s, token_s, gains in ((1.0, 0.001, True), (0.01, 0.01, False), (0.0, 0.01, False)):
+        true, predicted = Line(step_s, token_s), Line(step_s, off * token_s)
+        for requests in (3, 16):
+            without = counted_seconds(true, None, requests)
+            beside = counted_seconds(true, predicted, requests)
+            assert beside <= without * (1 + 1e-9)
+            if gains and requests == 16:
+                assert beside < 0.85 * without
 
 
 def test_a_fit_has_no_negative_costs() -> None:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeserve.config.options import LoadOptions, RankModelOptions, StepOptions
+from moeserve.config.options import EngineOptions, LoadOptions, RankModelOptions, StepOptions
 from moeserve.errors import ConfigError
 from moeserve.forecast.disk import disk_rates, rates_of
 from moeserve.forecast.first_layers import cut, first_layers, load_first_layers
@@ -26,6 +26,7 @@ from moeserve.forecast.predictions import ForecastQuestion, ForecastReport, fore
 from moeserve.forecast.rest import not_falling, with_what_is_left
 from moeserve.forecast.shapes import ANY_MODEL, KernelShapes, shapes_of
 from moeserve.forecast.shown import tables
+from moeserve.forecast.step_costs import predicted_steps
 from moeserve.forecast.steps import (
     KINDS,
     LONG,
@@ -456,6 +457,26 @@ def test_a_cache_is_read_from_the_system(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "size").write_text(f"{text}\n")
     assert read_cache(tmp_path) == 32 * MIB
+
+
+def test_a_scheduler_begins_with_what_was_measured_for_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "moeserve" / "calibration"
+    options = EngineOptions(model="demo", threads=1, objective="throughput")
+    assert predicted_steps(options) is None
+    keep(a_machine(), folder)  # of usual sizes, which is not this model
+    assert predicted_steps(options) is None
+    shapes = shapes_of(stored_sizes(resolve_model("demo")).spec).name
+    keep(a_machine(shapes=shapes), folder)
+    assert predicted_steps(options.model_copy(update={"objective": "latency"})) is None
+    cost = predicted_steps(options)
+    assert cost is not None
+    assert cost.seconds(512, 4, 400) > cost.seconds(0, 4, 400) > 0
+    keep(a_machine(shapes=shapes, attention={"int8": AttentionCost(1e-10, 1e-10, 1e-10)}), folder)
+    assert predicted_steps(options) is None
+    assert "were not measured" in caplog.text
 
 
 # --- the command ---

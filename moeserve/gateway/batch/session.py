@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moeserve.config.options import BatchConfig
 from moeserve.engine.build import LoadedModel, build_engine
+from moeserve.forecast.step_costs import predicted_steps
 from moeserve.gateway.batch.lines import read_lines
 from moeserve.gateway.batch.outputs import Outputs
 from moeserve.gateway.batch.progress import BatchProgress, Done, Tokens
@@ -33,7 +34,9 @@ def run_batch(config: BatchConfig, path: Path, outputs: Outputs, progress: Batch
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     metrics = Metrics()
     with shown_progress() as loading:
-        loaded = build_engine(with_model_here(config), observer=metrics, progress=loading)
+        here = with_model_here(config)
+        cost = predicted_steps(here)
+        loaded = build_engine(here, observer=metrics, progress=loading, cost=cost)
     complete = asyncio.run(_serve(config, loaded, metrics, path, outputs, progress))
     counters = loaded.engine.counters
     return Done(complete, counters.steps, counters.preemptions)

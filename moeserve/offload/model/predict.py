@@ -82,6 +82,9 @@ class StepSeconds:
         return min(1.0, seconds / self.total) if self.total > 0 else 0.0
 
 
+LayerParts = tuple[StepSeconds, ExpertReads]
+
+
 class StepPredictor:
     """Predicts steps of one model on one machine; ``seconds`` is what a scheduler asks.
 
@@ -98,7 +101,7 @@ class StepPredictor:
         self.machine = machine
         self.model = model
         self.weights = weights
-        self._products: dict[tuple[float, ...], tuple[StepSeconds, ...]] = {}
+        self._parts: dict[tuple[float, ...], tuple[LayerParts, ...]] = {}
 
     def seconds(self, prefill_tokens: int, decode_tokens: int, context_tokens: int) -> float:
         """Of a step with so many tokens of prompts, taken for one prompt from its beginning, and
@@ -117,9 +120,10 @@ class StepPredictor:
         if not work.tokens:
             return total
         coldness = self._coldness(work)
-        products = self._products_of(work.tokens, work.made, coldness)
-        for (count, layer), product in zip(self.model.layers, products, strict=True):
-            total += self._layer(layer, work, product, coldness).times(count)
+        parts = self._parts_of(work.tokens, work.made, coldness)
+        for (count, layer), (product, reads) in zip(self.model.layers, parts, strict=True):
+            computed = self._layer(layer, work, product, coldness)
+            total += self._with_reads(layer, computed, reads).times(count)
         if work.rows:
             total += self._matrix(self.model.head, work.rows, coldness)
         return total
@@ -130,62 +134,64 @@ class StepPredictor:
         touched = self.model.touched_bytes(work.tokens) + kv
         return round(self.machine.coldness(touched), 2)
 
-    def _products_of(self, tokens: float, made: float, coldness: float) -> tuple[StepSeconds, ...]:
+    def _parts_of(self, tokens: float, made: float, coldness: float) -> tuple[LayerParts, ...]:
         """Of each kind of layer, all that depends on the number of tokens and, where experts are
         read, on the steps before."""
         made = 0.0 if self.weights.share >= 1 else min(WINDOW, round(made))
         key = (tokens, made, coldness)
-        found = self._products.get(key)
+        found = self._parts.get(key)
         if found is None:
             found = tuple(
-                self._layer_products(layer, tokens, made, coldness)
+                (self._products(layer, tokens, coldness), self._reads(layer, tokens, made))
                 for _, layer in self.model.layers
             )
-            if len(self._products) >= MOST_REMEMBERED:
-                self._products.clear()
-            self._products[key] = found
+            if len(self._parts) >= MOST_REMEMBERED:
+                self._parts.clear()
+            self._parts[key] = found
         return found
 
-    def _layer_products(
-        self, layer: LayerDemand, tokens: float, made: float, coldness: float
-    ) -> StepSeconds:
+    def _products(self, layer: LayerDemand, tokens: float, coldness: float) -> StepSeconds:
         overheads = self.machine.overheads
         total = StepSeconds(total=overheads.layer, fixed=overheads.layer)
         for matrix in layer.always:
             total += self._matrix(matrix, tokens, coldness)
-        trunk, reads, record = self.weights.missing_trunk(layer, self.model.num_layers), NONE, 0
         if layer.experts is not None:
-            experts, record = layer.experts, layer.experts.each.nbytes
+            experts = layer.experts
             touched = experts.touched(tokens)
             curve = self.machine.expert(experts.each.kind)
             rows = tokens * experts.top_k / touched
             total += self._product(experts.each, curve, rows, coldness).times(touched)
             if self.weights.share < 1:
-                reads = self.weights.expert_reads(experts, tokens, made)
                 total += StepSeconds(total=overheads.streamed, fixed=overheads.streamed)
-        return self._with_reads(total, reads, record, trunk)
+        return total
+
+    def _reads(self, layer: LayerDemand, tokens: float, made: float) -> ExpertReads:
+        if layer.experts is None or self.weights.share >= 1:
+            return NONE
+        return self.weights.expert_reads(layer.experts, tokens, made)
 
     def _with_reads(
-        self, layer: StepSeconds, reads: ExpertReads, record: int, trunk: float
+        self, layer: LayerDemand, computed: StepSeconds, reads: ExpertReads
     ) -> StepSeconds:
-        """What is read for a layer, records of so many bytes and ``trunk`` bytes more: memory's
-        bandwidth is shared by what the disk writes and the products read. What is foreseen is read
-        while the layer before computes, and so is the trunk; for the others the layer waits. What
-        is read in vain has begun before the layer chose: as much as there was time for."""
+        """Memory's bandwidth is shared by what the disk writes and the products read. What is
+        foreseen is read while the layer before computes, and so is the trunk; for the others the
+        layer waits. What is read in vain has begun before the layer chose: as much as there was
+        time for."""
+        trunk = self.weights.missing_trunk(layer, self.model.num_layers)
         if not reads.missing and not trunk:
-            return layer
-        each, own = self._disk_seconds(record), layer.total
+            return computed
+        record = 0 if layer.experts is None else layer.experts.each.nbytes
+        each = self._disk_seconds(record)
         ahead = (reads.foreseen * reads.missing + reads.in_vain) * each
-        begun = min(1.0, own / ahead) if ahead > 0 else 0.0
+        begun = min(1.0, computed.total / ahead) if ahead > 0 else 0.0
         count = reads.missing + reads.in_vain * begun
         disk = count * each + self._disk_seconds(trunk)
         account = self.machine.overheads.record * count
         nbytes = count * record + trunk
-        memory = layer.memory + nbytes / self.machine.memory_bytes_per_s
-        waited = own + account + (1 - reads.foreseen) * reads.missing * each
-        return StepSeconds(
-            max(waited, memory, disk), memory, layer.compute, disk, layer.fixed + account, nbytes
-        )
+        memory = computed.memory + nbytes / self.machine.memory_bytes_per_s
+        waited = computed.total + account + (1 - reads.foreseen) * reads.missing * each
+        fixed = computed.fixed + account
+        return StepSeconds(max(waited, memory, disk), memory, computed.compute, disk, fixed, nbytes)
 
     def _disk_seconds(self, nbytes: float) -> float:
         """Of one read."""
