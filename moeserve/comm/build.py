@@ -73,7 +73,7 @@ def open_parallel(
     seat = seat_of(ops.device, host_layers(ops, layers, runs))
     on_device = meet(backend, group, seat, topology.node_R)
     sharded = shard_layers(ops, layers, layouts, size or 1, runs, wide=bool(on_device))
-    lanes = _lanes(ops, sharded, bounds, bounds.tokens)
+    lanes = lanes_of(ops, sharded, bounds, bounds.tokens)
     order = BeginningOrder()
 
     def opened(among: Group, lanes: Lanes, key: str) -> Exchange:
@@ -91,7 +91,7 @@ def open_parallel(
         node = group.sub_group(topology.ranks_of(topology.node_R[group.rank]))
         outer = opened(rail, lanes, "outer")
         # Whatever comes from all nodes may be for one rank inside.
-        inner_lanes = _lanes(ops, sharded, bounds, bounds.tokens * topology.num_nodes)
+        inner_lanes = lanes_of(ops, sharded, bounds, bounds.tokens * topology.num_nodes)
         inner = opened(node, inner_lanes, "inner")
         dispatcher = HierarchicalDispatcher(ops, outer, inner, topology, progress)
     return ParallelLayerRunner(ops, layers, sharded, dispatcher, progress)
@@ -170,7 +170,7 @@ def shard_experts(
     return ShardedExperts(experts, layout, table, wire, run)
 
 
-def _lanes(
+def lanes_of(
     ops: Ops, sharded: Sequence[ShardedExperts | None], bounds: Bounds, tokens: int
 ) -> Lanes:
     """One there and one back for each microbatch, with room for the widest layer."""
