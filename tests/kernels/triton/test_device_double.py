@@ -91,14 +91,19 @@ ASKED = {
 }
 
 
-def tokens_of(own: RankModel, prompt: tuple[int, ...] = PROMPT) -> dict[str, list[int]]:
+Tokens = dict[str, list[int]]
+
+
+def tokens_of(
+    own: RankModel, prompt: tuple[int, ...] = PROMPT, asked: dict[str, SamplingParams] = ASKED
+) -> Tokens:
     """By a scheduler and the runner, without an engine's thread."""
     counters = Counters()
     config = SchedulerConfig(max_model_len=64, max_num_seqs=4, max_num_batched_tokens=16)
     scheduler = Scheduler(config, BlockPool(own.size.num_blocks, 8, counters), counters)
-    for name, params in ASKED.items():
+    for name, params in asked.items():
         scheduler.add(Request(RequestId(name), prompt, params))
-    made: dict[str, list[int]] = {name: [] for name in ASKED}
+    made: dict[str, list[int]] = {name: [] for name in asked}
     for outcome in drive(scheduler, own.executor):
         outcome.raise_failure()
         for out in outcome.outs:
@@ -171,9 +176,10 @@ def test_attention_on_the_host_leaves_the_rest_to_the_device(
     assert not isinstance(own.kv.caches[0].data.cache.data.values.x_BPGD, OnDevice)
 
 
-def rank_of_two(
-    r: int, store: Store, folder: Path, prompt: tuple[int, ...]
-) -> dict[str, list[int]]:
+SHORT = {"greedy": SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)}
+
+
+def rank_of_two(r: int, store: Store, folder: Path, prompt: tuple[int, ...]) -> Tokens:
     """A thread on a device of its own; its requests take as many steps as the other's."""
     with device_thread():
         options = EpOptions(microbatches=2, ep_deadline=60.0)
@@ -182,7 +188,7 @@ def rank_of_two(
         with closing(own):
             layers = cast("ParallelLayerRunner", own.decoder.runner)
             assert all(one is None or one.wire.wide for one in layers.sharded)
-            return tokens_of(own, prompt)
+            return tokens_of(own, prompt, SHORT)
 
 
 @pytest.mark.long
@@ -208,4 +214,4 @@ def test_two_ranks_of_an_engine_give_the_tokens_of_one(
             found = pool.map(rank_of_two, range(2), [store] * 2, [folder] * 2, prompts, timeout=600)
             tokens = list(found)
     with closing(whole):
-        assert tokens == [tokens_of(whole, prompt) for prompt in prompts]
+        assert tokens == [tokens_of(whole, prompt, SHORT) for prompt in prompts]
