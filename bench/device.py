@@ -6,13 +6,15 @@ their rooflines. Without one: ``--predict`` compiles the kernels for an H200 and
 tables, and whole decode steps, from bytes, multiplications and the instructions of the compiled
 code (``moeserve.kernels.triton.predict`` says how, and what it does not know), each row marked as a
 prediction. Rooflines take the memory as it was read once (4.3 TB/s copied) and the multipliers as
-they are stated (1,979 TOP/s of int8, 989 TFLOP/s of bf16).
+they are stated (1,979 TOP/s of int8, 989 TFLOP/s of bf16). Then two ranks share the experts of a
+layer on this one GPU (``device_ranks``); ``--double`` runs that part alone, on a device in name.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -166,6 +168,24 @@ def one_token_each(batch: int) -> tuple[Tensor, Tensor, AttentionBatch]:
     return zeros, zeros, AttentionBatch(starts, contexts, blocks)
 
 
+def over_ranks(double: bool) -> tuple[list[tuple[str, bool]], list[Row]]:
+    """Experts over two ranks: checks, and rows. The bound is of one GPU that does the work of both:
+    all experts touched, and records and sums written and read once more."""
+    from device_ranks import TINY, V3, every_way
+
+    shape = TINY if double else V3
+    held, rows = [], []
+    for m in every_way(double):
+        name = f"2 {m.way}, {m.tokens} tokens each"
+        tokens = 2 * m.tokens
+        touched = shape.experts * (1 - (1 - shape.chosen / shape.experts) ** tokens)
+        work = 6 * shape.hidden * shape.inner * shape.chosen * tokens
+        nbytes = touched * 3 * shape.hidden * shape.inner + tokens * 2 * 2 * 5 * shape.hidden
+        held.append((f"experts over {name}: the bits of one process", m.same))
+        rows.append(with_time(row("ranks", name, nbytes, work, INT8), m.seconds))
+    return held, rows
+
+
 def with_time(found: Row, seconds: float) -> Row:
     return Row(**{**asdict(found), "seconds": seconds})
 
@@ -212,27 +232,39 @@ def checks(ops: Ops) -> Iterator[tuple[str, bool]]:
             yield f"{kind} {rows} rows are those among 2,048, to the bit", same
 
 
+def device_name(predicted: bool, double: bool) -> str:
+    if predicted:
+        return "none: predicted"
+    return "none: one in name, seconds mean nothing" if double else torch.cuda.get_device_name()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--predict", action="store_true", help="no device: from compiled kernels")
+    parser.add_argument("--double", action="store_true", help="no device: two ranks on one in name")
     parser.add_argument("--json", type=Path, help="write rows and checks there")
     given = parser.parse_args(arguments)
     held: list[tuple[str, bool]] = []
     if given.predict:
         rows = list(predictions())
+    elif given.double:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+        held, rows = over_ranks(double=True)
     else:
         from moeserve.kernels.triton.ops import TritonOps
 
         ops = TritonOps(torch.device("cuda"))
         held = list(checks(ops))
-        for what, holds in held:
-            print(f"{'holds' if holds else 'FAILS'}  {what}")
         rows = list(measured(ops))
+        more, between = over_ranks(double=False)
+        held, rows = held + more, rows + between
+    for what, holds in held:
+        print(f"{'holds' if holds else 'FAILS'}  {what}")
     for found in rows:
         print(found.text)
     if given.json:
         said = {
-            "device": "none: predicted" if given.predict else torch.cuda.get_device_name(),
+            "device": device_name(given.predict, given.double),
             "torch": torch.__version__,
             "checks": [{"what": what, "holds": holds} for what, holds in held],
             "rows": [asdict(found) for found in rows],

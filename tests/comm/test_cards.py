@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from moeserve.comm.exchange.open import open_device_exchange
 from moeserve.comm.group import Group, Topology
 from moeserve.errors import ConfigError
 
+LAUNCH = Path(__file__).parents[2] / "launch"
 ONE, TWO = Seat("cuda", "GPU-1"), Seat("cuda", "GPU-2")
 NPU = Seat("npu", "npu:0")
 CPU = Seat("cpu")
@@ -99,6 +103,27 @@ def test_ranks_hear_of_one_another_and_refuse_alike() -> None:
         Seat.read(b'{"kind": 3}', 1)
     with pytest.raises(ConfigError, match="no device of rank 1"):
         Seat.read(b"[1]", 1)
+
+
+def environment(driver: Path, **given: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(LAUNCH / "cuda.sh"), "env"],
+        env={"PATH": os.environ["PATH"], "DRIVER": str(driver)} | given,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_launch_script_sets_what_ranks_need_or_says_what_is_missing(tmp_path: Path) -> None:
+    missing = environment(tmp_path / "version")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith(f"cuda.sh: there is no {tmp_path}/version: install NVIDIA's")
+    (tmp_path / "version").write_text("")
+    found = environment(tmp_path / "version", TORCH_NCCL_ENABLE_MONITORING="1")
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING=0\n" in found.stdout
+    assert "TORCH_NCCL_ENABLE_MONITORING=1\n" in found.stdout
 
 
 @pytest.mark.parametrize(("kind", "told"), [("cuda", "without NCCL"), ("npu", "no HCCL")])

@@ -9,6 +9,7 @@ takes for what holds their bytes: everything of an exchange but the library's ca
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -155,6 +156,9 @@ def open_stream_medium(group: Group, key: str, device: torch.device) -> StreamMe
     distributed: Any = torch.distributed
     try:
         if name == "nccl":
+            # A rank that is lost is for our deadlines to find, not for a thread of torch's, which
+            # would end this process.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options = distributed.ProcessGroupNCCL.Options()
             options._timeout = timeout
             pg = distributed.ProcessGroupNCCL(store, group.rank, group.world, options)

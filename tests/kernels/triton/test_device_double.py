@@ -4,26 +4,41 @@ one of the device is needed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from moeserve.config.options import RankModelOptions
+from moeserve.comm import build
+from moeserve.comm.exchange import open as open_exchanges
+from moeserve.comm.exchange.media import HostMedium
+from moeserve.comm.group import Group, Topology
+from moeserve.comm.pipeline import ParallelLayerRunner
+from moeserve.config.options import EpOptions, RankModelOptions
 from moeserve.core import BlockId, Counters, Request, RequestId, SamplingParams
 from moeserve.engine import device_memory, rank_model
 from moeserve.engine.blocks import BlockPool
 from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.drive import drive
-from moeserve.engine.rank_model import RankModel, load_rank_model
+from moeserve.engine.rank_model import EpContext, RankModel, load_rank_model
 from moeserve.engine.scheduler import Scheduler
 from moeserve.errors import InternalError
 from moeserve.kernels.device import Card
 from moeserve.kernels.ops import KvShape, Ops
 from moeserve.kernels.reference.ops import ReferenceOps
-from moeserve.kernels.triton.double import DEVICE, Crossings, OnDevice, device_double
+from moeserve.kernels.triton.double import (
+    DEVICE,
+    Crossings,
+    OnDevice,
+    bare,
+    device_double,
+    device_thread,
+)
+from moeserve.observe.progress import Progress
 
 Load = Callable[[str], Path]
 
@@ -76,14 +91,19 @@ ASKED = {
 }
 
 
-def tokens_of(own: RankModel) -> dict[str, list[int]]:
+Tokens = dict[str, list[int]]
+
+
+def tokens_of(
+    own: RankModel, prompt: tuple[int, ...] = PROMPT, asked: dict[str, SamplingParams] = ASKED
+) -> Tokens:
     """By a scheduler and the runner, without an engine's thread."""
     counters = Counters()
     config = SchedulerConfig(max_model_len=64, max_num_seqs=4, max_num_batched_tokens=16)
     scheduler = Scheduler(config, BlockPool(own.size.num_blocks, 8, counters), counters)
-    for name, params in ASKED.items():
-        scheduler.add(Request(RequestId(name), PROMPT, params))
-    made: dict[str, list[int]] = {name: [] for name in ASKED}
+    for name, params in asked.items():
+        scheduler.add(Request(RequestId(name), prompt, params))
+    made: dict[str, list[int]] = {name: [] for name in asked}
     for outcome in drive(scheduler, own.executor):
         outcome.raise_failure()
         for out in outcome.outs:
@@ -95,7 +115,11 @@ def loaded(folder: Path, table: Ops, trace: Path, patch: pytest.MonkeyPatch) -> 
     card = Card("a card", 1 << 33, 1 << 33)
     patch.setattr(device_memory, "free_memory", lambda _: card)
     patch.setattr(rank_model, "choose_table", lambda *_, **__: table)
-    options = RankModelOptions(
+    return load_rank_model(options_of(folder, trace))
+
+
+def options_of(folder: Path, trace: Path | None = None) -> RankModelOptions:
+    return RankModelOptions(
         model=str(folder),
         device="cuda",
         block_size=8,
@@ -105,7 +129,6 @@ def loaded(folder: Path, table: Ops, trace: Path, patch: pytest.MonkeyPatch) -> 
         max_num_seqs=4,
         record_routing=trace,
     )
-    return load_rank_model(options)
 
 
 @pytest.mark.long
@@ -151,3 +174,44 @@ def test_attention_on_the_host_leaves_the_rest_to_the_device(
         check_steps_and_blocks(own, tokens_of(reference))
     assert table.kv_passes(own.kv.caches[0]) > 2
     assert not isinstance(own.kv.caches[0].data.cache.data.values.x_BPGD, OnDevice)
+
+
+SHORT = {"greedy": SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)}
+
+
+def rank_of_two(r: int, store: Store, folder: Path, prompt: tuple[int, ...]) -> Tokens:
+    """A thread on a device of its own; its requests take as many steps as the other's."""
+    with device_thread():
+        options = EpOptions(microbatches=2, ep_deadline=60.0)
+        context = EpContext(Group(r, 2, store), Topology((0, 0)), Progress(), options)
+        own = load_rank_model(options_of(folder), context=context)
+        with closing(own):
+            layers = cast("ParallelLayerRunner", own.decoder.runner)
+            assert all(one is None or one.wire.wide for one in layers.sharded)
+            return tokens_of(own, prompt, SHORT)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_two_ranks_of_an_engine_give_the_tokens_of_one(
+    crossings: Crossings, tiny_checkpoint: Load, tmp_path: Path
+) -> None:
+    """Experts are shared, records stay on the devices, gloo carries bytes in NCCL's place."""
+    from moeserve.kernels.triton.ops import TritonOps
+
+    folder, prompts = tiny_checkpoint("qwen3_moe"), (PROMPT, PROMPT[::-1])
+    tables = [TritonOps(DEVICE) for _ in prompts]
+    with pytest.MonkeyPatch.context() as patch:
+        whole = loaded(folder, ReferenceOps(), tmp_path / "a.jsonl", patch)
+        patch.setattr(rank_model, "choose_table", lambda _, __, place, **___: tables[place])
+        patch.setattr(build, "meet", lambda *_: "nccl")
+        patch.setattr(
+            open_exchanges, "open_stream_medium",
+            lambda group, key, device: HostMedium.open(group, key, device, bare),
+        )  # fmt: skip
+        store = HashStore()
+        with ThreadPoolExecutor(2) as pool:
+            found = pool.map(rank_of_two, range(2), [store] * 2, [folder] * 2, prompts, timeout=600)
+            tokens = list(found)
+    with closing(whole):
+        assert tokens == [tokens_of(whole, prompt, SHORT) for prompt in prompts]

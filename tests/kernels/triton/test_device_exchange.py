@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from moeserve.comm.build import shard_experts
 from moeserve.comm.dispatcher import FlatDispatcher, HierarchicalDispatcher
 from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.collective import BeginningOrder, CollectiveExchange
+from moeserve.comm.exchange.mapped import MappedExchange, ThreadSharing
 from moeserve.comm.exchange.media import HostMedium
 from moeserve.comm.exchange.open import open_beside
 from moeserve.comm.group import Group, Topology
@@ -86,7 +88,20 @@ def router() -> Part[RouterWeights]:
     return Part(RouterWeights(torch.ones(HIDDEN), 1e-6, None, spec), None)  # type: ignore[arg-type]
 
 
-def opened(group: Group, key: str, order: BeginningOrder) -> Exchange:
+@dataclass(frozen=True)
+class Way:
+    """How one rank's exchanges carry bytes; ``shelf`` is one for all, None for collectives."""
+
+    order: BeginningOrder
+    shelf: dict[Any, Any] | None
+
+    def open(self, group: Group, key: str) -> Exchange:
+        if self.shelf is None:
+            return by_collectives(group, key, self.order)
+        return MappedExchange(group, LANES, key, ThreadSharing(DEVICE, self.shelf))
+
+
+def by_collectives(group: Group, key: str, order: BeginningOrder) -> Exchange:
     beside = open_beside(group, Topology((0,) * 4), LANES, key=key)
     medium = HostMedium.open(group, key, DEVICE, bare)
     return CollectiveExchange(group, LANES, *beside, medium, order)
@@ -111,24 +126,25 @@ def layout_of(world: int, replicas: bool) -> LayerLayout:
 
 
 @pytest.mark.parametrize(
-    ("combine", "replicas", "node"),
+    ("combine", "replicas", "node", "mapped"),
     [
-        (Combine.EXACT, False, 0),
-        (Combine.EXACT, True, 0),
-        (Combine.ORDERED, False, 0),
-        (Combine.EXACT, False, 2),
+        (Combine.EXACT, False, 0, False),
+        (Combine.EXACT, True, 0, True),
+        (Combine.ORDERED, False, 0, True),
+        (Combine.EXACT, False, 2, False),
     ],
 )
 def test_ranks_give_the_bits_of_one_and_the_host_sees_one_tensor_a_hop(
-    there: Ops, combine: Combine, replicas: bool, node: int
+    there: Ops, combine: Combine, replicas: bool, node: int, mapped: bool
 ) -> None:
     """With ``node``, over nodes of so many ranks: two hops, of which each counts once."""
     world = 2 * node or 2
     mixture, layout = Mixture.drawn(combine, world), layout_of(world, replicas)
+    shelf: dict[Any, Any] | None = {} if mapped else None
     wanted = [mixture.alone(there, r) for r in range(world)]
 
     def run(group: Group, seen: Crossings) -> Tensor:
-        rank, order = group.rank, BeginningOrder()
+        rank, way = group.rank, Way(BeginningOrder(), shelf)
         part = mixture.part(there, list(layout.of_rank(rank)))
         sharded = shard_experts(there, router(), part, layout, node or 1, wide=True)
         topology = Topology(tuple(r // (node or world) for r in range(world)))
@@ -136,10 +152,10 @@ def test_ranks_give_the_bits_of_one_and_the_host_sees_one_tensor_a_hop(
         if node:
             rail = group.sub_group(range(rank % node, world, node))
             inside = group.sub_group(topology.ranks_of(topology.node_R[rank]))
-            exchanges = opened(rail, "outer", order), opened(inside, "inner", order)
+            exchanges = way.open(rail, "outer"), way.open(inside, "inner")
             moves = HierarchicalDispatcher(there, *exchanges, topology, Progress())
         else:
-            moves = FlatDispatcher(there, opened(group, "flat", order), topology, Progress())
+            moves = FlatDispatcher(there, way.open(group, "flat"), topology, Progress())
         x_TH, routed = mixture.x_RTH[rank].to(DEVICE), mixture.routed(rank)
         before = seen.to_host, seen.waits
         for _ in moves.moe(0, sharded, x_TH, routed):
