@@ -8,7 +8,7 @@ where the budget is too small, or the folder is not a packed one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,12 +19,13 @@ from moeserve.errors import CheckpointError, ConfigError
 from moeserve.kernels.ops import Experts, Layer, Ops, RecordLayout, Stack
 from moeserve.kernels.wire import MOST_SLOTS
 from moeserve.models.decoder import Decoder
+from moeserve.models.packed.decoder import on_device
 from moeserve.models.packed.layout import Region, is_packed
 from moeserve.models.packed.leaves import leaves_of, with_leaves
 from moeserve.models.packed.model import PackedModel
 from moeserve.models.spec import MoeSpec
 from moeserve.models.weights import torch_dtype
-from moeserve.offload.arena import Arena, Pages
+from moeserve.offload.arena import Arena, ExpertSlots, Pages
 from moeserve.offload.budget import Fixed, Records, divide, room_for_kv
 from moeserve.offload.disk_file import DiskFile, DiskRegion
 from moeserve.offload.experts import ExpertStream
@@ -62,32 +63,10 @@ class Streaming:
         order of its slots; None is all. ``kept`` rows rest between two steps, and run in one layer
         beside those that run in all."""
         assert options.memory is not None, options
-        if not is_packed(folder):
-            raise ConfigError(
-                f"memory={options.memory}: {folder} holds weights that are packed as they are "
-                "loaded, so that all are in memory; pack it once, with `moeserve quantize --model "
-                f"{folder} --out OUT --packed`, and serve OUT"
-            )
-        packed = PackedModel.open(folder, ops, options)
-        spec, layers = packed.spec, range(len(packed.spec.layers))
-        if len(packed.checkpoint.header.layers) < len(spec.layers):
-            raise CheckpointError(
-                f"{folder}: {len(packed.checkpoint.header.layers)} layers were packed, the config "
-                f"has {len(spec.layers)}; pack the model again"
-            )
-        mine = {
-            l: (own or {}).get(l, range(mlp.router.num_experts))
-            for l in layers
-            if isinstance(mlp := spec.layers[l].mlp, MoeSpec)
-        }
-        trunks = [packed.trunk(l).nbytes for l in layers]
+        packed = open_packed(folder, ops, options)
+        spec, mine = packed.spec, own_of(packed, own)
+        trunks = [packed.trunk(l).nbytes for l in range(len(spec.layers))]
         places = min(options.weights_window or len(trunks), len(trunks))
-        counts = [len(experts) for experts in mine.values()]
-        records = Records(
-            max((packed.record_layout(l).nbytes for l in mine), default=0),
-            max(counts, default=0),
-            sum(counts),
-        )
         fixed = Fixed(
             process=resident() + LATER,
             ends=packed.checkpoint.header.ends.region.nbytes,
@@ -95,22 +74,13 @@ class Streaming:
             scratch=kept * 4 * spec.hidden
             + scratch_of(spec, options.max_num_batched_tokens + kept, options.max_num_seqs),
         )
-        kv_dtype = torch_dtype(options.kv_dtype) or packed.skeleton.dtype
-        decoder = replace(packed.skeleton, ops=ops, kv_dtype=kv_dtype, mtp=None)
+        records, decoder = records_of(packed, mine), without_weights(packed, ops, options)
         return cls(packed, decoder, ops, options, options.memory, fixed, records, mine)
 
     @property
     def room_for_kv(self) -> int:
-        return room_for_kv(self.budget, self.fixed, self.records, self._least_kv)
-
-    @property
-    def _least_kv(self) -> int:
-        """Bytes that were asked for, else those of the longest sequence, else of a block."""
-        asked, per_token = self.options, self.decoder.kv_bytes_per_token
-        if asked.kv_memory is not None:
-            return asked.kv_memory
-        blocks = asked.num_blocks or -(-(asked.max_model_len or 2) // asked.block_size)
-        return blocks * asked.block_size * per_token
+        least = least_kv(self.options, self.decoder.kv_bytes_per_token)
+        return room_for_kv(self.budget, self.fixed, self.records, least)
 
     def load(self, kv: int) -> Decoder:
         """With so many bytes of KV. The runner owns files, threads and memory."""
@@ -127,7 +97,7 @@ class Streaming:
         )
         stream = self._stream(opened, mover, max(1, division.slots))
         layers = self._layers(window, stream.arena)
-        ends = with_ends(self, opened, mover)
+        ends = with_ends(self.packed, self.decoder, opened, mover)
         runner = StreamedLayerRunner(
             self.ops,
             layers,
@@ -140,31 +110,90 @@ class Streaming:
 
     def _stream(self, opened: OpenFiles, mover: DiskMover, slots: int) -> ExpertStream:
         counts = [len(self.own.get(l, ())) for l in range(len(self.decoder.spec.layers))]
-        regions = {
-            l: [opened.at(self.packed.expert(l, e)) for e in experts]
-            for l, experts in self.own.items()
-        }
         return ExpertStream(
-            regions,
+            regions_of(self.packed, self.own, opened),
             Arena(slots, max(self.records.nbytes, PAGE)),
             Residency(counts, slots),
             mover,
             check_always=self.options.check_weights,
         )
 
-    def _layers(self, window: TrunkWindow, arena: Arena) -> list[Layer]:
-        """Over the window's memory and the arena's; layers of one layout share their experts."""
-        made, shared = [], dict[RecordLayout, Experts]()
-        for l, of in enumerate(self.decoder.spec.layers):
-            experts = None
-            if isinstance(of.mlp, MoeSpec):
-                layout = replace(self.packed.record_layout(l), nbytes=arena.nbytes)
-                if layout not in shared:
-                    shared[layout] = self.ops.experts_over(arena.memory, layout, arena.slots)
-                experts = shared[layout]
+    def _layers(self, window: TrunkWindow, arena: ExpertSlots) -> list[Layer]:
+        """Over the window's memory and the arena's."""
+        made = []
+        for l, experts in enumerate(experts_by_layer(self.packed, self.ops, arena)):
             window.need(l)
             made.append(self.packed.layer_over(l, window.memory(l), experts))
         return made
+
+
+def open_packed(folder: Path, ops: Ops, options: RankModelOptions) -> PackedModel:
+    """ConfigError for a folder that is not packed, CheckpointError for one that is not whole."""
+    if not is_packed(folder):
+        how = "" if ops.device.type == "cpu" else " --for-device cuda"
+        raise ConfigError(
+            f"memory={options.memory}: {folder} holds weights that are packed as they are "
+            "loaded, so that all are in memory; pack it once, with `moeserve quantize --model "
+            f"{folder} --out OUT --packed{how}`, and serve OUT"
+        )
+    packed = PackedModel.open(folder, ops, options)
+    there, wanted = len(packed.checkpoint.header.layers), len(packed.spec.layers)
+    if there < wanted:
+        raise CheckpointError(
+            f"{folder}: {there} layers were packed, the config has {wanted}; pack the model again"
+        )
+    return packed
+
+
+def own_of(
+    packed: PackedModel, own: Mapping[int, Sequence[int]] | None
+) -> dict[int, Sequence[int]]:
+    """The experts of each layer that routes: those that a rank has, or all."""
+    return {
+        l: (own or {}).get(l, range(mlp.router.num_experts))
+        for l, layer in enumerate(packed.spec.layers)
+        if isinstance(mlp := layer.mlp, MoeSpec)
+    }
+
+
+def records_of(packed: PackedModel, own: Mapping[int, Sequence[int]]) -> Records:
+    counts = [len(experts) for experts in own.values()]
+    most = max((packed.record_layout(l).nbytes for l in own), default=0)
+    return Records(most, max(counts, default=0), sum(counts))
+
+
+def without_weights(packed: PackedModel, ops: Ops, options: RankModelOptions) -> Decoder:
+    """The decoder to be, of which only shapes are there."""
+    kv_dtype = torch_dtype(options.kv_dtype) or packed.skeleton.dtype
+    return replace(packed.skeleton, ops=ops, kv_dtype=kv_dtype, mtp=None)
+
+
+def least_kv(options: RankModelOptions, per_token: int) -> int:
+    """Bytes that were asked for, else those of the longest sequence, else of a block."""
+    if options.kv_memory is not None:
+        return options.kv_memory
+    blocks = options.num_blocks or -(-(options.max_model_len or 2) // options.block_size)
+    return blocks * options.block_size * per_token
+
+
+def regions_of(
+    packed: PackedModel, own: Mapping[int, Sequence[int]], opened: OpenFiles
+) -> dict[int, list[DiskRegion]]:
+    """Where the experts of each layer lie."""
+    return {l: [opened.at(packed.expert(l, e)) for e in of] for l, of in own.items()}
+
+
+def experts_by_layer(packed: PackedModel, ops: Ops, arena: ExpertSlots) -> Iterator[Experts | None]:
+    """Over the arena's slots, for each layer; layers of one layout share their experts."""
+    shared: dict[RecordLayout, Experts] = {}
+    for l, of in enumerate(packed.spec.layers):
+        if not isinstance(of.mlp, MoeSpec):
+            yield None
+            continue
+        layout = replace(packed.record_layout(l), nbytes=arena.nbytes)
+        if layout not in shared:
+            shared[layout] = ops.experts_over(arena.memory, layout, arena.slots)
+        yield shared[layout]
 
 
 class OpenFiles:
@@ -185,22 +214,20 @@ class OpenFiles:
             file.close()
 
 
-def with_ends(streaming: Streaming, opened: OpenFiles, mover: DiskMover) -> Decoder:
-    """The decoder with its embedding and head, read into memory of their own."""
-    packed, decoder, header = (
-        streaming.packed,
-        streaming.decoder,
-        streaming.packed.checkpoint.header,
-    )
-    memory = read_region(opened.at(header.ends.region), mover)
-    skeleton = packed.skeleton
+def with_ends(
+    packed: PackedModel, decoder: Decoder, opened: OpenFiles, mover: DiskMover
+) -> Decoder:
+    """The decoder with its embedding and head, read into memory of their own, where its table
+    reads them."""
+    header, skeleton, ops = packed.checkpoint.header, packed.skeleton, decoder.ops
+    memory = on_device(ops, read_region(opened.at(header.ends.region), mover))
     parts = {"embedding": skeleton.embedding_WH, "head": skeleton.head.weights}
     found = packed.laid.leaves("embedding and head", header.ends, leaves_of(parts), memory)
     head = with_leaves(skeleton.head.weights, "head", found)
     return replace(
         decoder,
         embedding_WH=with_leaves(skeleton.embedding_WH, "embedding", found),
-        head=streaming.ops.prepare(head),
+        head=ops.prepare(head),
         unread=header.unread,
     )
 
