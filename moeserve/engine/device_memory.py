@@ -32,6 +32,8 @@ from moeserve.models.survey import survey
 
 # What the graphs of all buckets may take together: they share one pool. None are captured on NPUs.
 GRAPH_BYTES = {"cuda": 512 << 20}
+# What drawing tokens takes for each logit of so many rows at once (``kernels.triton.sampling``).
+SAMPLING_BYTES, SAMPLED_AT_ONCE = {"cuda": 40}, 1 << 23
 # How much smaller weights become that are rounded as they are loaded, at most: those of fp32.
 SHRINKS = {"int8": 4, "int4": 8}
 FP32 = 4
@@ -145,6 +147,8 @@ def needs_of(ops: Ops, options: RankModelOptions, ranks: tuple[int, int]) -> Dev
     rows = options.max_num_batched_tokens + kept
     workspace = workspace_of(known.spec, rows, options.max_num_seqs)
     workspace += kept * FP32 * known.spec.hidden
+    sampled = min(SAMPLED_AT_ONCE, options.max_num_seqs * known.spec.vocab)
+    workspace += SAMPLING_BYTES.get(ops.device.type, 0) * sampled
     found = free_memory(ops.device)
     card = within(found, options.device_memory)
     weights = least_weights(known.weight_bytes, options, ranks[0])
