@@ -120,7 +120,7 @@ RULES = (
     ),
     Rule(
         frozenset(OffloadOptions.model_fields) - {"memory"},
-        lambda options, ranks: options.memory is None,
+        lambda options, ranks: options.memory is None and options.device == "cpu",
         "all weights are in memory",
         "a budget by `--memory`",
     ),

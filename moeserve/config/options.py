@@ -117,7 +117,8 @@ class OffloadOptions(Options):
         default=None,
         ge=1,
         description="memory that a process may take, such as 8GiB: experts that do not fit are "
-        "read from disk as steps need them; the model is one that `quantize --packed` wrote",
+        "read from disk as steps need them, or beside a CUDA device from there and from host "
+        "memory; the model is one that `quantize --packed` wrote",
     )
     weights_prediction: Literal["auto", "on", "off"] = Field(
         default="auto",

@@ -23,9 +23,10 @@
                       observers: several who watch it)
     kv_exchange.py    the KV of a rank for those who bring some or take some away (kv_tensors: as
                       bytes; step_progress: layer by layer; rates: how fast the rank computes)
-    rank_model.py     one rank's share of a model, loaded (kv_size: how many KV blocks it gets;
-                      device_memory: what an accelerator has room for); build: from a folder to an
-                      engine
+    rank_model.py     one rank's share of a model, loaded (rank_weights: where its weights lie;
+                      kv_size: how many KV blocks it gets; device_memory: what an accelerator has
+                      room for; device_streaming: whether experts are streamed to it); build: from a
+                      folder to an engine
     semi/             prompts in a process of their own, over the same weights and KV
     ranks/            several ranks: where requests run, and steps in common
     replan/           another placement of experts while serving

@@ -33,6 +33,8 @@ from moeserve.offload.process_memory import kept_bytes
 
 # What the graphs of all buckets may take together: they share one pool. None are captured on NPUs.
 GRAPH_BYTES = {"cuda": 512 << 20}
+# What drawing tokens takes for each logit of so many rows at once (``kernels.triton.sampling``).
+SAMPLING_BYTES, SAMPLED_AT_ONCE = {"cuda": 40}, 1 << 23
 # How much smaller weights become that are rounded as they are loaded, at most: those of fp32.
 SHRINKS = {"int8": 4, "int4": 8}
 FP32 = 4
@@ -116,6 +118,45 @@ def host_keeps_kv(decoder: Decoder, block_size: int, *, all_of_it: bool = False)
     return all(kept) if all_of_it else any(kept)
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceNeeds:
+    """Of a card before anything is loaded, ``free`` of all of it: at least so many bytes of
+    ``weights``, and a ``block`` of KV."""
+
+    card: Card
+    free: int
+    weights: int
+    workspace: int
+    graphs: int
+    block: int
+
+    def fits(self, options: RankModelOptions) -> bool:
+        """Whether all weights may lie there, beside the KV that was asked for there."""
+        size = options.block_size
+        blocks = options.num_blocks or -(-(options.max_model_len or size) // size)
+        kv = options.kv_memory or blocks * self.block
+        if options.attention_device == "cpu":
+            kv = 0
+        return self.card.free >= self.weights + self.workspace + self.graphs + kv
+
+
+def needs_of(ops: Ops, options: RankModelOptions, ranks: tuple[int, int]) -> DeviceNeeds:
+    """By the checkpoint's headers."""
+    known = survey(resolve_model(options.model))
+    graphs = GRAPH_BYTES.get(ops.device.type, 0) if ops.replays else 0
+    kept = most_kept(options.max_num_batched_tokens, options.prefill_mode)
+    rows = options.max_num_batched_tokens + kept
+    workspace = workspace_of(known.spec, rows, options.max_num_seqs)
+    workspace += kept_bytes(kept, known.spec.hidden)
+    sampled = min(SAMPLED_AT_ONCE, options.max_num_seqs * known.spec.vocab)
+    workspace += SAMPLING_BYTES.get(ops.device.type, 0) * sampled
+    found = free_memory(ops.device)
+    card = within(found, options.device_memory)
+    weights = least_weights(known.weight_bytes, options, ranks[0])
+    block = known.kv_bytes_per_token * options.block_size
+    return DeviceNeeds(card, found.free, weights, workspace, graphs, block)
+
+
 def load_on_device(
     checkpoint: Checkpoint,
     ops: Ops,
@@ -126,22 +167,9 @@ def load_on_device(
 ) -> tuple[Decoder, int]:
     """The decoder on the device of ``ops``, and the bytes that KV may take, there or in the host's
     memory. ``ranks`` are all, and those of this node."""
-    if options.memory is not None:
-        raise ConfigError(
-            f"memory={options.memory}: experts are read from disk as steps need them on the CPU "
-            "alone: leave out --memory, or give --device cpu"
-        )
-    known = survey(resolve_model(options.model))
-    graphs = GRAPH_BYTES.get(ops.device.type, 0) if ops.replays else 0
-    kept = most_kept(options.max_num_batched_tokens, options.prefill_mode)
-    rows = options.max_num_batched_tokens + kept
-    workspace = workspace_of(known.spec, rows, options.max_num_seqs)
-    workspace += kept_bytes(kept, known.spec.hidden)
-    block = known.kv_bytes_per_token * options.block_size
-    found = free_memory(ops.device)
-    card = within(found, options.device_memory)
-    least = least_weights(known.weight_bytes, options, ranks[0])
-    plan_device(card, least, workspace, graphs, block)
+    needs = needs_of(ops, options, ranks)
+    card = needs.card
+    plan_device(card, needs.weights, needs.workspace, needs.graphs, needs.block)
     try:
         decoder = assemble(checkpoint, ops, options, experts=own, progress=progress)
     except (RuntimeError, torch.OutOfMemoryError) as full:
@@ -151,9 +179,9 @@ def load_on_device(
             f"{card.name} has {card.free} of {card.total} bytes free, and the weights need more: "
             "quantize the model (--quantization int8), or spread it over more ranks (--ep)"
         ) from full
-    weights = found.free - free_memory(ops.device).free
+    weights = needs.free - free_memory(ops.device).free
     block = decoder.kv_bytes_per_token * options.block_size
-    plan = plan_device(card, weights, workspace, graphs, block)
+    plan = plan_device(card, weights, needs.workspace, needs.graphs, block)
     logging.getLogger("moeserve.engine").info(
         "%s: of %d bytes %d are weights, %d workspace, %d graphs; %d are left for KV",
         card.name,

@@ -22,12 +22,12 @@ from moeserve.comm.libraries.open import open_with_library
 from moeserve.comm.libraries.promise import AUTO
 from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.config.options import EpOptions, RankModelOptions
-from moeserve.engine.device_memory import load_on_device
 from moeserve.engine.draft_loading import LoadedDraft, load_draft, maker_of
-from moeserve.engine.kv_size import KvSize, least_of_all, size_kv
+from moeserve.engine.kv_size import KvSize, least_of_all
 from moeserve.engine.kv_tensors import KvTensors, watch_kv
 from moeserve.engine.model_runner import ModelRunner, StepObserver
 from moeserve.engine.policies.layered import most_kept
+from moeserve.engine.rank_weights import load_weights
 from moeserve.engine.ranks.expert_use import ExpertUseCounter
 from moeserve.engine.ranks.microbatches import LARGEST
 from moeserve.engine.replan.routing_counts import RoutingCounts, chain_observers
@@ -36,12 +36,11 @@ from moeserve.errors import ConfigError, PlacementError
 from moeserve.grammar.checking import GrammarChecker
 from moeserve.grammar.masks import GrammarMasks
 from moeserve.grammar.worker import Vocabulary
-from moeserve.host import read_memory
 from moeserve.kernels.ops import Ops, Part, RouterWeights
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
 from moeserve.models.checkpoint import Checkpoint
-from moeserve.models.decoder import Decoder, ModelKvCache, assemble
+from moeserve.models.decoder import Decoder, ModelKvCache
 from moeserve.models.expert_source import ExpertSource, expert_bytes, open_experts
 from moeserve.models.families import read_spec
 from moeserve.models.library import resolve_model
@@ -51,13 +50,9 @@ from moeserve.models.tokenizer_parts import tokenizer_file
 from moeserve.observe.expert_counts import ExpertCounts
 from moeserve.observe.progress import Progress
 from moeserve.observe.routing import RoutingRecorder
-from moeserve.offload.load import Streaming
+from moeserve.offload.device_mover import DeviceMover
 from moeserve.offload.runner import StreamedLayerRunner
 from moeserve.placement.plan import Plan
-
-# Of what --memory leaves to KV and experts, KV gets half of the usual share: experts that are not
-# in memory cost more than sequences that wait.
-KV_SHARE_OF_BUDGET = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +101,11 @@ class EpContext:
         return self.topology.node_R.count(self.topology.node_R[self.rank])
 
     @property
+    def counts(self) -> tuple[int, int]:
+        """All ranks, and those of this node."""
+        return self.group.world, self.neighbours
+
+    @property
     def place(self) -> int:
         """Among the ranks of its node."""
         return self.topology.ranks_of(self.topology.node_R[self.rank]).index(self.rank)
@@ -146,8 +146,11 @@ class RankModel:
         thread."""
         if self.streamed is None:
             return {}
-        stream = self.streamed.stream
-        return {"expert_stream": lambda: stream.counts, "weight_reads": stream.mover.counts}
+        stream, mover = self.streamed.stream, self.streamed.stream.mover
+        found = {"expert_stream": lambda: stream.counts, "weight_reads": mover.counts}
+        if isinstance(mover, DeviceMover):
+            found["expert_copies"] = lambda: mover.copied
+        return found
 
     def close(self) -> None:
         """After the last step: give back what reaches the others, complete the routing trace."""
@@ -181,10 +184,10 @@ def load_rank_model(
     plan = None if context is None else plan_of_context(checkpoint, context)
     own = None if context is None or plan is None else own_experts(_layouts(plan), context.rank)
     # 2. Read the weights, and pack them as the op table wants them.
-    ops = table or _table_of(options, context)
+    ops, ranks = table or _table_of(options, context), None if context is None else context.counts
     draft, begun = load_draft(options, checkpoint, ops), time.perf_counter()
     # 3. Share what memory is left among the ranks of this node, as KV blocks.
-    decoder, size = _load_weights(checkpoint, ops, options, own, context, progress, draft)
+    decoder, size = load_weights(checkpoint, ops, options, own, ranks, progress, draft)
     read_bytes_per_s = checkpoint.bytes_read / (time.perf_counter() - begun)
     # 4. Join the other ranks.
     counts, swapper, streamed = None, None, streamed_by(decoder)
@@ -248,45 +251,6 @@ def _runner(
     masks, drafts = GrammarMasks(vocabulary), maker_of(options, decoder, draft, num_blocks)
     size = options.block_size
     return ModelRunner(decoder, num_blocks, size, eos_ids, observer, masks=masks, drafts=drafts)
-
-
-def _load_weights(
-    checkpoint: Checkpoint,
-    ops: Ops,
-    options: RankModelOptions,
-    own: Mapping[int, Sequence[int]] | None,
-    context: EpContext | None,
-    progress: Callable[[int, int], None] | None,
-    draft: LoadedDraft,
-) -> tuple[Decoder, KvSize]:
-    """The decoder of this rank's experts, and the KV that there is room for beside it and the draft
-    model, whose KV has as many blocks."""
-    options, beside = draft.within(options), draft.kv_bytes_per_token
-    if ops.device.type != "cpu":
-        ranks = (1, 1) if context is None else (context.group.world, context.neighbours)
-        decoder, room = load_on_device(checkpoint, ops, options, own, progress, ranks)
-        per_token = decoder.kv_bytes_per_token + beside
-        return decoder, size_kv(per_token, decoder.spec.max_positions, options, room)
-    if options.memory is None:
-        decoder = assemble(checkpoint, ops, options, experts=own, progress=progress)
-        available = read_memory().available // (1 if context is None else context.neighbours)
-        mapped = checkpoint.mapped_bytes + draft.mapped
-        available = max(0, available - mapped - options.swap_memory)
-        per_token = decoder.kv_bytes_per_token + beside
-        return decoder, size_kv(per_token, decoder.spec.max_positions, options, available)
-    if context is not None and options.weights_window is not None:
-        raise ConfigError(
-            f"weights_window={options.weights_window}: one rank alone has a window of layers: "
-            "leave it out, or serve without --ep"
-        )
-    budget = max(1, options.memory - options.swap_memory)
-    options = options.model_copy(update={"memory": budget})
-    kept = most_kept(options.max_num_batched_tokens, options.prefill_mode)
-    streaming = Streaming.open(resolve_model(options.model), ops, options, own, kept)
-    per_token, spec = streaming.decoder.kv_bytes_per_token + beside, streaming.decoder.spec
-    modest = options.model_copy(update={"host_share": KV_SHARE_OF_BUDGET})
-    size = size_kv(per_token, spec.max_positions, modest, streaming.room_for_kv)
-    return streaming.load(size.num_blocks * options.block_size * per_token), size
 
 
 def vocabulary_of(folder: Path, decoder: Decoder, eos_ids: frozenset[int]) -> Vocabulary | None:

@@ -14,6 +14,7 @@ from moeserve.errors import ConfigError
 # Layers whose experts have slots at least: one that runs, and one that is read.
 LEAST_LAYERS = 2
 MIB = 1 << 20
+REMEDY_OF_HOST = ", or keep fewer layers in memory with --weights-window"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +22,15 @@ class Fixed:
     """What is taken whatever the budget is: the ``process`` before any weights (interpreter,
     libraries, what it will still need for clients), ``ends`` (embedding and head), ``trunk`` (the
     layers but for routed experts, or the window of them), ``scratch`` (of a step), ``drafts`` (of
-    the module that guesses tokens, all but its routed experts)."""
+    the module that guesses tokens, all but its routed experts). ``of`` is the setting that bounds
+    it: memory, or device_memory."""
 
     process: int
     ends: int
     trunk: int
     scratch: int
     drafts: int = 0
+    of: str = "memory"
 
     @property
     def total(self) -> int:
@@ -77,7 +80,7 @@ class Division:
             f"{self.slots} of {record.count} experts": self.slots * record.nbytes,
         }
         left = self.budget - sum(parts.values())
-        return _lines({**parts, "left": left, "memory": self.budget})
+        return _lines({**parts, "left": left, fixed.of: self.budget})
 
 
 def room_for_kv(budget: int, fixed: Fixed, records: Records, least: int) -> int:
@@ -104,10 +107,10 @@ def too_small(budget: int, fixed: Fixed, records: Records, kv: int) -> ConfigErr
     }
     least = -(-(sum(parts.values())) // MIB) * MIB
     listed = ", ".join(f"{name} {_mib(nbytes)}" for name, nbytes in parts.items())
+    window = "" if fixed.of == "device_memory" else REMEDY_OF_HOST
     return ConfigError(
-        f"memory={_mib(budget)}: the least for this model and these settings is {_mib(least)} "
-        f"({listed}): give more, or lower max_num_batched_tokens or kv_memory, or keep fewer "
-        "layers in memory with --weights-window"
+        f"{fixed.of}={_mib(budget)}: the least for this model and these settings is {_mib(least)} "
+        f"({listed}): give more, or lower max_num_batched_tokens or kv_memory{window}"
     )
 
 

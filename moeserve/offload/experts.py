@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.errors import DataLossError, DeadlineError
-from moeserve.offload.arena import Arena
+from moeserve.offload.arena import ExpertSlots
 from moeserve.offload.disk_file import DiskRegion
 from moeserve.offload.mover import DiskMover, Read, Ticket
 from moeserve.offload.residency import EMPTY, Residency
@@ -53,29 +53,32 @@ class _Load:
 
 
 class ExpertStream:
-    """``regions`` has the record of each expert of each layer that has experts. For one thread."""
+    """``regions`` has the record of each expert of each layer that has experts. ``below`` are what
+    ``mover`` decides by, whose steps begin with these. For one thread."""
 
     def __init__(
         self,
         regions: Mapping[int, Sequence[DiskRegion]],
-        arena: Arena,
+        arena: ExpertSlots,
         residency: Residency,
         mover: DiskMover,
         *,
         check_always: bool = False,
         deadline_s: float = READ_DEADLINE_S,
+        below: Sequence[Residency] = (),
     ) -> None:
         assert residency.slots == arena.slots, (residency.slots, arena.slots)
         self.counts = StreamCounts()
         self.arena, self.residency, self.mover = arena, residency, mover
-        self._regions = regions
+        self._regions, self._below = regions, tuple(below)
         self._check_always, self._deadline_s = check_always, deadline_s
         self._loads: dict[int, _Load] = {}
         self._ahead: dict[int, set[int]] = {}
         self._checked: set[tuple[int, int]] = set()
 
     def begin_step(self) -> None:
-        self.residency.begin_step()
+        for residency in (self.residency, *self._below):
+            residency.begin_step()
 
     def read_ahead(self, layer: int, experts: Ids, now: int) -> None:
         """Begin to read what is not there of these, as far as there is room."""

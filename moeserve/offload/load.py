@@ -21,13 +21,13 @@ from moeserve.errors import CheckpointError, ConfigError
 from moeserve.kernels.ops import Experts, Layer, Ops, RecordLayout, Stack
 from moeserve.kernels.wire import MOST_SLOTS
 from moeserve.models.decoder import Decoder, Mtp
-from moeserve.models.packed.decoder import mtp_over, mtp_part
+from moeserve.models.packed.decoder import mtp_over, mtp_part, on_device
 from moeserve.models.packed.layout import Region, is_packed
 from moeserve.models.packed.leaves import leaves_of, with_leaves
 from moeserve.models.packed.model import PackedModel
 from moeserve.models.spec import ModelSpec, MoeSpec
 from moeserve.models.weights import torch_dtype
-from moeserve.offload.arena import Arena, Pages
+from moeserve.offload.arena import Arena, ExpertSlots, Pages
 from moeserve.offload.budget import Fixed, Records, divide, room_for_kv
 from moeserve.offload.disk_file import DiskFile, DiskRegion
 from moeserve.offload.experts import ExpertStream
@@ -73,32 +73,13 @@ class Streaming:
         between two steps, and run in one layer beside those that run in all. Where ``options`` do
         not ask it, the module of multi-token prediction is left aside."""
         assert options.memory is not None, options
-        if not is_packed(folder):
-            raise ConfigError(
-                f"memory={options.memory}: {folder} holds weights that are packed as they are "
-                "loaded, so that all are in memory; pack it once, with `moeserve quantize --model "
-                f"{folder} --out OUT --packed`, and serve OUT"
-            )
-        packed = PackedModel.open(folder, ops, options)
-        spec, layers = packed.spec, range(len(packed.spec.layers))
-        drafts = options.asks_the_module and packed.skeleton.mtp is not None
-        if len(packed.checkpoint.header.layers) < len(layers) + drafts:
-            raise CheckpointError(
-                f"{folder}: {len(packed.checkpoint.header.layers)} layers were packed, the config "
-                f"has {len(layers) + drafts}; pack the model again"
-            )
-        mine = {
-            l: (own or {}).get(l, range(mlp.router.num_experts))
-            for l, mlp in routed_of(spec, drafts=drafts)
-        }
-        trunks = [packed.trunk(l).nbytes for l in layers]
+        packed = open_packed(folder, ops, options)
+        spec, drafts = packed.spec, options.asks_the_module and packed.skeleton.mtp is not None
+        if drafts:
+            require_layers(packed, len(spec.layers) + 1)
+        mine = own_of(packed, own, drafts=drafts)
+        trunks = [packed.trunk(l).nbytes for l in range(len(spec.layers))]
         places = min(options.weights_window or len(trunks), len(trunks))
-        counts = [len(experts) for experts in mine.values()]
-        records = Records(
-            max((packed.record_layout(l).nbytes for l in mine), default=0),
-            max(counts, default=0),
-            sum(counts),
-        )
         fixed = Fixed(
             process=resident() + LATER,
             ends=packed.checkpoint.header.ends.region.nbytes,
@@ -106,26 +87,17 @@ class Streaming:
             scratch=kept_bytes(kept, spec.hidden)
             + scratch_of(spec, options.max_num_batched_tokens + kept, options.max_num_seqs),
         )
-        kv_dtype = torch_dtype(options.kv_dtype) or packed.skeleton.dtype
-        decoder = replace(packed.skeleton, ops=ops, kv_dtype=kv_dtype, mtp=None)
+        records, decoder = records_of(packed, mine), without_weights(packed, ops, options)
         if drafts:
-            held = mtp_part(packed.checkpoint).region.nbytes + packed.trunk(len(layers)).nbytes
-            working = drafting_bytes(spec, ops, kv_dtype, options)
+            held = mtp_part(packed.checkpoint).region.nbytes + packed.trunk(len(spec.layers)).nbytes
+            working = drafting_bytes(spec, ops, decoder.kv_dtype, options)
             fixed = replace(fixed, drafts=held + working)
         return cls(packed, decoder, ops, options, options.memory, fixed, records, mine, drafts)
 
     @property
     def room_for_kv(self) -> int:
-        return room_for_kv(self.budget, self.fixed, self.records, self._least_kv)
-
-    @property
-    def _least_kv(self) -> int:
-        """Bytes that were asked for, else those of the longest sequence, else of a block."""
-        asked, per_token = self.options, self.decoder.kv_bytes_per_token
-        if asked.kv_memory is not None:
-            return asked.kv_memory
-        blocks = asked.num_blocks or -(-(asked.max_model_len or 2) // asked.block_size)
-        return blocks * asked.block_size * per_token
+        least = least_kv(self.options, self.decoder.kv_bytes_per_token)
+        return room_for_kv(self.budget, self.fixed, self.records, least)
 
     def load(self, kv: int) -> Decoder:
         """With so many bytes of KV. The runner owns files, threads and memory."""
@@ -141,9 +113,9 @@ class Streaming:
             check_always=options.check_weights,
         )
         stream = self._stream(opened, mover, max(1, division.slots))
-        shared: dict[RecordLayout, Experts] = {}
-        layers = self._layers(window, stream.arena, shared)
-        whole = with_ends(self, opened, mover)
+        experts = list(experts_by_layer(self.packed, self.ops, stream.arena, drafts=self.drafts))
+        layers = self._layers(window, experts)
+        whole = with_ends(self.packed, self.decoder, opened, mover)
         runner = StreamedLayerRunner(
             self.ops,
             layers,
@@ -153,57 +125,36 @@ class Streaming:
             opened.close,
         )
         whole = replace(whole, stack=Stack(tuple(layers), None), runner=runner)
-        return (
-            replace(whole, mtp=self._mtp(whole, stream, opened, shared)) if self.drafts else whole
-        )
+        if not self.drafts:
+            return whole
+        return replace(whole, mtp=self._mtp(whole, stream, opened, experts[-1]))
 
     def _stream(self, opened: OpenFiles, mover: DiskMover, slots: int) -> ExpertStream:
         numbers = range(len(self.decoder.spec.layers) + self.drafts)
         counts = [len(self.own.get(l, ())) for l in numbers]
-        regions = {
-            l: [opened.at(self.packed.expert(l, e)) for e in experts]
-            for l, experts in self.own.items()
-        }
         return ExpertStream(
-            regions,
+            regions_of(self.packed, self.own, opened),
             Arena(slots, max(self.records.nbytes, PAGE)),
             Residency(counts, slots),
             mover,
             check_always=self.options.check_weights,
         )
 
-    def _layers(
-        self, window: TrunkWindow, arena: Arena, shared: dict[RecordLayout, Experts]
-    ) -> list[Layer]:
-        """Over the window's memory and the arena's."""
+    def _layers(self, window: TrunkWindow, experts: Sequence[Experts | None]) -> list[Layer]:
+        """Over the window's memory, with each layer's ``experts``."""
         made = []
         for l in range(len(self.decoder.spec.layers)):
             window.need(l)
-            experts = self._experts(l, arena, shared)
-            made.append(self.packed.layer_over(l, window.memory(l), experts))
+            made.append(self.packed.layer_over(l, window.memory(l), experts[l]))
         return made
 
-    def _experts(self, l: int, arena: Arena, shared: dict[RecordLayout, Experts]) -> Experts | None:
-        """The arena's slots, as a layer that routes has its experts; layers of one layout share
-        them."""
-        if l not in self.own:
-            return None
-        layout = replace(self.packed.record_layout(l), nbytes=arena.nbytes)
-        if layout not in shared:
-            shared[layout] = self.ops.experts_over(arena.memory, layout, arena.slots)
-        return shared[layout]
-
     def _mtp(
-        self,
-        whole: Decoder,
-        stream: ExpertStream,
-        opened: OpenFiles,
-        shared: dict[RecordLayout, Experts],
+        self, whole: Decoder, stream: ExpertStream, opened: OpenFiles, experts: Experts | None
     ) -> Mtp:
         """The module that drafts, whose experts are the stream's last layer."""
         packed, number = self.packed, len(self.decoder.spec.layers)
         trunk = read_region(opened.at(packed.trunk(number)), stream.mover)
-        layer = packed.layer_over(number, trunk, self._experts(number, stream.arena, shared))
+        layer = packed.layer_over(number, trunk, experts)
         gate = PredictionGate("off")
         runner = StreamedLayerRunner(self.ops, [layer], stream, gate, first=number)
         memory = read_region(opened.at(mtp_part(packed.checkpoint).region), stream.mover)
@@ -211,12 +162,90 @@ class Streaming:
         return mtp_over(packed.laid, packed.skeleton, whole, memory, stack, runner)
 
 
-def routed_of(spec: ModelSpec, *, drafts: bool) -> Iterator[tuple[int, MoeSpec]]:
+def routed_of(spec: ModelSpec, *, drafts: bool = False) -> Iterator[tuple[int, MoeSpec]]:
     """Layers that route, by number; with ``drafts`` the module's is the last."""
     last = (spec.mtp,) if drafts else ()
     for number, layer in enumerate((*spec.layers, *last)):
         if layer is not None and isinstance(layer.mlp, MoeSpec):
             yield number, layer.mlp
+
+
+def open_packed(folder: Path, ops: Ops, options: RankModelOptions) -> PackedModel:
+    """ConfigError for a folder that is not packed, CheckpointError for one that is not whole."""
+    if not is_packed(folder):
+        how = "" if ops.device.type == "cpu" else " --for-device cuda"
+        raise ConfigError(
+            f"memory={options.memory}: {folder} holds weights that are packed as they are "
+            "loaded, so that all are in memory; pack it once, with `moeserve quantize --model "
+            f"{folder} --out OUT --packed{how}`, and serve OUT"
+        )
+    packed = PackedModel.open(folder, ops, options)
+    require_layers(packed, len(packed.spec.layers))
+    return packed
+
+
+def require_layers(packed: PackedModel, wanted: int) -> None:
+    """CheckpointError where fewer were packed."""
+    there = len(packed.checkpoint.header.layers)
+    if there < wanted:
+        raise CheckpointError(
+            f"{packed.checkpoint.path}: {there} layers were packed, the config has {wanted}; pack "
+            "the model again"
+        )
+
+
+def own_of(
+    packed: PackedModel, own: Mapping[int, Sequence[int]] | None, *, drafts: bool = False
+) -> dict[int, Sequence[int]]:
+    """The experts of each layer that routes (``routed_of``): those that a rank has, or all."""
+    return {
+        l: (own or {}).get(l, range(mlp.router.num_experts))
+        for l, mlp in routed_of(packed.spec, drafts=drafts)
+    }
+
+
+def records_of(packed: PackedModel, own: Mapping[int, Sequence[int]]) -> Records:
+    counts = [len(experts) for experts in own.values()]
+    most = max((packed.record_layout(l).nbytes for l in own), default=0)
+    return Records(most, max(counts, default=0), sum(counts))
+
+
+def without_weights(packed: PackedModel, ops: Ops, options: RankModelOptions) -> Decoder:
+    """The decoder to be, of which only shapes are there."""
+    kv_dtype = torch_dtype(options.kv_dtype) or packed.skeleton.dtype
+    return replace(packed.skeleton, ops=ops, kv_dtype=kv_dtype, mtp=None)
+
+
+def least_kv(options: RankModelOptions, per_token: int) -> int:
+    """Bytes that were asked for, else those of the longest sequence, else of a block."""
+    if options.kv_memory is not None:
+        return options.kv_memory
+    blocks = options.num_blocks or -(-(options.max_model_len or 2) // options.block_size)
+    return blocks * options.block_size * per_token
+
+
+def regions_of(
+    packed: PackedModel, own: Mapping[int, Sequence[int]], opened: OpenFiles
+) -> dict[int, list[DiskRegion]]:
+    """Where the experts of each layer lie."""
+    return {l: [opened.at(packed.expert(l, e)) for e in of] for l, of in own.items()}
+
+
+def experts_by_layer(
+    packed: PackedModel, ops: Ops, arena: ExpertSlots, *, drafts: bool = False
+) -> Iterator[Experts | None]:
+    """Over the arena's slots, for each layer (with ``drafts`` the module's is the last); layers of
+    one layout share their experts."""
+    routed = dict(routed_of(packed.spec, drafts=drafts))
+    shared: dict[RecordLayout, Experts] = {}
+    for l in range(len(packed.spec.layers) + drafts):
+        if l not in routed:
+            yield None
+            continue
+        layout = replace(packed.record_layout(l), nbytes=arena.nbytes)
+        if layout not in shared:
+            shared[layout] = ops.experts_over(arena.memory, layout, arena.slots)
+        yield shared[layout]
 
 
 class OpenFiles:
@@ -237,22 +266,20 @@ class OpenFiles:
             file.close()
 
 
-def with_ends(streaming: Streaming, opened: OpenFiles, mover: DiskMover) -> Decoder:
-    """The decoder with its embedding and head, read into memory of their own."""
-    packed, decoder, header = (
-        streaming.packed,
-        streaming.decoder,
-        streaming.packed.checkpoint.header,
-    )
-    memory = read_region(opened.at(header.ends.region), mover)
-    skeleton = packed.skeleton
+def with_ends(
+    packed: PackedModel, decoder: Decoder, opened: OpenFiles, mover: DiskMover
+) -> Decoder:
+    """The decoder with its embedding and head, read into memory of their own, where its table
+    reads them."""
+    header, skeleton, ops = packed.checkpoint.header, packed.skeleton, decoder.ops
+    memory = on_device(ops, read_region(opened.at(header.ends.region), mover))
     parts = {"embedding": skeleton.embedding_WH, "head": skeleton.head.weights}
     found = packed.laid.leaves("embedding and head", header.ends, leaves_of(parts), memory)
     head = with_leaves(skeleton.head.weights, "head", found)
     return replace(
         decoder,
         embedding_WH=with_leaves(skeleton.embedding_WH, "embedding", found),
-        head=streaming.ops.prepare(head),
+        head=ops.prepare(head),
         unread=header.unread,
     )
 

@@ -3,8 +3,9 @@
 Layer by layer, all microbatches: attention from the trunk, routing, then the chosen experts, while
 those that the next layer will likely choose are read ahead (``foresight``). Many rows whose experts
 nobody foresaw are computed in waves as records come (``experts``); few rows, which are done sooner
-than a wave begins, and those that were foreseen wait for all of them. The results are the bits of a
-model that is all in memory.
+than a wave begins, and those that were foreseen wait for all of them; so do all rows on a device,
+which computes far faster than experts reach it. The results are the bits of a model that is all in
+memory. Of a device's results the host looks at the ids of the chosen experts alone.
 Letters: see ``kernels.ops``.
 """
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.errors import ConfigError
+from moeserve.kernels.host_copy import to_host
 from moeserve.kernels.ops import (
     KvCache,
     Layer,
@@ -143,9 +145,9 @@ class StreamedLayerRunner:
         for (_, _, seen), of in zip(rows, chosen, strict=True):
             if seen is not None:
                 seen.append(of.ids_TC.clone())
-        ids_TC = [of.ids_TC.numpy() for of in chosen]
+        ids_TC = [to_host(of.ids_TC) for of in chosen]
         needed = np.unique(np.concatenate([ids.ravel() for ids in ids_TC])).astype(np.int64)
-        few = sum(ids.size for ids in ids_TC) < PARTS_FROM
+        few = sum(ids.size for ids in ids_TC) < PARTS_FROM or self._ops.device.type != "cpu"
         before = replace(self.stream.counts)
         mixtures: list[PartedMixture] = []
         with closing(self.stream.waves(l, needed, together=few or whole)) as waves:
@@ -156,7 +158,7 @@ class StreamedLayerRunner:
                     continue
                 slot_E = self._slots_of(l, wave)
                 if len(wave) == len(needed):
-                    self._mix_at_once(part, rows, chosen, slot_E)
+                    self._mix_at_once(part, rows, chosen, [slot_E[ids] for ids in ids_TC])
                     continue
                 if not mixtures:
                     mixtures = [
@@ -177,11 +179,12 @@ class StreamedLayerRunner:
         part: Part[MoeWeights],
         rows: Sequence[tuple[Tensor, Step, list[Tensor] | None]],
         chosen: Sequence[Routed],
-        slot_E: NDArray[np.int32],
+        slots: Sequence[NDArray[np.int32]],
     ) -> None:
-        for (x_TH, _, _), of in zip(rows, chosen, strict=True):
-            slots_TC = torch.from_numpy(slot_E[of.ids_TC.numpy()])
-            self._ops.moe(x_TH, part, replace(of, ids_TC=slots_TC))
+        """``slots`` has those of each batch's choices."""
+        for (x_TH, _, _), of, slots_TC in zip(rows, chosen, slots, strict=True):
+            there_TC = torch.from_numpy(slots_TC).to(of.ids_TC.device)
+            self._ops.moe(x_TH, part, replace(of, ids_TC=there_TC))
 
     def _slots_of(self, layer: int, wave: Ids) -> NDArray[np.int32]:
         """The slot of each expert of the wave, -1 of all others."""
@@ -207,5 +210,5 @@ class StreamedLayerRunner:
         if not self.gate.open or not (self.window is None or self.window.has(following)):
             return None
         self._predicted = following
-        ids = [self._ops.route(x_TH, mlp[0], step).ids_TC.numpy() for x_TH, step, _ in rows]
+        ids = [to_host(self._ops.route(x_TH, mlp[0], step).ids_TC) for x_TH, step, _ in rows]
         return np.unique(np.concatenate([i.ravel() for i in ids])).astype(np.int64)

@@ -36,8 +36,10 @@ class PartedSums:
         made: Tensor = self._ops.run_experts(self._part, self._wire, [self._records]).data
         if self._part.weights.combine is Combine.ORDERED:
             if self._total is None:
-                self._total = torch.zeros(int(self._here_NC.sum()), made.shape[1])
-            self._total[np.flatnonzero(slot_NC[self._here_NC] >= 0)] = made
+                places = int(self._here_NC.sum())
+                self._total = torch.zeros(places, made.shape[1], device=made.device)
+            own = torch.from_numpy(np.flatnonzero(slot_NC[self._here_NC] >= 0))
+            self._total[own.to(made.device)] = made
         elif self._total is None:
             self._total = made
         else:

@@ -19,6 +19,7 @@ from moeserve.engine.device_memory import (
     plan_device,
     workspace_of,
 )
+from moeserve.engine.device_streaming import stream_to_device
 from moeserve.errors import ConfigError
 from moeserve.kernels.ascend.ops import AscendOps
 from moeserve.kernels.device import Card
@@ -95,8 +96,20 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
     folder = tiny_checkpoint("qwen3_moe")
     with pytest.raises(ConfigError, match=r"a card has 1000 of .* leave 0 for KV, whose least is"):
         load(folder, FullOps(), monkeypatch, 1000)
+
+
+def test_memory_is_divided_for_packed_models_on_one_cuda_device_alone(
+    tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch, npu: AscendOps
+) -> None:
+    folder = tiny_checkpoint("qwen3_moe")
+    options = RankModelOptions(model=str(folder), device="cuda", memory=1 << 30)
+    monkeypatch.setattr(device_memory, "free_memory", lambda _: Card("a card", 1 << 40, 1 << 34))
+    with pytest.raises(ConfigError, match=r"moeserve quantize --model .* --packed"):
+        stream_to_device(ReferenceOps(), options, (1, 1))
     with pytest.raises(ConfigError, match="leave out --memory, or give --device cpu"):
-        load(folder, FullOps(), monkeypatch, memory=1 << 30)
+        stream_to_device(ReferenceOps(), options, (2, 2))
+    everything = options.model_copy(update={"memory": None})
+    assert stream_to_device(ReferenceOps(), everything, (1, 1)) is None
 
 
 def test_a_device_that_is_full_while_weights_are_loaded_is_one_line(

@@ -66,7 +66,7 @@ def sample_rows(
         host_RV = to_host(logits_RV)
         for r, row in enumerate(rows):
             if best_R[r] < 0 or not (row.takes_best or takes_best(row, eos_ids)):
-                sampled[r] = _try(host_RV[r], row, eos_ids)
+                sampled[r] = try_row(host_RV[r], row, eos_ids)
     return sampled
 
 
@@ -105,7 +105,8 @@ def takes_best(row: SamplingRow, eos_ids: frozenset[int]) -> bool:
     )
 
 
-def _try(logits_V: NDArray[np.float32], row: SamplingRow, eos_ids: frozenset[int]) -> SampledRow:
+def try_row(logits_V: NDArray[np.float32], row: SamplingRow, eos_ids: frozenset[int]) -> SampledRow:
+    """``sample_row``, or why there is none."""
     try:
         return sample_row(logits_V, row, eos_ids)
     except InvalidRequestError as error:

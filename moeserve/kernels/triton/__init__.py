@@ -7,6 +7,7 @@
     packing  tiles             weights on the device; which tile a product takes
     products  route  experts   products and other operations on rows; routing; the experts
     attention  host_attention  the paged cache, and attention over it; or both left to the host
+    sampling                   tokens from logits
     sums  wire                 contributions become rows; dispatch and combine
     launch  graphs             the one way to a kernel; decode steps captured and replayed
     aot  variants              kernels compiled for a device elsewhere: how, and which

@@ -2,8 +2,9 @@
 
 Within ``device_double`` whatever is made on ``DEVICE`` is an ``OnDevice``, and every operation of
 torch, and every kernel in Triton's interpreter, is checked as CUDA would check it: tensors of the
-host and of the device do not mix, but where ``to`` or ``copy_`` says so. What is copied, and what
-makes the host wait, is counted in ``Crossings``. Its kernels run in the interpreter.
+host and of the device do not mix, but where ``to`` or ``copy_`` says so. What is copied, what makes
+the host wait, and what memory the device's tensors take is counted in ``Crossings``. Its kernels
+run in the interpreter.
 
 Ranks that are threads each enter ``device_thread`` within it, and have counts of their own.
 
@@ -14,9 +15,11 @@ copied, and the host waits.
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,11 +40,30 @@ WAITS = {
 
 @dataclass(slots=True)
 class Crossings:
-    """Copies from the device, copies to it, and operations that wait for it without a copy."""
+    """Copies from the device, copies to it, and operations that wait for it without a copy. Tensors
+    take ``nbytes`` now, and took ``most_bytes`` at most; views take none of their own."""
 
     to_host: int = 0
     to_device: int = 0
     waits: int = 0
+    nbytes: int = 0
+    most_bytes: int = 0
+    _holders: Counter[int] = field(default_factory=Counter)  # of each memory, by its address
+
+    def hold(self, tensor: OnDevice) -> None:
+        """It counts as long as it lives."""
+        memory = tensor.held.untyped_storage()
+        address, nbytes = memory.data_ptr(), memory.nbytes()
+        if not self._holders[address]:
+            self.nbytes += nbytes
+            self.most_bytes = max(self.most_bytes, self.nbytes)
+        self._holders[address] += 1
+        weakref.finalize(tensor, self._let_go, address, nbytes)
+
+    def _let_go(self, address: int, nbytes: int) -> None:
+        self._holders[address] -= 1
+        if not self._holders[address]:
+            self.nbytes -= nbytes
 
 
 class OnDevice(Tensor):
@@ -112,7 +134,11 @@ def dispatched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: C
     def marked(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return own[id(value)] if id(value) in own else OnDevice(value)
+        if id(value) in own:
+            return own[id(value)]
+        made = OnDevice(value)
+        seen.hold(made)
+        return made
 
     return tree_map(marked, found)
 

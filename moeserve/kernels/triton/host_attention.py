@@ -37,10 +37,7 @@ class HostAttentionOps(TritonOps):
     """``host`` is the table of this host's CPU."""
 
     name = "triton, attention by the host"
-    fallbacks = (
-        "attention: on the host, as was asked for; KV lies in its memory",
-        "sample: on the host, but for the greatest logit of each row",
-    )
+    fallbacks = ("attention: on the host, as was asked for; KV lies in its memory",)
 
     def __init__(self, device: torch.device, host: Ops) -> None:
         super().__init__(device)

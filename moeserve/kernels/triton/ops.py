@@ -65,13 +65,11 @@ from moeserve.kernels.triton.graphs import (
 )
 from moeserve.kernels.triton.packing import MatrixGroup, Packed
 from moeserve.kernels.triton.route import route_topk
+from moeserve.kernels.triton.sampling import sample
 from moeserve.kernels.triton.sums import chain, exact_rows, grid_bits
 from moeserve.kernels.triton.wire import TritonWire
 
-FALLBACKS = (
-    "sample: on the host, but for the greatest logit of each row",
-    "export_runs, import_runs: block by block on the host",
-)
+FALLBACKS = ("export_runs, import_runs: block by block on the host",)
 
 
 class TritonOps(Composed, ReferenceKv, ReferenceRecords, TritonWire):
@@ -324,7 +322,9 @@ class TritonOps(Composed, ReferenceKv, ReferenceRecords, TritonWire):
     def sample(
         self, logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
     ) -> list[SampledRow]:
-        return sample_rows(logits_RV, rows, eos_ids, products.best_of_rows)
+        if all(row.takes_best and row.allowed_B is None for row in rows):
+            return sample_rows(logits_RV, rows, eos_ids, products.best_of_rows)
+        return sample(logits_RV.contiguous(), rows, eos_ids)
 
 
 def check_ids(ids_TC: Tensor, experts: Experts) -> None:

@@ -111,9 +111,14 @@ def units(x_TH: Tensor, grid_bits: int) -> Tensor:
 
 def best_of_rows(logits_RV: Tensor) -> list[int]:
     """As ``reference.sampling.best_of_rows``; so many numbers are what leaves the device."""
+    found: list[int] = best_of(logits_RV).tolist()
+    return found
+
+
+def best_of(logits_RV: Tensor) -> Tensor:
+    """int32 [R]: the same on the device."""
     rows, size = logits_RV.shape
     best = torch.empty(rows, dtype=torch.int32, device=logits_RV.device)
     block = min(power_at_least(size, 16), 4096)
     launch(row_kernels.best_kernel, (rows,), best.device, logits_RV, best, size, BLOCK=block)
-    found: list[int] = best.tolist()
-    return found
+    return best

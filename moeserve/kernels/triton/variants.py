@@ -16,9 +16,10 @@ import torch
 from moeserve.kernels.ops import ATTENTION_SEGMENT
 from moeserve.kernels.records import WeightKind
 from moeserve.kernels.triton.attention import STEPS
-from moeserve.kernels.triton.device import experts, pages, products, route, rows, sums
+from moeserve.kernels.triton.device import experts, pages, products, route, rows, sample, sums
 from moeserve.kernels.triton.experts import row_block, sizes
 from moeserve.kernels.triton.packing import KINDS
+from moeserve.kernels.triton.sampling import BLOCK as SAMPLED_AT_ONCE
 from moeserve.kernels.triton.tiles import TILES, Tile, query_tile
 
 LEFT_OUT = {"num_warps", "num_stages"}
@@ -195,6 +196,11 @@ def row_variants() -> Iterator[Variant]:
     yield variant("rope", rows.rope_kernel, ropes, turned)
     yield variant("units", rows.units_kernel, {}, {"GRID_BITS": 11, "BLOCK": 4096})
     yield variant("best", rows.best_kernel, {"size": 129280}, {"BLOCK": 4096})
+    sampled = {"x": "*fp64", "ids": "*i64", "asked": "*fp64", "edges": "*fp64"}
+    sampled |= {"tokens": "*i32", "spread": "*fp64"}
+    for name in ("cut", "draw", "spread"):
+        kernel, size = getattr(sample, f"{name}_kernel"), {"size": 129280}
+        yield variant(name, kernel, sampled | size, {"BLOCK": SAMPLED_AT_ONCE})
     spec = {
         "SCORING": 1, "NORMALISE": True, "TOP_K": 8, "KEPT": 4, "TOP2": True, "GROUPS": 8,
         "WIDTH": 32, "CHOSEN": 8,

@@ -7,8 +7,12 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from moeserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moeserve.kernels.ops import Ops
 
 Progress = Callable[[int, int], None]
 
@@ -27,6 +31,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="what --packed keeps floats in [auto: the checkpoint's]",
     )
     command.add_argument(
+        "--for-device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="whose kernels --packed is for; no device is needed to pack for one [cpu]",
+    )
+    command.add_argument(
         "--check",
         action="store_true",
         help="write nothing: read a packed --model whole and compare its digests",
@@ -36,7 +46,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Where one of the two was given."""
     from moeserve.config.options import LoadOptions
-    from moeserve.kernels.select import choose_ops
     from moeserve.models.library import resolve_model
     from moeserve.models.packed.writer import pack_model
 
@@ -54,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     )
     with _bar("packing") as progress:
         model = resolve_model(args.model)
-        done = pack_model(model, args.out, choose_ops(), options, progress=progress)
+        done = pack_model(model, args.out, packing_ops(args.for_device), options, progress=progress)
     if args.json:
         print(json.dumps(done.to_json()))
         return 0
@@ -63,6 +72,15 @@ def run(args: argparse.Namespace) -> int:
         f"{done.bytes_before / 1e6:.1f} MB became {done.bytes_after / 1e6:.1f} MB"
     )
     return 0
+
+
+def packing_ops(device: str) -> Ops:
+    """The table that packs for a device. Triton's kernels read plain tensors, as the reference
+    does, so that no device has to be there."""
+    from moeserve.kernels.reference.ops import ReferenceOps
+    from moeserve.kernels.select import choose_ops
+
+    return ReferenceOps() if device == "cuda" else choose_ops()
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -205,7 +205,8 @@ def require_runnable(folder: Path, header: Header, packing: str) -> None:
         raise CheckpointError(
             f"{folder}: its weights are packed for {header.packing} ({header.byte_order}-endian), "
             f"this process has {packing} ({sys.byteorder}-endian); serve the folder that was "
-            f"packed, or pack it here: moeserve quantize --packed"
+            "packed, or pack it here: moeserve quantize --packed (--for-device cuda for a CUDA "
+            "device)"
         )
 
 

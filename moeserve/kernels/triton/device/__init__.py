@@ -12,6 +12,7 @@ which programs run: each writes what no other does.
     products                   tiles of a product by weights of every kind
     experts                    who goes to which expert, and the two products of experts
     route                      from logits to experts and weights
+    sample                     from logits to tokens
     pages                      the paged cache written, and attention over it
     sums                       contributions become rows
 """
