@@ -17,6 +17,7 @@ from moeserve.comm.exchange.base import Alarm
 from moeserve.comm.group import Group
 from moeserve.comm.launch.environment import Launch
 from moeserve.comm.launch.rendezvous import Rendezvous, open_group
+from moeserve.comm.libraries.promise import asked_for
 from moeserve.config.options import EpOptions, LoadOptions, ProcessOptions, RankOptions
 from moeserve.engine.rank_model import EpContext
 from moeserve.errors import MoeserveError
@@ -58,7 +59,9 @@ class RankStart:
 
 
 def meet(options: RankOptions, start: RankStart) -> Rendezvous:
-    """All ranks are there, and will serve the same; ConfigError that names who differs."""
+    """All ranks are there, and will serve the same; ConfigError that names who differs, and where a
+    library was asked for that does not combine as was asked."""
+    asked_for(options.dispatcher, options.combine)
     met = open_group(
         start.launch,
         environ=start.environ,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec
@@ -152,6 +153,10 @@ def routed_rows(seed: int, rows: int) -> tuple[Tensor, Routed]:
     return x_TH, Routed(torch.randn(rows, HIDDEN, generator=draw), order.contiguous(), weights)
 
 
+def rows_of(routed: Routed, which: slice) -> Routed:
+    return Routed(routed.normed_TH[which], routed.ids_TC[which], routed.weights_TC[which])
+
+
 def opened(name: str, ops: Ops, sharded: ShardedExperts, group: Group) -> Dispatcher:
     seat = Topology((0,) * group.world)
     setup = opening.LibrarySetup(ops, [sharded], group, seat, Bounds(MOST, 2), Progress())
@@ -171,9 +176,17 @@ def mixed(
         sharded = mixture.sharded(ops, layout, group.rank)
         dispatcher = opened(name, ops, sharded, group)
         x_TH, routed = rows_R[group.rank]
+        # Two microbatches that take turns, as the pipeline's do; the second may be empty.
+        halves = [slice(0, (len(x_TH) + 1) // 2), slice((len(x_TH) + 1) // 2, None)]
         out_TH = x_TH.clone()
-        for _ in dispatcher.moe(0, sharded, out_TH, routed):
-            pass
+        walks = deque(
+            dispatcher.moe(lane, sharded, out_TH[half], rows_of(routed, half))
+            for lane, half in enumerate(halves)
+        )
+        while walks:
+            walk = walks.popleft()
+            if next(walk, 1) is None:
+                walks.append(walk)
         others = group.world - 1
         assert dispatcher.stats.tokens == len(x_TH)
         assert dispatcher.stats.copies <= len(x_TH) * max(CHOICES, others)
@@ -234,7 +247,7 @@ def test_what_a_library_adds_is_near_and_keeps_its_promise(
     # The first rows alone, and in another number; on the other rank nothing at all.
     layout = REPLICAS if promise.batch else SHUFFLED
     x_TH, routed = given_R[0]
-    few = Routed(*(t[:2] for t in (routed.normed_TH, routed.ids_TC, routed.weights_TC)))
+    few = rows_of(routed, slice(2))
     alone = mixed(name, ops, mixture, layout, [(x_TH[:2], few), routed_rows(3, 0)])
     assert torch.equal(alone[0], found[layout][0][:2])
     assert not promise.whole

@@ -66,11 +66,14 @@ def test_ranks_that_differ_and_plans_that_do_not_fit_are_refused_by_all_ranks(
     document = json.loads(dump(fitting))
     document["expert_of_slot"] = np.zeros((3, 4), int).tolist()
     lacking.write_text(json.dumps(document))
-    settings, checkpoints, plans = ends(
+    adding = ["--model", model, "--dispatcher", "moe_distribute"]
+    settings, checkpoints, plans, cards, sums = ends(
         [
             [["--model", model], ["--model", model, "--dtype", "bfloat16"]],
             [["--model", model], ["--model", str(other)]],
             [["--model", model, "--plan", str(lacking)]] * 2,
+            [["--model", model, "--dispatcher", "deepep"]] * 2,
+            [adding] * 2,
         ],
         tmp_path,
     )
@@ -83,6 +86,12 @@ def test_ranks_that_differ_and_plans_that_do_not_fit_are_refused_by_all_ranks(
     for status, said in plans:
         assert status == 1
         assert "layer 0: expert 1 has no slot; every expert needs one" in said
+    for status, said in cards:
+        assert status == 2
+        assert "dispatcher=deepep: rank 0: DeepEP is for CUDA devices, and this rank" in said
+    for status, said in sums:
+        assert status == 2
+        assert "give --combine fast, or leave out --dispatcher" in said
 
 
 def test_a_plan_for_others_ends_the_server_and_its_ranks(

@@ -1,6 +1,7 @@
 """``deep_ep.Buffer`` in plain torch, by DeepEP's README and signatures; ranks are threads.
 
-For machines without GPUs: the adapters run over it as over the library. What is not stated is
+For machines without GPUs: the adapters run over it as over the library. It looks at numbers in host
+memory, and gives tensors of the device that it was given some of. What is not stated is
 noise: the order in which rows come, rows that a slot did not get, and whatever a call has given
 until its event was waited for. What is not allowed is an InternalError. Combines add in fp32 and
 round once: the normal one rows of ranks, in their order; that of low latency rows of choices, in
@@ -114,13 +115,15 @@ class Buffer:
     ) -> Layout:
         demand(topk_idx.dtype is torch.int64 and topk_idx.dim() == 2, "topk_idx is int64 [T, K]")
         demand(num_experts % self.group_size == 0, "experts divide over ranks")
-        demand(bool((topk_idx < num_experts).all()), "an expert is out of range")
+        demand(bool((topk_idx.cpu() < num_experts).all()), "an expert is out of range")
         demand(not async_finish or previous_event is not None, "what must be done before it?")
+        device, topk_idx = topk_idx.device, topk_idx.cpu()
         local, chosen = num_experts // self.group_size, topk_idx[topk_idx >= 0]
         rank_TK = torch.where(topk_idx >= 0, topk_idx // local, -1)
         is_in = (rank_TK[:, :, None] == torch.arange(self.group_size)).any(1)
         per_expert = torch.bincount(chosen, minlength=num_experts).int()
-        return Layout(is_in.sum(0).int(), None, per_expert, is_in, TwinEvent())
+        own = [t.to(device) for t in (is_in.sum(0).int(), per_expert, is_in)]
+        return Layout(own[0], None, own[1], own[2], TwinEvent())
 
     def dispatch(
         self,
@@ -136,13 +139,12 @@ class Buffer:
         demand(others.keys() <= OTHERS, f"unknown: {sorted(others.keys() - OTHERS)}")
         demand("handle" not in others and not self._low_latency, "the twin caches no layouts")
         demand(others.get("num_tokens_per_rank") is not None, "no layout")
-        parts = self._checked_rows(x)
+        device, parts = is_token_in_rank.device, self._checked_rows(x)
         demand((topk_idx is None) == (topk_weights is None), "choices and weights go together")
         demand(len(is_token_in_rank) == len(parts[0]) > 0, "a layout of other rows")
-        choices = [] if topk_idx is None or topk_weights is None else [topk_idx, topk_weights]
-        came = self._meeting.meet(
-            self.rank, (parts, choices, is_token_in_rank, num_tokens_per_expert)
-        )
+        choices = [t.cpu() for t in (topk_idx, topk_weights) if t is not None]
+        layout = is_token_in_rank.cpu(), num_tokens_per_expert.cpu()
+        came = self._meeting.meet(self.rank, (parts, choices, *layout))
         local = len(num_tokens_per_expert) // self.group_size
         mine = slice(self.rank * local, (self.rank + 1) * local)
         counts = [int(n) for n in sum(per[mine] for *_, per in came)]
@@ -159,7 +161,7 @@ class Buffer:
         ]
         if picked:
             picked[0] = torch.where(picked[0] // local == self.rank, picked[0] % local, -1)
-        out, event = later([*found, *picked], async_finish)
+        out, event = later([*found, *picked], device, async_finish)
         rows: Any = out[0] if len(parts) == 1 else (out[0].view(torch.float8_e4m3fn), out[1])
         slots, weights = out[len(parts) :] if picked else (None, None)
         return rows, slots, weights, counts, (origin, len(parts[0])), event
@@ -178,11 +180,11 @@ class Buffer:
         demand(x.dtype is torch.bfloat16 and len(x) == len(origin), "rows are those dispatched")
         demand(not async_finish or previous_event is not None, "what must be done before it?")
         total = torch.zeros(tokens, x.shape[1])
-        for rows, whose in self._meeting.meet(self.rank, (x, origin)):
+        for rows, whose in self._meeting.meet(self.rank, (x.cpu(), origin)):
             for i, (r, t) in enumerate(whose):
                 if r == self.rank:
                     total[t] += rows[i].float()
-        (out,), event = later([total.bfloat16()], async_finish)
+        (out,), event = later([total.bfloat16()], x.device, async_finish)
         return out, None, event
 
     def low_latency_dispatch(
@@ -204,7 +206,7 @@ class Buffer:
         demand(len(x) <= most and topk_idx.dtype is torch.int64, "too many tokens, or a dtype")
         local = num_experts // self.group_size
         demand(self._qps == local, "as many queues as experts of a rank")
-        came = self._meeting.meet(self.rank, (x, topk_idx, most, num_experts))
+        came = self._meeting.meet(self.rank, (x.cpu(), topk_idx.cpu(), most, num_experts))
         demand(all(post[2:] == came[0][2:] for post in came), "ranks disagree")
         rows = torch.full((local, most * self.group_size, hidden), torch.nan).bfloat16()
         counts, origin = torch.zeros(local, dtype=torch.int32), dict[tuple[int, int], Any]()
@@ -218,7 +220,7 @@ class Buffer:
             for m, i in enumerate(torch.randperm(len(whose)).tolist()):
                 origin[e, m] = whose[i]
                 rows[e, m] = came[whose[i][0]][0][whose[i][1]]
-        return rows, counts, origin, TwinEvent(), None
+        return rows.to(x.device), counts.to(x.device), origin, TwinEvent(), None
 
     def low_latency_combine(
         self,
@@ -232,7 +234,8 @@ class Buffer:
         out: Tensor | None = None,
     ) -> tuple[Tensor, TwinEvent, None]:
         demand(x.dtype is torch.bfloat16 and topk_weights.dtype is torch.float32, "dtypes")
-        back = {whose: x[place].float() for place, whose in handle.items()}
+        rows, weights = x.cpu().float(), topk_weights.cpu()
+        back = {whose: rows[place] for place, whose in handle.items()}
         found: dict[Any, Tensor] = {}
         for some in self._meeting.meet(self.rank, back):
             found |= some
@@ -240,8 +243,8 @@ class Buffer:
         for t, choices in enumerate(topk_idx.tolist()):
             for k, expert in enumerate(choices):
                 if expert >= 0:
-                    total[t] += topk_weights[t, k] * found[self.rank, t, k]
-        return total.bfloat16(), TwinEvent(), None
+                    total[t] += weights[t, k] * found[self.rank, t, k]
+        return total.bfloat16().to(x.device), TwinEvent(), None
 
     def _checked_rows(self, x: Tensor | tuple[Tensor, Tensor]) -> list[Tensor]:
         if isinstance(x, Tensor):
@@ -255,7 +258,7 @@ class Buffer:
             parts = [codes.view(torch.uint8), scales]
         least = Config().get_nvl_buffer_size_hint(parts[0].shape[1] * 2, self.group_size)
         demand(self._nvl >= least, "the buffer is too small")
-        return parts
+        return [part.cpu() for part in parts]
 
 
 def demand(holds: object, what: str) -> None:
@@ -270,11 +273,16 @@ def taken(sent_R: Sequence[Tensor], origin: Sequence[tuple[int, int]], like: Ten
     return torch.stack([sent_R[r][t] for r, t in origin])
 
 
-def later(results: Sequence[Tensor], is_async: bool) -> tuple[list[Tensor], TwinEvent]:
-    """The results; noise until the event is waited for, where the call is asynchronous."""
+def later(
+    results: Sequence[Tensor], device: torch.device, is_async: bool
+) -> tuple[list[Tensor], TwinEvent]:
+    """The results on the device; noise until the event is waited for, where the call is
+    asynchronous."""
+    out = [x.clone().to(device) for x in results]
     if not is_async:
-        return list(results), TwinEvent()
-    out = [torch.full_like(x, 77) for x in results]
+        return out, TwinEvent()
+    for x in out:
+        x.fill_(77)
 
     def fill() -> None:
         for into, x in zip(out, results, strict=True):

@@ -38,7 +38,7 @@ from moeserve.kernels.ascend.limits import (
 from moeserve.kernels.ascend.matrices import DeviceExperts, Matrices
 from moeserve.kernels.ascend.records import WithoutRecords
 from moeserve.kernels.fused import Composed, attend, head
-from moeserve.kernels.host_kv import host_cache
+from moeserve.kernels.host_kv import attend_on_host, host_cache, write_on_host
 from moeserve.kernels.host_kv import hosted as hosted_by
 from moeserve.kernels.kv_runs import export_by_blocks, import_by_blocks
 from moeserve.kernels.matrix import Source
@@ -281,8 +281,7 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
 
     def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
         if (hosted := hosted_by(cache)) is not None:
-            v = None if v_TGV is None else v_TGV.cpu()
-            self.host.write_kv(hosted, k_TGD.cpu(), v, slot_T.cpu())
+            write_on_host(self.host, hosted, k_TGD, v_TGV, slot_T)
         elif len(k_TGD):
             kv.write(cache, k_TGD, v_TGV, slot_T.to(self.device))
 
@@ -338,11 +337,9 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
                 return kv.attend(q_TAD, cache, batch, scale, self._mask_MM)
             self.fall_back(KV_COPIES, why)
             hosted, batch = kv.copy_to_host(cache, batch, self.host)
-        sinks = None if sinks_A is None else sinks_A.cpu()
-        out_TAV = self.host.paged_attention(
-            q_TAD.cpu(), hosted, batch, scale=scale, window=window, sinks_A=sinks
+        return attend_on_host(
+            self.host, q_TAD, hosted, batch, scale=scale, window=window, sinks_A=sinks_A
         )
-        return out_TAV.to(self.device)
 
     def attend(
         self, x_TH: Tensor, part: Part[GqaWeights | MlaWeights], step: Step, cache: KvCache

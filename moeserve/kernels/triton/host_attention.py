@@ -17,7 +17,13 @@ from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels.fused import attend as composed_attend
-from moeserve.kernels.host_kv import HostKv, host_cache, hosted
+from moeserve.kernels.host_kv import (
+    HostKv,
+    attend_on_host,
+    host_cache,
+    hosted,
+    write_on_host,
+)
 from moeserve.kernels.ops import (
     AttentionBatch,
     GqaWeights,
@@ -54,8 +60,7 @@ class HostAttentionOps(TritonOps):
         return self.host.kv_bytes_per_block(shape)
 
     def write_kv(self, cache: KvCache, k_TGD: Tensor, v_TGV: Tensor | None, slot_T: Tensor) -> None:
-        value = None if v_TGV is None else v_TGV.cpu()
-        self.host.write_kv(there(cache), k_TGD.cpu(), value, slot_T.cpu())
+        write_on_host(self.host, there(cache), k_TGD, v_TGV, slot_T)
 
     def paged_attention(
         self,
@@ -67,11 +72,10 @@ class HostAttentionOps(TritonOps):
         window: int | None = None,
         sinks_A: Tensor | None = None,
     ) -> Tensor:
-        sinks = None if sinks_A is None else sinks_A.cpu()
-        out_TAV = self.host.paged_attention(
-            q_TAD.cpu(), there(cache), batch, scale=scale, window=window, sinks_A=sinks
+        own = there(cache)
+        return attend_on_host(
+            self.host, q_TAD, own, batch, scale=scale, window=window, sinks_A=sinks_A
         )
-        return out_TAV.to(self.device)
 
     def new_step(
         self, rope: Rope, position_T: Tensor, slot_T: Tensor, attention: AttentionBatch
