@@ -168,11 +168,11 @@ def measure(
                 raise ConfigError("no memory limit can be set here: run as root with cgroups of v1")
             stack.enter_context(cap)
             command = cap.command(command)
-        batch, loaded = batches[0], 0.0
+        left, loaded = list(batches), 0.0
         try:
             begun = time.monotonic()
             worker = stack.enter_context(
-                Worker(one.name, command, cpus=args.threads, log=log, deadline=args.late)
+                Worker(one.name, command, cpus=args.threads, log=log, deadline=left_s(args))
             )
             loaded = round(time.monotonic() - begun, 1)
             if args.prefill:
@@ -181,27 +181,35 @@ def measure(
             for batch in batches:
                 asked = [list(p) for p in prompts(Case(batch, args.prompt, 1), args.vocab)]
                 best, steps = best_round(worker, asked, args)
+                left.remove(batch)
                 yield Row(one.name, batch, round(best, 3), *taken(cap, worker), loaded, steps)
         except MoeserveError as failed:
             killed = cap is not None and cap.killed
             problem = "ended for want of memory" if killed else failed.message[:300]
             peak, reclaims = (0, 0) if cap is None else (cap.peak, cap.reclaims)
-            yield Row(one.name, batch, 0.0, peak, reclaims, loaded, problem=problem)
+            for batch in left:
+                yield Row(one.name, batch, 0.0, peak, reclaims, loaded, problem=problem)
 
 
 def set_pages(args: argparse.Namespace, one: Contender) -> str:
-    """Drops what is in memory of all contenders' files; without a limit this one's are read. What
-    stands against measuring it, if something does."""
+    """Drops what is in memory of all contenders' files; without a limit this one's are read.
+    What stands against measuring it, if something does."""
     if time.monotonic() > args.until:
         return "not begun: --total is over"
     if not one.needs.exists():
         return f"absent: no {one.needs}"
-    cached = drop_pages(filter(None, (args.packed, args.model, args.gguf)))
+    paths = {args.packed, args.model, args.gguf} - {None}
+    cached = drop_pages(paths if args.memory is not None else paths - {one.reads})
     if args.memory is None:
         read_pages(one.reads)
     elif cached > MOST_CACHED:
         return f"{cached} bytes stay in the page cache"
     return ""
+
+
+def left_s(args: argparse.Namespace) -> float:
+    """Seconds that a worker may take for what it is asked now."""
+    return float(max(1.0, min(args.late, args.until - time.monotonic())))
 
 
 def taken(cap: MemoryCap | None, worker: Worker) -> tuple[int, int]:
@@ -213,10 +221,10 @@ def prefill_rate(worker: Worker, args: argparse.Namespace) -> float:
     """Tokens per second of one prompt, the best of as many as fit into the time, after one that is
     not counted."""
     asked = [list(p) for p in prompts(Case(1, args.prefill, 1), args.vocab)]
-    worker.request("prefill", deadline=args.late, prompts=asked)
+    worker.request("prefill", deadline=left_s(args), prompts=asked)
     best, begun = 0.0, time.monotonic()
     while not best or time.monotonic() < begun + args.seconds:
-        done = worker.request("prefill", deadline=args.late, prompts=asked)
+        done = worker.request("prefill", deadline=left_s(args), prompts=asked)
         best = max(best, done["tokens"] / done["seconds"])
     return best
 
@@ -227,7 +235,7 @@ def best_round(
     """Tokens per second, and how many steps that round had. A step's prompt counts for nothing."""
 
     def decode(tokens: int) -> dict[str, Any]:
-        return worker.request("decode", deadline=args.late, prompts=asked, tokens=tokens)
+        return worker.request("decode", deadline=left_s(args), prompts=asked, tokens=tokens)
 
     begun = time.monotonic()
     first = decode(1)["seconds"]

@@ -185,7 +185,8 @@ def quantize(
 
 @contextmanager
 def whole_or_not_at_all(out: Path, size: int) -> Iterator[Path]:
-    """A folder beside ``out`` to write ``size`` bytes into, which then becomes ``out``.
+    """A folder beside ``out`` to write ``size`` bytes into, 0 where that is not known before, which
+    then becomes ``out``.
 
     Raises ``CheckpointError`` where that cannot be written; whatever is raised, nothing is left.
     """
@@ -196,7 +197,9 @@ def whole_or_not_at_all(out: Path, size: int) -> Iterator[Path]:
         yield folder
         folder.rename(out)
     except OSError as error:
-        remedy = f"{size} bytes are needed" if error.errno == errno.ENOSPC else "nothing was kept"
+        remedy = "nothing was kept"
+        if error.errno == errno.ENOSPC and size:
+            remedy = f"{size} bytes are needed"
         raise CheckpointError(f"{out}: cannot be written: {error.strerror}; {remedy}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
