@@ -76,6 +76,7 @@ OTHER: dict[str, Any] = {
     "host_share": 0.25,
     "objective": "throughput",
     "prefill_mode": "layer",
+    "split": "semi",
     "speculation": "ngram",
     "draft_model": "small/folder",
     "ttft_target": 900.0,

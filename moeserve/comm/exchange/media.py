@@ -9,6 +9,7 @@ takes for what holds their bytes: everything of an exchange but the library's ca
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -153,18 +154,17 @@ def open_stream_medium(group: Group, key: str, device: torch.device) -> StreamMe
         raise ConfigError(f"comm backend {name!r}: {reason}")
     store = PrefixStore(f"{key}/{name}", group.store)
     timeout = timedelta(seconds=_LEFT_ALONE_S)
-    distributed: Any = torch.distributed
+    # A rank that is lost is for our deadlines to find, not for threads of torch's, which would end
+    # this process.
+    for variable in ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING"):
+        os.environ.setdefault(f"TORCH_{name.upper()}_{variable}", "0")
     try:
-        if name == "nccl":
-            # A rank that is lost is for our deadlines to find, not for a thread of torch's, which
-            # would end this process.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-            options = distributed.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            pg = distributed.ProcessGroupNCCL(store, group.rank, group.world, options)
+        made = process_groups(device.type)
+        options = made.Options()
+        options._timeout = timeout
+        pg = made(store, group.rank, group.world, options)
+        if name == "nccl":  # HCCL joins in the first round
             pg.eager_connect_single_device(device)
-        else:
-            pg = distributed.ProcessGroupHCCL(store, group.rank, group.world, timeout)
     except RuntimeError as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
@@ -174,14 +174,23 @@ def open_stream_medium(group: Group, key: str, device: torch.device) -> StreamMe
     return StreamMedium(name, pg, device)
 
 
+def process_groups(kind: str) -> Any:
+    """The class of process groups between such devices; None where there is none."""
+    if kind == "cuda":
+        return getattr(torch.distributed, "ProcessGroupNCCL", None)
+    try:
+        return importlib.import_module("torch_npu")._C._distributed_c10d.ProcessGroupHCCL
+    except (ImportError, AttributeError):
+        return None
+
+
 def lacking(kind: str) -> str:
     """Why this torch has no collectives between such devices; "" where it has."""
-    distributed: Any = torch.distributed
-    if kind == "cuda" and not distributed.is_nccl_available():
+    if process_groups(kind) is not None:
+        return ""
+    if kind == "cuda":
         return (
             f"torch {torch.__version__} was built without NCCL: install a build of torch for CUDA, "
             "or choose 'tcp'"
         )
-    if kind == "npu" and not hasattr(distributed, "ProcessGroupHCCL"):
-        return "torch_npu brings no HCCL: install one of torch's minor version, or choose 'tcp'"
-    return ""
+    return "torch_npu brings no HCCL: install one of torch's minor version, or choose 'tcp'"

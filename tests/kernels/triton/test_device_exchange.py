@@ -25,6 +25,7 @@ from moeserve.comm.exchange.media import HostMedium
 from moeserve.comm.exchange.open import open_beside
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
+from moeserve.kernels.ascend.ops import AscendOps
 from moeserve.kernels.matrix import Matrix, part_of, stack, to_int8
 from moeserve.kernels.ops import MoeWeights, Ops, Part, Routed, RouterSpec, RouterWeights
 from moeserve.kernels.triton.double import DEVICE, Crossings, bare, device_double, device_thread
@@ -36,9 +37,14 @@ ROWS = (5, 3)  # of each rank
 LANES = Lanes((1 << 16, 1 << 16), 20.0)
 
 
-@pytest.fixture
-def there() -> Iterator[Ops]:
+@pytest.fixture(params=["triton", "ascend"])
+def there(request: pytest.FixtureRequest) -> Iterator[Ops]:
+    """On a device in name, the operators of NPUs too: what the host is asked for is counted."""
     with device_double():
+        if request.param == "ascend":
+            request.getfixturevalue("npu")  # their twin
+            yield AscendOps(DEVICE)
+            return
         from moeserve.kernels.triton.ops import TritonOps
 
         yield TritonOps(DEVICE)
@@ -130,6 +136,7 @@ def layout_of(world: int, replicas: bool) -> LayerLayout:
     [
         (Combine.EXACT, False, 0, False),
         (Combine.EXACT, True, 0, True),
+        (Combine.FAST, False, 0, False),
         (Combine.ORDERED, False, 0, True),
         (Combine.EXACT, False, 2, False),
     ],
@@ -157,13 +164,16 @@ def test_ranks_give_the_bits_of_one_and_the_host_sees_one_tensor_a_hop(
         else:
             moves = FlatDispatcher(there, way.open(group, "flat"), topology, Progress())
         x_TH, routed = mixture.x_RTH[rank].to(DEVICE), mixture.routed(rank)
-        before = seen.to_host, seen.waits
+        before = seen.to_host, seen.waits, seen.to_device
         for _ in moves.moe(0, sharded, x_TH, routed):
             pass
-        if combine is Combine.EXACT:
+        if combine is not Combine.ORDERED:
             assert (seen.to_host, seen.waits) == (before[0] + (2 if node else 1), before[1])
+            # With replicas the rule is the host's: tokens and slots go back.
+            assert seen.to_device == before[2] + (2 if replicas else 0)
         moves.close()
         return x_TH.cpu()
 
     for x_TH, alone in zip(as_ranks(world, run), wanted, strict=True):
-        assert torch.equal(x_TH, alone)
+        near = torch.allclose(x_TH, alone, rtol=0.02, atol=0.02)
+        assert near if combine is Combine.FAST else torch.equal(x_TH, alone)
