@@ -7,14 +7,16 @@ FOLDER is one that `moeserve quantize --packed` wrote; ``share`` of its experts 
 host is calibrated for it, then the workload runs as it is, with half the disk (reads end when a
 disk of half the calibrated bandwidth would have brought them), with half the memory for experts,
 and with one core instead of two, which is half of both arithmetic and what one core reads. Each row
-has how many times longer that is predicted to take and how many times longer it took, medians of so
-many runs. The exit status is 1 where the greatest of both columns are not in the same row, unless
+has how many times longer that is predicted to take and how many times longer it took: of so many
+runs, each beside one as it is with the same prompts, which no run has again, the median. The exit
+status is 1 where the greatest of both columns are not in the same row, unless
 the predicted ones are within a tenth of each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -24,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from predict import WARM, bounds_of, seconds
+from predict_cases import WARM, bounds_of, seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -93,12 +95,26 @@ class ThrottledMover:
         self._inner.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model with room for ``share`` of its experts, which runs on so many threads."""
+
+    decoder: Decoder
+    share: float
+    threads: int | None
+
+    def close(self) -> None:
+        assert isinstance(self.decoder.runner, StreamedLayerRunner)
+        self.decoder.runner.close()
+
+
 class Workload:
     """One case on one packed model, as the options say."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.folder, self.share, self.runs = args.folder, args.share, args.runs
         self.threads = args.threads
+        self._first = itertools.count(1, args.runs)  # of each comparison's runs, the number
         self.options = RankModelOptions(
             model=str(args.folder), memory=1 << 50, weights_prediction="off"
         )
@@ -114,40 +130,48 @@ class Workload:
         predictor = StepPredictor(machine, self.demand, held)
         return predict_batch(predictor, work, bounds_of(self.case)).seconds
 
-    def measured(
+    def open(
         self, *, share: float, threads: int | None = None, disk: float | None = None
-    ) -> tuple[float, float]:
-        """Seconds, and the share of experts that there was room for."""
-        ops = self.ops if threads is None else choose_ops(threads=threads)
-        decoder, experts = with_share(self.options, ops, share)
+    ) -> Opened:
+        decoder, experts = with_share(self.options, self.ops, share)
         assert isinstance(decoder.runner, StreamedLayerRunner)
         stream = decoder.runner.stream
         seconds(decoder, WARM, time.perf_counter)
         if disk is not None:
             stream.mover = ThrottledMover(stream.mover, disk)
-        took = statistics.median(self._run(decoder) for _ in range(self.runs))
-        decoder.runner.close()
-        return took, stream.arena.slots / experts
+        return Opened(decoder, stream.arena.slots / experts, threads or self.threads)
 
-    def _run(self, decoder: Decoder) -> float:
-        return seconds(decoder, self.case, time.perf_counter)
+    def run(self, opened: Opened, run: int) -> float:
+        """Seconds of the case, with the prompts of that run."""
+        choose_ops(threads=opened.threads)
+        return seconds(opened.decoder, self.case, time.perf_counter, run)
+
+    def times_longer(self, usual: Opened, other: Opened) -> float:
+        """Of ``other``, which is closed then."""
+        first = next(self._first)
+        pairs = [
+            (self.run(usual, run), self.run(other, run)) for run in range(first, first + self.runs)
+        ]
+        other.close()
+        print(f"as it is, and with half: {pairs} s", file=sys.stderr, flush=True)
+        return statistics.median(half / whole for whole, half in pairs)
 
 
 def rows(work: Workload, machine: MachineModel) -> list[Row]:
-    usual, share = work.measured(share=work.share)
-    print(f"as it is: {usual:.2f} s", file=sys.stderr, flush=True)
+    usual = work.open(share=work.share)
+    share = usual.share
     before = work.predicted(machine, share)
-    found = []
     half_disk = machine.disk_rate(work.demand.record_bytes) / 2
-    took, _ = work.measured(share=work.share, disk=half_disk)
     slower = work.predicted(machine.scaled(disk=0.5), share)
-    found.append(Row("disk", slower / before, took / usual))
-    took, less = work.measured(share=work.share / 2)
-    found.append(Row("memory size", work.predicted(machine, less) / before, took / usual))
-    took, _ = work.measured(share=work.share, threads=max(1, machine.threads // 2))
-    choose_ops(threads=work.threads)
+    other = work.open(share=work.share, disk=half_disk)
+    found = [Row("disk", slower / before, work.times_longer(usual, other))]
+    other = work.open(share=work.share / 2)
+    slower = work.predicted(machine, other.share)
+    found.append(Row("memory size", slower / before, work.times_longer(usual, other)))
     slower = work.predicted(machine.scaled(memory=0.5, compute=0.5), share)
-    found.append(Row("cores", slower / before, took / usual))
+    other = work.open(share=work.share, threads=max(1, machine.threads // 2))
+    found.append(Row("cores", slower / before, work.times_longer(usual, other)))
+    usual.close()
     return found
 
 

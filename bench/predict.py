@@ -22,67 +22,34 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from predict_cases import Measured, Setting, Took, bounds_of
 from rich.console import Console
 from rich.table import Table
 
-from moeserve.bench.generation import Case, run_prompts
-from moeserve.bench.roofline import LoadCounter
-from moeserve.config.options import LoadOptions, RankModelOptions
-from moeserve.core import Counters, Request, RequestId, SamplingParams
-from moeserve.engine.blocks import BlockPool
-from moeserve.engine.bounds import SchedulerConfig
-from moeserve.engine.model_runner import ModelRunner
-from moeserve.engine.scheduler import Scheduler
+from moeserve.bench.generation import Case
 from moeserve.errors import ConfigError
 from moeserve.forecast.calibrate import calibrate
 from moeserve.forecast.timing import CallTimer
-from moeserve.kernels.select import choose_ops
-from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.library import resolve_model
-from moeserve.models.spec import MoeSpec
-from moeserve.offload.checkpoint_demand import demand_of, stored_sizes
 from moeserve.offload.model.bound import throughput_bound
 from moeserve.offload.model.demand import ModelDemand
-from moeserve.offload.model.distinct import use_of
 from moeserve.offload.model.machine import MachineModel
 from moeserve.offload.model.predict import StepPredictor
 from moeserve.offload.model.residency import WeightsInMemory
 from moeserve.offload.model.schedule import predict_batch
-from moeserve.offload.model.workload import ServerBounds, UniformWorkload
-from moeserve.offload.runner import StreamedLayerRunner
-from offload import with_share
+from moeserve.offload.model.workload import UniformWorkload
 
-BLOCK, STEP_TOKENS = 16, 512
-# A case runs again until so many seconds are over, or it has run so often.
-ENOUGH_S, MOST_RUNS = 0.4, 9
-COUNTED, WARM = Case(8, 96, 8), Case(8, 16, 24)
 # Of the median, how far a case's fastest and slowest round may be apart.
 SPREAD = 0.15
 KIND_OF_KV = {"int8": "int8", "bfloat16": "bf16", "float32": "fp32"}
-Clock = Callable[[], float]
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How the model is held."""
-
-    quantization: str
-    kv_dtype: str
-    share: float = 1.0
-
-    @property
-    def options(self) -> LoadOptions:
-        said = {"quantization": self.quantization, "kv_dtype": self.kv_dtype}
-        return LoadOptions.model_validate(said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,126 +74,6 @@ class Compared:
     read: float
     predicted_read: float
     rounds: int = 1
-
-
-def bounds_of(case: Case) -> ServerBounds:
-    blocks = case.streams * ((case.prompt + case.answer) // BLOCK + 2)
-    return ServerBounds(case.streams, max(STEP_TOKENS, case.streams), BLOCK, blocks)
-
-
-def seconds(decoder: Decoder, case: Case, clock: Clock, run: int = 0) -> float:
-    """Of all steps; requests come at once, with prompts of their own in each ``run``."""
-    counters, bounds = Counters(), bounds_of(case)
-    config = SchedulerConfig(
-        case.prompt + case.answer,
-        bounds.max_num_seqs,
-        bounds.max_num_batched_tokens,
-        prefix_cache=False,
-    )
-    scheduler = Scheduler(config, BlockPool(bounds.num_blocks, BLOCK, counters), counters)
-    runner = ModelRunner(decoder, bounds.num_blocks, BLOCK)
-    params = SamplingParams(max_tokens=case.answer, temperature=0, ignore_eos=True)
-    draw, vocab = random.Random(f"{case} {run}"), decoder.spec.vocab
-    for s in range(case.streams):
-        prompt = tuple(draw.choices(range(1, vocab), k=case.prompt))
-        scheduler.add(Request(RequestId(str(s)), prompt, params))
-    began = clock()
-    while scheduler.has_work:
-        scheduler.apply(runner.run(scheduler.plan(0.0)))
-    return clock() - began
-
-
-def counted_use(decoder: Decoder) -> list[tuple[float, ...]]:
-    """Of each layer that routes: how often a token chooses each expert."""
-    counter = LoadCounter(decoder.spec)
-    draw = random.Random("counted")
-    vocab = decoder.spec.vocab
-    asked = [tuple(draw.choices(range(1, vocab), k=COUNTED.prompt)) for _ in range(COUNTED.streams)]
-    run_prompts(decoder, asked, COUNTED.answer, counter)
-    found = []
-    for layer in decoder.spec.moe_layers:
-        mlp = decoder.spec.layers[layer].mlp
-        assert isinstance(mlp, MoeSpec), layer
-        tokens = [step.tokens_LE[layer] for step in counter.steps]
-        counts = [sum(column) for column in zip(*tokens, strict=True)]
-        found.append(use_of(counts, mlp.router.top_k))
-    return found
-
-
-class Took(NamedTuple):
-    """One run of a case, or medians of runs: seconds, and bytes from disk."""
-
-    seconds: float
-    read: float
-
-
-def read_of(decoder: Decoder) -> int:
-    """Bytes from disk so far."""
-    runner = decoder.runner
-    return runner.stream.mover.counts().bytes if isinstance(runner, StreamedLayerRunner) else 0
-
-
-class Measured:
-    """What each setting asks for, and the seconds of cases."""
-
-    def __init__(self, model: Path, args: argparse.Namespace) -> None:
-        self.demands: dict[Setting, ModelDemand] = {}
-        self.shares: dict[Setting, float] = {}
-        self._decoders: dict[Setting, Decoder] = {}
-        self._model, self._args = model, args
-        self._ops = choose_ops(threads=args.threads)
-        self._clock = time.thread_time if args.cpu_time else time.perf_counter
-        self._run = 0
-
-    def round(
-        self, pairs: Sequence[tuple[Setting, Case]], end: float
-    ) -> Iterator[tuple[Setting, Case, Took]]:
-        """The medians of every case that begins before ``end``."""
-        for setting, case in pairs:
-            if time.monotonic() > end:
-                return
-            if setting not in self._decoders:
-                self._prepare(setting)
-            runs = self._runs(self._decoders[setting], case)
-            middle = (statistics.median(column) for column in zip(*runs, strict=True))
-            yield setting, case, Took(*middle)
-
-    def close(self) -> None:
-        for decoder in self._decoders.values():
-            if isinstance(decoder.runner, StreamedLayerRunner):
-                decoder.runner.close()
-
-    def _prepare(self, setting: Setting) -> None:
-        decoder, share = self._load(setting)
-        if share < 1:  # until all slots have been used, and all records checked
-            seconds(decoder, WARM, self._clock)
-        self._decoders[setting], self.shares[setting] = decoder, share
-        self.demands[setting] = self._demand(setting, decoder)
-
-    def _runs(self, decoder: Decoder, case: Case) -> list[Took]:
-        took: list[Took] = []
-        while not took or (sum(one.seconds for one in took) < ENOUGH_S and len(took) < MOST_RUNS):
-            self._run += 1
-            before = read_of(decoder)
-            once = seconds(decoder, case, self._clock, self._run)
-            took.append(Took(once, read_of(decoder) - before))
-        return took
-
-    def _load(self, setting: Setting) -> tuple[Decoder, float]:
-        """And how many of its experts are in memory."""
-        if setting.share >= 1:
-            return load_decoder(self._model, self._ops, setting.options), 1.0
-        options = RankModelOptions(
-            model=str(self._model), memory=1 << 50, **setting.options.model_dump()
-        )
-        decoder, experts = with_share(options, self._ops, setting.share)
-        assert isinstance(decoder.runner, StreamedLayerRunner)
-        return decoder, min(1.0, decoder.runner.stream.arena.slots / experts)
-
-    def _demand(self, setting: Setting, decoder: Decoder) -> ModelDemand:
-        sizes = stored_sizes(self._model, setting.options)
-        demand = demand_of(sizes, setting.options, self._ops)
-        return demand.with_use(counted_use(decoder)) if self._args.use == "counted" else demand
 
 
 def compare(

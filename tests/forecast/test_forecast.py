@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from moeserve.config.options import EngineOptions, LoadOptions, RankModelOptions, StepOptions
 from moeserve.errors import ConfigError
-from moeserve.forecast.disk import disk_rates, rates_of
+from moeserve.forecast.disk import disk_rates
 from moeserve.forecast.first_layers import cut, first_layers, load_first_layers
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.predictions import ForecastQuestion, ForecastReport, forecast
@@ -339,8 +339,9 @@ def test_shapes_are_those_of_the_model(tiny_checkpoint: Tiny) -> None:
 def test_a_disk_is_read_by_the_size_of_a_read(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(bytes(12 * MIB))
-    assert set(disk_rates([file], tmp_path)) == {256 << 10, 1 << 20, 4 << 20}
-    assert min(rates_of(file).values()) > 0
+    rates = disk_rates([file], tmp_path)
+    assert set(rates) == {256 << 10, 1 << 20, 4 << 20}
+    assert min(rates.values()) > 0
     assert [f.name for f in tmp_path.iterdir()] == ["weights"]
 
 
