@@ -28,6 +28,7 @@ from moeserve.kernels.cpu.handles import (
     stack_layers,
 )
 from moeserve.kernels.cpu.kv import fp32, int32
+from moeserve.kernels.cpu.memory import SharedPages
 from moeserve.kernels.cpu.packing import PackedExperts, Panels, pack
 from moeserve.kernels.cpu.records import NativeRecords
 from moeserve.kernels.cpu.wire import NativeWire
@@ -61,16 +62,20 @@ from moeserve.kernels.sampling import SampledRow, SamplingRow
 
 
 class CpuOps(NativeRecords, NativeWire):
-    """The native backend. Stateless: instruction set and threads belong to ``_cpu``."""
+    """The native backend. It owns the memory that small matrices share; instruction set and threads
+    belong to ``_cpu``."""
 
     name = "cpu"
     device = torch.device("cpu")
     packing = "panels of 32 rows, version 1"
     replays = False  # its passes are kept, but are made anew where requests change
 
+    def __init__(self) -> None:
+        self._pages = SharedPages()
+
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
         out, into = weight_NK.shape
-        return Linear(out, into, pack(weight_NK, bias_N))
+        return Linear(out, into, pack(weight_NK, bias_N, pages=self._pages))
 
     def pack_experts(
         self,
@@ -82,14 +87,14 @@ class CpuOps(NativeRecords, NativeWire):
     ) -> Experts:
         num, hidden, inner = down_EHI.shape
         assert gate_up_E2IH.shape == (num, 2 * inner, hidden), gate_up_E2IH.shape
-        up = pack(gate_up_E2IH, gate_up_bias_E2I, paired=True)
-        down = pack(down_EHI, down_bias_EH)
+        up = pack(gate_up_E2IH, gate_up_bias_E2I, paired=True, pages=self._pages)
+        down = pack(down_EHI, down_bias_EH, pages=self._pages)
         handle = _cpu.Experts(up.handle, down.handle, num, activation is Activation.CLAMPED, 0, 0)
         return Experts(num, hidden, inner, activation, PackedExperts(handle, up, down))
 
     def pack_heads(self, weight_ANK: Source) -> Linear:
         _, out, into = weight_ANK.shape
-        return Linear(out, into, pack(weight_ANK))
+        return Linear(out, into, pack(weight_ANK, pages=self._pages))
 
     def linear(self, x_TK: Tensor, weight: Linear) -> Tensor:
         return multiply(x_TK, weight, heads=1).view(len(x_TK), weight.out_features)
