@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels.cpu import _cpu, forward, kv
+from moeserve.kernels.cpu.guesser import NativeGuesser
 from moeserve.kernels.cpu.handles import (
     SCORING,
     NativePart,
@@ -32,6 +33,7 @@ from moeserve.kernels.cpu.memory import SharedPages
 from moeserve.kernels.cpu.packing import PackedExperts, Panels, pack
 from moeserve.kernels.cpu.records import NativeRecords
 from moeserve.kernels.cpu.wire import NativeWire
+from moeserve.kernels.guesses import Guesser, GuessModule
 from moeserve.kernels.matrix import Source
 from moeserve.kernels.ops import (
     Activation,
@@ -362,8 +364,14 @@ class CpuOps(NativeRecords, NativeWire):
         slot_T: Tensor,
         attention: AttentionBatch,
         rows_R: Tensor,
+        states_TH: Tensor | None = None,
     ) -> Callable[[], Tensor]:
-        return forward.new_pass(trunk, caches, token_ids_T, position_T, slot_T, attention, rows_R)
+        inputs = token_ids_T, position_T, slot_T, attention
+        return forward.new_pass(trunk, caches, *inputs, rows_R, states_TH)
+
+    def new_guesser(self, module: GuessModule, cache: KvCache, block_size: int) -> Guesser:
+        assert block_size == cache.shape.block_size, (block_size, cache.shape)
+        return NativeGuesser(module, cache)
 
     def sample(
         self, logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]
