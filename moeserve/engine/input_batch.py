@@ -16,7 +16,7 @@ Letters: T tokens, S chunks, N rows, M blocks of the longest, R rows whose logit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from operator import is_
@@ -275,7 +275,7 @@ class InputBatch:
             for chunk, first in zip(chunks, rows, strict=True)
             for row in (
                 *(first._replace(known=p + 1, takes_best=False) for p in chunk.scored),
-                *((first,) if chunk.samples == 1 else draft_rows(chunk)),
+                *((first,) if chunk.samples == 1 else draft_rows(chunk, first)),
             )
         ]
 
@@ -428,9 +428,15 @@ def scored_rows(chunks: Sequence[Chunk]) -> Ints:
     return np.array(rows, np.int64)
 
 
-def draft_rows(chunk: Chunk) -> Iterator[SamplingRow]:
-    """One for each of a chunk's samples, as if the drafts before it were right."""
-    request, output_ids = chunk.request, chunk.output_ids
-    for i in range(chunk.samples):
-        history = (*output_ids, *chunk.draft_ids[:i]) if i else output_ids
-        yield sampling_row(request.id, request.params, request.prompt_ids, history)
+def draft_rows(chunk: Chunk, first: SamplingRow) -> list[SamplingRow]:
+    """One for each of a chunk's samples, as if the drafts before it were right: ``first``, and the
+    same with more tokens before it."""
+    if chunk.samples < 2:
+        return [first] * chunk.samples
+    output_ids, draft_ids = tuple(chunk.output_ids), chunk.draft_ids
+    new, (request_id, params, prompt_ids, _, *rest) = tuple.__new__, first
+    rows = [first]
+    for i in range(1, chunk.samples):
+        history = output_ids + draft_ids[:i]
+        rows.append(new(SamplingRow, (request_id, params, prompt_ids, history, *rest)))
+    return rows

@@ -11,23 +11,23 @@ Letters: H hidden.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from moeserve.config.steps import MTP_WINDOW
-from moeserve.core import Chunk, Drafted, RequestId, Sampled, SamplingParams
+from moeserve.core import Chunk, Drafted, RequestId, Sampled
 from moeserve.errors import ConfigError
-from moeserve.kernels.sampling import SamplingRow
-from moeserve.models.batch import Span, StepBatch, pack_spans
+from moeserve.kernels.guesses import GuessRows
+from moeserve.models.batch import StepBatch
 from moeserve.models.decoder import Decoder, ModelKvCache
 from moeserve.models.moe import RoutingObserver
 
 BLOCK = 16
 WINDOW = MTP_WINDOW
 BLOCKS_EACH = WINDOW // BLOCK
-BEST = SamplingRow(RequestId(""), SamplingParams(temperature=0.0), (), (), takes_best=True)
 
 
 @dataclass(slots=True)
@@ -60,8 +60,8 @@ class MtpDrafts:
                 "module here: choose ngram or off"
             )
         self._decoder = decoder
-        self._mtp = decoder.mtp
-        self._cache = decoder.new_mtp_cache(most_requests * BLOCKS_EACH, BLOCK)
+        cache = decoder.new_mtp_cache(most_requests * BLOCKS_EACH, BLOCK)
+        self._guess = decoder.ops.new_guesser(decoder.guess_module(), cache.layers[-1], BLOCK)
         self._most = decoder.spec.max_positions
         self._pasts: dict[RequestId, _Past] = {}
         self._free = [
@@ -95,33 +95,45 @@ class MtpDrafts:
         """``count`` guesses behind each of ``sampled``, but for those with a grammar. ``states``
         are the trunk's after the last layer, of all tokens of the chunks in order."""
         made = {one.request_id: one.token_ids for one in sampled}
-        rows: list[int] = []
-        spans: list[Span] = []
+        state_rows: list[int] = []
+        token_ids: list[int] = []
+        counts: list[int] = []
         pasts: list[_Past] = []
+        starts: list[int] = []
         ids: list[RequestId] = []
         end = 0
         for chunk in chunks:
             end += len(chunk.token_ids)
-            token_ids = made.get(chunk.request.id, ())
-            if not token_ids or chunk.request.params.grammar is not None:
+            following = made.get(chunk.request.id, ())
+            if not following or chunk.request.params.grammar is not None:
                 continue
             position = chunk.start + len(chunk.token_ids) - chunk.samples
-            past = self._past(chunk.request.id, position, len(token_ids) + count)
+            past = self._past(chunk.request.id, position, len(following) + count)
             if past is None:
                 continue
             first = end - chunk.samples
-            rows += range(first, first + len(token_ids))
-            spans.append(Span(token_ids, past.length, past.blocks))
-            past.length += len(token_ids)
-            past.following = position + len(token_ids)
+            state_rows += range(first, first + len(following))
+            token_ids += following
+            counts.append(len(following))
+            starts.append(past.length)
+            past.length += len(following)
+            past.following = position + len(following)
             pasts.append(past)
             ids.append(chunk.request.id)
         if not ids:
             return ()
-        states_TH = states[0] if len(states) == 1 else torch.cat(list(states))
-        normed_TH = self._decoder.final_norm(states_TH[torch.tensor(rows)])
-        found = self._chain(normed_TH, spans, pasts, count)
-        return tuple(map(Drafted, ids, found))
+        rows = GuessRows(
+            states[0] if len(states) == 1 else torch.cat(list(states)),
+            state_rows,
+            token_ids,
+            counts,
+            starts,
+            # What was dropped is not looked at, but distances to what was not stay the same.
+            [past.dropped * BLOCK for past in pasts],
+            [past.blocks for past in pasts],
+        )
+        found = zip(*self._guess(rows, count), strict=True)
+        return tuple(Drafted(id_, sound(one)) for id_, one in zip(ids, found, strict=True))
 
     def _past(self, request_id: RequestId, position: int, needed: int) -> _Past | None:
         past = self._pasts.get(request_id)
@@ -134,41 +146,7 @@ class MtpDrafts:
         past.make_room(needed, self._most)
         return past
 
-    def _chain(
-        self, normed_TH: Tensor, spans: Sequence[Span], pasts: Sequence[_Past], count: int
-    ) -> list[tuple[int, ...]]:
-        """Of each span, whose tokens follow the states: guesses, fewer where one is no number."""
-        decoder, mtp, norm = self._decoder, self._mtp, self._mtp.head.weights
-        best = [BEST] * len(spans)
-        found: list[list[int]] = [[] for _ in spans]
-        sound = [True] * len(spans)
-        for i in range(count):
-            step = _packed(spans, pasts)
-            x_TH = decoder.mtp_trunk(normed_TH, step, self._cache)
-            logits = decoder.ops.head(x_TH, step.logit_rows_R, mtp.head)
-            drafts = [row.token_id for row in decoder.ops.sample(logits, best, frozenset())]
-            for s, draft in enumerate(drafts):
-                sound[s] &= draft >= 0
-                if sound[s]:
-                    found[s].append(draft)
-            if i + 1 < count:
-                normed_TH = decoder.ops.rms_norm(
-                    x_TH if len(x_TH) == len(spans) else x_TH[step.logit_rows_R],
-                    norm.norm_H,
-                    norm.eps,
-                )
-                spans = [
-                    Span((max(0, draft),), past.length + i, past.blocks)
-                    for draft, past in zip(drafts, pasts, strict=True)
-                ]
-        return [tuple(one) for one in found]
 
-
-def _packed(spans: Sequence[Span], pasts: Sequence[_Past]) -> StepBatch:
-    """What was dropped is not looked at, but distances to what was not stay the same."""
-    step = pack_spans(spans, BLOCK)
-    if not any(past.dropped for past in pasts):
-        return step
-    shift = torch.tensor([past.dropped * BLOCK for past in pasts])
-    counts = torch.tensor([len(span.token_ids) for span in spans])
-    return replace(step, positions_T=step.positions_T + shift.repeat_interleave(counts))
+def sound(token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Guesses up to the first that is no number."""
+    return token_ids if min(token_ids) >= 0 else tuple(takewhile(lambda i: i >= 0, token_ids))

@@ -6,6 +6,7 @@
     select  device             the op table of a device; which devices are here, and which is taken
     probe                      how fast the machine can go at most
     fused                      the fused operations spelled out: their meaning, and natives' oracle
+    guesses                    chains of guesses of a multi-token prediction module
     matrix                     weights in 8 and 4 bits, between loader and op table
     records                    packed weights as bytes at fixed places
     wire                       what ranks send each other for a mixture: records and sums

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from moeserve.kernels.guesses import Guesser, GuessModule, composed_guesser
 from moeserve.kernels.ops import (
     Activation,
     AttentionBatch,
@@ -95,14 +96,20 @@ class Composed:
         slot_T: Tensor,
         attention: AttentionBatch,
         rows_R: Tensor,
+        states_TH: Tensor | None = None,
     ) -> Callable[[], Tensor]:
         def run() -> Tensor:
             x_TH = self.embed(trunk.embedding_WH, token_ids_T)
             step = self.new_step(trunk.rope, position_T, slot_T, attention)
             self.forward_layers(x_TH, trunk.stack, step, caches)
+            if states_TH is not None:
+                states_TH.copy_(x_TH)
             return self.head(x_TH, rows_R, trunk.head)
 
         return run
+
+    def new_guesser(self: Ops, module: GuessModule, cache: KvCache, block_size: int) -> Guesser:
+        return composed_guesser(self, module, cache, block_size)
 
 
 GATE = RouterSpec(1, 1, "sigmoid", normalise=False)

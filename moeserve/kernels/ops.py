@@ -40,7 +40,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ from moeserve.kernels.matrix import Source
 from moeserve.kernels.records import PAGE, MatrixForm, rounded_up
 from moeserve.kernels.sampling import SampledRow, SamplingRow
 from moeserve.kernels.wire import Combine, Copies, Sums, Wire
+
+if TYPE_CHECKING:
+    from moeserve.kernels.guesses import Guesser, GuessModule
 
 ATTENTION_SEGMENT = 512
 ATTENTION_STEP = 64
@@ -718,12 +721,18 @@ class Ops(Protocol):
         slot_T: Tensor,
         attention: AttentionBatch,
         rows_R: Tensor,
+        states_TH: Tensor | None = None,
     ) -> Callable[[], Tensor]:
         """A forward pass to be run again and again: embed, new_step, forward_layers, head.
 
         Each run takes the numbers that the tensors hold then, and gives logits [R, N], which may be
-        the same tensor each time: valid until the next run. There is at least one token.
+        the same tensor each time: valid until the next run. There is at least one token. What the
+        layers give is left in ``states_TH``.
         """
+        ...
+
+    def new_guesser(self, module: GuessModule, cache: KvCache, block_size: int) -> Guesser:
+        """Chains of guesses over a cache of the module's one layer."""
         ...
 
     def sample(

@@ -37,10 +37,11 @@ class Span:
 @dataclass(slots=True)
 class KeptPass:
     """What a decoder makes once of a step that comes again: ``run`` gives the logits with
-    ``cache``."""
+    ``cache``, and leaves what the layers give in ``states_TH``, where there is one."""
 
     decoder: Any = None
     cache: Any = None
+    states_TH: Tensor | None = None
     run: Callable[[], Tensor] | None = None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.errors import CheckpointError
+from moeserve.kernels.guesses import GuessModule, module_states
 from moeserve.kernels.host_copy import to_host
 from moeserve.kernels.ops import (
     HeadWeights,
@@ -130,16 +131,20 @@ class Decoder:
 
         Where there are several ranks, all come with the same number of microbatches, some of which
         may be empty. Where a sequence is in several, the earlier one has the earlier tokens. The
-        logits of a step that comes again (``StepBatch.kept``) are valid until it does. Only the
-        first may have a ``StepBatch.group``, which is brought up to date.
+        logits and states of a step that comes again (``StepBatch.kept``) are valid until it does.
+        Only the first may have a ``StepBatch.group``, which is brought up to date.
         """
         kept = steps[0].kept
         if kept is None and len(steps) == 1 and self.ops.replays and steps[0].decodes:
             kept = KeptPass()
-        if states is not None or steps[0].group is not None:
-            kept = None  # states are read by the module that drafts
+        if steps[0].group is not None or (states is not None and self.ops.replays):
+            kept = None
         if kept is not None and observer is None and self._keeps(steps[0]):
-            return [self._run_again(steps[0], kept, cache)]
+            logits = self._run_again(steps[0], kept, cache)
+            if states is not None:
+                assert kept.states_TH is not None, "where passes are not replayed"
+                states.append(kept.states_TH)
+            return [logits]
         hidden = self._layers(steps, cache, observer)
         if states is not None:
             states += hidden
@@ -157,6 +162,8 @@ class Decoder:
         """The one step, with what was made of it when it came first."""
         if kept.run is None or kept.decoder is not self or kept.cache is not cache:
             kept.decoder, kept.cache = self, cache
+            if not self.ops.replays:
+                kept.states_TH = torch.empty(len(step.token_ids_T), self.spec.hidden)
             kept.run = self.ops.new_pass(
                 Trunk(self.embedding_WH, self.rope, self.stack, self.head),
                 cache.layers[: len(self.spec.layers)],
@@ -165,6 +172,7 @@ class Decoder:
                 step.slot_T,
                 step.attention,
                 step.logit_rows_R,
+                kept.states_TH,
             )
         return kept.run()
 
@@ -231,38 +239,35 @@ class Decoder:
         return self.ops.new_step(self.rope, step.positions_T, step.slot_T, step.attention)
 
     def mtp_forward(self, normed_TH: Tensor, step: StepBatch, cache: ModelKvCache) -> Tensor:
-        """Draft logits_RW of the token after next: the head of ``mtp_trunk``."""
-        x_TH = self.mtp_trunk(normed_TH, step, cache)
-        assert self.mtp is not None, "mtp_trunk says so"
-        return self.ops.head(x_TH, step.logit_rows_R, self.mtp.head)
-
-    def mtp_trunk(self, normed_TH: Tensor, step: StepBatch, cache: ModelKvCache) -> Tensor:
-        """The residual stream after the MTP block, before its norm: [T, H].
+        """Draft logits_RW of the token after next: what the MTP block's head makes of its states.
 
         Row t joins the trunk's state at position p, after the final norm, with the token at p + 1:
         ``step.token_ids_T`` are those next tokens, ``step.positions_T`` their states' positions.
         The block's KV is the cache's last.
         """
-        mtp, eps, ops = self.mtp, self.spec.norm_eps, self.ops
+        module, ids_T, kv = self.guess_module(), step.token_ids_T, cache.layers[-1]
+        x_TH = module_states(self.ops, module, normed_TH, ids_T, self._shared(step), kv)
+        return self.ops.head(x_TH, step.logit_rows_R, module.head)
+
+    def guess_module(self) -> GuessModule:
+        """The MTP module as chains of guesses take it."""
+        mtp, trunk = self.mtp, self.head.weights
         if mtp is None:
             raise CheckpointError(f"{self.spec.architecture}: this checkpoint has no MTP module")
-        token_TH = ops.embed(mtp.embedding_WH, step.token_ids_T)
-        pair_T2H = torch.cat(
-            (
-                ops.rms_norm(token_TH, mtp.embedding_norm_H, eps),
-                ops.rms_norm(normed_TH, mtp.hidden_norm_H, eps),
-            ),
-            -1,
-        )
-        x_TH = ops.linear(pair_T2H, mtp.project)
-        mtp.runner.run([x_TH], [self._shared(step)], cache.layers[-1:])
-        return x_TH
+        norms = trunk.norm_H, mtp.embedding_norm_H, mtp.hidden_norm_H
+        eps, table, project = self.spec.norm_eps, mtp.embedding_WH, mtp.project
+        run = None if isinstance(mtp.runner, LocalLayerRunner) else _one_layer(mtp.runner)
+        return GuessModule(*norms, eps, table, project, self.rope, mtp.stack, mtp.head, run)
 
     def new_mtp_cache(self, num_blocks: int, block_size: int) -> ModelKvCache:
         """Of the MTP block alone, which the model must have."""
         assert self.spec.mtp is not None, "asked for before"
         shape = kv_shape(self.spec.mtp.attention, num_blocks, block_size, self.kv_dtype)
         return ModelKvCache((self.ops.new_kv(shape),), num_blocks, block_size)
+
+
+def _one_layer(runner: LayerRunner) -> Callable[[Tensor, Step, KvCache], None]:
+    return lambda x_TH, step, cache: runner.run([x_TH], [step], [cache])
 
 
 def load_decoder(

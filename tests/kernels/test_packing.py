@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moeserve.errors import CheckpointError
 from moeserve.kernels.cpu import _cpu
+from moeserve.kernels.cpu.memory import HUGE_PAGE, SharedPages
 from moeserve.kernels.cpu.packing import pack
 from moeserve.kernels.matrix import Block, Pieces, Rounded, joined, to_int4, to_int8
 
@@ -78,3 +79,18 @@ def test_all_matrices_of_a_stack_are_one_native_call() -> None:
         return _cpu.calls() - before
 
     assert calls(2) == calls(50) == 2  # codes, scales
+
+
+def test_small_matrices_share_huge_pages_until_the_last_is_gone() -> None:
+    """Each on lines of its own; large ones have pages of their own."""
+    pages = SharedPages()
+    sizes = [1, 64, 100_000, HUGE_PAGE - 1, HUGE_PAGE - 1, HUGE_PAGE - 1, HUGE_PAGE - 1, 5]
+    pieces = [pages.take(size) for size in sizes]
+    assert [len(piece) for piece in pieces] == sizes
+    assert {piece.data_ptr() % 64 for piece in pieces} == {0}
+    for i, piece in enumerate(pieces):
+        piece.fill_(i)
+    assert all((piece == i).all() for i, piece in enumerate(pieces))
+    shared = [piece.untyped_storage().data_ptr() for piece in pieces]
+    assert len(set(shared)) == 2
+    assert pages.take(HUGE_PAGE).untyped_storage().data_ptr() not in shared

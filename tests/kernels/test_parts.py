@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from moeserve.errors import InternalError
 from moeserve.kernels import fused
 from moeserve.kernels.cpu import _cpu
 from moeserve.kernels.cpu.ops import CpuOps
+from moeserve.kernels.guesses import GuessModule, GuessRows
 from moeserve.kernels.ops import (
     AttentionBatch,
     DenseWeights,
@@ -400,9 +401,11 @@ class OneTokenEach:
         self.contexts.fill_(step + 1)
         self.slots.copy_(self.tables[:, step // BLOCK] * BLOCK + step % BLOCK)
 
-    def new_pass(self, table: Any, caches: list[KvCache]) -> Callable[[], Tensor]:
+    def new_pass(
+        self, table: Any, caches: list[KvCache], states_TH: Tensor | None = None
+    ) -> Callable[[], Tensor]:
         inputs = self.ids, self.positions, self.slots, self.attention, self.wanted
-        run: Callable[[], Tensor] = table.new_pass(self.trunk, caches, *inputs)
+        run: Callable[[], Tensor] = table.new_pass(self.trunk, caches, *inputs, states_TH)
         return run
 
 
@@ -414,16 +417,18 @@ def test_a_pass_that_is_run_again_is_its_operations_in_turn(
 ) -> None:
     torch.manual_seed(seed)
     tokens = OneTokenEach(native, rows, kinds)
-    run = tokens.new_pass(native, tokens.cache())
+    states, others = torch.zeros(2, rows, 24)
+    run = tokens.new_pass(native, tokens.cache(), states)
     slow = fused.Composed.new_pass.__get__(native)
     twin = slow(tokens.trunk, tokens.cache(), tokens.ids, tokens.positions, tokens.slots,
-                tokens.attention, tokens.wanted)  # fmt: skip
+                tokens.attention, tokens.wanted, others)  # fmt: skip
     for step in range(2 * BLOCK):
         tokens.go(step)
         calls = _cpu.calls()
         logits = run()
         assert _cpu.calls() == calls + 1
         assert same_bits(logits, twin())
+        assert same_bits(states, others)
 
 
 def test_a_pass_says_which_of_its_numbers_do_not_fit(native: CpuOps) -> None:
@@ -505,3 +510,77 @@ def test_wrong_indices_are_errors_and_touch_no_memory(native: CpuOps) -> None:
         with pytest.raises(InternalError, match="do not fit"):
             native.attend(x, part, step, cache)
         assert same_bits(x, before)
+
+
+def guess_module(ops: CpuOps, routes: bool) -> GuessModule:
+    return GuessModule(
+        trunk_norm_H=torch.randn(24),
+        embedding_WH=torch.randn(17, 24).bfloat16(),
+        embedding_norm_H=torch.randn(24),
+        hidden_norm_H=torch.randn(24),
+        eps=1e-6,
+        project=linear(ops, 24, 48, torch.bfloat16),
+        rope=Rope(torch.randn(40, 3), torch.randn(40, 3), False),
+        stack=ops.stack_layers([layer(ops, 2 if routes else 0)]),
+        head=ops.prepare(HeadWeights(torch.randn(24), 1e-6, linear(ops, 17, 24, torch.bfloat16))),
+    )
+
+
+@FEW
+@given(
+    seed=seeds,
+    pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=3),
+    routes=st.booleans(),
+    count=st.integers(1, 4),
+    lost=st.booleans(),
+)
+@pytest.mark.usefixtures("two_threads")
+def test_a_chain_of_guesses_is_its_operations_in_turn(
+    native: CpuOps, seed: int, pairs: list[tuple[int, int]], routes: bool, count: int, lost: bool
+) -> None:
+    """Also one behind the other over the same cache, and where a state is no number."""
+    torch.manual_seed(seed)
+    module, total = guess_module(native, routes), sum(new for _, new in pairs)
+    blocks = torch.randperm(4 * len(pairs)).view(-1, 4).tolist()
+    shape = KvShape(4 * len(pairs), BLOCK, 1, 8, 8, torch.bfloat16)
+    chain = native.new_guesser(module, native.new_kv(shape), BLOCK)
+    slow = fused.Composed.new_guesser.__get__(native)
+    twin = slow(module, native.new_kv(shape), BLOCK)
+    starts = [0] * len(pairs)
+    for news in ([max(1, old) for old, _ in pairs], [new for _, new in pairs]):
+        states = torch.randn(sum(news) + 2, 24)
+        if lost and total == sum(news):
+            states[2] = torch.nan
+        rows = GuessRows(
+            states,
+            [r + 2 for r in range(sum(news))],
+            torch.randint(17, (sum(news),)).tolist(),
+            news,
+            starts,
+            [BLOCK * i for i in range(len(pairs))],
+            blocks,
+        )
+        calls = _cpu.calls()
+        found = chain(rows, count)
+        assert _cpu.calls() == calls + 1
+        assert found == twin(rows, count)
+        starts = [start + new for start, new in zip(starts, news, strict=True)]
+
+
+def test_a_chain_of_guesses_says_what_does_not_fit(native: CpuOps) -> None:
+    chain = native.new_guesser(
+        guess_module(native, routes=False),
+        native.new_kv(KvShape(2, BLOCK, 1, 8, 8, torch.bfloat16)),
+        BLOCK,
+    )
+    fits = GuessRows(torch.randn(1, 24), [0], [3], [1], [0], [0], [[1, 0]])
+    assert len(chain(fits, 8)) == 8
+    for wrong, count in (
+        (fits, 9),
+        (replace(fits, token_ids=[17]), 1),
+        (replace(fits, token_ids=[-1]), 1),
+        (replace(fits, shifts=[40]), 1),
+        (replace(fits, blocks=[[2, 0]]), 1),
+    ):
+        with pytest.raises(InternalError, match="guess: tokens, positions or blocks"):
+            chain(wrong, count)

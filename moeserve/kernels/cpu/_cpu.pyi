@@ -345,6 +345,45 @@ class Pass:
 def run_pass(once: Pass, /) -> int:
     """0, or what does not fit: 1 a position, 2 a token id, 3 caches, 4 a wanted row."""
 
+class Guesser:
+    """A multi-token prediction module over tensors that stay where they are, as must ``stack``,
+    ``head`` and ``cache``. ``cos`` and ``sin`` are rotary tables of ``table`` rows."""
+
+    def __init__(
+        self,
+        embedding: int,
+        is_bf16: bool,
+        vocabulary: int,
+        trunk_norm: Norm,
+        embedding_norm: Norm,
+        hidden_norm: Norm,
+        project: Matrix,
+        stack: Stack,
+        head: Head,
+        cos: int,
+        sin: int,
+        table: int,
+        pairs: int,
+        interleaved: bool,
+        cache: Cache,
+        /,
+    ) -> None: ...
+
+def guess(
+    module: Guesser,
+    states: int,
+    state_rows: Sequence[int],
+    token_ids: Sequence[int],
+    counts: Sequence[int],
+    starts: Sequence[int],
+    shifts: Sequence[int],
+    blocks: Sequence[int],
+    width: int,
+    count: int,
+    /,
+) -> list[int]:
+    """Token of each guess, of each sequence; empty where something does not fit."""
+
 def best_of_rows(values: int, rows: int, size: int, /) -> list[int]:
     """The first of the greatest of each row; -1 where that is not finite, or one is no number."""
 

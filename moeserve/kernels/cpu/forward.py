@@ -68,6 +68,7 @@ def new_pass(
     slot_T: Tensor,
     attention: AttentionBatch,
     rows_R: Tensor,
+    states_TH: Tensor | None,
 ) -> NativePass:
     """``Ops.new_pass``; the logits are one tensor."""
     stack: NativePart = trunk.stack.data
@@ -77,7 +78,7 @@ def new_pass(
     assert len(position_T) == rows, (position_T, rows)
     step = new_step(rope, position_T, slot_T, attention)
     native: NativeStep = step.data
-    x_TH = torch.empty(rows, hidden)
+    x_TH = torch.empty(rows, hidden) if states_TH is None else states_TH
     chosen = torch.empty(rows * sum(stack.top_ks), dtype=torch.int32)
     logits_RN = torch.empty(len(rows_R), trunk.head.weights.head.out_features)
     handle = _cpu.Pass(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels.cpu import _cpu
-from moeserve.kernels.cpu.packing import empty_bytes
+from moeserve.kernels.cpu.memory import empty_bytes
 from moeserve.kernels.kv_layout import KvBlockLayout, outside
 from moeserve.kernels.kv_runs import DIGEST_BYTES, check_places
 from moeserve.kernels.ops import AttentionBatch, KvCache, KvRuns, KvShape

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels.cpu import _cpu, forward, kv
+from moeserve.kernels.cpu.guesser import NativeGuesser
 from moeserve.kernels.cpu.handles import (
     SCORING,
     NativePart,
@@ -28,9 +29,11 @@ from moeserve.kernels.cpu.handles import (
     stack_layers,
 )
 from moeserve.kernels.cpu.kv import fp32, int32
-from moeserve.kernels.cpu.packing import PackedExperts, Panels, empty_bytes, pack
+from moeserve.kernels.cpu.memory import SharedPages, empty_bytes
+from moeserve.kernels.cpu.packing import PackedExperts, Panels, pack
 from moeserve.kernels.cpu.records import NativeRecords
 from moeserve.kernels.cpu.wire import NativeWire
+from moeserve.kernels.guesses import Guesser, GuessModule, composed_guesser
 from moeserve.kernels.matrix import Source
 from moeserve.kernels.ops import (
     Activation,
@@ -61,8 +64,8 @@ from moeserve.kernels.sampling import SampledRow, SamplingRow
 
 
 class CpuOps(NativeRecords, NativeWire):
-    """The native backend. Stateless: instruction set and threads belong to ``_cpu``. The memory of
-    KV is from ``kv_room``."""
+    """The native backend. It owns the memory that small matrices share, and takes that of KV from
+    ``kv_room``; instruction set and threads belong to ``_cpu``."""
 
     name = "cpu"
     device = torch.device("cpu")
@@ -70,11 +73,11 @@ class CpuOps(NativeRecords, NativeWire):
     replays = False  # its passes are kept, but are made anew where requests change
 
     def __init__(self, kv_room: kv.Room = empty_bytes) -> None:
-        self._kv_room = kv_room
+        self._kv_room, self._pages = kv_room, SharedPages()
 
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
         out, into = weight_NK.shape
-        return Linear(out, into, pack(weight_NK, bias_N))
+        return Linear(out, into, pack(weight_NK, bias_N, pages=self._pages))
 
     def pack_experts(
         self,
@@ -86,14 +89,14 @@ class CpuOps(NativeRecords, NativeWire):
     ) -> Experts:
         num, hidden, inner = down_EHI.shape
         assert gate_up_E2IH.shape == (num, 2 * inner, hidden), gate_up_E2IH.shape
-        up = pack(gate_up_E2IH, gate_up_bias_E2I, paired=True)
-        down = pack(down_EHI, down_bias_EH)
+        up = pack(gate_up_E2IH, gate_up_bias_E2I, paired=True, pages=self._pages)
+        down = pack(down_EHI, down_bias_EH, pages=self._pages)
         handle = _cpu.Experts(up.handle, down.handle, num, activation is Activation.CLAMPED, 0, 0)
         return Experts(num, hidden, inner, activation, PackedExperts(handle, up, down))
 
     def pack_heads(self, weight_ANK: Source) -> Linear:
         _, out, into = weight_ANK.shape
-        return Linear(out, into, pack(weight_ANK))
+        return Linear(out, into, pack(weight_ANK, pages=self._pages))
 
     def linear(self, x_TK: Tensor, weight: Linear) -> Tensor:
         return multiply(x_TK, weight, heads=1).view(len(x_TK), weight.out_features)
@@ -361,8 +364,16 @@ class CpuOps(NativeRecords, NativeWire):
         slot_T: Tensor,
         attention: AttentionBatch,
         rows_R: Tensor,
+        states_TH: Tensor | None = None,
     ) -> Callable[[], Tensor]:
-        return forward.new_pass(trunk, caches, token_ids_T, position_T, slot_T, attention, rows_R)
+        inputs = token_ids_T, position_T, slot_T, attention
+        return forward.new_pass(trunk, caches, *inputs, rows_R, states_TH)
+
+    def new_guesser(self, module: GuessModule, cache: KvCache, block_size: int) -> Guesser:
+        assert block_size == cache.shape.block_size, (block_size, cache.shape)
+        if module.run is not None:
+            return composed_guesser(self, module, cache, block_size)
+        return NativeGuesser(module, cache)
 
     def sample(
         self, logits_RV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]

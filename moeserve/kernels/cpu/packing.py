@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moeserve.kernels.cpu import _cpu
+from moeserve.kernels.cpu.memory import SharedPages, empty_bytes
 from moeserve.kernels.matrix import (
     Block,
     Int4Matrix,
@@ -27,7 +28,6 @@ from moeserve.kernels.records import MatrixForm, WeightKind
 FP32, BF16, INT8, INT4 = range(4)
 KINDS = (WeightKind.FP32, WeightKind.BF16, WeightKind.INT8, WeightKind.INT4)
 PANEL = 32
-HUGE_PAGE = 2 << 20
 MOST_FEATURES = 1 << 17  # the greatest K whose int8 products surely add up in 32 bits
 
 
@@ -63,16 +63,24 @@ class PackedExperts:
     order: Tensor | None = None
 
 
-def pack(weight: Source, bias: Tensor | None = None, *, paired: bool = False) -> Panels:
+def pack(
+    weight: Source,
+    bias: Tensor | None = None,
+    *,
+    paired: bool = False,
+    pages: SharedPages | None = None,
+) -> Panels:
     """A matrix [N, K] or a stack [E, N, K], with a bias for each output feature.
 
-    ``paired`` puts row i and row N/2 + i into the same panel: gate and up of one feature.
+    ``paired`` puts row i and row N/2 + i into the same panel: gate and up of one feature. Small
+    ones are put into ``pages`` that they share with others.
     """
     *leading, out, into = weight.shape
     stack = PackedStack.of(weight, paired)
     assert not paired or out % 2 == 0, weight.shape
     assert stack.kind in (FP32, BF16) or into <= MOST_FEATURES, weight.shape
-    data = empty_bytes(stack.count * _cpu.packed_bytes(stack.kind, out, into, stack.group, paired))
+    nbytes = stack.count * _cpu.packed_bytes(stack.kind, out, into, stack.group, paired)
+    data = empty_bytes(nbytes) if pages is None else pages.take(nbytes)
     scale = pack_codes(stack, into, data)
     zero, same_zero = pack_zeros(stack)
     first = stack.blocks[0]
@@ -239,14 +247,3 @@ def lanes(out: int, paired: bool) -> int:
     """Rows with padding: whole panels of 32, or of 16 pairs."""
     rows, panel = (out // 2, PANEL // 2) if paired else (out, PANEL)
     return -(-rows // panel) * PANEL
-
-
-def empty_bytes(nbytes: int) -> Tensor:
-    """Untouched memory, in huge pages where it is large: few rows read it at memory bandwidth."""
-    if nbytes < HUGE_PAGE:
-        return torch.empty(nbytes, dtype=torch.uint8)
-    whole = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
-    skip = -whole.data_ptr() % HUGE_PAGE
-    data = whole[skip : skip + nbytes]
-    _cpu.use_huge_pages(data.data_ptr(), nbytes)
-    return data

@@ -289,10 +289,13 @@ class TritonOps(Composed, ReferenceKv, ReferenceRecords, TritonWire):
         slot_T: Tensor,
         attention: AttentionBatch,
         rows_R: Tensor,
+        states_TH: Tensor | None = None,
     ) -> Callable[[], Tensor]:
         given = token_ids_T, position_T, slot_T, attention
-        once = super().new_pass(trunk, caches, *given, rows_R)
-        if self._capture is None or not one_token_each(attention, len(token_ids_T), rows_R):
+        once = super().new_pass(trunk, caches, *given, rows_R, states_TH)
+        if self._capture is None or states_TH is not None:
+            return once
+        if not one_token_each(attention, len(token_ids_T), rows_R):
             return once
         if self.graphs is None or not self.graphs.of(trunk, caches):
             self.graphs = StepGraphs(self, trunk, caches, self._capture)
