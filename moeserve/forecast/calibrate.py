@@ -24,8 +24,9 @@ from moeserve.forecast.rest import with_what_is_left
 from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
 from moeserve.forecast.steps import counted_use, python_overheads, timed_steps, with_use
 from moeserve.forecast.streaming import (
-    StreamingCost,
     account_cost,
+    bytes_to_count,
+    habits_of_all_layers,
     streamed_first_layers,
     streaming_cost,
 )
@@ -47,6 +48,8 @@ from moeserve.offload.model.machine import AttentionCost, MachineModel, ProductC
 from moeserve.offload.model.predict import StepPredictor
 
 SECONDS = 9.0
+# What counting in all layers of a large model may take to read.
+COUNTING_SECONDS = 30.0
 USUAL_KINDS = ("bf16", "int8", "int4")
 BY_THE_CLOCK = CallTimer()
 Report = Callable[[str], None]
@@ -112,13 +115,11 @@ def calibrate(
         return machine
     report("streaming")
     waits = timer.clock is time.perf_counter  # a clock of CPU time stands still meanwhile
-    if folder is not None and last.own and is_packed(folder) and waits:
-        cost = streamed_steps(machine, folder, last.demand, last.spec, options, ops, timer)
-    else:
-        cost = account_cost(shapes.experts, shapes.top_k, scratch, timer)
+    if folder is not None and sizes is not None and last.own and is_packed(folder) and waits:
+        return with_streaming(machine, folder, sizes, last, options, ops, timer)
+    cost = account_cost(shapes.experts, shapes.top_k, scratch, timer)
     overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
-    habits = replace(machine.habits, foreseen=cost.foreseen)
-    return replace(machine, overheads=overheads, habits=habits)
+    return replace(machine, overheads=overheads)
 
 
 def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[str]:
@@ -191,18 +192,27 @@ def with_steps(
     return found, TimedLayers(depths[-1].spec, decoders[-1][1].model, own)
 
 
-def streamed_steps(
+def with_streaming(
     machine: MachineModel,
     folder: Path,
-    demand: ModelDemand,
-    spec: ModelSpec,
+    sizes: StoredSizes,
+    last: TimedLayers,
     options: LoadOptions,
     ops: Ops,
     timer: CallTimer,
-) -> StreamingCost:
-    """Of the layers of ``spec``, which are the first of the packed model in ``folder``."""
-    decoder, runner = streamed_first_layers(folder, spec, ops, options)
+) -> MachineModel:
+    """``machine`` with what a packed model's steps cost whose experts are read, by those layers
+    that were timed last; of a large model habits are counted in all layers, where that is soon
+    done."""
+    decoder, runner = streamed_first_layers(folder, last.spec, ops, options)
     try:
-        return streaming_cost(decoder, runner, StepPredictor(machine, demand), timer.clock)
+        cost = streaming_cost(decoder, runner, StepPredictor(machine, last.demand), timer.clock)
     finally:
         runner.close()
+    habits = replace(machine.habits, foreseen=cost.foreseen)
+    if sizes.total > MOST_BYTES:
+        reads = bytes_to_count(demand_of(sizes, options, ops))
+        if reads <= COUNTING_SECONDS * machine.disk_rate(last.demand.record_bytes):
+            habits = habits_of_all_layers(folder, sizes.spec, ops, options)
+    overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
+    return replace(machine, overheads=overheads, habits=habits)

@@ -22,6 +22,7 @@ from statistics import median
 import numpy as np
 
 from moeserve.config.options import LoadOptions, RankModelOptions
+from moeserve.forecast.habits import UseCounter
 from moeserve.forecast.steps import PROMPT, step_seconds
 from moeserve.forecast.timing import CallTimer, two_costs
 from moeserve.kernels.ops import Ops
@@ -31,7 +32,10 @@ from moeserve.offload.arena import Arena
 from moeserve.offload.disk_file import DiskFile, DiskRegion
 from moeserve.offload.experts import ExpertStream
 from moeserve.offload.load import Streaming
+from moeserve.offload.model.demand import ModelDemand
+from moeserve.offload.model.locality import RoutingHabits
 from moeserve.offload.model.predict import StepPredictor, StepWork
+from moeserve.offload.model.residency import WeightsInMemory
 from moeserve.offload.mover import MoverCounts, Read, Ticket
 from moeserve.offload.residency import Residency
 from moeserve.offload.runner import StreamedLayerRunner
@@ -44,6 +48,8 @@ ROOM = 4
 SIZES = (1, 4, 8)
 STEPS = 6
 NO_LIMIT = 1 << 50
+# Requests, and tokens of their prompts, where habits are counted in a model that is mostly read.
+FEW, SHORT = 2, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +80,53 @@ class ReadingClock:
 
 
 def streamed_first_layers(
-    folder: Path, spec: ModelSpec, ops: Ops, options: LoadOptions
+    folder: Path, spec: ModelSpec, ops: Ops, options: LoadOptions, *, room: int = ROOM
 ) -> tuple[Decoder, StreamedLayerRunner]:
-    """The layers of ``spec``, which are the first of the packed model in ``folder``."""
+    """The layers of ``spec``, which are the first of the packed model in ``folder``, with slots for
+    one of ``room`` experts, and for those of two layers at least."""
     said = options.model_dump() | {"model": str(folder), "memory": NO_LIMIT}
     asked = RankModelOptions.model_validate(said)
     streaming = Streaming.open(folder, ops, asked)
     own = {l: experts for l, experts in streaming.own.items() if l < len(spec.layers)}
     records = replace(streaming.records, count=sum(map(len, own.values())))
-    room = max(records.least, records.count // ROOM * records.nbytes)
+    slots = max(records.least, records.count // room * records.nbytes)
     cut = replace(
         streaming,
         decoder=replace(streaming.decoder, spec=spec),
         own=own,
         records=records,
-        budget=streaming.fixed.total + room,
+        budget=streaming.fixed.total + slots,
     )
     decoder = cut.load(kv=0)
     assert isinstance(decoder.runner, StreamedLayerRunner), decoder.runner
     return decoder, decoder.runner
+
+
+def habits_of_all_layers(
+    folder: Path, spec: ModelSpec, ops: Ops, options: LoadOptions
+) -> RoutingHabits:
+    """Counted in steps of few requests through a packed model of which few layers fit in memory."""
+    decoder, runner = streamed_first_layers(folder, spec, ops, options, room=NO_LIMIT)
+    try:
+        counter, told = UseCounter(), ReadingClock(runner.stream, lambda: 0.0)
+        step_seconds(decoder, FEW, SHORT, STEPS, told, vocab=spec.vocab, observer=counter)
+        ahead, missed = told.ahead[-1] - told.ahead[1], told.missed[-1] - told.missed[1]
+        return RoutingHabits(counter.repeat, foreseen_of(ahead, missed, len(spec.moe_layers)))
+    finally:
+        runner.close()
+
+
+def bytes_to_count(model: ModelDemand) -> float:
+    """What ``habits_of_all_layers`` reads of it."""
+    nothing_held = WeightsInMemory(0.0)
+    prompts = nothing_held.missing_bytes(model, FEW * SHORT)
+    return prompts + STEPS * nothing_held.missing_bytes(model, FEW)
+
+
+def foreseen_of(ahead: int, missed: int, layers: int) -> float:
+    """The share of a layer that has one before it, where ``ahead`` of ``missed`` were of all."""
+    of_layers = missed * (layers - 1) / layers
+    return min(1.0, ahead / of_layers) if of_layers else 0.0
 
 
 def streaming_cost(
@@ -117,8 +151,7 @@ def streaming_cost(
         ahead += sum(told.ahead[2 * n + 1] - told.ahead[2 * n] for n in decodes)
         missed += sum(told.missed[2 * n + 1] - told.missed[2 * n] for n in decodes)
     layer, record = two_costs(costs)
-    of_layers = missed * (layers - 1) / layers  # nothing comes before the first
-    return StreamingCost(layer, record, min(1.0, ahead / of_layers) if of_layers else 0.0)
+    return StreamingCost(layer, record, foreseen_of(ahead, missed, layers))
 
 
 class DoneAtOnce:

@@ -39,7 +39,13 @@ from moeserve.forecast.steps import (
     seconds_of,
     with_use,
 )
-from moeserve.forecast.streaming import account_cost, streamed_first_layers, streaming_cost
+from moeserve.forecast.streaming import (
+    account_cost,
+    bytes_to_count,
+    habits_of_all_layers,
+    streamed_first_layers,
+    streaming_cost,
+)
 from moeserve.forecast.targets import missed_targets
 from moeserve.forecast.timing import CallTimer
 from moeserve.host import read_cache
@@ -442,6 +448,9 @@ def test_the_first_layers_of_a_model_run_by_themselves(
     assert min(cost.layer, cost.record) >= 0
     assert 0 <= cost.foreseen <= 1
     assert runner.stream.mover.counts().reads > 0
+    habits = habits_of_all_layers(packed, sizes.spec, ops, LoadOptions())
+    assert 0 < habits.repeat <= 1
+    assert bytes_to_count(counted) > 0
 
 
 def test_keeping_account_of_experts_takes_time(tmp_path: Path) -> None:
