@@ -30,11 +30,12 @@ START = """
 import json, resource, sys, time
 begun = time.perf_counter()
 from moeserve.config.options import LoadOptions
-from moeserve.kernels.select import choose_ops
+from moeserve.engine.rank_model import choose_table
 from moeserve.models.batch import Span, pack_spans
 from moeserve.models.decoder import load_decoder
 imported = time.perf_counter()
-decoder = load_decoder(sys.argv[1], choose_ops(), LoadOptions(quantization=sys.argv[2]))
+ops = choose_table("cpu", None)
+decoder = load_decoder(sys.argv[1], ops, LoadOptions(quantization=sys.argv[2]))
 loaded = time.perf_counter()
 step = pack_spans([Span(list(range(1, 65)), 0, [0, 1, 2, 3], 64)], 16)
 decoder.forward(step, decoder.new_cache(4, 16))

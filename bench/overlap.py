@@ -48,11 +48,11 @@ from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.drive import drive
 from moeserve.engine.model_runner import ModelRunner
 from moeserve.engine.policies.throughput import ThroughputAdmission
+from moeserve.engine.rank_model import choose_table
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.step_builder import StepBuilder
 from moeserve.kernels.ops import Ops
-from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.expert_source import expert_bytes
 from moeserve.models.library import resolve_model
@@ -276,7 +276,7 @@ def read_so_far(decoder: Decoder) -> int:
 
 def main() -> None:
     shape, args = read_arguments()
-    path, ops = resolve_model(args.model), choose_ops(threads=args.threads)
+    path, ops = resolve_model(args.model), choose_table("cpu", args.threads)
     decoder = load(path, ops, args.share)
     mlps = (layer.mlp for layer in decoder.spec.layers)
     experts = max(mlp.router.num_experts for mlp in mlps if isinstance(mlp, MoeSpec))

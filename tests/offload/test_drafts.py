@@ -78,3 +78,20 @@ def test_doctor_counts_the_module_where_it_guesses(demo: Path, ops: Ops) -> None
     assert held - without == drafts > nothing == 0
     whole = demand_of(sizes, LoadOptions(), ops).other_bytes
     assert whole - without == sizes.drafts + sizes.draft_experts
+
+
+def test_a_rank_of_several_has_the_whole_module(demo: Path, ops: Ops) -> None:
+    """Beside half of each layer's experts, in slots for as many as two of it."""
+    options = RankModelOptions(model=str(demo), memory=ENOUGH, speculation="mtp")
+    own = {l: range(0, 32, 2) for l in range(1, 8)}
+    streaming = Streaming.open(demo, ops, options, own)
+    fixed, records = streaming.fixed, streaming.records
+    assert (records.count, records.most_in_layer) == (7 * 16 + 32, 32)
+    decoder = replace(streaming, budget=fixed.total + records.least).load(kv=0)
+    step = pack_spans([Span([5, 6, 7, 8, 9], 0, [0], 5)], 8)
+    normed = torch.randn(5, 256, generator=torch.Generator().manual_seed(2))
+    both = decoder, load_decoder(demo, ops)
+    found = [d.mtp_forward(normed, step, d.new_mtp_cache(1, 8)) for d in both]
+    assert torch.equal(*found)
+    assert isinstance(decoder.runner, StreamedLayerRunner)
+    decoder.runner.close()
