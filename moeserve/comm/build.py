@@ -180,6 +180,26 @@ def lanes_of(
     return Lanes((there, back) * bounds.microbatches, bounds.deadline_s, bounds.alarm)
 
 
+def device_bytes(ops: Ops, layers: Sequence[Layer], tokens: int, world: int) -> int:
+    """What tokens of so many ranks take on the device of one, by collectives, in steps in which
+    each has ``tokens`` at most: records and sums, those it sends and those that come. The most that
+    can be where each token goes to all ranks, and twice an even load where it does not. 0 where
+    they go through the host."""
+    if world == 1 or host_layers(ops, layers):
+        return 0
+    most = 0
+    for layer in layers:
+        if isinstance(layer.mlp, Part):
+            continue
+        router, experts = layer.mlp
+        top_k = router.weights.spec.top_k
+        wire = replace(ops.wire(experts, top_k), wide=True)
+        sent = min(top_k, world)
+        both_ways = wire.row_bytes * tokens + ops.sums_bytes(experts, wire, tokens)
+        most = max(most, (sent + min(2 * sent, world)) * both_ways)
+    return 2 * most  # of microbatches the first may have all tokens, the next a half, a quarter...
+
+
 def copy_bytes(ops: Ops, experts: Part[MoeWeights], top_k: int) -> CopyBytes:
     """What a copy of a token weighs out and back, for the cost model.
 
