@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moeserve.comm.exchange.base import Exchange, Lanes
+from moeserve.comm.exchange.cards import DEVICE_BACKENDS
 from moeserve.comm.exchange.collective import (
     BeginningOrder,
     CollectiveExchange,
@@ -22,7 +23,7 @@ from moeserve.comm.group import Group, Topology
 from moeserve.comm.native import native_half
 from moeserve.errors import ConfigError
 
-BACKENDS = ("auto", "tcp", "torch", "mpi", "shm", "nccl", "hccl", "mapped")
+BACKENDS = ("auto", "tcp", "torch", "mpi", "shm", *DEVICE_BACKENDS)
 
 
 def open_exchange(
@@ -45,6 +46,7 @@ def open_exchange(
     native_half()  # is an error where it is required, before ranks wait for one another
     if group.world == 1:
         return LocalExchange(group, lanes)
+    assert backend not in DEVICE_BACKENDS, backend  # those are ``open_device_exchange``'s
     nodes = {topology.node_R[group.of_run(r)] for r in range(group.world)}
     if backend == "mpi":
         return MpiExchange(group, lanes, key)

@@ -33,7 +33,7 @@ from moeserve.kernels.wire import Combine
 from moeserve.observe.progress import Progress
 
 HIDDEN, INNER, EXPERTS, CHOSEN = 34, 16, 8, 3
-ROWS = (5, 3)  # of each rank
+ROWS = (5, 3, 0, 2)  # of each rank
 LANES = Lanes((1 << 16, 1 << 16), 20.0)
 
 
@@ -64,11 +64,11 @@ class Mixture:
         torch.manual_seed(5)
         up = torch.randn(EXPERTS, 2 * INNER, HIDDEN) / 6
         down = torch.randn(EXPERTS, HIDDEN, INNER) / 4
-        rows = [ROWS[r % 2] for r in range(world)]
+        rows = ROWS[:world]
         routed = [
             (
                 torch.randn(n, HIDDEN),
-                torch.stack([torch.randperm(EXPERTS)[:CHOSEN] for _ in range(n)]).int(),
+                torch.rand(n, EXPERTS).topk(CHOSEN).indices.int(),
                 torch.rand(n, CHOSEN),
             )
             for n in rows
