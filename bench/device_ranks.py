@@ -36,7 +36,7 @@ from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.collective import CollectiveExchange
 from moeserve.comm.exchange.mapped import CudaSharing, MappedExchange, StreamFence, ThreadSharing
 from moeserve.comm.exchange.media import HostMedium
-from moeserve.comm.exchange.open import open_beside
+from moeserve.comm.exchange.open import open_host_exchanges
 from moeserve.comm.exchange.streams import DeviceWork
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.launch.note_store import host_store, join_store
@@ -150,13 +150,13 @@ def packed(ops: Ops, matrices: Sequence[Matrix], experts: Sequence[int]) -> Part
 
 def as_threads(shape: Shape, double: bool) -> list[Measured]:
     """Two threads of this process, each with a stream of its own."""
-    store, shelf, device = HashStore(), dict[Any, Any](), device_of(double)
+    store, shared, device = HashStore(), dict[Any, Any](), device_of(double)
 
     def sharing() -> ThreadSharing:
         if double:
-            return ThreadSharing(device, shelf)
+            return ThreadSharing(device, shared)
         fence = lambda: StreamFence(device, torch.cuda.Event())  # noqa: E731
-        return ThreadSharing(device, shelf, fence, DeviceWork(device))
+        return ThreadSharing(device, shared, fence, DeviceWork(device))
 
     def rank(r: int) -> list[tuple[bool, float]]:
         with on_device(device, double):
@@ -196,9 +196,9 @@ def one_process(group: Group, shape: Shape, double: bool) -> list[tuple[bool, fl
         if double:
             from moeserve.kernels.triton.double import bare
 
-            beside = open_beside(group, TOPOLOGY, lanes, key="ranks")
+            on_host = open_host_exchanges(group, TOPOLOGY, lanes, key="ranks")
             medium = HostMedium.open(group, "ranks", device, bare)
-            exchange = CollectiveExchange(group, lanes, *beside, medium)
+            exchange = CollectiveExchange(group, lanes, *on_host, medium)
         else:
             exchange = MappedExchange(group, lanes, "ranks", CudaSharing(device))
         return layer.measure(exchange, partial(finish, device))

@@ -15,7 +15,7 @@ from moeserve.comm.dispatcher import (
     ShardedExperts,
 )
 from moeserve.comm.exchange.base import DEADLINE_S, Alarm, Exchange, Lanes
-from moeserve.comm.exchange.cards import meet, seat_of
+from moeserve.comm.exchange.cards import device_of_rank, meet
 from moeserve.comm.exchange.collective import BeginningOrder
 from moeserve.comm.exchange.open import open_device_exchange, open_exchange
 from moeserve.comm.group import Group, Topology, ranks_per_node
@@ -70,8 +70,8 @@ def open_parallel(
     ``backend``, tokens stay on them; see ``exchange.cards``.
     """
     size = ranks_per_node(topology)
-    seat = seat_of(ops.device, host_layers(ops, layers, runs))
-    on_device = meet(backend, group, seat, topology.node_R)
+    own = device_of_rank(ops.device, host_layers(ops, layers, runs))
+    on_device = meet(backend, group, own, topology.node_R)
     sharded = shard_layers(ops, layers, layouts, size or 1, runs, wide=bool(on_device))
     lanes = lanes_of(ops, sharded, bounds, bounds.tokens)
     order = BeginningOrder()

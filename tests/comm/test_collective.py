@@ -23,7 +23,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moeserve.comm.exchange.base import Lanes
 from moeserve.comm.exchange.collective import BeginningOrder, CollectiveExchange
-from moeserve.comm.exchange.open import open_beside
+from moeserve.comm.exchange.open import open_host_exchanges
 from moeserve.comm.group import Group, Topology
 from moeserve.errors import LateRankError, UnavailableError
 
@@ -125,9 +125,9 @@ def as_ranks(
         order, made = BeginningOrder(), dict[str, CollectiveExchange]()
         for name in NAMES:
             group = Group(r, WORLD, store)
-            beside = open_beside(group, Topology((0,) * WORLD), lanes, key=name)
+            on_host = open_host_exchanges(group, Topology((0,) * WORLD), lanes, key=name)
             medium = ModelMedium(hub, r, name, held_up)
-            made[name] = CollectiveExchange(group, lanes, *beside, medium, order)
+            made[name] = CollectiveExchange(group, lanes, *on_host, medium, order)
         try:
             return run(r, made)
         finally:

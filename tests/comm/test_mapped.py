@@ -69,10 +69,10 @@ class LateFence:
 def opened(
     devices: list[Device], calling: list[Device], lanes: Lanes, world: int = WORLD
 ) -> list[MappedExchange]:
-    store, shelf = HashStore(), {}
+    store, shared = HashStore(), {}
 
     def rank(r: int) -> MappedExchange:
-        sharing = ThreadSharing(CPU, shelf, lambda: LateFence(devices[r], calling))
+        sharing = ThreadSharing(CPU, shared, lambda: LateFence(devices[r], calling))
         return MappedExchange(Group(r, world, store), lanes, "mapped", sharing)
 
     with ThreadPoolExecutor(world) as pool:
@@ -153,10 +153,10 @@ class StuckWork(NoWork):
 
 
 def test_a_device_that_does_not_go_on_is_not_waited_for_beyond_the_deadline() -> None:
-    store, shelf = HashStore(), {}
+    store, shared = HashStore(), {}
 
     def rank(r: int) -> None:
-        sharing = ThreadSharing(CPU, shelf, work=StuckWork())
+        sharing = ThreadSharing(CPU, shared, work=StuckWork())
         exchange = MappedExchange(Group(r, 2, store), Lanes((MOST,), 0.2), "mapped", sharing)
         with pytest.raises(LateRankError) as late:
             exchange.fetch(torch.zeros(1))

@@ -9,7 +9,7 @@ from moeserve.comm.exchange.cards import DEVICE_BACKENDS
 from moeserve.comm.exchange.collective import (
     BeginningOrder,
     CollectiveExchange,
-    roll_lanes,
+    presence_lanes,
     size_lanes,
 )
 from moeserve.comm.exchange.local import LocalExchange
@@ -84,22 +84,22 @@ def open_device_exchange(
     """
     if backend == "mapped":
         return MappedExchange(group, lanes, key, CudaSharing(device))
-    sizes, roll = open_beside(group, topology, lanes, key=key, address=address)
+    sizes, presence = open_host_exchanges(group, topology, lanes, key=key, address=address)
     try:
         medium = open_stream_medium(group, key, device)
     except ConfigError:
         sizes.close()
-        roll.close()
+        presence.close()
         raise
-    return CollectiveExchange(group, lanes, sizes, roll, medium, order)
+    return CollectiveExchange(group, lanes, sizes, presence, medium, order)
 
 
-def open_beside(
+def open_host_exchanges(
     group: Group, topology: Topology, lanes: Lanes, *, key: str, address: str | None = None
 ) -> tuple[Exchange, Exchange]:
-    """Of a ``CollectiveExchange``: what carries its sizes, and what its roll is called in."""
+    """Of a ``CollectiveExchange``: what carries its sizes, and what tells who is there."""
 
     def opened(of: Lanes, name: str) -> Exchange:
         return open_exchange("auto", group, topology, of, key=f"{key}/{name}", address=address)
 
-    return opened(size_lanes(lanes), "sizes"), opened(roll_lanes(lanes), "roll")
+    return opened(size_lanes(lanes), "sizes"), opened(presence_lanes(lanes), "presence")
