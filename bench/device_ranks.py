@@ -47,6 +47,7 @@ from moeserve.observe.progress import Progress
 
 WORLD = 2
 DEADLINE_S = 60.0
+PATIENCE_S = 600.0  # until the other process has imported everything and made its weights
 TOPOLOGY = Topology((0,) * WORLD)
 RUNS = 20
 
@@ -175,7 +176,7 @@ def as_processes(shape: Shape, double: bool) -> list[Measured]:
     command = [sys.executable, __file__, given]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         try:
-            mine = one_process(Group(0, WORLD, store), shape, double)
+            mine = one_process(Group(0, WORLD, store, patience_s=PATIENCE_S), shape, double)
             theirs = [(bool(same), float(taken)) for same, taken in json.loads(last_line(other))]
         finally:
             other.kill()
@@ -256,7 +257,7 @@ def main() -> None:
     parser.add_argument("given", type=json.loads, help="what the first has said")
     given = parser.parse_args().given
     shape = Shape(**{**given["shape"], "tokens": tuple(given["shape"]["tokens"])})
-    group = Group(1, WORLD, join_store("127.0.0.1", given["port"]))
+    group = Group(1, WORLD, join_store("127.0.0.1", given["port"]), patience_s=PATIENCE_S)
     print(json.dumps(one_process(group, shape, given["double"])))
 
 
