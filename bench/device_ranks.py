@@ -36,7 +36,7 @@ from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.collective import CollectiveExchange
 from moeserve.comm.exchange.mapped import CudaSharing, MappedExchange, StreamFence, ThreadSharing
 from moeserve.comm.exchange.media import HostMedium
-from moeserve.comm.exchange.open import open_beside
+from moeserve.comm.exchange.open import open_host_exchanges
 from moeserve.comm.exchange.streams import DeviceWork
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.launch.note_store import host_store, join_store
@@ -47,6 +47,7 @@ from moeserve.observe.progress import Progress
 
 WORLD = 2
 DEADLINE_S = 60.0
+PATIENCE_S = 600.0  # until the other process has imported everything and made its weights
 TOPOLOGY = Topology((0,) * WORLD)
 RUNS = 20
 
@@ -150,13 +151,13 @@ def packed(ops: Ops, matrices: Sequence[Matrix], experts: Sequence[int]) -> Part
 
 def as_threads(shape: Shape, double: bool) -> list[Measured]:
     """Two threads of this process, each with a stream of its own."""
-    store, shelf, device = HashStore(), dict[Any, Any](), device_of(double)
+    store, shared, device = HashStore(), dict[Any, Any](), device_of(double)
 
     def sharing() -> ThreadSharing:
         if double:
-            return ThreadSharing(device, shelf)
+            return ThreadSharing(device, shared)
         fence = lambda: StreamFence(device, torch.cuda.Event())  # noqa: E731
-        return ThreadSharing(device, shelf, fence, DeviceWork(device))
+        return ThreadSharing(device, shared, fence, DeviceWork(device))
 
     def rank(r: int) -> list[tuple[bool, float]]:
         with on_device(device, double):
@@ -175,7 +176,7 @@ def as_processes(shape: Shape, double: bool) -> list[Measured]:
     command = [sys.executable, __file__, given]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         try:
-            mine = one_process(Group(0, WORLD, store), shape, double)
+            mine = one_process(Group(0, WORLD, store, patience_s=PATIENCE_S), shape, double)
             theirs = [(bool(same), float(taken)) for same, taken in json.loads(last_line(other))]
         finally:
             other.kill()
@@ -196,9 +197,9 @@ def one_process(group: Group, shape: Shape, double: bool) -> list[tuple[bool, fl
         if double:
             from moeserve.kernels.triton.double import bare
 
-            beside = open_beside(group, TOPOLOGY, lanes, key="ranks")
+            on_host = open_host_exchanges(group, TOPOLOGY, lanes, key="ranks")
             medium = HostMedium.open(group, "ranks", device, bare)
-            exchange = CollectiveExchange(group, lanes, *beside, medium)
+            exchange = CollectiveExchange(group, lanes, *on_host, medium)
         else:
             exchange = MappedExchange(group, lanes, "ranks", CudaSharing(device))
         return layer.measure(exchange, partial(finish, device))
@@ -256,7 +257,7 @@ def main() -> None:
     parser.add_argument("given", type=json.loads, help="what the first has said")
     given = parser.parse_args().given
     shape = Shape(**{**given["shape"], "tokens": tuple(given["shape"]["tokens"])})
-    group = Group(1, WORLD, join_store("127.0.0.1", given["port"]))
+    group = Group(1, WORLD, join_store("127.0.0.1", given["port"]), patience_s=PATIENCE_S)
     print(json.dumps(one_process(group, shape, given["double"])))
 
 

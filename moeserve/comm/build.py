@@ -15,7 +15,7 @@ from moeserve.comm.dispatcher import (
     ShardedExperts,
 )
 from moeserve.comm.exchange.base import DEADLINE_S, Alarm, Exchange, Lanes
-from moeserve.comm.exchange.cards import meet, seat_of
+from moeserve.comm.exchange.cards import device_of_rank, meet
 from moeserve.comm.exchange.collective import BeginningOrder
 from moeserve.comm.exchange.open import open_device_exchange, open_exchange
 from moeserve.comm.group import Group, Topology, ranks_per_node
@@ -70,8 +70,8 @@ def open_parallel(
     ``backend``, tokens stay on them; see ``exchange.cards``.
     """
     size = ranks_per_node(topology)
-    seat = seat_of(ops.device, host_layers(ops, layers, runs))
-    on_device = meet(backend, group, seat, topology.node_R)
+    own = device_of_rank(ops.device, host_layers(ops, layers, runs))
+    on_device = meet(backend, group, own, topology.node_R)
     sharded = shard_layers(ops, layers, layouts, size or 1, runs, wide=bool(on_device))
     lanes = lanes_of(ops, sharded, bounds, bounds.tokens)
     order = BeginningOrder()
@@ -178,6 +178,26 @@ def lanes_of(
     there = max((s.wire.row_bytes * tokens for s in routed), default=0)
     back = max((ops.sums_bytes(s.part, s.wire, tokens) for s in routed), default=0)
     return Lanes((there, back) * bounds.microbatches, bounds.deadline_s, bounds.alarm)
+
+
+def device_bytes(ops: Ops, layers: Sequence[Layer], tokens: int, world: int) -> int:
+    """What tokens of so many ranks take on the device of one, by collectives, in steps in which
+    each has ``tokens`` at most: records and sums, those it sends and those that come. The most that
+    can be where each token goes to all ranks, and twice an even load where it does not. 0 where
+    they go through the host."""
+    if world == 1 or host_layers(ops, layers):
+        return 0
+    most = 0
+    for layer in layers:
+        if isinstance(layer.mlp, Part):
+            continue
+        router, experts = layer.mlp
+        top_k = router.weights.spec.top_k
+        wire = replace(ops.wire(experts, top_k), wide=True)
+        sent = min(top_k, world)
+        both_ways = wire.row_bytes * tokens + ops.sums_bytes(experts, wire, tokens)
+        most = max(most, (sent + min(2 * sent, world)) * both_ways)
+    return 2 * most  # of microbatches the first may have all tokens, the next a half, a quarter...
 
 
 def copy_bytes(ops: Ops, experts: Part[MoeWeights], top_k: int) -> CopyBytes:

@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from moeserve.comm.build import device_bytes
 from moeserve.config.options import LoadOptions, RankModelOptions
 from moeserve.engine.policies.layered import most_kept
 from moeserve.errors import ConfigError
@@ -191,9 +192,26 @@ def load_on_device(
         plan.graphs,
         plan.kv,
     )
+    plan = with_exchange(plan, card, decoder, options, ranks[0])
     room = read_memory().available // ranks[1]
     if host_keeps_kv(decoder, options.block_size, all_of_it=True):
         return decoder, room
     if host_keeps_kv(decoder, options.block_size):
         return decoder, min(plan.kv, room)
     return decoder, plan.kv
+
+
+def with_exchange(
+    plan: DevicePlan, card: Card, decoder: Decoder, options: RankModelOptions, world: int
+) -> DevicePlan:
+    """The plan with room for what travels between the devices of so many ranks; ConfigError as
+    ``plan_device``."""
+    budget = options.max_num_batched_tokens
+    tokens = budget + most_kept(budget, options.prefill_mode)
+    between = device_bytes(decoder.ops, decoder.stack.layers, tokens, world)
+    if not between:
+        return plan
+    log = logging.getLogger("moeserve.engine")
+    log.info("%s: of KV's %d bytes %d are kept for tokens of ranks", card.name, plan.kv, between)
+    block = decoder.kv_bytes_per_token * options.block_size
+    return plan_device(card, plan.weights, plan.workspace + between, plan.graphs, block)

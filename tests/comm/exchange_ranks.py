@@ -24,7 +24,7 @@ import torch
 from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.collective import CollectiveExchange
 from moeserve.comm.exchange.media import HostMedium
-from moeserve.comm.exchange.open import open_beside, open_exchange
+from moeserve.comm.exchange.open import open_exchange, open_host_exchanges
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.launch.note_store import join_store
 from moeserve.errors import LateRankError, MoeserveError, UnavailableError
@@ -59,9 +59,9 @@ class Rank:
         given = Lanes(tuple(lanes), deadline_s, alarm)
         made: Exchange
         if backend == "gloo":  # over memory of the host, in the place of a library for devices
-            beside = open_beside(group, topology, given, key=name)
+            on_host = open_host_exchanges(group, topology, given, key=name)
             medium = HostMedium.open(group, name, torch.device("cpu"))
-            made = CollectiveExchange(group, given, *beside, medium)
+            made = CollectiveExchange(group, given, *on_host, medium)
         else:
             made = open_exchange(backend, group, topology, given, key=name)
         self.open_ones[name] = made

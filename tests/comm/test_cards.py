@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moeserve.comm.exchange.base import Lanes
-from moeserve.comm.exchange.cards import DEVICE_BACKENDS, Seat, choose, meet, seat_of
+from moeserve.comm.exchange.cards import DEVICE_BACKENDS, RankDevice, choose, device_of_rank, meet
 from moeserve.comm.exchange.collective import BeginningOrder
 from moeserve.comm.exchange.media import lacking
 from moeserve.comm.exchange.open import open_device_exchange
@@ -22,72 +22,79 @@ from moeserve.comm.group import Group, Topology
 from moeserve.errors import ConfigError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-ONE, TWO = Seat("cuda", "GPU-1"), Seat("cuda", "GPU-2")
-NPU = Seat("npu", "npu:0")
-CPU = Seat("cpu")
+ONE, TWO = RankDevice("cuda", "GPU-1"), RankDevice("cuda", "GPU-2")
+NPU = RankDevice("npu", "npu:0")
+CPU = RankDevice("cpu")
+ON_HOST = "the experts of layer 3 run on the host"
 
 
 @pytest.mark.parametrize(
-    ("seats", "nodes", "taken"),
+    ("devices", "nodes", "taken"),
     [
         ([ONE, TWO], [0, 0], "nccl"),
         ([ONE, ONE], [0, 1], "nccl"),  # of two hosts, whatever they are called there
         ([ONE, ONE], [0, 0], "mapped"),
-        ([Seat("cuda", "GPU-1", lacks="no NCCL"), TWO], [0, 0], "mapped"),
-        ([Seat("cuda", "GPU-1", lacks="no NCCL"), TWO], [0, 1], ""),
-        ([NPU, Seat("npu", "npu:1")], [0, 0], "hccl"),
+        ([RankDevice("cuda", "GPU-1", lacks="no NCCL"), TWO], [0, 0], "mapped"),
+        ([RankDevice("cuda", "GPU-1", lacks="no NCCL"), TWO], [0, 1], ""),
+        ([NPU, RankDevice("npu", "npu:1")], [0, 0], "hccl"),
         ([ONE, CPU], [0, 0], ""),
         ([ONE, NPU], [0, 0], ""),
-        ([ONE, Seat("cuda", "GPU-2", stays="the experts of layer 3 run on the host")], [0, 0], ""),
+        (
+            [ONE, RankDevice("cuda", "GPU-2", on_host=ON_HOST)],
+            [0, 0],
+            "",
+        ),
         ([CPU, CPU], [0, 0], ""),
     ],
 )
 def test_auto_keeps_tokens_on_devices_where_all_ranks_can(
-    seats: list[Seat], nodes: list[int], taken: str
+    devices: list[RankDevice], nodes: list[int], taken: str
 ) -> None:
-    assert choose("auto", seats, nodes) == taken
+    assert choose("auto", devices, nodes) == taken
 
 
 @pytest.mark.parametrize(
-    ("asked", "seats", "nodes", "told"),
+    ("asked", "devices", "nodes", "told"),
     [
         ("nccl", [ONE, CPU], [0, 0], "'nccl': it joins cuda devices alone, not the cpu of rank 1"),
         ("hccl", [ONE, TWO], [0, 0], "'hccl': it joins npu devices alone, not the cuda of ranks 0"),
         ("nccl", [ONE, TWO, ONE], [0, 0, 0], "ranks 0 and 2 share the card GPU-1"),
-        ("nccl", [ONE, Seat("cuda", "", lacks="torch 2 was built without NCCL: x")], [0, 0],
+        ("nccl", [ONE, RankDevice("cuda", "", lacks="torch 2 was built without NCCL: x")], [0, 0],
          "'nccl': rank 1: torch 2 was built without NCCL: x"),
         ("mapped", [ONE, TWO], [0, 1], "'mapped': ranks are spread over 2 nodes: choose 'auto'"),
-        ("mapped", [ONE, Seat("cuda", "b", stays="the experts of layer 3 run on the host")],
+        ("mapped", [ONE, RankDevice("cuda", "b", on_host=ON_HOST)],
          [0, 0], "rank 1: the experts of layer 3 run on the host: choose 'auto'"),
     ],
 )  # fmt: skip
 def test_what_was_asked_for_and_cannot_be_is_refused(
-    asked: str, seats: list[Seat], nodes: list[int], told: str
+    asked: str, devices: list[RankDevice], nodes: list[int], told: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        choose(asked, seats, nodes)
+        choose(asked, devices, nodes)
     assert told in error.value.message and "\n" not in error.value.message
 
 
 kinds = st.sampled_from(["cpu", "cuda", "npu"])
-seat = st.builds(Seat, kinds, st.sampled_from("ab"), st.sampled_from(["", "x"]), st.just(""))
+device = st.builds(
+    RankDevice, kinds, st.sampled_from("ab"), st.sampled_from(["", "x"]), st.just("")
+)
 
 
-@given(st.lists(seat, min_size=2, max_size=4))
-def test_auto_never_takes_what_would_be_refused(seats: list[Seat]) -> None:
-    nodes = [0] * len(seats)
-    taken = choose("auto", seats, nodes)
+@given(st.lists(device, min_size=2, max_size=4))
+def test_auto_never_takes_what_would_be_refused(devices: list[RankDevice]) -> None:
+    nodes = [0] * len(devices)
+    taken = choose("auto", devices, nodes)
     if taken:
-        assert choose(taken, seats, nodes) == taken
+        assert choose(taken, devices, nodes) == taken
         return
     for asked in DEVICE_BACKENDS:
         with pytest.raises(ConfigError):
-            choose(asked, seats, nodes)
+            choose(asked, devices, nodes)
 
 
 def test_ranks_hear_of_one_another_and_refuse_alike() -> None:
     store = HashStore()
-    own = seat_of(torch.device("cpu"), [])
+    own = device_of_rank(torch.device("cpu"), [])
 
     def rank(r: int) -> str:
         group = Group(r, 2, store)
@@ -100,9 +107,9 @@ def test_ranks_hear_of_one_another_and_refuse_alike() -> None:
         one, other = pool.map(rank, range(2))
     assert one == other
     with pytest.raises(ConfigError, match="no device of rank 1"):
-        Seat.read(b'{"kind": 3}', 1)
+        RankDevice.read(b'{"kind": 3}', 1)
     with pytest.raises(ConfigError, match="no device of rank 1"):
-        Seat.read(b"[1]", 1)
+        RankDevice.read(b"[1]", 1)
 
 
 def environment(driver: Path, **given: str) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ allow. What a device reads must be what its round sent, whatever the order.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moeserve.comm.exchange.base import Lanes
 from moeserve.comm.exchange.mapped import CudaSharing, MappedExchange, ThreadSharing
+from moeserve.comm.exchange.streams import NoWork
 from moeserve.comm.group import Group
 from moeserve.errors import ConfigError, LateRankError, UnavailableError
 
@@ -67,10 +69,10 @@ class LateFence:
 def opened(
     devices: list[Device], calling: list[Device], lanes: Lanes, world: int = WORLD
 ) -> list[MappedExchange]:
-    store, shelf = HashStore(), {}
+    store, shared = HashStore(), {}
 
     def rank(r: int) -> MappedExchange:
-        sharing = ThreadSharing(CPU, shelf, lambda: LateFence(devices[r], calling))
+        sharing = ThreadSharing(CPU, shared, lambda: LateFence(devices[r], calling))
         return MappedExchange(Group(r, world, store), lanes, "mapped", sharing)
 
     with ThreadPoolExecutor(world) as pool:
@@ -140,6 +142,28 @@ def test_who_never_comes_is_named_and_the_exchange_closed() -> None:
     with pytest.raises(UnavailableError, match="rank 1 did not send"):
         one.fetch(torch.zeros(1))
     other.close()
+
+
+class StuckWork(NoWork):
+    """Of a device that waits for an event that never comes."""
+
+    def passed(self, mark: object, wait_s: float) -> bool:
+        time.sleep(wait_s)
+        return False
+
+
+def test_a_device_that_does_not_go_on_is_not_waited_for_beyond_the_deadline() -> None:
+    store, shared = HashStore(), {}
+
+    def rank(r: int) -> None:
+        sharing = ThreadSharing(CPU, shared, work=StuckWork())
+        exchange = MappedExchange(Group(r, 2, store), Lanes((MOST,), 0.2), "mapped", sharing)
+        with pytest.raises(LateRankError) as late:
+            exchange.fetch(torch.zeros(1))
+        assert list(late.value.ranks) == [1 - r]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank, range(2)))
 
 
 def test_a_torch_without_cuda_is_told_so_by_all_ranks_in_one_line() -> None:

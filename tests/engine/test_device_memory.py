@@ -17,6 +17,7 @@ from moeserve.engine.device_memory import (
     least_weights,
     load_on_device,
     plan_device,
+    with_exchange,
     workspace_of,
 )
 from moeserve.engine.device_streaming import stream_to_device
@@ -149,3 +150,26 @@ def test_kv_that_attention_leaves_to_the_host_is_counted_there(
     decoder = load_decoder(tiny_checkpoint("qwen3_moe_wide"), npu, LoadOptions(kv_dtype="bfloat16"))
     assert host_keeps_kv(decoder, 16)
     assert not host_keeps_kv(decoder, 128)
+
+
+def test_tokens_that_stay_on_devices_have_room_beside_kv(
+    tiny_checkpoint: Tiny, npu: AscendOps
+) -> None:
+    """None where there is one rank, or where the experts of a layer run on the host."""
+    folder, card = tiny_checkpoint("qwen3_moe"), Card("a card", 1 << 34, 1 << 34)
+    options = RankModelOptions(model=str(folder), max_num_batched_tokens=128)
+    before = plan_device(card, 5000, 1000, 0, 1)
+
+    def kept(quantization: str, world: int) -> int:
+        how = LoadOptions.model_validate({"quantization": quantization})
+        decoder = load_decoder(folder, npu, how)
+        return before.kv - with_exchange(before, card, decoder, options, world).kv
+
+    assert kept("none", 1) == kept("int4", 4) == 0
+    row = load_decoder(folder, npu).spec.hidden * 4
+    for quantization, limbs in (("none", 2), ("int8", 1)):
+        two, four = kept(quantization, 2), kept(quantization, 4)
+        assert 2 * 4 * 128 * row * limbs < two < four  # sums there and back, of two ranks
+    decoder = load_decoder(folder, npu)
+    with pytest.raises(ConfigError, match="lower max_num_batched_tokens"):
+        with_exchange(plan_device(card, 1 << 33, (1 << 33) - 9, 0, 1), card, decoder, options, 2)

@@ -21,7 +21,7 @@ from moeserve.comm.dispatcher import FlatDispatcher
 from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.collective import CollectiveExchange
 from moeserve.comm.exchange.media import HostMedium
-from moeserve.comm.exchange.open import open_beside
+from moeserve.comm.exchange.open import open_host_exchanges
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
 from moeserve.config.options import LoadOptions
@@ -170,8 +170,8 @@ def test_an_engine_s_steps_give_the_tokens_of_each_request_alone(
 def keeping_to_devices(store: Store, rank: int, device: torch.device) -> Exchange:
     """Of one of two ranks, with gloo in HCCL's place."""
     group, lanes = Group(rank, 2, store), Lanes((1 << 20, 1 << 20), 60.0)
-    beside = open_beside(group, Topology((0, 0)), lanes, key="ranks")
-    return CollectiveExchange(group, lanes, *beside, HostMedium.open(group, "ranks", device))
+    on_host = open_host_exchanges(group, Topology((0, 0)), lanes, key="ranks")
+    return CollectiveExchange(group, lanes, *on_host, HostMedium.open(group, "ranks", device))
 
 
 # Experts in int4 run on the host, so that records do not stay on devices.

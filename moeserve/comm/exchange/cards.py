@@ -1,7 +1,7 @@
 """Whether tokens can stay on accelerators between these ranks, and by what.
 
-Every rank says what it computes on (``Seat``); all decide the same from what all say. Pure but for
-``seat_of`` and ``meet``.
+Every rank says what it computes on (``RankDevice``); all decide the same from what all say. Pure
+but for ``device_of_rank`` and ``meet``.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ DEVICE_BACKENDS = ("nccl", "hccl", "mapped")
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class RankDevice:
     """``kind`` of device, and which ``card`` among those of all hosts; ``lacks`` is why torch has
-    no collectives for it, ``stays`` why records of a layer cannot stay there; "" otherwise."""
+    no collectives for it, ``on_host`` why records of a layer cannot stay there; "" otherwise."""
 
     kind: str
     card: str = ""
     lacks: str = ""
-    stays: str = ""
+    on_host: str = ""
 
     @classmethod
-    def read(cls, note: bytes, rank: int) -> Seat:
+    def read(cls, note: bytes, rank: int) -> RankDevice:
         """ConfigError where the note of ``rank`` is none."""
         try:
             found = cls(**json.loads(note))
@@ -44,14 +44,14 @@ class Seat:
         return found
 
 
-def seat_of(device: torch.device, host_layers: Sequence[int]) -> Seat:
+def device_of_rank(device: torch.device, host_layers: Sequence[int]) -> RankDevice:
     """Of this rank; ``host_layers`` are those whose experts its table leaves to the host."""
     if device.type not in LIBRARIES:
-        return Seat(device.type)
-    stays = ""
+        return RankDevice(device.type)
+    on_host = ""
     if host_layers:
-        stays = f"the experts of layer {host_layers[0]} run on the host"
-    return Seat(device.type, card_of(device), lacking(device.type), stays)
+        on_host = f"the experts of layer {host_layers[0]} run on the host"
+    return RankDevice(device.type, card_of(device), lacking(device.type), on_host)
 
 
 def card_of(device: torch.device) -> str:
@@ -62,47 +62,47 @@ def card_of(device: torch.device) -> str:
     return str(getattr(known, "uuid", f"{device} of {shown}" if shown else device))
 
 
-def meet(asked: str, group: Group, seat: Seat, node_R: Sequence[int]) -> str:
+def meet(asked: str, group: Group, device: RankDevice, node_R: Sequence[int]) -> str:
     """One of ``DEVICE_BACKENDS``, or "" where bytes go through the host; the same on all ranks.
     Collective over the group where the answer depends on the others. ConfigError as ``choose``."""
     if group.world == 1 or asked not in ("auto", *DEVICE_BACKENDS):
         return ""
-    notes = group.all_gather("device", json.dumps(asdict(seat)).encode())
-    return choose(asked, [Seat.read(note, r) for r, note in enumerate(notes)], node_R)
+    notes = group.all_gather("device", json.dumps(asdict(device)).encode())
+    return choose(asked, [RankDevice.read(note, r) for r, note in enumerate(notes)], node_R)
 
 
-def choose(asked: str, seat_R: Sequence[Seat], node_R: Sequence[int]) -> str:
+def choose(asked: str, device_R: Sequence[RankDevice], node_R: Sequence[int]) -> str:
     """As ``meet``. What was asked for and cannot be is a ConfigError; "auto" then takes the next:
     collectives, memory of the host's other cards, the host."""
     if asked != "auto":
-        if reason := hindrance(asked, seat_R, node_R):
+        if reason := hindrance(asked, device_R, node_R):
             raise ConfigError(f"comm backend {asked!r}: {reason}")
         return asked
-    return next((b for b in DEVICE_BACKENDS if not hindrance(b, seat_R, node_R)), "")
+    return next((b for b in DEVICE_BACKENDS if not hindrance(b, device_R, node_R)), "")
 
 
-def hindrance(backend: str, seat_R: Sequence[Seat], node_R: Sequence[int]) -> str:
+def hindrance(backend: str, device_R: Sequence[RankDevice], node_R: Sequence[int]) -> str:
     """Why it cannot carry tokens between these ranks, and what to do; "" where it can."""
     kind = "npu" if backend == "hccl" else "cuda"
-    if strangers := [r for r, seat in enumerate(seat_R) if seat.kind != kind]:
+    if strangers := [r for r, device in enumerate(device_R) if device.kind != kind]:
         return (
-            f"it joins {kind} devices alone, not the {seat_R[strangers[0]].kind} of "
+            f"it joins {kind} devices alone, not the {device_R[strangers[0]].kind} of "
             f"{named(strangers)}: choose 'auto'"
         )
-    for r, seat in enumerate(seat_R):
-        if seat.stays:
-            return f"rank {r}: {seat.stays}: choose 'auto'"
-        if seat.lacks and backend != "mapped":
-            return f"rank {r}: {seat.lacks}"
+    for r, device in enumerate(device_R):
+        if device.on_host:
+            return f"rank {r}: {device.on_host}: choose 'auto'"
+        if device.lacks and backend != "mapped":
+            return f"rank {r}: {device.lacks}"
     if backend == "mapped":
         if len(set(node_R)) > 1:
             return f"ranks are spread over {len(set(node_R))} nodes: choose 'auto'"
         return ""
     seen: dict[tuple[int, str], int] = {}
-    for r, (seat, node) in enumerate(zip(seat_R, node_R, strict=True)):
-        if (other := seen.setdefault((node, seat.card), r)) != r:
+    for r, (device, node) in enumerate(zip(device_R, node_R, strict=True)):
+        if (other := seen.setdefault((node, device.card), r)) != r:
             return (
-                f"ranks {other} and {r} share the card {seat.card}, and it takes one rank a card: "
-                "give each a card of its own, or choose 'mapped' on one host"
+                f"ranks {other} and {r} share the card {device.card}, and it takes one rank a "
+                "card: give each a card of its own, or choose 'mapped' on one host"
             )
     return ""

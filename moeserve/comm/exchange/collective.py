@@ -12,9 +12,9 @@ for a device anyway, what was sent before is on its way.
 
 A collective in which a rank does not take part holds up the device, which is noticed by the next
 ``fetch``, within the deadline, while ranks that are further on miss the sizes of whoever is held
-up. So every rank whose wait is over first calls a roll, over an exchange of the host that serves
-for nothing else: who does not answer within one more deadline is late. Then the communicator is
-aborted, so that the device goes on.
+up. So every rank whose wait is over first asks the others whether they are there, over an exchange
+of the host that serves for nothing else: who does not answer within one more deadline is late. Then
+the communicator is aborted, so that the device goes on.
 
 Knows nothing of NCCL: ``medium`` is what moves bytes.
 """
@@ -109,16 +109,16 @@ class _LaneState:
 
 
 class CollectiveExchange(ExchangeBackend):
-    """``sizes`` and ``roll`` are exchanges of the host among the same ranks, for ``size_lanes`` and
-    ``roll_lanes``, which this one owns; ``order`` is shared with other exchanges of this process
-    that are in use with it."""
+    """``sizes`` and ``presence`` are exchanges of the host among the same ranks, for ``size_lanes``
+    and ``presence_lanes``, which this one owns; ``order`` is shared with other exchanges of this
+    process that are in use with it."""
 
     def __init__(
         self,
         group: Group,
         lanes: Lanes,
         sizes: Exchange,
-        roll: Exchange,
+        presence: Exchange,
         medium: Medium,
         order: BeginningOrder | None = None,
     ) -> None:
@@ -128,7 +128,7 @@ class CollectiveExchange(ExchangeBackend):
         self._medium = medium
         self._sizes = sizes
         self._order = BeginningOrder() if order is None else order
-        self._roll = roll
+        self._presence = presence
         none = torch.empty(0, dtype=torch.uint8, device=medium.device)
         self._lane_L = [_LaneState(LaneAreas(medium.device), none, []) for _ in lanes.bytes_L]
         self._under_way: deque[tuple[int, Transfer]] = deque()
@@ -216,11 +216,11 @@ class CollectiveExchange(ExchangeBackend):
         return self._absent() or self._others
 
     def _absent(self) -> list[int]:
-        """Who does not answer when the roll is called."""
+        """Who does not answer when asked to."""
         try:
-            self._roll.areas(0, [0] * self.world)
-            self._roll.send(0, [0] * self.world)
-            self._roll.receive(0)
+            self._presence.areas(0, [0] * self.world)
+            self._presence.send(0, [0] * self.world)
+            self._presence.receive(0)
         except LateRankError as error:
             return [r for r in self._others if self._group.of_run(r) in error.ranks]
         return []
@@ -231,7 +231,7 @@ class CollectiveExchange(ExchangeBackend):
         self._under_way.clear()
         self._medium.end(failed)
         self._sizes.close()
-        self._roll.close()
+        self._presence.close()
 
 
 def settled(transfer: Transfer) -> bool:
@@ -247,6 +247,6 @@ def size_lanes(lanes: Lanes) -> Lanes:
     return Lanes((SIZE_BYTES,) * len(lanes.bytes_L), lanes.deadline_s, lanes.alarm)
 
 
-def roll_lanes(lanes: Lanes) -> Lanes:
-    """Of the exchange in which the roll is called."""
+def presence_lanes(lanes: Lanes) -> Lanes:
+    """Of the exchange in which ranks answer that they are there."""
     return Lanes((SIZE_BYTES,), lanes.deadline_s, lanes.alarm)

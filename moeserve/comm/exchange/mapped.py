@@ -120,7 +120,7 @@ class MappedExchange(MailboxExchange):
 
 
 class ThreadSharing:
-    """Between threads of one process, for tests and measurements: ``shelf`` is one for all.
+    """Between threads of one process, for tests and measurements: ``shared`` is one for all.
 
     ``new_fence`` is of the device: on one whose work is done when a call returns, none is needed.
     """
@@ -128,20 +128,20 @@ class ThreadSharing:
     def __init__(
         self,
         device: torch.device,
-        shelf: dict[Any, Any],
+        shared: dict[Any, Any],
         new_fence: Callable[[], Fence] | None = None,
         work: GivenWork | None = None,
     ) -> None:
         self.device = device
         self.work: GivenWork = NoWork() if work is None else work
-        self._shelf = shelf
+        self._shared = shared
         self._new_fence = NoFence if new_fence is None else new_fence
 
     def share(self, group: Group, key: str, size: int, fences: int) -> tuple[Any, Any]:
         block = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self._shelf[key, group.rank] = block, [self._new_fence() for _ in range(fences)]
+        self._shared[key, group.rank] = block, [self._new_fence() for _ in range(fences)]
         group.all_gather(key, b"")
-        found = [self._shelf[key, r] for r in range(group.world)]
+        found = [self._shared[key, r] for r in range(group.world)]
         return [block for block, _ in found], [fences for _, fences in found]
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from moeserve.comm.exchange.base import Exchange, Lanes
+from moeserve.comm.exchange.cards import DEVICE_BACKENDS
 from moeserve.comm.exchange.collective import (
     BeginningOrder,
     CollectiveExchange,
-    roll_lanes,
+    presence_lanes,
     size_lanes,
 )
 from moeserve.comm.exchange.local import LocalExchange
@@ -22,7 +23,7 @@ from moeserve.comm.group import Group, Topology
 from moeserve.comm.native import native_half
 from moeserve.errors import ConfigError
 
-BACKENDS = ("auto", "tcp", "torch", "mpi", "shm", "nccl", "hccl", "mapped")
+BACKENDS = ("auto", "tcp", "torch", "mpi", "shm", *DEVICE_BACKENDS)
 
 
 def open_exchange(
@@ -45,6 +46,7 @@ def open_exchange(
     native_half()  # is an error where it is required, before ranks wait for one another
     if group.world == 1:
         return LocalExchange(group, lanes)
+    assert backend not in DEVICE_BACKENDS, backend  # those are ``open_device_exchange``'s
     nodes = {topology.node_R[group.of_run(r)] for r in range(group.world)}
     if backend == "mpi":
         return MpiExchange(group, lanes, key)
@@ -82,22 +84,22 @@ def open_device_exchange(
     """
     if backend == "mapped":
         return MappedExchange(group, lanes, key, CudaSharing(device))
-    sizes, roll = open_beside(group, topology, lanes, key=key, address=address)
+    sizes, presence = open_host_exchanges(group, topology, lanes, key=key, address=address)
     try:
         medium = open_stream_medium(group, key, device)
     except ConfigError:
         sizes.close()
-        roll.close()
+        presence.close()
         raise
-    return CollectiveExchange(group, lanes, sizes, roll, medium, order)
+    return CollectiveExchange(group, lanes, sizes, presence, medium, order)
 
 
-def open_beside(
+def open_host_exchanges(
     group: Group, topology: Topology, lanes: Lanes, *, key: str, address: str | None = None
 ) -> tuple[Exchange, Exchange]:
-    """Of a ``CollectiveExchange``: what carries its sizes, and what its roll is called in."""
+    """Of a ``CollectiveExchange``: what carries its sizes, and what tells who is there."""
 
     def opened(of: Lanes, name: str) -> Exchange:
         return open_exchange("auto", group, topology, of, key=f"{key}/{name}", address=address)
 
-    return opened(size_lanes(lanes), "sizes"), opened(roll_lanes(lanes), "roll")
+    return opened(size_lanes(lanes), "sizes"), opened(presence_lanes(lanes), "presence")

@@ -22,7 +22,7 @@ from moeserve.comm.exchange.base import Exchange, Lanes
 from moeserve.comm.exchange.collective import BeginningOrder, CollectiveExchange
 from moeserve.comm.exchange.mapped import MappedExchange, ThreadSharing
 from moeserve.comm.exchange.media import HostMedium
-from moeserve.comm.exchange.open import open_beside
+from moeserve.comm.exchange.open import open_host_exchanges
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
 from moeserve.kernels.ascend.ops import AscendOps
@@ -33,7 +33,7 @@ from moeserve.kernels.wire import Combine
 from moeserve.observe.progress import Progress
 
 HIDDEN, INNER, EXPERTS, CHOSEN = 34, 16, 8, 3
-ROWS = (5, 3)  # of each rank
+ROWS = (5, 3, 0, 2)  # of each rank
 LANES = Lanes((1 << 16, 1 << 16), 20.0)
 
 
@@ -64,11 +64,11 @@ class Mixture:
         torch.manual_seed(5)
         up = torch.randn(EXPERTS, 2 * INNER, HIDDEN) / 6
         down = torch.randn(EXPERTS, HIDDEN, INNER) / 4
-        rows = [ROWS[r % 2] for r in range(world)]
+        rows = ROWS[:world]
         routed = [
             (
                 torch.randn(n, HIDDEN),
-                torch.stack([torch.randperm(EXPERTS)[:CHOSEN] for _ in range(n)]).int(),
+                torch.rand(n, EXPERTS).topk(CHOSEN).indices.int(),
                 torch.rand(n, CHOSEN),
             )
             for n in rows
@@ -96,21 +96,21 @@ def router() -> Part[RouterWeights]:
 
 @dataclass(frozen=True)
 class Way:
-    """How one rank's exchanges carry bytes; ``shelf`` is one for all, None for collectives."""
+    """How one rank's exchanges carry bytes; ``shared`` is one for all, None for collectives."""
 
     order: BeginningOrder
-    shelf: dict[Any, Any] | None
+    shared: dict[Any, Any] | None
 
     def open(self, group: Group, key: str) -> Exchange:
-        if self.shelf is None:
+        if self.shared is None:
             return by_collectives(group, key, self.order)
-        return MappedExchange(group, LANES, key, ThreadSharing(DEVICE, self.shelf))
+        return MappedExchange(group, LANES, key, ThreadSharing(DEVICE, self.shared))
 
 
 def by_collectives(group: Group, key: str, order: BeginningOrder) -> Exchange:
-    beside = open_beside(group, Topology((0,) * 4), LANES, key=key)
+    on_host = open_host_exchanges(group, Topology((0,) * 4), LANES, key=key)
     medium = HostMedium.open(group, key, DEVICE, bare)
-    return CollectiveExchange(group, LANES, *beside, medium, order)
+    return CollectiveExchange(group, LANES, *on_host, medium, order)
 
 
 def as_ranks(world: int, run: Callable[[Group, Crossings], Tensor]) -> list[Tensor]:
@@ -147,11 +147,11 @@ def test_ranks_give_the_bits_of_one_and_the_host_sees_one_tensor_a_hop(
     """With ``node``, over nodes of so many ranks: two hops, of which each counts once."""
     world = 2 * node or 2
     mixture, layout = Mixture.drawn(combine, world), layout_of(world, replicas)
-    shelf: dict[Any, Any] | None = {} if mapped else None
+    shared: dict[Any, Any] | None = {} if mapped else None
     wanted = [mixture.alone(there, r) for r in range(world)]
 
     def run(group: Group, seen: Crossings) -> Tensor:
-        rank, way = group.rank, Way(BeginningOrder(), shelf)
+        rank, way = group.rank, Way(BeginningOrder(), shared)
         part = mixture.part(there, list(layout.of_rank(rank)))
         sharded = shard_experts(there, router(), part, layout, node or 1, wide=True)
         topology = Topology(tuple(r // (node or world) for r in range(world)))
