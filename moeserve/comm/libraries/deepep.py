@@ -43,7 +43,7 @@ Buffer = Any
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class BufferRank:
     """This rank among those of the buffer."""
 
     rank: int
@@ -59,7 +59,7 @@ class Seat:
 class _DeepEp(ABC):
     """What both kinds share: everything but the kernels."""
 
-    def __init__(self, ops: Ops, buffer: Buffer, seat: Seat, progress: Progress) -> None:
+    def __init__(self, ops: Ops, buffer: Buffer, seat: BufferRank, progress: Progress) -> None:
         self.stats = DispatchStats()
         self._ops = ops
         self._buffer = buffer
@@ -182,7 +182,7 @@ class DeepEpLowLatencyDispatcher(_DeepEp):
     """By the kernels of low latency; ``tokens`` is the most that a rank sends at a time."""
 
     def __init__(
-        self, ops: Ops, buffer: Buffer, seat: Seat, progress: Progress, tokens: int
+        self, ops: Ops, buffer: Buffer, seat: BufferRank, progress: Progress, tokens: int
     ) -> None:
         super().__init__(ops, buffer, seat, progress)
         self._tokens = tokens

@@ -20,7 +20,7 @@ from moeserve.comm.build import Bounds, lanes_of, shard_layers
 from moeserve.comm.dispatcher import Dispatcher, FlatDispatcher, RunExperts, ShardedExperts
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.libraries.deepep import DeepEpDispatcher, DeepEpLowLatencyDispatcher, Seat
+from moeserve.comm.libraries.deepep import BufferRank, DeepEpDispatcher, DeepEpLowLatencyDispatcher
 from moeserve.comm.libraries.deepep_exchange import PAGE, DeepEpExchange
 from moeserve.comm.libraries.process_group import hccl_name, process_group
 from moeserve.comm.libraries.promise import DEEPEP, LOW_LATENCY, MOE_DISTRIBUTE, promise_of
@@ -54,8 +54,8 @@ class LibrarySetup:
     progress: Progress
 
     @property
-    def seat(self) -> Seat:
-        return Seat(self.group.rank, self.group.world, self.topology)
+    def seat(self) -> BufferRank:
+        return BufferRank(self.group.rank, self.group.world, self.topology)
 
     @property
     def hidden(self) -> int:
