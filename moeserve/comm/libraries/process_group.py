@@ -34,8 +34,9 @@ def nccl_group(group: Group) -> Any:
         if dist.is_initialized():
             return dist.new_group(backend="nccl", timeout=bound)
         store = PrefixStore("deep_ep", group.store)
-        ranks = {"rank": group.rank, "world_size": group.world}
-        dist.init_process_group("nccl", store=store, timeout=bound, **ranks)
+        dist.init_process_group(
+            "nccl", store=store, rank=group.rank, world_size=group.world, timeout=bound
+        )
         return dist.group.WORLD
 
     return _in_one_line("NCCL", made)
