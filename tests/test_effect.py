@@ -81,7 +81,7 @@ def test_what_another_setting_makes_idle_is_refused(flags: dict[str, str], says:
 
 
 def test_a_library_between_ranks_needs_no_backend() -> None:
-    with pytest.raises(ConfigError, match="--ep-backend='tcp': .*a library moves tokens between"):
+    with pytest.raises(ConfigError, match=r"--ep-backend='tcp': .*a library moves tokens between"):
         require_effect(*given({"ep_backend": "tcp", "dispatcher": "deepep"}), ranks=2)
     require_effect(*given({"dispatcher": "deepep"}), ranks=2)
 
