@@ -80,6 +80,12 @@ def test_what_another_setting_makes_idle_is_refused(flags: dict[str, str], says:
     require_effect(*given(dict(others)))
 
 
+def test_a_library_between_ranks_needs_no_backend() -> None:
+    with pytest.raises(ConfigError, match=r"--ep-backend='tcp': .*a library moves tokens between"):
+        require_effect(*given({"ep_backend": "tcp", "dispatcher": "deepep"}), ranks=2)
+    require_effect(*given({"dispatcher": "deepep"}), ranks=2)
+
+
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_attention_may_stay_in_floats_where_others_are_rounded(quantization: str) -> None:
     require_effect(*given({"quantize_attention": False, "quantization": quantization}))

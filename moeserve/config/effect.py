@@ -47,6 +47,12 @@ RULES = (
         "it to `moeserve serve`",
     ),
     Rule(
+        frozenset({"ep_backend"}),
+        lambda options, ranks: options.dispatcher != "auto",
+        "a library moves tokens between ranks",
+        "`--dispatcher auto`",
+    ),
+    Rule(
         frozenset({"device_memory"}),
         lambda options, ranks: options.device == "cpu",
         "ranks compute on the CPU, whose budget is --memory",

@@ -23,6 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moeserve.comm.build import Bounds
 from moeserve.comm.dispatcher import Dispatcher, ShardedExperts
@@ -33,6 +34,7 @@ from moeserve.comm.libraries import deepep_twin
 from moeserve.comm.libraries import open as opening
 from moeserve.comm.libraries.deepep_exchange import ROOM, DeepEpExchange
 from moeserve.comm.libraries.deepep_twin import Buffer, ThreadGroup
+from moeserve.comm.libraries.process_group import hccl_group, nccl_group
 from moeserve.comm.libraries.promise import (
     DEEPEP,
     LOW_LATENCY,
@@ -74,12 +76,8 @@ def _cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "deep_ep", deepep_twin.module)
     monkeypatch.setattr(opening, "npu_name", lambda device: "Ascend910_9392")
     monkeypatch.setenv("HCCL_BUFFSIZE", "4096")
-    monkeypatch.setattr(opening, "hccl_name", lambda group, rank: group.meeting.name)
-    monkeypatch.setattr(
-        opening,
-        "process_group",
-        lambda backend, group, key, timeout_s: ThreadGroup(group.store, group.rank),
-    )
+    monkeypatch.setattr(opening, "hccl_group", lambda group: (group.store.name, None))
+    monkeypatch.setattr(opening, "nccl_group", lambda group: ThreadGroup(group.store, group.rank))
     for name in (DEEPEP, LOW_LATENCY):
         monkeypatch.setitem(opening.LACKS, name, lambda setup: "")  # type: ignore[arg-type]
 
@@ -464,3 +462,14 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_opened(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"dispatcher={name} does not .* give --combine (e|f)"):
         promise_of(name, combine)
+
+
+@pytest.mark.parametrize(("make", "name"), [(nccl_group, "NCCL"), (hccl_group, "HCCL")])
+def test_a_torch_without_the_library_is_one_line(
+    make: Callable[[Group], Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING"):
+        monkeypatch.setenv(f"TORCH_{name}_{variable}", "0")
+    with pytest.raises(ConfigError, match=f"no group of {name} can be made: .*; {name}_DEBUG") as e:
+        make(Group(0, 1, HashStore()))
+    assert "\n" not in e.value.message

@@ -289,3 +289,38 @@ def test_a_call_outside_of_a_limit_is_an_error_before_it_is_made(npu: AscendOps)
         torch.ops.npu.npu_swiglu(codes.float(), axis=1)
     with pytest.raises(ConfigError, match="serve the folder that was packed"):
         npu.record_layout(npu.pack_experts(draw(1, 2, 8, 4), draw(2, 2, 4, 4)))
+
+
+def test_whole_int8_weights_are_cast_to_nz_once_and_no_bit_changes(
+    npu: AscendOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Floats and what is not whole in blocks of 32 stay as they are, and so does KV."""
+    cast: list[tuple[int, ...]] = []
+    in_nz = calls.in_nz
+    monkeypatch.setattr(calls, "in_nz", lambda w: cast.append(tuple(w.shape)) or in_nz(w))
+    own, kinds = AscendOps(npu.device, nz=True), ("int8", "float32")
+    sizes = [(64, 96), (64, 40), (33, 64)]
+    pairs = [
+        (own.pack_linear(weight), npu.pack_linear(weight))
+        for kind in kinds
+        for weight in (as_kind(draw(1, out, into), kind) for out, into in sizes)
+    ]
+    assert cast == [(96, 64)]
+    experts = [as_kind(draw(n, 3, *size), "int8") for n, size in enumerate([(64, 32), (32, 32)])]
+    packed = own.pack_experts(*experts), npu.pack_experts(*experts)
+    heads = as_kind(draw(3, 4, 32, 64), "int8")
+    both = own.pack_heads(heads), npu.pack_heads(heads)
+    assert cast == [(96, 64), (3, 32, 64), (3, 32, 32), (4, 64, 32)]
+    for mine, theirs in pairs:
+        x = draw(2, 5, mine.in_features)
+        assert torch.equal(own.linear(x, mine), npu.linear(x, theirs))
+    x, ids = draw(4, 5, 32), torch.tensor([[0, 2]] * 5, dtype=torch.int32)
+    found = [
+        t.moe_ffn(x, e, ids, torch.ones(5, 2)) for t, e in zip((own, npu), packed, strict=True)
+    ]
+    assert torch.equal(*found)
+    rows = draw(5, 5, 4, 64)
+    assert torch.equal(own.linear_heads(rows, both[0]), npu.linear_heads(rows, both[1]))
+    filled(own, GQA, torch.arange(256))
+    assert len(cast) == 4
+    assert not calls.allow_nz(npu.device)

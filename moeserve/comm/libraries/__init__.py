@@ -9,6 +9,6 @@ it is asked for, is installed, and can do it.
     deepep                   DeepEP's kernels: normal, and of low latency
     deepep_exchange          DeepEP's dispatch as a carrier of our own records
     deepep_twin              deep_ep.Buffer in plain torch, for machines without GPUs
-    process_group            the group of torch.distributed that a library wants
+    process_group            the groups of NCCL and HCCL that libraries want
     open                     what a set-up lacks; the dispatcher of one that lacks nothing
 """

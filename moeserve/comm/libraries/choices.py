@@ -33,8 +33,9 @@ def copies_of_choices(
 ) -> tuple[int, int]:
     """How many choices go to other ranks, and how many of these to ``abroad``."""
     there_P = slot_TC[slot_TC >= 0] // slots
-    far = torch.isin(there_P, there_P.new_tensor(list(abroad)))
-    return int((there_P != rank).sum()), int(far.sum())
+    far = torch.isin(there_P, torch.tensor(list(abroad), device=there_P.device))
+    away, afar = torch.stack([(there_P != rank).sum(), far.sum()]).tolist()
+    return away, afar
 
 
 def rows_of_choices(ops: Ops, part: Part[MoeWeights], x_PH: Tensor, slot_P: Tensor) -> Tensor:

@@ -31,15 +31,21 @@ from moeserve.observe.progress import Progress
 
 
 class MoeDistributeDispatcher:
-    """Collective. ``stats.came`` stays 0, for the host does not learn what came; the bytes of
-    ``combine_bytes`` are those that come back."""
+    """``held`` is what HCCL's group lasts as long as. ``stats.came`` stays 0, for the host does not
+    learn what came; the bytes of ``combine_bytes`` are those that come back."""
 
     def __init__(
-        self, ops: AscendOps, group: EpGroup, topology: Topology, progress: Progress
+        self,
+        ops: AscendOps,
+        group: EpGroup,
+        topology: Topology,
+        progress: Progress,
+        held: object = None,
     ) -> None:
         self.stats = DispatchStats()
         self._ops = ops
         self._group = group
+        self._held = held
         self._progress = progress
         home = topology.node_R[group.rank]
         self._abroad = [r for r, node in enumerate(topology.node_R) if node != home]
@@ -60,7 +66,7 @@ class MoeDistributeDispatcher:
         x_TH += total_TH if shared_TH is None else total_TH + shared_TH
 
     def close(self) -> None:
-        """HCCL's group goes with the process."""
+        self._held = None
 
     def _mixture(self, sharded: ShardedExperts, routed: Routed, slot_TC: Tensor) -> Tensor:
         ops, group, experts = self._ops, self._group, sharded.part.weights.experts

@@ -22,7 +22,7 @@ from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
 from moeserve.comm.libraries.deepep import BufferRank, DeepEpDispatcher, DeepEpLowLatencyDispatcher
 from moeserve.comm.libraries.deepep_exchange import PAGE, DeepEpExchange
-from moeserve.comm.libraries.process_group import hccl_name, process_group
+from moeserve.comm.libraries.process_group import hccl_group, nccl_group
 from moeserve.comm.libraries.promise import DEEPEP, LOW_LATENCY, MOE_DISTRIBUTE, promise_of
 from moeserve.comm.pipeline import ParallelLayerRunner
 from moeserve.errors import ConfigError
@@ -218,7 +218,7 @@ def open_low_latency(setup: LibrarySetup) -> Dispatcher:
 
 def opened_buffer(setup: LibrarySetup, make: Callable[[Any], Any]) -> Any:
     """ConfigError with DeepEP's own first line where it cannot be opened."""
-    group = process_group("nccl", setup.group, MODULE, setup.bounds.deadline_s)
+    group = nccl_group(setup.group)
     try:
         return make(group)
     except (RuntimeError, AssertionError, OSError) as error:
@@ -233,10 +233,9 @@ def open_moe_distribute(setup: LibrarySetup) -> Dispatcher:
     from moeserve.comm.libraries.moe_distribute import MoeDistributeDispatcher
     from moeserve.kernels.ascend.calls import EpGroup
 
-    # Of its own: nothing else may run in it.
-    made = process_group("hccl", setup.group, MOE_DISTRIBUTE, setup.bounds.deadline_s)
+    name, held = hccl_group(setup.group)
     group = EpGroup(
-        hccl_name(made, setup.group.rank),
+        name,
         setup.group.world,
         setup.group.rank,
         setup.slots,
@@ -244,7 +243,7 @@ def open_moe_distribute(setup: LibrarySetup) -> Dispatcher:
         generation_of(setup.ops.device),
     )
     ops = cast("AscendOps", setup.ops)
-    return MoeDistributeDispatcher(ops, group, setup.topology, setup.progress)
+    return MoeDistributeDispatcher(ops, group, setup.topology, setup.progress, held)
 
 
 LACKS: Mapping[str, Callable[[LibrarySetup], str]] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ USED = (
 )
 # Between ranks, where they are asked to carry tokens.
 BETWEEN_RANKS = ("npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2")
-# Weights in the format of the cube units, where they are asked for in it.
+# Weights in the format of the cube units.
 FORMATS = ("npu_format_cast",)
 CALLED = (*USED, *BETWEEN_RANKS, *FORMATS)
 DROPLESS, COUNTS, NOT_QUANTISED, GATHER = 0, 1, -1, 0
@@ -366,8 +366,17 @@ def _of_group(group: EpGroup) -> dict[str, str | int]:
 
 
 def in_nz(weight_EKN: Tensor) -> Tensor:
-    """The same numbers in FRACTAL_NZ, the format that the cube units read (int8, bf16)."""
+    """The same numbers in FRACTAL_NZ, the order in which the cube units read them (int8)."""
     name = "npu_format_cast"
-    require(weight_EKN.dtype in (torch.int8, torch.bfloat16), name, weight_EKN.dtype)
+    require(weight_EKN.dtype is torch.int8, name, weight_EKN.dtype)
     require(weight_EKN.dim() in (2, 3) and weight_EKN.is_contiguous(), name, weight_EKN.shape)
     return cast("Tensor", torch.ops.npu.npu_format_cast(weight_EKN, FRACTAL_NZ))
+
+
+def allow_nz(device: torch.device) -> bool:
+    """Whether weights on the device can be cast, which torch_npu is allowed to do from now on."""
+    if device.type != "npu" or not has(FORMATS[0]):
+        return False
+    backend: Any = getattr(torch, "npu")  # noqa: B009, torch_npu puts it there
+    backend.config.allow_internal_format = True
+    return True

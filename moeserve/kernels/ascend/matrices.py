@@ -5,6 +5,10 @@ fp32 and in this order, float(sum) * activation scale * weight scale + bias: the
 ``reference.products``. fp32 and bf16: the operator accumulates as it does and gives the dtype of
 its inputs, which is widened. int4 has no operator that keeps sums of groups exact.
 
+int8 weights may lie in FRACTAL_NZ, the order in which the cube units read them: the same numbers,
+and sums of integers are exact in any order, so no bit changes. Only those are cast whose sizes are
+whole blocks of that order, which then take no more memory.
+
 Letters: see ``ops``; R rows in order of their matrices.
 """
 
@@ -19,14 +23,22 @@ from moeserve.kernels.ascend import calls
 from moeserve.kernels.ascend.limits import MOST_INNER
 from moeserve.kernels.matrix import Int4Matrix, Int8Matrix, Matrix, Source, joined
 
+# Of FRACTAL_NZ for int8: 16 rows of 32 bytes, taken as whole both ways.
+NZ_BLOCK = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """A stack, or one where E is 1; ``scale_EN`` where codes are int8."""
+    """A stack, or where E is 1 one matrix [K, N], which a format is of as a whole; ``scale_EN``
+    where codes are int8."""
 
     data_EKN: Tensor
     scale_EN: Tensor | None
     bias_EN: Tensor | None
+
+    @property
+    def count(self) -> int:
+        return 1 if self.data_EKN.dim() == 2 else len(self.data_EKN)
 
     @property
     def whole(self) -> bool:
@@ -47,9 +59,9 @@ class DeviceExperts:
 
 
 def to_device(
-    source: Source, bias: Tensor | None, device: torch.device, stacked: bool
+    source: Source, bias: Tensor | None, device: torch.device, *, stacked: bool, nz: bool
 ) -> Matrices | None:
-    """None where the weights are int4."""
+    """None where the weights are int4. ``nz``: in FRACTAL_NZ where that is whole."""
     matrix: Matrix = joined(source)
     if isinstance(matrix, Int4Matrix):
         return None
@@ -63,7 +75,16 @@ def to_device(
         data = data[None]
         scale = None if scale is None else scale[None]
         biases = None if biases is None else biases[None]
-    return Matrices(data.to(device).transpose(1, 2).contiguous(), scale, biases)
+    data = data.to(device).transpose(1, 2).contiguous()
+    data = data[0] if len(data) == 1 else data
+    return Matrices(calls.in_nz(data) if nz and is_whole_in_nz(data) else data, scale, biases)
+
+
+def is_whole_in_nz(data_EKN: Tensor) -> bool:
+    """Whether it is int8 in whole blocks, and no product has to cut it into pieces."""
+    *_, into, out = data_EKN.shape
+    whole = not (into % NZ_BLOCK or out % NZ_BLOCK)
+    return data_EKN.dtype is torch.int8 and whole and max(into, out) <= MOST_INNER
 
 
 def rounded(x_RK: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor | None]:
@@ -89,11 +110,12 @@ def quantize(x_RK: Tensor) -> tuple[Tensor, Tensor]:
 
 def product(x_RK: Tensor, scale_R: Tensor | None, one: Matrices, ones_1: Tensor) -> Tensor:
     """[R, N] in fp32 over a single matrix, in pieces that the operators take."""
-    weight_KN, width = one.data_EKN[0], one.data_EKN.shape[2]
+    weight_KN, width = one.data_EKN, one.data_EKN.shape[-1]
     pieces: list[Tensor] = []
     for start in range(0, width, MOST_INNER):
-        part_KN = weight_KN if width <= MOST_INNER else weight_KN[:, start : start + MOST_INNER]
-        part_KN = part_KN.contiguous()
+        part_KN = weight_KN
+        if width > MOST_INNER:
+            part_KN = weight_KN[:, start : start + MOST_INNER].contiguous()
         if one.whole:
             pieces.append(calls.quant_matmul(x_RK, part_KN, ones_1))
         else:
@@ -106,7 +128,7 @@ def grouped_product(
     x_RK: Tensor, scale_R: Tensor | None, several: Matrices, counts_E: Tensor, ones_1: Tensor
 ) -> Tensor:
     """[R, N] in fp32; rows past the sum of the counts are garbage."""
-    if len(several.data_EKN) == 1:
+    if several.count == 1:
         return product(x_RK, scale_R, several, ones_1)
     out_RN = calls.grouped_matmul(x_RK, several.data_EKN, counts_E)
     return finished(out_RN, scale_R, several, owners(counts_E, len(x_RK)))

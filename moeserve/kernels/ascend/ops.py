@@ -74,8 +74,11 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
     name = "ascend"
     packing = "ascend, version 1"
 
-    def __init__(self, device: torch.device, host: Ops | None = None) -> None:
+    def __init__(
+        self, device: torch.device, host: Ops | None = None, *, nz: bool | None = None
+    ) -> None:
         self.device = device
+        self._nz = calls.allow_nz(device) if nz is None else nz
         self.host: Ops = host or cpu_ops(None)
         self.fallbacks: dict[str, str] = {}
         self._ones_1 = torch.ones(1, device=device)
@@ -88,9 +91,12 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
             log = logging.getLogger("moeserve.kernels")
             log.warning("%s: the host's CPU takes its place, for %s", what, why)
 
+    def _to_device(self, source: Source, bias: Tensor | None, *, stacked: bool) -> Matrices | None:
+        return matrices.to_device(source, bias, self.device, stacked=stacked, nz=self._nz)
+
     def pack_linear(self, weight_NK: Source, bias_N: Tensor | None = None) -> Linear:
         out, into = weight_NK.shape
-        found: Any = matrices.to_device(weight_NK, bias_N, self.device, stacked=False)
+        found: Any = self._to_device(weight_NK, bias_N, stacked=False)
         if found is None:
             self.fall_back(*INT4)
             found = self.host.pack_linear(weight_NK, bias_N)
@@ -98,7 +104,7 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
 
     def pack_heads(self, weight_ANK: Source) -> Linear:
         _, out, into = weight_ANK.shape
-        found: Any = matrices.to_device(weight_ANK, None, self.device, stacked=True)
+        found: Any = self._to_device(weight_ANK, None, stacked=True)
         if found is None:
             self.fall_back(*INT4)
             found = self.host.pack_heads(weight_ANK)
@@ -113,8 +119,8 @@ class AscendOps(Composed, AscendDispatch, WithoutRecords):
         activation: Activation = Activation.SWIGLU,
     ) -> Experts:
         num, hidden, inner = down_EHI.shape
-        ups = matrices.to_device(gate_up_E2IH, gate_up_bias_E2I, self.device, stacked=True)
-        downs = matrices.to_device(down_EHI, down_bias_EH, self.device, stacked=True)
+        ups = self._to_device(gate_up_E2IH, gate_up_bias_E2I, stacked=True)
+        downs = self._to_device(down_EHI, down_bias_EH, stacked=True)
         if ups is None or downs is None:
             self.fall_back(*INT4)
             biases = gate_up_bias_E2I, down_bias_EH

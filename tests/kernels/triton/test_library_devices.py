@@ -15,7 +15,7 @@ from moeserve.comm.dispatcher import ShardedExperts
 from moeserve.comm.exchange.base import Lanes
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
-from moeserve.comm.libraries.deepep import DeepEpDispatcher, DeepEpLowLatencyDispatcher, Seat
+from moeserve.comm.libraries.deepep import BufferRank, DeepEpDispatcher, DeepEpLowLatencyDispatcher
 from moeserve.comm.libraries.deepep_exchange import ROOM, DeepEpExchange
 from moeserve.comm.libraries.deepep_twin import Buffer, ThreadGroup
 from moeserve.comm.table import table_of
@@ -29,7 +29,7 @@ from moeserve.observe.progress import Progress
 
 HIDDEN, EXPERTS, MOST = 2048, 4, 4
 REFERENCE = ReferenceOps()
-SEAT = Seat(0, 1, Topology((0,)))
+SEAT = BufferRank(0, 1, Topology((0,)))
 
 
 def there(*tensors: Tensor) -> list[Tensor]:
