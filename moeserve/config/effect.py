@@ -47,6 +47,12 @@ RULES = (
         "it to `moeserve serve`",
     ),
     Rule(
+        frozenset({"split"}),
+        lambda options, ranks: ranks > 1 or hasattr(options, "role"),
+        "two processes share the steps of one rank that stands alone",
+        "it to `moeserve serve` without `--ep`",
+    ),
+    Rule(
         frozenset({"device_memory"}),
         lambda options, ranks: options.device == "cpu",
         "ranks compute on the CPU, whose budget is --memory",
