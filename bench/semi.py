@@ -177,10 +177,10 @@ def show(rows: Sequence[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="example: python bench/semi.py --seconds 20 --out bench/results/semi.json",
+        epilog="example: python bench/semi.py --seconds 15 --out bench/results/semi.json",
     )
     parser.add_argument("--model", type=Path, help="a packed folder")
-    parser.add_argument("--seconds", type=float, default=20.0, help="that requests come for")
+    parser.add_argument("--seconds", type=float, default=15.0, help="that requests come for")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--chats", type=float, default=2.0, help="a second")
     parser.add_argument("--documents", type=float, default=0.5, help="a second")
