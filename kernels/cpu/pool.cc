@@ -98,7 +98,14 @@ class Pool {
   explicit Pool(int threads) : threads_(threads) {}
 
   int threads() const { return threads_.load(std::memory_order_relaxed); }
-  void set_threads(int count) { threads_.store(count, std::memory_order_relaxed); }
+
+  // May be called while a loop runs, which ends with the threads that it has. Workers beyond the
+  // number rest until it grows again: nobody wakes them for loops that they have no part in.
+  void set_threads(int count) {
+    threads_.store(count, std::memory_order_seq_cst);
+    resizes_.fetch_add(1, std::memory_order_seq_cst);
+    syscall(SYS_futex, &resizes_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+  }
 
   void wake() {
     if (threads() > 1 && asleep_.load(std::memory_order_seq_cst)) wake_all();
@@ -161,6 +168,7 @@ class Pool {
       return Ticket{ticket_.load(std::memory_order_acquire)}.wants(worker);
     };
     for (;;) {
+      if (rest(worker)) continue;
       if (!spin_until(called)) {
         const uint32_t seen = wakes_.load(std::memory_order_seq_cst);
         asleep_.store(true, std::memory_order_seq_cst);
@@ -170,6 +178,16 @@ class Pool {
       }
       if (const int64_t taken = take_items()) done_.fetch_add(taken, std::memory_order_release);
     }
+  }
+
+  // False where the worker is one of those that share loops. A number that is set too late to be
+  // seen here has been counted in `resizes_` too late for it to be `seen`.
+  bool rest(int worker) {
+    if (worker + 1 < threads()) return false;
+    const uint32_t seen = resizes_.load(std::memory_order_seq_cst);
+    if (worker + 1 < threads_.load(std::memory_order_seq_cst)) return false;
+    syscall(SYS_futex, &resizes_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+    return true;
   }
 
   // A worker that set `asleep_` too late to be seen here has read `wakes_` too early to sleep.
@@ -189,6 +207,7 @@ class Pool {
   alignas(64) std::atomic<bool> busy_{false};
   int started_ = 0;
   std::atomic<int> threads_;
+  std::atomic<uint32_t> resizes_{0};
 };
 
 // Physical cores among the CPUs this process may use: two threads of one core share its FMA units.

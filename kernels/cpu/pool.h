@@ -36,7 +36,8 @@ class Alone {
   bool before_;
 };
 
-// Threads that share a loop, the caller included.
+// Threads that share a loop, the caller included. The number may change between two loops, or while
+// one runs; a worker that is over rests until it grows again.
 int threads();
 void set_threads(int count);
 

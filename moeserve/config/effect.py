@@ -53,6 +53,12 @@ RULES = (
         "`--dispatcher auto`",
     ),
     Rule(
+        frozenset({"split"}),
+        lambda options, ranks: ranks > 1 or hasattr(options, "role"),
+        "two processes share the steps of one rank that stands alone",
+        "it to `moeserve serve` without `--ep`",
+    ),
+    Rule(
         frozenset({"device_memory"}),
         lambda options, ranks: options.device == "cpu",
         "ranks compute on the CPU, whose budget is --memory",

@@ -34,6 +34,7 @@ DRAWN = SamplingParams(temperature=0.9, max_tokens=9, seed=5, top_k=20, repetiti
 LONG = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, logprobs=0)
 PROMPTS = [[7 * i % 250 + j for j in range(3 + 9 * i)] for i in range(6)]
 FEW = {"num_blocks": 20, "max_model_len": 64, "swap_memory": 1 << 20, "speculation": "ngram"}
+FEW |= {"prefix_cache": False, "ttft_target": 40, "tpot_target": 5}
 NAMES = itertools.count()
 
 

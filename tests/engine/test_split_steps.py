@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moeserve.core import (
+    BlockId,
+    Chunk,
     Counters,
     FinishReason,
+    Logprobs,
     Request,
     RequestId,
+    Sampled,
     SamplingParams,
+    Scored,
     StepPlan,
     StepResult,
 )
@@ -30,6 +35,7 @@ from moeserve.engine.policies.split import FIRST_TOKENS, GAPS, CoreShare
 from moeserve.engine.policies.swap import SwapOrCompute
 from moeserve.engine.policies.targets import NO_TARGETS, LatencyTargets
 from moeserve.engine.scheduler import Scheduler
+from moeserve.engine.semi.messages import read_result, read_step, write_result, write_step
 from moeserve.engine.semi.scheduler import SplitScheduler
 from moeserve.engine.semi.steps import GONE_S, LOST, STEP_S, Answer, SplitSteps
 from moeserve.engine.sequence import SequenceState
@@ -376,6 +382,60 @@ def test_cores_go_to_who_misses_a_target_and_stay_where_both_do() -> None:
     assert [window(late=False, over=False) for _ in range(2)] == [1, 1]
     assert (cores.here(prompts=True), cores.elsewhere(newest=True)) == (7, 1)
     assert (cores.here(prompts=False), cores.elsewhere(newest=False)) == (8, 8)
+
+
+scores = st.builds(
+    Logprobs,
+    st.floats(allow_nan=False),
+    st.lists(st.tuples(st.integers(0, 99), st.floats(allow_nan=False))).map(tuple),
+)
+results = st.builds(
+    StepResult,
+    st.lists(
+        st.builds(
+            Sampled,
+            st.text().map(RequestId),
+            st.lists(st.integers(0, 99), max_size=3).map(tuple),
+            st.lists(scores, max_size=2).map(tuple),
+        ),
+        max_size=3,
+    ).map(tuple),
+    st.lists(st.tuples(st.text().map(RequestId), st.text()), max_size=2).map(tuple),
+    st.lists(st.builds(Scored, st.text().map(RequestId), st.tuples(scores)), max_size=2).map(tuple),
+    st.frozensets(st.text().map(RequestId), max_size=2),
+)
+
+
+@given(results)
+def test_results_come_as_they_went(result: StepResult) -> None:
+    assert read_result(write_result(result)) == result
+
+
+@given(
+    prompt=st.lists(st.integers(0, 99), min_size=2, max_size=40).map(tuple),
+    made=st.lists(st.integers(0, 99), max_size=5),
+    first=st.integers(0, 10),
+    samples=st.integers(0, 1),
+    scored=st.booleans(),
+    threads=st.integers(1, 9),
+)
+def test_steps_come_as_they_went_and_prompts_only_where_somebody_asks(
+    prompt: tuple[int, ...],
+    made: list[int],
+    first: int,
+    samples: int,
+    scored: bool,
+    threads: int,
+) -> None:
+    request = ask("é", prompt, seed=2**64 - 1, prompt_logprobs=2 if scored else None)
+    blocks = tuple(map(BlockId, range(3, 9)))
+    chunk = Chunk(request, prompt[first:], first, blocks, samples, made, 0, first + 1)
+    plan, count = read_step(*write_step(StepPlan((chunk,)), threads), 100)
+    (found,) = plan.chunks
+    assert count == threads
+    if not (samples or scored):
+        chunk = chunk._replace(request=replace(request, prompt_ids=()), output_ids=[])
+    assert found == chunk
 
 
 def drain(parts: Parts) -> None:

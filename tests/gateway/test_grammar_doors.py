@@ -196,7 +196,7 @@ def test_hostile_forms_are_refused_while_others_stream_on(
 
 def test_a_form_that_ends_the_ranks_worker_fails_alone(demo: House) -> None:
     """What no door would let pass, as if one had: others with and without a form go on."""
-    masks = demo.own.executor.masks
+    masks = demo.server.loaded.own.executor.masks
     answer(demo, temperature=0, max_tokens=2, guided_regex="a+")
     workers = masks.counts.workers
     events: list[Any] = []

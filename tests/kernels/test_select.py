@@ -128,6 +128,53 @@ def test_callers_at_the_same_time_do_not_disturb_each_other() -> None:
     assert not wrong
 
 
+RESIZED = """
+import os, time, torch
+from moeserve.kernels.cpu import _cpu
+from moeserve.kernels.cpu.ops import CpuOps
+
+def switches():
+    found = {}
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/status") as status:
+            found[task] = sum(int(line.split()[1]) for line in status if "ctxt_switches" in line)
+    return found
+
+def of_workers():
+    return {task: count for task, count in switches().items() if task in workers}
+
+def workers_woken():
+    before = None
+    while before != (before := of_workers()):  # until all have gone to sleep
+        time.sleep(0.05)
+    for _ in range(20):
+        assert torch.equal(ops.linear(x, weight), expected)
+        time.sleep(0.002)
+    return sum(after > before[task] for task, after in of_workers().items())
+
+torch.set_num_threads(1)
+_cpu.set_threads(1)
+ops = CpuOps()
+weight, x = ops.pack_linear(torch.randn(500, 300)), torch.randn(8, 300)
+expected = ops.linear(x, weight)
+before = switches()
+_cpu.set_threads(5)
+ops.linear(x, weight)
+workers = switches().keys() - before.keys()
+woken = []
+for count in (5, 2, 1, 3):
+    _cpu.set_threads(count)
+    ops.linear(x, weight)
+    woken.append(workers_woken())
+print(len(workers), *woken)
+"""
+
+
+def test_workers_that_are_too_many_rest_until_the_pool_grows_again() -> None:
+    done = python(RESIZED)
+    assert (done.stdout, done.returncode) == ("4 4 1 0 2\n", 0), done.stderr
+
+
 FORK = """
 import os, torch
 from moeserve.kernels.cpu import _cpu

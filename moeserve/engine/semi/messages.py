@@ -2,14 +2,16 @@
 
 A frame (``process.frames``) has a small head, and a payload of JSON; behind that of a step stand
 the requests of its chunks, as ``rank.proto`` has them (``ranks.messages``). None has any KV.
-A step stands for itself: whoever runs it needs to know of none before. Stop strings and deadlines
-do not travel; they are matters of doors and of the scheduler. Floats keep every bit.
+A step stands for itself: whoever runs it needs to know of none before. A prompt travels as a whole
+with its last chunk, whose sampling may ask for it, and with all where it is scored. Stop strings
+and deadlines do not travel; they are matters of doors and of the scheduler. Floats keep every bit.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moeserve.core import (
@@ -89,8 +91,11 @@ def read_result(payload: bytes) -> StepResult:
 
 
 def _request_of(chunk: Chunk) -> bytes:
+    request, made = chunk.request, tuple(chunk.output_ids)
+    if not chunk.samples and request.params.prompt_logprobs is None:
+        request, made = replace(request, prompt_ids=()), ()
     out = pb.Submission()
-    write_submission(out, chunk.request, History(tuple(chunk.output_ids)), 0.0)
+    write_submission(out, request, History(made), 0.0)
     return out.SerializeToString()
 
 

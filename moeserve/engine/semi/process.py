@@ -108,7 +108,11 @@ class PromptsProcess:
 
     def start(self, plan: StepPlan, threads: int) -> None:
         assert not self._asked, "one step at a time"
-        message = packed(*write_step(plan, threads))
+        try:
+            message = packed(*write_step(plan, threads))
+        except ValueError as error:  # it is larger than frames may be
+            self._asked, self._answer = plan.num_tokens, InternalError(f"{NAME}: {error}")
+            return
         with self._lock:
             self._asked = plan.num_tokens
             running = self._running if self._ready else None
