@@ -21,14 +21,14 @@ or its first layers, where no other is named), looked up (ngram) or of the modul
 with all that chooses and never one, 1, 3 and 5 for everybody, or "chosen": as many as pay
 (`--speculation`), at each number of requests at once. Stories repeat what others told, sums less
 so, and what is sampled at temperature 0.8 hardly does; code is the standard library's, `--chat`
-takes a file of questions (JSON lines with "turns"). Schedules run in turn, round after round, each
-behind as many other requests as run at once; the table shows medians of tokens a second beside
-those without drafts (least and most of the rounds' ratios), how many times fewer the steps are,
-and how many drafts were right. All must make equal tokens. `--clock cpu` counts seconds that the
-process computed, for a machine that others use too: of one thread (`--threads 1`) these mean the
-same. `--seconds` bounds the whole: answers are as long, and rounds as many, as fit. Last it says
-of each load, and of all together, how near what is chosen comes to the best fixed number, and 0 to
-off.
+takes a file of questions (JSON lines with "turns"). Schedules run in turn, round after round, on
+other requests each time, behind some that are not counted; the table shows medians of tokens a
+second beside those without drafts (least and most of the rounds' ratios), how many times fewer the
+steps are, and how many drafts were right. All must make equal tokens. `--clock cpu` counts seconds
+that the process computed, for a machine that others use too: of one thread (`--threads 1`) these
+mean the same. `--seconds` bounds the whole: answers are as long, and rounds as many, as fit. Last
+it says of each load, and of all together, how near what is chosen comes to the best fixed number,
+and 0 to off.
 
 admission: who starts when KV is short, without a model (``policy/admission.py``): as blocks are
 free, with room for the longest answer, and as answers were lately (the default). Lengths are drawn

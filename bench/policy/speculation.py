@@ -1,10 +1,12 @@
 """Drafts of every kind on the production scheduler, runner and decoder: none, fixed numbers, or as
 many as pay (``policies.py`` says what the schedules are).
 
-Every run first answers other requests of the same kind, which are not counted: what steps cost and
-how often guesses are right is then known, as it is in a server. With a bound of seconds for all,
-each case (model, domain, requests at once) has an equal share of what is left: answers are as long,
-and rounds as many, as fit; at least one round of all schedules runs.
+Each schedule has a scheduler and a runner of its own, which stay: first they answer requests that
+are not counted, then others in each round, so that what steps cost and how often guesses are right
+is known, as it is in a server. No prompt comes twice, as far as there are so many. With a bound of
+seconds for all, each case (model, domain, requests at once) has a share of what is left, by the
+root of how many run at once: answers are as long as fits, and as many rounds as fit are run, one at
+least.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import argparse
 import inspect
 import itertools
 import json
+import math
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,13 +59,14 @@ OPENINGS = (
     "A small {} lived in a house near the",
 )
 ANIMALS = "girl boy dog cat bird fish bear rabbit mouse frog duck horse cow pig".split()
+KINDS = ("", "happy ", "clever ", "lazy ", "young ", "hungry ", "brave ")
 QUESTIONS = (
     "Question: What does a {} eat?\nAnswer:",
     "Question: Why would a {} go to school?\nAnswer:",
     "Question: Can you tell me how a {} finds its way home?\nAnswer:",
 )
 # Of a prompt, the most tokens; of an answer, the fewest where time is short.
-LONGEST_PROMPT, SHORTEST = 64, 8
+LONGEST_PROMPT, SHORTEST = 64, 12
 # What all schedules of a round take, in times of the one without drafts, as a first guess.
 COST_OF_ROUND = 1.5 * len(SCHEDULES)
 
@@ -89,19 +93,19 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one schedule made of a domain's requests, but for the first; ``tokens`` of all."""
+    """What one schedule made of a round's requests."""
 
     seconds: float
     made: int
     steps: int
     drafted: int
     accepted: int
-    tokens: Mapping[RequestId, Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Medians; ``ratio`` is of tokens a second to those without drafts, in the same round."""
+    """Medians of rounds, sums of drafts; ``ratio`` is of tokens a second to those without drafts,
+    in the same round."""
 
     model: str
     domain: str
@@ -141,10 +145,12 @@ def domains(tokenizer: Tokenizer, names: Sequence[str], chat: Path | None) -> li
     """The same for every model, as far as its tokens are; code is the standard library's."""
     code = inspect.getsource(argparse) + inspect.getsource(textwrap) + inspect.getsource(inspect)
     texts = {
-        "stories": [o.format(a) for o, a in itertools.product(OPENINGS, ANIMALS)],
-        "sums": [f"{a * 37} + {a * 11 + 5} = {a * 48 + 5}\n{a * 29} - {a} =" for a in range(3, 60)],
+        "stories": [o.format(k + a) for k, o, a in itertools.product(KINDS, OPENINGS, ANIMALS)],
+        "sums": [
+            f"{a * 37} + {a * 11 + 5} = {a * 48 + 5}\n{a * 29} - {a} =" for a in range(3, 400)
+        ],
         "code": [f"    def {part[:200]}" for part in code.split("    def ")[1:]],
-        "chat": [q.format(a) for q, a in itertools.product(QUESTIONS, ANIMALS)],
+        "chat": [q.format(k + a) for k, q, a in itertools.product(KINDS, QUESTIONS, ANIMALS)],
     }
     if chat is not None:
         lines = chat.read_text(encoding="utf-8").splitlines()
@@ -200,8 +206,9 @@ class Serving:
         drafts = None if drafter is None else maker_of(model, batch, blocks)
         self._runner = ModelRunner(model.decoder, blocks, BLOCK, drafts=drafts)
 
-    def answer(self, prompts: Sequence[Sequence[int]], answer: int, temperature: float) -> float:
-        """All of them, so many at once; the seconds that it took."""
+    def answer(self, prompts: Iterable[Sequence[int]], answer: int, temperature: float) -> Run:
+        """All of them, so many at once."""
+        before = replace(self.counters)
         for prompt in prompts:
             number = len(self.tokens)
             params = SamplingParams(
@@ -221,69 +228,66 @@ class Serving:
             last = now
             for out in outs:
                 self.tokens[out.request_id].append(out.token_id)
-        return last - began
-
-
-def run(
-    model: Model,
-    domain: Domain,
-    batch: int,
-    sizes: tuple[int, int],
-    schedule: str,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Run:
-    """``sizes`` are requests and tokens of an answer. As many requests at once as will be come
-    first, uncounted."""
-    asked, answer = sizes
-    prompts = tuple(itertools.islice(itertools.cycle(domain.prompts), batch + asked))
-    serving = Serving(model, batch, max(map(len, prompts)) + answer, schedule, clock)
-    serving.answer(prompts[:batch], answer, domain.temperature)
-    before = replace(serving.counters)
-    seconds = serving.answer(prompts[batch:], answer, domain.temperature)
-    after = serving.counters
-    return Run(
-        seconds,
-        after.generated_tokens - before.generated_tokens,
-        after.steps - before.steps,
-        after.drafted_tokens - before.drafted_tokens,
-        after.accepted_tokens - before.accepted_tokens,
-        serving.tokens,
-    )
+        after = self.counters
+        return Run(
+            last - began,
+            after.generated_tokens - before.generated_tokens,
+            after.steps - before.steps,
+            after.drafted_tokens - before.drafted_tokens,
+            after.accepted_tokens - before.accepted_tokens,
+        )
 
 
 def sizes_of(
     model: Model, domain: Domain, batch: int, args: argparse.Namespace, share_s: float | None
 ) -> tuple[int, int]:
-    """Requests, and tokens of an answer, of which a round takes no more than its share."""
+    """Requests of a round, and tokens of an answer, of which all rounds take no more than their
+    share."""
     if share_s is None:
         return max(args.requests or 48, batch), args.answer
     asked = max(args.requests or 4, batch)
-    began = time.perf_counter()
-    run(model, domain, batch, (batch, SHORTEST), "off")
-    token_s = (time.perf_counter() - began) / (2 * batch * SHORTEST)
-    fits = int(share_s / (COST_OF_ROUND * token_s * (batch + asked)))
+    serving = Serving(model, batch, LONGEST_PROMPT + SHORTEST, "off", time.perf_counter)
+    for _ in range(2):  # the first has things to make
+        seconds = serving.answer(domain.prompts[:batch], SHORTEST, domain.temperature).seconds
+    of_each = batch + args.rounds * asked
+    fits = int(share_s / (COST_OF_ROUND * seconds / (batch * SHORTEST) * of_each))
     return asked, max(SHORTEST, min(args.answer, fits))
+
+
+def run_rounds(
+    model: Model, domain: Domain, batch: int, args: argparse.Namespace, share_s: float | None
+) -> tuple[int, dict[str, list[Run]]]:
+    """Tokens of an answer, and the rounds of each schedule, all with the same requests."""
+    began = time.perf_counter()
+    asked, answer = sizes_of(model, domain, batch, args, share_s)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    longest = max(map(len, domain.prompts)) + answer
+    all_of = {name: Serving(model, batch, longest, name, clock) for name in SCHEDULES}
+    prompts = itertools.cycle(domain.prompts)
+    first = tuple(itertools.islice(prompts, batch))
+    for serving in all_of.values():
+        serving.answer(first, answer, domain.temperature)
+    runs: dict[str, list[Run]] = {schedule: [] for schedule in SCHEDULES}
+    for done in range(args.rounds):
+        taken = time.perf_counter() - began
+        if share_s is not None and done and taken * (done + 2) / (done + 1) > share_s:
+            break
+        these = tuple(itertools.islice(prompts, asked))
+        for name, serving in all_of.items():
+            runs[name].append(serving.answer(these, answer, domain.temperature))
+    for name, serving in all_of.items():
+        if serving.tokens != all_of["off"].tokens:
+            raise SystemExit(f"{domain.name}, batch {batch}, {name}: other tokens than off")
+    return answer, runs
 
 
 def rows_of(
     model: Model, domain: Domain, batch: int, args: argparse.Namespace, share_s: float | None
 ) -> list[Row]:
-    began = time.perf_counter()
-    sizes = sizes_of(model, domain, batch, args, share_s)
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    runs: dict[str, list[Run]] = {schedule: [] for schedule in SCHEDULES}
-    for done in range(args.rounds):
-        taken = time.perf_counter() - began
-        if share_s is not None and done and taken * (done + 1) / done > share_s:
-            break
-        for schedule, made in runs.items():
-            made.append(run(model, domain, batch, sizes, schedule, clock))
+    answer, runs = run_rounds(model, domain, batch, args, share_s)
     plain = runs["off"]
     rows = []
     for schedule, made in runs.items():
-        if any(one.tokens != plain[0].tokens for one in made):
-            raise SystemExit(f"{domain.name}, batch {batch}, {schedule}: other tokens than off")
-        last = made[-1]
         ratios = [off.seconds / one.seconds for off, one in zip(plain, made, strict=True)]
         rows.append(
             Row(
@@ -291,15 +295,15 @@ def rows_of(
                 domain.name,
                 batch,
                 schedule,
-                sizes[1],
+                answer,
                 len(made),
-                last.made / statistics.median(one.seconds for one in made),
+                statistics.median(one.made / one.seconds for one in made),
                 statistics.median(ratios),
                 min(ratios),
                 max(ratios),
-                plain[0].steps / last.steps,
-                last.drafted,
-                last.accepted,
+                sum(one.steps for one in plain) / sum(one.steps for one in made),
+                sum(one.drafted for one in made),
+                sum(one.accepted for one in made),
             )
         )
     return rows
@@ -332,7 +336,10 @@ def speculation(args: argparse.Namespace) -> Speculated:
     ):
         if model is None or model.name != name:
             model = open_model(name, args)
-        share_s = None if end is None else (end - time.perf_counter()) / (len(cases) - at)
+        share_s = None
+        if end is not None:
+            left = sum(math.sqrt(of) for _, _, of in cases[at:])
+            share_s = (end - time.perf_counter()) * math.sqrt(batch) / left
         (asked,) = domains(model.tokenizer, [domain], args.chat)
         rows += rows_of(model, asked, batch, args, share_s)
     return Speculated(rows, verdicts_of(rows))

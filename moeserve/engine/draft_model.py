@@ -130,11 +130,15 @@ class DraftModel:
         here."""
         request, end = chunk.request, chunk.start + len(chunk.token_ids) - chunk.samples + 1
         known = len(request.prompt_ids) + len(chunk.output_ids)
-        if known != end or max(token_ids) >= self._draft.spec.vocab:
+        if known != end:
             return []
         past = self._pasts.setdefault(request.id, _Past())
+        if past.length > known:  # what was sampled then did not come to be
+            past.length, past.guessed = 0, ()
         had = tokens_between(request.prompt_ids, chunk.output_ids, past.length, known)
         unread = past.unread((*had, *token_ids))
+        if max(unread) >= self._draft.spec.vocab:
+            return []
         before = max(0, len(unread) - len(token_ids) - 1)
         return [_Turn(request.id, past, unread, before)]
 

@@ -187,6 +187,15 @@ def test_no_guesses_beyond_the_draft_models_positions(tiny_decoder: TinyDecoder)
     assert 0 < counters.drafted_tokens < 12
 
 
+def test_tokens_that_the_draft_model_does_not_know_are_not_read(tiny_decoder: TinyDecoder) -> None:
+    model = tiny_decoder("qwen3_moe")
+    known = max(request(0, GREEDY).prompt_ids)
+    draft = replace(model, spec=replace(model.spec, vocab=known))
+    made, counters = run(model, draft, [request(0, GREEDY)], fixed(3))
+    assert made == run(model, model, [request(0, GREEDY)], None)[0]
+    assert counters.drafted_tokens == counters.draft_read_tokens == 0
+
+
 def test_other_tokens_are_refused_with_both_sizes(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, ops: Ops
 ) -> None:

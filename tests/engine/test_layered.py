@@ -111,7 +111,10 @@ def test_a_prompt_goes_through_every_layer_once_beside_the_newest_tokens() -> No
     house.scheduler.add(request("a", [1, 2], 9))
     house.step()
     house.scheduler.add(request("long", range(40)))
-    found = [groups(house.step()) for _ in range(4)]
+    plans = [house.step() for _ in range(4)]
+    assert [plan.choice.group for plan in plans] == [(0, 2), (2, 4), (4, 6), None]
+    assert [plan.choice.groups for plan in plans] == [3, 3, 3, 1]
+    found = [groups(plan) for plan in plans]
     newest = [("a", 2 + i, 1, None) for i in range(4)]
     long = [("long", 0, 40, LayerGroup(at, at + 2, LAYERS)) for at in (0, 2, 4)]
     assert found == [
