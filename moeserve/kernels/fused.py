@@ -6,6 +6,7 @@ Between primitives there are only copies, clamps and exact elementwise adds. Let
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from moeserve.kernels.ops import (
     HeadWeights,
     KvCache,
     Layer,
+    Linear,
     MlaWeights,
     MlpWeights,
     MoeWeights,
@@ -112,20 +114,34 @@ class Composed:
         return composed_guesser(self, module, cache, block_size)
 
 
+@runtime_checkable
+class NormsBeforeProducts(Protocol):
+    """A table that has a norm and the rounding of its result to codes in one."""
+
+    def norm_linear(self, x_TH: Tensor, norm_H: Tensor, eps: float, weight: Linear) -> Tensor: ...
+
+
+def norm_linear(ops: Ops, x_TH: Tensor, norm_H: Tensor, eps: float, weight: Linear) -> Tensor:
+    """The product of a norm that nothing else reads, to the bits of one after the other."""
+    if isinstance(ops, NormsBeforeProducts):
+        return ops.norm_linear(x_TH, norm_H, eps, weight)
+    return ops.linear(ops.rms_norm(x_TH, norm_H, eps), weight)
+
+
 GATE = RouterSpec(1, 1, "sigmoid", normalise=False)
 
 
 def attend(ops: Ops, x_TH: Tensor, w: GqaWeights | MlaWeights, step: Step, cache: KvCache) -> None:
-    normed_TH = ops.rms_norm(x_TH, w.norm_H, w.eps)
     if isinstance(w, GqaWeights):
-        x_TH += _gqa(ops, normed_TH, w, step, cache)
+        x_TH += _gqa(ops, x_TH, w, step, cache)
     else:
-        x_TH += _mla(ops, normed_TH, w, step, cache)
+        x_TH += _mla(ops, x_TH, w, step, cache)
 
 
 def _gqa(ops: Ops, x_TH: Tensor, w: GqaWeights, step: Step, cache: KvCache) -> Tensor:
     rows, wide, narrow = len(x_TH), w.heads * w.head_size, w.kv_heads * w.head_size
-    q_TX, k_TX, v_TX = torch.split(ops.linear(x_TH, w.qkv), [wide, narrow, narrow], -1)
+    qkv_TX = norm_linear(ops, x_TH, w.norm_H, w.eps, w.qkv)
+    q_TX, k_TX, v_TX = torch.split(qkv_TX, [wide, narrow, narrow], -1)
     q_TX = _bounded(_normed(ops, q_TX.contiguous(), w.q_norm, w.eps), w.clip)
     k_TX = _bounded(_normed(ops, k_TX.contiguous(), w.k_norm, w.eps), w.clip)
     v_TX = _bounded(v_TX.contiguous(), w.clip)
@@ -140,14 +156,14 @@ def _gqa(ops: Ops, x_TH: Tensor, w: GqaWeights, step: Step, cache: KvCache) -> T
 
 def _mla(ops: Ops, x_TH: Tensor, w: MlaWeights, step: Step, cache: KvCache) -> Tensor:
     rows, keys = len(x_TH), w.latent + w.rotated
-    down_TX = ops.linear(x_TH, w.down)
+    down_TX = norm_linear(ops, x_TH, w.norm_H, w.eps, w.down)
     q_TX, latent_TL, key_TR = torch.split(
         down_TX, [down_TX.shape[1] - keys, w.latent, w.rotated], -1
     )
     q_TX = q_TX.contiguous()
     if w.q_up is not None:
         assert w.q_norm is not None
-        q_TX = ops.linear(ops.rms_norm(q_TX, w.q_norm, w.latent_eps), w.q_up)
+        q_TX = norm_linear(ops, q_TX, w.q_norm, w.latent_eps, w.q_up)
     q_TAD = q_TX.view(rows, w.heads, w.nope + w.rotated)
     q_TAL = ops.linear_heads(q_TAD[..., : w.nope].contiguous(), w.into_latent)
     q_TAR = _rotate(ops, q_TAD[..., w.nope :].contiguous(), step)
@@ -161,11 +177,15 @@ def _mla(ops: Ops, x_TH: Tensor, w: MlaWeights, step: Step, cache: KvCache) -> T
 
 
 def dense(ops: Ops, x_TH: Tensor, w: DenseWeights) -> None:
-    x_TH += mlp(ops, ops.rms_norm(x_TH, w.norm_H, w.eps), w.mlp)
+    x_TH += gated(ops, norm_linear(ops, x_TH, w.norm_H, w.eps, w.mlp.gate_up), w.mlp)
 
 
 def mlp(ops: Ops, x_TH: Tensor, w: MlpWeights) -> Tensor:
-    return ops.linear(ops.glu(ops.linear(x_TH, w.gate_up), Activation.SWIGLU), w.down)
+    return gated(ops, ops.linear(x_TH, w.gate_up), w)
+
+
+def gated(ops: Ops, gate_up_T2I: Tensor, w: MlpWeights) -> Tensor:
+    return ops.linear(ops.glu(gate_up_T2I, Activation.SWIGLU), w.down)
 
 
 def route(ops: Ops, x_TH: Tensor, w: RouterWeights) -> Routed:
@@ -207,7 +227,7 @@ def forward_layers(
 
 
 def head(ops: Ops, x_TH: Tensor, rows_R: Tensor, w: HeadWeights) -> Tensor:
-    return ops.linear(ops.rms_norm(x_TH.index_select(0, rows_R), w.norm_H, w.eps), w.head)
+    return norm_linear(ops, x_TH.index_select(0, rows_R), w.norm_H, w.eps, w.head)
 
 
 def _normed(ops: Ops, x_TX: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -175,6 +175,15 @@ class TritonOps(Composed, ReferenceKv, ReferenceRecords, TritonWire):
         x_T1K = self.fp32(x_TK)[:, None]
         return products.multiply(x_T1K, weight.data.arrays, None, weight.out_features)[:, 0]
 
+    def norm_linear(self, x_TH: Tensor, norm_H: Tensor, eps: float, weight: Linear) -> Tensor:
+        """``linear`` of ``rms_norm``, to the bit; by codes the two round in one kernel."""
+        arrays = weight.data.arrays
+        if not arrays.of_codes:
+            return self.linear(self.rms_norm(x_TH, norm_H, eps), weight)
+        assert x_TH.shape[1] == weight.in_features == len(norm_H), (x_TH.shape, len(norm_H))
+        norm = self.resident(norm_H).float()
+        return products.norm_linear(self.fp32(x_TH), norm, eps, arrays, weight.out_features)
+
     def quantize_per_token(self, x_TK: Tensor) -> tuple[Tensor, Tensor]:
         return quantized(self.fp32(x_TK))
 

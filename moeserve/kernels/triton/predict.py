@@ -13,7 +13,7 @@ Letters: see ``ops``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 
@@ -75,7 +75,9 @@ def product(which: str, kind: WeightKind, tile: Tile) -> Tensored:
 
 @cache
 def attending(shape: variants.AttentionShape, dtype: torch.dtype) -> Tensored:
-    return compiled(variants.attention(shape, dtype, "cuda"))
+    """Without the second, guarded walk over values that are not finite."""
+    found = variants.attention(shape, dtype, "cuda")
+    return compiled(replace(found, constants=found.constants | {"SHARED": False}))
 
 
 def compiled(which: variants.Variant) -> Tensored:

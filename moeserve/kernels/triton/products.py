@@ -8,7 +8,7 @@ from torch import Tensor
 from moeserve.kernels.ops import Activation
 from moeserve.kernels.triton.device import products as kernels
 from moeserve.kernels.triton.device import rows as row_kernels
-from moeserve.kernels.triton.experts import features_of, row_block, sizes
+from moeserve.kernels.triton.experts import Features, features_of, row_block, sizes
 from moeserve.kernels.triton.launch import launch, power_at_least
 from moeserve.kernels.triton.packing import KINDS, Arrays
 from moeserve.kernels.triton.tiles import tile_of
@@ -19,7 +19,19 @@ def multiply(x_TAK: Tensor, first: Arrays, offsets: Tensor | None, out_features:
     first, and where there are several ``offsets`` says where the others are."""
     rows, heads, into = x_TAK.shape
     features = features_of(x_TAK.reshape(-1, into), first)
-    out = torch.empty(rows, heads, out_features, device=x_TAK.device)
+    return multiplied(features, (rows, heads), first, offsets, out_features)
+
+
+def multiplied(
+    features: Features,
+    shape: tuple[int, int],
+    first: Arrays,
+    offsets: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """Of rows and heads in ``shape``, one after the other."""
+    (rows, heads), into = shape, features.x_TK.shape[1]
+    out = torch.empty(rows, heads, out_features, device=features.x_TK.device)
     tile = tile_of(first.kind, rows, first.group)
     launch(
         kernels.linear_kernel,
@@ -50,6 +62,24 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         BLOCK=block,
     )
     return out
+
+
+def norm_linear(x_TK: Tensor, norm_K: Tensor, eps: float, first: Arrays, out: int) -> Tensor:
+    """[T, N] of the norm of rows times a matrix of codes; the norm's floats are written nowhere."""
+    rows, size = x_TK.shape
+    codes = torch.empty(rows, size, dtype=torch.int8, device=x_TK.device)
+    scale = torch.empty(rows, device=x_TK.device)
+    many, block = row_block(size)
+    launch(
+        row_kernels.norm_kernel,
+        (-(-rows // many),),
+        x_TK.device,
+        *(x_TK, norm_K, None, codes, scale, rows, eps, size),
+        QUANTIZED=True,
+        ROWS=many,
+        BLOCK=block,
+    )
+    return multiplied(Features(codes, scale), (rows, 1), first, None, out)[:, 0]
 
 
 def glu(gate_up_T2I: Tensor, activation: Activation) -> Tensor:

@@ -190,6 +190,7 @@ def row_variants() -> Iterator[Variant]:
     yield variant("quantize", rows.quantize_kernel, {}, span)
     none = {"codes": None, "scale": None}
     yield variant("norm", rows.norm_kernel, none, span | {"QUANTIZED": False})
+    yield variant("norm-codes", rows.norm_kernel, {"out": None}, span | {"QUANTIZED": True})
     yield variant("glu", rows.glu_kernel, {}, {"CLAMPED": False, "BLOCK": 1024})
     turned = {"INTERLEAVED": True, "GATHERED": False, "BLOCK": 64}
     ropes = {"position": None, "size": 64, "pairs": 32}

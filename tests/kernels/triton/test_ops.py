@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeserve.errors import InternalError
 from moeserve.kernels.matrix import Int4Matrix, Matrix, to_int4, to_int8
-from moeserve.kernels.ops import Activation, Ops, RouterSpec
+from moeserve.kernels.ops import Activation, DenseWeights, MlpWeights, Ops, RouterSpec
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.wire import Combine
 
@@ -88,6 +88,48 @@ def test_heads_are_matrices_of_their_own(ops: Ops, kind: str) -> None:
     weight, x = as_kind(torch.randn(3, 20, 34) / 6, kind), torch.randn(5, 3, 34)
     ours = ops.linear_heads(x, ops.pack_heads(weight))
     close(ours, REFERENCE.linear_heads(x, REFERENCE.pack_heads(weight)))
+
+
+@FEW
+@given(seeds, rows, sizes, st.sampled_from([1e-30, 1.0, 1e30]), st.sampled_from(CODES))
+def test_a_norm_rounded_in_its_own_kernel_gives_the_bits_of_two(
+    ops: Any, seed: int, t: int, k: int, scale: float, kind: str
+) -> None:
+    torch.manual_seed(seed)
+    k += k % 2
+    x, norm = torch.randn(t, k) * scale, torch.randn(k)
+    if t > 1:
+        x[0, 0], x[1] = torch.nan, 0.0
+    weight = ops.pack_linear(as_kind(torch.randn(9, k), kind))
+    found = ops.norm_linear(x, norm, 1e-6, weight)
+    assert same_bits(found, ops.linear(ops.rms_norm(x, norm, 1e-6), weight))
+
+
+def test_a_dense_half_of_codes_launches_one_kernel_less(
+    ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Than norm, codes, product, activation, codes, product."""
+    from moeserve.kernels.triton import experts, products
+    from moeserve.kernels.triton.launch import launch
+
+    launched: list[str] = []
+
+    def counting(kernel: Any, *args: Any, **options: Any) -> None:
+        launched.append(kernel.__name__)
+        launch(kernel, *args, **options)
+
+    for module in (experts, products):
+        monkeypatch.setattr(module, "launch", counting)
+    norm, w = torch.ones(32), (torch.randn(64, 32), torch.randn(32, 32))
+    for kind, expected in {
+        "int8": ["norm", "linear", "glu", "quantize", "linear"],
+        "float32": ["norm", "linear", "glu", "linear"],
+    }.items():
+        gate_up, down = (ops.pack_linear(as_kind(part, kind)) for part in w)
+        part = ops.prepare(DenseWeights(norm, 1e-6, MlpWeights(gate_up, down)))
+        launched.clear()
+        ops.dense(torch.randn(3, 32), part)
+        assert launched == [f"{name}_kernel" for name in expected]
 
 
 def test_norm_glu_and_rope(ops: Ops) -> None:

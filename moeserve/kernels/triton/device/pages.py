@@ -107,11 +107,11 @@ def add_codes(prob, seen, v, v_scale, mean, total, rescale):
 
 @triton.jit
 def add_values(
-    prob, seen, v, v_scale, mean, total, rescale, KIND: tl.constexpr, SHARED: tl.constexpr
+    prob, seen, v, v_scale, mean, total, rescale, KIND: tl.constexpr, GUARDED: tl.constexpr
 ):
-    """The mean [BM, V] and total [BM] so far, times ``rescale``, with one step more. Where the tile
-    is ``SHARED`` by several rows, a row that sees a value which is not finite becomes NaN; others
-    must not multiply it by their zero."""
+    """The mean [BM, V] and total [BM] so far, times ``rescale``, with one step more. Where it is
+    ``GUARDED``, a row that sees a value which is not finite becomes NaN, and others do not multiply
+    it by their zero."""
     if KIND == INT8:
         mean, total = add_codes(prob, seen, v, v_scale, mean, total, rescale)
     else:
@@ -119,7 +119,7 @@ def add_values(
             prob = lang.bf16_value(prob)
         total = total * rescale + tl.sum(prob, 1)
         mean = mean * rescale[:, None]
-        if SHARED:
+        if GUARDED:
             finite = tl.abs(v.to(tl.float32)) < float("inf")
             strange = tl.max(tl.where(finite, 0, 1), 1)
             spoiled = tl.max(tl.where(seen, strange[None, :], 0), 1)
@@ -163,7 +163,40 @@ def probabilities(score, seen, highest):
     score = tl.where(seen, score, float("-inf"))
     above = tl.maximum(highest, tl.max(score, 1))
     base = tl.where(above > float("-inf"), above, 0.0)
-    return lang.exp(score - base[:, None]), lang.exp(highest - base), above
+    return lang.exp_below(score - base[:, None]), lang.exp_below(highest - base), above
+
+
+@triton.jit
+def walk(
+    q, q_scale, t, t_scale, k, k_scale, r, r_scale, v, v_scale, blocks,
+    here, begin, end, g, least, low, high, scale,
+    kv_heads: tl.constexpr, d_size: tl.constexpr, r_size: tl.constexpr, v_size: tl.constexpr,
+    page: tl.constexpr, KIND: tl.constexpr, LATENT: tl.constexpr, GUARDED: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Positions ``low`` to ``high`` in steps: highest scores and totals [BM], and mean [BM, V]."""
+    highest = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    mean = tl.zeros([q.shape[0], V], tl.float32)
+    for start in range(low, high, STEP):
+        p = start + tl.arange(0, STEP)
+        there = (p >= least) & (p < high)
+        slot = slots_of(blocks, start, p, there, page, STEP)
+        key, key_scale = load_part(k, k_scale, slot, there, g, kv_heads, d_size, D, KIND)
+        score = scores_of(q, q_scale, key, key_scale, KIND)
+        if R > 0:
+            rest, rest_scale = load_part(r, r_scale, slot, there, g, kv_heads, r_size, R, KIND)
+            score += scores_of(t, t_scale, rest, rest_scale, KIND)
+        if LATENT:
+            value, value_scale = key, key_scale
+        else:
+            value, value_scale = load_part(v, v_scale, slot, there, g, kv_heads, v_size, V, KIND)
+        seen = here[:, None] & (p[None, :] >= begin[:, None]) & (p[None, :] < end[:, None])
+        prob, rescale, highest = probabilities(score * scale, seen, highest)
+        mean, total = add_values(
+            prob, seen, value, value_scale, mean, total, rescale, KIND, GUARDED
+        )
+    return highest, total, mean
 
 
 @triton.jit
@@ -178,6 +211,10 @@ def attend_kernel(
     """One segment of one tile: its highest score and total [rows, A, segments], and mean [.., V].
     ``tiles`` int32 [.., 4]: sequence, first row, number of rows, position of the first. ``r`` is
     the second part of a latent's keys (R is 0 where there is none), ``v`` its first.
+
+    A value that is not finite makes something of the mean so, of every row. Where the tile is
+    ``SHARED`` by several rows, they are then gone over again, guarded: of finite values both give
+    the same bits.
     """
     entry = tiles + tl.program_id(0) * 4
     sequence, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
@@ -195,33 +232,24 @@ def attend_kernel(
     if (count > 0) & (low < high):
         q_size = d_size + r_size
         query, q_scale = load_queries(q, row, head, heads, here, 0, d_size, q_size, D, KIND)
+        turned, t_scale = query, q_scale
         if R > 0:
             turned, t_scale = load_queries(
                 q, row, head, heads, here, d_size, r_size, q_size, R, KIND
             )
-        highest = tl.full([BM], float("-inf"), tl.float32)
-        total = tl.zeros([BM], tl.float32)
-        mean = tl.zeros([BM, V], tl.float32)
-        for start in range(low, high, STEP):
-            p = start + tl.arange(0, STEP)
-            there = (p >= least) & (p < high)
-            slot = slots_of(blocks + sequence * table, start, p, there, page, STEP)
-            key, key_scale = load_part(k, k_scale, slot, there, g, kv_heads, d_size, D, KIND)
-            score = scores_of(query, q_scale, key, key_scale, KIND)
-            if R > 0:
-                rest, rest_scale = load_part(r, r_scale, slot, there, g, kv_heads, r_size, R, KIND)
-                score += scores_of(turned, t_scale, rest, rest_scale, KIND)
-            if LATENT:
-                value, value_scale = key, key_scale
-            else:
-                value, value_scale = load_part(
-                    v, v_scale, slot, there, g, kv_heads, v_size, V, KIND
-                )
-            seen = here[:, None] & (p[None, :] >= begin[:, None]) & (p[None, :] < end[:, None])
-            prob, rescale, highest = probabilities(score * scale, seen, highest)
-            mean, total = add_values(
-                prob, seen, value, value_scale, mean, total, rescale, KIND, SHARED
-            )
+        own_blocks = blocks + sequence * table
+        highest, total, mean = walk(
+            query, q_scale, turned, t_scale, k, k_scale, r, r_scale, v, v_scale, own_blocks,
+            here, begin, end, g, least, low, high, scale,
+            kv_heads, d_size, r_size, v_size, page, KIND, LATENT, False, D, R, V, STEP,
+        )  # fmt: skip
+        if SHARED and KIND != INT8:  # noqa: SIM102 - known as it is compiled
+            if tl.max(tl.max(tl.where(tl.abs(mean) < float("inf"), 0, 1), 1), 0) > 0:
+                highest, total, mean = walk(
+                    query, q_scale, turned, t_scale, k, k_scale, r, r_scale, v, v_scale,
+                    own_blocks, here, begin, end, g, least, low, high, scale,
+                    kv_heads, d_size, r_size, v_size, page, KIND, LATENT, True, D, R, V, STEP,
+                )  # fmt: skip
         place = ((row - base_row) * heads + head) * segments + segment
         tl.store(highs + place, highest, mask=here)
         tl.store(totals + place, total, mask=here)

@@ -38,7 +38,8 @@ def norm_kernel(
     x, weight, out, codes, scale, rows, eps, size,
     QUANTIZED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x / sqrt(mean(x^2) + eps) * weight, fp32; where ``QUANTIZED`` also its codes and scales."""
+    """x / sqrt(mean(x^2) + eps) * weight, fp32; where ``QUANTIZED`` its codes and scales, and the
+    floats only where there is an ``out``."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     start = row[:, None] * size
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -56,8 +57,10 @@ def norm_kernel(
         part = tl.load(x + start + at[None, :], mask=here, other=0.0)
         factor = tl.load(weight + at, mask=at < size, other=0.0)
         normed = (part * root[:, None]) * factor[None, :]
-        tl.store(out + start + at[None, :], normed, mask=here)
-        most = tl.maximum(most, tl.max(lang.magnitude(tl.where(here, normed, 0.0)), 1))
+        if out is not None:
+            tl.store(out + start + at[None, :], normed, mask=here)
+        if QUANTIZED:
+            most = tl.maximum(most, tl.max(lang.magnitude(tl.where(here, normed, 0.0)), 1))
     if QUANTIZED:
         for k in range(0, size, BLOCK):
             at = k + tl.arange(0, BLOCK)
