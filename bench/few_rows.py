@@ -5,14 +5,13 @@
 
 That is what speculation lives on: a step that checks k drafts has k + 1 tokens. The sequence is a
 text that the model has told before, so that its tokens choose experts as they do when served; steps
-of all sizes run in turn, at another place of the text in each round. Microseconds, medians over
-rounds, of this thread's CPU time; with several threads of wall time.
+of all sizes run in turn, three at a time, at another place of the text in each round. Microseconds,
+medians over rounds, of this thread's CPU time; with several threads of wall time.
 
-First whole steps of the model runner: "step" beside its native calls, "pass" (embedding, layers,
-head) and "best" (the greatest logits), and what Python takes. Then the same layers part by part,
-each by a call of its own, which costs a few microseconds more. "experts" are the routed experts
-that some token of the step chose, mean over layers. Last, guesses of the model's own module behind
-a step of one token, and the step that is asked to give its states for them.
+First whole steps of the model runner, and what of them is not in native calls. Then the same layers
+part by part, each by a call of its own, which costs ten microseconds more. "chosen" are the routed
+experts that some token of the step chose, mean over layers. Last, guesses of the model's own module
+behind a step of one token.
 """
 
 from __future__ import annotations
@@ -86,24 +85,27 @@ class Watch:
     def note(self, name: str, size: int, value: float) -> None:
         self._times.setdefault((name, size), []).append(value)
 
-    def timed(self, name: str, size: int, call: Callable[[], Any]) -> Any:
-        began = self.clock()
-        found = call()
-        self.note(name, size, (self.clock() - began) / 1e3)
-        return found
-
     def median(self, name: str, size: int) -> float:
         return statistics.median(self._times[name, size])
 
 
-def time_step(watch: Watch, runner: Runner, told: Told, start: int, size: int) -> None:
-    """A step of the runner that checks ``size - 1`` drafts; the third of three alike."""
-    plan = StepPlan((told.chunk(start, size, size),))
-    runner.run(plan)
-    runner.run(plan)
-    native = _cpu.nanoseconds()
-    watch.timed("step", size, lambda: runner.run(plan))
-    watch.note("native", size, (_cpu.nanoseconds() - native) / 1e3)
+def time_step(
+    watch: Watch, runner: Runner, told: Told, start: int, size: int, guesses: int = 0
+) -> None:
+    """The last of three steps that follow each other, of which each checks ``size - 1`` drafts, or
+    has guesses behind its one token."""
+    output_ids = list(told.token_ids[len(told.request.prompt_ids) : start])
+    name, key = ("drafted ", guesses) if guesses else ("", size)
+    for at in range(start, start + 3):
+        output_ids.append(told.token_ids[at])
+        chunk = told.chunk(at, size, size)._replace(output_ids=output_ids)
+        plan = StepPlan((chunk,), draft_next=guesses)
+        native, began = _cpu.nanoseconds(), watch.clock()
+        result = runner.run(plan)
+        taken, native = watch.clock() - began, _cpu.nanoseconds() - native
+    watch.note(f"{name}step", key, taken / 1e3)
+    watch.note(f"{name}native", key, native / 1e3)
+    assert not guesses or len(result.drafted[0].token_ids) == guesses, result
 
 
 def time_parts(
@@ -139,21 +141,6 @@ def time_parts(
     watch.note("chosen", size, statistics.mean(experts) if experts else 0.0)
 
 
-def time_drafts(watch: Watch, runner: Runner, told: Told, start: int, count: int) -> None:
-    """A step of one token and guesses behind it, the last of some that follow each other."""
-    output_ids = list(told.token_ids[len(told.request.prompt_ids) : start])
-    for at in range(start, start + 3):
-        output_ids.append(told.token_ids[at])
-        chunk = told.chunk(at, 1, 1)._replace(output_ids=output_ids)
-        plan = StepPlan((chunk,), draft_next=count)
-        native, began = _cpu.nanoseconds(), watch.clock()
-        result = runner.run(plan)
-        taken, native = (watch.clock() - began) / 1e3, _cpu.nanoseconds() - native
-    watch.note("drafted step", count, taken)
-    watch.note("drafted native", count, native / 1e3)
-    assert len(result.drafted[0].token_ids) == count, result
-
-
 def measure(decoder: Decoder, prompt: Sequence[int], args: argparse.Namespace) -> Watch:
     most = args.context + 2 * max(*args.tokens, *args.drafts) + 8
     blocks = -(-most // BLOCK)
@@ -169,7 +156,7 @@ def measure(decoder: Decoder, prompt: Sequence[int], args: argparse.Namespace) -
         for size in args.tokens:
             time_parts(watch, decoder, runner.cache, told, start, size)
         for count in args.drafts if drafts else ():
-            time_drafts(watch, runner, told, start, count)
+            time_step(watch, runner, told, start, 1, count)
     return watch
 
 
