@@ -115,7 +115,6 @@ OTHER: dict[str, Any] = {
     "drain_timeout_s": 1.5,
     "otlp_endpoint": "http://127.0.0.1:4317",
     "count_experts": True,
-    "split": "semi",
     "slo_ttft": 0.7,
     "slo_tpot": 0.03,
     "reflection": True,

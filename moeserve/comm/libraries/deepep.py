@@ -71,7 +71,7 @@ class _DeepEp(ABC):
     ) -> Generator[None, None, None]:
         ops, seat, slots = self._ops, self._seat, sharded.layout.slots
         self._progress.begin("dispatch")
-        sent = sharded.table.assign(routed.ids_TC.cpu(), seat.rank)
+        sent = sharded.table.assign(routed.ids_TC, seat.rank)
         slot_TC = slot_of_choices(sent, len(x_TH), slots)
         stats, row = self.stats, self._bytes_out(sharded.wire)
         copies, far = self._copies(sent.count_R, slot_TC, slots)

@@ -55,7 +55,7 @@ class MoeDistributeDispatcher:
     ) -> Generator[None, None, None]:
         ops, group, part = self._ops, self._group, sharded.part
         self._progress.begin("dispatch")
-        sent = sharded.table.assign(routed.ids_TC.cpu(), group.rank)
+        sent = sharded.table.assign(routed.ids_TC, group.rank)
         slot_TC = slot_of_choices(sent, len(x_TH), group.slots)
         self._count(sharded, slot_TC)
         self._progress.begin("shared expert")

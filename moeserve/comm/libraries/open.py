@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from moeserve.comm.build import Bounds, lanes_of, shard_layers
+from moeserve.comm.build import Bounds, host_layers, lanes_of, shard_layers
 from moeserve.comm.dispatcher import Dispatcher, FlatDispatcher, RunExperts, ShardedExperts
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
@@ -84,7 +84,8 @@ def open_with_library(
 ) -> ParallelLayerRunner:
     """``build.open_parallel`` by the library ``name``. Collective; ConfigError where a rank lacks
     something, with the remedy."""
-    sharded = shard_layers(ops, layers, layouts, runs=runs)
+    wide = not host_layers(ops, layers, runs)
+    sharded = shard_layers(ops, layers, layouts, runs=runs, wide=wide)
     routed = [s for s in sharded if s is not None]
     setup = LibrarySetup(ops, routed, group, topology, bounds, progress)
     promise = promise_of(name, setup.combine)
@@ -200,8 +201,8 @@ def open_normal(setup: LibrarySetup) -> Dispatcher:
     if not exact:
         return DeepEpDispatcher(setup.ops, opened, setup.seat, setup.progress)
     lanes = lanes_of(setup.ops, setup.layers, setup.bounds, setup.bounds.tokens)
-    # TritonWire takes and gives bytes in host memory.
-    exchange = DeepEpExchange(setup.group, lanes, opened, setup.ops.device, staged=True)
+    staged = not setup.layers[0].wire.wide
+    exchange = DeepEpExchange(setup.group, lanes, opened, setup.ops.device, staged=staged)
     return FlatDispatcher(setup.ops, exchange, setup.topology, setup.progress)
 
 

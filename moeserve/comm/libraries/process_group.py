@@ -8,7 +8,6 @@ for our heartbeats find that out sooner and say who it is.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from moeserve.comm.exchange.media import process_groups
 from moeserve.comm.group import Group
 from moeserve.errors import ConfigError
 
@@ -48,7 +48,9 @@ def hccl_group(group: Group) -> tuple[str, Any]:
     _unwatched("HCCL")
 
     def made() -> tuple[str, Any]:
-        of = importlib.import_module("torch_npu")._C._distributed_c10d.ProcessGroupHCCL
+        of = process_groups("npu")
+        if of is None:
+            raise RuntimeError("torch_npu has no process groups of it")
         options = of.Options()
         options._timeout = timedelta(seconds=LEFT_ALONE_S)
         store = PrefixStore("moe_distribute", group.store)

@@ -25,9 +25,12 @@ from moeserve.comm.exchange.media import HostMedium
 from moeserve.comm.exchange.open import open_host_exchanges
 from moeserve.comm.group import Group, Topology
 from moeserve.comm.layout import LayerLayout
+from moeserve.comm.libraries.deepep_exchange import DeepEpExchange
+from moeserve.comm.libraries.deepep_twin import Buffer, ThreadGroup
 from moeserve.kernels.ascend.ops import AscendOps
 from moeserve.kernels.matrix import Matrix, part_of, stack, to_int8
 from moeserve.kernels.ops import MoeWeights, Ops, Part, Routed, RouterSpec, RouterWeights
+from moeserve.kernels.thread_meeting import ThreadMeeting
 from moeserve.kernels.triton.double import DEVICE, Crossings, bare, device_double, device_thread
 from moeserve.kernels.wire import Combine
 from moeserve.observe.progress import Progress
@@ -96,12 +99,16 @@ def router() -> Part[RouterWeights]:
 
 @dataclass(frozen=True)
 class Way:
-    """How one rank's exchanges carry bytes; ``shared`` is one for all, None for collectives."""
+    """How one rank's exchanges carry bytes; ``shared`` is one for all, None for collectives, and a
+    meeting for DeepEP's twin."""
 
     order: BeginningOrder
-    shared: dict[Any, Any] | None
+    shared: dict[Any, Any] | ThreadMeeting | None
 
     def open(self, group: Group, key: str) -> Exchange:
+        if isinstance(self.shared, ThreadMeeting):
+            buffer = Buffer(ThreadGroup(self.shared, group.rank), 1 << 40)
+            return DeepEpExchange(group, LANES, buffer, DEVICE)
         if self.shared is None:
             return by_collectives(group, key, self.order)
         return MappedExchange(group, LANES, key, ThreadSharing(DEVICE, self.shared))
@@ -132,22 +139,24 @@ def layout_of(world: int, replicas: bool) -> LayerLayout:
 
 
 @pytest.mark.parametrize(
-    ("combine", "replicas", "node", "mapped"),
+    ("combine", "replicas", "node", "by"),
     [
-        (Combine.EXACT, False, 0, False),
-        (Combine.EXACT, True, 0, True),
-        (Combine.FAST, False, 0, False),
-        (Combine.ORDERED, False, 0, True),
-        (Combine.EXACT, False, 2, False),
+        (Combine.EXACT, False, 0, "collectives"),
+        (Combine.EXACT, False, 0, "deepep"),
+        (Combine.EXACT, True, 0, "mapped"),
+        (Combine.FAST, False, 0, "collectives"),
+        (Combine.ORDERED, False, 0, "mapped"),
+        (Combine.EXACT, False, 2, "collectives"),
     ],
 )
 def test_ranks_give_the_bits_of_one_and_the_host_sees_one_tensor_a_hop(
-    there: Ops, combine: Combine, replicas: bool, node: int, mapped: bool
+    there: Ops, combine: Combine, replicas: bool, node: int, by: str
 ) -> None:
     """With ``node``, over nodes of so many ranks: two hops, of which each counts once."""
     world = 2 * node or 2
     mixture, layout = Mixture.drawn(combine, world), layout_of(world, replicas)
-    shared: dict[Any, Any] | None = {} if mapped else None
+    ways: dict[str, dict[Any, Any] | ThreadMeeting] = {"mapped": {}}
+    shared = ThreadMeeting(world) if by == "deepep" else ways.get(by)
     wanted = [mixture.alone(there, r) for r in range(world)]
 
     def run(group: Group, seen: Crossings) -> Tensor:
@@ -167,7 +176,7 @@ def test_ranks_give_the_bits_of_one_and_the_host_sees_one_tensor_a_hop(
         before = seen.to_host, seen.waits, seen.to_device
         for _ in moves.moe(0, sharded, x_TH, routed):
             pass
-        if combine is not Combine.ORDERED:
+        if combine is not Combine.ORDERED and by != "deepep":  # whose twin looks at what it carries
             assert (seen.to_host, seen.waits) == (before[0] + (2 if node else 1), before[1])
             # With replicas the rule is the host's: tokens and slots go back.
             assert seen.to_device == before[2] + (2 if replicas else 0)
