@@ -185,7 +185,9 @@ def load_rank_model(
     own = None if context is None or plan is None else own_experts(_layouts(plan), context.rank)
     # 2. Read the weights, and pack them as the op table wants them.
     ops, ranks = table or _table_of(options, context), None if context is None else context.counts
-    draft, begun = load_draft(options, checkpoint, ops), time.perf_counter()
+    # A table that is given may have its KV where others look for it: the draft model's is its own.
+    apart = ops if table is None else choose_table(options.device, options.threads, 0)
+    draft, begun = load_draft(options, checkpoint, apart), time.perf_counter()
     # 3. Share what memory is left among the ranks of this node, as KV blocks.
     decoder, size = load_weights(checkpoint, ops, options, own, ranks, progress, draft)
     read_bytes_per_s = checkpoint.bytes_read / (time.perf_counter() - begun)

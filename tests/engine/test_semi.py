@@ -33,7 +33,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=2
 DRAWN = SamplingParams(temperature=0.9, max_tokens=9, seed=5, top_k=20, repetition_penalty=1.2)
 LONG = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, logprobs=0)
 PROMPTS = [[7 * i % 250 + j for j in range(3 + 9 * i)] for i in range(6)]
-FEW = {"num_blocks": 20, "max_model_len": 64, "swap_memory": 1 << 20, "speculation": "ngram"}
+FEW: dict[str, object] = {"num_blocks": 20, "max_model_len": 64, "swap_memory": 1 << 20}
 FEW |= {"prefix_cache": False, "ttft_target": 40, "tpot_target": 5}
 NAMES = itertools.count()
 
@@ -210,11 +210,17 @@ def test_killed_in_the_middle_of_a_prompt_it_comes_again_once_the_model_is_the_s
     assert process.counts.steps > steps
 
 
+@pytest.mark.parametrize("speculation", ["ngram", "draft"])
 def test_few_blocks_swaps_and_drafts_change_nothing(
-    packed: Path, split: LoadedModel, expected: list[tuple[list[int], list[Logprobs]]]
+    packed: Path,
+    split: LoadedModel,
+    expected: list[tuple[list[int], list[Logprobs]]],
+    speculation: str,
 ) -> None:
+    """A draft model, here the model itself, has KV of its own, which the other process has not."""
     enough = ask_long(split)
-    loaded = built(packed, **FEW)
+    drafts = {"draft_model": str(packed)} if speculation == "draft" else {}
+    loaded = built(packed, speculation=speculation, **FEW, **drafts)
     try:
         assert ask_long(loaded) == enough
         assert ask_all(loaded) == expected
