@@ -41,14 +41,16 @@ WAITS = {
 @dataclass(slots=True)
 class Crossings:
     """Copies from the device, copies to it, and operations that wait for it without a copy. Tensors
-    take ``nbytes`` now, and took ``most_bytes`` at most; views take none of their own."""
+    take ``nbytes`` now, and took ``most_bytes`` at most, which make no two of these different;
+    views take none of their own."""
 
     to_host: int = 0
     to_device: int = 0
     waits: int = 0
-    nbytes: int = 0
-    most_bytes: int = 0
-    _holders: Counter[int] = field(default_factory=Counter)  # of each memory, by its address
+    nbytes: int = field(default=0, repr=False, compare=False)
+    most_bytes: int = field(default=0, repr=False, compare=False)
+    # Of each memory, by its address.
+    _holders: Counter[int] = field(default_factory=Counter, repr=False, compare=False)
 
     def hold(self, tensor: OnDevice) -> None:
         """It counts as long as it lives."""
