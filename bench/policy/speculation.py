@@ -105,9 +105,10 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Row:
     """Medians of rounds, sums of drafts; ``ratio`` is of tokens a second to those without drafts,
-    in the same round."""
+    in the same round. ``source`` is what really drafted."""
 
     model: str
+    source: str
     domain: str
     batch: int
     schedule: str
@@ -292,6 +293,7 @@ def rows_of(
         rows.append(
             Row(
                 model.name,
+                model.source,
                 domain.name,
                 batch,
                 schedule,

@@ -28,6 +28,7 @@ from moeserve.models.attention import kv_shape
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import Decoder, assemble
 from moeserve.models.library import resolve_model
+from moeserve.models.packed.layout import is_packed
 from moeserve.models.spec import DenseSpec, LayerSpec, MlaSpec, ModelSpec
 from moeserve.models.survey import survey
 from moeserve.offload.process_memory import kept_bytes
@@ -143,7 +144,8 @@ class DeviceNeeds:
 
 def needs_of(ops: Ops, options: RankModelOptions, ranks: tuple[int, int]) -> DeviceNeeds:
     """By the checkpoint's headers."""
-    known = survey(resolve_model(options.model))
+    folder = resolve_model(options.model)
+    known = survey(folder)
     graphs = GRAPH_BYTES.get(ops.device.type, 0) if ops.replays else 0
     kept = most_kept(options.max_num_batched_tokens, options.prefill_mode)
     rows = options.max_num_batched_tokens + kept
@@ -153,7 +155,8 @@ def needs_of(ops: Ops, options: RankModelOptions, ranks: tuple[int, int]) -> Dev
     workspace += SAMPLING_BYTES.get(ops.device.type, 0) * sampled
     found = free_memory(ops.device)
     card = within(found, options.device_memory)
-    weights = least_weights(known.weight_bytes, options, ranks[0])
+    rounds = LoadOptions() if is_packed(folder) else options  # what is packed is as it will be
+    weights = least_weights(known.weight_bytes, rounds, ranks[0])
     block = known.kv_bytes_per_token * options.block_size
     return DeviceNeeds(card, found.free, weights, workspace, graphs, block)
 

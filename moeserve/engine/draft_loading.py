@@ -88,8 +88,7 @@ def maker_of(
     if draft.decoder is not None:
         size, most = options.block_size, options.max_num_batched_tokens
         return DraftModel(decoder, draft.decoder, num_blocks, size, most)
-    wanted = options.speculation
-    if wanted == "mtp" or (wanted == "auto" and decoder.mtp is not None):
+    if options.speculation == "mtp" or (options.asks_the_module and decoder.mtp is not None):
         return MtpDrafts(decoder, options.max_num_seqs)
     return None
 

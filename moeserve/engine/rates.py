@@ -90,7 +90,8 @@ class RatedSteps:
 
     def on_step(self, plan: StepPlan, seconds: float) -> None:
         self._rates.note(plan, seconds)
-        alone = seconds - (0.0 if self._decodes is None else self._decodes.drafting_s)
+        makes = self._decodes if plan.draft_next else None  # guesses for the next step
+        alone = seconds - (0.0 if makes is None else makes.drafting_s)
         if self._cost is not None:
             self._cost.note(plan.num_tokens, alone)
         if self._decodes is not None and plan.chunks and all(map(is_decode, plan.chunks)):

@@ -71,7 +71,8 @@ Guesser = Callable[[GuessRows, int], list[list[int]]]
 
 def composed_guesser(ops: Ops, module: GuessModule, cache: KvCache, block_size: int) -> Guesser:
     def guess(rows: GuessRows, count: int) -> list[list[int]]:
-        states_RH = rows.states_TH.index_select(0, torch.tensor(rows.state_rows))
+        at = rows.states_TH.device
+        states_RH = rows.states_TH.index_select(0, torch.tensor(rows.state_rows).to(at))
         normed_RH = ops.rms_norm(states_RH, module.trunk_norm_H, module.eps)
         ids, starts, counts = list(rows.token_ids), list(rows.starts), list(rows.counts)
         best, head = [BEST] * len(counts), module.head.weights
@@ -81,7 +82,7 @@ def composed_guesser(ops: Ops, module: GuessModule, cache: KvCache, block_size: 
             x_RH = module_states(ops, module, normed_RH, torch.tensor(ids), step, cache)
             logits_SV = ops.head(x_RH, last_S, module.head)
             found.append([row.token_id for row in ops.sample(logits_SV, best, frozenset())])
-            normed_RH = ops.rms_norm(x_RH.index_select(0, last_S), head.norm_H, head.eps)
+            normed_RH = ops.rms_norm(x_RH.index_select(0, last_S.to(at)), head.norm_H, head.eps)
             starts = [start + had for start, had in zip(starts, counts, strict=True)]
             ids, counts = [max(0, token_id) for token_id in found[-1]], [1] * len(counts)
         return found

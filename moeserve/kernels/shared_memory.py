@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import weakref
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from moeserve.errors import InternalError
 
 
 class SharedMemory:
-    """Owns the descriptor ``fd``; tensors keep their maps. Bytes that were never written are 0."""
+    """Owns the descriptor ``fd``, also where nobody closes it; tensors keep their maps. Bytes that
+    were never written are 0."""
 
     def __init__(self, fd: int, *, grows: bool) -> None:
         self.fd = fd
+        self._end = weakref.finalize(self, os.close, fd)
         self.nbytes = 0  # of the parts that were taken
         self._grows = grows
 
@@ -59,5 +62,5 @@ class SharedMemory:
             raise InternalError(f"{self.nbytes} bytes of shared memory are known, there are {have}")
 
     def close(self) -> None:
-        """Tensors stay."""
-        os.close(self.fd)
+        """Tensors stay; may be called again."""
+        self._end()

@@ -163,7 +163,8 @@ class Decoder:
         if kept.run is None or kept.decoder is not self or kept.cache is not cache:
             kept.decoder, kept.cache = self, cache
             if not self.ops.replays:
-                kept.states_TH = torch.empty(len(step.token_ids_T), self.spec.hidden)
+                size = len(step.token_ids_T), self.spec.hidden
+                kept.states_TH = torch.empty(size, device=self.ops.device)
             kept.run = self.ops.new_pass(
                 Trunk(self.embedding_WH, self.rope, self.stack, self.head),
                 cache.layers[: len(self.spec.layers)],

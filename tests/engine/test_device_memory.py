@@ -16,6 +16,7 @@ from moeserve.engine.device_memory import (
     host_keeps_kv,
     least_weights,
     load_on_device,
+    needs_of,
     plan_device,
     with_exchange,
     workspace_of,
@@ -26,8 +27,10 @@ from moeserve.kernels.ascend.ops import AscendOps
 from moeserve.kernels.device import Card
 from moeserve.kernels.ops import Linear
 from moeserve.kernels.reference.ops import ReferenceOps
+from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.packed.checkpoint import open_checkpoint
+from moeserve.models.packed.writer import pack_model
 from moeserve.models.survey import survey
 
 SIZES = st.integers(0, 1 << 40)
@@ -72,6 +75,18 @@ def test_weights_are_never_thought_greater_than_they_become() -> None:
 
 
 Tiny = Callable[[str], Path]
+
+
+def test_what_is_packed_becomes_no_smaller_where_its_rounding_is_named(
+    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, host = tmp_path / "packed", ReferenceOps()
+    rounded = LoadOptions(quantization="int8")
+    pack_model(tiny_checkpoint("qwen3_moe"), folder, choose_ops(), rounded)
+    monkeypatch.setattr(device_memory, "free_memory", lambda _: Card("a card", 1 << 40, 1 << 34))
+    for named in ({}, {"quantization": "int8"}):
+        options = RankModelOptions(model=str(folder), device="cuda", **named)
+        assert needs_of(host, options, (1, 1)).weights == survey(folder).weight_bytes
 
 
 class FullOps(ReferenceOps):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moeserve.config.options import RankModelOptions
+from moeserve.config.steps import StepOptions
 from moeserve.core import (
     Chunk,
     Counters,
@@ -234,3 +235,12 @@ def test_memory_that_the_draft_model_fills_is_refused(
     assert found.within(options).device_memory == (2 << 20) - found.weights
     with pytest.raises(ConfigError, match=f"takes {found.weights} bytes"):
         found.within(options.model_copy(update={"device_memory": found.weights}))
+
+
+def test_the_module_has_no_part_where_a_draft_model_guesses() -> None:
+    """So nothing of it is loaded within a budget."""
+    asks = [
+        StepOptions(speculation=wanted, draft_model=draft).asks_the_module
+        for wanted, draft in (("mtp", None), ("auto", None), ("auto", "a"), ("draft", "a"))
+    ]
+    assert asks == [True, True, False, False]

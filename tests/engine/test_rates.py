@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moeserve.core import Chunk, FinishReason, Request, RequestId, SamplingParams, StepPlan, Timing
+from moeserve.engine.loop import Unobserved
 from moeserve.engine.rates import MEMORY_S, RatedSteps, StepRates, is_decode
+from moeserve.engine.step_cost import DecodeCost, FittedStepCost
 
 REQUEST = Request(RequestId("r"), tuple(range(100)), SamplingParams())
 
@@ -63,6 +67,17 @@ def test_a_step_that_took_no_time_divides_by_nothing() -> None:
     rates.note(plan(prompt(5)), 0.0)
     rates.note(plan(decode()), 0.0)
     assert (rates.prefill_rate, rates.step_s) == (0.0, 0.0)
+
+
+def test_what_guesses_took_is_no_part_of_the_step_that_made_them_and_of_no_other() -> None:
+    """Another process may end a step between two that make some."""
+    cost, decodes = FittedStepCost(), DecodeCost()
+    rated = RatedSteps(Unobserved(), StepRates(), cost, decodes)
+    decodes.drafting_s = 0.25
+    rated.on_step(replace(plan(decode()), draft_next=2), 1.0)
+    rated.on_step(plan(prompt(100)), 2.0)
+    assert decodes.seconds(1) == 0.75
+    assert cost.seconds(100, 0, 0) == pytest.approx(2.0)
 
 
 def test_all_that_is_observed_is_passed_on() -> None:

@@ -269,7 +269,7 @@ def has_ended(pid: int) -> bool:
         ({"device": "cuda"}, "split=semi with device=cuda"),
         ({"objective": "throughput"}, "split=semi with objective=throughput"),
         ({"prefill_mode": "layer"}, "split=semi with prefill_mode=layer"),
-        ({"speculation": "auto"}, "ngram works"),
+        ({"speculation": "auto"}, "ngram and draft work"),
         ({"count_experts": True}, "split=semi with count_experts=True"),
     ],
 )

@@ -4,14 +4,17 @@ no block is written by two, and every reference comes back."""
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from moeserve.config.options import LoadOptions
 from moeserve.core import (
     BlockId,
     Chunk,
@@ -36,11 +39,14 @@ from moeserve.engine.policies.swap import SwapOrCompute
 from moeserve.engine.policies.targets import NO_TARGETS, LatencyTargets
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.semi.messages import read_result, read_step, write_result, write_step
+from moeserve.engine.semi.process import PromptsProcess
 from moeserve.engine.semi.scheduler import SplitScheduler
 from moeserve.engine.semi.steps import GONE_S, LOST, STEP_S, Answer, SplitSteps
+from moeserve.engine.semi.worker import PromptsModel
 from moeserve.engine.sequence import SequenceState
 from moeserve.engine.swapping import Swapping
 from moeserve.errors import InternalError, UnavailableError
+from moeserve.kernels.shared_memory import SharedMemory
 
 BLOCK, VOCAB, EOS = 4, 30, 7
 GARBAGE = b"half a chunk"
@@ -339,6 +345,20 @@ def test_a_process_that_cannot_be_ended_ends_the_engine() -> None:
     parts.now += STEP_S + GONE_S + 1
     with pytest.raises(UnavailableError, match="could not be ended"):
         parts.turn()
+
+
+def test_a_process_that_cannot_be_started_is_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none_left() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("moeserve.engine.semi.process.socket.socketpair", none_left)
+    model = PromptsModel(Path("model"), LoadOptions(), 1, BLOCK, frozenset(), 1)
+    process = PromptsProcess(model, SharedMemory.make("moeserve-test"), lambda: None)
+    with pytest.raises(UnavailableError, match=r"cannot be started.*Too many open files"):
+        process.open()
+    assert process.counts.started == 0
 
 
 def test_whoever_is_alone_has_all_cores() -> None:

@@ -114,8 +114,8 @@ def require_one_process_could(options: EngineOptions, folder: Path) -> None:
     )
     refuse(
         "speculation",
-        options.speculation in ("mtp", "auto"),
-        "the module that guesses would not see the prompts; ngram works",
+        options.asks_the_module,
+        "the module that guesses would not see the prompts; ngram and draft work",
     )
     refuse("record_routing", options.record_routing is not None, "only one process is recorded")
     refuse("count_experts", options.count_experts, "only one process would be counted")

@@ -155,6 +155,9 @@ class PromptsProcess:
             except MoeserveError as error:
                 self._problem = error
                 log.error("%s", error.message)
+            except OSError as error:  # there are no descriptors left, for now
+                self._problem = UnavailableError(f"{NAME} cannot be started: {error}")
+                log.error("%s", self._problem.message)
             if not self._known.is_set():
                 self._known.set()
                 return
@@ -256,10 +259,10 @@ class PromptsProcess:
 
 
 def _next(stream: Any) -> tuple[dict[str, Any], bytes] | None:
-    """None where the other side has gone."""
+    """None where the other side has gone, or says what means nothing."""
     try:
         return read_frame(stream)
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

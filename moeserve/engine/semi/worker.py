@@ -103,17 +103,15 @@ def serve(connection: socket.socket, memory: SharedMemory) -> None:
         runner = PromptsRunner(PromptsModel.from_json(first[0]), memory)
         connection.sendall(packed({"ready": os.getpid()}))
         while (job := read_frame(stream)) is not None:
-            reply: dict[str, Any] = {"done": True}
-            content = b""
             try:
-                content = runner.run(*job)
+                reply = packed({"done": True}, runner.run(*job))
             except MoeserveError as error:
                 log.exception("a step of prompts failed")
-                reply = {"error": error.message}
+                reply = packed({"error": error.message})
             except Exception as error:  # whatever a backend raises ends this step's requests only
                 log.exception("a step of prompts failed")
-                reply = {"error": f"{type(error).__name__}: {error}"}
-            connection.sendall(packed(reply, content))
+                reply = packed({"error": f"{type(error).__name__}: {error}"})
+            connection.sendall(reply)
 
 
 def end_with(lifeline: int) -> None:

@@ -74,6 +74,7 @@ class NativeGuesser:
         assert states_TH.shape[1] == self._hidden, states_TH.shape
         sequences = len(rows.counts)
         assert sequences == len(rows.starts) == len(rows.shifts) == len(rows.blocks) > 0, rows
+        assert len(set(map(len, rows.blocks))) == 1, rows.blocks
         assert len(rows.state_rows) == len(rows.token_ids) == sum(rows.counts), rows
         assert 0 <= min(rows.state_rows) <= max(rows.state_rows) < len(states_TH), rows
         assert min(rows.counts) > 0, rows

@@ -28,7 +28,8 @@ from moeserve.engine.rank_model import EpContext, RankModel, load_rank_model
 from moeserve.engine.scheduler import Scheduler
 from moeserve.errors import InternalError
 from moeserve.kernels.device import Card
-from moeserve.kernels.ops import KvShape, Ops
+from moeserve.kernels.guesses import GuessModule, GuessRows
+from moeserve.kernels.ops import HeadWeights, KvShape, Ops, Rope
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.triton.double import (
     DEVICE,
@@ -82,6 +83,31 @@ def test_blocks_leave_the_device_and_enter_it(there: Ops, dtype: torch.dtype) ->
     bytes_NX = reference.export_kv(theirs, torch.tensor([1, 3]))
     there.import_kv(ours, torch.tensor([2, 0]), bytes_NX)
     assert torch.equal(there.export_kv(ours, torch.tensor([2, 0])), bytes_NX)
+
+
+def test_guesses_follow_states_that_lie_on_the_device(there: Ops) -> None:
+    assert guesses_of(there) == guesses_of(ReferenceOps())
+
+
+def guesses_of(ops: Ops) -> list[list[int]]:
+    """Two behind each of two sequences, by a module without layers."""
+    torch.manual_seed(5)
+    project, head = ops.pack_linear(torch.randn(8, 16)), ops.pack_linear(torch.randn(9, 8))
+    module = GuessModule(
+        trunk_norm_H=torch.rand(8),
+        embedding_norm_H=torch.rand(8),
+        hidden_norm_H=torch.rand(8),
+        eps=1e-6,
+        embedding_WH=torch.randn(9, 8),
+        project=project,
+        rope=Rope(torch.randn(40, 2), torch.randn(40, 2), interleaved=False),
+        stack=ops.stack_layers([]),
+        head=ops.prepare(HeadWeights(torch.rand(8), 1e-6, head)),
+        run=lambda x_TH, step, cache: None,
+    )
+    guess = ops.new_guesser(module, ops.new_kv(KvShape(2, 4, 1, 8, 8, torch.float32)), 4)
+    states_TH = torch.randn(4, 8).to(ops.device)
+    return guess(GuessRows(states_TH, [0, 1, 3], [4, 2, 7], [2, 1], [0, 0], [0, 8], [[1], [0]]), 2)
 
 
 PROMPT = (17, 300, 5, 88)
