@@ -1,7 +1,8 @@
 """The part of the op table that lays packed weights over memory: there is none here.
 
 Packed copies are bytes of the CPU's table or of a CUDA device's, which map them or read them as
-steps need them; an NPU is given the folder that was packed. Everything here is a ConfigError that says so.
+steps need them; an NPU is given the folder that was packed. Everything here is a ConfigError that
+says so.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def weight_of(x, highest, temperature, there):
 @triton.jit
 def cut_kernel(x, ids, asked, edges, size, BLOCK: tl.constexpr):
     """What top-k, min-p and top-p keep of a row sorted from the greatest on, of equals the lower id
-    first."""
+    first: its greatest at least, so that nothing is read from before the row."""
     row = tl.program_id(0).to(tl.int64)
     x += row * size
     temperature, top_k = tl.load(asked + row * ASKED), tl.load(asked + row * ASKED + 1)
@@ -47,7 +47,7 @@ def cut_kernel(x, ids, asked, edges, size, BLOCK: tl.constexpr):
         good = (at < most) & (weight >= min_p)
         total += tl.sum(tl.where(good, weight, 0.0), 0)
         kept += tl.sum(good.to(tl.int32), 0)
-    count = tl.max(kept, 0)
+    count = tl.maximum(tl.max(kept, 0), 1)  # of a row that is no numbers nothing is
     if top_p < 1.0:
         target = tl.max(total, 0) * top_p
         done = tl.zeros([1], tl.float64)
