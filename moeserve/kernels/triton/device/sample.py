@@ -47,7 +47,7 @@ def cut_kernel(x, ids, asked, edges, size, BLOCK: tl.constexpr):
         good = (at < most) & (weight >= min_p)
         total += tl.sum(tl.where(good, weight, 0.0), 0)
         kept += tl.sum(good.to(tl.int32), 0)
-    count = tl.maximum(tl.max(kept, 0), 1)  # of a row that is no numbers nothing is
+    count = tl.max(kept, 0)
     if top_p < 1.0:
         target = tl.max(total, 0) * top_p
         done = tl.zeros([1], tl.float64)
@@ -61,8 +61,9 @@ def cut_kernel(x, ids, asked, edges, size, BLOCK: tl.constexpr):
             first = tl.minimum(first, tl.min(tl.where(reaches, at, FAR), 0))
             done += tl.sum(weight, 0)
         count = tl.minimum(count, tl.min(first, 0) + 1 - (tl.min(first, 0) == FAR).to(tl.int32))
-    tl.store(edges + row * 2, tl.load(x + count - 1))
-    tl.store(edges + row * 2 + 1, tl.load(ids + row * size + count - 1).to(tl.float64))
+    last = tl.maximum(count - 1, 0)  # of a row that is no numbers nothing is kept
+    tl.store(edges + row * 2, tl.load(x + last))
+    tl.store(edges + row * 2 + 1, tl.load(ids + row * size + last).to(tl.float64))
 
 
 @triton.jit
