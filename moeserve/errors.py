@@ -136,3 +136,8 @@ class TokenizerError(MoeserveError):
 
     code = "INVALID_ARGUMENT"
     http_status = 400
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, for a message of one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

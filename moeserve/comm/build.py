@@ -200,15 +200,15 @@ def device_bytes(ops: Ops, layers: Sequence[Layer], tokens: int, world: int) -> 
     return 2 * most  # of microbatches the first may have all tokens, the next a half, a quarter...
 
 
-def copy_bytes(ops: Ops, experts: Part[MoeWeights], top_k: int) -> CopyBytes:
+def copy_bytes(ops: Ops, experts: Part[MoeWeights], top_k: int, *, wide: bool = False) -> CopyBytes:
     """What a copy of a token weighs out and back, for the cost model.
 
-    By the exact combine, sums that fit 16 bits, as nearly all do, and wide ones whole; by the fast
-    one bf16. The ordered one sends a row for every choice, which is not known beforehand: as many
-    as a copy may have.
+    By the exact combine, sums that fit 16 bits, as nearly all do, and whole those of two limbs or
+    of ``wide`` records; by the fast one bf16. The ordered one sends a row for every choice, which
+    is not known beforehand: as many as a copy may have.
     """
     wire = ops.wire(experts, top_k)
     most = ops.sums_bytes(experts, wire, MANY) // MANY
     exact = experts.weights.combine is Combine.EXACT
-    narrow = exact and most < 8 * wire.hidden
+    narrow = exact and not wide and most < 8 * wire.hidden
     return CopyBytes(wire.row_bytes, 2 * wire.hidden + 1 if narrow else most)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moeserve.comm.layout import LayerLayout, require_numbered
 from moeserve.comm.table import Assigned, AssignmentTable, Fetch, table_of
-from moeserve.kernels.wire import SLOT_DTYPE, Copies, Wire
+from moeserve.kernels.wire import SLOT_DTYPE, Copies, Wire, record_rows, record_slots
 
 
 class DeviceAssignmentTable:
@@ -52,9 +52,7 @@ class DeviceAssignmentTable:
     def relay(
         self, segments: Sequence[Tensor], wire: Wire, ranks: int, *, fetch: Fetch = Tensor.cpu
     ) -> Assigned:
-        records = torch.cat([s.view(-1, wire.row_bytes) for s in segments])
-        end = wire.slots_at + 2 * wire.top_k
-        slot_NC = records[:, wire.slots_at : end].contiguous().view(SLOT_DTYPE)
+        slot_NC = record_slots(wire, record_rows(wire, segments))
         return by_unit(slot_NC.int(), ranks, self._layout.slots, fetch)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from moeserve.comm.assign import assign, by_unit
 from moeserve.comm.layout import LayerLayout, require_numbered
 from moeserve.comm.native import native_half
-from moeserve.kernels.wire import SLOT_DTYPE, Copies, Wire
+from moeserve.kernels.wire import SLOT_DTYPE, Copies, Wire, record_rows, record_slots
 
 # Brings numbers to the host: an exchange's, whose wait has a deadline, or ``Tensor.cpu``.
 Fetch = Callable[[Tensor], Tensor]
@@ -72,8 +72,7 @@ class NumpyAssignmentTable:
     def relay(
         self, segments: Sequence[Tensor], wire: Wire, ranks: int, *, fetch: Fetch = Tensor.cpu
     ) -> Assigned:
-        records = torch.cat([s.view(-1, wire.row_bytes) for s in segments])
-        slots = records[:, wire.slots_at :].contiguous().view(SLOT_DTYPE)[:, : wire.top_k]
+        slots = record_slots(wire, record_rows(wire, segments))
         return counted(by_unit(slots.numpy().astype(np.int32), ranks, self._layout.slots))
 
 

@@ -28,6 +28,7 @@ class ThreadMeeting:
             self._barrier.wait(MEETING_S)
             found = [self._posted[r] for r in range(self.world)]
             self._barrier.wait(MEETING_S)
+            del self._posted[rank]  # all have read it: what is left says who came to the next
         except threading.BrokenBarrierError as error:
             here = sorted(self._posted)
             raise InternalError(f"of {self.world} ranks only {here} called") from error

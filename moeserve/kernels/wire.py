@@ -23,12 +23,15 @@ Letters: T tokens, H hidden, C experts per token, R ranks, N copies (or records)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moeserve.errors import InternalError
 
 HEADER = 64
 GRID_BITS, WIDE_GRID_BITS = 11, 20
@@ -121,6 +124,30 @@ class Sums:
 def up_to(size: int, multiple: int) -> int:
     """The least multiple that is not below ``size``."""
     return -(-size // multiple) * multiple
+
+
+def record_rows(wire: Wire, segments: Sequence[Tensor]) -> Tensor:
+    """uint8 [N, row_bytes] of all segments in turn, where they lie. InternalError where one is not
+    of whole records."""
+    for segment in segments:
+        if len(segment) % wire.row_bytes:
+            raise InternalError(f"{len(segment)} bytes are not records of {wire}")
+    whole = segments[0] if len(segments) == 1 else torch.cat(list(segments))
+    return whole.view(-1, wire.row_bytes)
+
+
+def record_slots(wire: Wire, rows_NX: Tensor) -> Tensor:
+    """int16 [N, C] of ``record_rows``."""
+    part = rows_NX[:, wire.slots_at : wire.slots_at + 2 * wire.top_k]
+    return part.contiguous().view(SLOT_DTYPE)
+
+
+def require_length(segment: Tensor, count: int, nbytes: int) -> None:
+    """InternalError where the sums of so many rows are of another length."""
+    if len(segment) != nbytes:
+        raise InternalError(
+            f"{len(segment)} bytes are not the sums of {count} rows, which take {nbytes}"
+        )
 
 
 def header_bytes(rows: int) -> int:

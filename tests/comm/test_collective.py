@@ -215,3 +215,30 @@ def test_a_rank_lost_between_sizes_and_bytes_is_named_and_the_communicator_abort
     one, other, _ = as_ranks(hub, Lanes((MOST,), 0.4), run)
     assert one == other == "rank 2 did not send round 1 of lane 0 within 0.4 s"
     assert {(0, "inner", True), (1, "inner", True)} <= set(hub.ended)
+
+
+def test_a_communicator_that_breaks_names_who_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own error says no rank: rank 2 has sent and answers no more."""
+    hub, over = Hub(), threading.Barrier(WORLD)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("remote process exited")
+
+    monkeypatch.setattr(ModelMedium, "begin", broken)
+
+    def run(r: int, made: dict[str, CollectiveExchange]) -> str:
+        exchange = made["inner"]
+        exchange.areas(0, [8] * WORLD)
+        exchange.send(0, [8] * WORLD)
+        if r == 2:
+            over.wait(20)
+            return ""
+        with pytest.raises(LateRankError) as late:
+            exchange.receive(0)
+        with pytest.raises(UnavailableError, match="rank 2 did not send"):
+            exchange.areas(0, [8] * WORLD)
+        over.wait(20)
+        return late.value.message
+
+    one, other, _ = as_ranks(hub, Lanes((MOST,), 0.2), run)
+    assert one == other == "rank 2 did not send round 1 of lane 0 within 0.2 s"

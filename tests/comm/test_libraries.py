@@ -43,7 +43,7 @@ from moeserve.comm.libraries.promise import (
 )
 from moeserve.comm.table import table_of
 from moeserve.config.options import LoadOptions
-from moeserve.errors import ConfigError, MoeserveError
+from moeserve.errors import ConfigError, InternalError, MoeserveError
 from moeserve.kernels.ascend import calls
 from moeserve.kernels.ascend.ops import AscendOps
 from moeserve.kernels.matrix import Matrix, part_of, stack, to_int8
@@ -156,8 +156,8 @@ def rows_of(routed: Routed, which: slice) -> Routed:
 
 
 def opened(name: str, ops: Ops, sharded: ShardedExperts, group: Group) -> Dispatcher:
-    seat = Topology((0,) * group.world)
-    setup = opening.LibrarySetup(ops, [sharded], group, seat, Bounds(MOST, 2), Progress())
+    nodes = Topology((0,) * group.world)
+    setup = opening.LibrarySetup(ops, [sharded], group, nodes, Bounds(MOST, 2), Progress())
     return opening.OPEN[name](setup)
 
 
@@ -370,6 +370,10 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def no_symbol(name: str) -> ModuleType:
+    raise ImportError(f"undefined symbol\nwhile {name} was loaded")
+
+
 def test_what_deepep_lacks_is_one_line_with_the_remedy(ops: Ops, plain: pytest.MonkeyPatch) -> None:
     fast = setup_of(ops, "int8", Combine.FAST)
     assert "computes on cpu" in opening.LACKS[DEEPEP](fast)
@@ -378,6 +382,10 @@ def test_what_deepep_lacks_is_one_line_with_the_remedy(ops: Ops, plain: pytest.M
     plain.setitem(sys.modules, "deep_ep", ModuleType("deep_ep"))
     sys.modules["deep_ep"].__spec__ = ModuleSpec("deep_ep", None)
     assert "has no Buffer: install one" in opening.LACKS[LOW_LATENCY](fast)
+    with plain.context() as broken:
+        broken.setattr("importlib.import_module", no_symbol)
+        told = opening.LACKS[DEEPEP](fast)
+    assert told.startswith("deep_ep cannot be loaded: undefined symbol: build it for torch 2")
     plain.setattr(sys.modules["deep_ep"], "Buffer", Buffer, raising=False)
     assert opening.LACKS[DEEPEP](fast) == opening.LACKS[LOW_LATENCY](fast) == ""
     three = replace(fast, group=ThreadedGroup(0, 3, ThreadMeeting(3)))  # type: ignore[arg-type]
@@ -444,6 +452,21 @@ def test_all_ranks_refuse_and_name_the_one_that_lacks_something(
 
     line = "dispatcher=deepep: rank 1: a card, or leave out --dispatcher"
     assert on_ranks(2, work) == [line, line]
+
+
+def test_a_meeting_that_fails_names_who_came_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not who came to those before."""
+    monkeypatch.setattr("moeserve.kernels.thread_meeting.MEETING_S", 0.1)
+
+    def work(group: Group) -> str:
+        assert group.all_gather("first", b"") == [b"", b""]
+        if group.rank:
+            return ""
+        with pytest.raises(InternalError) as failed:
+            group.all_gather("second", b"")
+        return failed.value.message
+
+    assert on_ranks(2, work) == ["of 2 ranks only [0] called", ""]
 
 
 def router_of(ops: Ops) -> Part[RouterWeights]:

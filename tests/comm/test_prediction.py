@@ -124,6 +124,9 @@ def test_counted_copies_and_bytes_are_those_predicted(
     mlp = whole.stack.layers[layers[0]].mlp
     assert isinstance(mlp, tuple)
     weigh = copy_bytes(ops, mlp[1], mlp[0].weights.spec.top_k)
+    on_devices = copy_bytes(ops, mlp[1], mlp[0].weights.spec.top_k, wide=True)
+    assert on_devices.dispatch == weigh.dispatch
+    assert on_devices.combine == 1 + 4 * whole.spec.hidden
     expected = predicted.copies / 2 * (weigh.dispatch + weigh.combine) * len(layers)
     counted = sum(m.dispatch_bytes + m.combine_bytes for m in stats)
     assert counted / len(topk_TLK) == pytest.approx(expected, rel=0.02)

@@ -69,7 +69,8 @@ class Medium(GivenWork, Protocol):
         come_R: list[int],
         go_R: list[int],
     ) -> Transfer:
-        """As soon as the mark has passed: pieces of so many bytes, one behind the other."""
+        """As soon as the mark has passed: pieces of so many bytes, one behind the other.
+        RuntimeError where the communicator is broken."""
         ...
 
     def end(self, failed: bool) -> None:
@@ -174,21 +175,26 @@ class CollectiveExchange(ExchangeBackend):
     def begin_round(self, lane: int) -> None:
         """All sizes are waited for, then the transfer begins. For ``BeginningOrder``."""
         try:
-            come_R = [int(s.view(torch.int64)) for s in self._sizes.receive(lane)]
-        except LateRankError as late:
-            error = self._late_error(lane, self._absent() or self._others)
-            self._close(str(error))
-            raise error from late
+            self._begin_transfer(lane)
         except MoeserveError as error:
             self._close(str(error))
             raise
+
+    def _begin_transfer(self, lane: int) -> None:
+        try:
+            come_R = [int(s.view(torch.int64)) for s in self._sizes.receive(lane)]
+        except LateRankError as late:
+            raise self._late_error(lane, self._absent() or self._others) from late
         state = self._lane_L[lane]
         room = state.areas.room
         incoming = state.areas.incoming(come_R)
         if state.areas.room != room:  # whatever was in that memory before is done with it first
             state.mark = self._medium.mark()
         come, go = ([padded(n) for n in sizes_R] for sizes_R in (come_R, state.go_R))
-        state.transfer = self._medium.begin(state.mark, incoming, state.outgoing, come, go)
+        try:
+            state.transfer = self._medium.begin(state.mark, incoming, state.outgoing, come, go)
+        except RuntimeError as error:  # of the communicator: by whoever is gone, or this rank's own
+            raise self._late_error(lane, self._absent() or [self.rank]) from error
         while self._under_way and settled(self._under_way[0][1]):
             self._under_way.popleft()
         self._under_way.append((lane, state.transfer))

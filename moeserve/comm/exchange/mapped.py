@@ -26,7 +26,7 @@ from moeserve.comm.exchange.base import Lanes
 from moeserve.comm.exchange.shm import MailboxExchange
 from moeserve.comm.exchange.streams import DeviceWork, GivenWork, NoWork
 from moeserve.comm.group import Group
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, first_line
 
 PARITIES = 2
 
@@ -234,7 +234,3 @@ def require_all(group: Group, key: str, reason: str) -> None:
                 "reach one another (nvidia-smi topo -p2p r) and be seen by all ranks; or choose "
                 "'nccl' or 'shm', or lower max_num_batched_tokens"
             )
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

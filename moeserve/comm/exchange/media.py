@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.distributed import AllToAllOptions, PrefixStore  # type: ignore[attr-defined]
 
 from moeserve.comm.exchange.streams import DeviceWork, NoWork, poll
-from moeserve.comm.exchange.torch import break_connections, connect, release_aside
+from moeserve.comm.exchange.torch import break_connections, connect, gloo_done, release_aside
 from moeserve.comm.group import Group
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, first_line
 
 # Our own deadlines come first; this ends what nobody waits for any more.
-_LEFT_ALONE_S = 600.0
+LEFT_ALONE_S = 600.0
 LIBRARIES = {"cuda": "nccl", "npu": "hccl"}
 
 
@@ -83,16 +83,7 @@ class HostTransfer:
         self._held = held
 
     def done(self, wait_s: float) -> bool:
-        if not self.work.is_completed():
-            if wait_s <= 0:
-                return False
-            with contextlib.suppress(RuntimeError):  # the time is over, or it failed: see below
-                # Less than a millisecond would mean for ever.
-                self.work.wait(timedelta(seconds=max(wait_s, 0.001)))
-            if not self.work.is_completed():
-                return False
-        self.work.wait()  # raises what went wrong
-        return True
+        return gloo_done(self.work, wait_s)
 
     def order_after(self) -> None: ...
 
@@ -122,7 +113,7 @@ class HostMedium:
         bare: Callable[[Tensor], Tensor] = lambda t: t,
     ) -> HostMedium:
         """Collective over the group."""
-        timeout = timedelta(seconds=_LEFT_ALONE_S)
+        timeout = timedelta(seconds=LEFT_ALONE_S)
         pg = connect(PrefixStore(f"{key}/gloo", group.store), group, None, timeout)
         return cls(pg, device, bare)
 
@@ -153,11 +144,8 @@ def open_stream_medium(group: Group, key: str, device: torch.device) -> StreamMe
     if reason := lacking(device.type):
         raise ConfigError(f"comm backend {name!r}: {reason}")
     store = PrefixStore(f"{key}/{name}", group.store)
-    timeout = timedelta(seconds=_LEFT_ALONE_S)
-    # A rank that is lost is for our deadlines to find, not for threads of torch's, which would end
-    # this process.
-    for variable in ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING"):
-        os.environ.setdefault(f"TORCH_{name.upper()}_{variable}", "0")
+    timeout = timedelta(seconds=LEFT_ALONE_S)
+    leave_unwatched(name)
     try:
         made = process_groups(device.type)
         options = made.Options()
@@ -166,12 +154,19 @@ def open_stream_medium(group: Group, key: str, device: torch.device) -> StreamMe
         if name == "nccl":  # HCCL joins in the first round
             pg.eager_connect_single_device(device)
     except RuntimeError as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"comm backend {name!r}: no communicator of rank {group.of_run(group.rank)} on "
-            f"{device}: {first}; {name.upper()}_DEBUG=INFO says more, and 'tcp' goes without it"
+            f"{device}: {first_line(error)}; {name.upper()}_DEBUG=INFO says more, and 'tcp' goes "
+            "without it"
         ) from error
     return StreamMedium(name, pg, device)
+
+
+def leave_unwatched(library: str) -> None:
+    """A rank that is lost is for our deadlines and heartbeats to find, not for threads of torch
+    that watch groups of the library ("nccl", "hccl"), which would end this process."""
+    for variable in ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING"):
+        os.environ.setdefault(f"TORCH_{library.upper()}_{variable}", "0")
 
 
 def process_groups(kind: str) -> Any:

@@ -71,16 +71,7 @@ class _LaneState:
 
     def _done(self, wait_s: float) -> bool:
         assert self.work is not None
-        if not self.work.is_completed():
-            if wait_s <= 0:
-                return False
-            with contextlib.suppress(RuntimeError):  # the time is over, or it failed: see below
-                # Less than a millisecond would mean for ever.
-                self.work.wait(timedelta(seconds=max(wait_s, 0.001)))
-            if not self.work.is_completed():
-                return False
-        self.work.wait()  # raises what went wrong
-        return True
+        return gloo_done(self.work, wait_s)
 
 
 class TorchExchange(ExchangeBackend):
@@ -220,6 +211,20 @@ def connect(store: Store, group: Group, address: str | None, timeout: timedelta)
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     options._threads = 1
     return ProcessGroupGloo(store, group.rank, group.world, options)
+
+
+def gloo_done(work: Work, wait_s: float) -> bool:
+    """Whether it is over, after at most so long. RuntimeError where it failed."""
+    if not work.is_completed():
+        if wait_s <= 0:
+            return False
+        with contextlib.suppress(RuntimeError):  # the time is over, or it failed: see below
+            # Less than a millisecond would mean for ever.
+            work.wait(timedelta(seconds=max(wait_s, 0.001)))
+        if not work.is_completed():
+            return False
+    work.wait()  # raises what went wrong
+    return True
 
 
 def break_connections(pg: Any, others: Sequence[int]) -> None:

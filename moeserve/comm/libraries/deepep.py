@@ -59,19 +59,19 @@ class BufferRank:
 class _DeepEp(ABC):
     """What both kinds share: everything but the kernels."""
 
-    def __init__(self, ops: Ops, buffer: Buffer, seat: BufferRank, progress: Progress) -> None:
+    def __init__(self, ops: Ops, buffer: Buffer, own: BufferRank, progress: Progress) -> None:
         self.stats = DispatchStats()
         self._ops = ops
         self._buffer = buffer
-        self._seat = seat
+        self._own = own
         self._progress = progress
 
     def moe(
         self, lane: int, sharded: ShardedExperts, x_TH: Tensor, routed: Routed
     ) -> Generator[None, None, None]:
-        ops, seat, slots = self._ops, self._seat, sharded.layout.slots
+        ops, own, slots = self._ops, self._own, sharded.layout.slots
         self._progress.begin("dispatch")
-        sent = sharded.table.assign(routed.ids_TC, seat.rank)
+        sent = sharded.table.assign(routed.ids_TC, own.rank)
         slot_TC = slot_of_choices(sent, len(x_TH), slots)
         stats, row = self.stats, self._bytes_out(sharded.wire)
         copies, far = self._copies(sent.count_R, slot_TC, slots)
@@ -118,8 +118,8 @@ class DeepEpDispatcher(_DeepEp):
         return 2 * wire.hidden
 
     def _copies(self, count_R: Sequence[int], slot_TC: Tensor, slots: int) -> tuple[int, int]:
-        others = sum(count_R) - count_R[self._seat.rank]
-        return others, sum(count_R[r] for r in self._seat.abroad)
+        others = sum(count_R) - count_R[self._own.rank]
+        return others, sum(count_R[r] for r in self._own.abroad)
 
     def _mixture(
         self, sharded: ShardedExperts, routed: Routed, slot_TC: Tensor
@@ -134,7 +134,7 @@ class DeepEpDispatcher(_DeepEp):
         ready = buffer.capture()
         later = {"async_finish": True, "allocate_on_comm_stream": True}
         *layout, known = buffer.get_dispatch_layout(
-            slot_TC, sharded.layout.slots * self._seat.world, previous_event=ready, **later
+            slot_TC, sharded.layout.slots * self._own.world, previous_event=ready, **later
         )
         per_rank, per_node, per_slot, is_in_rank = layout
         yield
@@ -182,16 +182,16 @@ class DeepEpLowLatencyDispatcher(_DeepEp):
     """By the kernels of low latency; ``tokens`` is the most that a rank sends at a time."""
 
     def __init__(
-        self, ops: Ops, buffer: Buffer, seat: BufferRank, progress: Progress, tokens: int
+        self, ops: Ops, buffer: Buffer, own: BufferRank, progress: Progress, tokens: int
     ) -> None:
-        super().__init__(ops, buffer, seat, progress)
+        super().__init__(ops, buffer, own, progress)
         self._tokens = tokens
 
     def _bytes_out(self, wire: Wire) -> int:
         return 2 * wire.hidden
 
     def _copies(self, count_R: Sequence[int], slot_TC: Tensor, slots: int) -> tuple[int, int]:
-        return copies_of_choices(slot_TC, slots, self._seat.rank, self._seat.abroad)
+        return copies_of_choices(slot_TC, slots, self._own.rank, self._own.abroad)
 
     def _mixture(
         self, sharded: ShardedExperts, routed: Routed, slot_TC: Tensor
@@ -203,7 +203,7 @@ class DeepEpLowLatencyDispatcher(_DeepEp):
             routed.normed_TH.bfloat16(),
             slot_TC,
             self._tokens,
-            slots * self._seat.world,
+            slots * self._own.world,
             use_fp8=False,
         )
         self._progress.begin("experts")

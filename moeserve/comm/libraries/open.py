@@ -25,7 +25,7 @@ from moeserve.comm.libraries.deepep_exchange import PAGE, DeepEpExchange
 from moeserve.comm.libraries.process_group import hccl_group, nccl_group
 from moeserve.comm.libraries.promise import DEEPEP, LOW_LATENCY, MOE_DISTRIBUTE, promise_of
 from moeserve.comm.pipeline import ParallelLayerRunner
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, first_line
 from moeserve.kernels.ops import Layer, Ops
 from moeserve.kernels.wire import Combine
 from moeserve.observe.progress import Progress
@@ -54,7 +54,7 @@ class LibrarySetup:
     progress: Progress
 
     @property
-    def seat(self) -> BufferRank:
+    def own_rank(self) -> BufferRank:
         return BufferRank(self.group.rank, self.group.world, self.topology)
 
     @property
@@ -105,7 +105,12 @@ def deepep_lacks(setup: LibrarySetup) -> str:
         return f"DeepEP is for CUDA devices, and this rank computes on {setup.ops.device}"
     if importlib.util.find_spec(MODULE) is None:
         return f"{MODULE} is not installed: build it as github.com/deepseek-ai/DeepEP says"
-    if not hasattr(importlib.import_module(MODULE), "Buffer"):
+    try:
+        found = importlib.import_module(MODULE)
+    except (ImportError, OSError) as error:
+        built = f"build it for torch {torch.__version__}"
+        return f"{MODULE} cannot be loaded: {first_line(error)}: {built}"
+    if not hasattr(found, "Buffer"):
         return f"this {MODULE} has no Buffer: install one with the legacy interface"
     if setup.combine is Combine.FAST and setup.layers[0].wire.payload is torch.float32:
         return "experts in fp32 would be sent in bf16: give --dtype bfloat16 or --quantization int8"
@@ -199,7 +204,7 @@ def open_normal(setup: LibrarySetup) -> Dispatcher:
         rdma = max(rdma, config.get_rdma_buffer_size_hint(row_bytes, world))
     opened = opened_buffer(setup, lambda group: buffer(group, nvlink, rdma))
     if not exact:
-        return DeepEpDispatcher(setup.ops, opened, setup.seat, setup.progress)
+        return DeepEpDispatcher(setup.ops, opened, setup.own_rank, setup.progress)
     lanes = lanes_of(setup.ops, setup.layers, setup.bounds, setup.bounds.tokens)
     staged = not setup.layers[0].wire.wide
     exchange = DeepEpExchange(setup.group, lanes, opened, setup.ops.device, staged=staged)
@@ -214,7 +219,7 @@ def open_low_latency(setup: LibrarySetup) -> Dispatcher:
         setup,
         lambda group: buffer(group, 0, size, low_latency_mode=True, num_qps_per_rank=slots),
     )
-    return DeepEpLowLatencyDispatcher(setup.ops, opened, setup.seat, setup.progress, tokens)
+    return DeepEpLowLatencyDispatcher(setup.ops, opened, setup.own_rank, setup.progress, tokens)
 
 
 def opened_buffer(setup: LibrarySetup, make: Callable[[Any], Any]) -> Any:
@@ -223,10 +228,10 @@ def opened_buffer(setup: LibrarySetup, make: Callable[[Any], Any]) -> Any:
     try:
         return make(group)
     except (RuntimeError, AssertionError, OSError) as error:
-        said = str(error).strip().splitlines() or ["an assertion failed"]
         raise ConfigError(
-            f"DeepEP cannot open its buffer: {said[0]}: check NVLink within a node (nvidia-smi "
-            f"topo -m), NVSHMEM and IBGDA between nodes and for low latency, {OTHERWISE}"
+            f"DeepEP cannot open its buffer: {first_line(error)}: check NVLink within a node "
+            "(nvidia-smi topo -m), NVSHMEM and IBGDA between nodes and for low latency, "
+            f"{OTHERWISE}"
         ) from error
 
 

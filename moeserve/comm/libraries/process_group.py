@@ -1,14 +1,11 @@
 """The groups that libraries move bytes by, made from the notes of the start.
 
 DeepEP wants a group of torch.distributed, over which it exchanges handles of memory when its buffer
-is opened. The operators of NPUs want the name of a group of HCCL, which nothing else uses. Threads
-of torch that watch such groups would end the process when a rank is late: they are switched off,
-for our heartbeats find that out sooner and say who it is.
+is opened. The operators of NPUs want the name of a group of HCCL, which nothing else uses.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,18 +13,16 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from moeserve.comm.exchange.media import process_groups
+from moeserve.comm.exchange.media import LEFT_ALONE_S, leave_unwatched, process_groups
 from moeserve.comm.group import Group
-from moeserve.errors import ConfigError
+from moeserve.errors import ConfigError, first_line
 
 T = TypeVar("T")
-# What nobody waits for any more ends after it.
-LEFT_ALONE_S = 600.0
 
 
 def nccl_group(group: Group) -> Any:
     """Collective over all of the run. ConfigError where torch cannot make one."""
-    _unwatched("NCCL")
+    leave_unwatched("nccl")
     bound = timedelta(seconds=LEFT_ALONE_S)
 
     def made() -> Any:
@@ -45,7 +40,7 @@ def nccl_group(group: Group) -> Any:
 def hccl_group(group: Group) -> tuple[str, Any]:
     """HCCL's name of a new group of all of the run, and what it lasts as long as; collective.
     ConfigError where torch_npu cannot make one."""
-    _unwatched("HCCL")
+    leave_unwatched("hccl")
 
     def made() -> tuple[str, Any]:
         of = process_groups("npu")
@@ -60,17 +55,11 @@ def hccl_group(group: Group) -> tuple[str, Any]:
     return _in_one_line("HCCL", made)
 
 
-def _unwatched(name: str) -> None:
-    for variable in ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING"):
-        os.environ.setdefault(f"TORCH_{name}_{variable}", "0")
-
-
 def _in_one_line(name: str, made: Callable[[], T]) -> T:
     try:
         return made()
     except (RuntimeError, ValueError, ImportError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"no group of {name} can be made: {first}; {name}_DEBUG=INFO says more, and without "
-            "--dispatcher none is wanted"
+            f"no group of {name} can be made: {first_line(error)}; {name}_DEBUG=INFO says more, "
+            "and without --dispatcher none is wanted"
         ) from error

@@ -280,7 +280,8 @@ def _live_plan(
     if not context.replan:
         return LivePlan(coordinator, nodes)
     sharded = next(s for s in own.parallel.sharded if s is not None)
-    weigh = copy_bytes(own.decoder.ops, sharded.part, sharded.wire.top_k)
+    wire = sharded.wire
+    weigh = copy_bytes(own.decoder.ops, sharded.part, wire.top_k, wide=wire.wide)
     rate = own.read_bytes_per_s * own.world
     settings = ReplanSettings(own.expert_bytes, rate, widest(own.swapper.routers))
     history = StepHistory()

@@ -8,7 +8,7 @@
     matrices                   weights as the operators want them, and products over them
     kv                         the paged cache in device memory, attention over it
     grid                       units and exact sums of contributions, elementwise
-    dispatch  wire             dispatch and combine over records in host memory
+    dispatch  wire             dispatch and combine over records, in host memory or on the device
     buffers                    what HCCL's buffer must hold, and the environment of ranks
     records                    packed weights over memory: refused
     schemas                    the operators' signatures (schemas.txt), as the wheel has them

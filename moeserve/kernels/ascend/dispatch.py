@@ -14,7 +14,16 @@ from torch import Tensor
 from moeserve.kernels.ascend import grid, matrices, wire
 from moeserve.kernels.ascend.matrices import DeviceExperts
 from moeserve.kernels.ops import Experts, MoeWeights, Ops, Part, Routed
-from moeserve.kernels.wire import Combine, Copies, Sums, Wire, most_bytes, write_wide
+from moeserve.kernels.wire import (
+    Combine,
+    Copies,
+    Sums,
+    Wire,
+    most_bytes,
+    record_rows,
+    record_slots,
+    write_wide,
+)
 
 
 class Contributing(Protocol):
@@ -92,7 +101,7 @@ class AscendDispatch:
     def relay_tokens(
         self, form: Wire, segments: Sequence[Tensor], copies: Copies, areas_R: Sequence[Tensor]
     ) -> None:
-        wire.send(form, wire.rows_of(form, segments), copies, areas_R)
+        wire.send(form, record_rows(form, segments), copies, areas_R)
 
     def run_experts(
         self: Contributing, part: Part[MoeWeights], form: Wire, segments: Sequence[Tensor]
@@ -142,10 +151,10 @@ class AscendDispatch:
             return self.host.pack_sums(there, form, sums, segments, areas_R)
         combine, nbytes, done = part.weights.combine, list[int](), 0
         for segment, area in zip(segments, areas_R, strict=True):
-            rows_NX = wire.rows_of(form, [segment])
+            rows_NX = record_rows(form, [segment])
             count = len(rows_NX)
             if combine is Combine.ORDERED:
-                count = int((wire.slots_of(form, rows_NX) != -1).sum())
+                count = int((record_slots(form, rows_NX) != -1).sum())
             some = sums.data[done : done + count]
             done += count
             if combine is Combine.EXACT:

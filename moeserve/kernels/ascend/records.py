@@ -1,7 +1,8 @@
 """The part of the op table that lays packed weights over memory: there is none here.
 
-Packed copies are bytes of the CPU's table, which maps them or reads them as steps need them; a
-device is given the folder that was packed. Everything here is a ConfigError that says so.
+Packed copies are bytes of the CPU's table or of a CUDA device's, which map them or read them as
+steps need them; an NPU is given the folder that was packed. Everything here is a ConfigError that
+says so.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from moeserve.kernels.records import MatrixForm
 
 def refuse(what: str) -> NoReturn:
     raise ConfigError(
-        f"{what}: packed weights are read by the CPU's kernels alone: serve the folder that was "
-        "packed, or give --device cpu"
+        f"{what}: packed weights are read by the kernels of CPUs and CUDA devices alone: serve "
+        "the folder that was packed"
     )
 
 

@@ -21,12 +21,14 @@ from torch import Tensor
 from moeserve.errors import InternalError
 from moeserve.kernels.ascend.grid import add_rows
 from moeserve.kernels.wire import (
-    SLOT_DTYPE,
     Combine,
     Copies,
     Wire,
     header_bytes,
     read_wide,
+    record_rows,
+    record_slots,
+    require_length,
     up_to,
 )
 
@@ -90,28 +92,14 @@ def send(wire: Wire, rows_TX: Tensor, copies: Copies, areas_R: Sequence[Tensor])
         area[: (end - start) * wire.row_bytes] = rows_NX[start:end].flatten()
 
 
-def rows_of(wire: Wire, segments: Sequence[Tensor]) -> Tensor:
-    """uint8 [N, row_bytes]."""
-    for segment in segments:
-        if len(segment) % wire.row_bytes:
-            raise InternalError(f"{len(segment)} bytes are not records of {wire}")
-    whole = segments[0] if len(segments) == 1 else torch.cat(list(segments))
-    return whole.view(-1, wire.row_bytes)
-
-
-def slots_of(wire: Wire, rows_NX: Tensor) -> Tensor:
-    part = rows_NX[:, wire.slots_at : wire.slots_at + 2 * wire.top_k]
-    return part.contiguous().view(SLOT_DTYPE)
-
-
 def take_apart(wire: Wire, segments: Sequence[Tensor], experts: int) -> Arrived:
     """InternalError where a slot is none of so many experts; if ``wide``, its token becomes NaN."""
-    rows_NX = rows_of(wire, segments)
+    rows_NX = record_rows(wire, segments)
 
     def numbers(start: int, end: int, dtype: torch.dtype) -> Tensor:
         return rows_NX[:, start:end].contiguous().view(dtype)
 
-    slots_NC = slots_of(wire, rows_NX)
+    slots_NC = record_slots(wire, rows_NX)
     weights_NC = numbers(wire.weights_at, wire.slots_at, torch.float32)
     strange_NC = (slots_NC < -1) | (slots_NC >= experts)
     if wire.wide:
@@ -213,13 +201,6 @@ def read_plain(data: Tensor, count: int, size: int, kind: torch.dtype) -> Tensor
     require_length(data, count, count * width)
     rows = data.view(count, width) if count else data.view(0, width)
     return rows[:, : size * kind.itemsize].contiguous().view(kind)
-
-
-def require_length(data: Tensor, count: int, wanted: int) -> None:
-    if len(data) != wanted:
-        raise InternalError(
-            f"{len(data)} bytes are not the sums of {count} rows, which take {wanted}"
-        )
 
 
 def by_token(

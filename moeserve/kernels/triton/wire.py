@@ -23,13 +23,15 @@ from moeserve.kernels.reference.wire import ReferenceWire
 from moeserve.kernels.triton.experts import Features, contributions
 from moeserve.kernels.triton.sums import add_copies, by_token, chain, exact_sums
 from moeserve.kernels.wire import (
-    SLOT_DTYPE,
     Combine,
     Copies,
     Sums,
     Wire,
     header_bytes,
     read_wide,
+    record_rows,
+    record_slots,
+    require_length,
     up_to,
     write_wide,
 )
@@ -45,21 +47,6 @@ class RecordBatch:
     slots_NC: Tensor
 
 
-def rows_in(wire: Wire, segments: Sequence[Tensor]) -> Tensor:
-    """uint8 [N, row_bytes] of all segments in turn, where they lie."""
-    for segment in segments:
-        if len(segment) % wire.row_bytes:
-            raise InternalError(f"{len(segment)} bytes are not records of {wire}")
-    whole = segments[0] if len(segments) == 1 else torch.cat(list(segments))
-    return whole.view(-1, wire.row_bytes)
-
-
-def slots_in(wire: Wire, rows: Tensor) -> Tensor:
-    """int16 [N, C]."""
-    end = wire.slots_at + 2 * wire.top_k
-    return rows[:, wire.slots_at : end].contiguous().view(SLOT_DTYPE)
-
-
 def unpacked(wire: Wire, rows: Tensor, device: torch.device) -> RecordBatch:
     rows = rows.to(device)
 
@@ -73,12 +60,12 @@ def unpacked(wire: Wire, rows: Tensor, device: torch.device) -> RecordBatch:
         Features(x_NH, scale_N) if coded else Features(x_NH.float(), None),
         numbers(wire.unit_at, wire.weights_at, torch.float32)[:, 0].contiguous(),
         numbers(wire.weights_at, wire.slots_at, torch.float32),
-        slots_in(wire, rows).int(),
+        record_slots(wire, rows).int(),
     )
 
 
 def hand_out(rows: Tensor, copies: Copies, areas_R: Sequence[Tensor]) -> None:
-    """RecordBatch of the copies, in their order, to the areas of their ranks."""
+    """Records of the copies, in their order, to the areas of their ranks."""
     bounds = copies.start_R1.tolist()
     for area, start, end in zip(areas_R, bounds, bounds[1:], strict=False):
         part = rows[start:end].reshape(-1)
@@ -151,13 +138,6 @@ def float_rows_in(segment: Tensor, count: int, hidden: int, dtype: torch.dtype) 
     return rows.contiguous().view(dtype).float()
 
 
-def require_length(segment: Tensor, count: int, nbytes: int) -> None:
-    if len(segment) != nbytes:
-        raise InternalError(
-            f"{len(segment)} bytes are not the sums of {count} rows, which take {nbytes}"
-        )
-
-
 def pairs_of(copies: Copies, top_k: int) -> Tensor:
     """t * C + c of every contribution that is sent back in ``ordered``, in their order; int64."""
     n, c = (copies.slot_NC >= 0).nonzero(as_tuple=True)
@@ -198,14 +178,15 @@ class TritonWire(ReferenceWire):
     def relay_tokens(
         self, wire: Wire, segments: Sequence[Tensor], copies: Copies, areas_R: Sequence[Tensor]
     ) -> None:
-        hand_out(with_slots(wire, rows_in(wire, segments), copies), copies, areas_R)
+        hand_out(with_slots(wire, record_rows(wire, segments), copies), copies, areas_R)
 
     def run_experts(
         self: Ops, part: Part[MoeWeights], wire: Wire, segments: Sequence[Tensor]
     ) -> Sums:
-        experts, combine, rows = part.weights.experts, part.weights.combine, rows_in(wire, segments)
+        experts, combine = part.weights.experts, part.weights.combine
+        rows = record_rows(wire, segments)
         if not wire.wide:
-            check_slots(slots_in(wire, rows), experts)
+            check_slots(record_slots(wire, rows), experts)
         r = unpacked(wire, rows, self.device)
         if wire.wide:
             r = without_strange_slots(r, experts)
@@ -227,10 +208,10 @@ class TritonWire(ReferenceWire):
         combine, nbytes, done = part.weights.combine, list[int](), 0
         data = sums.data if wire.wide else sums.data.cpu()
         for segment, area in zip(segments, areas_R, strict=True):
-            rows = rows_in(wire, [segment])
+            rows = record_rows(wire, [segment])
             count = len(rows)
             if combine is Combine.ORDERED:
-                count = int((slots_in(wire, rows) >= 0).sum())
+                count = int((record_slots(wire, rows) >= 0).sum())
             found = data[done : done + count]
             done += count
             if combine is Combine.EXACT and wire.wide:

@@ -29,7 +29,7 @@ from moeserve.observe.progress import Progress
 
 HIDDEN, EXPERTS, MOST = 2048, 4, 4
 REFERENCE = ReferenceOps()
-SEAT = BufferRank(0, 1, Topology((0,)))
+ALONE = BufferRank(0, 1, Topology((0,)))
 
 
 def there(*tensors: Tensor) -> list[Tensor]:
@@ -59,12 +59,12 @@ def _double() -> Iterator[None]:
 
 
 def normal(far: Ops) -> DeepEpDispatcher:
-    return DeepEpDispatcher(far, Buffer(group(), 1 << 40), SEAT, Progress())
+    return DeepEpDispatcher(far, Buffer(group(), 1 << 40), ALONE, Progress())
 
 
 def low_latency(far: Ops) -> DeepEpLowLatencyDispatcher:
     buffer = Buffer(group(), 0, 1 << 40, low_latency_mode=True, num_qps_per_rank=EXPERTS)
-    return DeepEpLowLatencyDispatcher(far, buffer, SEAT, Progress(), MOST)
+    return DeepEpLowLatencyDispatcher(far, buffer, ALONE, Progress(), MOST)
 
 
 def group() -> ThreadGroup:

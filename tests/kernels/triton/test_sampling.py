@@ -110,6 +110,20 @@ def test_masks_prompts_and_rows_without_a_token(ops: Any, monkeypatch: pytest.Mo
     assert found[4].failure and found[5].asked and found[6].failure
 
 
+@pytest.mark.parametrize("value", [-np.inf, np.nan, np.inf])
+def test_a_row_that_is_no_numbers_is_not_read_from_before_its_beginning(value: float) -> None:
+    from moeserve.kernels.triton.device.sample import cut_kernel
+    from moeserve.kernels.triton.launch import launch
+
+    around = torch.full((1 + V,), value, dtype=torch.float64)
+    ids = torch.arange(-1, V)
+    around[0], edges = 123.0, torch.empty(1, 2, dtype=torch.float64)
+    asked = torch.tensor([[0.8, 4.0, 0.9, 0.1, 0.5]], dtype=torch.float64)
+    there = torch.device("cpu")
+    launch(cut_kernel, (1,), there, around[1:], ids[1:], asked, edges, V, BLOCK=64)
+    assert edges[0, 0] != 123.0 and edges[0, 1] == 0
+
+
 def test_a_row_knows_nothing_of_others_and_only_tokens_leave(crossings: Crossings) -> None:
     from moeserve.kernels.triton.ops import TritonOps
 

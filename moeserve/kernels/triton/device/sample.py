@@ -30,7 +30,7 @@ def weight_of(x, highest, temperature, there):
 @triton.jit
 def cut_kernel(x, ids, asked, edges, size, BLOCK: tl.constexpr):
     """What top-k, min-p and top-p keep of a row sorted from the greatest on, of equals the lower id
-    first."""
+    first: its greatest at least, so that nothing is read from before the row."""
     row = tl.program_id(0).to(tl.int64)
     x += row * size
     temperature, top_k = tl.load(asked + row * ASKED), tl.load(asked + row * ASKED + 1)
@@ -61,8 +61,9 @@ def cut_kernel(x, ids, asked, edges, size, BLOCK: tl.constexpr):
             first = tl.minimum(first, tl.min(tl.where(reaches, at, FAR), 0))
             done += tl.sum(weight, 0)
         count = tl.minimum(count, tl.min(first, 0) + 1 - (tl.min(first, 0) == FAR).to(tl.int32))
-    tl.store(edges + row * 2, tl.load(x + count - 1))
-    tl.store(edges + row * 2 + 1, tl.load(ids + row * size + count - 1).to(tl.float64))
+    last = tl.maximum(count - 1, 0)  # of a row that is no numbers nothing is kept
+    tl.store(edges + row * 2, tl.load(x + last))
+    tl.store(edges + row * 2 + 1, tl.load(ids + row * size + last).to(tl.float64))
 
 
 @triton.jit
