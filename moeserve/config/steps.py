@@ -67,8 +67,9 @@ class StepOptions(Options):
 
     @property
     def asks_the_module(self) -> bool:
-        """Whether the module of multi-token prediction guesses, where the model has it."""
-        return self.speculation in ("mtp", "auto")
+        """Whether the module of multi-token prediction guesses, where the model has it: with a
+        draft model that does."""
+        return self.speculation in ("mtp", "auto") and self.draft_model is None
 
     @model_validator(mode="before")
     @classmethod

@@ -131,11 +131,12 @@ class DeviceNeeds:
     graphs: int
     block: int
 
-    def fits(self, options: RankModelOptions) -> bool:
-        """Whether all weights may lie there, beside the KV that was asked for there."""
+    def fits(self, options: RankModelOptions, beside: int = 0) -> bool:
+        """Whether all weights may lie there, beside the KV that was asked for there, of which a
+        token has ``beside`` bytes of a draft model's too."""
         size = options.block_size
         blocks = options.num_blocks or -(-(options.max_model_len or size) // size)
-        kv = options.kv_memory or blocks * self.block
+        kv = options.kv_memory or blocks * (self.block + size * beside)
         if options.attention_device == "cpu":
             kv = 0
         return self.card.free >= self.weights + self.workspace + self.graphs + kv
