@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
-
 from moeserve.comm.build import device_bytes
 from moeserve.config.options import LoadOptions, RankModelOptions
 from moeserve.engine.policies.layered import most_kept
@@ -132,11 +130,12 @@ class DeviceNeeds:
     graphs: int
     block: int
 
-    def fits(self, options: RankModelOptions) -> bool:
-        """Whether all weights may lie there, beside the KV that was asked for there."""
+    def fits(self, options: RankModelOptions, beside: int = 0) -> bool:
+        """Whether all weights may lie there, beside the KV that was asked for there, of which a
+        token has ``beside`` bytes of a draft model's too."""
         size = options.block_size
         blocks = options.num_blocks or -(-(options.max_model_len or size) // size)
-        kv = options.kv_memory or blocks * self.block
+        kv = options.kv_memory or blocks * (self.block + size * beside)
         if options.attention_device == "cpu":
             kv = 0
         return self.card.free >= self.weights + self.workspace + self.graphs + kv
@@ -176,8 +175,8 @@ def load_on_device(
     plan_device(card, needs.weights, needs.workspace, needs.graphs, needs.block)
     try:
         decoder = assemble(checkpoint, ops, options, experts=own, progress=progress)
-    except (RuntimeError, torch.OutOfMemoryError) as full:
-        if "out of memory" not in str(full):
+    except RuntimeError as full:
+        if not is_full(full):
             raise
         raise ConfigError(
             f"{card.name} has {card.free} of {card.total} bytes free, and the weights need more: "
@@ -202,6 +201,11 @@ def load_on_device(
     if host_keeps_kv(decoder, options.block_size):
         return decoder, min(plan.kv, room)
     return decoder, plan.kv
+
+
+def is_full(error: RuntimeError) -> bool:
+    """Whether a device says so that it has no memory left."""
+    return "out of memory" in str(error)
 
 
 def with_exchange(

@@ -43,7 +43,7 @@ def stream_to_device(
         return None
     folder = resolve_model(options.model)
     needs = needs_of(ops, options, ranks)
-    if options.memory is None and (needs.fits(options) or not is_packed(folder)):
+    if options.memory is None and (needs.fits(options, beside) or not is_packed(folder)):
         return None
     free, workspace = needs.card.free, needs.workspace
     return _stream(DeviceStreaming.open(folder, ops, options, free, workspace), beside)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moeserve.config.options import RankModelOptions
+from moeserve.engine.device_memory import is_full
 from moeserve.engine.draft_model import DraftModel
 from moeserve.engine.model_runner import DraftMaker
 from moeserve.engine.mtp_drafts import MtpDrafts
@@ -56,7 +57,7 @@ class LoadedDraft:
 
 
 def load_draft(options: RankModelOptions, model: Checkpoint, ops: Ops) -> LoadedDraft:
-    """Where one is asked for; ConfigError where it does not fit the ``model``."""
+    """Where one is asked for; ConfigError where it does not fit the ``model``, or the device."""
     wanted, name = options.speculation, options.draft_model
     if name is None and wanted == "draft":
         raise ConfigError("speculation=draft needs a model that drafts: give --draft-model")
@@ -77,6 +78,13 @@ def load_draft(options: RankModelOptions, model: Checkpoint, ops: Ops) -> Loaded
         raise
     except MoeserveError as error:
         raise ConfigError(f"draft_model={name!r}: {error.message}") from error
+    except RuntimeError as full:
+        if not is_full(full):
+            raise
+        raise ConfigError(
+            f"draft_model={name!r}: {ops.device} has no room for its weights, {weights} bytes as "
+            "they are stored: give a smaller one, or another --speculation"
+        ) from full
     return LoadedDraft(replace(decoder, mtp=None), weights, draft.mapped_bytes)
 
 

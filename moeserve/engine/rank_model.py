@@ -185,9 +185,7 @@ def load_rank_model(
     own = None if context is None or plan is None else own_experts(_layouts(plan), context.rank)
     # 2. Read the weights, and pack them as the op table wants them.
     ops, ranks = table or _table_of(options, context), None if context is None else context.counts
-    # A table that is given may have its KV where others look for it: the draft model's is its own.
-    apart = ops if table is None else choose_table(options.device, options.threads, 0)
-    draft, begun = load_draft(options, checkpoint, apart), time.perf_counter()
+    draft, begun = _draft_of(options, checkpoint, ops, given=table is not None), time.perf_counter()
     # 3. Share what memory is left among the ranks of this node, as KV blocks.
     decoder, size = load_weights(checkpoint, ops, options, own, ranks, progress, draft)
     read_bytes_per_s = checkpoint.bytes_read / (time.perf_counter() - begun)
@@ -238,6 +236,16 @@ def _table_of(options: RankModelOptions, context: EpContext | None) -> Ops:
         )
     place, on_host = 0 if context is None else context.place, options.attention_device == "cpu"
     return choose_table(options.device, options.threads, place, host_attention=on_host)
+
+
+def _draft_of(
+    options: RankModelOptions, checkpoint: Checkpoint, ops: Ops, *, given: bool
+) -> LoadedDraft:
+    """A table that was ``given`` may have its KV where others look for it: the draft model's is its
+    own."""
+    if given and options.draft_model is not None:
+        ops = choose_table(options.device, options.threads)
+    return load_draft(options, checkpoint, ops)
 
 
 def _runner(

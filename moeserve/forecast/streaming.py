@@ -84,8 +84,8 @@ def streamed_first_layers(
 ) -> tuple[Decoder, StreamedLayerRunner]:
     """The layers of ``spec``, which are the first of the packed model in ``folder``, with slots for
     one of ``room`` experts, and for those of two layers at least."""
-    said = options.model_dump() | {"model": str(folder), "memory": NO_LIMIT}
-    asked = RankModelOptions.model_validate(said)
+    said = {"model": str(folder), "memory": NO_LIMIT, "speculation": "off"}
+    asked = RankModelOptions.model_validate(options.model_dump() | said)
     streaming = Streaming.open(folder, ops, asked)
     own = {l: experts for l, experts in streaming.own.items() if l < len(spec.layers)}
     records = replace(streaming.records, count=sum(map(len, own.values())))

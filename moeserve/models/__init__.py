@@ -11,6 +11,7 @@
     formats/                   stored codes to the matrices of the op table
     gguf/                      llama.cpp's files, as if they were folders
     weights  expert_source     tensors as the op table takes them; experts read again while serving
+    unread                     tensors that nobody read, and why they need not be
     packed/                    folders whose weights lie as the kernels want them: mapped
     decoder                    the one decoder: token ids in, logits out
     layer_runner               who runs its layers: this process; others are in ``comm``

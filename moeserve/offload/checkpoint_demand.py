@@ -130,12 +130,10 @@ def sizes_in_tensors(path: Path, options: LoadOptions = AS_STORED) -> StoredSize
         if words[:2] == ["model", "layers"] and int(words[2]) < len(layers):
             of, part = layers[int(words[2])], part_of(words)
             of[part] = of.get(part, 0) + size
-        elif words[:2] == ["model", "layers"] and spec.mtp is not None:
-            of_experts = part_of(words) == "experts"
-            drafts, draft_experts = (
-                drafts + size * (not of_experts),
-                draft_experts + size * of_experts,
-            )
+        elif words[:2] == ["model", "layers"] and part_of(words) == "experts":
+            draft_experts += size
+        elif words[:2] == ["model", "layers"]:
+            drafts += size
         elif "lm_head" in words:
             head += size
         elif "embed_tokens" in words:

@@ -1,4 +1,4 @@
-"""DeviceCopies from host memory to a device, beside its kernels.
+"""Copies from host memory to a device, beside its kernels.
 
 Kernels run in one order, that of their launches; copies in another, that of their submission. A
 ``Mark`` is a place in either: "all that was launched (or copied) so far". What ties the two orders

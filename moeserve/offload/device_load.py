@@ -67,11 +67,17 @@ class DeviceStreaming:
         cls, folder: Path, ops: Ops, options: RankModelOptions, budget: int, workspace: int
     ) -> Self:
         """``workspace`` is what a step takes of the device. ConfigError where the folder is not
-        packed, or layers were asked to be windowed: all trunks are on the device."""
+        packed, or layers were asked to be windowed: all trunks are on the device; or the module
+        of multi-token prediction was asked to guess, which is left aside."""
         if options.weights_window is not None:
             raise ConfigError(
                 f"weights_window={options.weights_window}: on a device all layers without their "
                 "experts are in its memory: leave it out"
+            )
+        if options.speculation == "mtp":
+            raise ConfigError(
+                "speculation=mtp: the module that guesses is left aside where experts are streamed "
+                "to a device: choose ngram, draft or off"
             )
         packed = open_packed(folder, ops, options)
         own = own_of(packed, None)
@@ -94,9 +100,10 @@ class DeviceStreaming:
         nbytes = max(self.records.nbytes, PAGE)
         host_slots = min(host // nbytes, self.records.count, MOST_SLOTS)
         if host_slots < min(LEAST_HOST_SLOTS, self.records.count):
+            remedy = "free some" if self.options.memory is None else "give more with --memory"
             raise ConfigError(
                 f"{max(0, host) / MIB:.1f}MiB of host memory are left for experts, and the least "
-                f"is {LEAST_HOST_SLOTS} of {nbytes} bytes: give more with --memory"
+                f"is {LEAST_HOST_SLOTS} of {nbytes} bytes: {remedy}"
             )
         path, log = self.packed.checkpoint.path, logging.getLogger("moeserve.offload")
         log.info("%s within the memory of a device:\n%s", path, division.table())

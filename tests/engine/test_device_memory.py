@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moeserve.config.options import LoadOptions, RankModelOptions
 from moeserve.engine import device_memory
 from moeserve.engine.device_memory import (
+    DeviceNeeds,
     host_keeps_kv,
     least_weights,
     load_on_device,
@@ -124,8 +125,19 @@ def test_memory_is_divided_for_packed_models_on_one_cuda_device_alone(
         stream_to_device(ReferenceOps(), options, (1, 1))
     with pytest.raises(ConfigError, match="leave out --memory, or give --device cpu"):
         stream_to_device(ReferenceOps(), options, (2, 2))
+    guessing = options.model_copy(update={"speculation": "mtp"})
+    with pytest.raises(ConfigError, match="left aside where experts are streamed to a device"):
+        stream_to_device(ReferenceOps(), guessing, (1, 1))
     everything = options.model_copy(update={"memory": None})
     assert stream_to_device(ReferenceOps(), everything, (1, 1)) is None
+
+
+def test_a_draft_models_kv_is_some_of_what_has_to_fit() -> None:
+    needs = DeviceNeeds(Card("a card", 1 << 40, 1100), 1100, 500, 200, 80, 16 * 5)
+    options = RankModelOptions(model="any", num_blocks=4, block_size=16)  # 320 bytes
+    assert needs.fits(options)
+    assert not needs.fits(options, beside=1)  # 64 more, where none is left
+    assert needs.fits(options.model_copy(update={"attention_device": "cpu"}), beside=1)
 
 
 def test_a_device_that_is_full_while_weights_are_loaded_is_one_line(

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ from moeserve.engine.policies.speculation import FixedDrafts, Speculation
 from moeserve.engine.scheduler import Scheduler
 from moeserve.engine.step_cost import DecodeCost, FittedStepCost
 from moeserve.errors import ConfigError
-from moeserve.kernels.ops import Ops
+from moeserve.kernels.ops import Linear, Ops
+from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.decoder import Decoder
 
@@ -235,6 +237,15 @@ def test_memory_that_the_draft_model_fills_is_refused(
     assert found.within(options).device_memory == (2 << 20) - found.weights
     with pytest.raises(ConfigError, match=f"takes {found.weights} bytes"):
         found.within(options.model_copy(update={"device_memory": found.weights}))
+
+    class FullOps(ReferenceOps):
+        """Of a device on which there is no room for a matrix."""
+
+        def pack_linear(self, *args: Any) -> Linear:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    with pytest.raises(ConfigError, match=f"no room for its weights, {found.weights} bytes"):
+        load_draft(options, Checkpoint.open(path), FullOps())
 
 
 def test_the_module_has_no_part_where_a_draft_model_guesses() -> None:

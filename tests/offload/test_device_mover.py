@@ -22,7 +22,7 @@ from moeserve.offload.arena import Arena, DeviceArena
 from moeserve.offload.device_mover import DeviceMover, HostSlots
 from moeserve.offload.disk_file import DiskFile, DiskRegion
 from moeserve.offload.experts import ExpertStream
-from moeserve.offload.mover import PlainMover, Read, Ticket
+from moeserve.offload.mover import MoverCounts, PlainMover, Read, Ticket
 from moeserve.offload.residency import Residency
 
 COUNTS, NBYTES = (4, 0, 5, 3), 128
@@ -94,16 +94,23 @@ class Queues:
 
 
 class Slow(PlainMover):
-    """Its reads are done when ``chance`` has it, or as they are waited for in earnest."""
+    """Its reads are done when ``chance`` has it, or as they are waited for in earnest. Whoever asks
+    before that counts as one that waits, as with the native mover."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__()
         self._chance = chance
+        self.earnest = self._looks = 0
 
     def wait(self, ticket: Ticket, deadline_s: float) -> None:
         if deadline_s == 0 and self._chance.random() < 0.6:
+            self._looks += 1
             raise DeadlineError("late")
+        self.earnest += deadline_s > 0
         super().wait(ticket, deadline_s)
+
+    def counts(self) -> MoverCounts:
+        return replace(super().counts(), waits=self._looks + self.earnest)
 
     def cancel(self, ticket: Ticket) -> bool:
         if self._chance.random() < 0.5:
@@ -153,7 +160,8 @@ def test_no_kernel_reads_a_slot_before_or_after_its_expert_is_there(
     chance, read, wrong = random.Random(seed), [0], list[tuple[int, int]]()
     queues, content = Queues(chance), np.fromfile(file.path, np.uint8)
     starts = np.concatenate(([0], np.cumsum(COUNTS))) * NBYTES
-    with stream_over(file, slots, host_slots, Slow(chance), queues) as (stream, mover):
+    disk = Slow(chance)
+    with stream_over(file, slots, host_slots, disk, queues) as (stream, mover):
         memory = stream.arena.memory.numpy()
 
         def kernel(layer: int, places: list[tuple[int, int]]) -> None:
@@ -188,6 +196,7 @@ def test_no_kernel_reads_a_slot_before_or_after_its_expert_is_there(
         assert copied.copied_bytes == copied.copies * NBYTES
         assert copied.from_host <= copied.copies <= copied.from_host + moved.reads
         assert copied.copies <= stream.counts.misses + asked
+        assert moved.waits == disk.earnest
     while queues.run(1):
         pass
     assert not queues.kernels and not queues.copied and not queues.pinned

@@ -45,10 +45,15 @@ def guesses(decoder: Decoder) -> list[Tensor]:
 def test_guesses_from_the_least_memory_are_those_of_all_of_it(demo: Path, ops: Ops) -> None:
     """The module's experts share the slots of the layers', and what else it takes is counted."""
     common: dict[str, Any] = {"model": str(demo), "memory": ENOUGH, "weights_prediction": "on"}
-    without, streaming = (
-        Streaming.open(demo, ops, RankModelOptions(**common, speculation=s)) for s in ("off", "mtp")
+    without, streaming, beside = (
+        Streaming.open(demo, ops, RankModelOptions(**common, **more))
+        for more in (
+            {"speculation": "off"},
+            {"speculation": "mtp"},
+            {"speculation": "auto", "draft_model": "another"},  # which guesses instead
+        )
     )
-    assert without.fixed.drafts == 0 < streaming.fixed.drafts
+    assert without.fixed.drafts == beside.fixed.drafts == 0 < streaming.fixed.drafts
     assert streaming.records.count == without.records.count + 32
     fixed, records = streaming.fixed, streaming.records
     decoder = replace(streaming, budget=fixed.total + records.least).load(kv=0)

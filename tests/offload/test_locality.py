@@ -55,6 +55,14 @@ def test_hits_lie_between_chance_and_all(
         assert hits == pytest.approx(kept * used, abs=1e-6)
 
 
+@pytest.mark.parametrize("requests", [1, 8])
+def test_a_request_that_always_chooses_alike_finds_what_it_used(requests: int) -> None:
+    """Which no density has: all of what one request uses is there once it was used."""
+    always = kept_experts(0.125, 1.0, requests, WINDOW)
+    used = 1 - (1 - 0.125) ** requests
+    assert always.hits(used) == pytest.approx(used, rel=1e-3)
+
+
 class Drawn:
     """Requests whose tokens choose by weights of their own; new ones come all at once."""
 

@@ -24,7 +24,7 @@ from moeserve.errors import CheckpointError, ConfigError
 from moeserve.kernels.ops import Experts, Layer, Linear, Ops, Part
 from moeserve.kernels.records import LINE, PAGE
 from moeserve.models.checkpoint import Checkpoint
-from moeserve.models.decoder import explained, load_ends, load_layer, load_mtp, open_weights
+from moeserve.models.decoder import load_ends, load_layer, load_mtp, open_weights
 from moeserve.models.families import read_spec
 from moeserve.models.files import open_regular
 from moeserve.models.fingerprint import origin_of
@@ -47,6 +47,7 @@ from moeserve.models.packed.layout import (
 )
 from moeserve.models.packed.leaves import Value, leaves_of, parts_of
 from moeserve.models.quantize import copy_others, whole_or_not_at_all
+from moeserve.models.unread import explained
 from moeserve.models.weights import Weights
 
 FILE_BYTES = 4 << 30

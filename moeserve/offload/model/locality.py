@@ -25,6 +25,8 @@ from moeserve.errors import ConfigError
 WINDOW = 46
 # Of u, below which all experts are alike.
 LEAST_VARIANCE = 1e-9
+# Of a + b: with 0 an expert would be used always or never, and Beta has no density.
+LEAST_BOTH = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def kept_experts(p: float, repeat: float, requests: float, made: float) -> KeptE
     variance = (1.0 - 2.0 * p + p * repeat) ** requests - (1.0 - used) ** 2
     if repeat <= p or variance <= LEAST_VARIANCE:
         return KeptExperts((1.0,), (used,))
-    both = used * (1.0 - used) / variance - 1.0
+    both = max(LEAST_BOTH, used * (1.0 - used) / variance - 1.0)
     a, b = used * both, (1.0 - used) * both
     steps = min(WINDOW, round(made))
     own, others = beta_binomial(steps, a, b), beta_binomial(WINDOW - steps, a, b)

@@ -76,7 +76,7 @@ class AttentionCost:
 
 @dataclass(frozen=True, slots=True)
 class MachineModel:
-    """``memory`` is bytes read per second by number of threads, ``disk`` by the size of a read;
+    """``memory`` is bytes read per second by number of threads, ``disk`` by that of a record;
     ``cache`` the bytes of the last cache. ``experts`` are products of routed experts, by rows per
     expert; ``habits`` were counted in the steps that were timed. ``slower_memory`` and
     ``slower_compute`` stretch what is bound by either."""
