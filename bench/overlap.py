@@ -205,7 +205,7 @@ def scheduler_of(schedule: str, shape: Shape, pool: BlockPool, counters: Counter
 
 
 class Run:
-    """One schedule over a decoder of its own, a turn at a time."""
+    """One schedule, a turn at a time, over a decoder: its own where experts are streamed."""
 
     def __init__(self, schedule: str, shape: Shape, decoder: Decoder, nbytes: int) -> None:
         self._decoder, self._shape, self._nbytes = decoder, shape, nbytes

@@ -33,7 +33,8 @@ LEAST_BYTES = 8 << 20
 
 def disk_rates(files: Sequence[Path], folder: Path) -> dict[int, float]:
     """Bytes per second by bytes of a record: of the largest of ``files``, else of a file made in
-    ``folder``. ConfigError where it cannot be measured."""
+    ``folder``. Raises ConfigError where none can be made, as ``DiskFile.open`` and
+    ``DiskMover.wait`` where one cannot be read."""
     large = [file for file in files if file.is_file() and file.stat().st_size >= LEAST_BYTES]
     try:
         if large:
