@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moeserve.comm.exchange.base import Lanes
 from moeserve.comm.exchange.collective import BeginningOrder, CollectiveExchange
+from moeserve.comm.exchange.media import StreamMedium
 from moeserve.comm.exchange.open import open_host_exchanges
 from moeserve.comm.group import Group, Topology
 from moeserve.errors import LateRankError, UnavailableError
@@ -242,3 +245,38 @@ def test_a_communicator_that_breaks_names_who_is_gone(monkeypatch: pytest.Monkey
 
     one, other, _ = as_ranks(hub, Lanes((MOST,), 0.2), run)
     assert one == other == "rank 2 did not send round 1 of lane 0 within 0.2 s"
+
+
+class Stream:
+    """Of a device that stands still: what it is given, in order."""
+
+    def __init__(self, *_: Any) -> None:
+        self.given: list[str] = []
+
+    def wait_event(self, event: Any) -> None:
+        self.given.append("wait")
+
+
+def test_a_collective_has_come_when_the_device_says_so_not_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL calls the work of a communicator that failed completed, while its kernel waits on."""
+    come, own, current = threading.Event(), Stream(), Stream()
+    event = SimpleNamespace(record=lambda stream: stream.given.append("mark"), query=come.is_set)
+    module = SimpleNamespace(
+        Stream=lambda _: own,
+        Event=lambda: event,
+        stream=nullcontext,
+        current_stream=lambda _: current,
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    work = SimpleNamespace(is_completed=lambda: True, wait=lambda: own.given.append("collective"))
+    group = SimpleNamespace(alltoall_base=lambda *_: work)
+    medium, none = StreamMedium("nccl", group, CPU), torch.empty(0)
+    transfer = medium.begin(medium.mark(), none, none, [0], [0])
+    assert own.given == ["wait", "collective", "mark"]
+    assert not transfer.done(0.0)
+    transfer.order_after()
+    assert current.given == ["mark", "wait"]
+    come.set()
+    assert transfer.done(0.0)

@@ -233,9 +233,9 @@ class CollectiveExchange(ExchangeBackend):
 
     def _release(self) -> None:
         failed = not all(settled(transfer) for _, transfer in self._under_way)
+        self._medium.end(failed)  # while what collectives write is still there
         self._lane_L = []
         self._under_way.clear()
-        self._medium.end(failed)
         self._sizes.close()
         self._presence.close()
 

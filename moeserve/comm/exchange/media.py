@@ -13,6 +13,7 @@ import importlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +31,22 @@ LIBRARIES = {"cuda": "nccl", "npu": "hccl"}
 
 
 class StreamTransfer:
-    """A collective on a stream."""
+    """A collective on a stream, whose end ``event`` marks; keeps what it reads and writes.
 
-    def __init__(self, work: Any) -> None:
-        self._work = work
+    The library's own ``is_completed`` says yes of a communicator that failed, too, whose kernel
+    holds up the device still.
+    """
+
+    def __init__(self, event: Any, current_stream: Callable[[], Any], *held: Any) -> None:
+        self._event = event
+        self._current_stream = current_stream
+        self._held = held
 
     def done(self, wait_s: float) -> bool:
-        return poll(self._work.is_completed, wait_s)
+        return poll(self._event.query, wait_s)
 
     def order_after(self) -> None:
-        self._work.wait()  # of the current stream: the host goes on
+        self._current_stream().wait_event(self._event)  # the host goes on
 
 
 class StreamMedium:
@@ -64,10 +71,14 @@ class StreamMedium:
         come_R: list[int],
         go_R: list[int],
     ) -> StreamTransfer:
+        event = self._of.Event()
         with self._of.stream(self._stream):
             self._stream.wait_event(mark)
             work = self._pg.alltoall_base(incoming, outgoing, come_R, go_R, AllToAllOptions())
-        return StreamTransfer(work)
+            work.wait()  # this stream does; the host goes on
+            event.record(self._stream)
+        current = partial(self._of.current_stream, self.device)
+        return StreamTransfer(event, current, work, incoming, outgoing)
 
     def end(self, failed: bool) -> None:
         with contextlib.suppress(RuntimeError):

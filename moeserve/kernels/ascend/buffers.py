@@ -2,9 +2,10 @@
 
 Ascend's fused dispatch and combine (``npu_moe_distribute_dispatch_v2``, ``..._combine_v2``) write
 into windows of HCCL's buffer, whose size is HCCL_BUFFSIZE in MiB (default 200). One that is too
-small shows as "MTE address out of range" in the middle of a step. The formula is the operators'
-documentation for Atlas A3: twice what a rank may receive for its experts and what it sends for its
-own tokens, in rows padded as the operators pad them.
+small shows as "MTE address out of range" in the middle of a step. The formulas are those of the
+operators' documentation: for Atlas A3 twice what a rank may receive for its experts and what it
+sends for its own tokens, in rows padded as the operators pad them; for A2 (``fullmesh``) twice what
+it may receive, and 2 MiB.
 """
 
 from __future__ import annotations
