@@ -16,14 +16,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from moeserve.core import Chunk, Drafted, RequestId, Sampled, SamplingParams
+from moeserve.core import Chunk, Drafted, RequestId, Sampled
 from moeserve.engine.sequence import tokens_between
-from moeserve.kernels.sampling import SamplingRow
+from moeserve.kernels.guesses import BEST
 from moeserve.models.batch import Span, StepBatch, pack_spans
 from moeserve.models.decoder import Decoder, ModelKvCache
 from moeserve.models.moe import RoutingObserver
-
-GREEDY = SamplingRow(RequestId(""), SamplingParams(temperature=0.0), (), (), takes_best=True)
 
 
 @dataclass(slots=True)
@@ -192,5 +190,5 @@ class DraftModel:
         """The likeliest token behind each span with logits; negative where they are no numbers."""
         step = pack_spans(spans, self._block_size)
         logits = self._draft.forward(step, self._cache)
-        rows = [GREEDY] * len(step.logit_rows_R)
+        rows = [BEST] * len(step.logit_rows_R)
         return [row.token_id for row in self._draft.ops.sample(logits, rows, frozenset())]

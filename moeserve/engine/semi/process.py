@@ -214,6 +214,7 @@ class PromptsProcess:
         connection = running.connection
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_S, 0))
         late = threading.Timer(START_S, self.kill)
+        late.daemon = True  # who ends meanwhile does not wait for it
         late.start()
         try:
             with connection.makefile("rb") as stream:
