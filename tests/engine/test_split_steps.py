@@ -407,7 +407,7 @@ def test_cores_go_to_who_misses_a_target_and_stay_where_both_do() -> None:
 scores = st.builds(
     Logprobs,
     st.floats(allow_nan=False),
-    st.lists(st.tuples(st.integers(0, 99), st.floats(allow_nan=False))).map(tuple),
+    st.lists(st.tuples(st.integers(0, 99), st.floats(allow_nan=False)), max_size=3).map(tuple),
 )
 results = st.builds(
     StepResult,
