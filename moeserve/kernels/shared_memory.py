@@ -7,7 +7,6 @@ longer, so nobody's map can end. It is gone when the last process that has it is
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import weakref
@@ -27,6 +26,11 @@ class SharedMemory:
         self._end = weakref.finalize(self, os.close, fd)
         self.nbytes = 0  # of the parts that were taken
         self._grows = grows
+
+    @staticmethod
+    def exists() -> bool:
+        """Whether this system has such memory: Linux does."""
+        return hasattr(os, "memfd_create")
 
     @classmethod
     def make(cls, name: str) -> SharedMemory:
@@ -52,6 +56,8 @@ class SharedMemory:
 
     def seal(self) -> None:
         """No part comes any more."""
+        import fcntl  # not everywhere, as memory like this
+
         self._grows = False
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 

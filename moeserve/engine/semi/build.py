@@ -99,6 +99,11 @@ class SharedCores:
 def require_one_process_could(options: EngineOptions, folder: Path) -> None:
     """ConfigError with the remedy, for what only one process can do."""
     refuse = partial(_refuse, options)
+    if not SharedMemory.exists():
+        raise ConfigError(
+            "split=semi: two processes share KV in memory without a name, which Linux has and this "
+            "system has not: leave it out"
+        )
     if not is_packed(folder):
         raise ConfigError(
             f"split=semi: two processes map the weights of one packed model, and {folder} is none: "

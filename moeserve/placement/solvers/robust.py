@@ -199,7 +199,7 @@ def _while_there_is_time(
         if seconds is not None and found and now + took > began + (1 if stands else 2) * seconds:
             return
         late = seconds is not None and now + took > began + seconds
-        at = max(found) + 1 if late and max(found) + 1 in left else left[0]
+        at = max(found) + 1 if late and found and max(found) + 1 in left else left[0]
         left.remove(at)
         yield at
         took = time.monotonic() - now
