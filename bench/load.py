@@ -72,7 +72,9 @@ def main() -> None:
             name = f"llama.cpp {args.gguf.stem.upper()}"
             starts[name] = (args.gguf, lambda: start_llamacpp(args.gguf, args.home, log))
         rows = measure(starts, args.rounds)
-    raw = json.dumps({"model": str(args.model), "scheme": args.scheme, "rows": rows}, indent=1)
+    raw = json.dumps(
+        {"model": Path(args.model).name, "scheme": args.scheme, "rows": rows}, indent=1
+    )
     if args.keep is not None:
         args.keep.write_text(raw + "\n")
     if args.json:

@@ -285,7 +285,10 @@ def main() -> None:
         found.append(asdict(row))
         print(json.dumps(found[-1]), flush=True)
         if args.json is not None:
-            asked = {key: str(value) for key, value in vars(args).items()}
+            asked = {  # folders by their names: where they lie is nobody's matter
+                key: value.name if isinstance(value, Path) else str(value)
+                for key, value in vars(args).items()
+            }
             args.json.write_text(json.dumps({"asked": asked, "rows": found}, indent=1) + "\n")
 
 
