@@ -82,6 +82,7 @@ Ending Mover::wait(int64_t ticket, double seconds) {
   auto found = open_.find(ticket);
   if (found == open_.end()) return {Outcome::unknown, 0, 0};
   if (found->second.parts) {
+    if (seconds <= 0) return {Outcome::late, 0, 0};  // who only looks has not waited
     ++counts_.waits;
     while (found->second.parts) {
       const bool late = ended_.wait_until(lock, deadline) == std::cv_status::timeout;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -92,7 +93,10 @@ def open_parallel(
         outer = opened(rail, lanes, "outer")
         # Whatever comes from all nodes may be for one rank inside.
         inner_lanes = lanes_of(ops, sharded, bounds, bounds.tokens * topology.num_nodes)
-        inner = opened(node, inner_lanes, "inner")
+        with ExitStack() as undo:
+            undo.callback(outer.close)
+            inner = opened(node, inner_lanes, "inner")
+            undo.pop_all()
         dispatcher = HierarchicalDispatcher(ops, outer, inner, topology, progress)
     return ParallelLayerRunner(ops, layers, sharded, dispatcher, progress)
 

@@ -56,22 +56,21 @@ class LoadedDraft:
         return options.model_copy(update={"device_memory": limit - self.weights})
 
 
-def load_draft(options: RankModelOptions, model: Checkpoint, ops: Ops) -> LoadedDraft:
-    """Where one is asked for; ConfigError where it does not fit the ``model``, or the device."""
-    wanted, name = options.speculation, options.draft_model
-    if name is None and wanted == "draft":
-        raise ConfigError("speculation=draft needs a model that drafts: give --draft-model")
+def load_draft(
+    options: RankModelOptions, model: Checkpoint, ops: Ops, *, guesses: bool = True
+) -> LoadedDraft:
+    """Where one is asked for; ConfigError where it does not fit the ``model``, or the device. A
+    rank that never ``guesses``, for it has no requests, looks at it as all do, and loads nothing.
+    """
+    name = draft_wanted(options)
     if name is None:
         return LoadedDraft()
-    if wanted not in ("draft", "auto"):
-        raise ConfigError(
-            f"draft_model={name!r} is of no use with speculation={wanted}: choose draft or auto, "
-            "or leave it out"
-        )
     try:
         path = resolve_model(name)
         draft = open_checkpoint(path)
         require_same_tokens(draft, model)
+        if not guesses:
+            return LoadedDraft()
         weights = survey(path).weight_bytes
         decoder = assemble(draft, ops, options)
     except ConfigError:
@@ -86,6 +85,19 @@ def load_draft(options: RankModelOptions, model: Checkpoint, ops: Ops) -> Loaded
             "they are stored: give a smaller one, or another --speculation"
         ) from full
     return LoadedDraft(replace(decoder, mtp=None), weights, draft.mapped_bytes)
+
+
+def draft_wanted(options: RankModelOptions) -> str | None:
+    """The model that is to draft; ConfigError where one lacks, or is of no use."""
+    wanted, name = options.speculation, options.draft_model
+    if name is None and wanted == "draft":
+        raise ConfigError("speculation=draft needs a model that drafts: give --draft-model")
+    if name is not None and wanted not in ("draft", "auto"):
+        raise ConfigError(
+            f"draft_model={name!r} is of no use with speculation={wanted}: choose draft or auto, "
+            "or leave it out"
+        )
+    return name
 
 
 def maker_of(

@@ -185,7 +185,7 @@ def load_rank_model(
     own = None if context is None or plan is None else own_experts(_layouts(plan), context.rank)
     # 2. Read the weights, and pack them as the op table wants them.
     ops, ranks = table or _table_of(options, context), None if context is None else context.counts
-    draft, begun = _draft_of(options, checkpoint, ops, given=table is not None), time.perf_counter()
+    draft, begun = _draft_of(options, checkpoint, ops, table, context), time.perf_counter()
     # 3. Share what memory is left among the ranks of this node, as KV blocks.
     decoder, size = load_weights(checkpoint, ops, options, own, ranks, progress, draft)
     read_bytes_per_s = checkpoint.bytes_read / (time.perf_counter() - begun)
@@ -239,13 +239,18 @@ def _table_of(options: RankModelOptions, context: EpContext | None) -> Ops:
 
 
 def _draft_of(
-    options: RankModelOptions, checkpoint: Checkpoint, ops: Ops, *, given: bool
+    options: RankModelOptions,
+    checkpoint: Checkpoint,
+    ops: Ops,
+    given: Ops | None,
+    context: EpContext | None,
 ) -> LoadedDraft:
     """A table that was ``given`` may have its KV where others look for it: the draft model's is its
     own."""
-    if given and options.draft_model is not None:
+    guesses = context is None or context.has_requests
+    if given is not None and options.draft_model is not None:
         ops = choose_table(options.device, options.threads)
-    return load_draft(options, checkpoint, ops)
+    return load_draft(options, checkpoint, ops, guesses=guesses)
 
 
 def _runner(

@@ -14,6 +14,7 @@
     first_layers  a few layers of the model, to see what one costs
     timing        one call, timed
     predictions   what fits, what binds, how fast, and what would give more
+    drafts        what the model that drafts takes of memory
     step_costs    what steps will cost, for a scheduler that has not measured any
     targets       which targets of latency would be missed
     shown         the same as tables

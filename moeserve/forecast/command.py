@@ -23,7 +23,7 @@ SIZES = ("memory", "kv_memory", "swap_memory")
 PASSED_ON = (
     *("kv_memory", "swap_memory", "quantization", "kv_dtype", "dtype"),
     *("max_num_seqs", "max_num_batched_tokens", "block_size"),
-    "speculation",
+    *("speculation", "draft_model"),
 )
 MOST_BATCHES = 16
 
@@ -53,7 +53,8 @@ def add_forecast_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-seqs", type=int, metavar="N")
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N")
     group.add_argument("--block-size", type=int, metavar="N")
-    group.add_argument("--speculation", choices=("off", "ngram", "mtp", "auto"))
+    group.add_argument("--speculation", choices=("off", "ngram", "mtp", "draft", "auto"))
+    group.add_argument("--draft-model", metavar="MODEL")
     command.add_argument(
         "--calibrate",
         action="store_true",
@@ -140,6 +141,7 @@ def forecast_here(
     """With the calibration of this host for this model, else for any; without one there is no
     prediction of speed. Beside it, why a calibration that is there cannot be used, or "".
     ``available`` bytes may still be taken."""
+    from moeserve.forecast.drafts import draft_sizes
     from moeserve.forecast.predictions import ForecastQuestion, forecast
     from moeserve.forecast.shapes import ANY_MODEL, shapes_of
     from moeserve.kernels.select import choose_ops
@@ -149,7 +151,8 @@ def forecast_here(
     from moeserve.offload.process_memory import resident
 
     ops = choose_ops(threads=threads)
-    sizes = stored_sizes(resolve_model(model), asked.options)
+    folder = resolve_model(model)
+    sizes = stored_sizes(folder, asked.options)
     shapes = shapes_of(sizes.spec).name
     count = threads_and_isa(ops)[0]
     machine, unusable = None, ""
@@ -165,6 +168,7 @@ def forecast_here(
         budget=asked.memory or available + taken,
         process=taken,
         options=asked.options,
+        draft=draft_sizes(asked.options, folder, ops),
     )
     return forecast(sizes, question, ops, machine), unusable
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from moeserve.config.options import RankModelOptions
@@ -35,6 +36,17 @@ WORTH = 1.05
 
 
 @dataclass(frozen=True, slots=True)
+class DraftSizes:
+    """What a draft model takes of memory: its weights, and KV for each token of KV."""
+
+    weights: int = 0
+    kv_bytes_per_token: int = 0
+
+
+NO_DRAFT = DraftSizes()
+
+
+@dataclass(frozen=True, slots=True)
 class ForecastQuestion:
     """Requests of ``prompt`` and ``output`` tokens, so many at once as each of ``batches`` says.
     ``budget`` is what the process may take in all, of which ``process`` is taken before the model.
@@ -46,6 +58,7 @@ class ForecastQuestion:
     budget: int
     process: int
     options: RankModelOptions
+    draft: DraftSizes = NO_DRAFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +166,20 @@ def divide_memory(
     scratch = scratch_of(spec, o.max_num_batched_tokens + kept, o.max_num_seqs)
     scratch += kept_bytes(kept, spec.hidden)
     outside = question.process + LATER
-    nothing = fit_memory(
-        model, question.budget, process=outside, kv=0, scratch=scratch, swap=o.swap_memory
+    fit_with = partial(
+        fit_memory,
+        model,
+        question.budget,
+        process=outside,
+        scratch=scratch,
+        swap=o.swap_memory,
+        draft=question.draft.weights,
+        habits=habits,
     )
+    nothing = fit_with(kv=0)
     whole = nothing.parts.total - nothing.parts.experts + model.expert_bytes
-    block = model.kv_bytes_per_token * o.block_size
+    per_token = model.kv_bytes_per_token + question.draft.kv_bytes_per_token
+    block = per_token * o.block_size
     room = question.budget - whole
     if room < block:
         room = question.budget - nothing.least
@@ -165,18 +187,10 @@ def divide_memory(
     if o.num_blocks is not None or o.kv_memory is not None:
         blocks = least_blocks = o.num_blocks or (o.kv_memory or 0) // block
     elif room >= 2 * block:
-        blocks = size_kv(model.kv_bytes_per_token, model.max_positions, o, room).num_blocks
+        blocks = size_kv(per_token, model.max_positions, o, room).num_blocks
     else:
         blocks = 0
-    fit = fit_memory(
-        model,
-        question.budget,
-        process=outside,
-        kv=blocks * block,
-        scratch=scratch,
-        swap=o.swap_memory,
-        habits=habits,
-    )
+    fit = fit_with(kv=blocks * block)
     if not blocks:
         least = nothing.least + least_blocks * block
         fit = replace(fit, least=max(least, question.budget + 1))

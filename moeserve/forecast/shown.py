@@ -16,6 +16,7 @@ NAMES = {
     "experts": "routed experts",
     "kv": "KV",
     "swap": "KV of preempted requests",
+    "draft": "the draft model",
     "scratch": "a step",
 }
 SHOWN = 5

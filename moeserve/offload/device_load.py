@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -108,9 +109,20 @@ class DeviceStreaming:
         path, log = self.packed.checkpoint.path, logging.getLogger("moeserve.offload")
         log.info("%s within the memory of a device:\n%s", path, division.table())
         log.info("%s: %d of %d experts in host memory", path, host_slots, self.records.count)
-        opened, disk = OpenFiles(self.packed), open_mover()
-        arena = DeviceArena(max(1, division.slots), nbytes, self.ops.device)
-        stream = self._stream(opened, disk, arena, Arena(max(1, host_slots), nbytes))
+        with ExitStack() as undo:
+            opened, disk = OpenFiles(self.packed), open_mover()
+            undo.callback(opened.close)
+            undo.callback(disk.close)
+            arena = DeviceArena(max(1, division.slots), nbytes, self.ops.device)
+            stream = self._stream(opened, disk, arena, Arena(max(1, host_slots), nbytes))
+            undo.callback(stream.mover.close)
+            decoder = self._load(opened, disk, arena, stream)
+            undo.pop_all()  # the runner's
+        return decoder
+
+    def _load(
+        self, opened: OpenFiles, disk: DiskMover, arena: DeviceArena, stream: ExpertStream
+    ) -> Decoder:
         layers = self._layers(opened, disk, arena)
         decoder = with_ends(self.packed, self.decoder, opened, disk)
         gate = PredictionGate(self.options.weights_prediction)

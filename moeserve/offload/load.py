@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,14 +106,23 @@ class Streaming:
         logging.getLogger("moeserve.offload").info(
             "%s within a memory budget:\n%s", self.packed.checkpoint.path, division.table()
         )
-        opened, mover, options = OpenFiles(self.packed), open_mover(), self.options
+        with ExitStack() as undo:
+            opened, mover = OpenFiles(self.packed), open_mover()
+            undo.callback(opened.close)
+            undo.callback(mover.close)
+            decoder = self._load(opened, mover, max(1, division.slots))
+            undo.pop_all()  # the runner's
+        return decoder
+
+    def _load(self, opened: OpenFiles, mover: DiskMover, slots: int) -> Decoder:
+        options = self.options
         window = TrunkWindow(
             [opened.at(self.packed.trunk(l)) for l in range(len(self.decoder.spec.layers))],
             min(options.weights_window or MOST_SLOTS, len(self.decoder.spec.layers)),
             mover,
             check_always=options.check_weights,
         )
-        stream = self._stream(opened, mover, max(1, division.slots))
+        stream = self._stream(opened, mover, slots)
         experts = list(experts_by_layer(self.packed, self.ops, stream.arena, drafts=self.drafts))
         layers = self._layers(window, experts)
         whole = with_ends(self.packed, self.decoder, opened, mover)

@@ -65,7 +65,8 @@ class DiskMover(Protocol):
 
     def wait(self, ticket: Ticket, deadline_s: float) -> None:
         """Returns when all is read. DeadlineError names what is late, and the ticket stays;
-        DataLossError what cannot be read."""
+        DataLossError what cannot be read. With a deadline of 0 it is a look, and counts as no
+        wait."""
         ...
 
     def promote(self, ticket: Ticket) -> None:

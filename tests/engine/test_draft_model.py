@@ -217,13 +217,16 @@ def test_other_tokens_are_refused_with_both_sizes(
     with pytest.raises(ConfigError, match=told):
         load_draft(options, checkpoint, ops)
     (other / "tokenizer.json").write_text("[" * 100_000)
-    with pytest.raises(ConfigError, match="no list of tokens"):
-        load_draft(options, checkpoint, ops)
+    for guesses in (True, False):
+        with pytest.raises(ConfigError, match="no list of tokens"):
+            load_draft(options, checkpoint, ops, guesses=guesses)
     for wrong in ({"draft_model": None}, {"speculation": "mtp"}):
         with pytest.raises(ConfigError, match=r"draft.model"):
             load_draft(options.model_copy(update=wrong), checkpoint, ops)
     (other / "tokenizer.json").unlink()  # then sizes alone are compared
     assert load_draft(options, checkpoint, ops).decoder is not None
+    nothing = load_draft(options, checkpoint, ops, guesses=False)  # a rank without requests
+    assert nothing.decoder is None and nothing.kv_bytes_per_token == 0
 
 
 def test_memory_that_the_draft_model_fills_is_refused(

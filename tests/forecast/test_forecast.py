@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeserve.config.options import EngineOptions, LoadOptions, RankModelOptions, StepOptions
+from moeserve.engine.draft_loading import load_draft
 from moeserve.errors import ConfigError
 from moeserve.forecast.disk import disk_rates
+from moeserve.forecast.drafts import draft_sizes
 from moeserve.forecast.first_layers import cut, first_layers, load_first_layers
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.predictions import ForecastQuestion, ForecastReport, forecast
@@ -52,6 +54,7 @@ from moeserve.host import read_cache
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.select import choose_ops
 from moeserve.models.library import resolve_model
+from moeserve.models.packed.checkpoint import open_checkpoint
 from moeserve.models.packed.writer import pack_model
 from moeserve.models.survey import survey
 from moeserve.offload.calibrations import file_of, find, host_name, keep, read_calibration
@@ -214,6 +217,25 @@ def test_the_least_budget_is_named_and_does(ops: Ops) -> None:
     assert 0 < least.in_memory < 1
     assert least.workloads[0].busy["disk"] > 0
     assert not predicted(ops, asked(short.least - 2 * MIB, kv_memory=4 * MIB), a_machine()).fits
+
+
+def test_a_draft_model_takes_what_serving_it_takes(ops: Ops) -> None:
+    """Its weights, and a share of the room for KV; a demo that drafts for itself has both twice."""
+    demo, fixed = resolve_model("demo"), {"num_blocks": 64}
+    options = RankModelOptions(speculation="draft", draft_model="demo", **fixed)
+    loaded = load_draft(options, open_checkpoint(demo), ops)
+    sizes = draft_sizes(options, demo, ops)
+    assert sizes.kv_bytes_per_token == loaded.kv_bytes_per_token
+    alone, question = predicted(ops, asked(**fixed), None), asked(**fixed)
+    beside = predicted(ops, dataclasses.replace(question, draft=sizes), None).parts
+    stored = stored_sizes(demo)
+    module = stored.drafts + stored.draft_experts  # which a draft model is without
+    assert beside.kv == 2 * alone.parts.kv
+    assert beside.draft == pytest.approx(loaded.weights - module, rel=0.01)
+    assert beside.total == alone.parts.total + beside.draft + alone.parts.kv
+    for wrong in ({"speculation": "mtp"}, {"draft_model": None}, {"draft_model": "/none"}):
+        with pytest.raises(ConfigError):
+            draft_sizes(options.model_copy(update=wrong), demo, ops)
 
 
 def test_a_smaller_budget_streams_and_is_slower(ops: Ops) -> None:

@@ -94,23 +94,21 @@ class Queues:
 
 
 class Slow(PlainMover):
-    """Its reads are done when ``chance`` has it, or as they are waited for in earnest. Whoever asks
-    before that counts as one that waits, as with the native mover."""
+    """Its reads are done when ``chance`` has it, or as they are waited for in earnest."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__()
         self._chance = chance
-        self.earnest = self._looks = 0
+        self.waits = 0
 
     def wait(self, ticket: Ticket, deadline_s: float) -> None:
         if deadline_s == 0 and self._chance.random() < 0.6:
-            self._looks += 1
             raise DeadlineError("late")
-        self.earnest += deadline_s > 0
+        self.waits += deadline_s > 0
         super().wait(ticket, deadline_s)
 
     def counts(self) -> MoverCounts:
-        return replace(super().counts(), waits=self._looks + self.earnest)
+        return replace(super().counts(), waits=self.waits)
 
     def cancel(self, ticket: Ticket) -> bool:
         if self._chance.random() < 0.5:
@@ -196,7 +194,7 @@ def test_no_kernel_reads_a_slot_before_or_after_its_expert_is_there(
         assert copied.copied_bytes == copied.copies * NBYTES
         assert copied.from_host <= copied.copies <= copied.from_host + moved.reads
         assert copied.copies <= stream.counts.misses + asked
-        assert moved.waits == disk.earnest
+        assert moved.waits == disk.waits
     while queues.run(1):
         pass
     assert not queues.kernels and not queues.copied and not queues.pinned

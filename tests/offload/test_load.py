@@ -131,6 +131,8 @@ def test_a_damaged_trunk_is_found_as_it_is_loaded(
         out.write(b"\xff\x00\xff\x00")
     with pytest.raises(DataLossError, match="digest"):
         streamed(folder, ops)
+    held = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+    assert not [file for file in held if file.startswith(str(folder))]
 
 
 @pytest.mark.parametrize(

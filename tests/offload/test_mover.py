@@ -197,6 +197,9 @@ def test_what_has_not_begun_can_be_cancelled_and_is_late_until_then(noise: Noise
         (ticket,) = mover.submit([Read(file, PAGE, PAGE, memory.address)], ahead=True)
         with pytest.raises(DeadlineError, match=f"{PAGE} bytes at {PAGE} are not read after 0.01"):
             mover.wait(ticket, 0.01)
+        with pytest.raises(DeadlineError):
+            mover.wait(ticket, 0)
+        assert mover.counts().waits == 1  # to look is not to wait
         assert mover.cancel(ticket)
         assert not mover._open
         assert mover.counts().cancelled == 1

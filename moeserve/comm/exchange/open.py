@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 
 from moeserve.comm.exchange.base import Exchange, Lanes
@@ -84,13 +86,12 @@ def open_device_exchange(
     """
     if backend == "mapped":
         return MappedExchange(group, lanes, key, CudaSharing(device))
-    sizes, presence = open_host_exchanges(group, topology, lanes, key=key, address=address)
-    try:
+    with ExitStack() as undo:
+        sizes, presence = open_host_exchanges(group, topology, lanes, key=key, address=address)
+        undo.callback(sizes.close)
+        undo.callback(presence.close)
         medium = open_stream_medium(group, key, device)
-    except ConfigError:
-        sizes.close()
-        presence.close()
-        raise
+        undo.pop_all()
     return CollectiveExchange(group, lanes, sizes, presence, medium, order)
 
 
@@ -102,4 +103,9 @@ def open_host_exchanges(
     def opened(of: Lanes, name: str) -> Exchange:
         return open_exchange("auto", group, topology, of, key=f"{key}/{name}", address=address)
 
-    return opened(size_lanes(lanes), "sizes"), opened(presence_lanes(lanes), "presence")
+    with ExitStack() as undo:
+        sizes = opened(size_lanes(lanes), "sizes")
+        undo.callback(sizes.close)
+        presence = opened(presence_lanes(lanes), "presence")
+        undo.pop_all()
+    return sizes, presence

@@ -135,7 +135,8 @@ class WeightsInMemory:
 @dataclass(frozen=True, slots=True)
 class MemoryParts:
     """Bytes of everything that is held. ``process`` is the interpreter with its libraries,
-    ``scratch`` what a step takes while it runs, ``swap`` is for KV of preempted requests."""
+    ``scratch`` what a step takes while it runs, ``swap`` is for KV of preempted requests, ``draft``
+    are the weights of a model that drafts."""
 
     process: int
     trunk: int
@@ -145,6 +146,7 @@ class MemoryParts:
     kv: int
     scratch: int
     swap: int = 0
+    draft: int = 0
 
     @property
     def total(self) -> int:
@@ -157,6 +159,7 @@ class MemoryParts:
             + self.kv
             + self.scratch
             + self.swap
+            + self.draft
         )
 
 
@@ -188,6 +191,7 @@ def fit_memory(
     kv: int,
     scratch: int,
     swap: int = 0,
+    draft: int = 0,
     habits: RoutingHabits = UNKNOWN,
 ) -> MemoryFit:
     """Of ``budget`` bytes, everything but experts first, then as many experts as there is room."""
@@ -200,6 +204,7 @@ def fit_memory(
         kv=kv,
         scratch=scratch,
         swap=swap,
+        draft=draft,
     )
     room = max(0, budget - parts.total)
     held = min(model.expert_bytes, room)
