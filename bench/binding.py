@@ -127,7 +127,7 @@ class Workload:
         routed = sum(count for count, layer in self.demand.layers if layer.experts)
         held = WeightsInMemory.of(share, routed, replace(machine.habits, foreseen=0.0))
         work = UniformWorkload(self.case.streams, self.case.prompt, self.case.answer)
-        predictor = StepPredictor(machine, self.demand, held)
+        predictor = StepPredictor(machine, self.demand.with_habits(machine.habits), held)
         return predict_batch(predictor, work, bounds_of(self.case)).seconds
 
     def open(

@@ -10,7 +10,8 @@ turn, short ones again and again, never with the same prompts; its error is that
 against the mean of what both calibrations predict, and the median round counts. Cases whose rounds
 are far apart are run in more rounds, up to twice as many. All settings' models stay in memory. No
 case is used to calibrate. How often each expert is chosen is counted on other prompts than those
-measured, or taken to be equal (--use equal). ``--cpu-time`` with
+measured, or taken to be as calibration has it (--use habits: what ``doctor``
+says), or equal. ``--cpu-time`` with
 ``--threads 1`` takes the thread's CPU time for both sides, where others use the machine; what waits
 for a disk has none. ``--share`` below 1 is of a packed model's experts that fit in memory: the
 others are read as steps need them. After ``--seconds`` no case is begun any more; ``--json`` is
@@ -89,21 +90,22 @@ def compare(
     routed = sum(count for count, layer in demand.layers if layer.experts)
     held = [WeightsInMemory.of(share, routed, machine.habits) for machine in machines]
     work, bounds = UniformWorkload(case.streams, case.prompt, case.answer), bounds_of(case)
+    demands = [demand.with_habits(machine.habits) for machine in machines]
     found = [
-        predict_batch(StepPredictor(machine, demand, weights), work, bounds)
-        for machine, weights in zip(machines, held, strict=True)
+        predict_batch(StepPredictor(machine, model, weights), work, bounds)
+        for machine, model, weights in zip(machines, demands, held, strict=True)
     ]
     bound = statistics.mean(
         throughput_bound(
             machine,
-            demand,
+            model,
             case.prompt,
             case.answer,
             kv_tokens=bounds.kv_tokens,
             concurrency=one.concurrent,
             weights=weights,
         ).generated_per_s
-        for machine, weights, one in zip(machines, held, found, strict=True)
+        for machine, model, weights, one in zip(machines, demands, held, found, strict=True)
     )
     measured = case.streams * case.answer / took.seconds
     predicted = case.streams * case.answer / statistics.mean(one.seconds for one in found)
@@ -183,7 +185,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--quantization", nargs="+", default=["auto"])
     parser.add_argument("--kv-dtype", nargs="+", default=["auto", "int8"])
     parser.add_argument("--share", type=float, nargs="+", default=[1.0], help="of a packed model")
-    parser.add_argument("--use", choices=("counted", "equal"), default="counted")
+    parser.add_argument("--use", choices=("counted", "habits", "equal"), default="counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=400.0, help="begin no case after these")
     parser.add_argument("--threads", type=int, help="default: all allowed cores")

@@ -24,7 +24,7 @@ from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.spec import MoeSpec
 from moeserve.offload.checkpoint_demand import demand_of, stored_sizes
 from moeserve.offload.model.demand import ModelDemand
-from moeserve.offload.model.distinct import use_of
+from moeserve.offload.model.distinct import common_use, equal_use
 from moeserve.offload.model.workload import ServerBounds
 from moeserve.offload.runner import StreamedLayerRunner
 from offload import with_share
@@ -32,7 +32,8 @@ from offload import with_share
 BLOCK, STEP_TOKENS = 16, 512
 # A case runs again until so many seconds are over, or it has run so often.
 ENOUGH_S, MOST_RUNS = 0.4, 9
-COUNTED, WARM = Case(8, 96, 8), Case(8, 16, 24)
+# Of each of two halves whose routing is counted; and what uses all slots once.
+COUNTED, WARM = Case(32, 16, 4), Case(8, 16, 24)
 Clock = Callable[[], float]
 
 
@@ -79,18 +80,24 @@ def seconds(decoder: Decoder, case: Case, clock: Clock, run: int = 0) -> float:
 
 def counted_use(decoder: Decoder) -> list[tuple[float, ...]]:
     """Of each layer that routes: how often a token chooses each expert."""
-    counter = LoadCounter(decoder.spec)
-    draw = random.Random("counted")
-    vocab = decoder.spec.vocab
-    asked = [tuple(draw.choices(range(1, vocab), k=COUNTED.prompt)) for _ in range(COUNTED.streams)]
-    run_prompts(decoder, asked, COUNTED.answer, counter)
+    draw, vocab, halves = random.Random("counted"), decoder.spec.vocab, list[LoadCounter]()
+    for _ in range(2):
+        halves.append(LoadCounter(decoder.spec))
+        prompts = range(COUNTED.streams)
+        asked = [tuple(draw.choices(range(1, vocab), k=COUNTED.prompt)) for _ in prompts]
+        run_prompts(decoder, asked, COUNTED.answer, halves[-1])
     found = []
     for layer in decoder.spec.moe_layers:
         mlp = decoder.spec.layers[layer].mlp
         assert isinstance(mlp, MoeSpec), layer
-        tokens = [step.tokens_LE[layer] for step in counter.steps]
-        counts = [sum(column) for column in zip(*tokens, strict=True)]
-        found.append(use_of(counts, mlp.router.top_k))
+        one, other = (
+            [
+                sum(column)
+                for column in zip(*(step.tokens_LE[layer] for step in half.steps), strict=True)
+            ]
+            for half in halves
+        )
+        found.append(common_use(one, other, mlp.router.top_k))
     return found
 
 
@@ -167,4 +174,9 @@ class Measured:
     def _demand(self, setting: Setting, decoder: Decoder) -> ModelDemand:
         sizes = stored_sizes(self._model, setting.options)
         demand = demand_of(sizes, setting.options, self._ops)
-        return demand.with_use(counted_use(decoder)) if self._args.use == "counted" else demand
+        if self._args.use == "habits":
+            return demand
+        if self._args.use == "counted":
+            return demand.with_use(counted_use(decoder))
+        routed = [layer.experts for n, layer in demand.layers for _ in range(n) if layer.experts]
+        return demand.with_use([equal_use(of.count, of.top_k) for of in routed])

@@ -8,15 +8,15 @@ PACKED is a checkpoint's packed copy, FILE what llama.cpp reads of it (FOLDER/gg
 `bench/models/to_gguf.py`, `make_q4_k_m.py`); transformers reads FOLDER, and is left out without.
 
 With ``--memory`` each runs by itself in a control group whose limit is the budget, page cache
-included: ours with ``--memory``, llama.cpp with its file mapped, transformers with what accelerate
-keeps on disk, each anew for every batch. Pages that the system holds of these files are dropped
-before each, for they would be charged to nobody; where some stay, the row says so and counts for
-nothing. Without it ours and llama.cpp map their files, which are read before they start; one
-process has all batches. The same prompts, greedy: one token to warm up, then rounds of as many as
-fit into so many seconds, at least two tokens; the best round counts. With ``--prefill`` a row more
-has the rate of one prompt of so many tokens. A peer that is not installed, or that the kernel ends
-for want of memory, or that is late, is a row that says so, and so is what is not begun after
-``--total`` seconds. ``--json`` is written anew after every row.
+included: ours with ``--memory``, llama.cpp with its file mapped and its weights as they are there,
+transformers with what accelerate keeps on disk, each anew for every batch. Pages that the system
+holds of these files are dropped before each, for they would be charged to nobody; where some stay,
+the row says so and counts for nothing. Without it ours and llama.cpp map their files, which are
+read before they start; one process has all batches. The same prompts, greedy: one token to warm up,
+then rounds of as many as fit into so many seconds, at least two tokens; the best round counts. With
+``--prefill`` a row more has the rate of one prompt of so many tokens. A peer that is not installed,
+or that the kernel ends for want of memory, or that is late, is a row that says so, and so is what
+is not begun after ``--total`` seconds. ``--json`` is written anew after every row.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def contenders(args: argparse.Namespace, batch: int, scratch: Path) -> Iterator[
     if file is not None:
         python, script = home / "llamacpp/bin/python", PEERS / "llamacpp_worker.py"
         sizes = (str(context), str(batch))
-        words = (str(python), str(script), str(file), threads, *sizes)
+        mapped = () if args.memory is None else ("mapped",)  # a copy would not fit
+        words = (str(python), str(script), str(file), threads, *sizes, *mapped)
         kind = file.stem.upper()
         yield Contender(f"llama.cpp {kind}", words, python if file.exists() else file, file)
     if args.memory is not None and args.model is not None:

@@ -1,7 +1,9 @@
 """Worker in llama.cpp's venv: greedy generation through its C interface, batched.
 
 Arguments: GGUF file, threads, and perhaps how many tokens of context all streams have together and
-how many streams there are. No sampler but argmax, no text: nothing that Python could slow down.
+how many streams there are, and ``mapped``: weights then stay as the file has them, which otherwise
+are copied in another order where its kernels have one. No sampler but argmax, no text: nothing that
+Python could slow down.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ CONTEXT, MOST_STREAMS, STEP = 8192, 32, 512
 class Generator:
     """A loaded model with one context of so many sequences; ``ll`` is llama_cpp."""
 
-    def __init__(self, ll: Any, file: str, threads: int, context: int, streams: int) -> None:
+    def __init__(
+        self, ll: Any, file: str, threads: int, context: int, streams: int, *, mapped: bool
+    ) -> None:
         import numpy as np
 
         self.ll, self.np = ll, np
         ll.llama_backend_init()
         model_params = ll.llama_model_default_params()
         model_params.use_mmap, model_params.n_gpu_layers = True, 0
+        model_params.use_extra_bufts = not mapped
         model = ll.llama_model_load_from_file(file.encode(), model_params)
         params = ll.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = context, streams, True
@@ -78,13 +83,15 @@ class Generator:
 
 
 def main() -> None:
-    file, threads, *sizes = sys.argv[1], *map(int, sys.argv[2:])
+    words = sys.argv[1:]
+    mapped = words[-1] == "mapped"
+    file, threads, *sizes = words[0], *map(int, words[1 : len(words) - mapped])
     context, streams = sizes or (CONTEXT, MOST_STREAMS)
     channel = Channel()
     import llama_cpp
 
     begun = time.perf_counter()
-    generator = Generator(llama_cpp, file, threads, context, streams)
+    generator = Generator(llama_cpp, file, threads, context, streams, mapped=mapped)
     channel.ready(load_s=time.perf_counter() - begun)
     channel.serve({"prefill": generator.prefill, "decode": generator.decode})
 

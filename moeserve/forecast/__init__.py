@@ -6,6 +6,7 @@
     calibrate     this host, measured: a ``MachineModel`` that is kept
     shapes        the sizes that kernels are measured at
     kernels       what products and attention cost here
+    kernel_costs  the same by kind, looked at again and again
     disk          how fast a file is read
     steps         real steps, timed, and Python's part of them
     rest          what steps cost beside products and attention

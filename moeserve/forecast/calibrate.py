@@ -1,16 +1,18 @@
-"""Measure this host, for a model or for any: a ``MachineModel``. Takes about ten seconds.
+"""Measure this host, for a model or for any: a ``MachineModel``. Takes less than a minute.
 
 In order: memory and arithmetic peaks (``kernels.probe``), the disk, products and attention with the
-kernels at the model's sizes, and what steps cost beside these. Kinds that the model is not held in
-come last, and only while there is time; predictions for them are then refused by name.
+kernels at the model's sizes, and what steps cost beside these, looked at in turn with kernels.
+Kinds that the model is not held in are looked at once, and only while there is time; predictions
+for them are otherwise refused by name.
 """
 
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +21,11 @@ from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.forecast.command import threads_and_isa
 from moeserve.forecast.disk import disk_rates
 from moeserve.forecast.first_layers import MOST_BYTES, cut, first_layers, load_first_layers
+from moeserve.forecast.kernel_costs import KernelCosts, joined, measure_for, measure_kinds, middle
 from moeserve.forecast.kernels import KernelProbe
-from moeserve.forecast.rest import with_what_is_left
+from moeserve.forecast.rest import share_of_kernels, with_what_is_left
 from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
-from moeserve.forecast.steps import counted_use, python_overheads, timed_steps, with_use
+from moeserve.forecast.steps import StepLooks, counted_use, python_overheads, with_use
 from moeserve.forecast.streaming import (
     account_cost,
     bytes_to_count,
@@ -44,24 +47,18 @@ from moeserve.offload.calibrations import host_name
 from moeserve.offload.checkpoint_demand import StoredSizes, demand_of, stored_sizes
 from moeserve.offload.model.demand import ModelDemand
 from moeserve.offload.model.locality import RoutingHabits
-from moeserve.offload.model.machine import AttentionCost, MachineModel, ProductCurve
+from moeserve.offload.model.machine import MachineModel
+from moeserve.offload.model.overheads import Overheads
 from moeserve.offload.model.predict import StepPredictor
 
 SECONDS = 9.0
+# Looks at steps, and at kernels between them; none but the first begins after so many seconds.
+LOOKS, LOOKING_SECONDS = 3, 24.0
 # What counting in all layers of a large model may take to read.
 COUNTING_SECONDS = 30.0
 USUAL_KINDS = ("bf16", "int8", "int4")
 BY_THE_CLOCK = CallTimer()
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class KernelCosts:
-    """Of one shape of kernels, by kind."""
-
-    products: dict[str, ProductCurve] = field(default_factory=dict)
-    experts: dict[str, ProductCurve] = field(default_factory=dict)
-    attention: dict[str, AttentionCost] = field(default_factory=dict)
 
 
 def calibrate(
@@ -89,13 +86,13 @@ def calibrate(
     report("disk")
     files = [] if folder is None else served_files(folder)
     disk = disk_rates(files, scratch)
-    costs = KernelCosts()
-    own = kinds_of(sizes, options, ops)
+    probe, own, costs = KernelProbe(ops, shapes, cache, timer), kinds_of(sizes, options, ops), []
     for n, kind in enumerate(dict.fromkeys((*own, *kinds))):
         if n >= max(1, len(own)) and time.monotonic() > end - 1.0:
             break
         report(f"products in {kind}")
-        measure_kind(KernelProbe(ops, shapes, cache, timer), kind, costs)
+        costs.append(measure_kinds(probe, [kind]))
+    found = joined(costs)
     machine = MachineModel(
         host=host_name(),
         measured=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -105,9 +102,9 @@ def calibrate(
         cache=cache,
         memory={n: rate.best for n, rate in reads.items()},
         disk=disk,
-        products=costs.products,
-        experts=costs.experts,
-        attention=costs.attention,
+        products=found.products,
+        experts=found.experts,
+        attention=found.attention,
     )
     report("steps")
     machine, last = with_steps(machine, folder, sizes, options, ops, timer)
@@ -133,19 +130,6 @@ def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[
     return list(dict.fromkeys(own))
 
 
-def measure_kind(probe: KernelProbe, kind: str, costs: KernelCosts) -> None:
-    """Adds to ``costs``. Routers are fp32 in every model, so fp32 has products in any case."""
-    shapes = probe.shapes
-    costs.products[kind] = probe.products(kind)
-    if shapes.experts:
-        costs.experts[kind] = probe.experts(kind)
-    if kind != "int4":
-        costs.attention[f"{kind}-latent" if shapes.latent else kind] = probe.attention(kind)
-    if "fp32" not in costs.products:
-        router = replace(probe, shapes=replace(shapes, linear=max(8, shapes.experts)))
-        costs.products["fp32"] = router.products("fp32")
-
-
 @dataclass(frozen=True, slots=True)
 class TimedLayers:
     """The deepest layers that were timed, and whether they are the model's ``own``."""
@@ -163,33 +147,52 @@ def with_steps(
     ops: Ops,
     timer: CallTimer,
 ) -> tuple[MachineModel, TimedLayers]:
-    """``machine`` with what steps of the model's first layers show; where there is no model, or
-    these are too large, of the model that is shipped, with kernels measured at its own sizes."""
-    depths, there = () if sizes is None else first_layers(sizes), machine
+    """``machine`` with what steps of the model's first layers show, and with the median of what
+    kernels were looked at then; where there is no model, or these layers are too large, with steps
+    of the model that is shipped, whose kernels are measured at its own sizes."""
+    depths = () if sizes is None else first_layers(sizes)
     own = folder is not None and bool(depths)
     if folder is None or not depths:
         folder, options = resolve_model(DEMO), AS_STORED
         depths = first_layers(stored_sizes(folder))
-        costs = KernelCosts()
-        probe = KernelProbe(ops, shapes_of(depths[0].spec), machine.cache, timer)
-        measure_kind(probe, depths[0].floats, costs)
-        there = replace(
-            machine, products=costs.products, experts=costs.experts, attention=costs.attention
-        )
+    decoder, demands = load_first_layers(folder, depths[-1].spec, ops, options), []
+    shallow = [cut(decoder, depth.spec) for depth in depths]
+    for depth, layers in zip(depths, shallow, strict=True):
+        demand = demand_of(depth, options, ops)
+        counter = counted_use(layers, demand.vocab)
+        demands.append(with_use(demand, counter))
+    looks = StepLooks(shallow, demands)
+    probe = KernelProbe(ops, shapes_of(depths[0].spec), machine.cache, timer)
+    seen = look_in_turn(looks, probe, demands[-1])
     python = python_overheads(ops, timer.clock)
-    there = replace(there, overheads=python)
-    decoder, decoders = load_first_layers(folder, depths[-1].spec, ops, options), []
-    for depth in depths:
-        shallow, demand = cut(decoder, depth.spec), demand_of(depth, options, ops)
-        counter = counted_use(shallow, demand.vocab)
-        decoders.append((shallow, StepPredictor(there, with_use(demand, counter))))
-    steps = timed_steps(decoders, timer.clock)
-    overheads = with_what_is_left(python, steps, [predictor for _, predictor in decoders])
+    kernels = middle([KernelCosts.in_use(machine), *seen] if own else seen)
+
+    def predictors(of: KernelCosts, overheads: Overheads) -> list[StepPredictor]:
+        there = replace(of.in_place_of(machine), overheads=overheads)
+        return [StepPredictor(there, demand) for demand in demands]
+
+    first = predictors(kernels, python)
+    kernels = kernels.times(share_of_kernels(python, looks.steps(first), first[-1]))
+    last = predictors(kernels, python)
+    overheads = with_what_is_left(python, looks.steps(last), last)
     if own and is_packed(folder) and sizes is not None and sizes.total <= MOST_BYTES:
         # Deeper layers choose more alike, and to map them costs little.
         counter = counted_use(load_decoder(folder, ops, options), sizes.spec.vocab)
-    found = replace(machine, overheads=overheads, habits=RoutingHabits(counter.repeat))
-    return found, TimedLayers(depths[-1].spec, decoders[-1][1].model, own)
+    there = kernels.in_place_of(machine) if own else machine
+    habits = RoutingHabits(counter.repeat, shared=counter.shared)
+    found = replace(there, overheads=overheads, habits=habits)
+    return found, TimedLayers(depths[-1].spec, demands[-1], own)
+
+
+def look_in_turn(steps: StepLooks, probe: KernelProbe, model: ModelDemand) -> list[KernelCosts]:
+    """At steps, and between them at kernels of ``model``, whose looks are returned."""
+    costs, begun = [], time.monotonic()
+    for n in range(LOOKS):
+        until = begun + LOOKING_SECONDS if n else math.inf
+        if time.monotonic() < until:
+            costs.append(measure_for(probe, model))
+        steps.look(probe.timer.clock, until)
+    return costs
 
 
 def with_streaming(

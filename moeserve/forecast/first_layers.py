@@ -20,8 +20,9 @@ from moeserve.models.packed.layout import is_packed
 from moeserve.models.spec import ModelSpec
 from moeserve.offload.checkpoint_demand import StoredSizes
 
-# What the layers and both ends may take, as they are stored.
-MOST_BYTES = 1 << 31
+# What the layers and both ends may take, as they are stored; and what is as good as more: far more
+# than caches hold.
+MOST_BYTES, ENOUGH_BYTES = 1 << 31, 400 << 20
 MORE = 7
 LAYERS = "num_hidden_layers"
 
@@ -33,7 +34,8 @@ def first_layers(sizes: StoredSizes) -> tuple[StoredSizes, ...]:
     counts = sorted({min(len(sizes.layers), least + more) for more in (0, 1, 3, MORE)})
     found = tuple(of_depth(sizes, count) for count in counts)
     fits = [one for one in found if one.total <= MOST_BYTES]
-    return tuple(fits[:1] + fits[1:][-1:])
+    deeper = [one for one in fits[1:] if one.total <= ENOUGH_BYTES][-1:] or fits[1:2]
+    return tuple(fits[:1] + deeper)
 
 
 def of_depth(sizes: StoredSizes, count: int) -> StoredSizes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ from moeserve.engine.rates import is_decode
 
 class UseCounter:
     """A ``StepObserver`` that counts how often each expert of each layer is chosen; and keeps what
-    requests chose in steps of newest tokens alone, in which they come in the same order."""
+    requests chose in steps of newest tokens alone, in which they come in the same order; and how
+    often two tokens of a step choose alike."""
 
     def __init__(self) -> None:
         self.chosen: dict[int, NDArray[np.int64]] = {}
         self._steps: list[dict[int, NDArray[np.int64]]] = []
         self._decodes = False
+        # Of steps that have prompts, and of those that have not.
+        self._alike: tuple[list[float], list[float]] = [], []
 
     def begin(self, plan: StepPlan) -> None:
         self._decodes = bool(plan.chunks) and all(map(is_decode, plan.chunks))
@@ -27,7 +31,10 @@ class UseCounter:
             self._steps.append({})
 
     def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
-        more = np.bincount(ids_TC.ravel())
+        more, (tokens, top_k) = np.bincount(ids_TC.ravel()), ids_TC.shape
+        if tokens > 1:
+            pairs = tokens * (tokens - 1) * top_k
+            self._alike[self._decodes].append(float((more * (more - 1)).sum()) / pairs)
         before = self.chosen.get(layer, np.zeros(0, np.int64))
         total = np.zeros(max(len(before), len(more)), np.int64)
         total[: len(before)] += before
@@ -37,6 +44,14 @@ class UseCounter:
             self._steps[-1][layer] = np.array(ids_TC, np.int64)
 
     def end(self) -> None: ...
+
+    @property
+    def shared(self) -> float:
+        """Of what a token chooses, the share that another token of its step chose too: the mean of
+        what prompts' tokens do, most of which are of other requests, and of what newest ones do; 0
+        where no step had two."""
+        means = [fmean(found) for found in self._alike if found]
+        return fmean(means) if means else 0.0
 
     @property
     def repeat(self) -> float:

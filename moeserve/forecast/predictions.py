@@ -126,8 +126,8 @@ def forecast(
     sizes: StoredSizes, question: ForecastQuestion, ops: Ops, machine: MachineModel | None
 ) -> ForecastReport:
     """ConfigError where what is asked contradicts itself, such as a prompt that KV never holds."""
-    model = demand_of(sizes, question.options, ops)
     habits = UNKNOWN if machine is None else machine.habits
+    model = demand_of(sizes, question.options, ops).with_habits(habits)
     fit, bounds = divide_memory(model, question, sizes.spec, habits)
     workloads: tuple[WorkloadForecast, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
@@ -277,7 +277,7 @@ def alternatives_to(
     for name, change in changes_of(question, sizes):
         other = change(question)
         try:
-            model = demand_of(sizes, other.options, ops)
+            model = demand_of(sizes, other.options, ops).with_habits(machine.habits)
             fit, bounds = divide_memory(model, other, sizes.spec, machine.habits)
             if not fit.fits:
                 continue

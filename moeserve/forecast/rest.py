@@ -17,6 +17,27 @@ from moeserve.forecast.timing import two_costs
 from moeserve.offload.model.overheads import LEAST_FACTOR, MOST_FACTOR, Overheads, RestCurve
 from moeserve.offload.model.predict import StepPredictor
 
+# Of what kernels take by themselves, the least that steps may be found to take for them.
+LEAST_SHARE = 0.5
+
+
+def share_of_kernels(
+    python: Overheads, steps: Sequence[TimedStep], predictor: StepPredictor
+) -> float:
+    """How many times as long as by themselves kernels take at most, so that no step of the deepest
+    layers takes less than its kernels; 1 where none does. ``predictor`` is of these, with no
+    overheads but ``python``'s."""
+    shares = [1.0]
+    for step in steps:
+        kind = step.kind
+        if step.layers != predictor.model.num_layers or (kind.decoding and kind.prompt == LONG):
+            continue
+        ends = python.step + python.row * kind.rows
+        kernels = predictor.step(kind.work).total - ends
+        if kernels > 0:
+            shares.append((step.seconds - ends) / kernels)
+    return max(LEAST_SHARE, min(shares))
+
 
 def with_what_is_left(
     python: Overheads, steps: Sequence[TimedStep], predictors: Sequence[StepPredictor]

@@ -31,7 +31,9 @@ def predicted_steps(options: EngineOptions) -> StepPredictor | None:
         machine = find(calibration_folder(), host_name(), threads, shapes)
         if machine is None:
             return None
-        predictor = StepPredictor(machine, demand_of(sizes, options, ops))
+        predictor = StepPredictor(
+            machine, demand_of(sizes, options, ops).with_habits(machine.habits)
+        )
         predictor.seconds(1, 1, 1)  # all kinds of weights and KV were measured, or it is said
     except ConfigError as problem:
         logging.getLogger("moeserve.forecast").warning("steps are not predicted: %s", problem)

@@ -3,12 +3,14 @@
 Python's part is measured with a decoder that does nothing, by the real scheduler and runner. The
 steps are of two depths of the model's first layers where these are small enough, else of the model
 that is shipped; of one to many requests that decode, after short prompts and long ones, and of
-prompts. All of them are looked at in turn, several times, and the median counts: what disturbs a
-machine for a moment is in none of them, what it always does is in all.
+prompts. All of them are looked at in turn, several times and in turn with kernels
+(``kernel_costs``), and the median counts: what disturbs a machine for a moment is in none of them,
+what it always does is in all.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -33,14 +35,14 @@ from moeserve.offload.model.overheads import Overheads
 from moeserve.offload.model.predict import StepPredictor, StepWork
 
 BLOCK = 16
-PROMPT, COUNTED, LONG = 8, 32, 256
-STEPS = 12
+PROMPT, LONG = 8, 256
+# Requests whose routing is counted: what a few of them prefer is not what all do.
+COUNTED = 32
+STEPS, COUNTED_STEPS = 8, 12
 BUDGET = 4096
 VOCAB = 4096
 FEW, MANY = 1, 128
-PROMPTS = 4
-PASSES = 3
-SECONDS = 6.0
+PROMPTS = 2
 Clock = Callable[[], float]
 
 
@@ -67,7 +69,7 @@ class ProbedStep:
 # Of the deepest decoder, and of the shallower one.
 KINDS = (
     *(ProbedStep(size, PROMPT) for size in (1, 2, 6, 12, 24, 48, 128)),
-    *(ProbedStep(size, LONG) for size in (2, 12)),
+    *(ProbedStep(size, LONG) for size in (2, 6)),
     *(ProbedStep(0, length) for length in (16, 64, 192, 512)),
 )
 SHALLOW_KINDS = (*(ProbedStep(size, PROMPT) for size in (1, 12, 48)), ProbedStep(0, 64))
@@ -157,7 +159,9 @@ def python_overheads(ops: Ops, clock: Clock) -> Overheads:
 def counted_use(decoder: Forward[Any], vocab: int) -> UseCounter:
     """Of steps like those that are timed."""
     counter = UseCounter()
-    step_seconds(decoder, 8, COUNTED, STEPS, lambda: 0.0, vocab=vocab, observer=counter)
+    step_seconds(
+        decoder, COUNTED, PROMPT, COUNTED_STEPS, lambda: 0.0, vocab=vocab, observer=counter
+    )
     return counter
 
 
@@ -173,31 +177,32 @@ def with_use(model: ModelDemand, counter: UseCounter) -> ModelDemand:
     return model.with_use(use)
 
 
-def timed_steps(
-    decoders: Sequence[tuple[Forward[Any], StepPredictor]],
-    clock: Clock,
-    seconds: float = SECONDS,
-) -> list[TimedStep]:
-    """Of each decoder, the deepest last; its predictor says what a step would take without what is
-    to be found. At least one look at each, and no more after so many ``seconds``."""
-    kinds = [
-        (n, kind)
-        for n, (_, predictor) in enumerate(decoders)
-        for kind in (KINDS if n == len(decoders) - 1 else SHALLOW_KINDS)
-        if kind.prompt + STEPS < predictor.model.max_positions
-    ]
-    seen: dict[tuple[int, ProbedStep], list[float]] = {key: [] for key in kinds}
-    end = time.monotonic() + seconds
-    for turn in range(PASSES):
-        for n, kind in kinds:
-            if turn and time.monotonic() > end:
-                break
-            decoder, predictor = decoders[n]
-            seen[n, kind] += seconds_of(decoder, kind, clock, predictor.model.vocab)
-    found = []
-    for (n, kind), took in seen.items():
-        predictor, typical = decoders[n][1], median(took)
-        left = typical - predictor.step(kind.work).total
-        model = predictor.model
-        found.append(TimedStep(kind, model.num_layers, model.hidden, typical, left))
-    return found
+class StepLooks:
+    """Steps of ``decoders``, the deepest last, each of a vocabulary and a most of positions: what
+    they took, look by look."""
+
+    def __init__(self, decoders: Sequence[Forward[Any]], models: Sequence[ModelDemand]) -> None:
+        self._decoders, self._models = decoders, models
+        self._seen: dict[tuple[int, ProbedStep], list[float]] = {
+            (n, kind): []
+            for n, model in enumerate(models)
+            for kind in (KINDS if n == len(models) - 1 else SHALLOW_KINDS)
+            if kind.prompt + STEPS < model.max_positions
+        }
+
+    def look(self, clock: Clock, until: float = math.inf) -> None:
+        """At each kind, or at as many as begin before that second of ``time.monotonic``."""
+        for (n, kind), took in self._seen.items():
+            if time.monotonic() > until:
+                return
+            took += seconds_of(self._decoders[n], kind, clock, self._models[n].vocab)
+
+    def steps(self, predictors: Sequence[StepPredictor]) -> list[TimedStep]:
+        """The medians; the predictor of each decoder says what a step would take without what is to
+        be found."""
+        found = []
+        for (n, kind), took in self._seen.items():
+            model, typical = predictors[n].model, median(took)
+            left = typical - predictors[n].step(kind.work).total
+            found.append(TimedStep(kind, model.num_layers, model.hidden, typical, left))
+        return found

@@ -111,7 +111,8 @@ def habits_of_all_layers(
         counter, told = UseCounter(), ReadingClock(runner.stream, lambda: 0.0)
         step_seconds(decoder, FEW, SHORT, STEPS, told, vocab=spec.vocab, observer=counter)
         ahead, missed = told.ahead[-1] - told.ahead[1], told.missed[-1] - told.missed[1]
-        return RoutingHabits(counter.repeat, foreseen_of(ahead, missed, len(spec.moe_layers)))
+        foreseen = foreseen_of(ahead, missed, len(spec.moe_layers))
+        return RoutingHabits(counter.repeat, foreseen, counter.shared)
     finally:
         runner.close()
 

@@ -23,9 +23,10 @@ from moeserve.errors import ConfigError
 from moeserve.forecast.disk import disk_rates
 from moeserve.forecast.drafts import draft_sizes
 from moeserve.forecast.first_layers import cut, first_layers, load_first_layers
+from moeserve.forecast.kernel_costs import KernelCosts, middle
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.predictions import ForecastQuestion, ForecastReport, forecast
-from moeserve.forecast.rest import not_falling, with_what_is_left
+from moeserve.forecast.rest import not_falling, share_of_kernels, with_what_is_left
 from moeserve.forecast.shapes import ANY_MODEL, KernelShapes, shapes_of
 from moeserve.forecast.shown import tables
 from moeserve.forecast.step_costs import predicted_steps
@@ -431,6 +432,35 @@ def test_steps_that_took_less_than_was_predicted_cost_nothing_beside() -> None:
     found = with_what_is_left(Overheads(), steps, [StepPredictor(a_machine(), model)])
     assert (found.step, found.row, found.layer, found.attention) == (0.0, 0.0, 0.0, 1.0)
     assert set(found.decode.seconds + found.prompt.seconds) == {0.0}
+
+
+@pytest.mark.parametrize("faster", [1.0, 0.8, 0.6])
+def test_kernels_take_no_longer_than_steps_have_for_them(faster: float) -> None:
+    """Where a machine was slow as kernels were looked at, steps say by how much."""
+    _, model = demo_depths()
+    python, seen = Overheads(1e-4, 1e-6), KernelCosts.in_use(a_machine())
+    slow = StepPredictor(a_machine(overheads=python), model)
+    real = StepPredictor(
+        seen.times(faster).in_place_of(a_machine(overheads=Overheads(1e-4, 1e-6, 2e-7))), model
+    )
+    steps = []
+    for kind in KINDS:
+        took = real.step(kind.work).total
+        left = took - slow.step(kind.work).total
+        steps.append(TimedStep(kind, model.num_layers, model.hidden, took, left))
+    share = share_of_kernels(python, steps, slow)
+    assert share == pytest.approx(faster, rel=0.02)
+    assert share_of_kernels(python, steps[:0], slow) == 1.0
+
+
+def test_of_several_looks_the_middle_counts() -> None:
+    quick, slow = ProductCurve((1.0, 2.0, 4.0), (1e-9, 2e-9, 4e-9), (1e-9, 1e-9, 2e-9)), 3.0
+    seen = KernelCosts({"int8": quick}, {}, {"bf16": AttentionCost(3e-9, 2e-9, 1e-9)})
+    short = KernelCosts({"int8": ProductCurve((1.0, 2.0), (2e-9, 3e-9), (1e-9, 2e-9))}, {}, {})
+    found = middle([seen, seen.times(slow), short])
+    assert found.products["int8"] == ProductCurve((1.0, 2.0), (2e-9, 3e-9), (1e-9, 2e-9))
+    assert found.attention["bf16"] == AttentionCost(6e-9, 4e-9, 2e-9)
+    assert middle([seen]) == seen
 
 
 @given(st.lists(st.floats(-1.0, 1.0), max_size=12))

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -32,7 +33,15 @@ from moeserve.offload.model.demand import (
     MatrixDemand,
     ModelDemand,
 )
-from moeserve.offload.model.distinct import equal_use, expected_distinct, least_used, use_of
+from moeserve.offload.model.distinct import (
+    common_use,
+    equal_use,
+    expected_distinct,
+    least_used,
+    use_alike,
+    use_of,
+)
+from moeserve.offload.model.locality import RoutingHabits
 from moeserve.offload.model.machine import (
     AttentionCost,
     MachineModel,
@@ -40,7 +49,7 @@ from moeserve.offload.model.machine import (
     rising,
 )
 from moeserve.offload.model.overheads import Overheads, RestCurve
-from moeserve.offload.model.predict import StepPredictor, StepWork
+from moeserve.offload.model.predict import StepPredictor, StepWork, expected_longer
 from moeserve.offload.model.residency import WeightsInMemory, fit_memory
 from moeserve.offload.model.schedule import predict_batch, steps_of
 from moeserve.offload.model.steady import begin_per_step, blocks_over_life, steady
@@ -170,6 +179,47 @@ def test_uneven_use_touches_fewer_experts() -> None:
     for tokens in (2, 8, 64):
         assert expected_distinct(uneven, tokens) < expected_distinct(equal_use(8, 2), tokens)
     assert least_used(uneven, 6) == pytest.approx(sorted(uneven)[:2])
+
+
+def test_only_what_both_halves_prefer_is_preferred() -> None:
+    one, other = [90, 10, 50, 50], [60, 30, 70, 40]
+    assert common_use(one, one, 2) == pytest.approx(use_of(one, 2))
+    assert common_use([90, 10, 50, 50], [10, 90, 50, 50], 2) == pytest.approx(equal_use(4, 2))
+    assert common_use([5, 5, 5, 5], one, 2) == pytest.approx(equal_use(4, 2))
+    mostly = common_use(one, other, 2)
+    assert sum(mostly) == pytest.approx(2)
+    assert use_of([150, 40, 120, 90], 2)[0] > mostly[0] > 0.5
+
+
+@given(st.integers(2, 128), st.integers(1, 8), st.floats(0, 1))
+def test_use_that_is_shared_so_much(experts: int, top_k: int, shared: float) -> None:
+    use = use_alike(experts, top_k, shared)
+    if top_k >= experts:
+        assert use == equal_use(experts, top_k)
+        return
+    assert sum(use) == pytest.approx(top_k)
+    assert list(use) == sorted(use, reverse=True)
+    found = sum(p * p for p in use) / top_k
+    assert found == pytest.approx(max(shared, top_k / experts), rel=0.01, abs=0.01)
+
+
+def test_habits_say_how_experts_are_used_where_they_were_not_counted() -> None:
+    habits = RoutingHabits(shared=0.5)
+    equal, alike = a_model(), a_model().with_habits(habits)
+    assert alike.touched_bytes(16) < equal.touched_bytes(16)
+    assert equal.with_habits(RoutingHabits()) == equal
+    assert alike.with_habits(RoutingHabits(shared=0.3)) == alike
+
+
+@given(st.floats(0.1, 10), st.floats(0, 10), st.floats(0, 5))
+def test_the_longer_of_both_is_that_of_draws(one: float, mean: float, spread: float) -> None:
+    found = expected_longer(one, mean, spread)
+    assert found >= max(one, mean) - 1e-9
+    steps = 2000
+    at = [statistics.NormalDist().inv_cdf((i + 0.5) / steps) for i in range(steps)]
+    assert found == pytest.approx(
+        statistics.fmean(max(one, mean + spread * z) for z in at), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("wrong", [[-1.0, 2.0], [math.nan, 1.0], [math.inf, 1.0]])

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from moeserve.offload.model.distinct import equal_use, expected_distinct
+from moeserve.offload.model.distinct import equal_use, expected_distinct, use_alike
+from moeserve.offload.model.locality import RoutingHabits
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,13 @@ class LayerDemand:
     always: tuple[MatrixDemand, ...]
     attention: AttentionDemand
     experts: ExpertsDemand | None = None
+
+    def with_shared(self, shared: float) -> LayerDemand:
+        """With a use of experts by which tokens of different requests choose so much alike."""
+        if self.experts is None or self.experts.use:
+            return self
+        use = use_alike(self.experts.count, self.experts.top_k, shared)
+        return replace(self, experts=replace(self.experts, use=use))
 
     @property
     def trunk_bytes(self) -> int:
@@ -150,6 +158,14 @@ class ModelDemand:
             count * layer.attention.operations * layer.attention.seen(context)
             for count, layer in self.layers
         )
+
+    def with_habits(self, habits: RoutingHabits) -> ModelDemand:
+        """The same, whose tokens choose as much alike as was counted, in layers whose use of each
+        expert is not known."""
+        if not habits.shared:
+            return self
+        known = tuple((count, layer.with_shared(habits.shared)) for count, layer in self.layers)
+        return replace(self, layers=known)
 
     def with_use(self, use_L: Sequence[tuple[float, ...]]) -> ModelDemand:
         """The same with the use of experts of each layer that routes, in their order."""

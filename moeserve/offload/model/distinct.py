@@ -9,12 +9,16 @@ one token looks like. Equal use is p_e = top_k / E.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from moeserve.errors import ConfigError
 
 # Of a layer's experts that tokens use, if they choose by chance: from here on a step reads all.
 NEARLY_ALL = 0.75
+# Of 1 / rank^s: from here on all but ``top_k`` experts are as good as never used.
+STEEPEST, HALVINGS = 16.0, 30
 
 
 def equal_use(experts: int, top_k: int) -> tuple[float, ...]:
@@ -41,6 +45,42 @@ def use_of(counts: Sequence[float], top_k: int) -> tuple[float, ...]:
             break
         sure |= above
     return tuple(1.0 if e in sure else c * scale for e, c in enumerate(counts))
+
+
+@lru_cache(maxsize=256)
+def use_alike(experts: int, top_k: int, shared: float) -> tuple[float, ...]:
+    """p_e, falling, where a token's choice is another token's too with probability ``shared`` = sum
+    of p_e^2 / ``top_k``: in proportion to 1 / rank^s, none above 1, with the s that gives it."""
+    least, most, use = 0.0, STEEPEST, equal_use(experts, top_k)
+    if top_k >= experts or shared <= top_k / experts:
+        return use
+    for _ in range(HALVINGS):
+        s = (least + most) / 2
+        use = use_of([(e + 1) ** -s for e in range(experts)], top_k)
+        if math.fsum(p * p for p in use) < shared * top_k:
+            least = s
+        else:
+            most = s
+    return use
+
+
+def common_use(one: Sequence[float], other: Sequence[float], top_k: int) -> tuple[float, ...]:
+    """p_e from counts of two halves of requests: as far from equal use as both agree on. What a few
+    requests prefer is not what all do, and is in one half only; r, by which the halves correlate,
+    says how much of their sum's differences is not by chance: 2 r / (1 + r) (Spearman-Brown)."""
+    use = use_of([a + b for a, b in zip(one, other, strict=True)], top_k)
+    if min(map(max, (one, other))) <= 0:
+        return use
+    equal = top_k / len(use)
+    r = max(0.0, correlation(one, other))
+    return tuple(equal + 2 * r / (1 + r) * (p - equal) for p in use)
+
+
+def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """0 where either does not vary."""
+    if len(set(xs)) < 2 or len(set(ys)) < 2:
+        return 0.0
+    return statistics.correlation(xs, ys)
 
 
 def expected_distinct(use: Iterable[float], tokens: float) -> float:

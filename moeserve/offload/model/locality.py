@@ -33,13 +33,15 @@ LEAST_BOTH = 1e-6
 class RoutingHabits:
     """What was counted of a model's routing, as shares: ``repeat`` as above, and ``foreseen``, how
     many of the experts that a layer needs and misses its router named when it was asked with the
-    residual stream of the layer before. 0 is that it was not counted."""
+    residual stream of the layer before; ``shared`` is how often a token's choice is another
+    request's token's too. 0 is that it was not counted."""
 
     repeat: float = 0.0
     foreseen: float = 0.0
+    shared: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.repeat <= 1 and 0 <= self.foreseen <= 1):
+        if not all(0 <= share <= 1 for share in (self.repeat, self.foreseen, self.shared)):
             raise ConfigError(f"{self}: shares lie within 0..1; calibrate again")
 
 

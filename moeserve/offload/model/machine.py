@@ -19,7 +19,8 @@ from moeserve.errors import ConfigError
 from moeserve.offload.model.locality import RoutingHabits
 from moeserve.offload.model.overheads import MOST_POINTS, Overheads, RestCurve, between
 
-VERSION = 4
+VERSION = 5
+HABITS = ("repeat", "foreseen", "shared")
 KINDS = ("fp32", "bf16", "int8", "int4")
 T = TypeVar("T")
 
@@ -209,7 +210,7 @@ def _read(said: Any) -> MachineModel:
             for kind, c in said["attention"].items()
         },
         overheads=_overheads(said["overheads"]),
-        habits=RoutingHabits(*(_number(said["habits"][of]) for of in ("repeat", "foreseen"))),
+        habits=RoutingHabits(**{of: _number(said["habits"][of]) for of in HABITS}),
     )
 
 

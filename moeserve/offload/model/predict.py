@@ -10,6 +10,7 @@ bandwidth or arithmetic would change.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from moeserve.offload.model.demand import AttentionDemand, LayerDemand, MatrixDemand, ModelDemand
 from moeserve.offload.model.locality import WINDOW
@@ -22,6 +23,7 @@ NONE = ExpertReads()
 MOST_REMEMBERED = 4096
 # Steps that sequences are taken to have decoded where nobody says.
 SETTLED = 32
+NORMAL = NormalDist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ class StepPredictor:
         """Memory's bandwidth is shared by what the disk writes and the products read. What is
         foreseen is read while the layer before computes, and so is the trunk; for the others the
         layer waits. What is read in vain has begun before the layer chose: as much as there was
-        time for."""
+        time for. Of layers that miss more or less than the mean each takes the longer of both."""
         trunk = self.weights.missing_trunk(layer, self.model.num_layers)
         if not reads.missing and not trunk:
             return computed
@@ -189,9 +191,11 @@ class StepPredictor:
         account = self.machine.overheads.record * count
         nbytes = count * record + trunk
         memory = computed.memory + nbytes / self.machine.memory_bytes_per_s
-        waited = computed.total + account + (1 - reads.foreseen) * reads.missing * each
+        late = (1 - reads.foreseen) * reads.missing * each
+        spread = each * reads.spread
+        total = late + expected_longer(computed.total + account, disk - late, spread)
         fixed = computed.fixed + account
-        return StepSeconds(max(waited, memory, disk), memory, computed.compute, disk, fixed, nbytes)
+        return StepSeconds(max(total, memory), memory, computed.compute, disk, fixed, nbytes)
 
     def _disk_seconds(self, nbytes: float) -> float:
         """Of one read."""
@@ -253,3 +257,11 @@ class StepPredictor:
         else:
             memory, compute = reads, measured * machine.slower_compute
         return StepSeconds(total=max(memory, compute), memory=memory, compute=compute)
+
+
+def expected_longer(one: float, mean: float, spread: float) -> float:
+    """The mean of the longer of ``one`` and what is normally distributed."""
+    if spread <= 0:
+        return max(one, mean)
+    z = (mean - one) / spread
+    return one + (mean - one) * NORMAL.cdf(z) + spread * NORMAL.pdf(z)

@@ -7,6 +7,7 @@ through the slots of experts that are left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -26,11 +27,18 @@ HALVINGS = 24
 class ExpertReads:
     """What a step reads of a layer's experts, on average: those ``missing`` that it needs, of which
     the share ``foreseen`` is known before the layer has chosen, and with those up to ``in_vain``
-    that it does not need."""
+    that it does not need. ``spread`` is the standard deviation of those that are foreseen, where
+    each expert that is needed is there or not by chance."""
 
     missing: float = 0.0
     foreseen: float = 0.0
     in_vain: float = 0.0
+    spread: float = 0.0
+
+
+def spread_of(mean: float, among: float) -> float:
+    """The standard deviation of how many of so many there are, each by the same chance."""
+    return math.sqrt(max(0.0, mean * (1 - mean / among))) if among > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +67,9 @@ class WeightsInMemory:
         share: float, routed: int, habits: RoutingHabits, window: int | None = None
     ) -> WeightsInMemory:
         """Of a model of so many layers that route, all of which but the first are foreseen."""
-        foreseen = habits.foreseen * max(0, routed - 1) / max(1, routed)
-        return WeightsInMemory(share, window, foreseen, 1.0, routed, habits.repeat)
+        followers = max(0, routed - 1) / max(1, routed)
+        foreseen = habits.foreseen * followers
+        return WeightsInMemory(share, window, foreseen, followers, routed, habits.repeat)
 
     @property
     def all(self) -> bool:
@@ -73,11 +82,12 @@ class WeightsInMemory:
         cold = min(1.0, max(0.0, absent) / idle) if idle > 0 else 0.0
         if uses_nearly_all(tokens, experts.top_k, experts.count):
             foreseen = max(self.foreseen, self.foreseen_whole)
-            return ExpertReads(missing, foreseen, idle * cold if foreseen else 0.0)
+            in_vain = idle * cold if foreseen else 0.0
+            return ExpertReads(missing, foreseen, in_vain, spread_of(foreseen * missing, touched))
         ahead, in_vain = self.foreseen * missing, (1 - self.foreseen) * touched * cold
         if ahead < LEAST_USED * (ahead + in_vain):
             return ExpertReads(missing)
-        return ExpertReads(missing, self.foreseen, in_vain)
+        return ExpertReads(missing, self.foreseen, in_vain, spread_of(ahead, touched))
 
     def missing_experts(self, experts: ExpertsDemand, tokens: float, made: float = 0.0) -> float:
         """How many experts of a layer, which a step needs, are not there, on average."""
