@@ -74,7 +74,8 @@ PURE_WITH_ARRAYS = (
 )
 PURE_IMPORTS = frozenset(
     "__future__ abc array bisect collections collections.abc dataclasses enum functools hashlib "
-    "heapq itertools json math operator re struct typing moeserve.core moeserve.errors".split()
+    "heapq itertools json math operator re statistics struct typing "
+    "moeserve.core moeserve.errors".split()
 ).union("moeserve." + name.removesuffix(".py").replace("/", ".") for name in PURE)
 ARRAY_IMPORTS = frozenset(
     "numpy numpy.typing moeserve.engine.ranks.homes moeserve.engine.ranks.loads "

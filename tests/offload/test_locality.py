@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moeserve.errors import ConfigError
 from moeserve.offload.model.demand import ExpertsDemand, MatrixDemand
 from moeserve.offload.model.locality import (
+    LONG,
     WINDOW,
     RoutingHabits,
     beta_binomial,
@@ -58,7 +59,7 @@ def test_hits_lie_between_chance_and_all(
 @pytest.mark.parametrize("requests", [1, 8])
 def test_a_request_that_always_chooses_alike_finds_what_it_used(requests: int) -> None:
     """Which no density has: all of what one request uses is there once it was used."""
-    always = kept_experts(0.125, 1.0, requests, WINDOW)
+    always = kept_experts(0.125, 1.0, requests, LONG)
     used = 1 - (1 - 0.125) ** requests
     assert always.hits(used) == pytest.approx(used, rel=1e-3)
 

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from moeserve.errors import ConfigError
 from moeserve.offload.model.demand import ModelDemand
-from moeserve.offload.model.locality import WINDOW
+from moeserve.offload.model.locality import LONG
 from moeserve.offload.model.machine import MachineModel
 from moeserve.offload.model.residency import WeightsInMemory
 
@@ -114,7 +114,7 @@ def throughput_bound(
     share_decode = g / (p + g)
     # Prompts may all fall into a few steps: most steps touch what their decoding tokens do.
     decoding = n * share_decode
-    streamed = held.missing_bytes(model, decoding, WINDOW)
+    streamed = held.missing_bytes(model, decoding, LONG)
     kv_scan = decoding * (p + g / 2) * model.kv_bytes_per_token
     touched = model.touched_bytes(decoding)
     from_memory = memory_traffic(kv_scan, touched) * machine.coldness(kv_scan + touched)

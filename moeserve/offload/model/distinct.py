@@ -18,7 +18,7 @@ from moeserve.errors import ConfigError
 # Of a layer's experts that tokens use, if they choose by chance: from here on a step reads all.
 NEARLY_ALL = 0.75
 # Of 1 / rank^s: from here on all but ``top_k`` experts are as good as never used.
-STEEPEST, HALVINGS = 16.0, 30
+STEEPEST, HALVINGS = 64.0, 40
 
 
 def equal_use(experts: int, top_k: int) -> tuple[float, ...]:

@@ -6,11 +6,12 @@ token's of the same request too has probability ``repeat`` = E[q^2] / p. B reque
 use an expert in a step with probability u = 1 - (1 - q_1) ... (1 - q_B), which is taken for Beta
 distributed: by its mean 1 - (1 - p)^B, and by E[(1 - u)^2] = (1 - 2 p + p repeat)^B.
 
-Kept are the experts that most of the last ``WINDOW`` steps have used. ``made`` of these steps were
-of the requests that run now; the others were of requests before, which say nothing of these. An
-expert that i of the ``made`` steps used is used next with probability (a + i) / (a + b + made), and
-is ranked by i + j, with j of the other steps. Without a preference, and before the first step, hits
-are in proportion to what is kept.
+Kept are the experts that most of the last steps have used, of which newer ones weigh more: as much
+as ``WINDOW`` steps that all weigh alike. Those that the requests which run now have made have n =
+``WINDOW`` (1 - exp(-made / ``WINDOW``)) of this weight; the others were of requests before, which
+say nothing of these. An expert that i of n steps used is used next with probability (a + i) / (a +
+b + n), and is ranked by i + j, with j of the other steps. Without a preference, and before the
+first step, hits are in proportion to what is kept.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from math import exp, lgamma
 
 from moeserve.errors import ConfigError
 
-# Steps that count in full where half of what is known is forgotten in 32.
-WINDOW = 46
+# Steps that count in full where half of what is known is forgotten in 12, as by ``Residency``.
+WINDOW = 17
+# After so many steps of a request all that counts is its own.
+LONG = 5 * WINDOW
 # Of u, below which all experts are alike.
 LEAST_VARIANCE = 1e-9
 # Of a + b: with 0 an expert would be used always or never, and Beta has no density.
@@ -74,7 +77,7 @@ def kept_experts(p: float, repeat: float, requests: float, made: float) -> KeptE
         return KeptExperts((1.0,), (used,))
     both = max(LEAST_BOTH, used * (1.0 - used) / variance - 1.0)
     a, b = used * both, (1.0 - used) * both
-    steps = min(WINDOW, round(made))
+    steps = round(WINDOW * (1.0 - exp(-made / WINDOW)))
     own, others = beta_binomial(steps, a, b), beta_binomial(WINDOW - steps, a, b)
     next_time = [(a + i) / (a + b + steps) for i in range(steps + 1)]
     ranks = [

@@ -10,10 +10,10 @@ bandwidth or arithmetic would change.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import NormalDist
+from math import erf, exp, pi, sqrt
 
 from moeserve.offload.model.demand import AttentionDemand, LayerDemand, MatrixDemand, ModelDemand
-from moeserve.offload.model.locality import WINDOW
+from moeserve.offload.model.locality import LONG
 from moeserve.offload.model.machine import MachineModel, ProductCurve
 from moeserve.offload.model.residency import ExpertReads, WeightsInMemory
 
@@ -23,7 +23,6 @@ NONE = ExpertReads()
 MOST_REMEMBERED = 4096
 # Steps that sequences are taken to have decoded where nobody says.
 SETTLED = 32
-NORMAL = NormalDist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +138,7 @@ class StepPredictor:
     def _parts_of(self, tokens: float, made: float, coldness: float) -> tuple[LayerParts, ...]:
         """Of each kind of layer, all that depends on the number of tokens and, where experts are
         read, on the steps before."""
-        made = 0.0 if self.weights.share >= 1 else min(WINDOW, round(made))
+        made = 0.0 if self.weights.share >= 1 else min(LONG, round(made))
         key = (tokens, made, coldness)
         found = self._parts.get(key)
         if found is None:
@@ -264,4 +263,5 @@ def expected_longer(one: float, mean: float, spread: float) -> float:
     if spread <= 0:
         return max(one, mean)
     z = (mean - one) / spread
-    return one + (mean - one) * NORMAL.cdf(z) + spread * NORMAL.pdf(z)
+    later, density = (1 + erf(z / sqrt(2))) / 2, exp(-z * z / 2) / sqrt(2 * pi)
+    return one + (mean - one) * later + spread * density
