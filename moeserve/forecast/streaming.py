@@ -2,9 +2,8 @@
 
 Of a packed model real steps of its first layers are timed, with room for the experts of two layers
 or a quarter of all: what they take that is no wait for the disk, and is more than the same steps
-are predicted to take with all in memory. Steps of several sizes, of prompts and of newest tokens,
-tell what a layer costs from what a record does: to read takes processors too. It is counted what
-was read ahead of its layer's choice.
+are predicted to take with all in memory. Steps of several sizes tell what a layer costs from what a
+record does; and it is counted what was read ahead of its layer's choice.
 
 A model that is not packed cannot be streamed. What it would cost once it is, is measured with the
 real ``ExpertStream`` over slots of a page each, whose reads are done at once: which experts are
@@ -146,13 +145,11 @@ def streaming_cost(
         told = ReadingClock(stream, clock)
         steps = step_seconds(decoder, size, PROMPT, STEPS, told, vocab=vocab)
         decodes = [n for n, (plan, _) in enumerate(steps) if plan.num_tokens == size and n]
-        decode = StepWork(0, size, size * (PROMPT + STEPS / 2), 0.0, size)
-        prompts = StepWork(size * PROMPT, 0, 0.0, size * PROMPT * (PROMPT + 1) / 2, size)
-        for work, of in ((prompts, [0]), (decode, decodes)):
-            took = median(steps[n][1] for n in of)
-            reads = median(told.reads[2 * n + 1] - told.reads[2 * n] for n in of)
-            left = took - predictor.step(work).total
-            costs.append((reads / layers, left / layers, 1.0 / took))
+        work = StepWork(0, size, size * (PROMPT + STEPS / 2), 0.0, size)
+        took = median(steps[n][1] for n in decodes)
+        reads = median(told.reads[2 * n + 1] - told.reads[2 * n] for n in decodes)
+        left = took - predictor.step(work).total
+        costs.append((reads / layers, left / layers, 1.0 / took))
         ahead += sum(told.ahead[2 * n + 1] - told.ahead[2 * n] for n in decodes)
         missed += sum(told.missed[2 * n + 1] - told.missed[2 * n] for n in decodes)
     layer, record = two_costs(costs)

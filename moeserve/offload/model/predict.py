@@ -177,14 +177,14 @@ class StepPredictor:
         """Memory's bandwidth is shared by what the disk writes and the products read. What is
         foreseen is read while the layer before computes, and so is the trunk; for the others the
         layer waits. What is read in vain has begun before the layer chose: as much as there was
-        time for. Of layers that miss more or less than the mean each takes the longer of both."""
+        time for, or all that lies between others. Of layers that miss more or less than the mean each takes the longer of both."""
         trunk = self.weights.missing_trunk(layer, self.model.num_layers)
         if not reads.missing and not trunk:
             return computed
         record = 0 if layer.experts is None else layer.experts.each.nbytes
         each = self._disk_seconds(record)
         ahead = (reads.foreseen * reads.missing + reads.in_vain) * each
-        begun = min(1.0, computed.total / ahead) if ahead > 0 else 0.0
+        begun = min(1.0, computed.total / ahead) if ahead > 0 and not reads.whole else 1.0
         count = reads.missing + reads.in_vain * begun
         disk = count * each + self._disk_seconds(trunk)
         account = self.machine.overheads.record * count

@@ -28,12 +28,14 @@ class ExpertReads:
     """What a step reads of a layer's experts, on average: those ``missing`` that it needs, of which
     the share ``foreseen`` is known before the layer has chosen, and with those up to ``in_vain``
     that it does not need. ``spread`` is the standard deviation of those that are foreseen, where
-    each expert that is needed is there or not by chance."""
+    each expert that is needed is there or not by chance. Of a ``whole`` layer that is read ahead
+    those in vain are read in any case, since they lie between others."""
 
     missing: float = 0.0
     foreseen: float = 0.0
     in_vain: float = 0.0
     spread: float = 0.0
+    whole: bool = False
 
 
 def spread_of(mean: float, among: float) -> float:
@@ -83,7 +85,8 @@ class WeightsInMemory:
         if uses_nearly_all(tokens, experts.top_k, experts.count):
             foreseen = max(self.foreseen, self.foreseen_whole)
             in_vain = idle * cold if foreseen else 0.0
-            return ExpertReads(missing, foreseen, in_vain, spread_of(foreseen * missing, touched))
+            spread = spread_of(foreseen * missing, touched)
+            return ExpertReads(missing, foreseen, in_vain, spread, whole=True)
         ahead, in_vain = self.foreseen * missing, (1 - self.foreseen) * touched * cold
         if ahead < LEAST_USED * (ahead + in_vain):
             return ExpertReads(missing)
