@@ -1,9 +1,9 @@
 """Measure this host, for a model or for any: a ``MachineModel``. Takes less than a minute.
 
 In order: memory and arithmetic peaks (``kernels.probe``), the disk, products and attention with the
-kernels at the model's sizes, and what steps cost beside these, looked at in turn with kernels.
-Kinds that the model is not held in are looked at once, and only while there is time; predictions
-for them are otherwise refused by name.
+kernels at the model's sizes, and what steps cost beside these, looked at in turn with kernels; the
+disk three times in all. Kinds that the model is not held in are looked at once, and only while
+there is time; predictions for them are otherwise refused by name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -85,7 +86,7 @@ def calibrate(
     reads = {n: probe_machine(n, size=probed, rounds=3).read for n in sorted({1, count})}
     report("disk")
     files = [] if folder is None else served_files(folder)
-    disk = disk_rates(files, scratch)
+    disks = [disk_rates(files, scratch)]
     probe, own, costs = KernelProbe(ops, shapes, cache, timer), kinds_of(sizes, options, ops), []
     for n, kind in enumerate(dict.fromkeys((*own, *kinds))):
         if n >= max(1, len(own)) and time.monotonic() > end - 1.0:
@@ -101,22 +102,24 @@ def calibrate(
         isa=isa,
         cache=cache,
         memory={n: rate.best for n, rate in reads.items()},
-        disk=disk,
+        disk=disks[0],
         products=found.products,
         experts=found.experts,
         attention=found.attention,
     )
     report("steps")
     machine, last = with_steps(machine, folder, sizes, options, ops, timer)
-    if not shapes.experts:
-        return machine
+    disks.append(disk_rates(files, scratch))
     report("streaming")
     waits = timer.clock is time.perf_counter  # a clock of CPU time stands still meanwhile
     if folder is not None and sizes is not None and last.own and is_packed(folder) and waits:
-        return with_streaming(machine, folder, sizes, last, options, ops, timer)
-    cost = account_cost(shapes.experts, shapes.top_k, scratch, timer)
-    overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
-    return replace(machine, overheads=overheads)
+        machine = with_streaming(machine, folder, sizes, last, options, ops, timer)
+    elif shapes.experts:
+        cost = account_cost(shapes.experts, shapes.top_k, scratch, timer)
+        overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
+        machine = replace(machine, overheads=overheads)
+    disks.append(disk_rates(files, scratch))
+    return replace(machine, disk={b: median(of[b] for of in disks) for b in disks[0]})
 
 
 def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[str]:

@@ -177,7 +177,8 @@ class StepPredictor:
         """Memory's bandwidth is shared by what the disk writes and the products read. What is
         foreseen is read while the layer before computes, and so is the trunk; for the others the
         layer waits. What is read in vain has begun before the layer chose: as much as there was
-        time for, or all that lies between others. Of layers that miss more or less than the mean each takes the longer of both."""
+        time for, or all that lies between others. Of layers that miss more or less than the mean
+        each takes the longer of both."""
         trunk = self.weights.missing_trunk(layer, self.model.num_layers)
         if not reads.missing and not trunk:
             return computed
