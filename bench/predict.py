@@ -10,12 +10,11 @@ turn, short ones again and again, never with the same prompts; its error is that
 against the mean of what both calibrations predict, and the median round counts. Cases whose rounds
 are far apart are run in more rounds, up to twice as many. All settings' models stay in memory. No
 case is used to calibrate. How often each expert is chosen is counted on other prompts than those
-measured, or taken to be as calibration has it (--use habits: what ``doctor``
-says), or equal. ``--cpu-time`` with
-``--threads 1`` takes the thread's CPU time for both sides, where others use the machine; what waits
-for a disk has none. ``--share`` below 1 is of a packed model's experts that fit in memory: the
-others are read as steps need them. After ``--seconds`` no case is begun any more; ``--json`` is
-written anew after every case.
+measured, or taken to be as calibration has it (--use habits: what ``doctor`` says), or equal.
+``--cpu-time`` with ``--threads 1`` takes the thread's CPU time for both sides, where others use the
+machine; what waits for a disk has none. ``--share`` below 1 is of a packed model's experts that fit
+in memory: the others are read as steps need them. After ``--seconds`` no case is begun any more;
+``--json`` is written anew after every case.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.forecast.command import threads_and_isa
 from moeserve.forecast.disk import disk_rates
 from moeserve.forecast.first_layers import MOST_BYTES, cut, first_layers, load_first_layers
-from moeserve.forecast.kernel_costs import KernelCosts, joined, measure_for, measure_kinds, middle
+from moeserve.forecast.kernel_costs import KernelCosts, joined, measure_for, measure_kind, middle
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.rest import share_of_kernels, with_what_is_left
 from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
@@ -88,11 +88,12 @@ def calibrate(
     files = [] if folder is None else served_files(folder)
     disks = [disk_rates(files, scratch)]
     probe, own, costs = KernelProbe(ops, shapes, cache, timer), kinds_of(sizes, options, ops), []
-    for n, kind in enumerate(dict.fromkeys((*own, *kinds))):
+    wanted = dict.fromkeys((*own, *kinds))
+    for n, kind in enumerate(wanted):
         if n >= max(1, len(own)) and time.monotonic() > end - 1.0:
             break
         report(f"products in {kind}")
-        costs.append(measure_kinds(probe, [kind]))
+        costs.append(measure_kind(probe, kind, router=n == 0 and "fp32" not in wanted))
     found = joined(costs)
     machine = MachineModel(
         host=host_name(),

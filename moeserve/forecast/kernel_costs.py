@@ -68,15 +68,6 @@ def measure_kind(probe: KernelProbe, kind: str, *, router: bool) -> KernelCosts:
     return KernelCosts(products, experts, attention)
 
 
-def measure_kinds(probe: KernelProbe, kinds: Iterable[str]) -> KernelCosts:
-    """Each once."""
-    named = list(dict.fromkeys(kinds))
-    return joined(
-        measure_kind(probe, kind, router="fp32" not in named and n == 0)
-        for n, kind in enumerate(named)
-    )
-
-
 def measure_for(probe: KernelProbe, model: ModelDemand) -> KernelCosts:
     """Those that steps of ``model`` run, once."""
     layers = [layer for _, layer in model.layers]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.long
@@ -65,3 +66,17 @@ def test_a_peer_that_is_absent_is_a_row_that_says_so(packed: Path, tmp_path: Pat
     rows = [json.loads(line) for line in shown.splitlines()]
     assert [row["name"] for row in rows] == ["llama.cpp Q8_0", "transformers bf16"]
     assert all(row["problem"].startswith("absent: no ") for row in rows)
+
+
+def test_a_longer_memory_keeps_what_a_request_used_before(tmp_path: Path) -> None:
+    """Two sequences that take turns, each with two experts of its own in every layer, and room for
+    all four: nothing is missed. With room for two, a memory that forgets at once misses least."""
+    file = tmp_path / "routing.npz"
+    ids = np.repeat([0, 2], 100)[:, None, None] + np.arange(2)[None, None] + np.zeros((1, 3, 1))
+    np.savez(file, topk_ids=ids.astype(np.int16), seq_lens=np.array([100, 100]))
+    sizes = ("--batch", "1", "--half-life", "1", "64", "--steps", "400", "--json", tmp_path / "j")
+    run("residency.py", file, *sizes, "--share", "0.5", "1")
+    rows = json.loads((tmp_path / "j").read_text())["rows"]
+    at = {(row["share"], row["half_life"]): row["missed"] for row in rows}
+    assert at[1.0, 1.0] == at[1.0, 64.0] == 0.0
+    assert 0 < at[0.5, 1.0] <= at[0.5, 64.0]
