@@ -1,9 +1,10 @@
 """Measure this host, for a model or for any: a ``MachineModel``. Takes less than a minute.
 
 In order: memory and arithmetic peaks (``kernels.probe``), the disk, products and attention with the
-kernels at the model's sizes, and what steps cost beside these, looked at in turn with kernels; the
-disk three times in all. Kinds that the model is not held in are looked at once, and only while
-there is time; predictions for them are otherwise refused by name.
+kernels at the model's sizes, what steps cost beside these, looked at in turn with kernels, the disk
+again, and where experts can be streamed how much slower it is beside steps. Kinds that the model is
+not held in are looked at once, and only while there is time; predictions for them are otherwise
+refused by name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 
 import torch
 
@@ -111,6 +112,7 @@ def calibrate(
     report("steps")
     machine, last = with_steps(machine, folder, sizes, options, ops, timer)
     disks.append(disk_rates(files, scratch))
+    machine = replace(machine, disk={b: fmean(of[b] for of in disks) for b in disks[0]})
     report("streaming")
     waits = timer.clock is time.perf_counter  # a clock of CPU time stands still meanwhile
     if folder is not None and sizes is not None and last.own and is_packed(folder) and waits:
@@ -119,8 +121,7 @@ def calibrate(
         cost = account_cost(shapes.experts, shapes.top_k, scratch, timer)
         overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
         machine = replace(machine, overheads=overheads)
-    disks.append(disk_rates(files, scratch))
-    return replace(machine, disk={b: median(of[b] for of in disks) for b in disks[0]})
+    return machine
 
 
 def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[str]:
@@ -222,4 +223,5 @@ def with_streaming(
         if reads <= COUNTING_SECONDS * machine.disk_rate(last.demand.record_bytes):
             habits = habits_of_all_layers(folder, sizes.spec, ops, options)
     overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
-    return replace(machine, overheads=overheads, habits=habits)
+    used = replace(machine, overheads=overheads, habits=habits)
+    return used.scaled(disk=1.0 / cost.slower)

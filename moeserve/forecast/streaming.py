@@ -3,7 +3,8 @@
 Of a packed model real steps of its first layers are timed, with room for the experts of two layers
 or a quarter of all: what they take that is no wait for the disk, and is more than the same steps
 are predicted to take with all in memory. Steps of several sizes tell what a layer costs from what a
-record does; and it is counted what was read ahead of its layer's choice.
+record does; it is counted what was read ahead of its layer's choice; and what steps waited says how
+much slower than by itself the disk is beside them.
 
 A model that is not packed cannot be streamed. What it would cost once it is, is measured with the
 real ``ExpertStream`` over slots of a page each, whose reads are done at once: which experts are
@@ -34,8 +35,8 @@ from moeserve.offload.experts import ExpertStream
 from moeserve.offload.load import Streaming
 from moeserve.offload.model.demand import ModelDemand
 from moeserve.offload.model.locality import RoutingHabits
-from moeserve.offload.model.predict import StepPredictor, StepWork
-from moeserve.offload.model.residency import WeightsInMemory
+from moeserve.offload.model.predict import StepPredictor, StepWork, expected_longer
+from moeserve.offload.model.residency import WeightsInMemory, spread_of
 from moeserve.offload.mover import MoverCounts, Read, Ticket
 from moeserve.offload.residency import Residency
 from moeserve.offload.runner import StreamedLayerRunner
@@ -48,6 +49,9 @@ ROOM = 4
 SIZES = (1, 4, 8)
 STEPS = 6
 NO_LIMIT = 1 << 50
+# Of the time that layers take else: waiting that says nothing of the disk. And how much slower than
+# by itself it may be found to be.
+HARDLY, SLOWEST, HALVINGS = 0.1, 1.5, 20
 # Requests, and tokens of their prompts, where habits are counted in a model that is mostly read.
 FEW, SHORT = 2, 2
 
@@ -55,11 +59,29 @@ FEW, SHORT = 2, 2
 @dataclass(frozen=True, slots=True)
 class StreamingCost:
     """Seconds of a layer whose experts are streamed, and of each ``record`` that is read for it;
-    ``foreseen`` as in ``RoutingHabits``."""
+    ``foreseen`` as in ``RoutingHabits``. A read takes ``slower`` times as long as by itself."""
 
     layer: float
     record: float
     foreseen: float = 0.0
+    slower: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWait:
+    """Of a layer, on average: records read after it chose (``late``) and before (``early``), the
+    standard deviation of these, seconds that it took beside waiting, and that it ``waited``."""
+
+    late: float
+    early: float
+    spread: float
+    other: float
+    waited: float
+
+    def expected(self, each: float) -> float:
+        """What it would wait with so many seconds for a record."""
+        longer = expected_longer(self.other, self.early * each, self.spread * each)
+        return self.late * each + longer - self.other
 
 
 class ReadingClock:
@@ -70,13 +92,21 @@ class ReadingClock:
         self.reads: list[int] = []
         self.ahead: list[int] = []
         self.missed: list[int] = []
+        self.needed: list[int] = []
+        self.waited: list[float] = []
 
     def __call__(self) -> float:
         moved, counts = self._stream.mover.counts(), self._stream.counts
         self.reads.append(moved.reads - moved.cancelled)
         self.ahead.append(counts.ahead_used)
         self.missed.append(counts.misses + counts.ahead_used)
-        return self._clock() - 1e-9 * moved.waited_ns
+        self.needed.append(counts.misses + counts.hits)
+        self.waited.append(1e-9 * moved.waited_ns)
+        return self._clock() - self.waited[-1]
+
+    def median_of(self, counted: Sequence[float], steps: Sequence[int]) -> float:
+        """Of what was counted in each of the steps."""
+        return median(counted[2 * n + 1] - counted[2 * n] for n in steps)
 
 
 def streamed_first_layers(
@@ -140,20 +170,52 @@ def streaming_cost(
     vocab, stream = decoder.spec.vocab, runner.stream
     layers = len(decoder.spec.moe_layers)
     step_seconds(decoder, max(SIZES), PROMPT, 2, clock, vocab=vocab)  # records are checked once
-    costs, ahead, missed = [], 0, 0
+    costs, waits, ahead, missed = [], list[LayerWait](), 0, 0
     for size in SIZES:
         told = ReadingClock(stream, clock)
         steps = step_seconds(decoder, size, PROMPT, STEPS, told, vocab=vocab)
         decodes = [n for n, (plan, _) in enumerate(steps) if plan.num_tokens == size and n]
         work = StepWork(0, size, size * (PROMPT + STEPS / 2), 0.0, size)
         took = median(steps[n][1] for n in decodes)
-        reads = median(told.reads[2 * n + 1] - told.reads[2 * n] for n in decodes)
+        reads = told.median_of(told.reads, decodes)
         left = took - predictor.step(work).total
         costs.append((reads / layers, left / layers, 1.0 / took))
+        waits.append(layer_wait(told, decodes, took, layers))
         ahead += sum(told.ahead[2 * n + 1] - told.ahead[2 * n] for n in decodes)
         missed += sum(told.missed[2 * n + 1] - told.missed[2 * n] for n in decodes)
     layer, record = two_costs(costs)
-    return StreamingCost(layer, record, foreseen_of(ahead, missed, layers))
+    each = predictor.model.record_bytes / predictor.machine.disk_rate(predictor.model.record_bytes)
+    return StreamingCost(
+        layer, record, foreseen_of(ahead, missed, layers), slower_disk(waits, each)
+    )
+
+
+def layer_wait(told: ReadingClock, steps: Sequence[int], took: float, layers: int) -> LayerWait:
+    """By the medians of ``steps``, which ``took`` so long without waiting."""
+    missed, reads = told.median_of(told.missed, steps), told.median_of(told.reads, steps)
+    ahead, needed = told.median_of(told.ahead, steps), told.median_of(told.needed, steps)
+    early = max(0.0, reads - (missed - ahead))
+    spread = spread_of(ahead / layers, needed / layers)
+    waited = told.median_of(told.waited, steps)
+    return LayerWait(
+        (missed - ahead) / layers, early / layers, spread, took / layers, waited / layers
+    )
+
+
+def slower_disk(waits: Sequence[LayerWait], each: float) -> float:
+    """How many times as long as ``each`` seconds records take, so that layers would wait as long as
+    they did; 1 where they hardly waited, and within 1 and ``SLOWEST``."""
+    waited = sum(one.waited for one in waits)
+    if waited < HARDLY * sum(one.other for one in waits):
+        return 1.0
+    least, most = 1.0, SLOWEST
+    for _ in range(HALVINGS):
+        middle = (least + most) / 2
+        if sum(one.expected(middle * each) for one in waits) < waited:
+            least = middle
+        else:
+            most = middle
+    return (least + most) / 2
 
 
 class DoneAtOnce:

@@ -43,9 +43,11 @@ from moeserve.forecast.steps import (
     with_use,
 )
 from moeserve.forecast.streaming import (
+    LayerWait,
     account_cost,
     bytes_to_count,
     habits_of_all_layers,
+    slower_disk,
     streamed_first_layers,
     streaming_cost,
 )
@@ -432,6 +434,18 @@ def test_steps_that_took_less_than_was_predicted_cost_nothing_beside() -> None:
     found = with_what_is_left(Overheads(), steps, [StepPredictor(a_machine(), model)])
     assert (found.step, found.row, found.layer, found.attention) == (0.0, 0.0, 0.0, 1.0)
     assert set(found.decode.seconds + found.prompt.seconds) == {0.0}
+
+
+@given(st.floats(1.0, 1.5), st.floats(0.5, 6.0), st.floats(0.0, 6.0))
+def test_a_disk_is_as_much_slower_as_layers_wait_longer(
+    slower: float, late: float, early: float
+) -> None:
+    each, other = 1e-3, 1e-3
+    waits = [LayerWait(n * late, n * early, n * early / 4, other, 0.0) for n in (1, 2, 4)]
+    waits = [dataclasses.replace(one, waited=one.expected(slower * each)) for one in waits]
+    assert slower_disk(waits, each) == pytest.approx(slower, rel=1e-3)
+    idle = [dataclasses.replace(one, waited=0.01 * other) for one in waits]
+    assert slower_disk(idle, each) == 1.0
 
 
 @pytest.mark.parametrize("faster", [1.0, 0.8, 0.6])
