@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 EMPTY = -1
-# Of routing of GPT-OSS-20B and DeepSeek-V2-Lite that was recorded, 8 to 16 miss least; 32 up to a
-# quarter more, since a new request's preferences come late.
+# Of recorded routing of GPT-OSS-20B, 8 to 16 miss least, and 32 up to a fifth more: what a new
+# request prefers comes late then (``bench/residency.py``).
 HALF_LIFE = 12.0
 LEAST_P = 1e-3
 UNMEASURED_P = 0.05
