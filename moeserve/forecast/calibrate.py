@@ -113,15 +113,15 @@ def calibrate(
     machine, last = with_steps(machine, folder, sizes, options, ops, timer)
     disks.append(disk_rates(files, scratch))
     machine = replace(machine, disk={b: fmean(of[b] for of in disks) for b in disks[0]})
+    if not shapes.experts:
+        return machine
     report("streaming")
     waits = timer.clock is time.perf_counter  # a clock of CPU time stands still meanwhile
     if folder is not None and sizes is not None and last.own and is_packed(folder) and waits:
-        machine = with_streaming(machine, folder, sizes, last, options, ops, timer)
-    elif shapes.experts:
-        cost = account_cost(shapes.experts, shapes.top_k, scratch, timer)
-        overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
-        machine = replace(machine, overheads=overheads)
-    return machine
+        return with_streaming(machine, folder, sizes, last, options, ops, timer)
+    cost = account_cost(shapes.experts, shapes.top_k, scratch, timer)
+    overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
+    return replace(machine, overheads=overheads)
 
 
 def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[str]:
