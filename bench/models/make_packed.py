@@ -34,8 +34,10 @@ from moeserve.models.packed.writer import Noted, pack_weights
 from moeserve.models.spec import MoeSpec
 
 OPTIONS = LoadOptions(quantization="int4")
-ZERO = 8
-# Of codes that are all equally likely.
+# Around the mean of codes that are all equally likely. With one of these alone all weights would lean
+# to one side, and layer by layer all tokens would become alike and choose the same experts.
+ZEROS = (7, 8)
+# Of such codes.
 SPREAD = (255 / 12) ** 0.5
 
 
@@ -53,7 +55,7 @@ def drawn_codes(name: str, experts: int, out: int, into: int) -> Int4Matrix:
     words = torch.randint(-(1 << 63), (1 << 63) - 1, (experts * out * into // 16,), generator=draw)
     scale = torch.rand(experts, out, groups, generator=draw).add_(0.5)
     scale *= 1.2 * into**-0.5 / SPREAD
-    zero = torch.full((experts, out, groups), ZERO, dtype=torch.uint8)
+    zero = torch.randint(ZEROS[0], ZEROS[1] + 1, scale.shape, generator=draw, dtype=torch.uint8)
     return Int4Matrix(words.view(torch.uint8).view(shape), scale, zero)
 
 

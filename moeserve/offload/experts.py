@@ -11,6 +11,7 @@ Letters: see ``residency``.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,7 @@ class ExpertStream:
         self._check_always, self._deadline_s = check_always, deadline_s
         self._loads: dict[int, _Load] = {}
         self._ahead: dict[int, set[int]] = {}
+        self._wasted: set[int] = set()  # slots of those that no layer waits for
         self._checked: set[tuple[int, int]] = set()
 
     def begin_step(self) -> None:
@@ -103,6 +105,7 @@ class ExpertStream:
         counts.hits += int(there.sum())
         counts.misses += int((~there).sum())
         self._settle_ahead(layer, set(experts.tolist()))
+        self._end_wasted()
         left = experts
         while len(left):
             now = self._begin_round(layer, left)
@@ -192,13 +195,21 @@ class ExpertStream:
                 self._let_go(slot, empty=True)
             else:
                 self.counts.wasted_bytes += self._regions[layer][expert].nbytes
+                if load is not None:
+                    self._wasted.add(slot)
 
-    def _finish(self, slot: int, *, needed: bool) -> None:
+    def _end_wasted(self) -> None:
+        """What is read by now holds its slot no longer."""
+        for slot in sorted(self._wasted):
+            with suppress(DeadlineError):
+                self._finish(slot, needed=False, deadline_s=0.0)
+
+    def _finish(self, slot: int, *, needed: bool, deadline_s: float | None = None) -> None:
         """Wait until the slot's record is there, and check it. What could not be read is no fault
         where it is not ``needed``: it is read again when it is."""
         load = self._loads[slot]
         try:
-            self.mover.wait(load.ticket, self._deadline_s)
+            self.mover.wait(load.ticket, self._deadline_s if deadline_s is None else deadline_s)
             load.region.file.require_unchanged()
             self._check(slot, load.region)
         except DeadlineError:  # it is still being read
@@ -214,6 +225,7 @@ class ExpertStream:
 
     def _let_go(self, slot: int, *, empty: bool) -> None:
         """The reading into a slot has ended, or did not begin."""
+        self._wasted.discard(slot)
         if empty:
             self.residency.vacate(slot)
         self.residency.release([slot])

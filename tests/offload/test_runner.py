@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from moeserve.errors import ConfigError, DataLossError
+from moeserve.errors import ConfigError, DataLossError, DeadlineError
 from moeserve.kernels.ops import Layer, MoeWeights, Ops, Part
 from moeserve.kernels.reference.ops import ReferenceOps
 from moeserve.kernels.select import choose_ops
@@ -25,7 +29,7 @@ from moeserve.offload.arena import Arena
 from moeserve.offload.disk_file import DiskFile, DiskRegion
 from moeserve.offload.experts import ExpertStream
 from moeserve.offload.foresight import Prediction, PredictionGate
-from moeserve.offload.mover import DiskMover, PlainMover, open_mover
+from moeserve.offload.mover import PAGE, DiskMover, PlainMover, Ticket, open_mover
 from moeserve.offload.residency import Residency
 from moeserve.offload.runner import StreamedLayerRunner
 
@@ -232,6 +236,48 @@ def test_what_is_predicted_is_read_before_its_layer_and_counted(
         for position in range(3):
             decoder.forward(pack_spans([Span([7], position, [0])], BLOCK), cache)
         assert runner.stream.counts.ahead_used == runner.stream.counts.ahead_wasted == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, max_size=40))
+def test_what_was_read_in_vain_holds_no_slot_once_it_is_there(
+    chosen: list[tuple[int, int]],
+) -> None:
+    """Slots that it held for good would be fewer for what is needed, step by step."""
+
+    class Begun(PlainMover):
+        """All reads have begun at once; what nobody waits for takes two looks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.looked: set[Ticket] = set()
+
+        def wait(self, ticket: Ticket, deadline_s: float) -> None:
+            if deadline_s == 0 and ticket not in self.looked:
+                self.looked.add(ticket)
+                raise DeadlineError("it is still being read")
+            super().wait(ticket, deadline_s)
+
+    with tempfile.NamedTemporaryFile() as whole:
+        whole.truncate(PAGE)
+        file = DiskFile.open(Path(whole.name))
+        regions = {layer: [DiskRegion(file, 0, PAGE)] * 8 for layer in range(2)}
+        stream = ExpertStream(regions, Arena(8, PAGE), Residency([8, 8], 8), Begun())
+
+        def run(layer: int, expert: int) -> None:
+            for _ in stream.waves(layer, np.array([expert])):
+                pass
+
+        for foreseen, needed in chosen:
+            stream.begin_step()
+            run(0, 0)
+            stream.read_ahead(1, np.array([foreseen]), 0)
+            run(1, needed)
+            # That of this step, and of the one before where its second look has not come.
+            assert stream.residency.free >= 8 - 2
+        run(0, 0)
+        run(0, 0)
+        assert stream.residency.free == 8
+        file.close()
 
 
 def decode(decoder: Decoder) -> Tensor:
