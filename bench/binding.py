@@ -32,6 +32,7 @@ from rich.table import Table
 
 from moeserve.bench.generation import Case
 from moeserve.config.options import RankModelOptions
+from moeserve.errors import DeadlineError
 from moeserve.forecast.calibrate import calibrate
 from moeserve.kernels.select import choose_ops
 from moeserve.models.decoder import Decoder
@@ -75,8 +76,11 @@ class ThrottledMover:
         return tickets
 
     def wait(self, ticket: Ticket, deadline_s: float) -> None:
+        over, _ = self._over.get(ticket, (0.0, 0.0))  # one from before it was throttled has none
+        if over - time.perf_counter() > deadline_s:
+            raise DeadlineError(f"a throttled read is late after {deadline_s:g} s")
         self._inner.wait(ticket, deadline_s)
-        over, _ = self._over.pop(ticket, (0.0, 0.0))  # one from before it was throttled has none
+        self._over.pop(ticket, None)
         time.sleep(max(0.0, over - time.perf_counter()))
 
     def promote(self, ticket: Ticket) -> None:

@@ -8,7 +8,10 @@ Rounds, each between two calibrations of the host: what is compared are figures 
 one state. In a round every case runs through the real scheduler and runner, with all settings in
 turn, short ones again and again, never with the same prompts; its error is that of the median run
 against the mean of what both calibrations predict, and the median round counts. Cases whose rounds
-are far apart are run in more rounds, up to twice as many. All settings' models stay in memory. No
+are far apart are run in more rounds, up to twice as many. A host that others use too is never as
+fast as it was a moment ago: two kernels are timed five times a second, in calibrations and between
+steps of cases, and calibrations are scaled to what these say of a case's seconds ("at its speed");
+beside that stands the error as it was calibrated. All settings' models stay in memory. No
 case is used to calibrate. How often each expert is chosen is counted on other prompts than those
 measured, or taken to be as calibration has it (--use habits: what ``doctor`` says), or equal.
 ``--cpu-time`` with ``--threads 1`` takes the thread's CPU time for both sides, where others use the
@@ -30,6 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from host_speed import Speed
 from predict_cases import Measured, Setting, Took, bounds_of
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +48,7 @@ from moeserve.offload.model.demand import ModelDemand
 from moeserve.offload.model.machine import MachineModel
 from moeserve.offload.model.predict import StepPredictor
 from moeserve.offload.model.residency import WeightsInMemory
-from moeserve.offload.model.schedule import predict_batch
+from moeserve.offload.model.schedule import BatchPrediction, predict_batch
 from moeserve.offload.model.workload import UniformWorkload
 
 # Of the median, how far a case's fastest and slowest round may be apart.
@@ -55,8 +59,10 @@ KIND_OF_KV = {"int8": "int8", "bfloat16": "bf16", "float32": "fp32"}
 @dataclass(frozen=True, slots=True)
 class Compared:
     """Of one case in one round, or the median of rounds; generated tokens per second. ``predicted``
-    is stage 2's, ``bound`` stage 1's; ``error`` is that of the prediction, ``of_bound`` what was
-    reached of the bound. ``read`` are bytes from disk."""
+    is stage 2's, ``bound`` stage 1's, for the host as fast as it was meanwhile; ``error`` is that
+    of the prediction, ``as_calibrated`` what it is for the host as it was then, ``of_bound`` what
+    was reached of the bound. ``read`` are bytes from disk. ``slower`` is how many times as long as
+    when it was calibrated arithmetic and memory took."""
 
     quantization: str
     kv_dtype: str
@@ -73,41 +79,60 @@ class Compared:
     busy: dict[str, float]
     read: float
     predicted_read: float
+    as_calibrated: float
+    slower: tuple[float, float]
     rounds: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What was measured, and how fast the host was meanwhile."""
+
+    machine: MachineModel
+    speed: Speed | None = None
+
+    def at(self, speed: Speed | None) -> MachineModel:
+        if speed is None or self.speed is None:
+            return self.machine
+        return speed.of(self.machine, self.speed)
+
+
 def compare(
-    machines: Sequence[MachineModel],
+    looks: Sequence[Calibrated],
     demand: ModelDemand,
     share: float,
     setting: Setting,
     case: Case,
     took: Took,
 ) -> Compared:
-    """The mean of what each of ``machines`` predicts beside what was measured; ``share`` of the
-    experts are in memory."""
+    """The mean of what all ``looks`` predict beside what was measured; ``share`` of the experts are
+    in memory."""
     routed = sum(count for count, layer in demand.layers if layer.experts)
-    held = [WeightsInMemory.of(share, routed, machine.habits) for machine in machines]
     work, bounds = UniformWorkload(case.streams, case.prompt, case.answer), bounds_of(case)
-    demands = [demand.with_habits(machine.habits) for machine in machines]
-    found = [
-        predict_batch(StepPredictor(machine, model, weights), work, bounds)
-        for machine, model, weights in zip(machines, demands, held, strict=True)
-    ]
-    bound = statistics.mean(
-        throughput_bound(
+    tokens = case.streams * case.answer
+
+    def predict(machine: MachineModel) -> tuple[BatchPrediction, float]:
+        """And the bound."""
+        held = WeightsInMemory.of(share, routed, machine.habits)
+        model = demand.with_habits(machine.habits)
+        found = predict_batch(StepPredictor(machine, model, held), work, bounds)
+        bound = throughput_bound(
             machine,
             model,
             case.prompt,
             case.answer,
             kv_tokens=bounds.kv_tokens,
-            concurrency=one.concurrent,
-            weights=weights,
-        ).generated_per_s
-        for machine, model, weights, one in zip(machines, demands, held, found, strict=True)
-    )
-    measured = case.streams * case.answer / took.seconds
-    predicted = case.streams * case.answer / statistics.mean(one.seconds for one in found)
+            concurrency=found.concurrent,
+            weights=held,
+        )
+        return found, bound.generated_per_s
+
+    at_speed = [predict(look.at(took.speed)) for look in looks]
+    then = statistics.mean(predict(look.machine)[0].seconds for look in looks)
+    found = [one for one, _ in at_speed]
+    bound = statistics.mean(of for _, of in at_speed)
+    measured = tokens / took.seconds
+    predicted = tokens / statistics.mean(one.seconds for one in found)
     return Compared(
         setting.quantization,
         setting.kv_dtype,
@@ -124,15 +149,28 @@ def compare(
         {name: found[-1].busy.share(name) for name in ("memory", "compute", "disk", "fixed")},
         took.read,
         statistics.mean(one.busy.disk_bytes for one in found),
+        tokens / then / measured - 1,
+        slower_than(looks, took.speed),
+    )
+
+
+def slower_than(looks: Sequence[Calibrated], speed: Speed | None) -> tuple[float, float]:
+    before = [look.speed for look in looks if look.speed is not None]
+    if speed is None or not before:
+        return 1.0, 1.0
+    return (
+        speed.compute / statistics.mean(one.compute for one in before),
+        speed.memory / statistics.mean(one.memory for one in before),
     )
 
 
 def over_rounds(found: Sequence[Compared]) -> Compared:
     """The median of each figure."""
-    names = ("measured", "predicted", "bound", "error", "of_predicted", "of_bound")
-    names += ("read", "predicted_read")
+    names = ["measured", "predicted", "bound", "error", "of_predicted", "of_bound"]
+    names += ["read", "predicted_read", "as_calibrated"]
     middle = {name: statistics.median(getattr(one, name) for one in found) for name in names}
-    return replace(found[-1], **middle, rounds=len(found))
+    compute, memory = (statistics.median(one.slower[i] for one in found) for i in (0, 1))
+    return replace(found[-1], **middle, slower=(compute, memory), rounds=len(found))
 
 
 def far_apart(rounds: Sequence[Compared]) -> bool:
@@ -163,11 +201,13 @@ def draw(rows: Sequence[Compared], file: Path) -> None:
 
 def report(machine: MachineModel, rows: Sequence[Compared]) -> dict[str, Any]:
     errors = [abs(row.error) for row in rows]
+    then = [abs(row.as_calibrated) for row in rows]
     return {
         "calibration": machine.name,
         "machine": machine.to_json(),
         "mean_error": statistics.mean(errors),
         "worst_error": max(errors),
+        "as_calibrated": {"mean_error": statistics.mean(then), "worst_error": max(then)},
         "rows": [asdict(row) for row in rows],
     }
 
@@ -198,8 +238,8 @@ def read_arguments() -> argparse.Namespace:
 
 
 def rounds_of(
-    args: argparse.Namespace, look: Callable[[], MachineModel], measured: Measured
-) -> Iterator[tuple[MachineModel, list[Compared]]]:
+    args: argparse.Namespace, look: Callable[[], Calibrated], measured: Measured
+) -> Iterator[tuple[Calibrated, list[Compared]]]:
     """The rows so far: after each case with the calibration before it, after each round with those
     on both sides."""
     kinds = itertools.product(args.quantization, args.kv_dtype, args.share)
@@ -208,8 +248,8 @@ def rounds_of(
     pairs = [(setting, case) for case in cases for setting in settings]
     seen: dict[tuple[Setting, Case], list[Compared]] = {}
 
-    def row(machines: Sequence[MachineModel], one: Setting, case: Case, took: Took) -> Compared:
-        return compare(machines, measured.demands[one], measured.shares[one], one, case, took)
+    def row(looks: Sequence[Calibrated], one: Setting, case: Case, took: Took) -> Compared:
+        return compare(looks, measured.demands[one], measured.shares[one], one, case, took)
 
     before = look()
     end = time.monotonic() + args.seconds
@@ -235,14 +275,17 @@ def rounds_of(
 def main() -> None:
     args = read_arguments()
     model = resolve_model(args.model)
-    timer = CallTimer(time.thread_time) if args.cpu_time else CallTimer()
     options = Setting(args.quantization[0], args.kv_dtype[0]).options
     kinds = [KIND_OF_KV[kind] for kind in args.kv_dtype if kind in KIND_OF_KV]
     errors, rows = Console(stderr=True), list[Compared]()
     with tempfile.TemporaryDirectory() as scratch, errors.status("calibrating") as status:
+        measured = Measured(model, args)
+        speed = measured.speed
+        timer = CallTimer(speed or time.thread_time)
 
-        def look() -> MachineModel:
-            return calibrate(
+        def look() -> Calibrated:
+            looks = 0 if speed is None else speed.looks
+            machine = calibrate(
                 model,
                 Path(scratch),
                 threads=args.threads,
@@ -252,25 +295,35 @@ def main() -> None:
                 timer=timer,
                 report=lambda what: status.update(f"calibrating: {what}"),
             )
+            return Calibrated(machine, None if speed is None else speed.since(looks))
 
-        measured = Measured(model, args)
-        for machine, rows in rounds_of(args, look, measured):
+        for calibrated, rows in rounds_of(args, look, measured):
             last = rows[-1]
             status.update(
                 f"{len(rows)} rows, last: batch {last.batch}, prompt {last.prompt}, "
                 f"{last.error:+.1%}"
             )
             if args.json is not None:
-                args.json.write_text(json.dumps(report(machine, rows), indent=1) + "\n")
+                args.json.write_text(json.dumps(report(calibrated.machine, rows), indent=1) + "\n")
         measured.close()
     if args.plot is not None:
         draw(rows, args.plot)
-    show(machine, rows)
+    show(calibrated.machine, rows)
 
 
 def show(machine: MachineModel, rows: Sequence[Compared]) -> None:
     table = Table("weights", "KV", "share", "batch", "prompt", "output", "measured", "predicted")
-    for name in ("error", "of stage 2", "stage 1", "of stage 1", "GB read", "predicted", "busy"):
+    for name in (
+        "error",
+        "as calibrated",
+        "slower",
+        "of stage 2",
+        "stage 1",
+        "of stage 1",
+        "GB read",
+        "predicted",
+        "busy",
+    ):
         table.add_column(name)
     for r in rows:
         sizes = (str(n) for n in (r.batch, r.prompt, r.output))
@@ -283,6 +336,8 @@ def show(machine: MachineModel, rows: Sequence[Compared]) -> None:
             f"{r.measured:,.1f}",
             f"{r.predicted:,.1f}",
             f"{r.error:+.1%}",
+            f"{r.as_calibrated:+.1%}",
+            "{:.2f} {:.2f}".format(*r.slower),
             f"{r.of_predicted:.0%}",
             f"{r.bound:,.1f}",
             f"{r.of_bound:.0%}",
@@ -292,7 +347,11 @@ def show(machine: MachineModel, rows: Sequence[Compared]) -> None:
         )
     console, found = Console(width=160), report(machine, rows)
     console.print(table)
-    console.print(f"mean {found['mean_error']:.1%}, worst {found['worst_error']:.1%}")
+    then = found["as_calibrated"]
+    console.print(
+        f"mean {found['mean_error']:.1%}, worst {found['worst_error']:.1%}; as calibrated "
+        f"{then['mean_error']:.1%} and {then['worst_error']:.1%}"
+    )
     console.print(f"with: {machine.name}", soft_wrap=True)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from host_speed import HostSpeed, Speed
+
 from moeserve.bench.generation import Case, run_prompts
 from moeserve.bench.roofline import LoadCounter
 from moeserve.config.options import LoadOptions, RankModelOptions
@@ -75,7 +77,8 @@ def seconds(decoder: Decoder, case: Case, clock: Clock, run: int = 0) -> float:
     began = clock()
     while scheduler.has_work:
         scheduler.apply(runner.run(scheduler.plan(0.0)))
-    return clock() - began
+        took = clock() - began  # each step, for clocks that look at the host meanwhile
+    return took
 
 
 def counted_use(decoder: Decoder) -> list[tuple[float, ...]]:
@@ -102,10 +105,11 @@ def counted_use(decoder: Decoder) -> list[tuple[float, ...]]:
 
 
 class Took(NamedTuple):
-    """One run of a case, or medians of runs: seconds, and bytes from disk."""
+    """Medians of the runs of a case: seconds, and bytes from disk; and how fast the host was."""
 
     seconds: float
     read: float
+    speed: Speed | None = None
 
 
 def read_of(decoder: Decoder) -> int:
@@ -123,7 +127,9 @@ class Measured:
         self._decoders: dict[Setting, Decoder] = {}
         self._model, self._args = model, args
         self._ops = choose_ops(threads=args.threads)
-        self._clock = time.thread_time if args.cpu_time else time.perf_counter
+        self.speed = None if args.cpu_time else HostSpeed(self._ops)
+        self._clock: Clock = self.speed or time.thread_time
+        self._counted: dict[str, list[tuple[float, ...]]] = {}
         self._run = 0
 
     def round(
@@ -135,9 +141,7 @@ class Measured:
                 return
             if setting not in self._decoders:
                 self._prepare(setting)
-            runs = self._runs(self._decoders[setting], case)
-            middle = (statistics.median(column) for column in zip(*runs, strict=True))
-            yield setting, case, Took(*middle)
+            yield setting, case, self._runs(self._decoders[setting], case)
 
     def close(self) -> None:
         for decoder in self._decoders.values():
@@ -151,14 +155,23 @@ class Measured:
         self._decoders[setting], self.shares[setting] = decoder, share
         self.demands[setting] = self._demand(setting, decoder)
 
-    def _runs(self, decoder: Decoder, case: Case) -> list[Took]:
-        took: list[Took] = []
-        while not took or (sum(one.seconds for one in took) < ENOUGH_S and len(took) < MOST_RUNS):
+    def _runs(self, decoder: Decoder, case: Case) -> Took:
+        took, read, speed = list[float](), list[float](), self.speed
+        looks = 0 if speed is None else speed.looks
+        if speed is not None:
+            speed.look()
+        while not took or (sum(took) < ENOUGH_S and len(took) < MOST_RUNS):
             self._run += 1
             before = read_of(decoder)
-            once = seconds(decoder, case, self._clock, self._run)
-            took.append(Took(once, read_of(decoder) - before))
-        return took
+            took.append(seconds(decoder, case, self._clock, self._run))
+            read.append(read_of(decoder) - before)
+        if speed is not None:
+            speed.look()
+        return Took(
+            statistics.median(took),
+            statistics.median(read),
+            None if speed is None else speed.since(looks),
+        )
 
     def _load(self, setting: Setting) -> tuple[Decoder, float]:
         """And how many of its experts are in memory."""
@@ -177,6 +190,8 @@ class Measured:
         if self._args.use == "habits":
             return demand
         if self._args.use == "counted":
-            return demand.with_use(counted_use(decoder))
+            if setting.quantization not in self._counted:  # how much is in memory changes nothing
+                self._counted[setting.quantization] = counted_use(decoder)
+            return demand.with_use(self._counted[setting.quantization])
         routed = [layer.experts for n, layer in demand.layers for _ in range(n) if layer.experts]
         return demand.with_use([equal_use(of.count, of.top_k) for of in routed])

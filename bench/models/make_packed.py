@@ -34,7 +34,7 @@ from moeserve.models.packed.writer import Noted, pack_weights
 from moeserve.models.spec import MoeSpec
 
 OPTIONS = LoadOptions(quantization="int4")
-# Around the mean of codes that are all equally likely. With one of these alone all weights would lean
+# Around the mean of codes that are all equally likely. With one of these alone weights would lean
 # to one side, and layer by layer all tokens would become alike and choose the same experts.
 ZEROS = (7, 8)
 # Of such codes.

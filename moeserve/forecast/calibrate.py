@@ -22,12 +22,25 @@ import torch
 from moeserve.config.options import AS_STORED, LoadOptions
 from moeserve.forecast.command import threads_and_isa
 from moeserve.forecast.disk import disk_rates
-from moeserve.forecast.first_layers import MOST_BYTES, cut, first_layers, load_first_layers
+from moeserve.forecast.first_layers import (
+    MOST_BYTES,
+    cut,
+    first_layers,
+    load_first_layers,
+    streamed_layers,
+    with_small_head,
+)
 from moeserve.forecast.kernel_costs import KernelCosts, joined, measure_for, measure_kind, middle
 from moeserve.forecast.kernels import KernelProbe
 from moeserve.forecast.rest import share_of_kernels, with_what_is_left
 from moeserve.forecast.shapes import ANY_MODEL, USUAL, shapes_of
-from moeserve.forecast.steps import StepLooks, counted_use, python_overheads, with_use
+from moeserve.forecast.steps import (
+    StepLooks,
+    counted_use,
+    python_overheads,
+    slowness,
+    with_use,
+)
 from moeserve.forecast.streaming import (
     account_cost,
     bytes_to_count,
@@ -40,11 +53,10 @@ from moeserve.host import read_cache, read_memory
 from moeserve.kernels.ops import Ops
 from moeserve.kernels.probe import PROBE_BYTES, probe_machine
 from moeserve.kernels.select import choose_ops
-from moeserve.models.decoder import load_decoder
+from moeserve.models.decoder import Decoder, load_decoder
 from moeserve.models.fingerprint import served_files
 from moeserve.models.library import DEMO, resolve_model
 from moeserve.models.packed.layout import is_packed
-from moeserve.models.spec import ModelSpec
 from moeserve.offload.calibrations import host_name
 from moeserve.offload.checkpoint_demand import StoredSizes, demand_of, stored_sizes
 from moeserve.offload.model.demand import ModelDemand
@@ -110,15 +122,15 @@ def calibrate(
         attention=found.attention,
     )
     report("steps")
-    machine, last = with_steps(machine, folder, sizes, options, ops, timer)
+    machine, timed = with_steps(machine, folder, sizes, options, ops, timer)
     disks.append(disk_rates(files, scratch))
     machine = replace(machine, disk={b: fmean(of[b] for of in disks) for b in disks[0]})
     if not shapes.experts:
         return machine
     report("streaming")
-    waits = timer.clock is time.perf_counter  # a clock of CPU time stands still meanwhile
-    if folder is not None and sizes is not None and last.own and is_packed(folder) and waits:
-        return with_streaming(machine, folder, sizes, last, options, ops, timer)
+    waits = timer.clock is not time.thread_time  # which stands still meanwhile
+    if folder is not None and sizes is not None and timed.own and is_packed(folder) and waits:
+        return with_streaming(machine, folder, sizes, timed, options, ops, timer)
     cost = account_cost(shapes.experts, shapes.top_k, scratch, timer)
     overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
     return replace(machine, overheads=overheads)
@@ -139,7 +151,7 @@ def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[
 class TimedLayers:
     """The deepest layers that were timed, and whether they are the model's ``own``."""
 
-    spec: ModelSpec
+    decoder: Decoder
     demand: ModelDemand
     own: bool
 
@@ -160,16 +172,17 @@ def with_steps(
     if folder is None or not depths:
         folder, options = resolve_model(DEMO), AS_STORED
         depths = first_layers(stored_sizes(folder))
+    asked = [demand_of(depth, options, ops) for depth in depths]
     decoder, demands = load_first_layers(folder, depths[-1].spec, ops, options), []
+    decoder = with_small_head(decoder, asked[-1].head.kind)
     shallow = [cut(decoder, depth.spec) for depth in depths]
-    for depth, layers in zip(depths, shallow, strict=True):
-        demand = demand_of(depth, options, ops)
+    for demand, layers in zip(asked, shallow, strict=True):
         counter = counted_use(layers, demand.vocab)
         demands.append(with_use(demand, counter))
     looks = StepLooks(shallow, demands)
     probe = KernelProbe(ops, shapes_of(depths[0].spec), machine.cache, timer)
     seen = look_in_turn(looks, probe, demands[-1])
-    python = python_overheads(ops, timer.clock)
+    python = python_overheads(ops, timer.clock, asked[-1].vocab)
     kernels = middle([KernelCosts.in_use(machine), *seen] if own else seen)
 
     def predictors(of: KernelCosts, overheads: Overheads) -> list[StepPredictor]:
@@ -180,13 +193,16 @@ def with_steps(
     kernels = kernels.times(share_of_kernels(python, looks.steps(first), first[-1]))
     last = predictors(kernels, python)
     overheads = with_what_is_left(python, looks.steps(last), last)
+    if sizes is not None and sizes.spec.vocab != asked[-1].vocab:
+        sampling = python_overheads(ops, timer.clock, sizes.spec.vocab)
+        overheads = overheads.with_ends(python, sampling)
     if own and is_packed(folder) and sizes is not None and sizes.total <= MOST_BYTES:
         # Deeper layers choose more alike, and to map them costs little.
         counter = counted_use(load_decoder(folder, ops, options), sizes.spec.vocab)
     there = kernels.in_place_of(machine) if own else machine
     habits = RoutingHabits(counter.repeat, shared=counter.shared)
     found = replace(there, overheads=overheads, habits=habits)
-    return found, TimedLayers(depths[-1].spec, demands[-1], own)
+    return found, TimedLayers(shallow[-1], demands[-1], own)
 
 
 def look_in_turn(steps: StepLooks, probe: KernelProbe, model: ModelDemand) -> list[KernelCosts]:
@@ -204,24 +220,34 @@ def with_streaming(
     machine: MachineModel,
     folder: Path,
     sizes: StoredSizes,
-    last: TimedLayers,
+    timed: TimedLayers,
     options: LoadOptions,
     ops: Ops,
     timer: CallTimer,
 ) -> MachineModel:
-    """``machine`` with what a packed model's steps cost whose experts are read, by those layers
-    that were timed last; of a large model habits are counted in all layers, where that is soon
-    done."""
-    decoder, runner = streamed_first_layers(folder, last.spec, ops, options)
+    """``machine`` with what a packed model's steps cost whose experts are read, by its first
+    layers; of a large model habits are counted in all layers, where that is soon done."""
+    habits, first = machine.habits, streamed_layers(sizes)
+    if sizes.total > MOST_BYTES:  # of others they were counted in all layers
+        model = demand_of(sizes, options, ops)
+        if bytes_to_count(model) <= COUNTING_SECONDS * machine.disk_rate(model.record_bytes):
+            habits = habits_of_all_layers(folder, sizes.spec, ops, options)
+    demand = demand_of(first, options, ops).with_habits(habits)
+    in_memory = StepPredictor(machine, timed.demand)
+
+    def slower_now() -> float:
+        return slowness(timed.decoder, in_memory, timer.clock)
+
+    whole, runner = streamed_first_layers(folder, first.spec, ops, options)
     try:
-        cost = streaming_cost(decoder, runner, StepPredictor(machine, last.demand), timer.clock)
+        decoder = with_small_head(whole, demand.head.kind)
+        cost = streaming_cost(
+            decoder, runner, StepPredictor(machine, demand), timer.clock, slower_now
+        )
     finally:
         runner.close()
-    habits = replace(machine.habits, foreseen=cost.foreseen)
-    if sizes.total > MOST_BYTES:
-        reads = bytes_to_count(demand_of(sizes, options, ops))
-        if reads <= COUNTING_SECONDS * machine.disk_rate(last.demand.record_bytes):
-            habits = habits_of_all_layers(folder, sizes.spec, ops, options)
+    if not habits.foreseen:
+        habits = replace(habits, foreseen=cost.foreseen)
     overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
     used = replace(machine, overheads=overheads, habits=habits)
     return used.scaled(disk=1.0 / cost.slower)

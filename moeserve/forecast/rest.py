@@ -19,6 +19,8 @@ from moeserve.offload.model.predict import StepPredictor
 
 # Of what kernels take by themselves, the least that steps may be found to take for them.
 LEAST_SHARE = 0.5
+# Of a step's seconds, by which it seems longer or shorter than it is.
+NOISE = 0.1
 
 
 def share_of_kernels(
@@ -107,18 +109,20 @@ def attention_of(kind: ProbedStep, predictor: StepPredictor) -> float:
 
 def attention_factor(deep: Mapping[ProbedStep, TimedStep], predictor: StepPredictor) -> float:
     """How many times as long as predicted attention takes: from steps of as many requests after
-    short and after long prompts. 1 where there are none."""
-    left = predicted = 0.0
+    short and after long prompts, by least squares, as far as what is seen of it is more than the
+    ``NOISE`` that a look has. 1 where there are none."""
+    seen = possible = 0.0
     for kind, long in deep.items():
         short = deep.get(ProbedStep(kind.decoding, PROMPT))
         if kind.prompt == LONG and kind.decoding and short is not None:
-            weight = 1.0 / short.seconds
-            left += weight * (long.left - short.left)
+            left = (long.left - short.left) / short.seconds
             more = attention_of(kind, predictor) - attention_of(short.kind, predictor)
-            predicted += weight * more
-    if predicted <= 0:
+            more /= short.seconds
+            seen += left * more
+            possible += more**2 + NOISE**2
+    if possible <= 0:
         return 1.0
-    return min(MOST_FACTOR, max(LEAST_FACTOR, 1.0 + left / predicted))
+    return min(MOST_FACTOR, max(LEAST_FACTOR, 1.0 + seen / possible))
 
 
 def ends_of(

@@ -43,6 +43,8 @@ BUDGET = 4096
 VOCAB = 4096
 FEW, MANY = 1, 128
 PROMPTS = 2
+# Requests of the steps that tell how fast a machine is now.
+NOW = (1, 6)
 Clock = Callable[[], float]
 
 
@@ -113,15 +115,17 @@ def step_seconds(
     budget: int = BUDGET,
     vocab: int = VOCAB,
     observer: StepObserver | None = None,
+    seed: int = 0,
 ) -> list[tuple[StepPlan, float]]:
-    """All steps of so many requests that come at once, and what each took."""
+    """All steps of so many requests that come at once, and what each took. Each ``seed`` has its
+    own prompts."""
     counters = Counters()
     length = prompt + answer + 2
     blocks = requests * (length // BLOCK + 1)
     config = SchedulerConfig(length, min(requests, budget), budget, prefix_cache=False)
     scheduler = Scheduler(config, BlockPool(blocks, BLOCK, counters), counters)
     runner = ModelRunner(decoder, blocks, BLOCK, observer=observer)
-    draw = random.Random(length)
+    draw = random.Random(length + (seed << 32))
     params = SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
     for r in range(requests):
         ids = tuple(draw.choices(range(1, vocab), k=prompt))
@@ -144,12 +148,12 @@ def seconds_of(decoder: Forward[Any], kind: ProbedStep, clock: Clock, vocab: int
     return [took for _, took in steps[1:]]
 
 
-def python_overheads(ops: Ops, clock: Clock) -> Overheads:
-    """``step`` and ``row``, from two sizes of steps that do nothing else."""
+def python_overheads(ops: Ops, clock: Clock, vocab: int) -> Overheads:
+    """``step`` and ``row``, from two sizes of steps that only choose among so many tokens."""
 
     def of(size: int) -> float:
-        decoder = AnsweringDecoder(ops, size)
-        return median(seconds_of(decoder, ProbedStep(size, PROMPT), clock, VOCAB))
+        decoder = AnsweringDecoder(ops, size, vocab)
+        return median(seconds_of(decoder, ProbedStep(size, PROMPT), clock, vocab))
 
     few, many = of(FEW), of(MANY)
     row = max(0.0, many - few) / (MANY - FEW)
@@ -175,6 +179,16 @@ def with_use(model: ModelDemand, counter: UseCounter) -> ModelDemand:
         for seen, experts, k in zip(chosen, count, top_k, strict=True)
     ]
     return model.with_use(use)
+
+
+def slowness(decoder: Forward[Any], predictor: StepPredictor, clock: Clock) -> float:
+    """How many times as long as predicted steps of few requests take now."""
+    took = predicted = 0.0
+    for size in NOW:
+        kind = ProbedStep(size, PROMPT)
+        took += median(seconds_of(decoder, kind, clock, predictor.model.vocab))
+        predicted += predictor.step(kind.work).total
+    return took / predicted
 
 
 class StepLooks:

@@ -2,9 +2,10 @@
 
 Of a packed model real steps of its first layers are timed, with room for the experts of two layers
 or a quarter of all: what they take that is no wait for the disk, and is more than the same steps
-are predicted to take with all in memory. Steps of several sizes tell what a layer costs from what a
-record does; it is counted what was read ahead of its layer's choice; and what steps waited says how
-much slower than by itself the disk is beside them.
+are predicted to take with all in memory. A machine that others use too is slower at times: so steps
+with all in memory are timed just before, and tell by how much. Steps of several sizes tell what a
+layer costs from what a record does; it is counted what was read ahead of its layer's choice; and
+what steps waited says how much slower than by itself the disk is beside them.
 
 A model that is not packed cannot be streamed. What it would cost once it is, is measured with the
 real ``ExpertStream`` over slots of a page each, whose reads are done at once: which experts are
@@ -17,6 +18,7 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -45,15 +47,17 @@ PAGE = 4096
 LAYERS = 8
 # Of all experts, those that have a slot.
 ROOM = 4
-# Requests that decode, and how many steps of them.
+# Requests that decode, how many steps of them, and how often.
 SIZES = (1, 4, 8)
 STEPS = 6
+LOOKS = 3
 NO_LIMIT = 1 << 50
 # Of the time that layers take else: waiting that says nothing of the disk. And how much slower than
 # by itself it may be found to be.
 HARDLY, SLOWEST, HALVINGS = 0.1, 1.5, 20
-# Requests, and tokens of their prompts, where habits are counted in a model that is mostly read.
-FEW, SHORT = 2, 2
+# Requests, and tokens of their prompts, where habits are counted in a model that is mostly read:
+# tokens of one prompt choose more alike than those of others.
+FEW, SHORT = 4, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,7 @@ def streamed_first_layers(
     own = {l: experts for l, experts in streaming.own.items() if l < len(spec.layers)}
     records = replace(streaming.records, count=sum(map(len, own.values())))
     slots = max(records.least, records.count // room * records.nbytes)
+    spec = replace(spec, vocab=streaming.decoder.spec.vocab)
     cut = replace(
         streaming,
         decoder=replace(streaming.decoder, spec=spec),
@@ -165,20 +170,23 @@ def streaming_cost(
     runner: StreamedLayerRunner,
     predictor: StepPredictor,
     clock: Callable[[], float],
+    slower_now: Callable[[], float] = lambda: 1.0,
 ) -> StreamingCost:
-    """``predictor`` is of the same layers, all in memory."""
+    """``predictor`` is of the same layers, all in memory. ``slower_now`` tells how many times as
+    long as predicted steps take whose weights are all in memory; it is asked before each look."""
     vocab, stream = decoder.spec.vocab, runner.stream
     layers = len(decoder.spec.moe_layers)
     step_seconds(decoder, max(SIZES), PROMPT, 2, clock, vocab=vocab)  # records are checked once
     costs, waits, ahead, missed = [], list[LayerWait](), 0, 0
-    for size in SIZES:
+    for look, size in product(range(LOOKS), SIZES):
+        slower = slower_now()
         told = ReadingClock(stream, clock)
-        steps = step_seconds(decoder, size, PROMPT, STEPS, told, vocab=vocab)
+        steps = step_seconds(decoder, size, PROMPT, STEPS, told, vocab=vocab, seed=look)
         decodes = [n for n, (plan, _) in enumerate(steps) if plan.num_tokens == size and n]
         work = StepWork(0, size, size * (PROMPT + STEPS / 2), 0.0, size)
         took = median(steps[n][1] for n in decodes)
         reads = told.median_of(told.reads, decodes)
-        left = took - predictor.step(work).total
+        left = took / slower - predictor.step(work).total
         costs.append((reads / layers, left / layers, 1.0 / took))
         waits.append(layer_wait(told, decodes, took, layers))
         ahead += sum(told.ahead[2 * n + 1] - told.ahead[2 * n] for n in decodes)

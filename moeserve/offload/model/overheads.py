@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from moeserve.errors import ConfigError
 
 MOST_POINTS = 64
-LEAST_FACTOR, MOST_FACTOR = 0.25, 4.0
+LEAST_FACTOR, MOST_FACTOR = 0.5, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,28 @@ class Overheads:
                 f"overheads {self} are below 0, or attention not within {LEAST_FACTOR:g} to "
                 f"{MOST_FACTOR:g}; calibrate again"
             )
+
+    def with_ends(self, known: Overheads, other: Overheads) -> Overheads:
+        """With a step and rows that take ``other``'s seconds where they took ``known``'s."""
+        step = max(0.0, self.step - known.step) + other.step
+        return replace(self, step=step, row=max(0.0, self.row - known.row) + other.row)
+
+    def times(self, factor: float) -> Overheads:
+        """With so many times the seconds."""
+
+        def curve(one: RestCurve) -> RestCurve:
+            return replace(one, seconds=tuple(factor * seconds for seconds in one.seconds))
+
+        return Overheads(
+            factor * self.step,
+            factor * self.row,
+            factor * self.layer,
+            curve(self.decode),
+            curve(self.prompt),
+            self.attention,
+            factor * self.streamed,
+            factor * self.record,
+        )
 
     def of_layer(self, decoding: float, prompts: float) -> float:
         """Beside ``layer``, with so many numbers of either kind."""
