@@ -2,9 +2,9 @@
 
 In order: memory and arithmetic peaks (``kernels.probe``), the disk, products and attention with the
 kernels at the model's sizes, what steps cost beside these, looked at in turn with kernels, the disk
-again, and where experts can be streamed how much slower it is beside steps. Kinds that the model is
-not held in are looked at once, and only while there is time; predictions for them are otherwise
-refused by name.
+again, by itself and beside products, and where experts can be streamed how both are beside each
+other in steps. Kinds that the model is not held in are looked at once, and only while there is
+time; predictions for them are otherwise refused by name.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from statistics import fmean
 import torch
 
 from moeserve.config.options import AS_STORED, LoadOptions
+from moeserve.forecast.beside import beside_reading
 from moeserve.forecast.command import threads_and_isa
-from moeserve.forecast.disk import disk_rates
+from moeserve.forecast.disk import disk_rates, file_to_read
 from moeserve.forecast.first_layers import (
     MOST_BYTES,
     cut,
@@ -63,6 +64,7 @@ from moeserve.offload.model.demand import ModelDemand
 from moeserve.offload.model.locality import RoutingHabits
 from moeserve.offload.model.machine import MachineModel
 from moeserve.offload.model.overheads import Overheads
+from moeserve.offload.model.overlap import Beside
 from moeserve.offload.model.predict import StepPredictor
 
 SECONDS = 9.0
@@ -99,7 +101,8 @@ def calibrate(
     reads = {n: probe_machine(n, size=probed, rounds=3).read for n in sorted({1, count})}
     report("disk")
     files = [] if folder is None else served_files(folder)
-    disks = [disk_rates(files, scratch)]
+    with file_to_read(files, scratch) as file:
+        disks = [disk_rates(file)]
     probe, own, costs = KernelProbe(ops, shapes, cache, timer), kinds_of(sizes, options, ops), []
     wanted = dict.fromkeys((*own, *kinds))
     for n, kind in enumerate(wanted):
@@ -123,12 +126,15 @@ def calibrate(
     )
     report("steps")
     machine, timed = with_steps(machine, folder, sizes, options, ops, timer)
-    disks.append(disk_rates(files, scratch))
-    machine = replace(machine, disk={b: fmean(of[b] for of in disks) for b in disks[0]})
+    waits = timer.clock is not time.thread_time  # which stands still meanwhile
+    with file_to_read(files, scratch) as file:
+        disks.append(disk_rates(file))
+        beside = beside_reading(file, ops) if waits else Beside()
+    rates = {b: fmean(of[b] for of in disks) for b in disks[0]}
+    machine = replace(machine, disk=rates, beside=beside)
     if not shapes.experts:
         return machine
     report("streaming")
-    waits = timer.clock is not time.thread_time  # which stands still meanwhile
     if folder is not None and sizes is not None and timed.own and is_packed(folder) and waits:
         return with_streaming(machine, folder, sizes, timed, options, ops, timer)
     cost = account_cost(shapes.experts, shapes.top_k, scratch, timer)
@@ -249,5 +255,5 @@ def with_streaming(
     if not habits.foreseen:
         habits = replace(habits, foreseen=cost.foreseen)
     overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
-    used = replace(machine, overheads=overheads, habits=habits)
+    used = replace(machine, overheads=overheads, habits=habits, beside=cost.beside)
     return used.scaled(disk=1.0 / cost.slower)

@@ -13,7 +13,8 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -31,21 +32,22 @@ OWN_BYTES = 128 << 20
 LEAST_BYTES = 8 << 20
 
 
-def disk_rates(files: Sequence[Path], folder: Path) -> dict[int, float]:
-    """Bytes per second by bytes of a record: of the largest of ``files``, else of a file made in
-    ``folder``. Raises ConfigError where none can be made, as ``DiskFile.open`` and
-    ``DiskMover.wait`` where one cannot be read."""
+@contextmanager
+def file_to_read(files: Sequence[Path], folder: Path) -> Iterator[Path]:
+    """The largest of ``files``, else one that is made in ``folder`` and removed again. Raises
+    ConfigError where none can be made or read."""
     large = [file for file in files if file.is_file() and file.stat().st_size >= LEAST_BYTES]
     try:
         if large:
-            return rates_of(max(large, key=lambda file: file.stat().st_size))
+            yield max(large, key=lambda file: file.stat().st_size)
+            return
         with tempfile.NamedTemporaryFile(dir=folder) as own:
             piece = os.urandom(1 << 20)
             for _ in range(OWN_BYTES >> 20):
                 own.write(piece)
             own.flush()
             os.fsync(own.fileno())
-            return rates_of(Path(own.name))
+            yield Path(own.name)
     except OSError as error:
         raise ConfigError(
             f"the disk of {folder} cannot be measured: {error.strerror}; free "
@@ -53,8 +55,9 @@ def disk_rates(files: Sequence[Path], folder: Path) -> dict[int, float]:
         ) from error
 
 
-def rates_of(file: Path) -> dict[int, float]:
-    """Of sizes of which there are two in the file at least."""
+def disk_rates(file: Path) -> dict[int, float]:
+    """Bytes per second by bytes of a record, of which there are two in the file at least. Raises as
+    ``DiskFile.open`` and ``DiskMover.wait``."""
     opened, mover, draw = DiskFile.open(file), open_mover(), random.Random(1)
     try:
         counts = {block: opened.nbytes // block for block in BLOCKS}

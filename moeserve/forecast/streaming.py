@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -36,8 +36,11 @@ from moeserve.offload.disk_file import DiskFile, DiskRegion
 from moeserve.offload.experts import ExpertStream
 from moeserve.offload.load import Streaming
 from moeserve.offload.model.demand import ModelDemand
+from moeserve.offload.model.halving import last_that
 from moeserve.offload.model.locality import RoutingHabits
-from moeserve.offload.model.predict import StepPredictor, StepWork, expected_longer
+from moeserve.offload.model.machine import MachineModel
+from moeserve.offload.model.overlap import LEAST_LEFT, Beside, expected_longer
+from moeserve.offload.model.predict import StepPredictor, StepWork
 from moeserve.offload.model.residency import WeightsInMemory, spread_of
 from moeserve.offload.mover import MoverCounts, Read, Ticket
 from moeserve.offload.residency import Residency
@@ -54,21 +57,23 @@ LOOKS = 3
 NO_LIMIT = 1 << 50
 # Of the time that layers take else: waiting that says nothing of the disk. And how much slower than
 # by itself it may be found to be.
-HARDLY, SLOWEST, HALVINGS = 0.1, 1.5, 20
-# Requests, and tokens of their prompts, where habits are counted in a model that is mostly read:
-# tokens of one prompt choose more alike than those of others.
-FEW, SHORT = 4, 1
+HARDLY, SLOWEST = 0.1, 1.5
+# Requests, and tokens of their prompts, where habits are counted in a model that is mostly read.
+# Behind fewer tokens a request's next ones choose less alike.
+FEW, SHORT = 4, 8
 
 
 @dataclass(frozen=True, slots=True)
 class StreamingCost:
     """Seconds of a layer whose experts are streamed, and of each ``record`` that is read for it;
-    ``foreseen`` as in ``RoutingHabits``. A read takes ``slower`` times as long as by itself."""
+    ``foreseen`` as in ``RoutingHabits``. A read takes ``slower`` times as long as by itself, and
+    steps and reads are as fast as that ``beside`` each other."""
 
     layer: float
     record: float
     foreseen: float = 0.0
     slower: float = 1.0
+    beside: Beside = field(default_factory=Beside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +87,12 @@ class LayerWait:
     other: float
     waited: float
 
-    def expected(self, each: float) -> float:
-        """What it would wait with so many seconds for a record."""
-        longer = expected_longer(self.other, self.early * each, self.spread * each)
-        return self.late * each + longer - self.other
+    def expected(self, each: float, reading: float) -> float:
+        """What it would wait with so many seconds for a record, read at ``reading`` of the whole
+        speed while it computes."""
+        read = reading * self.other
+        longer = expected_longer(read, self.early * each, self.spread * each)
+        return self.late * each + longer - read
 
 
 class ReadingClock:
@@ -174,56 +181,87 @@ def streaming_cost(
 ) -> StreamingCost:
     """``predictor`` is of the same layers, all in memory. ``slower_now`` tells how many times as
     long as predicted steps take whose weights are all in memory; it is asked before each look."""
-    vocab, stream = decoder.spec.vocab, runner.stream
-    layers = len(decoder.spec.moe_layers)
+    vocab, stream, layers = decoder.spec.vocab, runner.stream, len(decoder.spec.moe_layers)
     step_seconds(decoder, max(SIZES), PROMPT, 2, clock, vocab=vocab)  # records are checked once
-    costs, waits, ahead, missed = [], list[LayerWait](), 0, 0
+    seen, ahead, missed = list[SeenSteps](), 0, 0
     for look, size in product(range(LOOKS), SIZES):
         slower = slower_now()
         told = ReadingClock(stream, clock)
         steps = step_seconds(decoder, size, PROMPT, STEPS, told, vocab=vocab, seed=look)
         decodes = [n for n, (plan, _) in enumerate(steps) if plan.num_tokens == size and n]
+        took = median(steps[n][1] for n in decodes) / layers
         work = StepWork(0, size, size * (PROMPT + STEPS / 2), 0.0, size)
-        took = median(steps[n][1] for n in decodes)
-        reads = told.median_of(told.reads, decodes)
-        left = took / slower - predictor.step(work).total
-        costs.append((reads / layers, left / layers, 1.0 / took))
-        waits.append(layer_wait(told, decodes, took, layers))
+        in_memory = slower * predictor.step(work).total / layers
+        reads = told.median_of(told.reads, decodes) / layers
+        seen.append(SeenSteps(layer_wait(told, decodes, took, layers), reads, in_memory, slower))
         ahead += sum(told.ahead[2 * n + 1] - told.ahead[2 * n] for n in decodes)
         missed += sum(told.missed[2 * n + 1] - told.missed[2 * n] for n in decodes)
-    layer, record = two_costs(costs)
-    each = predictor.model.record_bytes / predictor.machine.disk_rate(predictor.model.record_bytes)
-    return StreamingCost(
-        layer, record, foreseen_of(ahead, missed, layers), slower_disk(waits, each)
-    )
+    foreseen = foreseen_of(ahead, missed, layers)
+    return cost_of(seen, predictor.machine, predictor.model.record_bytes, foreseen)
+
+
+@dataclass(frozen=True, slots=True)
+class SeenSteps:
+    """Of a layer, on average: what it waited, the records that were read for it, and seconds that
+    it would have taken ``in_memory`` then, where all took ``slower`` times as long as usual."""
+
+    wait: LayerWait
+    reads: float
+    in_memory: float
+    slower: float
+
+
+def cost_of(
+    seen: Sequence[SeenSteps], machine: MachineModel, record_bytes: int, foreseen: float
+) -> StreamingCost:
+    """What ``seen`` steps say."""
+    each = record_bytes / machine.disk_rate(record_bytes)
+    waits = [one.wait for one in seen]
+    beside = Beside.of(machine.beside.computing, reading_beside(waits, each))
+    costs = [
+        (
+            one.reads,
+            (beside.computed(one.wait.other, one.wait.early * each) - one.in_memory) / one.slower,
+            1.0 / one.wait.other,
+        )
+        for one in seen
+    ]
+    slower = slower_disk(waits, each, beside.reading)
+    return StreamingCost(*two_costs(costs), foreseen, slower, beside)
 
 
 def layer_wait(told: ReadingClock, steps: Sequence[int], took: float, layers: int) -> LayerWait:
-    """By the medians of ``steps``, which ``took`` so long without waiting."""
+    """By the medians of ``steps``, of which each layer ``took`` so long without waiting."""
     missed, reads = told.median_of(told.missed, steps), told.median_of(told.reads, steps)
     ahead, needed = told.median_of(told.ahead, steps), told.median_of(told.needed, steps)
     early = max(0.0, reads - (missed - ahead))
     spread = spread_of(ahead / layers, needed / layers)
     waited = told.median_of(told.waited, steps)
-    return LayerWait(
-        (missed - ahead) / layers, early / layers, spread, took / layers, waited / layers
-    )
+    return LayerWait((missed - ahead) / layers, early / layers, spread, took, waited / layers)
 
 
-def slower_disk(waits: Sequence[LayerWait], each: float) -> float:
+def reading_beside(waits: Sequence[LayerWait], each: float) -> float:
+    """The share of its speed that reading has beside these layers, so that with ``each`` seconds
+    for a record they would wait as long as they did."""
+    waited = sum(one.waited for one in waits)
+
+    def too_slow(reading: float) -> bool:
+        return sum(one.expected(each, reading) for one in waits) > waited
+
+    return last_that(too_slow, LEAST_LEFT, 1.0)
+
+
+def slower_disk(waits: Sequence[LayerWait], each: float, reading: float = 1.0) -> float:
     """How many times as long as ``each`` seconds records take, so that layers would wait as long as
     they did; 1 where they hardly waited, and within 1 and ``SLOWEST``."""
     waited = sum(one.waited for one in waits)
     if waited < HARDLY * sum(one.other for one in waits):
         return 1.0
-    least, most = 1.0, SLOWEST
-    for _ in range(HALVINGS):
-        middle = (least + most) / 2
-        if sum(one.expected(middle * each) for one in waits) < waited:
-            least = middle
-        else:
-            most = middle
-    return (least + most) / 2
+
+    def too_fast(slower: float) -> bool:
+        return sum(one.expected(slower * each, reading) for one in waits) < waited
+
+    return last_that(too_fast, 1.0, SLOWEST)
 
 
 class DoneAtOnce:

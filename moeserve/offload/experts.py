@@ -228,7 +228,7 @@ class ExpertStream:
         self._wasted.discard(slot)
         if empty:
             self.residency.vacate(slot)
-        self.residency.release([slot])
+        self.residency.release_one(slot)
 
     def _check(self, slot: int, region: DiskRegion) -> None:
         place = self.residency.occupant(slot)

@@ -26,6 +26,7 @@ EMPTY = -1
 # request prefers comes late then (``bench/residency.py``).
 HALF_LIFE = 12.0
 LEAST_P = 1e-3
+MOST_UNIT = 1e12
 UNMEASURED_P = 0.05
 PRIOR_STEPS = 2.0
 
@@ -45,16 +46,21 @@ class Residency:
         assert slots > 0, slots
         assert prior_LE is None or prior_LE.shape == (layers, most), prior_LE
         self.slots = slots
-        self._forget = 0.5 ** (1.0 / half_life)
+        self._grow = 2.0 ** (1.0 / half_life)
         self._slot_LE = np.full((layers, most), EMPTY, np.int32)
         prior_LE = np.full((layers, most), UNMEASURED_P) if prior_LE is None else prior_LE
         self._prior_LE = PRIOR_STEPS * prior_LE
-        self._used_LE = np.zeros((layers, most))  # of newer steps, as of step ``_when_LE``
-        self._steps = 0.0  # of which the newer weigh more, too
+        # Uses and steps count as much as ``_unit`` when they come, which grows from step to step.
+        self._unit = 1.0
+        self._used_LE = np.zeros((layers, most))
+        self._steps = 0.0
         self._when_LE = np.zeros((layers, most), np.int64)
         self._layer_S = np.full(slots, EMPTY, np.int32)
         self._expert_S = np.full(slots, EMPTY, np.int32)
         self._held_S = np.zeros(slots, np.int32)
+        # Of the expert that a slot bears: so that what goes is found by one pass over the slots.
+        self._used_S = np.zeros(slots)
+        self._prior_S = np.ones(slots)
         self._step = 0
         self.experts_L = tuple(experts_L)
         self.evictions = 0  # experts that gave their slot to another
@@ -76,14 +82,22 @@ class Residency:
 
     def begin_step(self) -> None:
         self._step += 1
-        self._steps = self._steps * self._forget + 1.0
+        self._unit *= self._grow
+        self._steps += self._unit
+        if self._unit > MOST_UNIT:
+            for counted in (self._used_LE, self._used_S):
+                counted /= self._unit
+            self._steps /= self._unit
+            self._unit = 1.0
 
     def use(self, layer: int, experts: NDArray[np.int64]) -> None:
         """This step uses these experts of the layer, which are distinct."""
-        age = self._step - self._when_LE[layer, experts]
-        used = self._used_LE[layer, experts] * self._forget**age
-        self._used_LE[layer, experts] = used + (age > 0)
-        self._when_LE[layer, experts] = self._step
+        new = experts[self._when_LE[layer, experts] != self._step]
+        self._used_LE[layer, new] += self._unit
+        self._when_LE[layer, new] = self._step
+        slots = self._slot_LE[layer, new]
+        there = slots != EMPTY
+        self._used_S[slots[there]] = self._used_LE[layer, new[there]]
 
     def place(self, layer: int, experts: Sequence[int], now: int) -> list[int]:
         """Slots for experts that have none, in their order, held from here on; fewer than there are
@@ -95,6 +109,8 @@ class Residency:
             self.vacate(slot)
             self._slot_LE[layer, expert] = slot
             self._layer_S[slot], self._expert_S[slot] = layer, expert
+            self._used_S[slot] = self._used_LE[layer, expert]
+            self._prior_S[slot] = self._prior_LE[layer, expert]
             self._held_S[slot] += 1
         return chosen
 
@@ -106,6 +122,10 @@ class Residency:
         self._held_S[slots] -= 1
         assert (self._held_S[slots] >= 0).all(), slots
 
+    def release_one(self, slot: int) -> None:
+        self._held_S[slot] -= 1
+        assert self._held_S[slot] >= 0, slot
+
     def vacate(self, slot: int) -> None:
         """What it bears is no longer there. Whoever holds it still releases it."""
         if (before := self.occupant(slot)) is not None:
@@ -114,20 +134,16 @@ class Residency:
 
     def _victims(self, count: int, now: int) -> list[int]:
         """The slots to give up first, empty ones before all others."""
-        open_N = np.flatnonzero(self._held_S == 0)
-        if len(open_N) == 0 or count == 0:
-            return []
-        layer_N, expert_N = self._layer_S[open_N], self._expert_S[open_N]
-        age_N = self._step - self._when_LE[layer_N, expert_N]
-        used_N = self._used_LE[layer_N, expert_N] * self._forget**age_N
-        p_N = (used_N + self._prior_LE[layer_N, expert_N]) / (self._steps + PRIOR_STEPS)
-        p_N = np.clip(p_N, LEAST_P, 1.0)
         layers = len(self.experts_L)
-        off_N = (layer_N - now) % layers / layers + 1.0 / p_N - 1.0
-        off_N[layer_N == EMPTY] = np.inf
-        if count < len(open_N):
-            first_N = np.argpartition(-off_N, count - 1)[:count]
+        away_L = (np.arange(layers) - now) % layers / layers - 1.0
+        counted_S = self._used_S / self._unit + self._prior_S
+        every_S = np.clip((self._steps / self._unit + PRIOR_STEPS) / counted_S, 1.0, 1.0 / LEAST_P)
+        off_S = away_L[self._layer_S] + every_S
+        off_S[self._layer_S == EMPTY] = np.inf
+        off_S[self._held_S > 0] = -np.inf
+        if count < self.slots:
+            first_N = np.argpartition(-off_S, count - 1)[:count]
         else:
-            first_N = np.arange(len(open_N))
-        ordered = first_N[np.lexsort((open_N[first_N], -off_N[first_N]))]
-        return [int(slot) for slot in open_N[ordered]]
+            first_N = np.arange(self.slots)
+        ordered = first_N[np.lexsort((first_N, -off_S[first_N]))]
+        return [int(slot) for slot in ordered if off_S[slot] > -np.inf]

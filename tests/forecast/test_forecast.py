@@ -442,7 +442,7 @@ def test_a_disk_is_as_much_slower_as_layers_wait_longer(
 ) -> None:
     each, other = 1e-3, 1e-3
     waits = [LayerWait(n * late, n * early, n * early / 4, other, 0.0) for n in (1, 2, 4)]
-    waits = [dataclasses.replace(one, waited=one.expected(slower * each)) for one in waits]
+    waits = [dataclasses.replace(one, waited=one.expected(slower * each, 1.0)) for one in waits]
     assert slower_disk(waits, each) == pytest.approx(slower, rel=1e-3)
     idle = [dataclasses.replace(one, waited=0.01 * other) for one in waits]
     assert slower_disk(idle, each) == 1.0

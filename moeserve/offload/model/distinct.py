@@ -14,11 +14,12 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from moeserve.errors import ConfigError
+from moeserve.offload.model.halving import last_that
 
 # Of a layer's experts that tokens use, if they choose by chance: from here on a step reads all.
 NEARLY_ALL = 0.75
 # Of 1 / rank^s: from here on all but ``top_k`` experts are as good as never used.
-STEEPEST, HALVINGS = 64.0, 40
+STEEPEST = 64.0
 
 
 def equal_use(experts: int, top_k: int) -> tuple[float, ...]:
@@ -51,17 +52,16 @@ def use_of(counts: Sequence[float], top_k: int) -> tuple[float, ...]:
 def use_alike(experts: int, top_k: int, shared: float) -> tuple[float, ...]:
     """p_e, falling, where a token's choice is another token's too with probability ``shared`` = sum
     of p_e^2 / ``top_k``: in proportion to 1 / rank^s, none above 1, with the s that gives it."""
-    least, most, use = 0.0, STEEPEST, equal_use(experts, top_k)
     if top_k >= experts or shared <= top_k / experts:
-        return use
-    for _ in range(HALVINGS):
-        s = (least + most) / 2
-        use = use_of([(e + 1) ** -s for e in range(experts)], top_k)
-        if math.fsum(p * p for p in use) < shared * top_k:
-            least = s
-        else:
-            most = s
-    return use
+        return equal_use(experts, top_k)
+
+    def use(s: float) -> tuple[float, ...]:
+        return use_of([(e + 1) ** -s for e in range(experts)], top_k)
+
+    def too_level(s: float) -> bool:
+        return math.fsum(p * p for p in use(s)) < shared * top_k
+
+    return use(last_that(too_level, 0.0, STEEPEST, halvings=40))
 
 
 def common_use(one: Sequence[float], other: Sequence[float], top_k: int) -> tuple[float, ...]:

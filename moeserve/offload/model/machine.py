@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 from moeserve.errors import ConfigError
 from moeserve.offload.model.locality import RoutingHabits
 from moeserve.offload.model.overheads import MOST_POINTS, Overheads, RestCurve, between
+from moeserve.offload.model.overlap import Beside
 
-VERSION = 5
+VERSION = 6
 HABITS = ("repeat", "foreseen", "shared")
 KINDS = ("fp32", "bf16", "int8", "int4")
 T = TypeVar("T")
@@ -79,8 +80,9 @@ class AttentionCost:
 class MachineModel:
     """``memory`` is bytes read per second by number of threads, ``disk`` by that of a record;
     ``cache`` the bytes of the last cache. ``experts`` are products of routed experts, by rows per
-    expert; ``habits`` were counted in the steps that were timed. ``slower_memory`` and
-    ``slower_compute`` stretch what is bound by either."""
+    expert; ``habits`` were counted in the steps that were timed; ``beside`` is how fast
+    computing and reading are at once. ``slower_memory`` and ``slower_compute`` stretch what is
+    bound by either."""
 
     host: str
     measured: str
@@ -95,6 +97,7 @@ class MachineModel:
     attention: Mapping[str, AttentionCost]
     overheads: Overheads = field(default_factory=Overheads)
     habits: RoutingHabits = field(default_factory=RoutingHabits)
+    beside: Beside = field(default_factory=Beside)
     slower_memory: float = 1.0
     slower_compute: float = 1.0
 
@@ -211,6 +214,7 @@ def _read(said: Any) -> MachineModel:
         },
         overheads=_overheads(said["overheads"]),
         habits=RoutingHabits(**{of: _number(said["habits"][of]) for of in HABITS}),
+        beside=Beside(*(_number(said["beside"][of]) for of in ("computing", "reading"))),
     )
 
 

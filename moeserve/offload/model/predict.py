@@ -10,7 +10,6 @@ bandwidth or arithmetic would change.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import erf, exp, pi, sqrt
 
 from moeserve.offload.model.demand import AttentionDemand, LayerDemand, MatrixDemand, ModelDemand
 from moeserve.offload.model.locality import LONG
@@ -178,7 +177,7 @@ class StepPredictor:
         foreseen is read while the layer before computes, and so is the trunk; for the others the
         layer waits. What is read in vain has begun before the layer chose: as much as there was
         time for, or all that lies between others. Of layers that miss more or less than the mean
-        each takes the longer of both."""
+        each takes what both take beside each other."""
         trunk = self.weights.missing_trunk(layer, self.model.num_layers)
         if not reads.missing and not trunk:
             return computed
@@ -192,8 +191,8 @@ class StepPredictor:
         nbytes = count * record + trunk
         memory = computed.memory + nbytes / self.machine.memory_bytes_per_s
         late = (1 - reads.foreseen) * reads.missing * each
-        spread = each * reads.spread
-        total = late + expected_longer(computed.total + account, disk - late, spread)
+        beside, spread = self.machine.beside, each * reads.spread
+        total = late + beside.seconds(computed.total + account, disk - late, spread)
         fixed = computed.fixed + account
         return StepSeconds(max(total, memory), memory, computed.compute, disk, fixed, nbytes)
 
@@ -257,12 +256,3 @@ class StepPredictor:
         else:
             memory, compute = reads, measured * machine.slower_compute
         return StepSeconds(total=max(memory, compute), memory=memory, compute=compute)
-
-
-def expected_longer(one: float, mean: float, spread: float) -> float:
-    """The mean of the longer of ``one`` and what is normally distributed."""
-    if spread <= 0:
-        return max(one, mean)
-    z = (mean - one) / spread
-    later, density = (1 + erf(z / sqrt(2))) / 2, exp(-z * z / 2) / sqrt(2 * pi)
-    return one + (mean - one) * later + spread * density

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from moeserve.errors import ConfigError
 from moeserve.offload.model.demand import ExpertsDemand, LayerDemand, ModelDemand
 from moeserve.offload.model.distinct import expected_distinct, least_used, uses_nearly_all
+from moeserve.offload.model.halving import last_that
 from moeserve.offload.model.locality import UNKNOWN, RoutingHabits, kept_experts
 
 # Layers whose missing experts take slots while a step runs: one that is computed, one that is read.
 BUFFERED_LAYERS = 2
 # Of what is read ahead of a layer's choice, the share that has to be used for it to go on.
 LEAST_USED = 0.5
-HALVINGS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,12 @@ class WeightsInMemory:
         missed = self._missed_by(experts, tokens, made)
         if not self.routed:
             return missed(held)
+
         # What is read takes room itself, and more is missing the less room there is.
-        least, most = 0.0, experts.touched(tokens)
-        for _ in range(HALVINGS):
-            middle = (least + most) / 2
-            more = missed(max(0.0, held - BUFFERED_LAYERS * middle / self.routed)) > middle
-            least, most = (middle, most) if more else (least, middle)
-        return (least + most) / 2
+        def more(than: float) -> bool:
+            return missed(max(0.0, held - BUFFERED_LAYERS * than / self.routed)) > than
+
+        return last_that(more, 0.0, experts.touched(tokens))
 
     def _missed_by(
         self, experts: ExpertsDemand, tokens: float, made: float
