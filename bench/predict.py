@@ -3,6 +3,7 @@
     python bench/predict.py [--model demo] [--batch 1 4 16 64] [--prompt 32 256] [--output 32]
                             [--quantization auto] [--kv-dtype auto int8] [--share 1] [--rounds N]
                             [--seconds N] [--threads N] [--cpu-time] [--json FILE] [--plot FILE]
+    python bench/predict.py --kept FILE.json ... --plot FILE
 
 Rounds, each between two calibrations of the host: what is compared are figures of one machine in
 one state. In a round every case runs through the real scheduler and runner, with all settings in
@@ -17,7 +18,7 @@ measured, or taken to be as calibration has it (--use habits: what ``doctor`` sa
 ``--cpu-time`` with ``--threads 1`` takes the thread's CPU time for both sides, where others use the
 machine; what waits for a disk has none. ``--share`` below 1 is of a packed model's experts that fit
 in memory: the others are read as steps need them. After ``--seconds`` no case is begun any more;
-``--json`` is written anew after every case.
+``--json`` is written anew after every case; of such files ``--kept`` draws one plot.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def far_apart(rounds: Sequence[Compared]) -> bool:
     return bool(rates) and max(rates) - min(rates) > SPREAD * statistics.median(rates)
 
 
-def draw(rows: Sequence[Compared], file: Path) -> None:
+def draw(tables: Mapping[str, Sequence[Compared]], file: Path) -> None:
     """Predicted against measured, both logarithmic, with what 15 % off is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -186,17 +187,24 @@ def draw(rows: Sequence[Compared], file: Path) -> None:
     figure = Figure(figsize=(6, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for kind in dict.fromkeys((r.quantization, r.kv_dtype, r.share) for r in rows):
-        mine = [r for r in rows if (r.quantization, r.kv_dtype, r.share) == kind]
-        label = f"weights {kind[0]}, KV {kind[1]}, {kind[2]:.0%} of experts in memory"
-        axes.loglog([r.measured for r in mine], [r.predicted for r in mine], "o", label=label)
-    ends = [min(r.measured for r in rows) / 1.5, max(r.measured for r in rows) * 1.5]
+    for name, rows in tables.items():
+        for share in dict.fromkeys(r.share for r in rows):
+            mine = [r for r in rows if r.share == share]
+            held = "all" if share >= 1 else f"{share:.0%} of experts"
+            points = [r.measured for r in mine], [r.predicted for r in mine]
+            axes.loglog(*points, "o", markersize=5, label=f"{name}, {held} in memory")
+    every = [r for rows in tables.values() for r in rows]
+    ends = [min(r.measured for r in every) / 1.5, max(r.measured for r in every) * 1.5]
     axes.loglog(ends, ends, color="grey")
     axes.fill_between(ends, [0.85 * e for e in ends], [1.15 * e for e in ends], alpha=0.15)
     axes.set_xlabel("measured, generated tokens/s")
     axes.set_ylabel("predicted")
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=110)
+
+
+def kept_rows(file: Path) -> list[Compared]:
+    return [Compared(**row) for row in json.loads(file.read_text())["rows"]]
 
 
 def report(machine: MachineModel, rows: Sequence[Compared]) -> dict[str, Any]:
@@ -231,9 +239,12 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--cpu-time", action="store_true", help="with --threads 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep everything here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="needs moeserve[figures]")
+    parser.add_argument("--kept", type=Path, nargs="+", metavar="FILE", help="draw these alone")
     args = parser.parse_args()
     if args.cpu_time and args.threads != 1:
         raise ConfigError("--cpu-time is of one thread: give --threads 1")
+    if args.kept and args.plot is None:
+        raise ConfigError("--kept draws what was kept: give --plot FILE too")
     return args
 
 
@@ -274,6 +285,9 @@ def rounds_of(
 
 def main() -> None:
     args = read_arguments()
+    if args.kept:
+        draw({file.stem: kept_rows(file) for file in args.kept}, args.plot)
+        return
     model = resolve_model(args.model)
     options = Setting(args.quantization[0], args.kv_dtype[0]).options
     kinds = [KIND_OF_KV[kind] for kind in args.kv_dtype if kind in KIND_OF_KV]
@@ -307,7 +321,7 @@ def main() -> None:
                 args.json.write_text(json.dumps(report(calibrated.machine, rows), indent=1) + "\n")
         measured.close()
     if args.plot is not None:
-        draw(rows, args.plot)
+        draw({args.model: rows}, args.plot)
     show(calibrated.machine, rows)
 
 

@@ -28,8 +28,8 @@ ROUTING = (
     "role_shift".split()
 )
 PERFORMANCE_MODEL = (
-    "machine overheads distinct locality demand residency predict workload schedule steady "
-    "bound".split()
+    "halving overlap machine overheads distinct locality demand residency predict workload "
+    "schedule steady bound".split()
 )
 POLICIES = (
     "choices drafts fairness layered made ngrams prefill_choice shape speculation split swap "

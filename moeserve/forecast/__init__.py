@@ -8,6 +8,7 @@
     kernels       what products and attention cost here
     kernel_costs  the same by kind, looked at again and again
     disk          how fast a file is read
+    beside        how much slower that and products are at once
     steps         real steps, timed, and Python's part of them
     rest          what steps cost beside products and attention
     habits        how often a request's tokens choose alike

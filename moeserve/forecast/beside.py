@@ -33,7 +33,7 @@ LOOKS, LOOK_SECONDS, DEADLINE_S = 3, 0.2, 30.0
 ROWS, MATRICES, SIZE = (1, 64), 16, 2048
 
 
-class Reader:
+class BackgroundReads:
     """Reads records of a file, as many at once as there are slots; counts their bytes."""
 
     def __init__(self, mover: DiskMover, file: DiskFile) -> None:
@@ -76,7 +76,7 @@ def beside_reading(file: Path, ops: Ops) -> Beside:
     """Raises as ``DiskFile.open`` and ``DiskMover.wait``."""
     opened, mover = DiskFile.open(file), open_mover()
     try:
-        reader, found = Reader(mover, opened), list[tuple[float, float]]()
+        reader, found = BackgroundReads(mover, opened), list[tuple[float, float]]()
         products = [product_of(ops, rows) for rows in ROWS]
         for _ in range(LOOKS):
             read = speeds(None, reader)[1]
@@ -96,7 +96,9 @@ def product_of(ops: Ops, rows: int) -> Callable[[], object]:
     return lambda: ops.linear(x_TK, next(turn))
 
 
-def speeds(product: Callable[[], object] | None, reader: Reader | None) -> tuple[float, float]:
+def speeds(
+    product: Callable[[], object] | None, reader: BackgroundReads | None
+) -> tuple[float, float]:
     """Calls and bytes per second, while either or both go on."""
     calls, before = 0, 0 if reader is None else reader.bytes
     began = time.perf_counter()

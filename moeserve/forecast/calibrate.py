@@ -102,7 +102,7 @@ def calibrate(
     report("disk")
     files = [] if folder is None else served_files(folder)
     with file_to_read(files, scratch) as file:
-        disks = [disk_rates(file)]
+        first = disk_rates(file)
     probe, own, costs = KernelProbe(ops, shapes, cache, timer), kinds_of(sizes, options, ops), []
     wanted = dict.fromkeys((*own, *kinds))
     for n, kind in enumerate(wanted):
@@ -119,7 +119,7 @@ def calibrate(
         isa=isa,
         cache=cache,
         memory={n: rate.best for n, rate in reads.items()},
-        disk=disks[0],
+        disk=first,
         products=found.products,
         experts=found.experts,
         attention=found.attention,
@@ -128,10 +128,7 @@ def calibrate(
     machine, timed = with_steps(machine, folder, sizes, options, ops, timer)
     waits = timer.clock is not time.thread_time  # which stands still meanwhile
     with file_to_read(files, scratch) as file:
-        disks.append(disk_rates(file))
-        beside = beside_reading(file, ops) if waits else Beside()
-    rates = {b: fmean(of[b] for of in disks) for b in disks[0]}
-    machine = replace(machine, disk=rates, beside=beside)
+        machine = with_disk(machine, file, ops if waits else None)
     if not shapes.experts:
         return machine
     report("streaming")
@@ -140,6 +137,15 @@ def calibrate(
     cost = account_cost(shapes.experts, shapes.top_k, scratch, timer)
     overheads = replace(machine.overheads, streamed=cost.layer, record=cost.record)
     return replace(machine, overheads=overheads)
+
+
+def with_disk(machine: MachineModel, file: Path, ops: Ops | None) -> MachineModel:
+    """``machine`` with the mean of its disk and of another look at it; and where products can be
+    timed with ``ops`` while others wait, how fast both are at once."""
+    again = disk_rates(file)
+    rates = {block: fmean((rate, again[block])) for block, rate in machine.disk.items()}
+    beside = Beside() if ops is None else beside_reading(file, ops)
+    return replace(machine, disk=rates, beside=beside)
 
 
 def kinds_of(sizes: StoredSizes | None, options: LoadOptions, ops: Ops) -> list[str]:

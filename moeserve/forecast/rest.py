@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, quantiles
 
 from moeserve.forecast.steps import LONG, PROMPT, ProbedStep, TimedStep
 from moeserve.forecast.timing import two_costs
@@ -26,10 +26,11 @@ NOISE = 0.1
 def share_of_kernels(
     python: Overheads, steps: Sequence[TimedStep], predictor: StepPredictor
 ) -> float:
-    """How many times as long as by themselves kernels take at most, so that no step of the deepest
-    layers takes less than its kernels; 1 where none does. ``predictor`` is of these, with no
+    """How many times as long as by themselves kernels take at most, so that three of four kinds of
+    steps of the deepest layers take no less than their kernels (the least of all would be the one
+    that was looked at in the best moments); 1 where that is so. ``predictor`` is of these, with no
     overheads but ``python``'s."""
-    shares = [1.0]
+    shares = []
     for step in steps:
         kind = step.kind
         if step.layers != predictor.model.num_layers or (kind.decoding and kind.prompt == LONG):
@@ -38,7 +39,9 @@ def share_of_kernels(
         kernels = predictor.step(kind.work).total - ends
         if kernels > 0:
             shares.append((step.seconds - ends) / kernels)
-    return max(LEAST_SHARE, min(shares))
+    if len(shares) < 2:
+        return 1.0
+    return max(LEAST_SHARE, min(1.0, quantiles(shares, n=4)[0]))
 
 
 def with_what_is_left(

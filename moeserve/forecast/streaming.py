@@ -217,7 +217,7 @@ def cost_of(
     """What ``seen`` steps say."""
     each = record_bytes / machine.disk_rate(record_bytes)
     waits = [one.wait for one in seen]
-    beside = Beside.of(machine.beside.computing, reading_beside(waits, each))
+    beside = Beside.of(machine.beside.computing, reading_beside(waits, each, machine.beside))
     costs = [
         (
             one.reads,
@@ -240,10 +240,14 @@ def layer_wait(told: ReadingClock, steps: Sequence[int], took: float, layers: in
     return LayerWait((missed - ahead) / layers, early / layers, spread, took, waited / layers)
 
 
-def reading_beside(waits: Sequence[LayerWait], each: float) -> float:
+def reading_beside(waits: Sequence[LayerWait], each: float, products: Beside) -> float:
     """The share of its speed that reading has beside these layers, so that with ``each`` seconds
-    for a record they would wait as long as they did."""
+    for a record they would wait as long as they did; as beside ``products`` where they hardly
+    waited for what was read early."""
     waited = sum(one.waited for one in waits)
+    late = sum(one.late * each for one in waits)
+    if waited - late < HARDLY * sum(one.other for one in waits):
+        return products.reading
 
     def too_slow(reading: float) -> bool:
         return sum(one.expected(each, reading) for one in waits) > waited

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -104,6 +105,16 @@ def test_an_unknown_setting_is_refused(tmp_path: Path) -> None:
     done = make(tmp_path, "qwen3-moe-1.2b", "hidden=64")
     assert done.returncode == 1
     assert "--set hidden: no such key" in done.stderr
+
+
+def test_random_codes_lean_to_no_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row sums up to as much as random numbers do: else all tokens would become alike."""
+    monkeypatch.syspath_prepend(str(MAKE.parent))
+    codes = importlib.import_module("make_packed").drawn_codes("w", 2, 256, 512)
+    both = torch.stack([codes.packed & 15, codes.packed >> 4]).double()
+    lean = both.mean() - codes.zero.double().mean()
+    assert abs(float(lean)) < 0.05  # of codes 0 to 15
+    assert set(codes.zero.unique().tolist()) == {7, 8}
 
 
 def test_a_packed_folder_is_made_without_a_checkpoint(tmp_path: Path, ops: Ops) -> None:

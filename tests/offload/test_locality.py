@@ -19,7 +19,7 @@ from moeserve.offload.model.locality import (
     kept_experts,
 )
 from moeserve.offload.model.residency import WeightsInMemory
-from moeserve.offload.residency import EMPTY, Residency
+from moeserve.offload.residency import EMPTY, HALF_LIFE, Residency
 
 EXPERTS, TOP_K, LAYERS = 32, 4, 8
 DEMAND = ExpertsDemand(MatrixDemand(1 << 20, 1 << 20, "int8"), EXPERTS, TOP_K)
@@ -144,3 +144,9 @@ def test_a_model_of_one_layer_foresees_nothing() -> None:
     assert WeightsInMemory.of(0.5, 20, RoutingHabits(0.4, 0.8)).foreseen == pytest.approx(0.76)
     with pytest.raises(ConfigError, match="shares lie within"):
         RoutingHabits(repeat=1.5)
+
+
+def test_what_counts_weighs_as_much_as_the_policy_remembers() -> None:
+    """All steps there were, each by what is left of it."""
+    remembered = sum(0.5 ** (step / HALF_LIFE) for step in range(1000))
+    assert int(remembered) == WINDOW

@@ -49,7 +49,8 @@ from moeserve.offload.model.machine import (
     rising,
 )
 from moeserve.offload.model.overheads import Overheads, RestCurve
-from moeserve.offload.model.predict import StepPredictor, StepWork, expected_longer
+from moeserve.offload.model.overlap import expected_longer
+from moeserve.offload.model.predict import StepPredictor, StepWork
 from moeserve.offload.model.residency import WeightsInMemory, fit_memory
 from moeserve.offload.model.schedule import predict_batch, steps_of
 from moeserve.offload.model.steady import begin_per_step, blocks_over_life, steady

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
-from hypothesis import settings
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from moeserve.offload.residency import EMPTY, Residency
+from moeserve.offload.residency import EMPTY, LEAST_P, PRIOR_STEPS, UNMEASURED_P, Residency
 
 LAYERS = (4, 0, 6, 5)
 KEYS = [(layer, expert) for layer, count in enumerate(LAYERS) for expert in range(count)]
@@ -100,6 +102,55 @@ def bring(residency: Residency, layer: int, experts: list[int]) -> None:
     residency.use(layer, np.array(experts))
     absent = [e for e in experts if residency.slot_LE[layer, e] == EMPTY]
     residency.release(residency.place(layer, absent, layer))
+
+
+class Policy:
+    """What the module says of who goes, in its words: uses by step, and their weights."""
+
+    def __init__(self, layers: Sequence[int], half_life: float) -> None:
+        self.layers, self.half_life, self.step = layers, half_life, 0
+        self.used: dict[tuple[int, int], set[int]] = {}
+
+    def off(self, key: tuple[int, int], now: int) -> float:
+        """How many steps its next use is away."""
+
+        def weight(step: int) -> float:
+            return 0.5 ** ((self.step - step) / self.half_life)
+
+        used = sum(weight(step) for step in self.used.get(key, ()))
+        steps = sum(weight(step) for step in range(1, self.step + 1))
+        p = (used + PRIOR_STEPS * UNMEASURED_P) / (steps + PRIOR_STEPS)
+        p = min(1.0, max(LEAST_P, p))
+        return (key[0] - now) % len(self.layers) / len(self.layers) + 1 / p - 1
+
+
+CALLS = st.lists(
+    st.tuples(st.sampled_from((0, 2, 3)), st.sets(st.integers(0, 3), min_size=1), st.booleans()),
+    max_size=40,
+)
+
+
+@given(CALLS, st.integers(4, 9), st.sampled_from((1e12, 4.0)))
+def test_those_go_whose_next_use_is_farthest_off(
+    calls: list[tuple[int, set[int], bool]], slots: int, most_unit: float
+) -> None:
+    """Also where what is counted is brought back to small numbers again and again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moeserve.offload.residency.MOST_UNIT", most_unit)
+        residency, policy = Residency(LAYERS, slots, half_life=3.0), Policy(LAYERS, 3.0)
+        for layer, experts, new_step in calls:
+            if new_step or not policy.step:
+                residency.begin_step()
+                policy.step += 1
+            residency.use(layer, np.array(sorted(experts)))
+            for expert in experts:
+                policy.used.setdefault((layer, expert), set()).add(policy.step)
+            absent = [e for e in sorted(experts) if residency.slot_LE[layer, e] == EMPTY]
+            before = {key for key in KEYS if residency.slot_LE[key] != EMPTY}
+            residency.release(residency.place(layer, absent, layer))
+            gone = {key for key in before if residency.slot_LE[key] == EMPTY}
+            farthest = max((policy.off(key, layer) for key in before - gone), default=0.0)
+            assert all(policy.off(key, layer) >= farthest - 1e-6 for key in gone)
 
 
 def test_what_most_steps_use_stays_and_what_few_use_goes() -> None:
