@@ -170,9 +170,10 @@ class StreamedLayerRunner:
         for mixture, (x_TH, _, _) in zip(mixtures, rows, strict=False):
             mixture.finish(x_TH)
         after = self.stream.counts
+        used = after.ahead_used - before.ahead_used
+        self.gate.miss(after.misses - before.misses + used)
         if predicted:
-            used, wasted = after.ahead_used - before.ahead_used, after.ahead_wasted
-            self.gate.count(used, wasted - before.ahead_wasted)
+            self.gate.count(used, after.ahead_wasted - before.ahead_wasted)
 
     def _mix_at_once(
         self,
