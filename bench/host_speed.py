@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from moeserve.forecast.kernels import random_matrix
+from moeserve.forecast.timing import CallTimer
 from moeserve.kernels.ops import Linear, Ops
 from moeserve.offload.model.machine import MachineModel
 
-# Seconds between looks; calls of each kernel in one, of which the median counts.
-EVERY_S, CALLS = 0.2, 3
+# Seconds between looks.
+EVERY_S = 0.2
 # A matrix that stays in a cache and is met by many rows, and one that no cache holds, met by one.
 SMALL, ROWS, LARGE = 1024, 64, 8192
 
@@ -43,7 +44,7 @@ class HostSpeed:
     """A clock that looks at the host as it is asked for the time, and does not count that."""
 
     def __init__(self, ops: Ops, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._ops, self._clock = ops, clock
+        self._ops, self._clock, self._timer = ops, clock, CallTimer(clock, seconds=0.0)
         self._looking = 0.0
         self._seen: list[tuple[float, Speed]] = []
         small, large = (ops.pack_linear(random_matrix("int8", n, n)) for n in (SMALL, LARGE))
@@ -62,17 +63,9 @@ class HostSpeed:
 
     def look(self) -> None:
         began = self._clock()
-        speed = Speed(*(self._typical(call) for call in (self._compute, self._memory)))
+        speed = Speed(*(self._timer.typical(call) for call in (self._compute, self._memory)))
         self._seen.append((self._clock(), speed))
         self._looking += self._seen[-1][0] - began
-
-    def _typical(self, call: Callable[[], object]) -> float:
-        took = []
-        for _ in range(CALLS):
-            began = self._clock()
-            call()
-            took.append(self._clock() - began)
-        return statistics.median(took)
 
     @property
     def looks(self) -> int:

@@ -128,7 +128,7 @@ def calibrate(
     machine, timed = with_steps(machine, folder, sizes, options, ops, timer)
     waits = timer.clock is not time.thread_time  # which stands still meanwhile
     with file_to_read(files, scratch) as file:
-        machine = with_disk(machine, file, ops if waits else None)
+        machine = with_disk(machine, file, ops if waits and shapes.experts else None)
     if not shapes.experts:
         return machine
     report("streaming")

@@ -182,7 +182,7 @@ class DeviceMover:
         """All that goes on without waiting: slots whose copies are done are let go of, reads begin
         where there is room, and what was read is copied."""
         while self._copying and self.copies.done(self._copying[0][1]):
-            self.host.residency.release([self._copying.popleft()[0]])
+            self.host.residency.release_one(self._copying.popleft()[0])
         for queue in self._waiting:
             while queue and self._begin_read(self._open[queue[0]]):
                 queue.popleft()
@@ -248,7 +248,7 @@ class DeviceMover:
         """The host slot of what could not be read, or is not wanted."""
         assert move.host is not None, move
         self.host.residency.vacate(move.host)
-        self.host.residency.release([move.host])
+        self.host.residency.release_one(move.host)
         move.host = move.disk = None
 
     def _make_room(self, until: float) -> None:
