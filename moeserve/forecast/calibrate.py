@@ -68,8 +68,10 @@ from moeserve.offload.model.overlap import Beside
 from moeserve.offload.model.predict import StepPredictor
 
 SECONDS = 9.0
-# Looks at steps, and at kernels between them; none but the first begins after so many seconds.
-LOOKS, LOOKING_SECONDS = 3, 24.0
+# Looks at steps, of which the first and every third is one at kernels and long prompts too; none
+# but the first begins after so many seconds.
+LOOKS, LOOKING_SECONDS = 6, 40.0
+OF_STEPS_ALONE = 3
 # What counting in all layers of a large model may take to read.
 COUNTING_SECONDS = 30.0
 USUAL_KINDS = ("bf16", "int8", "int4")
@@ -202,9 +204,10 @@ def with_steps(
         return [StepPredictor(there, demand) for demand in demands]
 
     first = predictors(kernels, python)
-    kernels = kernels.times(share_of_kernels(python, looks.steps(first), first[-1]))
+    noise = looks.noise()
+    kernels = kernels.times(share_of_kernels(python, looks.steps(first), noise))
     last = predictors(kernels, python)
-    overheads = with_what_is_left(python, looks.steps(last), last)
+    overheads = with_what_is_left(python, looks.steps(last), last, noise)
     if sizes is not None and sizes.spec.vocab != asked[-1].vocab:
         sampling = python_overheads(ops, timer.clock, sizes.spec.vocab)
         overheads = overheads.with_ends(python, sampling)
@@ -222,9 +225,10 @@ def look_in_turn(steps: StepLooks, probe: KernelProbe, model: ModelDemand) -> li
     costs, begun = [], time.monotonic()
     for n in range(LOOKS):
         until = begun + LOOKING_SECONDS if n else math.inf
-        if time.monotonic() < until:
+        whole = n % OF_STEPS_ALONE == 0
+        if whole and time.monotonic() < until:
             costs.append(measure_for(probe, model))
-        steps.look(probe.timer.clock, until)
+        steps.look(probe.timer.clock, until, long=whole)
     return costs
 
 

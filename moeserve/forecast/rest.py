@@ -2,53 +2,89 @@
 
 What is left of them once products and attention are taken off: norms, rotations, routing, rounding,
 the combine, small products that many tokens make large, and what Python takes more where caches are
-full of weights. What two depths do not share comes with every layer; how it grows with the tokens
-of a step is kept as it was measured, so that what kernels by themselves do not show is in it.
+full of weights. What two depths do not share comes with every layer. How it grows with the tokens
+of a step is kept as it was measured, so that what kernels by themselves do not show is in it, as
+far as it was measured clearly; else a straight line through all steps is taken, of which each is
+off by less than a step by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from statistics import fmean, quantiles
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 
-from moeserve.forecast.steps import LONG, PROMPT, ProbedStep, TimedStep
-from moeserve.forecast.timing import two_costs
+from moeserve.forecast.steps import LONG, NOISE, PROMPT, ProbedStep, TimedStep
+from moeserve.forecast.timing import nearest_costs
 from moeserve.offload.model.overheads import LEAST_FACTOR, MOST_FACTOR, Overheads, RestCurve
 from moeserve.offload.model.predict import StepPredictor
 
-# Of what kernels take by themselves, the least that steps may be found to take for them.
-LEAST_SHARE = 0.5
-# Of a step's seconds, by which it seems longer or shorter than it is.
-NOISE = 0.1
+# Of what kernels take by themselves, the least and the most that steps may be found to take for
+# them; and how far from 1 that is likely to be.
+LEAST_SHARE, MOST_SHARE, LIKELY_OFF = 0.5, 2.0, 0.15
+# The least that a timed step is taken to be off, of its seconds.
+LEAST_NOISE = 1e-3
 
 
-def share_of_kernels(
-    python: Overheads, steps: Sequence[TimedStep], predictor: StepPredictor
-) -> float:
-    """How many times as long as by themselves kernels take at most, so that three of four kinds of
-    steps of the deepest layers take no less than their kernels (the least of all would be the one
-    that was looked at in the best moments); 1 where that is so. ``predictor`` is of these, with no
-    overheads but ``python``'s."""
-    shares = []
-    for step in steps:
-        kind = step.kind
-        if step.layers != predictor.model.num_layers or (kind.decoding and kind.prompt == LONG):
-            continue
-        ends = python.step + python.row * kind.rows
-        kernels = predictor.step(kind.work).total - ends
-        if kernels > 0:
-            shares.append((step.seconds - ends) / kernels)
-    if len(shares) < 2:
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Beside kernels a step takes ``step`` seconds, ``row`` for each of its rows, and in each layer
+    ``layer`` and ``number`` for each number that passes through it."""
+
+    step: float
+    row: float
+    layer: float
+    number: float
+
+    def of_layer(self, one: TimedStep) -> float:
+        return self.layer + self.number * numbers_of(one)
+
+    def of(self, one: TimedStep) -> float:
+        return self.step + self.row * one.kind.rows + one.layers * self.of_layer(one)
+
+
+def numbers_of(step: TimedStep) -> int:
+    return (step.kind.decoding or step.kind.prompt) * step.hidden
+
+
+def parts_of(step: TimedStep) -> tuple[float, ...]:
+    """How often it has each part of a ``Rule``."""
+    return (1.0, step.kind.rows, step.layers, step.layers * numbers_of(step))
+
+
+def share_of_kernels(python: Overheads, steps: Sequence[TimedStep], noise: float) -> float:
+    """How many times as long as by themselves kernels take in ``steps``, each of which is off by
+    ``noise`` of its seconds: more where caches are full of other things, less where the machine was
+    slower as kernels were looked at. Least squares, of that and of a ``Rule`` for the rest."""
+    asked = [step for step in steps if step.kind.prompt != LONG]
+    if len(asked) < 2:
         return 1.0
-    return max(LEAST_SHARE, min(1.0, quantiles(shares, n=4)[0]))
+    parts, sums = [(0.0, 0.0, 0.0, 0.0, 1.0 / LIKELY_OFF)], [1.0 / LIKELY_OFF]
+    for one in asked:
+        weight = 1.0 / one.seconds / max(noise, LEAST_NOISE)
+        beside = python.step + python.row * one.kind.rows
+        kernels = one.seconds - one.left - beside
+        parts.append(tuple(weight * part for part in (*parts_of(one), kernels)))
+        sums.append(weight * (one.seconds - beside))
+    return max(LEAST_SHARE, min(MOST_SHARE, nearest_costs(parts, sums)[-1]))
+
+
+def nearest_rule(steps: Sequence[TimedStep]) -> Rule:
+    """For what is left of them, each as a share of its seconds."""
+    parts = [tuple(part / one.seconds for part in parts_of(one)) for one in steps]
+    return Rule(*nearest_costs(parts, [one.left / one.seconds for one in steps]))
 
 
 def with_what_is_left(
-    python: Overheads, steps: Sequence[TimedStep], predictors: Sequence[StepPredictor]
+    python: Overheads,
+    steps: Sequence[TimedStep],
+    predictors: Sequence[StepPredictor],
+    noise: float,
 ) -> Overheads:
     """``python`` and what ``steps`` took beyond it; ``predictors`` are of each depth, the deepest
-    last, whose steps are met as they were measured as far as nothing is below 0."""
+    last. These are met as they were measured, as far as nothing is below 0 and as far as they are
+    further from a ``Rule`` for all of them than the ``noise`` that they have: what is seen less
+    clearly than what all have in common is taken to be that."""
     of_depth = {predictor.model.num_layers: predictor for predictor in predictors}
     depth, predictor = max(of_depth), predictors[-1]
     attention = attention_factor(
@@ -62,21 +98,29 @@ def with_what_is_left(
         for step in steps
         if step.kind.prompt != LONG
     ]
-    deep = {step.kind: step for step in without if step.layers == depth}
-    shallow = [step for step in without if step.layers != depth]
-    step, row = ends_of(deep, shallow)
+    rule = nearest_rule(without)
+    off = [one.left - rule.of(one) for one in without]
+    seen = fmean((o / one.seconds) ** 2 for o, one in zip(off, without, strict=True))
+    clear = max(0.0, 1.0 - noise**2 / seen) if seen > 0 else 0.0
     each = {
-        kind: max(0.0, (one.left - step - row * kind.rows) / depth) for kind, one in deep.items()
+        one: max(0.0, rule.of_layer(one) + clear * o / depth)
+        for o, one in zip(off, without, strict=True)
+        if one.layers == depth
     }
-    layer, hidden = min(each.values()), predictor.model.hidden
+    layer = min(each.values())
     decode, prompt = (
-        rest_curve({h * hidden: s - layer for h, s in points})
-        for points in (
-            [(kind.decoding, s) for kind, s in each.items() if kind.decoding],
-            [(kind.prompt, s) for kind, s in each.items() if not kind.decoding],
+        rest_curve(
+            {
+                numbers_of(one): seconds - layer
+                for one, seconds in each.items()
+                if bool(one.kind.decoding) == decoding
+            }
         )
+        for decoding in (True, False)
     )
-    return Overheads(python.step + step, python.row + row, layer, decode, prompt, attention)
+    return Overheads(
+        python.step + rule.step, python.row + rule.row, layer, decode, prompt, attention
+    )
 
 
 def rest_curve(points: Mapping[int, float]) -> RestCurve:
@@ -126,17 +170,3 @@ def attention_factor(deep: Mapping[ProbedStep, TimedStep], predictor: StepPredic
     if possible <= 0:
         return 1.0
     return min(MOST_FACTOR, max(LEAST_FACTOR, 1.0 + seen / possible))
-
-
-def ends_of(
-    deep: Mapping[ProbedStep, TimedStep], shallow: Iterable[TimedStep]
-) -> tuple[float, float]:
-    """Seconds of a step and of a row, from what two depths do not share: least squares over steps
-    whose errors weigh by what they took, with nothing below 0."""
-    points = []
-    for few in shallow:
-        many = deep[few.kind]
-        layer = max(0.0, (many.left - few.left) / (many.layers - few.layers))
-        ends = min(few.left - few.layers * layer, many.left - many.layers * layer)
-        points.append((few.kind.rows, ends, 1.0 / few.seconds))
-    return two_costs(points)

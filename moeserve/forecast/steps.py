@@ -4,8 +4,9 @@ Python's part is measured with a decoder that does nothing, by the real schedule
 steps are of two depths of the model's first layers where these are small enough, else of the model
 that is shipped; of one to many requests that decode, after short prompts and long ones, and of
 prompts. All of them are looked at in turn, several times and in turn with kernels
-(``kernel_costs``), and the median counts: what disturbs a machine for a moment is in none of them,
-what it always does is in all.
+(``kernel_costs``). Of a look the median counts: what disturbs a machine for a moment is in none. Of
+the looks it is the mean: what makes it slower for seconds will do so again, and between two of its
+states there is no middle one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median, variance
 from typing import Any
 
 import torch
@@ -38,11 +39,13 @@ BLOCK = 16
 PROMPT, LONG = 8, 256
 # Requests whose routing is counted: what a few of them prefer is not what all do.
 COUNTED = 32
-STEPS, COUNTED_STEPS = 8, 12
+STEPS, COUNTED_STEPS = 6, 12
 BUDGET = 4096
 VOCAB = 4096
 FEW, MANY = 1, 128
 PROMPTS = 2
+# Of a step's seconds, by which a look at it is off where nothing says by how much.
+NOISE = 0.1
 # Requests of the steps that tell how fast a machine is now.
 NOW = (1, 6)
 Clock = Callable[[], float]
@@ -204,19 +207,32 @@ class StepLooks:
             if kind.prompt + STEPS < model.max_positions
         }
 
-    def look(self, clock: Clock, until: float = math.inf) -> None:
-        """At each kind, or at as many as begin before that second of ``time.monotonic``."""
+    def look(self, clock: Clock, until: float = math.inf, *, long: bool = True) -> None:
+        """At each kind, or at as many as begin before that second of ``time.monotonic``; at those
+        behind long prompts, which take most of the time, only where asked."""
         for (n, kind), took in self._seen.items():
             if time.monotonic() > until:
                 return
-            took += seconds_of(self._decoders[n], kind, clock, self._models[n].vocab)
+            if long or kind.prompt != LONG:
+                took.append(
+                    median(seconds_of(self._decoders[n], kind, clock, self._models[n].vocab))
+                )
 
     def steps(self, predictors: Sequence[StepPredictor]) -> list[TimedStep]:
-        """The medians; the predictor of each decoder says what a step would take without what is to
+        """The means; the predictor of each decoder says what a step would take without what is to
         be found."""
         found = []
         for (n, kind), took in self._seen.items():
-            model, typical = predictors[n].model, median(took)
+            model, typical = predictors[n].model, fmean(took)
             left = typical - predictors[n].step(kind.work).total
             found.append(TimedStep(kind, model.num_layers, model.hidden, typical, left))
         return found
+
+    def noise(self) -> float:
+        """Of a mean's seconds, by which it is off, by how far apart looks at a kind are."""
+        shares = [
+            variance(took) / fmean(took) ** 2 / len(took)
+            for took in self._seen.values()
+            if len(took) > 1
+        ]
+        return fmean(shares) ** 0.5 if shares else NOISE

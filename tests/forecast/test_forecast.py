@@ -423,7 +423,7 @@ def test_what_steps_cost_is_found_again(
             left = took - StepPredictor(bare, model).step(kind.work).total
             steps.append(TimedStep(kind, model.num_layers, model.hidden, took, left))
     found = with_what_is_left(
-        Overheads(), steps, [StepPredictor(bare, few), StepPredictor(bare, more)]
+        Overheads(), steps, [StepPredictor(bare, few), StepPredictor(bare, more)], noise=0.0
     )
     assert found.attention == pytest.approx(attention, rel=0.1)  # as far as it is not noise
     again = StepPredictor(a_machine(overheads=found), more)
@@ -435,7 +435,7 @@ def test_what_steps_cost_is_found_again(
 def test_steps_that_took_less_than_was_predicted_cost_nothing_beside() -> None:
     _, model = demo_depths()
     steps = [TimedStep(kind, 8, 256, 1e-3, -1e-4) for kind in KINDS if kind.prompt != LONG]
-    found = with_what_is_left(Overheads(), steps, [StepPredictor(a_machine(), model)])
+    found = with_what_is_left(Overheads(), steps, [StepPredictor(a_machine(), model)], noise=0.0)
     assert (found.step, found.row, found.layer, found.attention) == (0.0, 0.0, 0.0, 1.0)
     assert set(found.decode.seconds + found.prompt.seconds) == {0.0}
 
@@ -452,9 +452,9 @@ def test_a_disk_is_as_much_slower_as_layers_wait_longer(
     assert slower_disk(idle, each) == 1.0
 
 
-@pytest.mark.parametrize("faster", [1.0, 0.8, 0.6])
-def test_kernels_take_no_longer_than_steps_have_for_them(faster: float) -> None:
-    """Where a machine was slow as kernels were looked at, steps say by how much."""
+@pytest.mark.parametrize("faster", [1.3, 1.0, 0.8, 0.6])
+def test_kernels_take_as_long_as_steps_have_for_them(faster: float) -> None:
+    """Where a machine was slower or faster as kernels were looked at, steps say by how much."""
     _, model = demo_depths()
     python, seen = Overheads(1e-4, 1e-6), KernelCosts.in_use(a_machine())
     slow = StepPredictor(a_machine(overheads=python), model)
@@ -466,9 +466,9 @@ def test_kernels_take_no_longer_than_steps_have_for_them(faster: float) -> None:
         took = real.step(kind.work).total
         left = took - slow.step(kind.work).total
         steps.append(TimedStep(kind, model.num_layers, model.hidden, took, left))
-    share = share_of_kernels(python, steps, slow)
+    share = share_of_kernels(python, steps, noise=0.01)
     assert share == pytest.approx(faster, rel=0.02)
-    assert share_of_kernels(python, steps[:0], slow) == 1.0
+    assert share_of_kernels(python, steps[:0], noise=0.01) == 1.0
 
 
 def test_of_several_looks_the_middle_counts() -> None:
