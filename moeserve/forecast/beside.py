@@ -28,7 +28,7 @@ from moeserve.offload.mover import DiskMover, Read, Ticket, open_mover
 RECORD = 1 << 20
 # Reads that are under way, and slots for them.
 UNDER_WAY = 32
-LOOKS, LOOK_SECONDS, DEADLINE_S = 3, 0.2, 30.0
+LOOKS, LOOK_SECONDS, DEADLINE_S = 6, 0.2, 30.0
 # Products: of few and of many rows, with so many matrices in turn, of this size.
 ROWS, MATRICES, SIZE = (1, 64), 16, 2048
 

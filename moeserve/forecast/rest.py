@@ -59,7 +59,9 @@ def share_of_kernels(python: Overheads, steps: Sequence[TimedStep], noise: float
     asked = [step for step in steps if step.kind.prompt != LONG]
     if len(asked) < 2:
         return 1.0
-    parts, sums = [(0.0, 0.0, 0.0, 0.0, 1.0 / LIKELY_OFF)], [1.0 / LIKELY_OFF]
+    likely = 1.0 / LIKELY_OFF
+    parts: list[Sequence[float]] = [(0.0, 0.0, 0.0, 0.0, likely)]
+    sums = [likely]
     for one in asked:
         weight = 1.0 / one.seconds / max(noise, LEAST_NOISE)
         beside = python.step + python.row * one.kind.rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -430,6 +431,38 @@ def test_what_steps_cost_is_found_again(
     for one in steps:
         if one.layers == more.num_layers:
             assert again.step(one.kind.work).total == pytest.approx(one.seconds, rel=0.03)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_that_are_not_seen_clearly_are_taken_to_be_as_all_are(seed: int) -> None:
+    """What is predicted is nearer to what steps take than the looks at them were."""
+    noise, draw = 0.1, random.Random(seed)
+    few, more = demo_depths()
+    level = RestCurve((256.0, 131072.0), (2e-7, 2e-7 * 512))
+    real = a_machine(overheads=Overheads(2e-4, 1e-5, 3e-5, level, level))
+    bare = a_machine(overheads=Overheads())
+    steps, true = [], {}
+    for model, kinds in ((few, SHALLOW_KINDS), (more, KINDS)):
+        for kind in kinds:
+            true[model, kind] = StepPredictor(real, model).step(kind.work).total
+            took = true[model, kind] * draw.gauss(1.0, noise)
+            left = took - StepPredictor(bare, model).step(kind.work).total
+            steps.append(TimedStep(kind, model.num_layers, model.hidden, took, left))
+    predictors = [StepPredictor(bare, few), StepPredictor(bare, more)]
+    found = with_what_is_left(Overheads(), steps, predictors, noise)
+    again = StepPredictor(a_machine(overheads=found), more)
+    apart, seen_apart = (
+        [
+            seconds(one) / true[more, one.kind] - 1
+            for one in steps
+            if one.layers == more.num_layers and one.kind.prompt != LONG
+        ]
+        for seconds in (
+            lambda one: again.step(one.kind.work).total,
+            lambda one: one.seconds,
+        )
+    )
+    assert sum(map(abs, apart)) < 0.8 * sum(map(abs, seen_apart))
 
 
 def test_steps_that_took_less_than_was_predicted_cost_nothing_beside() -> None:
