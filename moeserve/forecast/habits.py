@@ -16,14 +16,13 @@ from moeserve.engine.rates import is_decode
 class UseCounter:
     """A ``StepObserver`` that counts how often each expert of each layer is chosen; and keeps what
     requests chose in steps of newest tokens alone, in which they come in the same order; and how
-    often two tokens of a step choose alike."""
+    often two of these choose alike."""
 
     def __init__(self) -> None:
         self.chosen: dict[int, NDArray[np.int64]] = {}
         self._steps: list[dict[int, NDArray[np.int64]]] = []
         self._decodes = False
-        # Of steps that have prompts, and of those that have not.
-        self._alike: tuple[list[float], list[float]] = [], []
+        self._alike: list[float] = []
 
     def begin(self, plan: StepPlan) -> None:
         self._decodes = bool(plan.chunks) and all(map(is_decode, plan.chunks))
@@ -32,9 +31,9 @@ class UseCounter:
 
     def record(self, layer: int, ids_TC: NDArray[Any]) -> None:
         more, (tokens, top_k) = np.bincount(ids_TC.ravel()), ids_TC.shape
-        if tokens > 1:
+        if self._decodes and tokens > 1:
             pairs = tokens * (tokens - 1) * top_k
-            self._alike[self._decodes].append(float((more * (more - 1)).sum()) / pairs)
+            self._alike.append(float((more * (more - 1)).sum()) / pairs)
         before = self.chosen.get(layer, np.zeros(0, np.int64))
         total = np.zeros(max(len(before), len(more)), np.int64)
         total[: len(before)] += before
@@ -47,11 +46,9 @@ class UseCounter:
 
     @property
     def shared(self) -> float:
-        """Of what a token chooses, the share that another token of its step chose too: the mean of
-        what prompts' tokens do, most of which are of other requests, and of what newest ones do; 0
-        where no step had two."""
-        means = [fmean(found) for found in self._alike if found]
-        return fmean(means) if means else 0.0
+        """Of what a newest token chooses, the share that another request's chose too; 0 where no
+        step had two."""
+        return fmean(self._alike) if self._alike else 0.0
 
     @property
     def repeat(self) -> float:

@@ -104,9 +104,9 @@ def throughput_bound(
     weights: WeightsInMemory | None = None,
 ) -> ThroughputBound:
     """The same for the tiers disk, host memory and its processor, in steady state: at most
-    ``concurrency`` requests at once, staggered over their g steps. Weights in memory are read once
-    a step; what is streamed is also written to memory (the contention that eq 5 leaves out). Steps
-    cost nothing by themselves here."""
+    ``concurrency`` requests at once, each for g steps. Weights in memory are read once a step; what
+    is streamed (``streamed_a_step``) is also written to memory (the contention that eq 5 leaves
+    out). Steps cost nothing by themselves here."""
     held = weights or WeightsInMemory()
     n_kv = parallelism_memory_efficiency(p, g) * kv_tokens
     n_batch = concurrency * (p + g) / g
@@ -114,7 +114,7 @@ def throughput_bound(
     share_decode = g / (p + g)
     # Prompts may all fall into a few steps: most steps touch what their decoding tokens do.
     decoding = n * share_decode
-    streamed = held.missing_bytes(model, decoding, LONG)
+    streamed = streamed_a_step(model, held, decoding, p, g)
     kv_scan = decoding * (p + g / 2) * model.kv_bytes_per_token
     touched = model.touched_bytes(decoding)
     from_memory = memory_traffic(kv_scan, touched) * machine.coldness(kv_scan + touched)
@@ -129,6 +129,20 @@ def throughput_bound(
     binding = min(limits, key=lambda resource: limits[resource])
     best = limits[binding]
     return ThroughputBound(best, best * share_decode, n, n_kv < n_batch, binding, limits)
+
+
+def streamed_a_step(
+    model: ModelDemand, held: WeightsInMemory, requests: float, p: int, g: int
+) -> float:
+    """Bytes, on average over the g steps of so many requests: of one all their prompts are in, and
+    in the others what they prefer is there more and more. Fewer are read in no order of steps."""
+    if held.all:
+        return 0.0
+    prompts = held.missing_bytes(model, requests * p)
+    settling = [held.missing_bytes(model, requests, made) for made in range(min(g - 1, LONG))]
+    settled = g - 1 - len(settling)
+    later = settled * held.missing_bytes(model, requests, LONG) if settled else 0.0
+    return (prompts + sum(settling) + later) / g
 
 
 def seconds_of_arithmetic(machine: MachineModel, model: ModelDemand, p: int, g: int) -> float:

@@ -24,6 +24,9 @@ from moeserve.errors import ConfigError
 
 # Steps that count in full where half of what is known is forgotten in 12, as by ``Residency``.
 WINDOW = 17
+# Steps before were of requests one after the other: of so many, what they used is as much more even
+# than what the same ones use again and again.
+MIXED = 3
 # After so many steps of a request all that counts is its own.
 LONG = 5 * WINDOW
 # Of u, below which all experts are alike.
@@ -78,7 +81,8 @@ def kept_experts(p: float, repeat: float, requests: float, made: float) -> KeptE
     both = max(LEAST_BOTH, used * (1.0 - used) / variance - 1.0)
     a, b = used * both, (1.0 - used) * both
     steps = round(WINDOW * (1.0 - exp(-made / WINDOW)))
-    own, others = beta_binomial(steps, a, b), beta_binomial(WINDOW - steps, a, b)
+    own = beta_binomial(steps, a, b)
+    others = beta_binomial(WINDOW - steps, MIXED * a, MIXED * b)
     next_time = [(a + i) / (a + b + steps) for i in range(steps + 1)]
     ranks = [
         [
