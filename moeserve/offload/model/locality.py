@@ -26,7 +26,7 @@ from moeserve.errors import ConfigError
 WINDOW = 17
 # Steps before were of requests one after the other: of so many, what they used is as much more even
 # than what the same ones use again and again.
-MIXED = 5
+MIXED = 4
 # After so many steps of a request all that counts is its own.
 LONG = 5 * WINDOW
 # Of u, below which all experts are alike.
