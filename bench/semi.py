@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -132,12 +133,15 @@ def row_of(way: str, streams: Sequence[Stream], seconds: float) -> Row:
         *(share(firsts[False], q) for q in (50, 95)),
         *(share(firsts[True], q) for q in (50, 95)),
         *(share(gaps, q) for q in (50, 95, 99)),
-        max(gaps),
+        max(gaps, default=math.nan),
         sum(len(s.at) for s in streams) / seconds,
     )
 
 
 def share(values: Sequence[float], percent: int) -> float:
+    """NaN of none: a short run has no documents."""
+    if len(values) < 2:
+        return values[0] if values else math.nan
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 

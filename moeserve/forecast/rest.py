@@ -27,7 +27,7 @@ LEAST_NOISE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class RestRule:
     """Beside kernels a step takes ``step`` seconds, ``row`` for each of its rows, and in each layer
     ``layer`` and ``number`` for each number that passes through it."""
 
@@ -48,14 +48,14 @@ def numbers_of(step: TimedStep) -> int:
 
 
 def parts_of(step: TimedStep) -> tuple[float, ...]:
-    """How often it has each part of a ``Rule``."""
+    """How often it has each part of a ``RestRule``."""
     return (1.0, step.kind.rows, step.layers, step.layers * numbers_of(step))
 
 
 def share_of_kernels(python: Overheads, steps: Sequence[TimedStep], noise: float) -> float:
     """How many times as long as by themselves kernels take in ``steps``, each of which is off by
     ``noise`` of its seconds: more where caches are full of other things, less where the machine was
-    slower as kernels were looked at. Least squares, of that and of a ``Rule`` for the rest."""
+    slower as kernels were looked at. Least squares, of that and of a ``RestRule`` for the rest."""
     asked = [step for step in steps if step.kind.prompt != LONG]
     if len(asked) < 2:
         return 1.0
@@ -71,10 +71,10 @@ def share_of_kernels(python: Overheads, steps: Sequence[TimedStep], noise: float
     return max(LEAST_SHARE, min(MOST_SHARE, nearest_costs(parts, sums)[-1]))
 
 
-def nearest_rule(steps: Sequence[TimedStep]) -> Rule:
+def nearest_rule(steps: Sequence[TimedStep]) -> RestRule:
     """For what is left of them, each as a share of its seconds."""
     parts = [tuple(part / one.seconds for part in parts_of(one)) for one in steps]
-    return Rule(*nearest_costs(parts, [one.left / one.seconds for one in steps]))
+    return RestRule(*nearest_costs(parts, [one.left / one.seconds for one in steps]))
 
 
 def with_what_is_left(
@@ -85,7 +85,7 @@ def with_what_is_left(
 ) -> Overheads:
     """``python`` and what ``steps`` took beyond it; ``predictors`` are of each depth, the deepest
     last. These are met as they were measured, as far as nothing is below 0 and as far as they are
-    further from a ``Rule`` for all of them than the ``noise`` that they have: what is seen less
+    further from a ``RestRule`` for all of them than the ``noise`` that they have: what is seen less
     clearly than what all have in common is taken to be that."""
     of_depth = {predictor.model.num_layers: predictor for predictor in predictors}
     depth, predictor = max(of_depth), predictors[-1]

@@ -28,6 +28,7 @@ from moeserve.engine.bounds import SchedulerConfig
 from moeserve.engine.model_runner import Forward, ModelRunner, StepObserver
 from moeserve.engine.scheduler import Scheduler
 from moeserve.forecast.habits import UseCounter
+from moeserve.forecast.timing import LEAST_SECONDS
 from moeserve.kernels.ops import Ops
 from moeserve.models.batch import StepBatch
 from moeserve.offload.model.demand import ModelDemand
@@ -214,9 +215,8 @@ class StepLooks:
             if time.monotonic() > until:
                 return
             if long or kind.prompt != LONG:
-                took.append(
-                    median(seconds_of(self._decoders[n], kind, clock, self._models[n].vocab))
-                )
+                seconds = seconds_of(self._decoders[n], kind, clock, self._models[n].vocab)
+                took.append(max(LEAST_SECONDS, median(seconds)))
 
     def steps(self, predictors: Sequence[StepPredictor]) -> list[TimedStep]:
         """The means; the predictor of each decoder says what a step would take without what is to

@@ -20,7 +20,7 @@ from moeserve.offload.model.locality import RoutingHabits
 from moeserve.offload.model.overheads import MOST_POINTS, Overheads, RestCurve, between
 from moeserve.offload.model.overlap import Beside
 
-VERSION = 6
+VERSION = 7
 HABITS = ("repeat", "foreseen", "shared")
 KINDS = ("fp32", "bf16", "int8", "int4")
 T = TypeVar("T")
