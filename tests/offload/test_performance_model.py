@@ -23,6 +23,7 @@ from moeserve.offload.model.bound import (
     memory_traffic,
     parallelism_memory_efficiency,
     saturating_tokens,
+    streamed_a_step,
     streamed_bound,
     throughput_bound,
 )
@@ -41,7 +42,7 @@ from moeserve.offload.model.distinct import (
     use_alike,
     use_of,
 )
-from moeserve.offload.model.locality import RoutingHabits
+from moeserve.offload.model.locality import LONG, RoutingHabits
 from moeserve.offload.model.machine import (
     AttentionCost,
     MachineModel,
@@ -522,6 +523,16 @@ def test_the_bound_names_what_binds() -> None:
 
 
 # --- what was measured ---
+
+
+@pytest.mark.parametrize("g", [1, 3, LONG + 4])
+def test_the_bound_reads_what_prompts_and_unsettled_requests_miss(g: int) -> None:
+    model, held = a_model(), WeightsInMemory(0.4, routed=20, repeat=0.5)
+    found = streamed_a_step(model, held, 4, 8, g)
+    steps = [held.missing_bytes(model, 32)]
+    steps += [held.missing_bytes(model, 4, min(made, LONG)) for made in range(g - 1)]
+    assert found == pytest.approx(sum(steps) / g)
+    assert streamed_a_step(model, WeightsInMemory(), 4, 8, g) == 0.0
 
 
 def test_a_calibration_comes_back_as_it_was() -> None:

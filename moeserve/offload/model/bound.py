@@ -9,6 +9,7 @@ intermediate m h, s query heads to a KV head. docs/performance_model.md derives 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -134,15 +135,17 @@ def throughput_bound(
 def streamed_a_step(
     model: ModelDemand, held: WeightsInMemory, requests: float, p: int, g: int
 ) -> float:
-    """Bytes, on average over the g steps of so many requests: of one all their prompts are in, and
-    in the others what they prefer is there more and more. Fewer are read in no order of steps."""
+    """Bytes, on average over the g steps of so many requests that come at once: of one all their
+    prompts are in, and in the others what they prefer is there more and more. Requests that come
+    one by one read more; what is there is predicted (``locality``), so the bound is as far off."""
     if held.all:
         return 0.0
     prompts = held.missing_bytes(model, requests * p)
-    settling = [held.missing_bytes(model, requests, made) for made in range(min(g - 1, LONG))]
-    settled = g - 1 - len(settling)
-    later = settled * held.missing_bytes(model, requests, LONG) if settled else 0.0
-    return (prompts + sum(settling) + later) / g
+    steps_by_made = Counter(min(made, LONG) for made in range(g - 1))
+    answers = sum(
+        steps * held.missing_bytes(model, requests, made) for made, steps in steps_by_made.items()
+    )
+    return (prompts + answers) / g
 
 
 def seconds_of_arithmetic(machine: MachineModel, model: ModelDemand, p: int, g: int) -> float:
